@@ -1,0 +1,3 @@
+"""The version of the whole distribution, spelled once."""
+
+__version__ = "0.1.0"
