@@ -1,0 +1,1 @@
+"""Export of DMTD checkpoints to ONNX and TensorRT: builder, verification, command line."""

@@ -1,0 +1,217 @@
+"""`dmtd export`: checkpoint -> bundle. Reads tensor by tensor, writes beside the target, exchanges at the end. No torch."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import metadata
+from importlib.resources import files as resource_files
+from pathlib import Path
+from typing import Any
+
+import onnx
+from dmtd_models.checkpoint import Checkpoint, open_checkpoint
+from dmtd_models.config import DmtdSpec, ModelConfig, resolve_dmtd
+from dmtd_runtime import contract
+from dmtd_runtime.errors import DmtdError
+from dmtd_runtime.manifest import CycleInfo, FileInfo, GraphInfo, Manifest, ModelInfo, sha256_of
+from dmtd_runtime.version import __version__
+
+from dmtd_export.atomic import atomic_directory
+from dmtd_export.graphs import GraphSpec, build_graph
+from dmtd_export.options import MAX_BATCH_LIMIT, MAX_WINDOW, ExportOptions
+from dmtd_export.weights import stored_bytes, write_weights
+
+logger = logging.getLogger("dmtd.export")
+
+DISK_SLACK_BYTES = 64 << 20
+VerifyHook = Callable[[Path, Checkpoint], Any]
+
+
+class ExportError(DmtdError):
+    """The export cannot be done as asked; nothing was written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Callbacks for a progress display: a stage begins (name, bytes or 0), some bytes of it are done."""
+
+    stage: Callable[[str, int], None] = lambda name, total: None
+    advance: Callable[[int], None] = lambda count: None
+
+
+def export_bundle(
+    model: Path, output: Path, options: ExportOptions, *, progress: Progress | None = None, verify: VerifyHook | None = None
+) -> Manifest:
+    """Export the checkpoint at ``model`` (a Hugging Face directory or a GGUF file) into the bundle ``output``.
+
+    ``verify`` is called with the finished but not yet placed bundle and the open checkpoint; it returns the record for the
+    manifest and raises to refuse the bundle. Raises ExportError, dmtd_models' ModelError, or what ``verify`` raises.
+    """
+    progress = progress or Progress()
+    _check_target(output)
+    with open_checkpoint(model) as checkpoint:
+        spec = resolve(checkpoint, options)
+        max_model_len = _max_model_len(checkpoint.config, options)
+        _check_disk(output, checkpoint, options)
+        try:
+            with atomic_directory(output) as work:
+                manifest = _write_bundle(work, checkpoint, spec, max_model_len, options, progress)
+                if verify is not None:
+                    progress.stage("verify", 0)
+                    manifest = replace(manifest, verification=verify(work, checkpoint))
+                    (work / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ExportError(f"no space left while writing {output}: free some and export again; nothing was kept") from None
+            raise
+    return manifest
+
+
+def resolve(checkpoint: Checkpoint, options: ExportOptions) -> DmtdSpec:
+    """The split and convention of the bundle: the checkpoint's record, overridden by options."""
+    spec = resolve_dmtd(
+        checkpoint.config,
+        checkpoint.dmtd,
+        encoding_layers=options.encoding_layers,
+        thinking_layers=options.thinking_layers,
+        decoding_layers=options.decoding_layers,
+        cycle_length=options.cycle_length,
+        cycle_origin=options.cycle_origin,
+        prompt_input=options.prompt_input,
+    )
+    if spec.cycle_length > MAX_WINDOW:
+        raise ExportError(f"--cycle-length: got {spec.cycle_length}, expected at most {MAX_WINDOW}")
+    if not spec.convention_recorded:
+        logger.warning(
+            "the checkpoint records no convention; assuming --cycle-origin %s --prompt-input %s",
+            spec.cycle_origin,
+            spec.prompt_input,
+        )
+    if not spec.trained:
+        logger.warning("the weights are not trained for DMTD: speed will be real, words of the late steps will not")
+    return spec
+
+
+def _write_bundle(
+    work: Path, checkpoint: Checkpoint, spec: DmtdSpec, max_model_len: int, options: ExportOptions, progress: Progress
+) -> Manifest:
+    config = checkpoint.config
+    progress.stage("weights", stored_bytes(config, checkpoint, options.dtype))
+    weights, weights_file = write_weights(
+        work / contract.WEIGHTS_FILE,
+        checkpoint,
+        config,
+        options.dtype,
+        max_model_len + MAX_WINDOW,
+        progress.advance,
+    )
+    progress.stage("graphs", 0)
+    graph_spec = GraphSpec(config=config, dmtd=spec, dtype=options.dtype, weights=weights)
+    graphs: list[GraphInfo] = []
+    for name, dialect, slots in wanted_graphs(options):
+        model, info = build_graph(graph_spec, name, dialect, slots)
+        onnx.save_model(model, work / info.file)
+        onnx.checker.check_model(work / info.file, full_check=True)
+        graphs.append(info)
+    _write_assets(work, checkpoint)
+    listed = {contract.WEIGHTS_FILE: weights_file}
+    for path in sorted(work.iterdir()):
+        if path.name not in (contract.WEIGHTS_FILE, contract.MANIFEST_FILE):
+            listed[path.name] = FileInfo(bytes=path.stat().st_size, sha256=sha256_of(path))
+    manifest = Manifest(
+        schema=contract.SCHEMA_VERSION,
+        model=_model_info(config, options, max_model_len),
+        cycle=_cycle_info(spec),
+        graphs=tuple(graphs),
+        weights=weights,
+        files=listed,
+        tools={"dmtd": __version__, "onnx": metadata.version("onnx")},
+    )
+    (work / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def wanted_graphs(options: ExportOptions) -> list[tuple[contract.GraphName, contract.Dialect, int]]:
+    """(graph, dialect, slots) of every graph file that the options ask for."""
+    wanted: list[tuple[contract.Dialect, int]] = []
+    if options.target in ("onnxruntime", "all"):
+        wanted.append((contract.ONNXRUNTIME, 1))
+        if options.max_batch > 1:
+            wanted.append((contract.ONNXRUNTIME, options.max_batch))
+    if options.target in ("tensorrt", "all"):
+        wanted.append((contract.STANDARD, 1))
+    return [(name, dialect, slots) for dialect, slots in wanted for name in contract.GRAPH_NAMES]
+
+
+def _model_info(config: ModelConfig, options: ExportOptions, max_model_len: int) -> ModelInfo:
+    return ModelInfo(
+        family=config.family,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        tie_word_embeddings=config.tie_word_embeddings,
+        dtype=options.dtype,
+        max_model_len=max_model_len,
+        max_window=MAX_WINDOW,
+        bos_token_id=config.bos_token_id,
+        eos_token_ids=config.eos_token_ids,
+    )
+
+
+def _cycle_info(spec: DmtdSpec) -> CycleInfo:
+    return CycleInfo(
+        encoding_layers=spec.encoding_layers,
+        thinking_layers=spec.thinking_layers,
+        decoding_layers=spec.decoding_layers,
+        cycle_length=spec.cycle_length,
+        cycle_origin=spec.cycle_origin,
+        prompt_input=spec.prompt_input,
+        dmtd_trained=spec.trained,
+    )
+
+
+def _write_assets(work: Path, checkpoint: Checkpoint) -> None:
+    assets = checkpoint.assets()
+    if "tokenizer.json" not in assets:
+        logger.warning("%s has no tokenizer.json: the bundle works on token ids only", checkpoint.path)
+    for name, content in assets.items():
+        (work / name).write_bytes(content)
+    loader = resource_files("dmtd_export").joinpath("bundle_data_loader.py").read_text(encoding="utf-8")
+    (work / contract.DATA_LOADER_FILE).write_text(loader, encoding="utf-8")
+
+
+def _max_model_len(config: ModelConfig, options: ExportOptions) -> int:
+    wanted = options.max_model_len if options.max_model_len is not None else config.max_positions
+    if not 1 <= wanted <= config.max_positions:
+        raise ExportError(f"--max-model-len: got {wanted}, expected 1 to {config.max_positions}, the model's own limit")
+    if not 1 <= options.max_batch <= MAX_BATCH_LIMIT:
+        raise ExportError(f"--max-batch: got {options.max_batch}, expected 1 to {MAX_BATCH_LIMIT}")
+    return wanted
+
+
+def _check_target(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise ExportError(f"{output} is a file; name a directory with -o")
+    if output.is_dir() and any(output.iterdir()) and not (output / contract.MANIFEST_FILE).is_file():
+        raise ExportError(f"{output} exists and is not a bundle; name another directory with -o, or remove it")
+
+
+def _check_disk(output: Path, checkpoint: Checkpoint, options: ExportOptions) -> None:
+    needed = stored_bytes(checkpoint.config, checkpoint, options.dtype) + DISK_SLACK_BYTES
+    place = output.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ExportError(
+            f"{place} has {free / 1e9:.2f} GB free, the bundle needs {needed / 1e9:.2f} GB; free some space, or choose another -o or --dtype"
+        )
+

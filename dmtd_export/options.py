@@ -1,0 +1,29 @@
+"""What `dmtd export` can be told. The command line takes its defaults from here, so that CLI and API cannot differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Target = Literal["onnxruntime", "tensorrt", "all"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+MAX_WINDOW = 256  # longest window of a graph; KV capacity and rotary tables leave this much room above the model length
+MAX_BATCH_LIMIT = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """Options of an export; None means: as the checkpoint says (see dmtd_models.config.resolve_dmtd)."""
+
+    encoding_layers: int | None = None
+    thinking_layers: int | None = None
+    decoding_layers: int | None = None
+    cycle_length: int | None = None
+    cycle_origin: Literal["absolute", "prompt"] | None = None
+    prompt_input: Literal["cyclical", "thinking", "sum"] | None = None
+    target: Target = "all"
+    dtype: Dtype = "float32"
+    max_model_len: int | None = None
+    max_batch: int = 8
+    verify: bool = True

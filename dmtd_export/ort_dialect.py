@@ -1,0 +1,140 @@
+"""Attention in ONNX Runtime's own dialect: GroupQueryAttention over packed rows, KV updated in place.
+
+GroupQueryAttention takes several new rows over a past for one sequence only. A refill of a whole batch must still read
+T's weights once, so a graph for ``slots`` sequences gives each slot its own attention node in every layer; all else runs
+over the rows of all slots together. Rows are packed slot by slot, so windows of different lengths need no padding, and a
+slot's attention is the very computation it would be alone. Positions are not an input: GroupQueryAttention derives them
+from the committed lengths, and rows are always contiguous.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dmtd_models.config import ModelConfig
+from dmtd_runtime import contract
+from dmtd_runtime.contract import Group
+
+from dmtd_export.graph_writer import GraphWriter
+from dmtd_export.layers import COS, KINDS, SIN, State, kv_dims, linear, qk_norm_weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotGroup:
+    """Values shared by all layers of a group; lists have one entry a slot."""
+
+    seqlens_k: list[str]  # int32 [1]
+    total_len: list[str]  # int32 [1]
+    slot_rows: str | None  # int64 [slots]
+    pads: str | None  # int64 [6]: zero rows appended along the row axis
+    keep_drop: str | None  # int64 [2]: rows kept, rows dropped behind attention
+
+
+class OrtDialect:
+    """Writes norms and attention of the onnxruntime dialect into ``writer``."""
+
+    def __init__(self, writer: GraphWriter, config: ModelConfig, dtype: str, slots: int) -> None:
+        self.writer = writer
+        self._config = config
+        self._dtype = dtype
+        self._slots = slots
+        self._groups: dict[Group, SlotGroup] = {}
+
+    def add_group(self, group: Group, row_count: str) -> None:
+        """Declare the lengths of the group's slots; ``row_count`` is int64 [1], the packed rows of the group."""
+        w, slots, path = self.writer, self._slots, f"/{group}_rows"
+        seqlens = w.input(contract.seqlens_k(group), [slots], "int32")
+        total = w.input(contract.total_sequence_length(group), [slots], "int32")
+        if slots == 1:
+            self._groups[group] = SlotGroup(seqlens_k=[seqlens], total_len=[total], slot_rows=None, pads=None, keep_drop=None)
+            return
+        slot_rows = w.input(contract.slot_rows(group), [slots], "int64")
+        pad_rows = w.input(contract.pad_rows(group), [1], "int64")
+        split = {"axis": 0, "num_outputs": slots}
+        one = w.constant([0], "int64")
+        self._groups[group] = SlotGroup(
+            seqlens_k=w.node("Split", [seqlens], f"{path}/seqlens_k", outputs=slots, attrs=split),
+            total_len=w.node("Split", [total], f"{path}/total_sequence_length", outputs=slots, attrs=split),
+            slot_rows=slot_rows,
+            pads=w.op("Concat", [one, one, one, one, pad_rows, one], f"{path}/pads", attrs={"axis": 0}),
+            keep_drop=w.op("Concat", [row_count, pad_rows], f"{path}/keep_drop", attrs={"axis": 0}),
+        )
+
+    def norm(self, x: str, weight: str, path: str) -> str:
+        w = self.writer
+        return w.op("RMSNormalization", [x, w.weight(weight)], path, attrs={"axis": -1, "epsilon": self._config.rms_norm_eps})
+
+    def add_norm(self, state: State, weight: str, path: str) -> tuple[str, str]:
+        if state.delta is None:
+            return self.norm(state.residual, weight, path), state.residual
+        w = self.writer
+        normed, residual = (f"{path}/output", f"{path}/residual")
+        w.node(
+            "SkipSimplifiedLayerNormalization",
+            [state.residual, state.delta, w.weight(weight)],
+            path,
+            outputs=[normed, "", "", residual],
+            contrib=True,
+            attrs={"epsilon": self._config.rms_norm_eps},
+        )
+        return normed, residual
+
+    def declare_cache(self, layer: int) -> None:
+        """Declare the layer's KV inputs and outputs, one pair a slot."""
+        dims = kv_dims(self._config, 1)
+        for slot in self._slot_names():
+            for kind in KINDS:
+                self.writer.input(contract.past(layer, kind, slot), dims, self._dtype)
+                self.writer.output(contract.present(layer, kind, slot), dims, self._dtype)
+
+    def attention(self, x: str, layer: int, group: Group, path: str) -> str:
+        w, rows = self.writer, self._groups[group]
+        module = f"model.layers.{layer}.self_attn"
+        qkv = linear(w, x, tuple(f"{module}.{kind}_proj" for kind in "qkv"), f"{path}/qkv_proj")
+        qkv = w.op("Unsqueeze", [qkv, w.constant([0], "int64")], f"{path}/qkv")
+        qkv = self._normed_qkv(qkv, layer, path)
+        if rows.pads is None:
+            attended = self._attend(qkv, layer, None, rows.seqlens_k[0], rows.total_len[0], path)
+        else:
+            assert rows.slot_rows and rows.keep_drop, "a group with pads has slot_rows and keep_drop"
+            padded = w.op("Pad", [qkv, rows.pads], f"{path}/qkv")
+            parts = w.node("Split", [padded, rows.slot_rows], f"{path}/slots", outputs=self._slots, attrs={"axis": 1})
+            done = [
+                self._attend(part, layer, slot, rows.seqlens_k[slot], rows.total_len[slot], f"{path}/slot.{slot}")
+                for slot, part in enumerate(parts)
+            ]
+            packed = w.op("Concat", done, f"{path}/slots", attrs={"axis": 1})
+            attended = w.node("Split", [packed, rows.keep_drop], f"{path}/keep", outputs=2, attrs={"axis": 1})[0]
+        return w.op("Squeeze", [attended, w.constant([0], "int64")], f"{path}/merge_heads")
+
+    def _normed_qkv(self, qkv: str, layer: int, path: str) -> str:
+        """Apply per-head norms to q and k: GroupQueryAttention's own are not implemented on the CPU."""
+        norms = qk_norm_weights(self.writer, layer)
+        if not norms:
+            return qkv
+        w, config = self.writer, self._config
+        sizes = [count * config.head_dim for count in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+        q, k, v = w.node("Split", [qkv, w.constant(sizes, "int64")], f"{path}/qkv", outputs=3, attrs={"axis": 2})
+        normed = []
+        for kind, x, size in (("q", q, sizes[0]), ("k", k, sizes[1])):
+            x = w.op("Reshape", [x, w.constant([1, -1, size // config.head_dim, config.head_dim], "int64")], f"{path}/{kind}_heads")
+            x = self.norm(x, norms[kind], f"{path}/{kind}_norm")
+            normed.append(w.op("Reshape", [x, w.constant([1, -1, size], "int64")], f"{path}/{kind}_merge"))
+        return w.op("Concat", [*normed, v], f"{path}/qkv_normed", attrs={"axis": 2})
+
+    def _attend(self, qkv: str, layer: int, slot: int | None, seqlens_k: str, total_len: str, path: str) -> str:
+        w, config = self.writer, self._config
+        kv = [contract.past(layer, kind, slot) for kind in KINDS]
+        out = [f"{path}/attended", *(contract.present(layer, kind, slot) for kind in KINDS)]
+        w.node(
+            "GroupQueryAttention",
+            [qkv, "", "", *kv, seqlens_k, total_len, w.weight(COS), w.weight(SIN)],
+            path,
+            outputs=out,
+            contrib=True,
+            attrs={"num_heads": config.num_heads, "kv_num_heads": config.num_kv_heads, "do_rotary": 1},
+        )
+        return out[0]
+
+    def _slot_names(self) -> list[int | None]:
+        return [None] if self._slots == 1 else list(range(self._slots))

@@ -1,0 +1,102 @@
+"""Attention in standard ONNX, opset 24: TensorRT builds from it, and ONNX Runtime runs it too.
+
+The mask is an explicit boolean input of Attention, built in the graph: TensorRT's parser silently drops
+``nonpad_kv_seqlen`` and reads ``is_causal`` as upper-left, which is wrong over a past. Row r of sequence b may see the
+cache rows up to ``write_indices[b] + r``, so rows that pad a window on the right are never seen by valid ones.
+In half precision norms are computed in float32 through casts, and softmax by ``softmax_precision``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dmtd_models.config import ModelConfig
+from dmtd_runtime import contract
+from dmtd_runtime.contract import Group
+
+from dmtd_export.graph_writer import ONNX_DTYPES, GraphWriter
+from dmtd_export.layers import COS, KINDS, SIN, State, kv_dims, linear, qk_norm_weights, sum_state
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowGroup:
+    """Values shared by all layers that run over the same rows."""
+
+    positions: str  # int64 [batch, rows]
+    write_indices: str  # int64 [batch]
+    shape: str  # int64 [2]: batch, rows
+    mask: str  # bool [batch, 1, rows, capacity]
+
+
+class StandardDialect:
+    """Writes norms and attention of the standard dialect into ``writer``."""
+
+    def __init__(self, writer: GraphWriter, config: ModelConfig, dtype: str) -> None:
+        self.writer = writer
+        self._config = config
+        self._dtype = dtype
+        self._groups: dict[Group, RowGroup] = {}
+
+    def add_group(self, group: Group, positions: str, any_layer: int) -> None:
+        """Declare the group's write indices and build its mask over the capacity of ``any_layer``'s cache."""
+        w, path = self.writer, f"/{group}_rows"
+        write_indices = w.input(contract.write_indices(group), ["batch"], "int64")
+        shape = w.op("Shape", [positions], path)
+        zero, one = w.constant(0, "int64"), w.constant(1, "int64")
+        rows = w.op("Gather", [shape, one], f"{path}/count")
+        capacity = w.op("Shape", [contract.past(any_layer, "key")], f"{path}/capacity", attrs={"start": 2, "end": 3})
+        capacity = w.op("Squeeze", [capacity, w.constant([0], "int64")], f"{path}/capacity")
+        row_index = w.op("Range", [zero, rows, one], f"{path}/row_index")
+        start = w.op("Unsqueeze", [write_indices, w.constant([1], "int64")], f"{path}/start")
+        last_seen = w.op("Add", [start, row_index], f"{path}/last_seen")  # [batch, rows]
+        last_seen = w.op("Unsqueeze", [last_seen, w.constant([1, 3], "int64")], f"{path}/last_seen")
+        cache_index = w.op("Range", [zero, capacity, one], f"{path}/cache_index")
+        mask = w.op("LessOrEqual", [cache_index, last_seen], f"{path}/mask")  # [batch, 1, rows, capacity]
+        self._groups[group] = RowGroup(positions=positions, write_indices=write_indices, shape=shape, mask=mask)
+
+    def norm(self, x: str, weight: str, path: str) -> str:
+        w, attrs = self.writer, {"axis": -1, "epsilon": self._config.rms_norm_eps}
+        if self._dtype == "float32":
+            return w.op("RMSNormalization", [x, w.weight(weight)], path, attrs=attrs)
+        full = w.op("Cast", [x], f"{path}/to_float32", attrs={"to": ONNX_DTYPES["float32"]})
+        width = self._config.head_dim if weight.endswith(("q_norm.weight", "k_norm.weight")) else self._config.hidden_size
+        ones = w.op("Expand", [w.constant([1.0], "float32"), w.constant([width], "int64")], f"{path}/ones")
+        full = w.op("RMSNormalization", [full, ones], path, attrs=attrs)
+        half = w.op("Cast", [full], f"{path}/to_half", attrs={"to": ONNX_DTYPES[self._dtype]})
+        return w.op("Mul", [half, w.weight(weight)], path)
+
+    def add_norm(self, state: State, weight: str, path: str) -> tuple[str, str]:
+        residual = sum_state(self.writer, state, f"{path}/residual")
+        return self.norm(residual, weight, path), residual
+
+    def attention(self, x: str, layer: int, group: Group, path: str) -> str:
+        w, config, rows = self.writer, self._config, self._groups[group]
+        module = f"model.layers.{layer}.self_attn"
+        norms = qk_norm_weights(w, layer)
+        heads = {}
+        for kind, count in (("q", config.num_heads), ("k", config.num_kv_heads), ("v", config.num_kv_heads)):
+            flat = linear(w, x, (f"{module}.{kind}_proj",), f"{path}/{kind}_proj")
+            split = w.op("Concat", [rows.shape, w.constant([count, config.head_dim], "int64")], f"{path}/{kind}_shape", attrs={"axis": 0})
+            y = w.op("Reshape", [flat, split], f"{path}/{kind}_heads")
+            if kind in norms:
+                y = self.norm(y, norms[kind], f"{path}/{kind}_norm")
+            y = w.op("Transpose", [y], f"{path}/{kind}_heads", attrs={"perm": [0, 2, 1, 3]})
+            if kind != "v":
+                y = w.op("RotaryEmbedding", [y, w.weight(COS), w.weight(SIN), rows.positions], f"{path}/{kind}_rotary")
+            heads[kind] = y
+        caches = [self._update_cache(layer, kind, heads[kind[0]], rows, path) for kind in KINDS]
+        attrs = {} if self._dtype == "float32" else {"softmax_precision": ONNX_DTYPES["float32"]}
+        y = w.op("Attention", [heads["q"], *caches, rows.mask], path, attrs=attrs)
+        y = w.op("Transpose", [y], f"{path}/merge_heads", attrs={"perm": [0, 2, 1, 3]})
+        return w.op("Reshape", [y, w.constant([-1, config.num_heads * config.head_dim], "int64")], f"{path}/merge_heads")
+
+    def declare_cache(self, layer: int) -> None:
+        """Declare the layer's KV inputs (before any node reads their shape)."""
+        for kind in KINDS:
+            self.writer.input(contract.past(layer, kind), kv_dims(self._config, "batch"), self._dtype)
+
+    def _update_cache(self, layer: int, kind: contract.Literal["key", "value"], update: str, rows: RowGroup, path: str) -> str:
+        w = self.writer
+        name = w.output(contract.present(layer, kind), kv_dims(self._config, "batch"), self._dtype)
+        inputs = [contract.past(layer, kind), update, rows.write_indices]
+        return w.op("TensorScatter", inputs, f"{path}/{kind}_cache", output=name, attrs={"axis": -2, "mode": "linear"})
