@@ -5,8 +5,13 @@ Foreign keys (Hugging Face's, the published DMTD ones) are translated here and i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast, get_args
+
+from dmtd_models.errors import ConfigError
+from dmtd_models.families import FAMILIES, REFUSED_KEYS, Family
+from dmtd_models.values import boolean, integer, number, positive
 
 CycleOrigin = Literal["absolute", "prompt"]
 PromptInput = Literal["cyclical", "thinking", "sum"]
@@ -68,3 +73,363 @@ class DmtdSpec:
     prompt_input: PromptInput
     trained: bool  # the checkpoint itself carries DMTD fields
     convention_recorded: bool  # cycle_origin and prompt_input stood in the checkpoint or were given; else defaulted
+
+
+# The authors train with the first pair and serve with the second; the third is what their released prefill is said to
+# do. Every other pair has no defined gates.
+LEGAL_CONVENTIONS: tuple[tuple[CycleOrigin, PromptInput], ...] = (
+    ("absolute", "cyclical"),
+    ("prompt", "thinking"),
+    ("prompt", "sum"),
+)
+DEFAULT_CONVENTION: tuple[CycleOrigin, PromptInput] = ("prompt", "thinking")
+
+_ORIGINAL_KEYS = ("num_encoding_layers", "num_thinking_layers", "num_decoding_layers")
+_PARALLEL_KEYS = ("num_parallel_layers", "num_sequential_layers", "dmtd_block_attention", "dmtd_history_mode")
+_STORED_DTYPES = ("float64", "float32", "float16", "bfloat16")
+_ROPE_KEYS = frozenset(
+    ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor")
+    + ("low_freq_factor", "high_freq_factor")
+    + ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
+)
+
+
+def read_config(raw: Mapping[str, object]) -> tuple[ModelConfig, DmtdSpec | None]:
+    """Translate the contents of a Hugging Face config.json.
+
+    Args:
+        raw: the parsed JSON object, of transformers 4 (``rope_theta`` + ``rope_scaling``) or 5 (``rope_parameters``).
+
+    Returns:
+        The architecture, and the DMTD split where the config carries one.
+
+    Raises:
+        ConfigError: something in it that this package would not compute exactly, named with its value.
+    """
+    family = _family(raw)
+    _refuse_foreign(raw, family)
+    model = _model(raw, family)
+    _check_sizes(model)
+    is_dmtd_type = raw["model_type"] in family.dmtd_types
+    return model, _dmtd(raw, model, required=is_dmtd_type)
+
+
+def resolve_dmtd(
+    model: ModelConfig,
+    recorded: DmtdSpec | None,
+    *,
+    encoding_layers: int | None = None,
+    thinking_layers: int | None = None,
+    decoding_layers: int | None = None,
+    cycle_length: int | None = None,
+    cycle_origin: CycleOrigin | None = None,
+    prompt_input: PromptInput | None = None,
+) -> DmtdSpec:
+    """Combine what the checkpoint records with the options given; options win.
+
+    Thinking layers that are not given are the rest, unless no layer option is given at all and the split is recorded.
+
+    Raises:
+        ConfigError: a plain checkpoint without decoding layers or cycle length, a split that does not add up, or a
+            convention that is not defined.
+    """
+    if recorded is None and (decoding_layers is None or cycle_length is None):
+        options = {"--decoding-layers": decoding_layers, "--cycle-length": cycle_length}
+        missing = " and ".join(name for name, value in options.items() if value is None)
+        raise ConfigError(
+            f"the checkpoint carries no DMTD fields: its split is unknown; give {missing} "
+            f"(for example --decoding-layers {max(1, model.num_layers // 4)} --cycle-length 4)"
+        )
+    split_given = encoding_layers is not None or thinking_layers is not None or decoding_layers is not None
+    base_encoding = recorded.encoding_layers if recorded else 0
+    encoding = base_encoding if encoding_layers is None else encoding_layers
+    decoding = decoding_layers if decoding_layers is not None else cast(DmtdSpec, recorded).decoding_layers
+    if thinking_layers is not None:
+        thinking = thinking_layers
+    elif recorded is not None and not split_given:
+        thinking = recorded.thinking_layers
+    else:
+        thinking = model.num_layers - encoding - decoding
+    origin, prompt, convention_recorded = _resolve_convention(recorded, cycle_origin, prompt_input)
+    spec = DmtdSpec(
+        encoding_layers=encoding,
+        thinking_layers=thinking,
+        decoding_layers=decoding,
+        cycle_length=cycle_length if cycle_length is not None else cast(DmtdSpec, recorded).cycle_length,
+        cycle_origin=origin,
+        prompt_input=prompt,
+        trained=recorded is not None and recorded.trained,
+        convention_recorded=convention_recorded,
+    )
+    check_dmtd(spec, model.num_layers)
+    return spec
+
+
+def check_dmtd(spec: DmtdSpec, num_layers: int) -> None:
+    """Refuse a split, cycle length or convention that is not defined.
+
+    Raises:
+        ConfigError: with the numbers.
+    """
+    e, t, d = spec.encoding_layers, spec.thinking_layers, spec.decoding_layers
+    if e < 0 or t <= 0 or d <= 0 or e + t + d != num_layers:
+        raise ConfigError(
+            f"DMTD split: got encoding {e} + thinking {t} + decoding {d} = {e + t + d} layers, expected encoding >= 0, "
+            f"thinking > 0, decoding > 0 and a sum of {num_layers} (num_hidden_layers); correct the split "
+            "(--encoding-layers, --thinking-layers, --decoding-layers)"
+        )
+    if spec.cycle_length < 1:
+        raise ConfigError(
+            f"cycle length: got {spec.cycle_length}, expected 1 or more; correct mtp_horizon or --cycle-length"
+        )
+    if (spec.cycle_origin, spec.prompt_input) not in LEGAL_CONVENTIONS:
+        legal = ", ".join(f"{origin} + {prompt}" for origin, prompt in LEGAL_CONVENTIONS)
+        raise ConfigError(
+            f"convention: got cycle origin {spec.cycle_origin} + prompt input {spec.prompt_input}, which is undefined, "
+            f"expected one of {legal}; correct --cycle-origin or --prompt-input"
+        )
+
+
+def _resolve_convention(
+    recorded: DmtdSpec | None, origin: CycleOrigin | None, prompt: PromptInput | None
+) -> tuple[CycleOrigin, PromptInput, bool]:
+    """The pair in force, and whether anyone stated it. A single given half chooses its natural partner."""
+    for value, kind, option in ((origin, CycleOrigin, "--cycle-origin"), (prompt, PromptInput, "--prompt-input")):
+        if value is not None and value not in get_args(kind):
+            raise ConfigError(f"{option}: got {value!r}, expected one of {', '.join(get_args(kind))}")
+    if origin is None and prompt is None:
+        if recorded is None:
+            return (*DEFAULT_CONVENTION, False)
+        return recorded.cycle_origin, recorded.prompt_input, recorded.convention_recorded
+    if origin is None:
+        return ("absolute" if prompt == "cyclical" else "prompt"), cast(PromptInput, prompt), True
+    if prompt is None:
+        if recorded is not None and recorded.convention_recorded and recorded.cycle_origin == origin:
+            return origin, recorded.prompt_input, True
+        return origin, ("cyclical" if origin == "absolute" else "thinking"), True
+    return origin, prompt, True
+
+
+def _family(raw: Mapping[str, object]) -> Family:
+    model_type = raw.get("model_type")
+    known = {kind: family for family in FAMILIES.values() for kind in (*family.plain_types, *family.dmtd_types)}
+    if not isinstance(model_type, str) or model_type not in known:
+        raise ConfigError(f"model_type: got {model_type!r}, expected one of {', '.join(sorted(known))}")
+    family = known[model_type]
+    architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list | tuple):
+        raise ConfigError(f"architectures: got {architectures!r}, expected a list of class names")
+    for name in architectures:
+        # The class names of DMTD checkpoints are the authors' own; what counts there is that it is a causal LM.
+        fits = str(name).endswith("ForCausalLM") if model_type in family.dmtd_types else name == family.architecture
+        if not fits:
+            raise ConfigError(
+                f"architectures: got {name!r}, expected {family.architecture} for model_type {model_type}"
+            )
+    return family
+
+
+def _refuse_foreign(raw: Mapping[str, object], family: Family) -> None:
+    for key, neutral in REFUSED_KEYS.items():
+        value = raw.get(key)
+        if value is not None and not any(value == allowed for allowed in neutral):
+            raise ConfigError(f"{key}: got {value!r}, which changes the model's output and is not supported")
+    activation = raw.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise ConfigError(f"hidden_act: got {activation!r}, expected silu; other activations are not supported")
+    if not family.reads_mlp_bias and raw.get("mlp_bias"):
+        raise ConfigError(f"mlp_bias: got {raw['mlp_bias']!r}, expected false for {family.name}")
+    layer_types = raw.get("layer_types") or []
+    if not isinstance(layer_types, list | tuple):
+        raise ConfigError(f"layer_types: got {layer_types!r}, expected a list")
+    for kind in layer_types:
+        if kind != "full_attention":
+            raise ConfigError(f"layer_types: got {kind!r}, expected full_attention in every layer; not supported")
+    if raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None and not layer_types:
+        first = integer(raw, "max_window_layers", 28)
+        num_layers = integer(raw, "num_hidden_layers")
+        if first < num_layers:
+            raise ConfigError(
+                f"use_sliding_window: got true with max_window_layers {first} of {num_layers} layers, so sliding "
+                "attention is in use; it is not supported"
+            )
+
+
+def _model(raw: Mapping[str, object], family: Family) -> ModelConfig:
+    num_heads = integer(raw, "num_attention_heads")
+    hidden_size = integer(raw, "hidden_size")
+    if "num_key_value_heads" in raw and raw["num_key_value_heads"] is None:
+        num_kv_heads = num_heads
+    else:
+        num_kv_heads = integer(raw, "num_key_value_heads", family.default_num_kv_heads or num_heads)
+    default_head_dim = family.default_head_dim or (hidden_size // num_heads if num_heads > 0 else 0)
+    max_positions = integer(raw, "max_position_embeddings", family.default_max_positions)
+    attention_bias = boolean(raw, "attention_bias", False)
+    eos = raw.get("eos_token_id", family.default_eos_token_id)
+    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    bos = raw.get("bos_token_id", family.default_bos_token_id)
+    for key, ids in (("eos_token_id", eos_ids), ("bos_token_id", () if bos is None else (bos,))):
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+            raise ConfigError(f"{key}: got {raw.get(key)!r}, expected a token id or a list of them")
+    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    if dtype not in _STORED_DTYPES:
+        raise ConfigError(f"dtype: got {dtype!r}, expected one of {', '.join(_STORED_DTYPES)}")
+    return ModelConfig(
+        family=family.name,
+        vocab_size=integer(raw, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=integer(raw, "intermediate_size"),
+        num_layers=integer(raw, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=integer(raw, "head_dim", default_head_dim),
+        rms_norm_eps=number(raw, "rms_norm_eps", 1e-6),
+        rope=_rope(raw, max_positions),
+        tie_word_embeddings=boolean(raw, "tie_word_embeddings", False),
+        max_positions=max_positions,
+        dtype=dtype,
+        qkv_bias=attention_bias if family.qkv_bias == "attention_bias" else True,
+        o_bias=attention_bias and family.o_bias_follows_attention_bias,
+        mlp_bias=boolean(raw, "mlp_bias", False),
+        qk_norm=family.qk_norm,
+        bos_token_id=cast("int | None", bos),
+        eos_token_ids=eos_ids,
+    )
+
+
+def _check_sizes(model: ModelConfig) -> None:
+    sizes = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "max_position_embeddings": model.max_positions,
+    }
+    for key, value in sizes.items():
+        if value <= 0:
+            raise ConfigError(f"{key}: got {value}, expected a positive number")
+    if model.num_heads % model.num_kv_heads:
+        raise ConfigError(
+            f"num_attention_heads {model.num_heads} is not a multiple of num_key_value_heads {model.num_kv_heads}"
+        )
+    if model.head_dim % 2:
+        raise ConfigError(f"head_dim: got {model.head_dim}, expected an even number (rotary embedding halves it)")
+
+
+def _rope(raw: Mapping[str, object], max_positions: int) -> Rope:
+    scaling, parameters = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
+    for key, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key}: got {value!r}, expected an object")
+    scaling, parameters = cast(Mapping[str, object], scaling), cast(Mapping[str, object], parameters)
+    for key in sorted(scaling.keys() & parameters.keys()):
+        if scaling[key] != parameters[key]:
+            raise ConfigError(f"{key}: rope_scaling says {scaling[key]!r}, rope_parameters {parameters[key]!r}")
+    rope = {**parameters, **scaling}
+    theta_outside = raw.get("rope_theta")
+    if theta_outside is not None and rope.setdefault("rope_theta", theta_outside) != theta_outside:
+        raise ConfigError(f"rope_theta: got {theta_outside!r} and, in the rope parameters, {rope['rope_theta']!r}")
+    for key in sorted(rope.keys() - _ROPE_KEYS):
+        raise ConfigError(f"rope parameter {key}: got {rope[key]!r}; this parameter is not supported")
+    if number(rope, "partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(f"partial_rotary_factor: got {rope['partial_rotary_factor']!r}, expected 1; not supported")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in get_args(RopeKind):
+        raise ConfigError(f"rope_type: got {kind!r}, expected one of {', '.join(get_args(RopeKind))}")
+    theta = number(rope, "rope_theta", 10000.0)
+    if theta <= 0:
+        raise ConfigError(f"rope_theta: got {theta}, expected a positive number")
+    return _rope_of_kind(cast(RopeKind, kind), theta, rope, raw, max_positions)
+
+
+def _rope_of_kind(
+    kind: RopeKind, theta: float, rope: Mapping[str, object], raw: Mapping[str, object], max_positions: int
+) -> Rope:
+    """Only the parameters that ``kind`` reads are kept, so that equal ropes compare equal."""
+    if kind == "default":
+        return Rope(theta=theta)
+    if kind == "linear":
+        return Rope(theta=theta, kind=kind, factor=positive(rope, "factor"))
+    outside = raw.get("original_max_position_embeddings")
+    source = raw if outside is not None else rope
+    original = integer(source, "original_max_position_embeddings", max_positions)
+    if original <= 0:
+        raise ConfigError(f"original_max_position_embeddings: got {original}, expected a positive number")
+    if kind == "llama3":
+        low, high = positive(rope, "low_freq_factor"), positive(rope, "high_freq_factor")
+        if high <= low:
+            raise ConfigError(f"rope parameter high_freq_factor: got {high}, expected more than low_freq_factor {low}")
+        return Rope(
+            theta=theta,
+            kind=kind,
+            factor=positive(rope, "factor"),
+            original_max_positions=original,
+            low_freq_factor=low,
+            high_freq_factor=high,
+        )
+    factor = positive(rope, "factor") if rope.get("factor") is not None else max_positions / original
+    optional = {
+        key: None if rope.get(key) is None else number(rope, key)
+        for key in ("attention_factor", "mscale", "mscale_all_dim")
+    }
+    return Rope(
+        theta=theta,
+        kind=kind,
+        factor=factor,
+        original_max_positions=original,
+        beta_fast=number(rope, "beta_fast", 0.0) or 32.0,
+        beta_slow=number(rope, "beta_slow", 0.0) or 1.0,
+        attention_factor=optional["attention_factor"],
+        mscale=optional["mscale"],
+        mscale_all_dim=optional["mscale_all_dim"],
+        truncate=boolean(rope, "truncate", True),
+    )
+
+
+def _dmtd(raw: Mapping[str, object], model: ModelConfig, *, required: bool) -> DmtdSpec | None:
+    original = [key for key in _ORIGINAL_KEYS if raw.get(key) is not None]
+    parallel = [key for key in _PARALLEL_KEYS if raw.get(key) is not None]
+    if not (original or parallel or raw.get("mtp_horizon") is not None):
+        if required:
+            raise ConfigError(
+                f"model_type {raw['model_type']}: num_thinking_layers, num_decoding_layers and mtp_horizon are "
+                "missing; add them to config.json"
+            )
+        return None
+    if original and parallel:
+        raise ConfigError(
+            f"config.json carries both {original[0]} and {parallel[0]}: the split is ambiguous; keep one set of fields"
+        )
+    if parallel:
+        _refuse_parallel(raw)
+        split = (0, integer(raw, "num_parallel_layers"), integer(raw, "num_sequential_layers"))
+    else:
+        encoding = integer(raw, "num_encoding_layers", 0)
+        split = (encoding, integer(raw, "num_thinking_layers"), integer(raw, "num_decoding_layers"))
+    origin, prompt = (raw.get(key) for key in ("cycle_origin", "prompt_input"))
+    convention = _resolve_convention(None, cast("CycleOrigin | None", origin), cast("PromptInput | None", prompt))
+    spec = DmtdSpec(
+        encoding_layers=split[0],
+        thinking_layers=split[1],
+        decoding_layers=split[2],
+        cycle_length=integer(raw, "mtp_horizon"),
+        cycle_origin=convention[0],
+        prompt_input=convention[1],
+        trained=True,
+        convention_recorded=convention[2],
+    )
+    check_dmtd(spec, model.num_layers)
+    return spec
+
+
+def _refuse_parallel(raw: Mapping[str, object]) -> None:
+    """Block attention ``none`` with history ``real`` is the original DMTD; every other pair is Parallel DMTD."""
+    for key, original in (("dmtd_block_attention", "none"), ("dmtd_history_mode", "real")):
+        if raw.get(key) != original:
+            raise ConfigError(
+                f"{key}: got {raw.get(key)!r}, expected {original!r} (the original DMTD); "
+                "Parallel DMTD is not supported"
+            )
