@@ -1,0 +1,82 @@
+"""What the generation loop needs of a backend: slots with KV caches, and one call that runs a step of several slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from dmtd_runtime.cycle import Step
+
+Array = np.ndarray[Any, np.dtype[Any]]
+FullPass = Literal["staged", "fused"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendOptions:
+    """How to run a bundle.
+
+    ``max_batch`` sequences at a time, each with room for ``max_model_len`` tokens. A full pass is ``staged`` (thinking, then
+    late_decode: every weight in memory once) or ``fused`` (one graph; its weights come on top of late_decode's).
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    device_id: int = 0
+    dialect: Literal["standard", "onnxruntime"] | None = None  # None: onnxruntime where the bundle has it
+    full_pass: FullPass = "staged"
+    max_batch: int = 1
+    max_model_len: int | None = None  # None: the bundle's
+    threads: int | None = None  # None: one for each core this process may use
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotStep:
+    """A step of the sequence in ``slot``; ``ids`` are the tokens of its window, or of its late rows in a late step."""
+
+    slot: int
+    step: Step
+    ids: Sequence[int]
+
+    @property
+    def late_ids(self) -> Sequence[int]:
+        return self.ids[len(self.ids) - len(self.step.late) :]
+
+
+@dataclass(slots=True)
+class RunStats:
+    """Counts since the backend was made; times are of the sessions alone."""
+
+    full_passes: int = 0
+    late_steps: int = 0
+    refill_rows: int = 0
+    session_seconds: float = 0.0
+
+
+class Backend(Protocol):
+    """One open bundle on one device. Not thread-safe: one engine drives it."""
+
+    slots: int
+    capacity: int
+    max_rows: int
+    stats: RunStats
+
+    def run(self, steps: Sequence[SlotStep]) -> Array:
+        """Run one step of one kind for the named slots.
+
+        Returns logits, float32 [n, vocab], a row for each step that wants them, in order; valid until the next call.
+        """
+        ...
+
+    def reset(self, slot: int) -> None:
+        """Forget the slot's sequence: its cache counts as empty."""
+        ...
+
+    def move(self, source: int, target: int) -> None:
+        """Let the sequence of slot ``source`` live in the free slot ``target``."""
+        ...
+
+    def close(self) -> None:
+        """Free sessions and caches."""
+        ...

@@ -1,0 +1,132 @@
+"""Opening ONNX Runtime sessions and binding their inputs and outputs once.
+
+An absent execution provider makes ONNX Runtime fall back to the CPU without a word; here that is an error.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmtd_runtime import contract
+from dmtd_runtime.backends.base import Array, BackendOptions, RunStats
+from dmtd_runtime.errors import BackendError, BundleError
+from dmtd_runtime.manifest import GraphInfo
+
+INSTALL_HINT = 'install one of: pip install "dmtd[cpu]"   or, on a machine with an NVIDIA GPU: pip install "dmtd[gpu]"'
+CUDA_PROVIDER, CPU_PROVIDER = "CUDAExecutionProvider", "CPUExecutionProvider"
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module; BackendError with the pip line where it is missing or installed twice."""
+    present = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
+    if len(present) == 2:
+        raise BackendError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; run: "
+            'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "dmtd[gpu]"   (or "dmtd[cpu]")'
+        )
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(f"ONNX Runtime cannot be imported ({error}); {INSTALL_HINT}") from None
+    return onnxruntime
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def open_session(path: Path, options: BackendOptions) -> Any:
+    """An InferenceSession whose first provider is the one asked for."""
+    ort = import_onnxruntime()
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = options.threads or usable_cores()
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = 3
+    # The two sessions of a bundle run in turn: a pool that spins on after its run takes the cores from the other one.
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
+    providers: list[Any] = [CPU_PROVIDER]
+    if options.device == "cuda":
+        if CUDA_PROVIDER not in ort.get_available_providers():
+            raise BackendError(
+                f"this ONNX Runtime has no {CUDA_PROVIDER}, only {', '.join(ort.get_available_providers())}; "
+                'run: pip uninstall -y onnxruntime && pip install "dmtd[gpu]"'
+            )
+        providers = [(CUDA_PROVIDER, {"device_id": options.device_id}), CPU_PROVIDER]
+    try:
+        session = ort.InferenceSession(str(path), settings, providers=providers)
+    except Exception as error:
+        raise BundleError(f"ONNX Runtime cannot load {path}: {_first_line(error)}; export the bundle again") from error
+    wanted = CUDA_PROVIDER if options.device == "cuda" else CPU_PROVIDER
+    if session.get_providers()[0] != wanted:
+        raise BackendError(
+            f"--device {options.device}: ONNX Runtime fell back to {session.get_providers()[0]}; "
+            "see `dmtd doctor` for the driver, CUDA and cuDNN it needs"
+        )
+    return session
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+
+
+class Binding:
+    """One (graph, row counts): every input and output bound once, written in place before each run.
+
+    On the CPU an OrtValue aliases its numpy array. On a GPU ``arrays`` are host images of small inputs, pushed before a run.
+    """
+
+    def __init__(self, session: Any, graph: GraphInfo, sizes: Mapping[str, int], shared: Mapping[str, Any], cuda: bool) -> None:
+        """``shared`` are OrtValues by input or output name (caches, thought, logits); ``sizes`` resolves symbolic dims."""
+        ort = import_onnxruntime()
+        self.arrays: dict[str, Array] = {}
+        self._session = session
+        self._binding = session.io_binding()
+        self._pushed: list[tuple[Any, Array]] = []
+        self._kept = list(shared.values())
+        for info in graph.inputs:
+            if info.name in shared:
+                self._binding.bind_ortvalue_input(info.name, shared[info.name])
+                continue
+            array = np.zeros([sizes[dim] if isinstance(dim, str) else dim for dim in info.dims], info.dtype)
+            # GroupQueryAttention reads its total length on the host, on every provider.
+            on_device = cuda and not info.name.endswith("_total_sequence_length")
+            value = ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0) if on_device else ort.OrtValue.ortvalue_from_numpy(array)
+            if on_device:
+                self._pushed.append((value, array))
+            self._binding.bind_ortvalue_input(info.name, value)
+            self.arrays[info.name] = array
+            self._kept.append(value)
+        for info in graph.outputs:
+            self._binding.bind_ortvalue_output(info.name, shared[info.name])
+
+    def run(self, stats: RunStats) -> None:
+        """Run the graph over what stands in ``arrays``; errors of ONNX Runtime become BackendError."""
+        start = time.perf_counter()
+        for value, array in self._pushed:
+            value.update_inplace(array)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed: {_first_line(error)}") from error
+        stats.session_seconds += time.perf_counter() - start
+
+
+def is_cache(name: str) -> bool:
+    """Whether an input or output is a KV buffer."""
+    return name.startswith((contract.past(0, "key").split(".")[0] + ".", contract.present(0, "key").split(".")[0] + "."))

@@ -1,0 +1,119 @@
+"""The DMTD schedule in pure integers: which rows, positions and gates every step needs. All rules of the product live here.
+
+Words: a sequence has ``fed`` tokens (rows in E's and D's caches) and ``thought`` rows in T's cache, ``thought <= fed``.
+
+1. Prefill: prompt rows run through everything, in chunks; their gates follow ``prompt_input``.
+2. A cycle head at position c runs T over ``thought .. c`` (the refill and the head itself) and D over c alone.
+3. Every other generated position runs D only; T is not touched.
+4. Plain mode, the baseline: every generated token is a full pass and D reads T's output alone.
+
+The oracle in dmtd_models has rules of its own, and a test holds the two against each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dmtd_runtime.manifest import CycleInfo
+
+StepKind = Literal["prefill", "full", "late"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one sequence does in one run. ``window`` are T's rows (empty in a late step), ``late`` D's rows, its tail."""
+
+    kind: StepKind
+    window: range
+    late: range
+    gate_hidden: tuple[bool, ...]  # one entry a late row
+    gate_thought: tuple[bool, ...]
+    wants_logits: bool  # of the last late row
+
+
+@dataclass(slots=True, kw_only=True)
+class Position:
+    """Where a sequence stands; :meth:`commit` after a step has run."""
+
+    prompt_len: int
+    fed: int = 0
+    thought: int = 0
+
+    @property
+    def in_prefill(self) -> bool:
+        return self.fed < self.prompt_len
+
+    def commit(self, step: Step) -> None:
+        """Take the step's rows as written."""
+        assert step.late.start == self.fed, f"step writes from row {step.late.start}, {self.fed} rows are committed"
+        self.fed = step.late.stop
+        if step.window:
+            assert step.window.start == self.thought, f"T's window starts at {step.window.start}, {self.thought} rows exist"
+            self.thought = step.window.stop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CyclePlan:
+    """The rules for one bundle and mode."""
+
+    cycle: CycleInfo
+    plain: bool = False
+
+    def is_head(self, position: int, prompt_len: int) -> bool:
+        """Whether a generated position starts a cycle (every one does in plain mode)."""
+        origin = prompt_len if self.cycle.cycle_origin == "prompt" else 0
+        return self.plain or (position - origin) % self.cycle.cycle_length == 0
+
+    def gates(self, position: int, prompt_len: int) -> tuple[bool, bool]:
+        """(gate_hidden, gate_thought) of a position."""
+        if self.plain:
+            return False, True
+        if position < prompt_len and self.cycle.prompt_input == "thinking":
+            return False, True
+        if position < prompt_len and self.cycle.prompt_input == "sum":
+            return True, True
+        return True, self.is_head(position, prompt_len)
+
+    def next_step(self, at: Position, max_rows: int) -> Step:
+        """The step that feeds the next token, or the next chunk of at most ``max_rows`` prompt tokens."""
+        if at.in_prefill:
+            rows = range(at.fed, min(at.prompt_len, at.fed + max_rows))
+            gates = [self.gates(position, at.prompt_len) for position in rows]
+            return Step(
+                kind="prefill",
+                window=rows,
+                late=rows,
+                gate_hidden=tuple(h for h, _ in gates),
+                gate_thought=tuple(t for _, t in gates),
+                wants_logits=rows.stop == at.prompt_len,
+            )
+        head = self.is_head(at.fed, at.prompt_len)
+        gate_hidden, gate_thought = self.gates(at.fed, at.prompt_len)
+        return Step(
+            kind="full" if head else "late",
+            window=range(at.thought, at.fed + 1) if head else range(0),
+            late=range(at.fed, at.fed + 1),
+            gate_hidden=(gate_hidden,),
+            gate_thought=(gate_thought,),
+            wants_logits=True,
+        )
+
+    def next_steps(self, batch: Sequence[Position], max_rows: int) -> list[tuple[int, Step]]:
+        """The next run of a batch: (index, step) of those that take part, all of one kind.
+
+        Prompts first, as many chunks as fit into ``max_rows``. Then, while any sequence stands inside a cycle, only those
+        step, and the ones at a head wait: after at most ``cycle_length - 1`` short runs all heads fall together, for good,
+        and T's weights are read once a cycle for the whole batch.
+        """
+        steps: list[tuple[int, Step]] = []
+        for index, at in enumerate(batch):
+            if at.in_prefill and max_rows > 0:
+                step = self.next_step(at, max_rows)
+                max_rows -= len(step.window)
+                steps.append((index, step))
+        if steps:
+            return steps
+        inside = [i for i, at in enumerate(batch) if not self.is_head(at.fed, at.prompt_len)]
+        return [(i, self.next_step(batch[i], max_rows)) for i in (inside or range(len(batch)))]
