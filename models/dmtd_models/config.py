@@ -87,10 +87,13 @@ DEFAULT_CONVENTION: tuple[CycleOrigin, PromptInput] = ("prompt", "thinking")
 _ORIGINAL_KEYS = ("num_encoding_layers", "num_thinking_layers", "num_decoding_layers")
 _PARALLEL_KEYS = ("num_parallel_layers", "num_sequential_layers", "dmtd_block_attention", "dmtd_history_mode")
 _STORED_DTYPES = ("float64", "float32", "float16", "bfloat16")
+_COMMON_ROPE_KEYS = ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings")
 _ROPE_KEYS = frozenset(
-    ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor")
-    + ("low_freq_factor", "high_freq_factor")
-    + ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
+    (
+        *_COMMON_ROPE_KEYS,
+        *("partial_rotary_factor", "low_freq_factor", "high_freq_factor"),
+        *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+    )
 )
 
 
