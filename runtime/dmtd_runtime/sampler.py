@@ -136,9 +136,8 @@ class Sampler:
         Raises:
             BackendError: The logits hold NaN or infinity, or every token is masked.
         """
-        assert logits.shape == (self._vocab_size,) and logits.dtype == np.float32, (
-            f"one row of logits is float32 [{self._vocab_size}], got {logits.dtype} {list(logits.shape)}"
-        )
+        assert logits.shape == (self._vocab_size,), f"a row of logits is [{self._vocab_size}], got {list(logits.shape)}"
+        assert logits.dtype == np.float32, f"logits are float32, got {logits.dtype}"
         raw_best = int(logits.argmax())  # a NaN wins an arg-max, so it and +inf show here, -inf in the minimum
         if not (np.isfinite(logits[raw_best]) and np.isfinite(logits.min())):
             raise BackendError(
