@@ -6,6 +6,7 @@ may be written by padding and are never seen, but they must be finite, because N
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ class HostKvCache:
         shape = (slots, model.num_kv_heads, capacity, model.head_dim)
         dtype = np.dtype(model.dtype)
         self._buffers: dict[tuple[int, Kind], Array] = {
-            (layer, kind): np.zeros(shape, dtype) for layer in range(model.num_layers) for kind in ("key", "value")
+            (layer, kind): _lazy_zeros(shape, dtype) for layer in range(model.num_layers) for kind in ("key", "value")
         }
 
     def buffer(self, layer: int, kind: Kind) -> Array:
@@ -46,6 +47,16 @@ class HostKvCache:
         """Zero a slot: what a failed run left there must not reach the next sequence."""
         for buffer in self._buffers.values():
             buffer[slot] = 0
+
+    def close(self) -> None:
+        """Drop the buffers; their memory goes once nothing is bound to them."""
+        self._buffers.clear()
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Zeros whose pages exist once written. numpy's own asks for huge pages, which commits 2 MB around every row."""
+    pages = mmap.mmap(-1, max(1, int(np.prod(shape)) * dtype.itemsize))
+    return np.frombuffer(pages, dtype, count=int(np.prod(shape))).reshape(shape)
 
 
 def kv_bytes(model: ModelInfo, rows: int) -> int:

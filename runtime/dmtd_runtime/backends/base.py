@@ -69,12 +69,12 @@ class Backend(Protocol):
         """
         ...
 
-    def reset(self, slot: int) -> None:
-        """Forget the slot's sequence: its cache counts as empty."""
+    def reset(self, slot: int, *, clear: bool = False) -> None:
+        """Forget the slot's sequence: its cache counts as empty, and is zeroed with ``clear`` (it may hold NaN)."""
         ...
 
-    def move(self, source: int, target: int) -> None:
-        """Let the sequence of slot ``source`` live in the free slot ``target``."""
+    def move(self, source: int, target: int) -> bool:
+        """Let the sequence of slot ``source`` live in the free slot ``target``; False where slots cannot be moved."""
         ...
 
     def close(self) -> None:

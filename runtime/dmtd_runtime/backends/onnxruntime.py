@@ -90,25 +90,24 @@ class OnnxRuntimeBackend:
             self._fed[slot_step.slot] = slot_step.step.late.stop
         return logits[self._layout.logit_index(steps)]
 
-    def reset(self, slot: int) -> None:
+    def reset(self, slot: int, *, clear: bool = False) -> None:
         self._fed[slot] = 0
+        if clear and not self._cuda:
+            self._cache.clear(slot)
 
-    def move(self, source: int, target: int) -> None:
+    def move(self, source: int, target: int) -> bool:
         if self._cuda:
-            raise AssertionError("slots are not moved on a GPU: idle slots cost no bytes there")
+            return False
         self._cache.move(source, target, self._fed[source])
         self._fed[target], self._fed[source] = self._fed[source], 0
-
-    @property
-    def can_move(self) -> bool:
-        return not self._cuda
+        return True
 
     def close(self) -> None:
         self._bindings.clear()
         self._shared.clear()
         self._device_cache.clear()
         self._sessions.clear()
-        self._cache = HostKvCache(self._manifest.model, 0, 0)
+        self._cache.close()
 
     def _run_graph(self, name: contract.GraphName, steps: Sequence[SlotStep]) -> Array:
         """Fill, run, and return the logits output [1 or batch, num_logits, vocab] (thinking: its thought)."""
