@@ -11,7 +11,7 @@ exec </dev/null # a closed or interactive standard input must not matter to anyt
 
 DMTD_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 DMTD_TORCH="torch==2.13.0"
-DMTD_TORCH_CPU_INDEX="https://download.pytorch.org/whl/cpu"
+DMTD_TORCH_CPU_INDEX="${DMTD_TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}" # or a mirror of it
 DMTD_PYTHON=""
 
 say() { printf '%s\n' "$*" >&2; }
