@@ -59,7 +59,7 @@ _has_nvidia_gpu() {
 # onnxruntime and onnxruntime-gpu own the same folder, so the CPU wheel is left out where the other one is installed.
 _facts() {
   "$DMTD_PYTHON" - "$1" "$DMTD_ROOT" "$DMTD_TORCH" <<'PY'
-import hashlib, importlib.metadata as metadata, pathlib, sys
+import hashlib, importlib.metadata as metadata, os, pathlib, sys
 
 profile, root, torch_pin = sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3]
 
@@ -71,7 +71,9 @@ def version(name: str) -> str:
 
 extras = {"test": ["test"], "demo": ["export"]}[profile] + ([] if version("onnxruntime-gpu") else ["cpu"])
 key = hashlib.sha256()
-for part in (str(root), sys.version, torch_pin, version("onnxruntime-gpu"), (root / "pyproject.toml").read_text()):
+# Where pip may find torch counts too: a run that had to go on without it tries again when told where it is.
+sources = [os.environ.get(name, "") for name in ("PIP_FIND_LINKS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "DMTD_TORCH_CPU_INDEX")]
+for part in (*sources, str(root), sys.version, torch_pin, version("onnxruntime-gpu"), (root / "pyproject.toml").read_text()):
     key.update(part.encode() + b"\0")
 print(",".join(extras), key.hexdigest(), version("torch") or "none", pathlib.Path(sys.prefix) / ".dmtd-setup", sep="\n")
 PY
@@ -121,7 +123,7 @@ _install_torch() {
   fi
   local found="would bring gigabytes of CUDA packages to a machine without a GPU"
   ((status == 0)) || found="is not to be had from pip's indexes"
-  local fix="give pip its CPU build (PIP_FIND_LINKS=/folder/with/the/wheel, or an index in pip's configuration) and run again"
+  local fix="give pip its CPU build (set PIP_FIND_LINKS=/folder/with/the/wheel, or DMTD_TORCH_CPU_INDEX to a mirror) and run again"
   [[ "$profile" == demo ]] || die "$DMTD_TORCH $found; $fix"
   say "  going on without torch, which $found; the verification will run at a lower level. For all of it: $fix"
 }
