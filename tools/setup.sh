@@ -160,7 +160,7 @@ dmtd_setup() {
   { read -r extras && read -r key && read -r torch && read -r stamp; } <<<"$facts"
   if [[ -f "$stamp" ]] && grep -qx "$key" "$stamp" && grep -qxE "test|$profile" "$stamp"; then return; fi
 
-  say "Installing into $venv (first time, or pyproject.toml has changed)"
+  say "Installing into $venv (first time, or its requirements have changed)"
   _wanted_torch_is_there "$torch" "$own_venv" || _install_torch "$profile"
   step "dmtd[$extras]" "$DMTD_PYTHON" -m pip install -qq --editable "${DMTD_ROOT}[$extras]"
   # One key, then the profiles that are installed under it; another key (other clone, other pyproject) forgets them.
