@@ -1,1 +1,3 @@
-"""Torch-free runtime of DMTD bundles."""
+"""Runtime: generates text from a bundle through cycle and refill. No torch, no onnx."""
+
+__all__: list[str] = []
