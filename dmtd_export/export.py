@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+
+from dmtd_export.atomic import atomic_directory
+from dmtd_export.graphs import GraphSpec, build_graph
+from dmtd_export.options import MAX_BATCH_LIMIT, MAX_WINDOW, ExportOptions
+from dmtd_export.weights import stored_bytes, write_weights
 from dmtd_models.checkpoint import Checkpoint, open_checkpoint
 from dmtd_models.config import DmtdSpec, ModelConfig, resolve_dmtd
 from dmtd_runtime import contract
 from dmtd_runtime.errors import DmtdError
 from dmtd_runtime.manifest import CycleInfo, FileInfo, GraphInfo, Manifest, ModelInfo, sha256_of
 from dmtd_runtime.version import __version__
-
-from dmtd_export.atomic import atomic_directory
-from dmtd_export.graphs import GraphSpec, build_graph
-from dmtd_export.options import MAX_BATCH_LIMIT, MAX_WINDOW, ExportOptions
-from dmtd_export.weights import stored_bytes, write_weights
 
 logger = logging.getLogger("dmtd.export")
 
@@ -44,7 +44,12 @@ class Progress:
 
 
 def export_bundle(
-    model: Path, output: Path, options: ExportOptions, *, progress: Progress | None = None, verify: VerifyHook | None = None
+    model: Path,
+    output: Path,
+    options: ExportOptions,
+    *,
+    progress: Progress | None = None,
+    verify: VerifyHook | None = None,
 ) -> Manifest:
     """Export the checkpoint at ``model`` (a Hugging Face directory or a GGUF file) into the bundle ``output``.
 
@@ -66,7 +71,9 @@ def export_bundle(
                     (work / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise ExportError(f"no space left while writing {output}: free some and export again; nothing was kept") from None
+                raise ExportError(
+                    f"no space left while writing {output}: free some and export again; nothing was kept"
+                ) from None
             raise
     return manifest
 
@@ -214,4 +221,3 @@ def _check_disk(output: Path, checkpoint: Checkpoint, options: ExportOptions) ->
         raise ExportError(
             f"{place} has {free / 1e9:.2f} GB free, the bundle needs {needed / 1e9:.2f} GB; free some space, or choose another -o or --dtype"
         )
-

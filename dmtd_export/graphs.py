@@ -26,16 +26,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
-from dmtd_models.config import DmtdSpec, ModelConfig
-from dmtd_runtime import contract
-from dmtd_runtime.contract import Dialect, GraphName, Group
-from dmtd_runtime.manifest import GraphInfo, WeightInfo
-from dmtd_runtime.version import __version__
 
 from dmtd_export.graph_writer import ONNX_DTYPES, GraphWriter
 from dmtd_export.layers import State, decoder_layer, linear, sum_state
 from dmtd_export.ort_dialect import OrtDialect
 from dmtd_export.standard_dialect import StandardDialect
+from dmtd_models.config import DmtdSpec, ModelConfig
+from dmtd_runtime import contract
+from dmtd_runtime.contract import Dialect, GraphName, Group
+from dmtd_runtime.manifest import GraphInfo, WeightInfo
+from dmtd_runtime.version import __version__
 
 EMBED, FINAL_NORM, LM_HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
@@ -50,7 +50,9 @@ class GraphSpec:
     weights: Mapping[str, WeightInfo]
 
 
-def build_graph(spec: GraphSpec, name: GraphName, dialect: Dialect, slots: int = 1) -> tuple[onnx.ModelProto, GraphInfo]:
+def build_graph(
+    spec: GraphSpec, name: GraphName, dialect: Dialect, slots: int = 1
+) -> tuple[onnx.ModelProto, GraphInfo]:
     """Build one graph. Returns the protobuf (no weights inside) and its record for the manifest."""
     writer = GraphWriter(name, spec.weights)
     shape: _StandardRows | _PackedRows
@@ -124,14 +126,16 @@ class _Rows:
         self.writer = writer
         self.spec = spec
 
-    def embed_ids(self) -> str:
+    def embed(self) -> str:
         w = self.writer
         embedded = w.op("Gather", [w.weight(f"{EMBED}.weight"), contract.INPUT_IDS], "/model/embed_tokens")
         return self.flat(embedded, "/model/embed_tokens")
 
     def flat(self, x: str, path: str) -> str:
         """[..., hidden] -> [rows, hidden]."""
-        return self.writer.op("Reshape", [x, self.writer.constant([-1, self.spec.config.hidden_size], "int64")], f"{path}/rows")
+        return self.writer.op(
+            "Reshape", [x, self.writer.constant([-1, self.spec.config.hidden_size], "int64")], f"{path}/rows"
+        )
 
     def gated(self, hidden: str, thought: str, dims: Sequence[int | str]) -> str:
         """u = select(gate_hidden, hidden) + select(gate_thought, thought); a select, because 0 * NaN is NaN."""
@@ -160,18 +164,19 @@ class _StandardRows(_Rows):
         self.writer.input(contract.LATE_ROWS, ["batch", "late_len"], "int64")
 
     def declare_thought(self) -> str:
-        thought = self.writer.input(contract.THOUGHT, ["batch", "late_len", self.spec.config.hidden_size], self.spec.dtype)
+        thought = self.writer.input(
+            contract.THOUGHT, ["batch", "late_len", self.spec.config.hidden_size], self.spec.dtype
+        )
         return self.flat(thought, "/model/thought")
 
     def add_window_group(self, group: Group, layer: int) -> None:
         self.dialect.add_group(group, contract.POSITION_IDS, layer)
 
     def add_late_group(self, layer: int) -> None:
-        positions = self.writer.op("GatherElements", [contract.POSITION_IDS, contract.LATE_ROWS], "/late_rows/positions", attrs={"axis": 1})
+        positions = self.writer.op(
+            "GatherElements", [contract.POSITION_IDS, contract.LATE_ROWS], "/late_rows/positions", attrs={"axis": 1}
+        )
         self.dialect.add_group("late", positions, layer)
-
-    def embed(self) -> str:
-        return self.embed_ids()
 
     def select_late(self, x: str, path: str) -> str:
         return self._select(x, contract.INPUT_IDS, contract.LATE_ROWS, f"{path}/late_rows")
@@ -184,7 +189,9 @@ class _StandardRows(_Rows):
         """Rows of x, which is [batch * n, hidden] for ``like`` [batch, n], by indices [batch, m] -> [batch * m, hidden]."""
         w = self.writer
         shape = w.op("Shape", [like], f"{path}/shape")
-        shape = w.op("Concat", [shape, w.constant([self.spec.config.hidden_size], "int64")], f"{path}/shape", attrs={"axis": 0})
+        shape = w.op(
+            "Concat", [shape, w.constant([self.spec.config.hidden_size], "int64")], f"{path}/shape", attrs={"axis": 0}
+        )
         x = w.op("Reshape", [x, shape], f"{path}/batch")
         index = w.op("Unsqueeze", [rows, w.constant([-1], "int64")], f"{path}/index")
         return self.flat(w.op("GatherND", [x, index], path, attrs={"batch_dims": 1}), path)
@@ -193,14 +200,27 @@ class _StandardRows(_Rows):
         return self.gated(hidden, thought, ["batch", "late_len"])
 
     def write_thought(self, x: str) -> None:
-        self._write_rows(x, contract.LATE_ROWS, contract.THOUGHT, ["batch", "late_len", self.spec.config.hidden_size], self.spec.dtype)
+        self._write_rows(
+            x,
+            contract.LATE_ROWS,
+            contract.THOUGHT,
+            ["batch", "late_len", self.spec.config.hidden_size],
+            self.spec.dtype,
+        )
 
     def write_logits(self, x: str) -> None:
-        self._write_rows(x, contract.LOGIT_ROWS, contract.LOGITS, ["batch", "num_logits", self.spec.config.vocab_size], "float32")
+        self._write_rows(
+            x, contract.LOGIT_ROWS, contract.LOGITS, ["batch", "num_logits", self.spec.config.vocab_size], "float32"
+        )
 
     def _write_rows(self, x: str, like: str, name: str, dims: Sequence[int | str], dtype: str) -> None:
         w, path = self.writer, f"/{name}"
-        shape = w.op("Concat", [w.op("Shape", [like], f"{path}/shape"), w.constant([dims[-1]], "int64")], f"{path}/shape", attrs={"axis": 0})
+        shape = w.op(
+            "Concat",
+            [w.op("Shape", [like], f"{path}/shape"), w.constant([int(dims[-1])], "int64")],
+            f"{path}/shape",
+            attrs={"axis": 0},
+        )
         w.op("Reshape", [x, shape], path, output=w.output(name, dims, dtype))
 
 
@@ -227,9 +247,6 @@ class _PackedRows(_Rows):
 
     def add_late_group(self, layer: int) -> None:
         self.dialect.add_group("late", self.writer.op("Shape", [contract.LATE_ROWS], "/late_rows/count"))
-
-    def embed(self) -> str:
-        return self.embed_ids()
 
     def select_late(self, x: str, path: str) -> str:
         return self.writer.op("Gather", [x, contract.LATE_ROWS], f"{path}/late_rows")

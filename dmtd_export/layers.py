@@ -11,14 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from dmtd_models.config import ModelConfig
-from dmtd_runtime import contract
-from dmtd_runtime.contract import Group
-
 from dmtd_export.graph_writer import GraphWriter
+from dmtd_models.config import ModelConfig
+from dmtd_runtime.contract import Group, Kind
 
 COS, SIN = "rotary.cos", "rotary.sin"
-KINDS: tuple[contract.Literal["key", "value"], ...] = ("key", "value")
+KINDS: tuple[Kind, ...] = ("key", "value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +68,14 @@ def decoder_layer(dialect: DialectWriter, config: ModelConfig, state: State, lay
     attended = dialect.attention(x, layer, group, f"{path}/self_attn")
     attended = linear(writer, attended, (f"{module}.self_attn.o_proj",), f"{path}/self_attn/o_proj")
     x, residual = dialect.add_norm(
-        State(residual=residual, delta=attended), f"{module}.post_attention_layernorm.weight", f"{path}/post_attention_layernorm"
+        State(residual=residual, delta=attended),
+        f"{module}.post_attention_layernorm.weight",
+        f"{path}/post_attention_layernorm",
     )
-    return State(residual=residual, delta=mlp(writer, config, x, module, path))
+    return State(residual=residual, delta=mlp(writer, x, module, path))
 
 
-def mlp(writer: GraphWriter, config: ModelConfig, x: str, module: str, path: str) -> str:
+def mlp(writer: GraphWriter, x: str, module: str, path: str) -> str:
     """down(silu(gate(x)) * up(x)), gate and up read as one matrix."""
     both = linear(writer, x, (f"{module}.mlp.gate_proj", f"{module}.mlp.up_proj"), f"{path}/mlp/gate_up_proj")
     gate, up = writer.node("Split", [both], f"{path}/mlp", outputs=2, attrs={"axis": 1, "num_outputs": 2})

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dmtd_export.graph_writer import GraphWriter
+from dmtd_export.layers import COS, KINDS, SIN, State, kv_dims, linear, qk_norm_weights
 from dmtd_models.config import ModelConfig
 from dmtd_runtime import contract
 from dmtd_runtime.contract import Group
-
-from dmtd_export.graph_writer import GraphWriter
-from dmtd_export.layers import COS, KINDS, SIN, State, kv_dims, linear, qk_norm_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +45,9 @@ class OrtDialect:
         seqlens = w.input(contract.seqlens_k(group), [slots], "int32")
         total = w.input(contract.total_sequence_length(group), [slots], "int32")
         if slots == 1:
-            self._groups[group] = SlotGroup(seqlens_k=[seqlens], total_len=[total], slot_rows=None, pads=None, keep_drop=None)
+            self._groups[group] = SlotGroup(
+                seqlens_k=[seqlens], total_len=[total], slot_rows=None, pads=None, keep_drop=None
+            )
             return
         slot_rows = w.input(contract.slot_rows(group), [slots], "int64")
         pad_rows = w.input(contract.pad_rows(group), [1], "int64")
@@ -62,7 +63,9 @@ class OrtDialect:
 
     def norm(self, x: str, weight: str, path: str) -> str:
         w = self.writer
-        return w.op("RMSNormalization", [x, w.weight(weight)], path, attrs={"axis": -1, "epsilon": self._config.rms_norm_eps})
+        return w.op(
+            "RMSNormalization", [x, w.weight(weight)], path, attrs={"axis": -1, "epsilon": self._config.rms_norm_eps}
+        )
 
     def add_norm(self, state: State, weight: str, path: str) -> tuple[str, str]:
         if state.delta is None:
@@ -117,7 +120,11 @@ class OrtDialect:
         q, k, v = w.node("Split", [qkv, w.constant(sizes, "int64")], f"{path}/qkv", outputs=3, attrs={"axis": 2})
         normed = []
         for kind, x, size in (("q", q, sizes[0]), ("k", k, sizes[1])):
-            x = w.op("Reshape", [x, w.constant([1, -1, size // config.head_dim, config.head_dim], "int64")], f"{path}/{kind}_heads")
+            x = w.op(
+                "Reshape",
+                [x, w.constant([1, -1, size // config.head_dim, config.head_dim], "int64")],
+                f"{path}/{kind}_heads",
+            )
             x = self.norm(x, norms[kind], f"{path}/{kind}_norm")
             normed.append(w.op("Reshape", [x, w.constant([1, -1, size], "int64")], f"{path}/{kind}_merge"))
         return w.op("Concat", [*normed, v], f"{path}/qkv_normed", attrs={"axis": 2})

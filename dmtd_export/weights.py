@@ -15,11 +15,11 @@ from typing import BinaryIO, Protocol
 
 import ml_dtypes
 import numpy as np
+
+from dmtd_export.layers import COS, SIN
 from dmtd_models.config import ModelConfig
 from dmtd_models.rope import rotary_tables
 from dmtd_runtime.manifest import FileInfo, WeightInfo
-
-from dmtd_export.layers import COS, SIN
 
 Array = np.ndarray
 PAGE_BYTES = 4096

@@ -16,6 +16,7 @@ from typing import Literal
 GraphName = Literal["full_pass", "thinking", "late_decode"]
 Dialect = Literal["standard", "onnxruntime"]
 Group = Literal["thinking", "late"]
+Kind = Literal["key", "value"]
 
 FULL_PASS: GraphName = "full_pass"
 THINKING: GraphName = "thinking"
@@ -72,12 +73,12 @@ def pad_rows(group: Group) -> str:
     return f"{group}_pad_rows"
 
 
-def past(layer: int, kind: Literal["key", "value"], slot: int | None = None) -> str:
+def past(layer: int, kind: Kind, slot: int | None = None) -> str:
     """KV input of an absolute layer number; ``slot`` only in packed graphs made for several slots."""
     return f"past_key_values.{layer}.{kind}" + ("" if slot is None else f".{slot}")
 
 
-def present(layer: int, kind: Literal["key", "value"], slot: int | None = None) -> str:
+def present(layer: int, kind: Kind, slot: int | None = None) -> str:
     """KV output; its buffer is the one bound to :func:`past`."""
     return f"present.{layer}.{kind}" + ("" if slot is None else f".{slot}")
 

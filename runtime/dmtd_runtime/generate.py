@@ -95,7 +95,9 @@ def _choose(sequence: SequenceRun, logits: Array) -> TokenEvent:
         return TokenEvent(choice=None, error=error)
     sequence.ids.append(choice.token_id)
     outcome = sequence.stops.push(choice.token_id)
-    return TokenEvent(choice=choice, text=outcome.text, finish_reason=outcome.finish_reason, stop_reason=outcome.stop_reason)
+    return TokenEvent(
+        choice=choice, text=outcome.text, finish_reason=outcome.finish_reason, stop_reason=outcome.stop_reason
+    )
 
 
 def _end_cancelled(backend: Backend, active: list[SequenceRun]) -> None:

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from dmtd_runtime.contract import Literal
+from dmtd_runtime.contract import Kind
 from dmtd_runtime.manifest import ModelInfo
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Kind = Literal["key", "value"]
 
 
 class HostKvCache:
@@ -33,10 +32,6 @@ class HostKvCache:
     def buffer(self, layer: int, kind: Kind) -> Array:
         """[slots, kv_heads, capacity, head_dim]."""
         return self._buffers[layer, kind]
-
-    def slot(self, layer: int, kind: Kind, slot: int) -> Array:
-        """[1, kv_heads, capacity, head_dim], a view."""
-        return self._buffers[layer, kind][slot : slot + 1]
 
     def move(self, source: int, target: int, rows: int) -> None:
         """Copy the first ``rows`` rows of a slot over another slot's."""

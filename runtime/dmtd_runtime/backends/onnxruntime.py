@@ -31,7 +31,9 @@ class Layout(Protocol):
         """Symbolic dimensions of the run; equal sizes share a binding."""
         ...
 
-    def fill(self, graph: contract.GraphName, arrays: Mapping[str, Array], steps: Sequence[SlotStep], fed: Sequence[int]) -> None:
+    def fill(
+        self, graph: contract.GraphName, arrays: Mapping[str, Array], steps: Sequence[SlotStep], fed: Sequence[int]
+    ) -> None:
         """Write every input of the run."""
         ...
 
@@ -51,7 +53,9 @@ class OnnxRuntimeBackend:
         stored_slots = max((g.slots for g in manifest.graphs if g.dialect == dialect), default=1)
         packed = dialect == contract.ONNXRUNTIME
         if packed and options.max_batch > stored_slots:
-            raise RequestError(f"max_batch: got {options.max_batch}, this bundle was exported for {stored_slots} (--max-batch)")
+            raise RequestError(
+                f"max_batch: got {options.max_batch}, this bundle was exported for {stored_slots} (--max-batch)"
+            )
         self.slots = options.max_batch
         graph_slots = (stored_slots if options.max_batch > 1 else 1) if packed else 1
         limit = manifest.model.max_model_len
@@ -88,7 +92,8 @@ class OnnxRuntimeBackend:
             self.stats.refill_rows += sum(len(s.step.window) - len(s.step.late) for s in steps)
         for slot_step in steps:
             self._fed[slot_step.slot] = slot_step.step.late.stop
-        return logits[self._layout.logit_index(steps)]
+        rows: Array = logits[self._layout.logit_index(steps)]
+        return rows
 
     def reset(self, slot: int, *, clear: bool = False) -> None:
         self._fed[slot] = 0
@@ -126,7 +131,9 @@ class OnnxRuntimeBackend:
 
     def _bind(self, name: contract.GraphName, sizes: Mapping[str, int]) -> Binding:
         graph = self._graphs[name]
-        shared = {info.name: self._cache_value(info.name) for info in (*graph.inputs, *graph.outputs) if is_cache(info.name)}
+        shared = {
+            info.name: self._cache_value(info.name) for info in (*graph.inputs, *graph.outputs) if is_cache(info.name)
+        }
         for output in (contract.THOUGHT, contract.LOGITS):
             if any(info.name == output for info in (*graph.inputs, *graph.outputs)):
                 shared[output] = self._shared_value(name, output, sizes)[0]
@@ -147,16 +154,18 @@ class OnnxRuntimeBackend:
 
     def _cache_value(self, name: str) -> Any:
         """The OrtValue of a KV input or output: both names of a pair are one buffer."""
-        _, layer, kind, *slot = name.split(".")
-        key = f"{layer}.{kind}.{slot[0] if slot else ''}"
+        _, layer, kind_name, *slot_name = name.split(".")
+        key = ".".join((layer, kind_name, *slot_name))
         if key not in self._device_cache:
             ort = import_onnxruntime()
-            assert kind in ("key", "value"), f"{name} is not a KV name"
-            buffer = self._cache.slot(int(layer), kind, int(slot[0]) if slot else 0) if self._packed else self._cache.buffer(int(layer), kind)
-            model = self._manifest.model
-            self._device_cache[key] = (
-                self._device_zeros(list(buffer.shape), model.dtype) if self._cuda else ort.OrtValue.ortvalue_from_numpy(buffer)
-            )
+            kind: contract.Kind = "key" if kind_name == "key" else "value"
+            buffer = self._cache.buffer(int(layer), kind)
+            if self._packed:
+                slot = int(slot_name[0]) if slot_name else 0
+                buffer = buffer[slot : slot + 1]
+            dtype = self._manifest.model.dtype
+            on_gpu = self._cuda and self._device_zeros(list(buffer.shape), dtype)
+            self._device_cache[key] = on_gpu or ort.OrtValue.ortvalue_from_numpy(buffer)
         return self._device_cache[key]
 
     def _device_zeros(self, shape: list[int], dtype: str) -> Any:

@@ -91,7 +91,9 @@ class Binding:
     On the CPU an OrtValue aliases its numpy array. On a GPU ``arrays`` are host images of small inputs, pushed before a run.
     """
 
-    def __init__(self, session: Any, graph: GraphInfo, sizes: Mapping[str, int], shared: Mapping[str, Any], cuda: bool) -> None:
+    def __init__(
+        self, session: Any, graph: GraphInfo, sizes: Mapping[str, int], shared: Mapping[str, Any], cuda: bool
+    ) -> None:
         """``shared`` are OrtValues by input or output name (caches, thought, logits); ``sizes`` resolves symbolic dims."""
         ort = import_onnxruntime()
         self.arrays: dict[str, Array] = {}
@@ -106,7 +108,11 @@ class Binding:
             array = np.zeros([sizes[dim] if isinstance(dim, str) else dim for dim in info.dims], info.dtype)
             # GroupQueryAttention reads its total length on the host, on every provider.
             on_device = cuda and not info.name.endswith("_total_sequence_length")
-            value = ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0) if on_device else ort.OrtValue.ortvalue_from_numpy(array)
+            value = (
+                ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0)
+                if on_device
+                else ort.OrtValue.ortvalue_from_numpy(array)
+            )
             if on_device:
                 self._pushed.append((value, array))
             self._binding.bind_ortvalue_input(info.name, value)
@@ -129,4 +135,6 @@ class Binding:
 
 def is_cache(name: str) -> bool:
     """Whether an input or output is a KV buffer."""
-    return name.startswith((contract.past(0, "key").split(".")[0] + ".", contract.present(0, "key").split(".")[0] + "."))
+    return name.startswith(
+        (contract.past(0, "key").split(".")[0] + ".", contract.present(0, "key").split(".")[0] + ".")
+    )

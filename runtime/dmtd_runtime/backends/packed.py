@@ -34,10 +34,14 @@ class PackedLayout:
             return {"late_len": late, "num_logits": logits}
         return {"window_len": window, "late_len": late, "num_logits": logits}
 
-    def fill(self, graph: contract.GraphName, arrays: Mapping[str, Array], steps: Sequence[SlotStep], fed: Sequence[int]) -> None:
+    def fill(
+        self, graph: contract.GraphName, arrays: Mapping[str, Array], steps: Sequence[SlotStep], fed: Sequence[int]
+    ) -> None:
         late_only = graph == contract.LATE_DECODE
         packed_ids = arrays[contract.INPUT_IDS][0]
-        for (start, slot_step), length in zip(self._starts(steps, late=late_only), self._lengths(steps, late=late_only), strict=True):
+        for (start, slot_step), length in zip(
+            self._starts(steps, late=late_only), self._lengths(steps, late=late_only), strict=True
+        ):
             packed_ids[start : start + length] = slot_step.late_ids if late_only else slot_step.ids
         if not late_only:
             self._fill_group("thinking", arrays, [s.step.window for s in steps], steps, fed, len(packed_ids))
@@ -74,7 +78,13 @@ class PackedLayout:
         return starts
 
     def _fill_group(
-        self, group: Group, arrays: Mapping[str, Array], rows: Sequence[range], steps: Sequence[SlotStep], fed: Sequence[int], packed: int
+        self,
+        group: Group,
+        arrays: Mapping[str, Array],
+        rows: Sequence[range],
+        steps: Sequence[SlotStep],
+        fed: Sequence[int],
+        packed: int,
     ) -> None:
         """Lengths of every slot; rows that round a prefill up belong to the last active slot."""
         seqlens, totals = arrays[contract.seqlens_k(group)], arrays[contract.total_sequence_length(group)]
