@@ -2,8 +2,8 @@
 
 Flow: messages -> ``ChatTemplate.render`` -> ``Tokenizer.encode(text, add_special_tokens=False)`` -> the model.
 Templates are written for transformers: filters, globals, extensions and white-space rules are those they find there.
-The sandbox refuses what would reach the interpreter (underscore attributes, changing arguments), and templates see plain
-JSON values only. What goes in, what comes out and products are bounded in size; running time, and memory that one
+The sandbox refuses what would reach the interpreter (underscore attributes, changing arguments), and templates see
+plain JSON values only. What goes in, what comes out and products are bounded in size; running time, and memory that one
 expression can take by other means, are not: take templates from the bundle, never from a request.
 """
 

@@ -23,8 +23,6 @@ MAX_TOKENIZER_BYTES = 256 << 20
 MAX_CONFIG_BYTES = 64 << 20
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_MAX_PARTIAL_TOKENS = 3
-"""A UTF-8 character has at most 4 bytes, so at most 3 tokens can stand before the one that completes it."""
 
 
 class Tokenizer:
@@ -183,12 +181,13 @@ class TextStream:
     """The text of a growing sequence, piece by piece.
 
     All pieces and the flush together equal ``Tokenizer.decode`` of all ids. A piece never ends inside a character.
-    A token's cost does not grow with the text before it.
+    A token's cost does not grow with the text before it (one exception below).
 
     Byte-level decoders (GPT-2's kind: Llama 3, Qwen, SmolLM) map each token to bytes, so an incremental UTF-8 decoder
     is exact. Every other decoder is run over the tokens of the last piece and the new ones, and the difference is the
     new text; with byte fallback (Llama 2's kind), whose decoder judges a run of byte tokens as a whole, the run is held
-    back until it ends.
+    back until it ends. Where byte level is one step of a longer decoder, a run of broken bytes is held back the same way,
+    and read again with every token: no known model of our families has such a decoder.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
@@ -201,7 +200,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._is_byte_level = tokenizer.decoder_types == ("ByteLevel",)
+        self._is_byte_level = [kind for kind in tokenizer.decoder_types if kind != "Fuse"] == ["ByteLevel"]
         self._has_byte_tokens = "ByteFallback" in tokenizer.decoder_types
         self._may_be_partial = "ByteLevel" in tokenizer.decoder_types
         self._anchor: list[int] = []
@@ -242,8 +241,7 @@ class TextStream:
         if not final:
             if not text.startswith(before):  # a decoder that changes what it said: only the end will tell
                 return ""
-            partial = self._may_be_partial and text.endswith("\ufffd")
-            if partial and len(self._pending) <= _MAX_PARTIAL_TOKENS:
+            if self._may_be_partial and text.endswith("\ufffd"):
                 return ""
         piece = text[len(before) :]
         if piece:
