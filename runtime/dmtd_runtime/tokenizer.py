@@ -186,8 +186,8 @@ class TextStream:
     Byte-level decoders (GPT-2's kind: Llama 3, Qwen, SmolLM) map each token to bytes, so an incremental UTF-8 decoder
     is exact. Every other decoder is run over the tokens of the last piece and the new ones, and the difference is the
     new text; with byte fallback (Llama 2's kind), whose decoder judges a run of byte tokens as a whole, the run is held
-    back until it ends. Where byte level is one step of a longer decoder, a run of broken bytes is held back the same way,
-    and read again with every token: no known model of our families has such a decoder.
+    back until it ends. Where byte level is one step of a longer decoder, a run of broken bytes is held back the same
+    way, and read again with every token: no known model of our families has such a decoder.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
