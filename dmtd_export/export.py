@@ -219,5 +219,6 @@ def _check_disk(output: Path, checkpoint: Checkpoint, options: ExportOptions) ->
     free = shutil.disk_usage(place).free
     if free < needed:
         raise ExportError(
-            f"{place} has {free / 1e9:.2f} GB free, the bundle needs {needed / 1e9:.2f} GB; free some space, or choose another -o or --dtype"
+            f"{place} has {free / 1e9:.2f} GB free, the bundle needs {needed / 1e9:.2f} GB; "
+            "free some space, or choose another -o or --dtype"
         )

@@ -93,14 +93,14 @@ def _write(writer: GraphWriter, spec: GraphSpec, name: GraphName, shape: _Standa
     embedded = shape.embed()
     hidden = State(residual=embedded)
     for layer in encoding:
-        hidden = decoder_layer(shape.dialect, spec.config, hidden, layer, window_group)
+        hidden = decoder_layer(shape.dialect, hidden, layer, window_group)
     h = sum_state(writer, hidden, "/model/encode/output")
     if name == contract.LATE_DECODE:
         late_hidden, late_thought = h, thought
     else:
         state = State(residual=h)
         for layer in thinking:
-            state = decoder_layer(shape.dialect, spec.config, state, layer, window_group)
+            state = decoder_layer(shape.dialect, state, layer, window_group)
         t = sum_state(writer, state, "/model/think/output")
         if name == contract.THINKING:
             shape.write_thought(shape.select_late(t, "/model/think"))
@@ -109,7 +109,7 @@ def _write(writer: GraphWriter, spec: GraphSpec, name: GraphName, shape: _Standa
         late_hidden, late_thought = shape.select_late(h, "/model/encode"), shape.select_late(t, "/model/think")
     state = State(residual=shape.gate(late_hidden, late_thought))
     for layer in decoding:
-        state = decoder_layer(shape.dialect, spec.config, state, layer, "late")
+        state = decoder_layer(shape.dialect, state, layer, "late")
     rows = shape.select_logit_rows(sum_state(writer, state, "/model/decode/output"))
     normed = shape.dialect.norm(rows, f"{FINAL_NORM}.weight", "/model/norm")
     head = EMBED if spec.config.tie_word_embeddings else LM_HEAD

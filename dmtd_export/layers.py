@@ -60,7 +60,7 @@ def sum_state(writer: GraphWriter, state: State, path: str) -> str:
     return writer.op("Add", [state.residual, state.delta], path)
 
 
-def decoder_layer(dialect: DialectWriter, config: ModelConfig, state: State, layer: int, group: Group) -> State:
+def decoder_layer(dialect: DialectWriter, state: State, layer: int, group: Group) -> State:
     """Write one decoder layer over ``state``; node names keep the module path."""
     writer = dialect.writer
     module, path = f"model.layers.{layer}", f"/model/layers.{layer}"

@@ -2,7 +2,8 @@
 
 Three graphs exist in two dialects:
 
-- ``standard``: ONNX opset 24 only; rectangular, ``[batch, window_len]``, padding on the right; one KV buffer a layer for the whole batch.
+- ``standard``: ONNX opset 24 only; rectangular, ``[batch, window_len]``, padding on the right; one KV buffer a
+  layer for the whole batch.
 - ``onnxruntime``: GroupQueryAttention; **packed**, ``[1, window_len]`` holds the rows of all slots one after another without
   padding between them. GroupQueryAttention takes several rows over a past for one sequence only, so a graph made for
   ``slots`` > 1 has one attention node per slot and layer (``.{slot}`` ends its KV names) while every matrix product

@@ -43,11 +43,18 @@ class SequenceRun:
     on_event: Callable[[TokenEvent], None]
     cancelled: Callable[[], FinishReason | None] = lambda: None
     deadline: float | None = None  # of time.monotonic()
+    started: float | None = None  # when its batch began
+    ended: bool = False
     slot: int = -1
     position: Position = field(init=False)
 
     def __post_init__(self) -> None:
         self.position = Position(prompt_len=len(self.ids))
+
+    def tell(self, event: TokenEvent) -> None:
+        """Hand an event on, and note the end."""
+        self.ended = bool(event.finish_reason or event.error)
+        self.on_event(event)
 
 
 def run_batch(backend: Backend, plan: CyclePlan, sequences: Sequence[SequenceRun]) -> None:
@@ -82,8 +89,8 @@ def _take_tokens(steps: Sequence[tuple[SequenceRun, Step]], logits: Array) -> li
             continue
         event = _choose(sequence, logits[row])
         row += 1
-        sequence.on_event(event)
-        if event.finish_reason or event.error:
+        sequence.tell(event)
+        if sequence.ended:
             finished.append(sequence)
     return finished
 
@@ -106,7 +113,7 @@ def _end_cancelled(backend: Backend, active: list[SequenceRun]) -> None:
         if reason is None and sequence.deadline is not None and time.monotonic() > sequence.deadline:
             reason = "deadline"
         if reason is not None:
-            sequence.on_event(TokenEvent(choice=None, text=sequence.stops.flush(), finish_reason=reason))
+            sequence.tell(TokenEvent(choice=None, text=sequence.stops.flush(), finish_reason=reason))
             _leave(backend, active, sequence)
 
 

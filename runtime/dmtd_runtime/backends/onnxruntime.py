@@ -190,9 +190,11 @@ def _check_dtype(manifest: Manifest, options: BackendOptions) -> None:
     dtype = manifest.model.dtype
     if options.device == "cpu" and dtype == "bfloat16":
         raise BackendError(
-            "this bundle is bfloat16, which ONNX Runtime cannot run on the CPU; export it with --dtype float32, or use --device cuda"
+            "this bundle is bfloat16, which ONNX Runtime cannot run on the CPU; "
+            "export it with --dtype float32, or use --device cuda"
         )
     if options.device == "cuda" and dtype == "float32" and options.dialect != contract.STANDARD:
         raise BackendError(
-            "this bundle is float32, and GroupQueryAttention on CUDA takes float16 or bfloat16 only; export it with --dtype bfloat16"
+            "this bundle is float32, and GroupQueryAttention on CUDA takes float16 or bfloat16 only; "
+            "export it with --dtype bfloat16"
         )
