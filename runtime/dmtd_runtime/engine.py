@@ -68,6 +68,8 @@ class Engine:
         try:
             while batch := self._next_batch():
                 run_batch(self._backend, self._plan, batch)
+                self._running = []
+                del batch
         except DmtdError as error:
             self._fail(error)
         except Exception as error:
@@ -89,8 +91,7 @@ class Engine:
                 sequence.started = time.monotonic()
             return self._running
 
-    @property
-    def closing(self) -> bool:
+    def is_closing(self) -> bool:
         """Whether running sequences should end."""
         return self._closing
 

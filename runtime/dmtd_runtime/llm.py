@@ -95,7 +95,7 @@ class LLM:
         self._ids = itertools.count()
         self._requests: dict[str, Request] = {}
         self._engine = Engine(backend, CyclePlan(cycle=self.manifest.cycle, plain=plain))
-        weakref.finalize(self, Engine.close, self._engine)
+        self._close = weakref.finalize(self, Engine.close, self._engine)
         if not self.manifest.cycle.dmtd_trained and not plain:
             logger.info("%s: weights not trained for DMTD; its late steps choose poor words", directory)
 
@@ -109,7 +109,7 @@ class LLM:
 
     def close(self) -> None:
         """End every request, stop the engine and free its memory. Safe to call twice."""
-        self._engine.close()
+        self._close()
 
     def generate(
         self,
@@ -225,7 +225,7 @@ class LLM:
             room=self.max_model_len - len(ids),
             tokenizer=self.tokenizer,
             deadline=None if timeout_s is None else time.monotonic() + timeout_s,
-            closing=lambda: self._engine.closing,
+            closing=self._engine.is_closing,
         )
 
     def _token_ids(self, prompt: Prompt, *, add_special_tokens: bool) -> list[int]:
