@@ -37,12 +37,13 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> FloatArray:
     """The angle that one position adds, float32 [head_dim // 2]."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     periods = np.power(np.float64(np.float32(rope.theta)), exponents.astype(np.float64)).astype(np.float32)
-    base = np.float32(1.0) / periods
+    base: FloatArray = np.float32(1.0) / periods
     if rope.kind == "default":
         return base
     factor = np.float32(_present(rope.factor))
     if rope.kind == "linear":
-        return np.divide(base, factor)
+        divided: FloatArray = (base / factor).astype(np.float32)
+        return divided
     if rope.kind == "llama3":
         return _llama3(rope, base)
     low, high = yarn_range(rope, head_dim)
@@ -50,7 +51,8 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> FloatArray:
     ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / width, 0, 1)
     kept = np.float32(1.0) - ramp
     stretched = np.float32(1.0) / (factor * periods)
-    return (stretched * (np.float32(1.0) - kept) + base * kept).astype(np.float32)
+    mixed: FloatArray = (stretched * (np.float32(1.0) - kept) + base * kept).astype(np.float32)
+    return mixed
 
 
 def attention_factor(rope: Rope) -> float:
