@@ -36,13 +36,21 @@ class _PreTokenizer:
     nfc: bool = False
     ignore_merges: bool = False
     adds_bos: bool = False  # where the file does not say
+    # Added tokens that GGUF files call control tokens by their looks; the original's text output keeps them.
+    not_special: frozenset[str] = frozenset()
 
 
 _LLAMA3 = _PreTokenizer(pattern=_CONTRACTIONS_AND_WORDS + r"\p{N}{1,3}" + _THE_REST, ignore_merges=True, adds_bos=True)
 _PRE_TOKENIZERS: Mapping[str, _PreTokenizer] = MappingProxyType(
     {
         "smollm": _PreTokenizer(pattern=None, digits=True),
-        "qwen2": _PreTokenizer(pattern=_CONTRACTIONS_AND_WORDS + r"\p{N}" + _THE_REST, nfc=True),
+        "qwen2": _PreTokenizer(
+            pattern=_CONTRACTIONS_AND_WORDS + r"\p{N}" + _THE_REST,
+            nfc=True,
+            not_special=frozenset(
+                f"<|{name}|>" for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")
+            ),
+        ),
         "llama-bpe": _LLAMA3,
         "llama3": _LLAMA3,
         "llama-v3": _LLAMA3,
@@ -93,7 +101,9 @@ def _tokenizer_json(metadata: Mapping[str, object], tokens: list[str], pre: _Pre
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added_token(i, tokens[i], special=types[i] == _CONTROL) for i in added],
+        "added_tokens": [
+            _added_token(i, tokens[i], special=types[i] == _CONTROL and tokens[i] not in pre.not_special) for i in added
+        ],
         "normalizer": {"type": "NFC"} if pre.nfc else None,
         "pre_tokenizer": _pre_tokenizer(pre),
         "post_processor": _post_processor(metadata, tokens, pre),

@@ -91,9 +91,11 @@ def _llama3(rope: Rope, base: FloatArray) -> FloatArray:
     """Long waves are stretched by the factor, short ones kept, those between interpolated."""
     low, high, factor = _present(rope.low_freq_factor), _present(rope.high_freq_factor), _present(rope.factor)
     original = _present(rope.original_max_positions)
-    wavelength = np.float32(2 * math.pi) / base
-    smooth = (np.float32(original) / wavelength - np.float32(low)) / np.float32(high - low)
-    between = (np.float32(1.0) - smooth) * base / np.float32(factor) + smooth * base
+    # torch divides a number by a tensor as a product with the reciprocal; the last bits follow from that.
+    one = np.float32(1.0)
+    wavelength = (one / base) * np.float32(2 * math.pi)
+    smooth = ((one / wavelength) * np.float32(original) - np.float32(low)) / np.float32(high - low)
+    between = (one - smooth) * base / np.float32(factor) + smooth * base
     result = np.where(wavelength > np.float32(original / low), base / np.float32(factor), base)
     medium = (wavelength >= np.float32(original / high)) & (wavelength <= np.float32(original / low))
     return np.where(medium, between, result).astype(np.float32)
