@@ -248,12 +248,11 @@ def test_cuts_at_their_edges() -> None:
     assert drawn(SamplingParams(top_p=0.5), row(2, 2, 2, 2)) == {0, 1}
 
 
-@pytest.mark.parametrize(("u", "token_id"), [(0.0, 1), (0.4999, 1), (0.5, 3), (0.75, 0), (1 - 2**-53, 2)])
+@pytest.mark.parametrize(("u", "token_id"), [(0.0, 1), (0.2499, 1), (0.25, 2), (0.5, 3), (0.75, 4), (1 - 2**-53, 4)])
 def test_a_uniform_picks_by_the_cumulative_sum(u: float, token_id: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Weights 1, 1/2, 1/4, 1/4 in the order 1, 3, 0, 2: each token owns [sum before, sum with it).
+    # Four equal tokens, in the order of their ids: each owns a quarter, its lower end included.
     monkeypatch.setattr(sampler_module, "uniform", lambda *_: u)
-    logits = np.log2(row(0.25, 1, 0.25, 0.5))
-    assert make(SamplingParams(temperature=1 / math.log(2)), 4).choose(logits).token_id == token_id
+    assert make(SamplingParams(min_p=0.5), 5).choose(row(-9, 2, 2, 2, 2)).token_id == token_id
 
 
 def test_no_token_beyond_the_candidates() -> None:
