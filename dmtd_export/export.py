@@ -151,7 +151,13 @@ def wanted_graphs(options: ExportOptions) -> list[tuple[contract.GraphName, cont
             wanted.append((contract.ONNXRUNTIME, options.max_batch))
     if options.target in ("tensorrt", "all"):
         wanted.append((contract.STANDARD, 1))
-    return [(name, dialect, slots) for dialect, slots in wanted for name in contract.GRAPH_NAMES]
+    # late_decode takes any batch as it is: only T's layers need a node for every slot.
+    return [
+        (name, dialect, slots)
+        for dialect, slots in wanted
+        for name in contract.GRAPH_NAMES
+        if slots == 1 or name != contract.LATE_DECODE
+    ]
 
 
 def _model_info(config: ModelConfig, options: ExportOptions, max_model_len: int) -> ModelInfo:
