@@ -22,8 +22,6 @@ from dmtd_runtime.errors import BackendError, RequestError
 from dmtd_runtime.kv_cache import HostKvCache
 from dmtd_runtime.manifest import Manifest
 
-NO_LOGITS = np.zeros((0, 0), np.float32)
-
 
 class Layout(Protocol):
     """How the rows of several slots become the inputs of one graph."""
@@ -79,13 +77,17 @@ class OnnxRuntimeBackend:
             first: manifest.graph(first, dialect, graph_slots),
             contract.LATE_DECODE: manifest.graph(contract.LATE_DECODE, dialect),
         }
+        on_gpu = options.device == "cuda"
+        self.chooses_tokens = on_gpu if options.choose_on_device is None else options.choose_on_device
+        if self.chooses_tokens:
+            self._graphs[contract.CHOOSE_TOKEN] = manifest.graph(contract.CHOOSE_TOKEN, contract.STANDARD)
         self._sessions = {name: open_session(directory / graph.file, options) for name, graph in self._graphs.items()}
 
-    def run(self, steps: Sequence[SlotStep]) -> Array:
+    def run(self, steps: Sequence[SlotStep], *, greedy: bool = False) -> Array:
         parts = self._layout.split(steps)
         if len(parts) == 1:
-            return self._run_together(steps)
-        return np.concatenate([self._run_together(part).copy() for part in parts])
+            return self._run_together(steps, greedy)
+        return np.concatenate([self._run_together(part, greedy).copy() for part in parts])
 
     def reset(self, slot: int, *, clear: bool = False) -> None:
         if clear and self._host_cache is not None:
@@ -105,25 +107,31 @@ class OnnxRuntimeBackend:
         if self._host_cache is not None:
             self._host_cache.close()
 
-    def _run_together(self, steps: Sequence[SlotStep]) -> Array:
-        if steps[0].step.kind == "late":
-            logits = self._run_graph(contract.LATE_DECODE, steps)
+    def _run_together(self, steps: Sequence[SlotStep], greedy: bool) -> Array:
+        """Run the graphs of one step; returns logits [n, vocab], or with ``greedy`` what the device chose, int64 [n]."""
+        late, fused = steps[0].step.kind == "late", self._options.full_pass == "fused"
+        if not late and not fused:
+            self._run_graph(contract.THINKING, steps)
+        last = contract.LATE_DECODE if late or not fused else contract.FULL_PASS
+        sizes = self._run_graph(last, steps)
+        if late:
             self.stats.late_steps += 1
         else:
-            if self._options.full_pass == "fused":
-                logits = self._run_graph(contract.FULL_PASS, steps)
-            else:
-                self._run_graph(contract.THINKING, steps)
-                logits = self._run_graph(contract.LATE_DECODE, steps)
             self.stats.full_passes += 1
             self.stats.refill_rows += sum(len(s.step.window) - len(s.step.late) for s in steps)
         for slot_step in steps:
             self._fed[slot_step.slot] = slot_step.step.late.stop
-        rows: Array = logits[self._layout.logit_index(steps)]
+        wanted = self._layout.logit_index(steps)
+        logits = self._output_buffer(last, contract.LOGITS, sizes)
+        rows: Array
+        if greedy and self.chooses_tokens:
+            rows = self._choose(logits, sizes)[wanted]
+        else:
+            rows = (logits.owner.numpy() if logits.array is None else logits.array)[wanted]
         return rows
 
-    def _run_graph(self, name: contract.GraphName, steps: Sequence[SlotStep]) -> Array:
-        """Fill and run; returns the logits output, of thinking an empty array."""
+    def _run_graph(self, name: contract.GraphName, steps: Sequence[SlotStep]) -> Mapping[str, int]:
+        """Fill and run a graph; returns the sizes of its symbolic dimensions."""
         sizes, slots = self._layout.sizes(name, steps), self._layout.batch_slots(steps)
         key = (name, slots, tuple(sizes.items()))
         binding = self._bindings.get(key)
@@ -131,13 +139,17 @@ class OnnxRuntimeBackend:
             binding = self._bindings[key] = self._bind(name, sizes, slots)
         self._layout.fill(name, binding.arrays, steps, self._fed)
         binding.run(self.stats)
-        if name == contract.THINKING:
-            return NO_LOGITS
-        logits = self._output_buffer(name, contract.LOGITS, sizes)
-        if logits.array is None:
-            copied: Array = logits.owner.numpy()
-            return copied
-        return logits.array
+        return sizes
+
+    def _choose(self, logits: Buffer, sizes: Mapping[str, int]) -> Array:
+        """Arg-max on the device, [batch, num_logits]; -1 where a row is not finite."""
+        rows, width = logits.shape[:2], {**sizes, "batch": logits.shape[0]}
+        token_ids, finite = host_buffer(np.zeros(rows, np.int64)), host_buffer(np.zeros(rows, np.bool_))
+        buffers = {contract.LOGITS: logits, contract.TOKEN_IDS: token_ids, contract.IS_FINITE: finite}
+        graph = self._graphs[contract.CHOOSE_TOKEN]
+        Binding(self._sessions[contract.CHOOSE_TOKEN], graph, width, buffers, self._options).run(self.stats)
+        chosen: Array = np.where(finite.owner, token_ids.owner, -1)
+        return chosen
 
     def _bind(self, name: contract.GraphName, sizes: Mapping[str, int], slots: range) -> Binding:
         graph = self._graphs[name]

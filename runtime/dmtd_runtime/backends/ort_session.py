@@ -175,8 +175,9 @@ class Binding:
         stats.session_seconds += time.perf_counter() - start
 
     def _bind(self, bind: Callable[..., None], name: str, buffer: Buffer) -> None:
+        device = ("cpu", 0) if buffer.array is not None else self._device
         element: Any = ONNX_BFLOAT16 if buffer.dtype == "bfloat16" else np.dtype(buffer.dtype)
-        bind(name, *self._device, element, buffer.shape, buffer.address)
+        bind(name, *device, element, buffer.shape, buffer.address)
 
 
 def is_cache(name: str) -> bool:
