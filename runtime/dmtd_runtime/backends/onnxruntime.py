@@ -72,6 +72,7 @@ class OnnxRuntimeBackend:
         self._caches: dict[tuple[int, contract.Kind], Buffer] = {}
         self._outputs: dict[tuple[str, tuple[int, ...]], Buffer] = {}
         self._bindings: dict[tuple[contract.GraphName, range, tuple[tuple[str, int], ...]], Binding] = {}
+        self._choosers: dict[tuple[int, ...], tuple[Binding, Array, Array]] = {}
         first = contract.FULL_PASS if options.full_pass == "fused" else contract.THINKING
         self._graphs = {
             first: manifest.graph(first, dialect, graph_slots),
@@ -102,7 +103,7 @@ class OnnxRuntimeBackend:
         return True
 
     def close(self) -> None:
-        for owned in (self._bindings, self._outputs, self._caches, self._sessions):
+        for owned in (self._bindings, self._choosers, self._outputs, self._caches, self._sessions):
             owned.clear()
         if self._host_cache is not None:
             self._host_cache.close()
@@ -125,7 +126,7 @@ class OnnxRuntimeBackend:
         logits = self._output_buffer(last, contract.LOGITS, sizes)
         rows: Array
         if greedy and self.chooses_tokens:
-            rows = self._choose(logits, sizes)[wanted]
+            rows = self._choose(logits)[wanted]
         else:
             rows = (logits.owner.numpy() if logits.array is None else logits.array)[wanted]
         return rows
@@ -141,14 +142,17 @@ class OnnxRuntimeBackend:
         binding.run(self.stats)
         return sizes
 
-    def _choose(self, logits: Buffer, sizes: Mapping[str, int]) -> Array:
+    def _choose(self, logits: Buffer) -> Array:
         """Arg-max on the device, [batch, num_logits]; -1 where a row is not finite."""
-        rows, width = logits.shape[:2], {**sizes, "batch": logits.shape[0]}
-        token_ids, finite = host_buffer(np.zeros(rows, np.int64)), host_buffer(np.zeros(rows, np.bool_))
-        buffers = {contract.LOGITS: logits, contract.TOKEN_IDS: token_ids, contract.IS_FINITE: finite}
-        graph = self._graphs[contract.CHOOSE_TOKEN]
-        Binding(self._sessions[contract.CHOOSE_TOKEN], graph, width, buffers, self._options).run(self.stats)
-        chosen: Array = np.where(finite.owner, token_ids.owner, -1)
+        if logits.shape not in self._choosers:
+            rows, graph = logits.shape[:2], self._graphs[contract.CHOOSE_TOKEN]
+            token_ids, finite = host_buffer(np.zeros(rows, np.int64)), host_buffer(np.zeros(rows, np.bool_))
+            buffers = {contract.LOGITS: logits, contract.TOKEN_IDS: token_ids, contract.IS_FINITE: finite}
+            binding = Binding(self._sessions[contract.CHOOSE_TOKEN], graph, {}, buffers, self._options)
+            self._choosers[logits.shape] = (binding, token_ids.owner, finite.owner)
+        binding, ids, is_finite = self._choosers[logits.shape]
+        binding.run(self.stats)
+        chosen: Array = np.where(is_finite, ids, -1)
         return chosen
 
     def _bind(self, name: contract.GraphName, sizes: Mapping[str, int], slots: range) -> Binding:
