@@ -37,7 +37,8 @@ class Reference:
                 return map_tensor(directory / contract.WEIGHTS_FILE, manifest.weights[name])
             return checkpoint.read(name).astype(stored, copy=False)
 
-        self._model = StreamedModel(config, spec, read, torch.float32)
+        # float64, so that the error shown is the graph's own and not the reference's as well
+        self._model = StreamedModel(config, spec, read, torch.float64)
 
     def outcome(self, scenario: Scenario) -> Outcome:
         """Everything that the rows of a scenario compute."""
