@@ -2,14 +2,18 @@
 
     polygraphy run thinking.ort.onnx --onnxrt --data-loader-script polygraphy_data.py
 
-Random inputs are not valid ones: lengths, row indices and write indices must fit one another. ``load_data`` takes the graph
-from the command line (a file name of this bundle among the arguments) or from the variable DMTD_GRAPH.
+Random inputs are not valid ones: lengths, row indices and write indices must fit one another. ``load_data`` takes the
+graph from the command line (a file name of this bundle among the arguments) or from the variable DMTD_GRAPH. An input's
+values depend on its name alone, so that both dialects of a graph get the same tokens, caches and gates.
 """
 
 import json
 import os
 import sys
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,8 +23,8 @@ COMMITTED = 7  # rows that count as already written
 ROWS = 4  # rows of the window
 
 
-def load_data():
-    """Yield one feed dictionary: name -> array, for the graph that the command line names."""
+def load_data() -> Iterator[dict[str, Any]]:
+    """Yield one feed dictionary, name -> array, for the graph that the command line names."""
     manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
     graphs = {graph["file"]: graph for graph in manifest["graphs"]}
     wanted = [os.environ.get("DMTD_GRAPH", ""), *sys.argv[1:]]
@@ -30,34 +34,35 @@ def load_data():
     yield feed(manifest, found[0])
 
 
-def feed(manifest, graph, seed=0):
-    """One valid feed of ``graph``: a window of ROWS over COMMITTED rows, the last row goes to the late layers."""
-    rng = np.random.default_rng(seed)
-    late_only = graph["name"] == "late_decode"
-    rows = 1 if late_only else ROWS
+def feed(manifest: dict[str, Any], graph: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+    """One valid feed of ``graph``: a window of ROWS over COMMITTED rows, the last row goes to the late layers.
+
+    A graph for several slots serves slot 0; every other slot gets one padding row of its own.
+    """
+    rows = 1 if graph["name"] == "late_decode" else ROWS
     sizes = {"batch": 1, "window_len": rows, "late_len": 1, "num_logits": 1, "capacity": CAPACITY}
-    slots = graph["slots"]
-    if slots > 1:  # packed: only slot 0 takes part, every other slot gets one padding row
-        sizes["window_len"] = rows
-    return {item["name"]: _value(item, manifest, sizes, rows, slots, rng) for item in graph["inputs"]}
+    return {item["name"]: _value(item, manifest, sizes, rows, graph["slots"], seed) for item in graph["inputs"]}
 
 
-def _value(item, manifest, sizes, rows, slots, rng):
+def _value(
+    item: dict[str, Any], manifest: dict[str, Any], sizes: dict[str, int], rows: int, slots: int, seed: int
+) -> Any:
     name = item["name"]
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     dims = [sizes.get(dim, dim) for dim in item["dims"]]
     group_rows = 1 if name.startswith("late_") else rows
-    start = COMMITTED + rows - group_rows
+    stop = COMMITTED + rows
     used = np.arange(slots) == 0
     if name == "input_ids":
         return rng.integers(0, manifest["model"]["vocab_size"], dims)
     if name == "position_ids":
-        return np.arange(COMMITTED, COMMITTED + dims[1])[None].repeat(dims[0], 0)
+        return np.arange(COMMITTED, stop)[None].repeat(dims[0], 0)
     if name.endswith("_write_indices"):
-        return np.full(dims, start)
+        return np.full(dims, stop - group_rows)
     if name.endswith("_seqlens_k"):
-        return np.where(used, start + group_rows - 1, 0).astype(np.int32)
+        return np.where(used, stop - 1, 0).astype(np.int32)
     if name.endswith("_total_sequence_length"):
-        return np.where(used, start + group_rows, 1).astype(np.int32)
+        return np.where(used, stop, 1).astype(np.int32)
     if name.endswith("_slot_rows"):
         return np.where(used, group_rows, 1)
     if name.endswith("_pad_rows"):
@@ -68,10 +73,13 @@ def _value(item, manifest, sizes, rows, slots, rng):
         return np.zeros(dims, np.int64)
     if name in ("gate_hidden", "gate_thought"):
         return np.ones(dims, bool)
-    return (rng.standard_normal(dims) * 0.1).astype(_numpy_dtype(item["dtype"]))
+    values = rng.standard_normal(dims) * 0.1
+    if name.startswith("past_key_values."):
+        values[:, :, COMMITTED:] = 0  # as a cache that has not been written further
+    return values.astype(_numpy_dtype(item["dtype"]))
 
 
-def _numpy_dtype(name):
+def _numpy_dtype(name: str) -> Any:
     if name == "bfloat16":
         import ml_dtypes
 

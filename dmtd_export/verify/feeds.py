@@ -1,7 +1,8 @@
-"""Inputs of one graph for one call, written from the contract alone; the runtime's layouts are not used here on purpose.
+"""Inputs of one graph for one call, written from the contract alone; on purpose the runtime's layouts are not used.
 
-Standard graphs take ``[batch, rows]`` padded on the right. Packed graphs take the rows of all slots one behind another; a slot
-that takes no part but stands before one that does gets one idle row, the rest is the graph's own padding (``pad_rows``).
+Standard graphs take ``[batch, rows]`` padded on the right. Packed graphs take the rows of all slots one behind
+another; a slot that takes no part but stands before one that does gets one idle row, the rest is the graph's own
+padding (``pad_rows``).
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from dmtd_runtime import contract
-from dmtd_runtime.manifest import GraphInfo
 
 from dmtd_export.verify.scenario import Call, Scenario
+from dmtd_runtime import contract
+from dmtd_runtime.manifest import GraphInfo
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Feed:
-    """``inputs`` by name, caches aside; ``late_at[i]`` is where the i-th sequence's late rows stand in the flat rows."""
+    """``inputs`` by name, caches aside; ``late_at[i]`` says where the i-th sequence's late rows stand."""
 
     inputs: dict[str, Array]
     late_at: tuple[tuple[int, ...], ...]
@@ -33,17 +34,22 @@ def slots_of(graph: GraphInfo, num_sequences: int) -> tuple[int, ...]:
     return tuple(i * step for i in range(num_sequences))
 
 
-def make_feed(graph: GraphInfo, scenario: Scenario, call: Call, sequences: Sequence[int], thought: Array | None) -> Feed:
+def make_feed(
+    graph: GraphInfo, scenario: Scenario, call: Call, sequences: Sequence[int], thought: Array | None
+) -> Feed:
     """The feed of ``graph`` for some sequences of the scenario. ``thought`` is needed by late_decode only."""
     build = _standard if graph.dialect == contract.STANDARD else _packed
     feed = build(graph, scenario, call, sequences, thought)
     wanted = {info.name: info.dtype for info in graph.inputs}
     return Feed(
-        inputs={name: array.astype(wanted[name]) for name, array in feed.inputs.items() if name in wanted}, late_at=feed.late_at
+        inputs={name: array.astype(wanted[name]) for name, array in feed.inputs.items() if name in wanted},
+        late_at=feed.late_at,
     )
 
 
-def _standard(graph: GraphInfo, scenario: Scenario, call: Call, sequences: Sequence[int], thought: Array | None) -> Feed:
+def _standard(
+    graph: GraphInfo, scenario: Scenario, call: Call, sequences: Sequence[int], thought: Array | None
+) -> Feed:
     lates = [call.lates[s] for s in sequences]
     windows = lates if graph.name == contract.LATE_DECODE else [call.windows[s] for s in sequences]
     batch, rows, late_len = len(sequences), max(map(len, windows)), max(map(len, lates))
@@ -68,7 +74,9 @@ def _standard(graph: GraphInfo, scenario: Scenario, call: Call, sequences: Seque
         contract.THOUGHT: thoughts,
         **gates,
     }
-    return Feed(inputs=inputs, late_at=tuple(tuple(range(b * late_len, b * late_len + len(r))) for b, r in enumerate(lates)))
+    return Feed(
+        inputs=inputs, late_at=tuple(tuple(range(b * late_len, b * late_len + len(r))) for b, r in enumerate(lates))
+    )
 
 
 def _packed(graph: GraphInfo, scenario: Scenario, call: Call, sequences: Sequence[int], thought: Array | None) -> Feed:

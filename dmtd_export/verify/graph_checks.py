@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dmtd_runtime import contract
-from dmtd_runtime.errors import BackendError
-from dmtd_runtime.manifest import GraphInfo, Manifest
 
 from dmtd_export.verify.graph_runs import cache_layers, run_graph
 from dmtd_export.verify.margins import FLOAT32, Difference, Margin, worst_difference
 from dmtd_export.verify.report import Check, Divergence, Level
 from dmtd_export.verify.scenario import Outcome, Scenario
+from dmtd_runtime import contract
+from dmtd_runtime.errors import BackendError
+from dmtd_runtime.manifest import GraphInfo, Manifest
 
 Array = np.ndarray[Any, np.dtype[Any]]
 OnDone = Callable[[], None]
@@ -58,7 +58,7 @@ def check_graphs(
 
 
 def graphs_as_expected(directory: Path, manifest: Manifest, scenario: Scenario) -> Outcome:
-    """What the first thinking + late_decode pair of the bundle computes: the expected numbers where there is no reference."""
+    """What the first thinking + late_decode pair computes: the expected numbers where there is no reference."""
     outcomes: dict[str, Outcome] = {}
     thought: Array | None = None
     for graph in ordered(manifest):
@@ -111,18 +111,26 @@ def _pairs(graph: GraphInfo, expected: Outcome, got: Outcome) -> Iterator[tuple[
 
 
 def _divergence(
-    graph: GraphInfo, what: str, layer: int | None, expected: Array, got: Array, length: int, largest: float, margin: Margin
+    graph: GraphInfo,
+    what: str,
+    layer: int | None,
+    expected: Array,
+    got: Array,
+    length: int,
+    largest: float,
+    margin: Margin,
 ) -> Divergence:
     """The first position that differs, and the worst element there."""
     at, apart = _first_position(expected, got, length, largest, margin)
     layers = cache_layers(graph)
     if layer is None:
-        hint = f"{what}: every layer's keys and values agree up to {layers[-1]}, so the fault lies behind those of layer {layers[-1]}"
+        hint = f"{what}: all keys and values agree, so the fault lies behind those of layer {layers[-1]}"
     elif layer == layers[0]:
         hint = f"{what}: the fault lies before its attention"
     else:
         before = layers[layers.index(layer) - 1]
-        hint = f"{what}: the fault lies in layer {layer} before its attention, or behind the keys and values of layer {before}"
+        where = f"in layer {layer} before its attention, or behind the keys and values of layer {before}"
+        hint = f"{what}: the fault lies {where}"
     return Divergence(
         graph=graph.file,
         dialect=graph.dialect,

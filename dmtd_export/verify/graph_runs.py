@@ -1,7 +1,7 @@
 """Running one graph file over a scenario in ONNX Runtime on the CPU, caches fed and read back as plain arrays.
 
-Weights stay in the page cache (no prepacked copies), so a graph of any size needs little memory of its own. Every cache row
-that a call has no business reading holds arbitrary numbers, so a mask or a length that is off by one shows.
+Weights stay in the page cache (no prepacked copies), so a graph of any size needs little memory of its own. Every
+cache row that a call has no business reading holds arbitrary numbers, so a mask or a length that is off by one shows.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dmtd_export.verify.feeds import make_feed, slots_of
+from dmtd_export.verify.scenario import Outcome, Scenario
 from dmtd_runtime import contract
 from dmtd_runtime.backends.ort_session import import_onnxruntime
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.manifest import CycleInfo, GraphInfo, TensorInfo
-
-from dmtd_export.verify.feeds import make_feed, slots_of
-from dmtd_export.verify.scenario import Outcome, Scenario
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -80,8 +80,8 @@ def _run_sequences(
         for name in (contract.THOUGHT, contract.LOGITS):
             if name in outputs:
                 flat = outputs[name].reshape(-1, outputs[name].shape[-1])
-                for s, rows in zip(sequences, feed.late_at, strict=True):
-                    collected.rows[name][s, call.lates[s]] = flat[list(rows)]
+                for s, at in zip(sequences, feed.late_at, strict=True):
+                    collected.rows[name][s, call.lates[s]] = flat[list(at)]
     for s, (layer, kind), rows in caches.final():
         target = collected.caches.setdefault((layer, kind), np.zeros((len(scenario.lengths), *rows.shape), np.float32))
         target[s] = rows
@@ -100,7 +100,9 @@ class _Collected:
                 self.rows[info.name] = np.zeros((*scenario.ids.shape, width), np.float32)
 
     def outcome(self) -> Outcome:
-        return Outcome(thought=self.rows.get(contract.THOUGHT), logits=self.rows.get(contract.LOGITS), caches=self.caches)
+        return Outcome(
+            thought=self.rows.get(contract.THOUGHT), logits=self.rows.get(contract.LOGITS), caches=self.caches
+        )
 
 
 class _Caches:
@@ -146,10 +148,11 @@ class _Caches:
     def _rows(self, name: str, array: Array, index: int) -> Array | None:
         """[kv_heads, capacity, head_dim] of a sequence, a view; None if the array belongs to another slot."""
         slot = self._slots[index]
-        if not self._packed:
-            return array[slot]
         parts = name.split(".")
-        return array[0] if len(parts) == 3 or int(parts[3]) == slot else None
+        if self._packed and len(parts) == 4 and int(parts[3]) != slot:
+            return None
+        rows: Array = array[0 if self._packed else slot]
+        return rows
 
     def _shape(self, info: TensorInfo, batch: int) -> list[int]:
         symbols = {"batch": batch, "capacity": self._scenario.capacity}

@@ -1,8 +1,9 @@
 """A float32 twin of a half-precision bundle: the bundle's own graphs and weights, every half type replaced by float32.
 
-It computes what the half-precision graphs mean without their rounding, so it can be held to the float32 margin; the CPU has
-no bfloat16 kernels at all. The twin is derived from the graph files, not built anew: a fault in a file shows in its twin.
-The rotary tables are the one exception: they are computed in float32 (the stored ones are checked by themselves).
+It computes what the half-precision graphs mean without their rounding, so it can be held to the float32 margin. The
+CPU has no bfloat16 kernels at all. The twin is derived from the graph files, not built anew: a fault in a file shows
+in its twin. The rotary tables are the one exception: they are computed in float32, and the stored ones are checked by
+themselves.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ from typing import Any
 
 import numpy as np
 import onnx
-from dmtd_models.config import ModelConfig
-from dmtd_models.rope import rotary_tables
-from dmtd_runtime import contract
-from dmtd_runtime.manifest import GraphInfo, Manifest, TensorInfo, WeightInfo
 from onnx import numpy_helper
 
 from dmtd_export.graph_writer import ONNX_DTYPES
 from dmtd_export.layers import COS, SIN
 from dmtd_export.weights import PAGE_BYTES, map_tensor, row_chunks
+from dmtd_models.config import ModelConfig
+from dmtd_models.rope import rotary_tables
+from dmtd_runtime import contract
+from dmtd_runtime.manifest import GraphInfo, Manifest, TensorInfo, WeightInfo
 
 Array = np.ndarray[Any, np.dtype[Any]]
 FLOAT = onnx.TensorProto.FLOAT
 
 
 def float32_twin(directory: Path, manifest: Manifest, target: Path, config: ModelConfig | None) -> Manifest:
-    """Write the twin of ``directory`` into ``target`` and return its manifest (its list of files stays the original's)."""
+    """Write the twin of ``directory`` into ``target`` and return its manifest (the list of files is not redone)."""
     tables: dict[str, Array] = {}
     if config is not None:
         rows = manifest.weights[COS].shape[0]

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from dmtd_models.config import ModelConfig
-from dmtd_runtime.manifest import Manifest
 
 from dmtd_export.verify.report import LEVELS, Level
+from dmtd_models.config import ModelConfig
+from dmtd_runtime.manifest import Manifest
 
 WORKING_BYTES = 1 << 30  # interpreter, libraries, activations, caches of a few dozen rows
 PREPACKED_COPIES = 2.2  # ONNX Runtime's prepacked weights of a fused pair beside the mapped file
@@ -20,7 +20,7 @@ LOGIT_ROWS = 600  # rows of logits alive at a time, reference and graphs togethe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What will run. ``prepack``: sessions of whole cycles as they are deployed, with their own copies of the weights."""
+    """What will run. ``prepack``: whole cycles run as they are deployed, with ONNX Runtime's own copies of weights."""
 
     level: Level
     note: str = ""
@@ -55,9 +55,9 @@ def float32_bytes(manifest: Manifest) -> int:
 
 
 def least_bytes(manifest: Manifest) -> int:
-    """Memory without which no graph is run: the largest weight three times over (a layer is smaller), logits, working room."""
+    """Memory without which no graph is run: the largest weight, as float64 and twice as float32, and logits."""
     largest = max(int(np.prod(info.shape)) * 4 for info in manifest.weights.values())
-    return 3 * largest + LOGIT_ROWS * manifest.model.vocab_size * 4 + WORKING_BYTES
+    return 4 * largest + LOGIT_ROWS * manifest.model.vocab_size * 4 + WORKING_BYTES
 
 
 def _limits(directory: Path, manifest: Manifest, config: ModelConfig | None) -> list[tuple[Level, str]]:
@@ -71,12 +71,14 @@ def _limits(directory: Path, manifest: Manifest, config: ModelConfig | None) -> 
     if manifest.model.dtype != "float32":
         free, needed = shutil.disk_usage(directory.absolute().parent).free, float32_bytes(manifest)
         if free < needed + (64 << 20):
-            reason = f"the float32 cast of a {manifest.model.dtype} bundle needs {needed / 1e9:.1f} GB beside {directory}, {free / 1e9:.1f} GB are free"
+            reason = f"its float32 cast needs {needed / 1e9:.1f} GB beside {directory}, {free / 1e9:.1f} GB are free"
             limits.append(("structure", reason))
     if not _installed("torch"):
         limits.append(("graphs", 'PyTorch is not installed; pip install "dmtd[oracle]"'))
     if config is None:
-        limits.append(("graphs", "the bundle has no config.json to build the reference from; name its source with --checkpoint"))
+        limits.append(
+            ("graphs", "the bundle has no config.json to build the reference from; name its source with --checkpoint")
+        )
     return limits
 
 

@@ -1,8 +1,8 @@
 """How close is close enough: the margins of a verification, and the one comparison that all its numeric checks use.
 
 float32: the largest difference, as a share of the largest magnitude in the expected tensor. Half precision: the same
-difference in units in the last place (ULP) of the type at that magnitude. Tokens: equal, unless the expected top two are
-closer than the margin (a near-tie, counted and shown).
+difference in units in the last place (ULP) of the type at that magnitude. Tokens: equal, unless the expected top two
+are closer than the margin (a near-tie, counted and shown).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 FLOAT32_MARGIN = 2e-5  # of the largest |value|
 # A rotary angle is a float32 product of the position: one ULP of the frequency and one of the product, a position.
 ROTARY_ERROR_A_POSITION = 3e-7
-# Half precision against float32, in ULP of the type at the largest |value|. Rounding grows with depth about as its root;
-# see MEASURED in tests/export/test_verify_half.py for what a seeded model of 4 and of 30 layers gives.
+# Half precision against float32, in ULP of the type at the largest |value|. Rounding grows with depth about as its
+# root: see MEASURED in tests/export/test_verify_half.py.
 HALF_ULP_AT_DEPTH_ONE = 8.0
 HALF_TOP1_AGREEMENT = 0.9
 MANTISSA_BITS = {"float16": 10, "bfloat16": 7}

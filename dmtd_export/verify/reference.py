@@ -1,4 +1,5 @@
-"""The PyTorch side of a verification: expected numbers of a scenario and logits of whole sequences, a layer in memory at a time.
+"""The PyTorch side of a verification: expected numbers of a scenario and logits of whole sequences, a layer in memory
+at a time.
 
 The only module of the package that imports torch, and it is imported only when torch is there.
 """
@@ -11,6 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from dmtd_export.verify.scenario import Outcome, Scenario
+from dmtd_export.weights import NUMPY_DTYPES, map_tensor
 from dmtd_models.checkpoint import Checkpoint
 from dmtd_models.config import DmtdSpec, ModelConfig
 from dmtd_models.dmtd import StreamedModel
@@ -19,16 +23,15 @@ from dmtd_models.oracle import gates
 from dmtd_runtime import contract
 from dmtd_runtime.manifest import Manifest
 
-from dmtd_export.verify.scenario import Outcome, Scenario
-from dmtd_export.weights import NUMPY_DTYPES, map_tensor
-
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Reference:
     """The oracle over a checkpoint's weights as the bundle stores them (cast to its type), or over the bundle's own."""
 
-    def __init__(self, config: ModelConfig, spec: DmtdSpec, directory: Path, manifest: Manifest, checkpoint: Checkpoint | None) -> None:
+    def __init__(
+        self, config: ModelConfig, spec: DmtdSpec, directory: Path, manifest: Manifest, checkpoint: Checkpoint | None
+    ) -> None:
         self.config = config
         stored = NUMPY_DTYPES[manifest.model.dtype]
 
@@ -53,8 +56,10 @@ class Reference:
         caches = {(layer, kind): x.numpy() for kind, layers in pairs for layer, x in enumerate(layers)}
         return Outcome(thought=run.thought.numpy(), logits=run.logits.numpy(), caches=caches)
 
-    def teacher_forced(self, sequences: Sequence[Sequence[int]], prompt_lens: Sequence[int], plain: Sequence[bool]) -> list[Array]:
-        """Logits [n, vocab] of whole sequences under the oracle's gates, all in one pass (attention is causal: padding is harmless)."""
+    def teacher_forced(
+        self, sequences: Sequence[Sequence[int]], prompt_lens: Sequence[int], plain: Sequence[bool]
+    ) -> list[Array]:
+        """Logits [n, vocab] of whole sequences under the oracle's gates, in one pass (causal: padding is harmless)."""
         n = max(map(len, sequences))
         ids = torch.zeros((len(sequences), n), dtype=torch.int64)
         both = torch.ones((2, len(sequences), n), dtype=torch.int64)

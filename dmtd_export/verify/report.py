@@ -7,8 +7,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dmtd_runtime.errors import DmtdError
 from rich.table import Table
+
+from dmtd_runtime.errors import DmtdError
 
 Level = Literal["structure", "graphs", "oracle"]
 LEVELS: tuple[Level, ...] = ("structure", "graphs", "oracle")
@@ -22,8 +23,8 @@ class VerificationError(DmtdError):
 class Divergence:
     """The first place where a bundle and its model part. ``position`` is a token position (``row`` of a file: none).
 
-    ``layer`` is the first absolute layer whose keys or values differ; a fault behind a layer's keys and values (attention,
-    o_proj, MLP) first shows in the next one, and ``detail`` says so.
+    ``layer`` is the first absolute layer whose keys or values differ; a fault behind a layer's keys and values
+    (attention, o_proj, MLP) first shows in the next one, and ``detail`` says so.
     """
 
     graph: str
@@ -62,7 +63,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
-    """The outcome. ``level`` is the highest level that ran; ``level_note`` says in a line why it was not a higher one."""
+    """The outcome. ``level`` is the highest level that ran; ``level_note`` says why it was not a higher one."""
 
     level: Level
     checks: tuple[Check, ...]

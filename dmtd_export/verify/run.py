@@ -17,11 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmtd_models.checkpoint import Checkpoint
-from dmtd_models.config import ModelConfig
-from dmtd_runtime.errors import BackendError, BundleError
-from dmtd_runtime.manifest import Manifest, load_manifest
-
 from dmtd_export.verify import cycles
 from dmtd_export.verify.graph_checks import check_graphs, graphs_as_expected
 from dmtd_export.verify.half import float32_twin
@@ -31,6 +26,10 @@ from dmtd_export.verify.report import Check, Divergence, Level, VerificationErro
 from dmtd_export.verify.scenario import Outcome, Scenario, make_scenario
 from dmtd_export.verify.structure import check_structure, model_config, split_of, steps
 from dmtd_export.verify.weights_check import check_rotary, check_source
+from dmtd_models.checkpoint import Checkpoint
+from dmtd_models.config import ModelConfig
+from dmtd_runtime.errors import BackendError, BundleError
+from dmtd_runtime.manifest import Manifest, load_manifest
 
 if TYPE_CHECKING:
     from dmtd_export.verify.reference import Reference
@@ -62,7 +61,7 @@ def verify_bundle(
     """
     start = time.monotonic()
     manifest = manifest or load_manifest(directory)
-    run = _Run(directory, manifest, checkpoint, quick, on_stage or (lambda stage, done, total: None))
+    run = _Run(directory, manifest, checkpoint, quick, on_stage or _silent)
     plan = make_plan(directory, manifest, level, run.config)
     checks, notes = run.structure(), list(plan.notes)
     reached: Level = "structure"
@@ -108,17 +107,25 @@ def verify_hook(
             on_report(report)
         if not report.ok:
             raise VerificationError(
-                f"verification failed: {report.first_divergence}; the bundle was not kept (--no-verify keeps it unverified)"
+                f"verification failed: {report.first_divergence}; "
+                "the bundle was not kept (--no-verify keeps it unverified)"
             )
         return record(report)
 
     return hook
 
 
+def _silent(stage: str, done: int, total: int) -> None:
+    """No progress display."""
+    del stage, done, total
+
+
 class _Run:
     """One verification: the bundle, and everything that its stages share."""
 
-    def __init__(self, directory: Path, manifest: Manifest, checkpoint: Checkpoint | None, quick: bool, on_stage: OnStage) -> None:
+    def __init__(
+        self, directory: Path, manifest: Manifest, checkpoint: Checkpoint | None, quick: bool, on_stage: OnStage
+    ) -> None:
         self.config: ModelConfig | None = checkpoint.config if checkpoint is not None else model_config(directory)
         self._directory = directory
         self._manifest = manifest
@@ -133,7 +140,10 @@ class _Run:
     def notes(self, plan: Plan) -> Iterator[str]:
         dtype = self._manifest.model.dtype
         if plan.level == "oracle" and self._checkpoint is None:
-            yield "the reference read the bundle's own weights: that they are the model's rests on the recorded norms and probes"
+            yield (
+                "the reference read the bundle's own weights: "
+                "that they are the model's rests on the recorded norms and probes"
+            )
         if dtype == "bfloat16":
             yield "bfloat16 graphs were run as their float32 cast only: the CPU has no bfloat16 kernels"
         if dtype == "float16":
@@ -149,12 +159,22 @@ class _Run:
         with self._float32() as (directory, manifest):
             scenario = make_scenario(manifest.model.vocab_size)
             try:
-                expected = reference.outcome(scenario) if reference else graphs_as_expected(directory, manifest, scenario)
+                expected = (
+                    reference.outcome(scenario) if reference else graphs_as_expected(directory, manifest, scenario)
+                )
                 checks += self._graphs(directory, manifest, scenario, expected, plan)
                 checks += self._cycles(directory, manifest, reference, plan)
             except (BackendError, BundleError) as error:
                 found = Divergence(graph="ONNX Runtime", detail=str(error))
-                checks.append(Check(name="ONNX Runtime runs the graphs", level=plan.level, ok=False, detail=str(error), divergence=found))
+                checks.append(
+                    Check(
+                        name="ONNX Runtime runs the graphs",
+                        level=plan.level,
+                        ok=False,
+                        detail=str(error),
+                        divergence=found,
+                    )
+                )
         return checks
 
     def _reference(self) -> Reference:
@@ -172,7 +192,9 @@ class _Run:
         with tempfile.TemporaryDirectory(prefix=".verify-", dir=self._directory.absolute().parent) as target:
             yield Path(target), float32_twin(self._directory, self._manifest, Path(target), self.config)
 
-    def _graphs(self, directory: Path, manifest: Manifest, scenario: Scenario, expected: Outcome, plan: Plan) -> list[Check]:
+    def _graphs(
+        self, directory: Path, manifest: Manifest, scenario: Scenario, expected: Outcome, plan: Plan
+    ) -> list[Check]:
         runs_as_is = self._manifest.model.dtype == "float16"
         label = "" if manifest is self._manifest else ", cast to float32,"
         with self._counting("graphs", len(manifest.graphs) * (2 if runs_as_is else 1)) as done:
@@ -186,14 +208,18 @@ class _Run:
 
     def _cycles(self, directory: Path, manifest: Manifest, reference: Reference | None, plan: Plan) -> list[Check]:
         runs_as_is = self._manifest.model.dtype == "float16"
-        variants = cycles.make_variants(manifest, self._quick)
+        variants = cycles.make_variants(manifest, self._quick, plan.prepack)
         with self._counting("cycles", len(variants) + 1 + runs_as_is) as done:
-            cases, own = cycles.choose_tokens(directory, manifest, variants[0], cycles.make_cases(manifest, self._quick))
+            cases, own = cycles.choose_tokens(
+                directory, manifest, variants[0], cycles.make_cases(manifest, self._quick)
+            )
             done()
             expected = cycles.Expected(logits=own, level="graphs")
             if reference is not None:
                 rows = reference.teacher_forced(
-                    [case.sequence for case in cases], [len(case.prompt) for case in cases], [case.plain for case in cases]
+                    [case.sequence for case in cases],
+                    [len(case.prompt) for case in cases],
+                    [case.plain for case in cases],
                 )
                 logits = [row[len(case.prompt) - 1 :] for row, case in zip(rows, cases, strict=True)]
                 expected = cycles.Expected(logits=logits, level="oracle")
@@ -206,7 +232,9 @@ class _Run:
             if runs_as_is:
                 half = half_margin("float16", manifest.model.num_layers)
                 checks.append(
-                    cycles.check_cycles(self._directory, self._manifest, variants[0], cases, expected, half, label=", float16 as it is")
+                    cycles.check_cycles(
+                        self._directory, self._manifest, variants[0], cases, expected, half, label=", float16 as it is"
+                    )
                 )
                 done()
         return checks

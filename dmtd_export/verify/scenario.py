@@ -1,8 +1,8 @@
 """What every graph is run over when it is checked by itself: token ids, gates, and calls that use windows and pasts.
 
 Two sequences of different lengths. The gates are drawn at random for every row, so that both are exercised in every
-combination wherever they stand. The last call of the first sequence has a refill's shape: a window of several rows through T, of
-which only the last one enters D. Knows ranges and integers only; ``feeds.py`` makes inputs of them.
+combination wherever they stand. The last call of the first sequence has a refill's shape: a window of several rows
+through T, of which only the last one enters D. Knows ranges and integers only; ``feeds.py`` makes inputs of them.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ class Scenario:
     @property
     def capacity(self) -> int:
         """KV rows that leave room for padding."""
-        return 2 * self.ids.shape[1]
+        return 2 * int(self.ids.shape[1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What the rows of a scenario compute; arrays a graph does not produce are empty or missing.
 
-    ``thought`` [sequences, n, hidden], ``logits`` [sequences, n, vocab], ``caches[layer, kind]`` [sequences, kv_heads, n, head_dim].
+    ``thought`` [sequences, n, hidden], ``logits`` [sequences, n, vocab], ``caches[layer, kind]`` [sequences,
+    kv_heads, n, head_dim].
     """
 
     thought: Array | None

@@ -1,10 +1,11 @@
-"""Level ``structure``: the files, the manifest, the graphs and the weights agree with one another. No torch, no ONNX Runtime.
+"""Level ``structure``: the files, the manifest, the graphs and the weights agree with one another. No torch, no ONNX
+Runtime.
 
 1. Every listed file has its size and SHA-256.
-2. Every weight stands where the manifest says, and reproduces its norm and probe: a weight altered in place is named even
-   where the hashes were recomputed.
-3. Every graph file has the inputs and outputs of the contract and of the manifest, opset 24, IR 10, passes onnx.checker in
-   full, and reads its weights from the manifest's places and from nowhere else.
+2. Every weight stands where the manifest says, and reproduces its norm and probe: a weight altered in place is named
+   even where the hashes were recomputed.
+3. Every graph file has the inputs and outputs of the contract and of the manifest, opset 24, IR 10, passes
+   onnx.checker in full, and reads its weights from the manifest's places and from nowhere else.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import onnx
-from dmtd_models.config import DmtdSpec, ModelConfig, Rope, read_config
-from dmtd_models.errors import ModelError
-from dmtd_models.tensors import tensor_shapes
-from dmtd_runtime import contract
-from dmtd_runtime.errors import BundleError
-from dmtd_runtime.manifest import DTYPE_BYTES, GraphInfo, Manifest, TensorInfo, WeightInfo, safe_relative, sha256_of
 
 from dmtd_export.graph_writer import CONTRIB_DOMAIN, IR_VERSION, ONNX_DTYPES, OPSET
 from dmtd_export.graphs import GraphSpec, build_graph
 from dmtd_export.layers import COS, SIN
 from dmtd_export.verify.report import Check, Divergence
 from dmtd_export.weights import Fingerprint, fingerprint_of, map_tensor
+from dmtd_models.config import DmtdSpec, ModelConfig, Rope, read_config
+from dmtd_models.errors import ModelError
+from dmtd_models.tensors import tensor_shapes
+from dmtd_runtime import contract
+from dmtd_runtime.errors import BundleError
+from dmtd_runtime.manifest import DTYPE_BYTES, GraphInfo, Manifest, TensorInfo, WeightInfo, safe_relative, sha256_of
 
 GRAPH_BYTES_LIMIT = 4 << 20  # a graph holds no weights; 60 layers for 8 slots stay under 1.5 MB
 OnDone = Callable[[], None]
@@ -96,9 +97,13 @@ def _files(directory: Path, manifest: Manifest, on_done: OnDone) -> Iterator[Div
         on_done()
         path = directory / safe_relative(name)
         if not path.is_file():
-            yield Divergence(graph=name, got="missing", expected=f"{info.bytes} bytes", detail="export the bundle again")
+            yield Divergence(
+                graph=name, got="missing", expected=f"{info.bytes} bytes", detail="export the bundle again"
+            )
         elif (size := path.stat().st_size) != info.bytes:
-            yield Divergence(graph=name, got=f"{size} bytes", expected=f"{info.bytes} bytes", detail="truncated or altered")
+            yield Divergence(
+                graph=name, got=f"{size} bytes", expected=f"{info.bytes} bytes", detail="truncated or altered"
+            )
         elif (digest := sha256_of(path)) != info.sha256:
             yield Divergence(graph=name, got=digest[:16], expected=info.sha256[:16], detail="SHA-256 differs: altered")
 
@@ -114,7 +119,9 @@ def _layout(directory: Path, manifest: Manifest) -> Iterator[Divergence]:
         for dim in info.shape:
             count *= dim
         if info.length != count or info.offset < end or info.offset + info.length > size:
-            detail = f"{name} [{info.offset}, {info.offset + info.length}) overlaps, leaves the file or has another shape"
+            detail = (
+                f"{name} [{info.offset}, {info.offset + info.length}) overlaps, leaves the file or has another shape"
+            )
             yield Divergence(graph=contract.WEIGHTS_FILE, layer=layer_of(name), detail=detail)
         end = info.offset + info.length
 
@@ -124,7 +131,11 @@ def _missing_weights(config: ModelConfig, manifest: Manifest) -> Iterator[Diverg
         got = manifest.weights[name].shape if name in manifest.weights else "missing"
         if got != shape:
             yield Divergence(
-                graph=contract.MANIFEST_FILE, layer=layer_of(name), got=str(got), expected=str(shape), detail=f"weight {name}"
+                graph=contract.MANIFEST_FILE,
+                layer=layer_of(name),
+                got=str(got),
+                expected=str(shape),
+                detail=f"weight {name}",
             )
     model, same = manifest.model, ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
     for key in same:
@@ -173,7 +184,7 @@ def _graph_faults(
 ) -> Iterator[str]:
     path = directory / graph.file
     if path.stat().st_size > GRAPH_BYTES_LIMIT:
-        yield f"{path.stat().st_size} bytes, expected at most {GRAPH_BYTES_LIMIT}: weights belong into {contract.WEIGHTS_FILE}"
+        yield f"{path.stat().st_size} bytes, expected at most {GRAPH_BYTES_LIMIT}: weights stand in a file of their own"
         return
     try:
         model = onnx.load(path, load_external_data=False)
@@ -238,7 +249,8 @@ def _initializer_fault(tensor: onnx.TensorProto, by_offset: dict[int, tuple[str,
         rows, tail, at = rows + info.shape[0], info.shape[1:], at + info.length
     expected_name = "+".join((names[0], *(name.split(".")[-2] for name in names[1:]))) if names else "nothing"
     if at != offset + length or tensor.name != expected_name or tuple(tensor.dims) != (rows, *tail):
-        return f"reads [{offset}, {offset + length}) as {tuple(tensor.dims)}; the manifest has {expected_name} {(rows, *tail)} there"
+        there = f"{expected_name} {(rows, *tail)}"
+        return f"reads [{offset}, {offset + length}) as {tuple(tensor.dims)}; the manifest has {there} there"
     return ""
 
 

@@ -1,4 +1,5 @@
-"""The stored weights against their source: every tensor of the checkpoint bit by bit, the rotary tables against the reference's.
+"""The stored weights against their source: every tensor of the checkpoint bit by bit, the rotary tables against the
+reference's.
 
 The fingerprints of level ``structure`` hold the file to the manifest; this holds the file to the model.
 """
@@ -10,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dmtd_models.checkpoint import Checkpoint
-from dmtd_models.tensors import tensor_shapes
-from dmtd_runtime import contract
-from dmtd_runtime.manifest import Manifest
 
 from dmtd_export.layers import COS, SIN
 from dmtd_export.verify.margins import MANTISSA_BITS, ROTARY_ERROR_A_POSITION
 from dmtd_export.verify.report import Check, Divergence
 from dmtd_export.verify.structure import layer_of
 from dmtd_export.weights import NUMPY_DTYPES, map_tensor, row_chunks
+from dmtd_models.checkpoint import Checkpoint
+from dmtd_models.tensors import tensor_shapes
+from dmtd_runtime import contract
+from dmtd_runtime.manifest import Manifest
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -44,7 +45,9 @@ def _unequal(directory: Path, manifest: Manifest, checkpoint: Checkpoint) -> Ite
         info = manifest.weights.get(name)
         if info is None or info.shape != shape:
             got = "missing" if info is None else str(info.shape)
-            yield Divergence(graph=contract.WEIGHTS_FILE, layer=layer_of(name), got=got, expected=str(shape), detail=name)
+            yield Divergence(
+                graph=contract.WEIGHTS_FILE, layer=layer_of(name), got=got, expected=str(shape), detail=name
+            )
             continue
         stored, source = map_tensor(directory / contract.WEIGHTS_FILE, info), checkpoint.read(name)
         for mine, theirs in zip(row_chunks(stored), row_chunks(source), strict=True):

@@ -1,4 +1,4 @@
-"""Ways to spoil a bundle, each followed by recomputing every hash and size of its manifest. For the tests of `dmtd verify`."""
+"""Ways to spoil a bundle, and to recompute every hash and size of its manifest afterwards. For tests."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from dmtd_export.weights import fingerprint_of
 from onnx import helper, numpy_helper
+
+from dmtd_export.weights import fingerprint_of
 
 WEIGHTS = "model.onnx.data"
 

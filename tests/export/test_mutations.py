@@ -23,6 +23,7 @@ from bundle_mutations import (
     set_attribute,
     swap_layers,
 )
+
 from dmtd_export.export import export_bundle
 from dmtd_export.options import ExportOptions
 from dmtd_export.verify import VerifyReport, verify_bundle
@@ -116,7 +117,9 @@ def transpose(tensor: np.ndarray) -> None:
     ],
 )
 @pytest.mark.parametrize("level", ["structure", "oracle"])
-def test_a_weight_altered_in_place_is_named(bundle: Path, weight: str, edit: Callable, number: str | None, level: str) -> None:
+def test_a_weight_altered_in_place_is_named(
+    bundle: Path, weight: str, edit: Callable, number: str | None, level: str
+) -> None:
     edit_weight(bundle, weight, edit)
     reseal(bundle)
     report = verify(bundle, level=level)
@@ -178,7 +181,12 @@ def test_without_new_hashes_the_tensor_is_named_rather_than_the_file(bundle: Pat
 def write_other_rope(bundle: Path, *, refingerprint: bool) -> None:
     tables = rotary_tables(Rope(theta=5000.0), 16, 64 + 256)
     for name, table in zip(("rotary.cos", "rotary.sin"), tables, strict=True):
-        edit_weight(bundle, name, lambda tensor, table=table: tensor.__setitem__(slice(None), table), refingerprint=refingerprint)
+        edit_weight(
+            bundle,
+            name,
+            lambda tensor, table=table: tensor.__setitem__(slice(None), table),
+            refingerprint=refingerprint,
+        )
     reseal(bundle)
 
 
@@ -280,7 +288,9 @@ GRAPH_EDITS = [
 ]
 
 
-@pytest.mark.parametrize(("file", "edit", "layer"), GRAPH_EDITS, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    ("file", "edit", "layer"), GRAPH_EDITS, ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_an_edited_graph_is_caught_and_its_layer_named(bundle: Path, file: str, edit: Callable, layer: int) -> None:
     with edited_graph(bundle, file) as model:
         edit(model)
@@ -294,7 +304,9 @@ def test_an_edited_graph_is_caught_and_its_layer_named(bundle: Path, file: str, 
     assert report.level == "oracle"
 
 
-@pytest.mark.parametrize(("file", "edit", "layer"), GRAPH_EDITS[::3], ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    ("file", "edit", "layer"), GRAPH_EDITS[::3], ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_an_edited_graph_is_caught_without_a_reference(bundle: Path, file: str, edit: Callable, layer: int) -> None:
     with edited_graph(bundle, file) as model:
         edit(model)

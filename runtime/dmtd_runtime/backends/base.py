@@ -29,6 +29,7 @@ class BackendOptions:
     max_batch: int = 1
     max_model_len: int | None = None  # None: the bundle's
     threads: int | None = None  # None: one for each core this process may use
+    prepack: bool = True  # False: weights stay in the page cache, slower; for models that hardly fit into memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
