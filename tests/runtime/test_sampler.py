@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmtd_runtime import sampler as sampler_module
 from dmtd_runtime.errors import BackendError, DmtdError, RequestError
 from dmtd_runtime.sampler import MAX_CANDIDATES, Sampler, top_ids, uniform
 from dmtd_runtime.sampling import SamplingParams
@@ -116,6 +117,13 @@ def test_top_ids_orders_ties_by_id_also_at_the_edge() -> None:
     assert top_ids(logits, 5).tolist() == [3, 1, 5, 0, 2]
     assert top_ids(logits, 7).tolist() == [3, 1, 5, 0, 2, 4, 6]
     assert top_ids(logits, 99).tolist() == [3, 1, 5, 0, 2, 4, 6]
+
+
+def test_top_ids_equals_a_stable_sort() -> None:
+    logits = np.random.default_rng(3).integers(-4, 5, 4000).astype(np.float32)
+    order = sorted(range(4000), key=lambda i: (-logits[i], i))
+    for count in (1, 17, 1024, 3999, 4000):
+        assert top_ids(logits, count).tolist() == order[:count]
 
 
 # -- penalties, bias and masks by hand
@@ -230,6 +238,21 @@ def test_cuts_by_hand() -> None:
     assert drawn(SamplingParams(min_p=0.4, top_p=0.6), logits) == {1}
     # Temperature comes first: at .5 the probabilities go as squares, .727, .182, .045, .045.
     assert drawn(SamplingParams(temperature=0.5, top_p=0.7), logits) == {1}
+
+
+def test_cuts_at_their_edges() -> None:
+    equal = row(2, 2, 1, 2)
+    assert drawn(SamplingParams(min_p=1), equal) == {0, 1, 3}
+    assert drawn(SamplingParams(top_k=2), equal) == {0, 1}
+    # Of four equal tokens, two reach .5 exactly.
+    assert drawn(SamplingParams(top_p=0.5), row(2, 2, 2, 2)) == {0, 1}
+
+
+@pytest.mark.parametrize(("u", "token_id"), [(0.0, 1), (0.2499, 1), (0.25, 2), (0.5, 3), (0.75, 4), (1 - 2**-53, 4)])
+def test_a_uniform_picks_by_the_cumulative_sum(u: float, token_id: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Four equal tokens, in the order of their ids: each owns a quarter, its lower end included.
+    monkeypatch.setattr(sampler_module, "uniform", lambda *_: u)
+    assert make(SamplingParams(min_p=0.5), 5).choose(row(-9, 2, 2, 2, 2)).token_id == token_id
 
 
 def test_no_token_beyond_the_candidates() -> None:

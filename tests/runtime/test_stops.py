@@ -122,6 +122,8 @@ def test_min_tokens_lets_stops_sleep() -> None:
     assert end(run(["a", "b", "c", "d"], eos=[0, 1, 3], min_tokens=2)) == ("stop", 3)
     # Begun while asleep, ended while awake: it counts.
     assert end(run(["a", "b"], stop="ab", min_tokens=1)) == ("stop", "ab")
+    assert texts(run(["xaa", "ab"], stop="aa", min_tokens=1)) == ["xa", ""]
+    assert end(run(["xaa", "ab"], stop="aa", min_tokens=1)) == ("stop", "aa")
     assert end(run(["ab", "c"], stop="ab", min_tokens=1, max_tokens=2)) == ("length", None)
 
 
