@@ -20,6 +20,8 @@ import typer.main
 from dmtd_runtime.cli.common import friendly_errors
 from dmtd_runtime.version import __version__
 
+_HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verb:
@@ -75,7 +77,12 @@ class _LazyCommand(typer.core.TyperCommand):
         """The verb as a command of typer."""
         with friendly_errors():
             function = getattr(importlib.import_module(self._verb.module), self._verb.function)
-        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+        single = typer.Typer(
+            add_completion=False,
+            pretty_exceptions_enable=False,
+            rich_markup_mode="rich",
+            context_settings=_HELP_NAMES,
+        )
         single.command(name=self.name)(guarded(function))
         return typer.main.get_command(single)
 
@@ -106,7 +113,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=_HELP_NAMES,
 )
 
 

@@ -124,9 +124,8 @@ def _talk(llm: LLM, conversation: Conversation) -> None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (gives input() its line editing and history)
         cycle = llm.manifest.cycle
-        note(
-            f"E{cycle.encoding_layers} T{cycle.thinking_layers} D{cycle.decoding_layers}, cycle of {cycle.cycle_length}. /help for commands."
-        )
+        split = f"E{cycle.encoding_layers} T{cycle.thinking_layers} D{cycle.decoding_layers}"
+        note(f"{split}, cycle of {cycle.cycle_length}. /help for commands.")
     while True:
         try:
             message = _read_message(interactive)
