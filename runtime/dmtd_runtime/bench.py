@@ -126,7 +126,7 @@ def run_bench(
         RequestError: lengths or batch sizes that the bundle cannot run.
         BackendError: the device or library cannot be used.
     """
-    _check(options, manifest, backend_options)
+    check_options(options, manifest, backend_options)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     split = split_bytes(manifest)
     modes = 3 if options.whole_model else 2
@@ -156,7 +156,8 @@ def _shifted(on_run: OnRun, base: int, total: int) -> Callable[[str, int], None]
     return lambda label, done: on_run(label, base + done, total)
 
 
-def _check(options: BenchOptions, manifest: Manifest, backend_options: BackendOptions) -> None:
+def check_options(options: BenchOptions, manifest: Manifest, backend_options: BackendOptions) -> None:
+    """Raise RequestError for lengths that the bundle cannot run; the backend checks the batch sizes itself."""
     if not options.batches or min(options.batches) < 1:
         raise RequestError(f"--batch: got {list(options.batches)}, expected sizes of at least 1")
     if options.prompt_len < 1 or options.repeats < 1 or options.warmup < 0:

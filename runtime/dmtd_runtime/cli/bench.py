@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dmtd_runtime.backends.base import BackendOptions
-from dmtd_runtime.bench import BatchReport, BenchOptions, BenchReport, OnRun, run_bench
+from dmtd_runtime.bench import BatchReport, BenchOptions, BenchReport, OnRun, check_options, run_bench
 from dmtd_runtime.bundle import open_bundle
 from dmtd_runtime.cli.common import (
     BundleArgument,
@@ -82,6 +82,7 @@ def bench(
         threads=threads,
     )
     manifest = open_bundle(directory)
+    check_options(options, manifest, backend)
     console = Console(highlight=False)
     if not json:
         console.print(_card(manifest, split_bytes(manifest), options, backend))

@@ -58,7 +58,7 @@ class Answer:
         if self.first_token_s is not None:
             parts.append(f"first token {self.first_token_s * 1e3:.0f} ms ({self.prompt_tokens} of prompt)")
         steps = self.full_passes + self.late_steps
-        if self.full_passes:
+        if self.full_passes > 0:
             parts.append(f"{self.full_passes} full passes, {steps / self.full_passes:.2f} tokens each")
         return f"[{' | '.join(parts)} | ended by {self.finish_reason or 'interruption'}]"
 
@@ -174,20 +174,19 @@ def _prompt_ids(llm: LLM, asked: str | list[int], *, raw: bool, system: str | No
 
 def _run(llm: LLM, ids: list[int], params: SamplingParams, timeout: float | None, *, show: bool) -> Answer:
     answer, times = Answer(prompt_tokens=len(ids)), []
-    before = RunStats()
+    # Only this request runs, so the counts are its own; the prompt's passes are known from its length.
+    prefill_passes = -(-len(ids) // llm.manifest.model.max_window)
+    before = RunStats(full_passes=llm.stats.full_passes + prefill_passes, late_steps=llm.stats.late_steps)
     start = time.perf_counter()
     for delta in llm.stream(ids, params, timeout_s=timeout):
         if delta.token_ids:
             times.append(time.perf_counter())
-        if len(times) == 1:  # decoding counts from the first token on
-            before = RunStats(full_passes=llm.stats.full_passes, late_steps=llm.stats.late_steps)
         _take(answer, delta)
         if show:
             _show(llm, delta, first=len(times) == 1)
-    end = time.perf_counter()
+    answer.total_s = time.perf_counter() - start
     if show:
         typer.echo()
-    answer.total_s = end - start
     if times:
         answer.first_token_s = times[0] - start
         answer.full_passes = llm.stats.full_passes - before.full_passes
