@@ -142,16 +142,25 @@ def _write_bundle(
     return manifest
 
 
+def slot_counts(max_batch: int) -> list[int]:
+    """1, 2, 4, ... and ``max_batch``: an idle slot costs a little in every layer, so a runtime takes the smallest graph."""
+    return sorted({1, max_batch, *(1 << i for i in range(max_batch.bit_length()) if 1 << i < max_batch)})
+
+
 def wanted_graphs(options: ExportOptions) -> list[tuple[contract.GraphName, contract.Dialect, int]]:
     """(graph, dialect, slots) of every graph file that the options ask for."""
     wanted: list[tuple[contract.Dialect, int]] = []
     if options.target in ("onnxruntime", "all"):
-        wanted.append((contract.ONNXRUNTIME, 1))
-        if options.max_batch > 1:
-            wanted.append((contract.ONNXRUNTIME, options.max_batch))
+        wanted += [(contract.ONNXRUNTIME, slots) for slots in slot_counts(options.max_batch)]
     if options.target in ("tensorrt", "all"):
         wanted.append((contract.STANDARD, 1))
-    return [(name, dialect, slots) for dialect, slots in wanted for name in contract.GRAPH_NAMES]
+    # late_decode takes any batch as it is: only T's layers need a node for every slot.
+    return [
+        (name, dialect, slots)
+        for dialect, slots in wanted
+        for name in contract.GRAPH_NAMES
+        if slots == 1 or name != contract.LATE_DECODE
+    ]
 
 
 def _model_info(config: ModelConfig, options: ExportOptions, max_model_len: int) -> ModelInfo:

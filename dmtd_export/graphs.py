@@ -4,7 +4,7 @@
     thinking     input_ids -> E -> T -> thought (late rows only)
     late_decode  input_ids, thought -> E -> D -> norm -> lm_head -> logits
 
-Inputs and outputs (standard dialect; packed graphs have batch 1 and 1-D row indices, see ``contract``):
+Inputs and outputs (standard dialect; the onnxruntime dialect differs in its rows, see ``contract``):
 
 | name | dims | dtype | graphs |
 |---|---|---|---|
@@ -55,8 +55,8 @@ def build_graph(
 ) -> tuple[onnx.ModelProto, GraphInfo]:
     """Build one graph. Returns the protobuf (no weights inside) and its record for the manifest."""
     writer = GraphWriter(name, spec.weights)
-    shape: _StandardRows | _PackedRows
-    shape = _StandardRows(writer, spec) if dialect == contract.STANDARD else _PackedRows(writer, spec, slots)
+    shape: _StandardRows | _OrtRows
+    shape = _StandardRows(writer, spec) if dialect == contract.STANDARD else _OrtRows(writer, spec, slots)
     _write(writer, spec, name, shape)
     model = writer.finish(__version__, f"{name}, {dialect} dialect")
     info = GraphInfo(
@@ -70,7 +70,7 @@ def build_graph(
     return model, info
 
 
-def _write(writer: GraphWriter, spec: GraphSpec, name: GraphName, shape: _StandardRows | _PackedRows) -> None:
+def _write(writer: GraphWriter, spec: GraphSpec, name: GraphName, shape: _StandardRows | _OrtRows) -> None:
     dmtd = spec.dmtd
     first_late = dmtd.encoding_layers + dmtd.thinking_layers
     encoding, thinking = range(dmtd.encoding_layers), range(dmtd.encoding_layers, first_late)
@@ -88,7 +88,7 @@ def _write(writer: GraphWriter, spec: GraphSpec, name: GraphName, shape: _Standa
     if name == contract.LATE_DECODE:
         thought = shape.declare_thought()
     for layer in layers:
-        shape.dialect.declare_cache(layer)
+        shape.dialect.declare_cache(layer, "late" if layer in decoding else window_group)
     shape.add_window_group(window_group, layers[0])
     embedded = shape.embed()
     hidden = State(residual=embedded)
@@ -224,46 +224,56 @@ class _StandardRows(_Rows):
         w.op("Reshape", [x, shape], path, output=w.output(name, dims, dtype))
 
 
-class _PackedRows(_Rows):
-    """Packed rows: [1, rows] outside, [rows, hidden] inside; row indices are 1-D."""
+class _OrtRows(_Rows):
+    """The onnxruntime dialect: packed window rows [1, window_len], late rows [batch, late_len]; row indices are flat."""
 
     def __init__(self, writer: GraphWriter, spec: GraphSpec, slots: int) -> None:
         super().__init__(writer, spec)
         self.dialect = OrtDialect(writer, spec.config, spec.dtype, slots)
 
     def declare_tokens(self, rows: str) -> None:
-        self.writer.input(contract.INPUT_IDS, [1, rows], "int64")
+        self.writer.input(contract.INPUT_IDS, ["batch" if rows == "late_len" else 1, rows], "int64")
 
     def declare_late_rows(self) -> None:
-        self.writer.input(contract.LATE_ROWS, ["late_len"], "int64")
+        self.writer.input(contract.LATE_ROWS, ["batch", "late_len"], "int64")
 
     def declare_thought(self) -> str:
-        thought = self.writer.input(contract.THOUGHT, [1, "late_len", self.spec.config.hidden_size], self.spec.dtype)
-        return self.flat(thought, "/model/thought")
+        dims: list[int | str] = ["batch", "late_len", self.spec.config.hidden_size]
+        return self.flat(self.writer.input(contract.THOUGHT, dims, self.spec.dtype), "/model/thought")
 
     def add_window_group(self, group: Group, layer: int) -> None:
-        count = self.writer.op("Shape", [contract.INPUT_IDS], f"/{group}_rows/count", attrs={"start": 1})
-        self.dialect.add_group(group, count)
+        if group == "late":
+            self.dialect.add_batch_group(contract.INPUT_IDS)
+        else:
+            count = self.writer.op("Shape", [contract.INPUT_IDS], "/thinking_rows/count", attrs={"start": 1})
+            self.dialect.add_packed_group(count)
 
     def add_late_group(self, layer: int) -> None:
-        self.dialect.add_group("late", self.writer.op("Shape", [contract.LATE_ROWS], "/late_rows/count"))
+        self.dialect.add_batch_group(contract.LATE_ROWS)
 
     def select_late(self, x: str, path: str) -> str:
-        return self.writer.op("Gather", [x, contract.LATE_ROWS], f"{path}/late_rows")
+        flat = self.writer.op("Reshape", [contract.LATE_ROWS, self.writer.constant([-1], "int64")], f"{path}/late_rows")
+        return self.writer.op("Gather", [x, flat], f"{path}/late_rows")
 
     def select_logit_rows(self, x: str) -> str:
         self.writer.input(contract.LOGIT_ROWS, ["num_logits"], "int64")
         return self.writer.op("Gather", [x, contract.LOGIT_ROWS], "/model/decode/logit_rows")
 
     def gate(self, hidden: str, thought: str) -> str:
-        return self.gated(hidden, thought, [1, "late_len"])
+        return self.gated(hidden, thought, ["batch", "late_len"])
 
     def write_thought(self, x: str) -> None:
-        self._write_rows(x, contract.THOUGHT, [1, "late_len", self.spec.config.hidden_size], self.spec.dtype)
+        w, width = self.writer, self.spec.config.hidden_size
+        outer = w.op("Shape", [contract.LATE_ROWS], "/thought/outer")
+        shape = w.op("Concat", [outer, w.constant([width], "int64")], "/thought/shape", attrs={"axis": 0})
+        w.op(
+            "Reshape",
+            [x, shape],
+            "/thought",
+            output=w.output(contract.THOUGHT, ["batch", "late_len", width], self.spec.dtype),
+        )
 
     def write_logits(self, x: str) -> None:
-        self._write_rows(x, contract.LOGITS, [1, "num_logits", self.spec.config.vocab_size], "float32")
-
-    def _write_rows(self, x: str, name: str, dims: Sequence[int | str], dtype: str) -> None:
         w = self.writer
-        w.op("Unsqueeze", [x, w.constant([0], "int64")], f"/{name}", output=w.output(name, dims, dtype))
+        dims: list[int | str] = [1, "num_logits", self.spec.config.vocab_size]
+        w.op("Unsqueeze", [x, w.constant([0], "int64")], "/logits", output=w.output(contract.LOGITS, dims, "float32"))

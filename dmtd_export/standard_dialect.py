@@ -98,7 +98,7 @@ class StandardDialect:
             "Reshape", [y, w.constant([-1, config.num_heads * config.head_dim], "int64")], f"{path}/merge_heads"
         )
 
-    def declare_cache(self, layer: int) -> None:
+    def declare_cache(self, layer: int, group: Group) -> None:
         """Declare the layer's KV inputs (before any node reads their shape)."""
         for kind in KINDS:
             self.writer.input(contract.past(layer, kind), kv_dims(self._config, "batch"), self._dtype)

@@ -212,9 +212,10 @@ def _family(raw: Mapping[str, object]) -> Family:
     if not isinstance(architectures, list | tuple):
         raise ConfigError(f"architectures: got {architectures!r}, expected a list of class names")
     for name in architectures:
-        # The class names of DMTD checkpoints are the authors' own; what counts there is that it is a causal LM.
-        fits = str(name).endswith("ForCausalLM") if model_type in family.dmtd_types else name == family.architecture
-        if not fits:
+        # The class names of DMTD checkpoints are the authors' own; there only another kind of head is refused.
+        is_dmtd = model_type in family.dmtd_types
+        other_head = "Classification" in str(name) or "QuestionAnswering" in str(name)
+        if (is_dmtd and other_head) or not (is_dmtd or name == family.architecture):
             raise ConfigError(
                 f"architectures: got {name!r}, expected {family.architecture} for model_type {model_type}"
             )

@@ -45,6 +45,7 @@ class SequenceRun:
     deadline: float | None = None  # of time.monotonic()
     started: float | None = None  # when its batch began
     ended: bool = False
+    failed: bool = False
     slot: int = -1
     position: Position = field(init=False)
 
@@ -53,7 +54,8 @@ class SequenceRun:
 
     def tell(self, event: TokenEvent) -> None:
         """Hand an event on, and note the end."""
-        self.ended = bool(event.finish_reason or event.error)
+        self.failed = event.error is not None
+        self.ended = self.failed or event.finish_reason is not None
         self.on_event(event)
 
 
@@ -120,7 +122,7 @@ def _end_cancelled(backend: Backend, active: list[SequenceRun]) -> None:
 def _leave(backend: Backend, active: list[SequenceRun], sequence: SequenceRun) -> None:
     """Free the slot; the last sequence moves into the gap, so that a smaller batch costs less."""
     slot, last = sequence.slot, active[-1]
-    backend.reset(slot, clear=True)
+    backend.reset(slot, clear=sequence.failed)  # a failed run may have left NaN in the cache
     if last is sequence:
         active.pop()
     elif backend.move(last.slot, slot):

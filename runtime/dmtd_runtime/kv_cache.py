@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dmtd_runtime.contract import Kind
-from dmtd_runtime.manifest import ModelInfo
+from dmtd_runtime.manifest import DTYPE_BYTES, ModelInfo
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -21,12 +21,11 @@ class HostKvCache:
     """KV buffers in host memory; pages are committed by the operating system as rows are written."""
 
     def __init__(self, model: ModelInfo, slots: int, capacity: int) -> None:
-        self.slots = slots
-        self.capacity = capacity
         shape = (slots, model.num_kv_heads, capacity, model.head_dim)
-        dtype = np.dtype(model.dtype)
         self._buffers: dict[tuple[int, Kind], Array] = {
-            (layer, kind): _lazy_zeros(shape, dtype) for layer in range(model.num_layers) for kind in ("key", "value")
+            (layer, kind): _lazy_zeros(shape, np.dtype(model.dtype))
+            for layer in range(model.num_layers)
+            for kind in ("key", "value")
         }
 
     def buffer(self, layer: int, kind: Kind) -> Array:
@@ -38,10 +37,10 @@ class HostKvCache:
         for buffer in self._buffers.values():
             buffer[target, :, :rows] = buffer[source, :, :rows]
 
-    def clear(self, slot: int) -> None:
-        """Zero a slot: what a failed run left there must not reach the next sequence."""
+    def clear(self, slot: int, rows: int) -> None:
+        """Zero the first ``rows`` rows of a slot."""
         for buffer in self._buffers.values():
-            buffer[slot] = 0
+            buffer[slot, :, :rows] = 0
 
     def close(self) -> None:
         """Drop the buffers; their memory goes once nothing is bound to them."""
@@ -50,11 +49,11 @@ class HostKvCache:
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Zeros whose pages exist once written. numpy's own asks for huge pages, which commits 2 MB around every row."""
-    pages = mmap.mmap(-1, max(1, int(np.prod(shape)) * dtype.itemsize))
-    return np.frombuffer(pages, dtype, count=int(np.prod(shape))).reshape(shape)
+    count = int(np.prod(shape))
+    return np.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype, count).reshape(shape)
 
 
-def kv_bytes(model: ModelInfo, rows: int) -> int:
-    """Bytes of all layers' keys and values for ``rows`` rows."""
-    itemsize = 4 if model.dtype == "float32" else 2
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * rows * itemsize
+def kv_bytes(model: ModelInfo, rows: int, layers: int | None = None) -> int:
+    """Bytes of the keys and values of ``rows`` rows in ``layers`` layers (None: all)."""
+    layers = model.num_layers if layers is None else layers
+    return 2 * layers * model.num_kv_heads * model.head_dim * rows * DTYPE_BYTES[model.dtype]

@@ -79,7 +79,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphInfo:
-    """One graph file and its full I/O contract. ``slots`` counts attention nodes a layer (onnxruntime dialect)."""
+    """One graph file and its full I/O contract. ``slots``: attention nodes a packed layer has."""
 
     name: contract.GraphName
     dialect: contract.Dialect

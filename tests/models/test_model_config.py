@@ -257,6 +257,13 @@ def test_harmless_keys_change_nothing(change):
     assert read_config({**QWEN3, **change}) == read_config(QWEN3)
 
 
+def test_dmtd_class_names_are_free_but_other_heads_are_not():
+    published = {**QWEN3, "model_type": "mtpqwen3", **ORIGINAL}
+    assert read_config({**published, "architectures": ["WhateverTheAuthorsCalledIt"]})[1] == RELEASED
+    with pytest.raises(ConfigError, match="MTPQwen3ForSequenceClassification"):
+        read_config({**published, "architectures": ["MTPQwen3ForSequenceClassification"]})
+
+
 def test_dmtd_type_without_its_fields_is_refused():
     with pytest.raises(ConfigError, match="num_thinking_layers"):
         read_config({**QWEN3, "model_type": "mtpqwen3"})

@@ -20,6 +20,12 @@ class RectangularLayout:
     def __init__(self, slots: int) -> None:
         self._slots = slots
 
+    def split(self, steps: Sequence[SlotStep]) -> Sequence[Sequence[SlotStep]]:
+        return [steps]
+
+    def batch_slots(self, steps: Sequence[SlotStep]) -> range:
+        return range(self._slots)
+
     def sizes(self, graph: contract.GraphName, steps: Sequence[SlotStep]) -> Mapping[str, int]:
         window, late = max(len(s.step.window) for s in steps), max(len(s.step.late) for s in steps)
         if graph == contract.THINKING:
