@@ -66,7 +66,8 @@ def render(manifest: Manifest, *, width: int) -> Group:
         _heading("Speed-up that the bytes allow (batch 1, over the plain model)"),
         _bound_table(manifest),
         _heading("Graphs"),
-        *(_graph_table(graph) for graph in manifest.graphs),
+        *(_graph_table(graph) for graph in manifest.graphs if graph.slots == 1),
+        *_batched_graphs(manifest),
         _heading("Record"),
         _record(manifest),
     )
@@ -196,6 +197,17 @@ def _bound_table(manifest: Manifest) -> Table:
             f"{split.bound(context):.2f}x",
         )
     return table
+
+
+def _batched_graphs(manifest: Manifest) -> list[Text]:
+    """The same graphs made for batches differ by their slots only: a line instead of a table each."""
+    files = [graph.file for graph in manifest.graphs if graph.slots > 1]
+    if not files:
+        return []
+    return [
+        Text("For batches, with a cache for each sequence: " + ", ".join(files) + " (--json lists their I/O)."),
+        Text(),
+    ]
 
 
 def _graph_table(graph: GraphInfo) -> Table:

@@ -78,7 +78,8 @@ def test_every_option_arrives(checkpoint: str, tmp_path: Path) -> None:
         "cyclical",
     )
     assert (manifest.model.dtype, manifest.model.max_model_len) == ("float16", 100)
-    assert {(graph.dialect, graph.slots) for graph in manifest.graphs} == {("onnxruntime", 1), ("onnxruntime", 3)}
+    assert {graph.dialect for graph in manifest.graphs} == {"onnxruntime"}
+    assert max(graph.slots for graph in manifest.graphs) == 3
     assert manifest.verification == {}
 
 

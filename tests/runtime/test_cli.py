@@ -97,7 +97,7 @@ def test_generate_streams_text_and_keeps_figures_apart(bundle: str) -> None:
     assert result.exit_code == 0
     assert result.stdout.endswith("\n")
     note, figures = result.stderr.splitlines()
-    assert note.startswith("note: these weights are not trained for DMTD")
+    assert note.startswith("note: weights not trained for DMTD")
     assert figures.startswith("[9 tokens | ")
     # Eight tokens come from steps; with cycles of 3 the heads are the first, the fourth and the seventh.
     assert "3 full passes, 2.67 tokens each | ended by length]" in figures

@@ -87,7 +87,7 @@ def test_caches_share_a_row() -> None:
 def test_render_tells_everything(manifest: Manifest) -> None:
     text = drawn(manifest)
     for words in (
-        *("T3", "D2", "full_pass.ort.onnx", "late_decode.onnx", "[late_len]", "past_key_values.{3-4}.key"),
+        *("T3", "D2", "full_pass.ort.onnx", "late_decode.onnx", "[num_logits]", "past_key_values.{3-4}.key"),
         *(
             "not trained for DMTD",
             "no record",

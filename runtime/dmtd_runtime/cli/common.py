@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -130,10 +131,12 @@ def _release_streams() -> None:
 
 
 class _LineHandler(logging.Handler):
-    """One line a record on stderr."""
+    """One line a record on stderr, and the traceback of a bug where the record carries one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         note(f"{record.levelname.lower()}: {record.getMessage()}")
+        if record.exc_info:
+            note("".join(traceback.format_exception(*record.exc_info)).rstrip())
 
 
 @contextlib.contextmanager

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from dmtd_runtime.llm import LLM
     from dmtd_runtime.sampling import SamplingParams
 
-UNTRAINED = (
-    "note: these weights are not trained for DMTD: the speed is real, the words are not (--plain gives the model's own)"
-)
+UNTRAINED = "note: weights not trained for DMTD: the speed is real, the words are not (compare with --plain)"
 _PANEL = "Sampling (by default as the bundle's generation_config.json says)"
 
 
