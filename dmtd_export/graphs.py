@@ -4,6 +4,8 @@
     thinking     input_ids -> E -> T -> thought (late rows only)
     late_decode  input_ids, thought -> E -> D -> norm -> lm_head -> logits
 
+and beside them choose_token, logits -> token_ids, for a device that keeps its logits (standard ONNX, serves both dialects).
+
 Inputs and outputs (standard dialect; the onnxruntime dialect differs in its rows, see ``contract``):
 
 | name | dims | dtype | graphs |
@@ -55,11 +57,18 @@ def build_graph(
 ) -> tuple[onnx.ModelProto, GraphInfo]:
     """Build one graph. Returns the protobuf (no weights inside) and its record for the manifest."""
     writer = GraphWriter(name, spec.weights)
+    if name == contract.CHOOSE_TOKEN:
+        _write_choose_token(writer, spec)
+        return writer.finish(__version__, name), _graph_info(writer, name, dialect, slots)
     shape: _StandardRows | _OrtRows
     shape = _StandardRows(writer, spec) if dialect == contract.STANDARD else _OrtRows(writer, spec, slots)
     _write(writer, spec, name, shape)
     model = writer.finish(__version__, f"{name}, {dialect} dialect")
-    info = GraphInfo(
+    return model, _graph_info(writer, name, dialect, slots)
+
+
+def _graph_info(writer: GraphWriter, name: GraphName, dialect: Dialect, slots: int) -> GraphInfo:
+    return GraphInfo(
         name=name,
         dialect=dialect,
         file=contract.graph_file(name, dialect, slots),
@@ -67,7 +76,22 @@ def build_graph(
         inputs=tuple(writer.inputs),
         outputs=tuple(writer.outputs),
     )
-    return model, info
+
+
+def _write_choose_token(writer: GraphWriter, spec: GraphSpec) -> None:
+    """token_ids int64 [batch, num_logits] = arg-max; is_finite bool, False where a row holds NaN or infinity."""
+    rows: list[int | str] = ["batch", "num_logits"]
+    logits = writer.input(contract.LOGITS, [*rows, spec.config.vocab_size], "float32")
+    attrs = {"axis": -1, "keepdims": 0}
+    token_ids = writer.output(contract.TOKEN_IDS, rows, "int64")
+    writer.op("ArgMax", [logits], "/choose_token", output=token_ids, attrs=attrs)
+    # x - x is 0 where x is finite and NaN elsewhere, and a sum with a NaN in it is NaN, which equals nothing.
+    difference = writer.op("Sub", [logits, logits], "/choose_token/difference")
+    total = writer.op(
+        "ReduceSum", [difference, writer.constant([-1], "int64")], "/choose_token/total", attrs={"keepdims": 0}
+    )
+    finite = writer.output(contract.IS_FINITE, rows, "bool")
+    writer.op("Equal", [total, total], "/choose_token/is_finite", output=finite)
 
 
 def _write(writer: GraphWriter, spec: GraphSpec, name: GraphName, shape: _StandardRows | _OrtRows) -> None:
