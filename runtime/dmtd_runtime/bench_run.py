@@ -36,17 +36,16 @@ class _StepClock:
 
     def __init__(self, backend: Backend) -> None:
         self.slots, self.capacity, self.max_rows = backend.slots, backend.capacity, backend.max_rows
-        self.stats = backend.stats
+        self.stats, self.chooses_tokens = backend.stats, backend.chooses_tokens
         self.marks: list[tuple[StepKind, float, float]] = []
         self._backend = backend
 
-    def run(self, steps: Sequence[SlotStep]) -> Array:
+    def run(self, steps: Sequence[SlotStep], *, greedy: bool = False) -> Array:
         self.marks.append((steps[0].step.kind, time.perf_counter(), self.stats.session_seconds))
-        return self._backend.run(steps)
+        return self._backend.run(steps, greedy=greedy)
 
     def reset(self, slot: int, *, clear: bool = False) -> None:
-        # Not cleared: a greedy run leaves nothing but finite rows, which the next one overwrites before it sees them.
-        self._backend.reset(slot)
+        self._backend.reset(slot, clear=clear)
 
     def move(self, source: int, target: int) -> bool:
         return self._backend.move(source, target)
