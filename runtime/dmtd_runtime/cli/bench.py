@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json as json_text
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from dmtd_runtime.backends.base import BackendOptions
-from dmtd_runtime.bench import BatchReport, BenchOptions, BenchReport, OnRun, check_options, run_bench
+from dmtd_runtime.bench import BatchReport, BenchOptions, BenchReport, Mode, OnRun, check_options, run_bench
 from dmtd_runtime.bundle import open_bundle
 from dmtd_runtime.cli.common import (
     BundleArgument,
@@ -144,7 +145,7 @@ def _card(manifest: Manifest, split: SplitBytes, options: BenchOptions, backend:
     card.add_row(
         "run",
         f"batch {', '.join(map(str, options.batches))}; prompt {options.prompt_len}, {options.max_tokens} new tokens; "
-        f"{options.repeats} repeats; {backend.device}, full pass {backend.full_pass}",
+        f"{options.repeats} repeats; {backend.device}, {backend.full_pass} full pass",
     )
     if backend.full_pass == "fused":
         card.add_row("fused", f"its graph repeats D and the head: {human_bytes(split.fused_extra)} more memory")
@@ -152,52 +153,56 @@ def _card(manifest: Manifest, split: SplitBytes, options: BenchOptions, backend:
 
 
 def _table(report: BenchReport) -> Table:
-    table = Table(title="", pad_edge=False)
-    table.add_column("")
+    table = Table(pad_edge=False, box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
     for batch in report.batches:
-        table.add_column(f"batch {batch.batch}", justify="right", no_wrap=True)
-    for name, cells in _rows(report):
-        table.add_row(name, *cells)
+        table.add_column(f"batch {batch.batch}", justify="right")
+    for name, cell in _rows(report):
+        table.add_row(name, *(cell(batch) for batch in report.batches))
     return table
 
 
-def _rows(report: BenchReport) -> list[tuple[str, list[str]]]:
-    def row(name: str, cell: object) -> tuple[str, list[str]]:
-        assert callable(cell), "a row is a function of a batch"
-        return name, [cell(batch) for batch in report.batches]
+Cell = Callable[[BatchReport], str]
 
-    rows = [
-        row("plain, tok/s", lambda b: _rate(b, "plain")),
-        row("DMTD, tok/s", lambda b: _rate(b, "dmtd")),
-        row("ratio", lambda b: f"{b.ratio:.2f}x ({min(b.ratios):.2f}-{max(b.ratios):.2f})"),
-        row("of the bound", lambda b: f"{b.ratio_of_bound:.0%} of {b.bound:.2f}x"),
-        row("prefill, tok/s", lambda b: f"{b.prefill_tok_per_s:.0f}"),
-        row("first token, ms", lambda b: f"{b.first_token_ms:.0f}"),
-        row("plain step, ms", lambda b: f"{b.plain_step_ms:.2f}"),
-        row("full pass, ms", lambda b: f"{b.full_pass_ms:.2f}"),
-        row("late step, ms", lambda b: "-" if b.late_step_ms is None else f"{b.late_step_ms:.2f}"),
-        row("full passes a token", lambda b: f"{b.full_passes_per_token:.3f}"),
-        row("refilled rows a run", lambda b: str(b.refill_rows)),
-        row("outside the sessions", lambda b: f"{b.outside_share:.1%} (plain {b.plain_outside_share:.1%})"),
-        row("read, GB/s", lambda b: f"{b.dmtd_gb_per_s:.1f} (plain {b.plain_gb_per_s:.1f})"),
-        row("private memory", lambda b: "-" if b.private_bytes is None else human_bytes(b.private_bytes)),
-        row("KV used / reserved", lambda b: f"{human_bytes(b.kv_bytes)} / {human_bytes(b.kv_capacity_bytes)}"),
+
+def _rows(report: BenchReport) -> list[tuple[str, Cell]]:
+    """Names and cells of the table's rows."""
+    rows: list[tuple[str, Cell]] = [
+        ("plain, tok/s", lambda b: f"{b.plain_tok_per_s:.1f}"),
+        ("  lowest - highest", lambda b: _range(b, "plain")),
+        ("DMTD, tok/s", lambda b: f"{b.dmtd_tok_per_s:.1f}"),
+        ("  lowest - highest", lambda b: _range(b, "dmtd")),
+        ("ratio", lambda b: f"{b.ratio:.2f}x"),
+        ("  lowest - highest", lambda b: f"{min(b.ratios):.2f} - {max(b.ratios):.2f}"),
+        ("bound of the bytes", lambda b: f"{b.bound:.2f}x"),
+        ("ratio of the bound", lambda b: f"{b.ratio_of_bound:.0%}"),
+        ("prefill, tok/s", lambda b: f"{b.prefill_tok_per_s:.0f}"),
+        ("first token, ms", lambda b: f"{b.first_token_ms:.0f}"),
+        ("plain step, ms", lambda b: f"{b.plain_step_ms:.2f}"),
+        ("full pass, ms", lambda b: f"{b.full_pass_ms:.2f}"),
+        ("late step, ms", lambda b: "-" if b.late_step_ms is None else f"{b.late_step_ms:.2f}"),
+        ("full passes a token", lambda b: f"{b.full_passes_per_token:.3f}"),
+        ("refilled rows a run", lambda b: str(b.refill_rows)),
+        ("outside the sessions", lambda b: f"{b.outside_share:.1%}"),
+        ("  in plain mode", lambda b: f"{b.plain_outside_share:.1%}"),
+        ("read, GB/s", lambda b: f"{b.dmtd_gb_per_s:.1f}"),
+        ("  in plain mode", lambda b: f"{b.plain_gb_per_s:.1f}"),
+        ("private memory", lambda b: "-" if b.private_bytes is None else human_bytes(b.private_bytes)),
+        ("KV used", lambda b: human_bytes(b.kv_bytes)),
+        ("KV reserved", lambda b: human_bytes(b.kv_capacity_bytes)),
     ]
     if report.batches[0].whole_model_tok_per_s is not None:
-        rows.append(row("one whole graph, tok/s", lambda b: _rate(b, "whole_model")))
-        rows.append(row("plain / one whole graph", lambda b: f"{b.plain_over_whole_model:.3f}"))
+        rows += [
+            ("one whole graph, tok/s", lambda b: f"{b.whole_model_tok_per_s:.1f}"),
+            ("  lowest - highest", lambda b: _range(b, "whole_model")),
+            ("plain / one whole graph", lambda b: f"{b.plain_over_whole_model:.3f}"),
+        ]
     return rows
 
 
-def _rate(batch: BatchReport, mode: str) -> str:
-    """Median and range of a mode's decoding rate."""
-    rates = sorted(run.decode_tok_per_s for name, runs in batch.runs.items() if name == mode for run in runs)
-    middle = {
-        "plain": batch.plain_tok_per_s,
-        "dmtd": batch.dmtd_tok_per_s,
-        "whole_model": batch.whole_model_tok_per_s,
-    }[mode]
-    return f"{middle:.1f} ({rates[0]:.1f}-{rates[-1]:.1f})"
+def _range(batch: BatchReport, mode: Mode) -> str:
+    rates = [run.decode_tok_per_s for run in batch.runs[mode]]
+    return f"{min(rates):.1f} - {max(rates):.1f}"
 
 
 def _footer(report: BenchReport) -> Text:
@@ -207,7 +212,7 @@ def _footer(report: BenchReport) -> Text:
     lines = [
         f"{facts['cpu']}, {facts['cores']:g} cores, {facts['threads']} threads; {facts['onnxruntime']}, "
         f"{facts['dialect']} dialect; dmtd {facts['dmtd']}{commit}",
-        "medians, with the lowest and the highest of the repeats",
+        f"medians of {facts['repeats']} interleaved repeats",
     ]
     if load is not None and load > 0.5:
         lines.append(f"the machine was busy when this began (load {load:.1f}): rates are lower than it can do")
