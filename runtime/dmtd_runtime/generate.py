@@ -33,9 +33,9 @@ class TokenEvent:
     error: DmtdError | None = None
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class SequenceRun:
-    """One sequence on its way through the loop. ``ids`` grows by every chosen token."""
+    """One sequence on its way through the loop, equal to itself alone. ``ids`` grows by every chosen token."""
 
     ids: list[int]
     sampler: Sampler
@@ -73,7 +73,8 @@ def run_batch(backend: Backend, plan: CyclePlan, sequences: Sequence[SequenceRun
         steps = plan.next_steps([sequence.position for sequence in active], backend.max_rows)
         logits = backend.run([_slot_step(active[index], step) for index, step in steps])
         finished = _take_tokens([(active[index], step) for index, step in steps], logits)
-        for sequence in finished:
+        # From the last slot down: what moves into a gap is then alive, and NaN of a failed sequence is never carried along.
+        for sequence in reversed(finished):
             _leave(backend, active, sequence)
 
 
@@ -110,7 +111,7 @@ def _choose(sequence: SequenceRun, logits: Array) -> TokenEvent:
 
 
 def _end_cancelled(backend: Backend, active: list[SequenceRun]) -> None:
-    for sequence in list(active):
+    for sequence in reversed(list(active)):
         reason = sequence.cancelled()
         if reason is None and sequence.deadline is not None and time.monotonic() > sequence.deadline:
             reason = "deadline"
