@@ -83,7 +83,7 @@ class LLM:
             device_id=device_id,
             dialect=dialect,
             full_pass=full_pass,
-            max_batch=max_num_seqs or DEFAULT_MAX_BATCH,
+            max_batch=DEFAULT_MAX_BATCH if max_num_seqs is None else max_num_seqs,
             max_model_len=max_model_len,
             threads=threads,
         )
