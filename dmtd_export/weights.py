@@ -15,11 +15,11 @@ from typing import BinaryIO, Protocol
 
 import ml_dtypes
 import numpy as np
-
-from dmtd_export.layers import COS, SIN
 from dmtd_models.config import ModelConfig
 from dmtd_models.rope import rotary_tables
 from dmtd_runtime.manifest import FileInfo, WeightInfo
+
+from dmtd_export.layers import COS, SIN
 
 Array = np.ndarray
 PAGE_BYTES = 4096
@@ -56,7 +56,8 @@ class Fingerprint:
 class Fingerprinter:
     """Accumulates a :class:`Fingerprint` over chunks of rows, in float64.
 
-    probe = sum over i, j of u[i] * x[i, j] * v[j], with fixed pseudo-random signs u and v.
+    probe = sum over i, j of u[i] * x[i, j] * v[j], with fixed pseudo-random u and v. Their magnitudes all differ: with mere signs
+    two rows of equal sign could change places unseen.
     """
 
     def __init__(self) -> None:
@@ -67,20 +68,23 @@ class Fingerprinter:
     def add(self, rows: Array) -> None:
         x = np.asarray(rows, dtype=np.float32).reshape(len(rows), -1).astype(np.float64)
         self._sum_squares += float(np.einsum("ij,ij->", x, x))
-        self._probe += float(_signs(self._row, len(x)) @ (x @ _signs(1 << 40, x.shape[1])))
+        self._probe += float(_factors(self._row, len(x)) @ (x @ _factors(1 << 40, x.shape[1])))
         self._row += len(x)
 
     def finish(self) -> Fingerprint:
         return Fingerprint(norm=self._sum_squares**0.5, probe=self._probe)
 
 
-def _signs(start: int, count: int) -> Array:
-    """Pseudo-random +-1 of the integers start .. start + count - 1 (a multiplicative hash, stable for ever)."""
+def _factors(start: int, count: int) -> Array:
+    """Pseudo-random numbers of magnitude 0.5 to 1 and either sign for the integers start .. start + count - 1, stable for ever."""
     with np.errstate(over="ignore"):
         mixed = np.arange(start, start + count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         mixed ^= mixed >> np.uint64(29)
         mixed *= np.uint64(0xBF58476D1CE4E5B9)
-    return np.where(mixed >> np.uint64(63), 1.0, -1.0)
+        mixed ^= mixed >> np.uint64(32)
+        mixed *= np.uint64(0x94D049BB133111EB)
+    magnitude = 0.5 + (mixed & np.uint64((1 << 52) - 1)).astype(np.float64) * 2.0**-53
+    return np.where(mixed >> np.uint64(63), magnitude, -magnitude)
 
 
 def tensor_groups(config: ModelConfig) -> Iterator[tuple[str, ...]]:
