@@ -2,13 +2,15 @@
 
     polygraphy run thinking.ort.onnx --onnxrt --data-loader-script polygraphy_data.py
 
-Random inputs are not valid ones: lengths, row indices and write indices must fit one another. ``load_data`` takes the graph
-from the command line (a file name of this bundle among the arguments) or from the variable DMTD_GRAPH.
+Random inputs are not valid ones: lengths, row indices and write indices must fit one another. ``load_data`` takes the
+graph from the command line (a file name of this bundle among the arguments) or from the variable DMTD_GRAPH. An input's
+values depend on its name alone, so that both dialects of a graph get the same tokens, caches and gates.
 """
 
 import json
 import os
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ ROWS = 4  # rows of the window
 
 
 def load_data() -> Iterator[dict[str, Any]]:
-    """Yield one feed dictionary: name -> array, for the graph that the command line names."""
+    """Yield one feed dictionary, name -> array, for the graph that the command line names."""
     manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
     graphs = {graph["file"]: graph for graph in manifest["graphs"]}
     wanted = [os.environ.get("DMTD_GRAPH", ""), *sys.argv[1:]]
@@ -32,34 +34,38 @@ def load_data() -> Iterator[dict[str, Any]]:
     yield feed(manifest, found[0])
 
 
-def feed(manifest: Any, graph: Any, seed: int = 0) -> dict[str, Any]:
-    """One valid feed of ``graph``: a window of ROWS over COMMITTED rows, the last row goes to the late layers."""
-    rng = np.random.default_rng(seed)
+def feed(manifest: dict[str, Any], graph: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+    """One valid feed of ``graph``: a window of ROWS over COMMITTED rows, the last row goes to the late layers.
+
+    A graph for several slots serves slot 0; every other slot gets one padding row of its own.
+    """
     rows = 1 if graph["name"] == "late_decode" else ROWS
     sizes = {"batch": 1, "window_len": rows, "late_len": 1, "num_logits": 1, "capacity": CAPACITY}
-    return {item["name"]: _value(item, manifest, sizes, rows, graph["slots"], rng) for item in graph["inputs"]}
+    return {item["name"]: _value(item, manifest, sizes, rows, graph["slots"], seed) for item in graph["inputs"]}
 
 
-def _value(item: Any, manifest: Any, sizes: Any, rows: int, slots: int, rng: Any) -> Any:
+def _value(
+    item: dict[str, Any], manifest: dict[str, Any], sizes: dict[str, int], rows: int, slots: int, seed: int
+) -> Any:
     name = item["name"]
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     dims = [sizes.get(dim, dim) for dim in item["dims"]]
-    late = name.startswith("late_")
-    start, count = (COMMITTED + rows - 1, 1) if late else (COMMITTED, rows)
-    # Of several slots only the first takes part; the others get a row of padding that the graph appends and drops.
-    used = np.arange(max(dims[0], 1)) == 0
+    group_rows = 1 if name.startswith("late_") else rows
+    stop = COMMITTED + rows
+    used = np.arange(max(dims[0], 1)) == 0  # of several slots the first one
     if name == "input_ids":
         return rng.integers(0, manifest["model"]["vocab_size"], dims)
     if name == "position_ids":
-        return np.arange(start, start + dims[1])[None].repeat(dims[0], 0)
+        return np.arange(COMMITTED, stop)[None].repeat(dims[0], 0)
     if name.endswith("_write_indices"):
-        return np.full(dims, start)
+        return np.full(dims, stop - group_rows)
     if name.endswith("_seqlens_k"):
-        return np.where(used, start + count - 1, 0).astype(np.int32)
+        return np.where(used, stop - 1, 0).astype(np.int32)
     if name.endswith("_total_sequence_length"):
-        return np.where(used, start + count, 1).astype(np.int32)
-    if name == "thinking_slot_rows":
-        return np.where(used, count, 1)
-    if name == "thinking_pad_rows":
+        return np.where(used, stop, 1).astype(np.int32)
+    if name.endswith("_slot_rows"):
+        return np.where(used, group_rows, 1)
+    if name.endswith("_pad_rows"):
         return np.array([slots - 1])
     if name == "late_rows":
         return np.full(dims, rows - 1)
@@ -67,7 +73,10 @@ def _value(item: Any, manifest: Any, sizes: Any, rows: int, slots: int, rng: Any
         return np.zeros(dims, np.int64)
     if name in ("gate_hidden", "gate_thought"):
         return np.ones(dims, bool)
-    return (rng.standard_normal(dims) * 0.1).astype(_numpy_dtype(item["dtype"]))
+    values = rng.standard_normal(dims) * 0.1
+    if name.startswith("past_key_values."):
+        values[:, :, COMMITTED:] = 0  # as a cache that has not been written further
+    return values.astype(_numpy_dtype(item["dtype"]))
 
 
 def _numpy_dtype(name: str) -> Any:

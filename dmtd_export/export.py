@@ -143,12 +143,13 @@ def wanted_graphs(options: ExportOptions) -> list[tuple[contract.GraphName, cont
     if options.target in ("tensorrt", "all"):
         wanted.append((contract.STANDARD, 1))
     # late_decode takes any batch as it is: only T's layers need a node for every slot.
-    return [
+    decoder = [
         (name, dialect, slots)
         for dialect, slots in wanted
-        for name in contract.GRAPH_NAMES
+        for name in contract.DECODER_GRAPHS
         if slots == 1 or name != contract.LATE_DECODE
     ]
+    return [*decoder, (contract.CHOOSE_TOKEN, contract.STANDARD, 1)]
 
 
 def _model_info(config: ModelConfig, options: ExportOptions, max_model_len: int) -> ModelInfo:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-GraphName = Literal["full_pass", "thinking", "late_decode"]
+GraphName = Literal["full_pass", "thinking", "late_decode", "choose_token"]
 Dialect = Literal["standard", "onnxruntime"]
 Group = Literal["thinking", "late"]
 Kind = Literal["key", "value"]
@@ -22,7 +22,8 @@ Kind = Literal["key", "value"]
 FULL_PASS: GraphName = "full_pass"
 THINKING: GraphName = "thinking"
 LATE_DECODE: GraphName = "late_decode"
-GRAPH_NAMES: tuple[GraphName, ...] = (FULL_PASS, THINKING, LATE_DECODE)
+CHOOSE_TOKEN: GraphName = "choose_token"  # arg-max of logits, for backends whose logits stay on a device
+DECODER_GRAPHS: tuple[GraphName, ...] = (FULL_PASS, THINKING, LATE_DECODE)
 
 STANDARD: Dialect = "standard"
 ONNXRUNTIME: Dialect = "onnxruntime"
@@ -44,6 +45,8 @@ PAD_ROWS = "thinking_pad_rows"
 # Outputs (``thought`` is also late_decode's input).
 THOUGHT = "thought"
 LOGITS = "logits"
+TOKEN_IDS = "token_ids"
+IS_FINITE = "is_finite"
 
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "model.onnx.data"

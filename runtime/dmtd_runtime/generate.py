@@ -71,8 +71,13 @@ def run_batch(backend: Backend, plan: CyclePlan, sequences: Sequence[SequenceRun
         if not active:
             return
         steps = plan.next_steps([sequence.position for sequence in active], backend.max_rows)
-        logits = backend.run([_slot_step(active[index], step) for index, step in steps])
-        finished = _take_tokens([(active[index], step) for index, step in steps], logits)
+        taking_part = [(active[index], step) for index, step in steps]
+        slot_steps = [_slot_step(sequence, step) for sequence, step in taking_part]
+        if backend.chooses_tokens and not any(sequence.sampler.needs_logits for sequence, _ in taking_part):
+            rows = backend.run(slot_steps, greedy=True)
+        else:
+            rows = backend.run(slot_steps)
+        finished = _take_tokens(taking_part, rows)
         for sequence in finished:
             _leave(backend, active, sequence)
 
@@ -82,14 +87,14 @@ def _slot_step(sequence: SequenceRun, step: Step) -> SlotStep:
     return SlotStep(slot=sequence.slot, step=step, ids=sequence.ids[first : step.late.stop])
 
 
-def _take_tokens(steps: Sequence[tuple[SequenceRun, Step]], logits: Array) -> list[SequenceRun]:
-    """Commit every step, choose a token where one is due; returns the sequences that ended."""
+def _take_tokens(steps: Sequence[tuple[SequenceRun, Step]], rows: Array) -> list[SequenceRun]:
+    """Commit every step, choose a token where one is due (from logits, or as the device chose); returns what ended."""
     finished, row = [], 0
     for sequence, step in steps:
         sequence.position.commit(step)
         if not step.wants_logits:
             continue
-        event = _choose(sequence, logits[row])
+        event = _choose(sequence, rows[row])
         row += 1
         sequence.tell(event)
         if sequence.ended:
@@ -97,9 +102,13 @@ def _take_tokens(steps: Sequence[tuple[SequenceRun, Step]], logits: Array) -> li
     return finished
 
 
-def _choose(sequence: SequenceRun, logits: Array) -> TokenEvent:
+def _choose(sequence: SequenceRun, row: Array) -> TokenEvent:
+    """``row``: logits [vocab], or the device's choice, a scalar that is negative where logits were not finite."""
     try:
-        choice = sequence.sampler.choose(logits)
+        if row.ndim == 1:
+            choice = sequence.sampler.choose(row)
+        else:
+            choice = sequence.sampler.take(int(row))
     except DmtdError as error:
         return TokenEvent(choice=None, error=error)
     sequence.ids.append(choice.token_id)

@@ -120,6 +120,13 @@ class Sampler:
         self._end_ids = np.array(sorted(i for i in ends if 0 <= i < vocab_size), dtype=np.int64)
 
     @property
+    def needs_logits(self) -> bool:
+        """Whether more than the arg-max of the next logits is wanted."""
+        mask_ends = self._num_chosen < self._params.min_tokens and self._end_ids.size > 0
+        adjusted = bool(self._bias_ids.size) or mask_ends or self._penalties is not None
+        return adjusted or not self._params.greedy or self._params.logprobs is not None
+
+    @property
     def num_chosen(self) -> int:
         """Tokens chosen or observed so far; the next draw's ``token_index``."""
         return self._num_chosen
@@ -140,10 +147,7 @@ class Sampler:
         assert logits.dtype == np.float32, f"logits are float32, got {logits.dtype}"
         raw_best = int(logits.argmax())  # a NaN wins an arg-max, so it and +inf show here, -inf in the minimum
         if not (np.isfinite(logits[raw_best]) and np.isfinite(logits.min())):
-            raise BackendError(
-                f"logits: got NaN or infinity for token {self._num_chosen} of sequence {self._sequence}, expected "
-                "finite numbers; run dmtd verify on the bundle, and export a float16 one again with --dtype float32"
-            )
+            raise self._not_finite()
         adjusted = self._adjusted(logits)
         if self._params.greedy:
             token_id = raw_best if adjusted is logits else int(adjusted.argmax())
@@ -157,6 +161,27 @@ class Sampler:
         choice = self._described(token_id, logits)
         self.observe(token_id)
         return choice
+
+    def take(self, token_id: int) -> Choice:
+        """Counts the arg-max that a device chose; allowed while ``needs_logits`` is False.
+
+        Args:
+            token_id: The token; negative where the logits were not finite.
+
+        Raises:
+            BackendError: The logits held NaN or infinity.
+        """
+        assert not self.needs_logits, "the options want more than an arg-max"
+        if token_id < 0:
+            raise self._not_finite()
+        self.observe(token_id)
+        return Choice(token_id=token_id)
+
+    def _not_finite(self) -> BackendError:
+        return BackendError(
+            f"logits: got NaN or infinity for token {self._num_chosen} of sequence {self._sequence}, expected "
+            "finite numbers; run dmtd verify on the bundle, and export a float16 one again with --dtype float32"
+        )
 
     def observe(self, token_id: int) -> None:
         """Counts a token that was chosen elsewhere (on the device).

@@ -28,7 +28,9 @@ class BackendOptions:
     full_pass: FullPass = "staged"
     max_batch: int = 1
     max_model_len: int | None = None  # None: the bundle's
+    choose_on_device: bool | None = None  # arg-max by the bundle's choose_token graph; None: on a GPU only
     threads: int | None = None  # None: one for each core this process may use
+    prepack: bool = True  # False: weights stay in the page cache, slower; for models that hardly fit into memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +63,13 @@ class Backend(Protocol):
     capacity: int
     max_rows: int
     stats: RunStats
+    chooses_tokens: bool  # logits stay on a device, where the arg-max can be taken
 
-    def run(self, steps: Sequence[SlotStep]) -> Array:
+    def run(self, steps: Sequence[SlotStep], *, greedy: bool = False) -> Array:
         """Run one step of one kind for the named slots.
 
-        Returns logits, float32 [n, vocab], a row for each step that wants them, in order; valid until the next call.
+        Returns logits, float32 [n, vocab], a row for each step that wants them, in order; valid until the next call. With
+        ``greedy`` a backend that ``chooses_tokens`` returns the arg-max of each row instead, int64 [n].
         """
         ...
 

@@ -22,8 +22,6 @@ from dmtd_runtime.errors import BackendError, RequestError
 from dmtd_runtime.kv_cache import HostKvCache
 from dmtd_runtime.manifest import Manifest
 
-NO_LOGITS = np.zeros((0, 0), np.float32)
-
 
 class Layout(Protocol):
     """How the rows of several slots become the inputs of one graph."""
@@ -74,18 +72,23 @@ class OnnxRuntimeBackend:
         self._caches: dict[tuple[int, contract.Kind], Buffer] = {}
         self._outputs: dict[tuple[str, tuple[int, ...]], Buffer] = {}
         self._bindings: dict[tuple[contract.GraphName, range, tuple[tuple[str, int], ...]], Binding] = {}
+        self._choosers: dict[tuple[int, ...], tuple[Binding, Array, Array]] = {}
         first = contract.FULL_PASS if options.full_pass == "fused" else contract.THINKING
         self._graphs = {
             first: manifest.graph(first, dialect, graph_slots),
             contract.LATE_DECODE: manifest.graph(contract.LATE_DECODE, dialect),
         }
+        on_gpu = options.device == "cuda"
+        self.chooses_tokens = on_gpu if options.choose_on_device is None else options.choose_on_device
+        if self.chooses_tokens:
+            self._graphs[contract.CHOOSE_TOKEN] = manifest.graph(contract.CHOOSE_TOKEN, contract.STANDARD)
         self._sessions = {name: open_session(directory / graph.file, options) for name, graph in self._graphs.items()}
 
-    def run(self, steps: Sequence[SlotStep]) -> Array:
+    def run(self, steps: Sequence[SlotStep], *, greedy: bool = False) -> Array:
         parts = self._layout.split(steps)
         if len(parts) == 1:
-            return self._run_together(steps)
-        return np.concatenate([self._run_together(part).copy() for part in parts])
+            return self._run_together(steps, greedy)
+        return np.concatenate([self._run_together(part, greedy).copy() for part in parts])
 
     def reset(self, slot: int, *, clear: bool = False) -> None:
         if clear and self._host_cache is not None:
@@ -100,30 +103,36 @@ class OnnxRuntimeBackend:
         return True
 
     def close(self) -> None:
-        for owned in (self._bindings, self._outputs, self._caches, self._sessions):
+        for owned in (self._bindings, self._choosers, self._outputs, self._caches, self._sessions):
             owned.clear()
         if self._host_cache is not None:
             self._host_cache.close()
 
-    def _run_together(self, steps: Sequence[SlotStep]) -> Array:
-        if steps[0].step.kind == "late":
-            logits = self._run_graph(contract.LATE_DECODE, steps)
+    def _run_together(self, steps: Sequence[SlotStep], greedy: bool) -> Array:
+        """Run the graphs of one step; returns logits [n, vocab], or with ``greedy`` what the device chose, int64 [n]."""
+        late, fused = steps[0].step.kind == "late", self._options.full_pass == "fused"
+        if not late and not fused:
+            self._run_graph(contract.THINKING, steps)
+        last = contract.LATE_DECODE if late or not fused else contract.FULL_PASS
+        sizes = self._run_graph(last, steps)
+        if late:
             self.stats.late_steps += 1
         else:
-            if self._options.full_pass == "fused":
-                logits = self._run_graph(contract.FULL_PASS, steps)
-            else:
-                self._run_graph(contract.THINKING, steps)
-                logits = self._run_graph(contract.LATE_DECODE, steps)
             self.stats.full_passes += 1
             self.stats.refill_rows += sum(len(s.step.window) - len(s.step.late) for s in steps)
         for slot_step in steps:
             self._fed[slot_step.slot] = slot_step.step.late.stop
-        rows: Array = logits[self._layout.logit_index(steps)]
+        wanted = self._layout.logit_index(steps)
+        logits = self._output_buffer(last, contract.LOGITS, sizes)
+        rows: Array
+        if greedy and self.chooses_tokens:
+            rows = self._choose(logits)[wanted]
+        else:
+            rows = (logits.owner.numpy() if logits.array is None else logits.array)[wanted]
         return rows
 
-    def _run_graph(self, name: contract.GraphName, steps: Sequence[SlotStep]) -> Array:
-        """Fill and run; returns the logits output, of thinking an empty array."""
+    def _run_graph(self, name: contract.GraphName, steps: Sequence[SlotStep]) -> Mapping[str, int]:
+        """Fill and run a graph; returns the sizes of its symbolic dimensions."""
         sizes, slots = self._layout.sizes(name, steps), self._layout.batch_slots(steps)
         key = (name, slots, tuple(sizes.items()))
         binding = self._bindings.get(key)
@@ -131,13 +140,20 @@ class OnnxRuntimeBackend:
             binding = self._bindings[key] = self._bind(name, sizes, slots)
         self._layout.fill(name, binding.arrays, steps, self._fed)
         binding.run(self.stats)
-        if name == contract.THINKING:
-            return NO_LOGITS
-        logits = self._output_buffer(name, contract.LOGITS, sizes)
-        if logits.array is None:
-            copied: Array = logits.owner.numpy()
-            return copied
-        return logits.array
+        return sizes
+
+    def _choose(self, logits: Buffer) -> Array:
+        """Arg-max on the device, [batch, num_logits]; -1 where a row is not finite."""
+        if logits.shape not in self._choosers:
+            rows, graph = logits.shape[:2], self._graphs[contract.CHOOSE_TOKEN]
+            token_ids, finite = host_buffer(np.zeros(rows, np.int64)), host_buffer(np.zeros(rows, np.bool_))
+            buffers = {contract.LOGITS: logits, contract.TOKEN_IDS: token_ids, contract.IS_FINITE: finite}
+            binding = Binding(self._sessions[contract.CHOOSE_TOKEN], graph, {}, buffers, self._options)
+            self._choosers[logits.shape] = (binding, token_ids.owner, finite.owner)
+        binding, ids, is_finite = self._choosers[logits.shape]
+        binding.run(self.stats)
+        chosen: Array = np.where(is_finite, ids, -1)
+        return chosen
 
     def _bind(self, name: contract.GraphName, sizes: Mapping[str, int], slots: range) -> Binding:
         graph = self._graphs[name]

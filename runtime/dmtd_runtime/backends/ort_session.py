@@ -62,6 +62,8 @@ def open_session(path: Path, options: BackendOptions) -> Any:
     settings.log_severity_level = 3
     # The two sessions of a bundle run in turn: a pool that spins on after its run takes the cores from the other one.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
+    if not options.prepack:
+        settings.add_session_config_entry("session.disable_prepacking", "1")
     providers: list[Any] = [CPU_PROVIDER]
     if options.device == "cuda":
         if CUDA_PROVIDER not in ort.get_available_providers():
@@ -175,8 +177,9 @@ class Binding:
         stats.session_seconds += time.perf_counter() - start
 
     def _bind(self, bind: Callable[..., None], name: str, buffer: Buffer) -> None:
+        device = ("cpu", 0) if buffer.array is not None else self._device
         element: Any = ONNX_BFLOAT16 if buffer.dtype == "bfloat16" else np.dtype(buffer.dtype)
-        bind(name, *self._device, element, buffer.shape, buffer.address)
+        bind(name, *device, element, buffer.shape, buffer.address)
 
 
 def is_cache(name: str) -> bool:

@@ -1,0 +1,287 @@
+"""Whole cycles: prompts through prefill, heads, late steps and refills by the runtime's own plan and backend.
+
+One variant (the baseline) chooses tokens greedily. Every variant, the baseline included, is then fed those tokens,
+and each of its rows of logits is held to the expected ones: the oracle's, or the baseline's where there is no oracle.
+All rows agreeing, in logits and in the token they choose, is the same as free greedy runs agreeing, by induction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmtd_export.verify.margins import FLOAT32, HALF_TOP1_AGREEMENT, Margin, top_two_gap, worst_difference
+from dmtd_export.verify.report import Check, Divergence, Level
+from dmtd_runtime import contract
+from dmtd_runtime.backends.base import BackendOptions, FullPass, SlotStep
+from dmtd_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from dmtd_runtime.cycle import CyclePlan, Position
+from dmtd_runtime.errors import BackendError, BundleError
+from dmtd_runtime.manifest import Manifest
+
+Array = np.ndarray[Any, np.dtype[Any]]
+STAGED: FullPass = "staged"
+FUSED: FullPass = "fused"
+SMALL_CHUNK = 3  # prefill rows a run where a variant chunks its prompts
+STANDARD_BATCH = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One prompt in one mode, and the tokens that follow it (empty before the baseline has run)."""
+
+    prompt: tuple[int, ...]
+    plain: bool
+    num_new: int
+    continuation: tuple[int, ...] = ()
+
+    @property
+    def sequence(self) -> tuple[int, ...]:
+        """Every token that is fed: the last new one is chosen, but not fed."""
+        return self.prompt + self.continuation[:-1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One way to run the bundle. ``chunk`` bounds the prefill rows of a run."""
+
+    dialect: contract.Dialect
+    full_pass: FullPass
+    batch: int
+    chunk: int
+    case_step: int = 1  # runs every case_step-th case
+    prepack: bool = True
+
+    @property
+    def name(self) -> str:
+        chunked = f", chunks of {self.chunk}" if self.chunk <= SMALL_CHUNK else ""
+        return f"whole cycles: {self.dialect}, {self.full_pass}, batch {self.batch}{chunked}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """Logits [num_new, vocab] of each case, and whose they are."""
+
+    logits: Sequence[Array]
+    level: Level
+
+
+def make_cases(manifest: Manifest, quick: bool, seed: int = 0) -> list[Case]:
+    """Prompts around multiples of the cycle length, long enough to pass two heads, in DMTD and in plain mode."""
+    tau, limit = manifest.cycle.cycle_length, manifest.model.max_model_len
+    lengths = {tau + 1, 2 * tau} if quick else {1, tau - 1, tau, tau + 1, 2 * tau, 3 * tau + 2}
+    num_new = 2 * tau + 1
+    rng = np.random.default_rng(seed)
+    cases = []
+    for length in sorted(n for n in lengths if n >= 1):
+        length, new = min(length, max(1, limit - 1)), max(1, min(num_new, limit - length))
+        prompt = tuple(rng.integers(0, manifest.model.vocab_size, length).tolist())
+        cases += [Case(prompt=prompt, plain=plain, num_new=new) for plain in (False, True)]
+    return cases
+
+
+def make_variants(manifest: Manifest, quick: bool, prepack: bool = True) -> list[Variant]:
+    """The baseline first, then every dialect, full-pass mode and batch that the bundle has graphs for."""
+    slots = {d: max((g.slots for g in manifest.graphs if g.dialect == d), default=0) for d in contract.DIALECTS}
+    whole = manifest.model.max_window
+    variants: list[Variant] = []
+    for dialect in (contract.ONNXRUNTIME, contract.STANDARD):
+        if not slots[dialect]:
+            continue
+        many = STANDARD_BATCH if dialect == contract.STANDARD else slots[dialect]
+        baseline = not variants
+        variants.append(
+            Variant(dialect=dialect, full_pass=STAGED, batch=1, chunk=whole, case_step=1 if baseline else 3)
+        )
+        if many > 1:
+            variants.append(Variant(dialect=dialect, full_pass=STAGED, batch=many, chunk=SMALL_CHUNK))
+        if not quick:
+            variants.append(Variant(dialect=dialect, full_pass=FUSED, batch=1, chunk=SMALL_CHUNK, case_step=3))
+            if many > 1:
+                variants.append(Variant(dialect=dialect, full_pass=FUSED, batch=many, chunk=whole))
+    return [replace(variant, prepack=prepack) for variant in variants]
+
+
+def choose_tokens(
+    directory: Path, manifest: Manifest, variant: Variant, cases: Sequence[Case]
+) -> tuple[list[Case], list[Array]]:
+    """Let ``variant`` continue every case greedily. Returns the cases with their tokens, and each step's logits."""
+    logits = list(run_variant(directory, manifest, variant, cases))
+    chosen = [
+        Case(
+            prompt=case.prompt,
+            plain=case.plain,
+            num_new=case.num_new,
+            continuation=tuple(int(i) for i in rows.argmax(-1)),
+        )
+        for case, rows in zip(cases, logits, strict=True)
+    ]
+    return chosen, logits
+
+
+def check_cycles(
+    directory: Path,
+    manifest: Manifest,
+    variant: Variant,
+    cases: Sequence[Case],
+    expected: Expected,
+    margin: Margin = FLOAT32,
+    own_logits: Sequence[Array] | None = None,
+    label: str = "",
+) -> Check:
+    """Hold one variant to the expected logits; ``own_logits`` are the baseline's, which has already run."""
+    picked = range(0, len(cases)) if own_logits is not None else _picked(len(cases), variant)
+    name = variant.name + label
+    try:
+        got = own_logits or list(run_variant(directory, manifest, variant, [cases[i] for i in picked]))
+    except (BackendError, BundleError) as error:
+        return _failed(name, variant, expected.level, str(error))
+    found = _Comparison(variant=variant, margin=margin)
+    for i, rows in zip(picked, got, strict=True):
+        found.add(cases[i], expected.logits[i], rows)
+    return found.check(name, expected.level)
+
+
+def run_variant(directory: Path, manifest: Manifest, variant: Variant, cases: Sequence[Case]) -> Iterator[Array]:
+    """Yield the logits [num_new, vocab] of each case, in order."""
+    longest = max(len(case.prompt) + case.num_new for case in cases)
+    options = BackendOptions(
+        dialect=variant.dialect,
+        full_pass=variant.full_pass,
+        max_batch=variant.batch,
+        max_model_len=min(longest, manifest.model.max_model_len),
+        prepack=variant.prepack,
+    )
+    backend = OnnxRuntimeBackend(directory, manifest, options)
+    try:
+        results: dict[int, Array] = {}
+        for plain in (False, True):
+            wanted = [i for i, case in enumerate(cases) if case.plain == plain]
+            for start in range(0, len(wanted), variant.batch):
+                group = wanted[start : start + variant.batch]
+                rows = _run_group(
+                    backend, CyclePlan(cycle=manifest.cycle, plain=plain), variant, [cases[i] for i in group]
+                )
+                results.update(zip(group, rows, strict=True))
+    finally:
+        backend.close()
+    yield from (results[i] for i in range(len(cases)))
+
+
+def _picked(count: int, variant: Variant) -> list[int]:
+    """Cases stand in pairs (DMTD, plain): keep whole pairs."""
+    return [i for i in range(count) if (i // 2) % variant.case_step == 0]
+
+
+def _run_group(backend: OnnxRuntimeBackend, plan: CyclePlan, variant: Variant, cases: Sequence[Case]) -> list[Array]:
+    """Run some cases as one batch, each in its own slot; a finished one leaves its slot idle."""
+    at = [Position(prompt_len=len(case.prompt)) for case in cases]
+    ids = [list(case.prompt) for case in cases]
+    rows: list[list[Array]] = [[] for _ in cases]
+    for slot in range(len(cases)):
+        backend.reset(slot)
+    while running := [i for i, case in enumerate(cases) if len(rows[i]) < case.num_new]:
+        planned = plan.next_steps([at[i] for i in running], min(variant.chunk, backend.max_rows))
+        steps = [
+            SlotStep(slot=running[i], step=step, ids=ids[running[i]][(step.window or step.late).start : step.late.stop])
+            for i, step in planned
+        ]
+        logits = backend.run(steps)
+        wanting = [s for s in steps if s.step.wants_logits]
+        for s in steps:
+            at[s.slot].commit(s.step)
+        for row, s in zip(logits, wanting, strict=True):
+            rows[s.slot].append(row.copy())
+            forced = cases[s.slot].continuation
+            ids[s.slot].append(forced[len(rows[s.slot]) - 1] if forced else int(row.argmax()))
+    return [np.stack(r) for r in rows]
+
+
+def _failed(name: str, variant: Variant, level: Level, detail: str) -> Check:
+    found = Divergence(graph="whole cycles", dialect=variant.dialect, detail=detail)
+    return Check(name=name, level=level, ok=False, detail=detail, divergence=found)
+
+
+class _Comparison:
+    """Collects worst error, near-ties and the first divergence of a variant."""
+
+    def __init__(self, *, variant: Variant, margin: Margin) -> None:
+        self._variant = variant
+        self._margin = margin
+        self._worst = 0.0
+        self._near_ties: list[str] = []
+        self._rows = 0
+        self._agreed = 0
+        self._first: Divergence | None = None
+
+    def add(self, case: Case, expected: Array, got: Array) -> None:
+        largest = float(np.abs(expected).max())
+        for step, (wanted, row) in enumerate(zip(expected, got, strict=True)):
+            self._rows += 1
+            apart = worst_difference(wanted, row, self._margin, largest)
+            self._worst = max(self._worst, apart.error)
+            position = len(case.prompt) - 1 + step  # of the row that was fed
+            token, best = int(row.argmax()), int(wanted.argmax())
+            self._agreed += token == best
+            if apart.error > self._margin.limit:
+                self._diverged(
+                    case, position, apart.expected, apart.got, f"{apart.error:.3g} {self._margin.unit} in the logits"
+                )
+            elif token != best:
+                gap = top_two_gap(wanted) / self._margin.scale(largest)
+                # Within the margin a row can move its best down and another one up, each by the limit.
+                if gap <= self._margin.limit:
+                    self._near_ties.append(
+                        f"position {position}: {best} or {token}, {gap:.2g} {self._margin.unit} apart"
+                    )
+                elif self._margin.ulp_bits is None:
+                    self._diverged(case, position, str(best), str(token), "token")
+
+    def _diverged(self, case: Case, position: int, expected: float | str, got: float | str, what: str) -> None:
+        if self._first is None:
+            mode = "plain" if case.plain else "dmtd"
+            how = f"{self._variant.full_pass}, batch {self._variant.batch}"
+            detail = f"{what}; {mode} mode, prompt of {len(case.prompt)}, {how}"
+            self._first = Divergence(
+                graph="whole cycles",
+                dialect=self._variant.dialect,
+                position=position,
+                expected=expected,
+                got=got,
+                detail=detail,
+            )
+
+    def check(self, name: str, level: Level) -> Check:
+        if (
+            self._margin.ulp_bits is not None
+            and self._first is None
+            and self._agreed < HALF_TOP1_AGREEMENT * self._rows
+        ):
+            self._first = Divergence(
+                graph="whole cycles",
+                dialect=self._variant.dialect,
+                expected=HALF_TOP1_AGREEMENT,
+                got=self._agreed / max(1, self._rows),
+                detail="top-1 agreement with float32",
+            )
+        detail = "" if self._first is None else str(self._first)
+        if self._near_ties and not detail:
+            detail = f"near-ties: {'; '.join(self._near_ties[:3])}"
+        if self._margin.ulp_bits is not None:
+            detail = f"top-1 agreement {self._agreed}/{self._rows}" + (f"; {detail}" if detail else "")
+        return Check(
+            name=name,
+            level=level,
+            ok=self._first is None,
+            worst=self._worst,
+            margin=self._margin.limit,
+            unit=self._margin.unit,
+            cases=self._rows,
+            detail=detail,
+            near_ties=len(self._near_ties),
+            divergence=self._first,
+        )

@@ -1,0 +1,97 @@
+"""How high a verification can go on this machine, and why not higher: torch, ONNX Runtime, memory, disk."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dmtd_export.verify.report import LEVELS, Level
+from dmtd_models.config import ModelConfig
+from dmtd_runtime.manifest import Manifest
+
+WORKING_BYTES = 1 << 30  # interpreter, libraries, activations, caches of a few dozen rows
+PREPACKED_COPIES = 2.2  # ONNX Runtime's prepacked weights of a fused pair beside the mapped file
+LOGIT_ROWS = 600  # rows of logits alive at a time, reference and graphs together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What will run. ``prepack``: whole cycles run as they are deployed, with ONNX Runtime's own copies of weights."""
+
+    level: Level
+    note: str = ""
+    prepack: bool = True
+    notes: tuple[str, ...] = ()
+
+
+def make_plan(directory: Path, manifest: Manifest, wanted: Level | None, config: ModelConfig | None) -> Plan:
+    """The highest level that can run, at most ``wanted``."""
+    highest: Level = wanted or "oracle"
+    for ceiling, reason in _limits(directory, manifest, config):
+        if LEVELS.index(ceiling) < LEVELS.index(highest):
+            return _finish(manifest, ceiling, f"level lowered to {ceiling}: {reason}")
+    note = f"level {highest}, as asked" if wanted is not None and wanted != "oracle" else ""
+    return _finish(manifest, highest, note)
+
+
+def available_bytes() -> int | None:
+    """Memory that can be had without swapping; None where the system does not say."""
+    path = Path("/proc/meminfo")
+    if not path.is_file():
+        return None
+    for line in path.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def float32_bytes(manifest: Manifest) -> int:
+    """Bytes of the stored weights as float32."""
+    return sum(int(np.prod(info.shape)) * 4 for info in manifest.weights.values())
+
+
+def least_bytes(manifest: Manifest) -> int:
+    """Memory without which no graph is run: the largest weight, as float64 and twice as float32, and logits."""
+    largest = max(int(np.prod(info.shape)) * 4 for info in manifest.weights.values())
+    return 4 * largest + LOGIT_ROWS * manifest.model.vocab_size * 4 + WORKING_BYTES
+
+
+def _limits(directory: Path, manifest: Manifest, config: ModelConfig | None) -> list[tuple[Level, str]]:
+    """Every (ceiling, reason) that holds here, the lowest ceiling first."""
+    limits: list[tuple[Level, str]] = []
+    if not _installed("onnxruntime"):
+        limits.append(("structure", 'ONNX Runtime is not installed; pip install "dmtd[cpu]"'))
+    memory, least = available_bytes(), least_bytes(manifest)
+    if memory is not None and memory < least:
+        limits.append(("structure", f"{memory / 1e9:.1f} GB of memory are available, {least / 1e9:.1f} GB are needed"))
+    if manifest.model.dtype != "float32":
+        free, needed = shutil.disk_usage(directory.absolute().parent).free, float32_bytes(manifest)
+        if free < needed + (64 << 20):
+            reason = f"its float32 cast needs {needed / 1e9:.1f} GB beside {directory}, {free / 1e9:.1f} GB are free"
+            limits.append(("structure", reason))
+    if not _installed("torch"):
+        limits.append(("graphs", 'PyTorch is not installed; pip install "dmtd[oracle]"'))
+    if config is None:
+        limits.append(
+            ("graphs", "the bundle has no config.json to build the reference from; name its source with --checkpoint")
+        )
+    return limits
+
+
+def _finish(manifest: Manifest, level: Level, note: str) -> Plan:
+    memory, wanted = available_bytes(), PREPACKED_COPIES * float32_bytes(manifest) + least_bytes(manifest)
+    if level == "structure" or memory is None or memory >= wanted:
+        return Plan(level=level, note=note)
+    line = (
+        f"weights were read from the page cache, not prepacked: {memory / 1e9:.1f} GB of memory are available, "
+        f"{wanted / 1e9:.1f} GB are needed to run them as deployed"
+    )
+    return Plan(level=level, note=note, prepack=False, notes=(line,))
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

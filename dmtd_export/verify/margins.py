@@ -1,0 +1,89 @@
+"""How close is close enough: the margins of a verification, and the one comparison that all its numeric checks use.
+
+float32: the largest difference, as a share of the largest magnitude in the expected tensor. Half precision: the same
+difference in units in the last place (ULP) of the type at that magnitude. Tokens: equal, unless the expected top two
+are closer than the margin (a near-tie, counted and shown).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+FLOAT32_MARGIN = 2e-5  # of the largest |value|
+# A rotary angle is a float32 product of the position: one ULP of the frequency and one of the product, a position.
+ROTARY_ERROR_A_POSITION = 3e-7
+# Half precision against float32, in ULP of the type at the largest |value|. Rounding grows with depth about as its
+# root: see MEASURED in tests/export/test_verify_half.py.
+HALF_ULP_AT_DEPTH_ONE = 6.0
+HALF_TOP1_AGREEMENT = 0.9
+MANTISSA_BITS = {"float16": 10, "bfloat16": 7}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Margin:
+    """``limit`` in ``unit``; ``ulp_bits`` are the explicit mantissa bits where the unit is ULP."""
+
+    limit: float
+    unit: str
+    ulp_bits: int | None = None
+
+    def scale(self, largest: float) -> float:
+        """What one unit is worth in a tensor whose largest magnitude is ``largest``."""
+        if not largest > 0:
+            return 1.0
+        return largest if self.ulp_bits is None else 2.0 ** (math.floor(math.log2(largest)) - self.ulp_bits)
+
+
+FLOAT32 = Margin(limit=FLOAT32_MARGIN, unit="of max")
+
+
+def half_margin(dtype: str, num_layers: int) -> Margin:
+    """The margin of a half-precision graph of ``num_layers`` layers against the same weights in float32."""
+    limit = HALF_ULP_AT_DEPTH_ONE * max(1.0, num_layers) ** 0.5
+    return Margin(limit=limit, unit=f"ULP of {dtype}", ulp_bits=MANTISSA_BITS[dtype])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """The worst element of a comparison: ``error`` in the margin's unit, where, and both values."""
+
+    error: float
+    index: tuple[int, ...]
+    expected: float
+    got: float
+
+
+def worst_difference(expected: Array, got: Array, margin: Margin, largest: float | None = None) -> Difference:
+    """The worst element of two arrays of one shape; a NaN counts as infinitely wrong.
+
+    ``largest`` overrides the largest magnitude (say, of the whole tensor that ``expected`` is a slice of).
+    """
+    assert expected.shape == got.shape, f"shapes differ: expected {expected.shape}, got {got.shape}"
+    if expected.size == 0:
+        return Difference(error=0.0, index=(), expected=0.0, got=0.0)
+    wide, other = expected.astype(np.float32), got.astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        apart = np.abs(wide - other)
+    apart = np.where(np.isnan(apart), np.inf, apart)
+    index = np.unravel_index(int(apart.argmax()), apart.shape)
+    size = float(np.abs(wide).max()) if largest is None else largest
+    return Difference(
+        error=float(apart[index]) / margin.scale(size),
+        index=tuple(int(i) for i in index),
+        expected=float(wide[index]),
+        got=float(other[index]),
+    )
+
+
+def top_two_gap(row: Array) -> float:
+    """How far the best logit of a row [vocab] stands above the second."""
+    if row.size < 2:
+        return math.inf
+    second, first = np.partition(row, row.size - 2)[-2:]
+    return float(first - second)

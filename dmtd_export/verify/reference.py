@@ -1,0 +1,77 @@
+"""The PyTorch side of a verification: expected numbers of a scenario and logits of whole sequences, a layer in memory
+at a time.
+
+The only module of the package that imports torch, and it is imported only when torch is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dmtd_export.verify.scenario import Outcome, Scenario
+from dmtd_export.weights import NUMPY_DTYPES, map_tensor
+from dmtd_models.checkpoint import Checkpoint
+from dmtd_models.config import DmtdSpec, ModelConfig
+from dmtd_models.dmtd import StreamedModel
+from dmtd_models.layers import rotary
+from dmtd_models.oracle import gates
+from dmtd_runtime import contract
+from dmtd_runtime.manifest import Manifest
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Reference:
+    """The oracle over a checkpoint's weights as the bundle stores them (cast to its type), or over the bundle's own."""
+
+    def __init__(
+        self, config: ModelConfig, spec: DmtdSpec, directory: Path, manifest: Manifest, checkpoint: Checkpoint | None
+    ) -> None:
+        self.config = config
+        stored = NUMPY_DTYPES[manifest.model.dtype]
+
+        def read(name: str) -> Array:
+            if checkpoint is None:
+                return map_tensor(directory / contract.WEIGHTS_FILE, manifest.weights[name])
+            return checkpoint.read(name).astype(stored, copy=False)
+
+        # float64, so that the error shown is the graph's own and not the reference's as well
+        self._model = StreamedModel(config, spec, read, torch.float64)
+
+    def outcome(self, scenario: Scenario) -> Outcome:
+        """Everything that the rows of a scenario compute."""
+        positions = torch.arange(scenario.ids.shape[1])[None].expand(len(scenario.lengths), -1)
+        run = self._model(
+            torch.from_numpy(scenario.ids),
+            positions,
+            torch.from_numpy(scenario.gate_hidden),
+            torch.from_numpy(scenario.gate_thought),
+        )
+        pairs = (("key", run.keys), ("value", run.values))
+        caches = {(layer, kind): x.numpy() for kind, layers in pairs for layer, x in enumerate(layers)}
+        return Outcome(thought=run.thought.numpy(), logits=run.logits.numpy(), caches=caches)
+
+    def teacher_forced(
+        self, sequences: Sequence[Sequence[int]], prompt_lens: Sequence[int], plain: Sequence[bool]
+    ) -> list[Array]:
+        """Logits [n, vocab] of whole sequences under the oracle's gates, in one pass (causal: padding is harmless)."""
+        n = max(map(len, sequences))
+        ids = torch.zeros((len(sequences), n), dtype=torch.int64)
+        both = torch.ones((2, len(sequences), n), dtype=torch.int64)
+        for row, (sequence, prompt_len, is_plain) in enumerate(zip(sequences, prompt_lens, plain, strict=True)):
+            ids[row, : len(sequence)] = torch.tensor(list(sequence))
+            pair = gates(self._model.spec, prompt_len=prompt_len, total_len=len(sequence), plain=is_plain)
+            for gate, values in zip(both, pair, strict=True):
+                gate[row, : len(sequence)] = torch.from_numpy(values)
+        run = self._model(ids, torch.arange(n)[None].expand(len(sequences), -1), both[0], both[1])
+        return [run.logits[row, : len(sequence)].numpy() for row, sequence in enumerate(sequences)]
+
+    def rotary_tables(self, rows: int) -> tuple[Array, Array]:
+        """Cosines and sines [rows, head_dim / 2] as the reference computes them."""
+        cos, sin = rotary(self.config.rope, self.config.head_dim, torch.arange(rows)[None], torch.float32)
+        return cos[0].numpy(), sin[0].numpy()

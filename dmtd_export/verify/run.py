@@ -1,0 +1,253 @@
+"""The verification of a bundle from end to end: which levels can run, in what order, and the report.
+
+    structure  always: files, manifest, weights, graph files (``structure``)
+    graphs     ONNX Runtime on the CPU: the graphs against one another, whole cycles of every variant against the first
+    oracle     PyTorch too: every graph and every whole cycle against the reference
+
+A higher level contains the lower ones. What lowers the level is said in one line, never passed over in silence.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dmtd_export.verify import cycles
+from dmtd_export.verify.graph_checks import check_graphs, graphs_as_expected
+from dmtd_export.verify.half import float32_twin
+from dmtd_export.verify.levels import Plan, make_plan
+from dmtd_export.verify.margins import FLOAT32, FLOAT32_MARGIN, HALF_TOP1_AGREEMENT, half_margin
+from dmtd_export.verify.report import Check, Divergence, Level, VerificationError, VerifyReport, record
+from dmtd_export.verify.scenario import Outcome, Scenario, make_scenario
+from dmtd_export.verify.structure import check_structure, model_config, split_of, steps
+from dmtd_export.verify.weights_check import check_rotary, check_source
+from dmtd_models.checkpoint import Checkpoint
+from dmtd_models.config import ModelConfig
+from dmtd_runtime.errors import BackendError, BundleError
+from dmtd_runtime.manifest import Manifest, load_manifest
+
+if TYPE_CHECKING:
+    from dmtd_export.verify.reference import Reference
+
+OnStage = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyOptions:
+    """What `dmtd verify` can be told. ``level`` None: the highest that can run here."""
+
+    level: Level | None = None
+    quick: bool = False
+
+
+def verify_bundle(
+    directory: Path,
+    *,
+    checkpoint: Checkpoint | None = None,
+    manifest: Manifest | None = None,
+    level: Level | None = None,
+    quick: bool = False,
+    on_stage: OnStage | None = None,
+) -> VerifyReport:
+    """Verify the bundle at ``directory``; ``checkpoint`` is the source it was exported from, where that is at hand.
+
+    ``on_stage`` is told (stage, steps done, steps of the stage). Raises BundleError where there is no bundle to verify;
+    everything that is wrong with one stands in the report.
+    """
+    start = time.monotonic()
+    manifest = manifest or load_manifest(directory)
+    run = _Run(directory, manifest, checkpoint, quick, on_stage or _silent)
+    plan = make_plan(directory, manifest, level, run.config)
+    checks, notes = run.structure(), list(plan.notes)
+    reached: Level = "structure"
+    if all(check.ok for check in checks):
+        if checkpoint is not None:
+            checks.append(check_source(directory, manifest, checkpoint))
+        if plan.level != "structure":
+            reached = plan.level
+            notes += run.notes(plan)
+            checks += run.numbers(plan)
+    else:
+        notes.append("the structure is broken, so nothing was run")
+    margins = {"float32_of_max": FLOAT32_MARGIN}
+    if manifest.model.dtype != "float32":
+        half = half_margin(manifest.model.dtype, manifest.model.num_layers)
+        margins |= {"half_ulp": half.limit, "half_top1_agreement": HALF_TOP1_AGREEMENT}
+    return VerifyReport(
+        level=reached,
+        level_note=plan.note,
+        notes=tuple(notes),
+        checks=tuple(checks),
+        seconds=time.monotonic() - start,
+        margins=margins,
+    )
+
+
+def verify_hook(
+    options: VerifyOptions,
+    *,
+    on_stage: OnStage | None = None,
+    on_report: Callable[[VerifyReport], None] | None = None,
+) -> Callable[[Path, Checkpoint], dict[str, Any]]:
+    """The hook for ``export_bundle``: verifies, hands the report to ``on_report``, returns the manifest's record.
+
+    The hook raises VerificationError, which names the first divergence, where the report is not ok.
+    """
+
+    def hook(directory: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+        report = verify_bundle(
+            directory, checkpoint=checkpoint, level=options.level, quick=options.quick, on_stage=on_stage
+        )
+        if on_report is not None:
+            on_report(report)
+        if not report.ok:
+            raise VerificationError(
+                f"verification failed: {report.first_divergence}; "
+                "the bundle was not kept (--no-verify keeps it unverified)"
+            )
+        return record(report)
+
+    return hook
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """No progress display."""
+    del stage, done, total
+
+
+class _Run:
+    """One verification: the bundle, and everything that its stages share."""
+
+    def __init__(
+        self, directory: Path, manifest: Manifest, checkpoint: Checkpoint | None, quick: bool, on_stage: OnStage
+    ) -> None:
+        self.config: ModelConfig | None = checkpoint.config if checkpoint is not None else model_config(directory)
+        self._directory = directory
+        self._manifest = manifest
+        self._checkpoint = checkpoint
+        self._quick = quick
+        self._on_stage = on_stage
+
+    def structure(self) -> list[Check]:
+        with self._counting("structure", steps(self._manifest)) as done:
+            return check_structure(self._directory, self._manifest, done)
+
+    def notes(self, plan: Plan) -> Iterator[str]:
+        dtype = self._manifest.model.dtype
+        if plan.level == "oracle" and self._checkpoint is None:
+            yield (
+                "the reference read the bundle's own weights: "
+                "that they are the model's rests on the recorded norms and probes"
+            )
+        if dtype == "bfloat16":
+            yield "bfloat16 graphs were run as their float32 cast only: the CPU has no bfloat16 kernels"
+        if dtype == "float16":
+            yield "float16 graphs were run as their float32 cast, and as they are (margin in ULP)"
+
+    def numbers(self, plan: Plan) -> list[Check]:
+        """Levels ``graphs`` and ``oracle``, over the bundle or its float32 twin."""
+        checks: list[Check] = []
+        reference = self._reference() if plan.level == "oracle" else None
+        if reference is not None:
+            rows = self._manifest.weights["rotary.cos"].shape[0]
+            checks.append(check_rotary(self._directory, self._manifest, reference.rotary_tables(rows)))
+        with self._float32() as (directory, manifest):
+            scenario = make_scenario(manifest.model.vocab_size)
+            try:
+                expected = (
+                    reference.outcome(scenario) if reference else graphs_as_expected(directory, manifest, scenario)
+                )
+                checks += self._graphs(directory, manifest, scenario, expected, plan)
+                checks += self._cycles(directory, manifest, reference, plan)
+            except (BackendError, BundleError) as error:
+                found = Divergence(graph="ONNX Runtime", detail=str(error))
+                checks.append(
+                    Check(
+                        name="ONNX Runtime runs the graphs",
+                        level=plan.level,
+                        ok=False,
+                        detail=str(error),
+                        divergence=found,
+                    )
+                )
+        return checks
+
+    def _reference(self) -> Reference:
+        from dmtd_export.verify.reference import Reference
+
+        assert self.config is not None, "the plan lowers the level where there is no config"
+        return Reference(self.config, split_of(self._manifest), self._directory, self._manifest, self._checkpoint)
+
+    @contextmanager
+    def _float32(self) -> Iterator[tuple[Path, Manifest]]:
+        """The bundle itself, or the float32 twin of a half-precision one in a temporary directory beside it."""
+        if self._manifest.model.dtype == "float32":
+            yield self._directory, self._manifest
+            return
+        with tempfile.TemporaryDirectory(prefix=".verify-", dir=self._directory.absolute().parent) as target:
+            yield Path(target), float32_twin(self._directory, self._manifest, Path(target), self.config)
+
+    def _graphs(
+        self, directory: Path, manifest: Manifest, scenario: Scenario, expected: Outcome, plan: Plan
+    ) -> list[Check]:
+        runs_as_is = self._manifest.model.dtype == "float16"
+        label = "" if manifest is self._manifest else ", cast to float32,"
+        with self._counting("graphs", len(manifest.graphs) * (2 if runs_as_is else 1)) as done:
+            checks = check_graphs(directory, manifest, scenario, expected, plan.level, label=label, on_done=done)
+            if runs_as_is:
+                half = half_margin("float16", manifest.model.num_layers)
+                checks += check_graphs(
+                    self._directory, self._manifest, scenario, expected, plan.level, half, ", as it is,", on_done=done
+                )
+        return checks
+
+    def _cycles(self, directory: Path, manifest: Manifest, reference: Reference | None, plan: Plan) -> list[Check]:
+        runs_as_is = self._manifest.model.dtype == "float16"
+        variants = cycles.make_variants(manifest, self._quick, plan.prepack)
+        with self._counting("cycles", len(variants) + 1 + runs_as_is) as done:
+            cases, own = cycles.choose_tokens(
+                directory, manifest, variants[0], cycles.make_cases(manifest, self._quick)
+            )
+            done()
+            expected = cycles.Expected(logits=own, level="graphs")
+            if reference is not None:
+                rows = reference.teacher_forced(
+                    [case.sequence for case in cases],
+                    [len(case.prompt) for case in cases],
+                    [case.plain for case in cases],
+                )
+                logits = [row[len(case.prompt) - 1 :] for row, case in zip(rows, cases, strict=True)]
+                expected = cycles.Expected(logits=logits, level="oracle")
+            checks = []
+            for variant in variants:
+                given = own if variant is variants[0] else None
+                if given is None or reference is not None:
+                    checks.append(cycles.check_cycles(directory, manifest, variant, cases, expected, FLOAT32, given))
+                done()
+            if runs_as_is:
+                half = half_margin("float16", manifest.model.num_layers)
+                checks.append(
+                    cycles.check_cycles(
+                        self._directory, self._manifest, variants[0], cases, expected, half, label=", float16 as it is"
+                    )
+                )
+                done()
+        return checks
+
+    @contextmanager
+    def _counting(self, stage: str, total: int) -> Iterator[Callable[[], None]]:
+        count = 0
+        self._on_stage(stage, 0, total)
+
+        def done() -> None:
+            nonlocal count
+            count += 1
+            self._on_stage(stage, min(count, total), total)
+
+        yield done
+        self._on_stage(stage, total, total)

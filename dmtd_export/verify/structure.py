@@ -1,0 +1,280 @@
+"""Level ``structure``: the files, the manifest, the graphs and the weights agree with one another. No torch, no ONNX
+Runtime.
+
+1. Every listed file has its size and SHA-256.
+2. Every weight stands where the manifest says, and reproduces its norm and probe: a weight altered in place is named
+   even where the hashes were recomputed.
+3. Every graph file has the inputs and outputs of the contract and of the manifest, opset 24, IR 10, passes
+   onnx.checker in full, and reads its weights from the manifest's places and from nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import onnx
+
+from dmtd_export.graph_writer import CONTRIB_DOMAIN, IR_VERSION, ONNX_DTYPES, OPSET
+from dmtd_export.graphs import GraphSpec, build_graph
+from dmtd_export.layers import COS, SIN
+from dmtd_export.verify.report import Check, Divergence
+from dmtd_export.weights import Fingerprint, fingerprint_of, map_tensor
+from dmtd_models.config import DmtdSpec, ModelConfig, Rope, read_config
+from dmtd_models.errors import ModelError
+from dmtd_models.tensors import tensor_shapes
+from dmtd_runtime import contract
+from dmtd_runtime.errors import BundleError
+from dmtd_runtime.manifest import DTYPE_BYTES, GraphInfo, Manifest, TensorInfo, WeightInfo, safe_relative, sha256_of
+
+GRAPH_BYTES_LIMIT = 4 << 20  # a graph holds no weights; 60 layers for 8 slots stay under 1.5 MB
+OnDone = Callable[[], None]
+
+
+def steps(manifest: Manifest) -> int:
+    """How many times ``check_structure`` calls ``on_done``."""
+    return len(manifest.files) + len(manifest.weights) + len(manifest.graphs)
+
+
+def check_structure(directory: Path, manifest: Manifest, on_done: OnDone = lambda: None) -> list[Check]:
+    """All structural checks, cheapest first; a missing or truncated file ends them."""
+    files = _check("files: size and SHA-256", _files(directory, manifest, on_done), len(manifest.files))
+    if files.divergence is not None and "SHA-256" not in files.divergence.detail:
+        return [files]
+    layout = _check("weights: places and shapes", _layout(directory, manifest), len(manifest.weights))
+    if not layout.ok:
+        return [files, layout]
+    # Where the numbers name a tensor, they say more than the hash of the file it stands in.
+    weights = _check("weights: norm and probe", _fingerprints(directory, manifest, on_done), len(manifest.weights))
+    graphs = _check("graphs: contract, checker, weights", _graphs(directory, manifest, on_done), len(manifest.graphs))
+    checks = [files, layout, weights, graphs]
+    return checks if weights.ok else [layout, weights, files, graphs]
+
+
+def model_config(directory: Path) -> ModelConfig | None:
+    """The architecture from the bundle's config.json; None where it has none that can be read."""
+    path = directory / "config.json"
+    try:
+        return read_config(json.loads(path.read_text(encoding="utf-8")))[0] if path.is_file() else None
+    except (ModelError, ValueError):
+        return None
+
+
+def split_of(manifest: Manifest) -> DmtdSpec:
+    """The manifest's split and convention as the model package has it."""
+    cycle = manifest.cycle
+    return DmtdSpec(
+        encoding_layers=cycle.encoding_layers,
+        thinking_layers=cycle.thinking_layers,
+        decoding_layers=cycle.decoding_layers,
+        cycle_length=cycle.cycle_length,
+        cycle_origin=cycle.cycle_origin,
+        prompt_input=cycle.prompt_input,
+        trained=cycle.dmtd_trained,
+        convention_recorded=True,
+    )
+
+
+def layer_of(weight: str) -> int | None:
+    """The absolute layer that a weight's name carries."""
+    parts = weight.split(".")
+    return int(parts[2]) if weight.startswith("model.layers.") and parts[2].isdigit() else None
+
+
+def _check(name: str, found: Iterator[Divergence], cases: int) -> Check:
+    all_found = list(found)
+    first = all_found[0] if all_found else None
+    detail = "" if first is None else f"{len(all_found)} of {cases}: {first}"
+    return Check(name=name, level="structure", ok=first is None, cases=cases, detail=detail, divergence=first)
+
+
+def _files(directory: Path, manifest: Manifest, on_done: OnDone) -> Iterator[Divergence]:
+    for required in (contract.WEIGHTS_FILE, *(graph.file for graph in manifest.graphs)):
+        if required not in manifest.files:
+            yield Divergence(graph=required, detail="the manifest's list of files lacks it")
+    for name, info in manifest.files.items():
+        on_done()
+        path = directory / safe_relative(name)
+        if not path.is_file():
+            yield Divergence(
+                graph=name, got="missing", expected=f"{info.bytes} bytes", detail="export the bundle again"
+            )
+        elif (size := path.stat().st_size) != info.bytes:
+            yield Divergence(
+                graph=name, got=f"{size} bytes", expected=f"{info.bytes} bytes", detail="truncated or altered"
+            )
+        elif (digest := sha256_of(path)) != info.sha256:
+            yield Divergence(graph=name, got=digest[:16], expected=info.sha256[:16], detail="SHA-256 differs: altered")
+
+
+def _layout(directory: Path, manifest: Manifest) -> Iterator[Divergence]:
+    size = (directory / contract.WEIGHTS_FILE).stat().st_size
+    config = model_config(directory)
+    if config is not None:
+        yield from _missing_weights(config, manifest)
+    end = 0
+    for name, info in sorted(manifest.weights.items(), key=lambda item: item[1].offset):
+        count = DTYPE_BYTES[info.dtype]
+        for dim in info.shape:
+            count *= dim
+        if info.length != count or info.offset < end or info.offset + info.length > size:
+            detail = (
+                f"{name} [{info.offset}, {info.offset + info.length}) overlaps, leaves the file or has another shape"
+            )
+            yield Divergence(graph=contract.WEIGHTS_FILE, layer=layer_of(name), detail=detail)
+        end = info.offset + info.length
+
+
+def _missing_weights(config: ModelConfig, manifest: Manifest) -> Iterator[Divergence]:
+    for name, shape in tensor_shapes(config).items():
+        got = manifest.weights[name].shape if name in manifest.weights else "missing"
+        if got != shape:
+            yield Divergence(
+                graph=contract.MANIFEST_FILE,
+                layer=layer_of(name),
+                got=str(got),
+                expected=str(shape),
+                detail=f"weight {name}",
+            )
+    model, same = manifest.model, ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+    for key in same:
+        if getattr(model, key) != getattr(config, key):
+            yield Divergence(
+                graph=contract.MANIFEST_FILE,
+                got=str(getattr(model, key)),
+                expected=str(getattr(config, key)),
+                detail=f"model.{key} against config.json",
+            )
+
+
+def _fingerprints(directory: Path, manifest: Manifest, on_done: OnDone) -> Iterator[Divergence]:
+    path = directory / contract.WEIGHTS_FILE
+    for name, info in manifest.weights.items():
+        on_done()
+        got, expected = fingerprint_of(map_tensor(path, info)), Fingerprint(norm=info.norm, probe=info.probe)
+        if not got.matches(expected):
+            apart_in_norm = abs(got.norm - expected.norm) > 1e-6 * expected.norm
+            kind = "norm" if apart_in_norm else "probe"
+            yield Divergence(
+                graph=contract.WEIGHTS_FILE,
+                layer=layer_of(name),
+                expected=getattr(expected, kind),
+                got=getattr(got, kind),
+                detail=f"{kind} of {name}: the weight is not the one that was exported",
+            )
+
+
+def _graphs(directory: Path, manifest: Manifest, on_done: OnDone) -> Iterator[Divergence]:
+    by_offset = {info.offset: (name, info) for name, info in manifest.weights.items()}
+    spec = GraphSpec(
+        config=model_config(directory) or _config_of(manifest),
+        dmtd=split_of(manifest),
+        dtype=manifest.model.dtype,
+        weights=manifest.weights,
+    )
+    for graph in manifest.graphs:
+        on_done()
+        for detail in _graph_faults(directory, graph, spec, by_offset):
+            yield Divergence(graph=graph.file, dialect=graph.dialect, detail=detail)
+
+
+def _graph_faults(
+    directory: Path, graph: GraphInfo, spec: GraphSpec, by_offset: dict[int, tuple[str, WeightInfo]]
+) -> Iterator[str]:
+    path = directory / graph.file
+    if path.stat().st_size > GRAPH_BYTES_LIMIT:
+        yield f"{path.stat().st_size} bytes, expected at most {GRAPH_BYTES_LIMIT}: weights stand in a file of their own"
+        return
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # noqa: BLE001 - protobuf raises its own kinds
+        yield f"not an ONNX file ({error})"
+        return
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    if model.ir_version != IR_VERSION or opsets.pop("", None) != OPSET or opsets not in ({}, {CONTRIB_DOMAIN: 1}):
+        yield f"IR {model.ir_version}, opsets {list(model.opset_import)}; expected IR {IR_VERSION}, opset {OPSET}"
+    yield from _io_faults(model, graph, build_graph(spec, graph.name, graph.dialect, graph.slots)[1])
+    for tensor in model.graph.initializer:
+        fault = _initializer_fault(tensor, by_offset)
+        if fault:
+            yield f"initializer {tensor.name}: {fault}"
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except Exception as error:  # noqa: BLE001 - the checker raises several kinds
+        yield f"onnx.checker: {str(error).strip().splitlines()[0]}"
+
+
+def _io_faults(model: onnx.ModelProto, graph: GraphInfo, agreed: GraphInfo) -> Iterator[str]:
+    sides: tuple[tuple[str, Sequence[onnx.ValueInfoProto], Sequence[TensorInfo], Sequence[TensorInfo]], ...] = (
+        ("input", model.graph.input, graph.inputs, agreed.inputs),
+        ("output", model.graph.output, graph.outputs, agreed.outputs),
+    )
+    for side, actual_protos, declared, by_contract in sides:
+        actual = [_tensor_info(value) for value in actual_protos]
+        for where, expected in (("the manifest", declared), ("the contract", by_contract)):
+            if [_text(x) for x in actual] != [_text(x) for x in expected]:
+                pairs = zip([*map(_text, actual), "nothing"], [*map(_text, expected), "nothing"], strict=False)
+                got, wanted = next(((a, b) for a, b in pairs if a != b), ("another count", str(len(expected))))
+                yield f"{side} {got} in the file, {wanted} in {where}"
+                break
+
+
+def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
+    kind = value.type.tensor_type
+    names = {number: name for name, number in ONNX_DTYPES.items()}
+    dims = tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim)
+    return TensorInfo(name=value.name, dims=dims, dtype=names.get(kind.elem_type, f"type {kind.elem_type}"))
+
+
+def _text(info: TensorInfo) -> str:
+    return f"{info.name} {info.dtype} [{', '.join(map(str, info.dims))}]"
+
+
+def _initializer_fault(tensor: onnx.TensorProto, by_offset: dict[int, tuple[str, WeightInfo]]) -> str:
+    """Why an initializer is not exactly one stored tensor, or several that stand one behind another; empty if it is."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return "" if tensor.ByteSize() < 4096 else f"{tensor.ByteSize()} bytes inside the graph"
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    if place.get("location") != contract.WEIGHTS_FILE:
+        return f"stands in {place.get('location')}, expected {contract.WEIGHTS_FILE}"
+    offset, length = int(place.get("offset", 0)), int(place.get("length", -1))
+    names, rows, at = [], 0, offset
+    tail: tuple[int, ...] = ()
+    while at < offset + length and at in by_offset:
+        name, info = by_offset[at]
+        if tensor.data_type != ONNX_DTYPES[info.dtype]:
+            return f"element type {tensor.data_type}, the manifest says {info.dtype}"
+        names.append(name)
+        rows, tail, at = rows + info.shape[0], info.shape[1:], at + info.length
+    expected_name = "+".join((names[0], *(name.split(".")[-2] for name in names[1:]))) if names else "nothing"
+    if at != offset + length or tensor.name != expected_name or tuple(tensor.dims) != (rows, *tail):
+        there = f"{expected_name} {(rows, *tail)}"
+        return f"reads [{offset}, {offset + length}) as {tuple(tensor.dims)}; the manifest has {there} there"
+    return ""
+
+
+def _config_of(manifest: Manifest) -> ModelConfig:
+    """An architecture with the manifest's dimensions: enough for inputs and outputs, not for numbers."""
+    model, first = manifest.model, "model.layers.0."
+    if COS not in manifest.weights or SIN not in manifest.weights:
+        raise BundleError("the manifest lists no rotary tables; export the bundle again")
+    return ModelConfig(
+        family=model.family,
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        rms_norm_eps=1e-6,
+        rope=Rope(theta=10000.0),
+        tie_word_embeddings=model.tie_word_embeddings,
+        max_positions=model.max_model_len,
+        dtype=model.dtype,
+        qkv_bias=f"{first}self_attn.q_proj.bias" in manifest.weights,
+        o_bias=f"{first}self_attn.o_proj.bias" in manifest.weights,
+        mlp_bias=f"{first}mlp.down_proj.bias" in manifest.weights,
+        qk_norm=f"{first}self_attn.q_norm.weight" in manifest.weights,
+    )

@@ -1,0 +1,98 @@
+"""The stored weights against their source: every tensor of the checkpoint bit by bit, the rotary tables against the
+reference's.
+
+The fingerprints of level ``structure`` hold the file to the manifest; this holds the file to the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmtd_export.layers import COS, SIN
+from dmtd_export.verify.margins import MANTISSA_BITS, ROTARY_ERROR_A_POSITION
+from dmtd_export.verify.report import Check, Divergence
+from dmtd_export.verify.structure import layer_of
+from dmtd_export.weights import NUMPY_DTYPES, map_tensor, row_chunks
+from dmtd_models.checkpoint import Checkpoint
+from dmtd_models.tensors import tensor_shapes
+from dmtd_runtime import contract
+from dmtd_runtime.manifest import Manifest
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def check_source(directory: Path, manifest: Manifest, checkpoint: Checkpoint) -> Check:
+    """Every stored tensor equals the checkpoint's, cast to the bundle's type."""
+    found = list(_unequal(directory, manifest, checkpoint))
+    first = found[0] if found else None
+    cases = len(tensor_shapes(checkpoint.config))
+    return Check(
+        name="weights: equal to the checkpoint's",
+        level="structure",
+        ok=first is None,
+        cases=cases,
+        detail="" if first is None else f"{len(found)} of {cases}: {first}",
+        divergence=first,
+    )
+
+
+def _unequal(directory: Path, manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Divergence]:
+    for name, shape in tensor_shapes(checkpoint.config).items():
+        info = manifest.weights.get(name)
+        if info is None or info.shape != shape:
+            got = "missing" if info is None else str(info.shape)
+            yield Divergence(
+                graph=contract.WEIGHTS_FILE, layer=layer_of(name), got=got, expected=str(shape), detail=name
+            )
+            continue
+        stored, source = map_tensor(directory / contract.WEIGHTS_FILE, info), checkpoint.read(name)
+        for mine, theirs in zip(row_chunks(stored), row_chunks(source), strict=True):
+            cast = theirs.astype(NUMPY_DTYPES[info.dtype], copy=False)
+            differs = np.asarray(mine != cast)
+            if differs.any():
+                at = np.unravel_index(int(differs.argmax()), differs.shape)
+                yield Divergence(
+                    graph=contract.WEIGHTS_FILE,
+                    layer=layer_of(name),
+                    expected=float(cast[at]),
+                    got=float(mine[at]),
+                    detail=f"{name} is not the checkpoint's tensor",
+                )
+                break
+
+
+def check_rotary(directory: Path, manifest: Manifest, expected: tuple[Array, Array]) -> Check:
+    """The stored tables against float32 ones of the reference, [rows, head_dim / 2] each."""
+    worst, margin, first = 0.0, 0.0, None
+    for name, wanted in zip((COS, SIN), expected, strict=True):
+        info = manifest.weights[name]
+        got = map_tensor(directory / contract.WEIGHTS_FILE, info).astype(np.float32)
+        bits = MANTISSA_BITS.get(info.dtype, 23)
+        limit = ROTARY_ERROR_A_POSITION * (1 + np.arange(len(wanted)))[:, None] + np.abs(wanted).max() * 2.0**-bits
+        apart = np.abs(got - wanted)
+        worst, margin = max(worst, float(apart.max())), max(margin, float(limit.max()))
+        bad = ~(apart <= limit)
+        if bad.any() and first is None:
+            row, column = (int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape))
+            first = Divergence(
+                graph=contract.WEIGHTS_FILE,
+                position=row,
+                expected=float(wanted[row, column]),
+                got=float(got[row, column]),
+                detail=f"{name}[{row}, {column}]: the rotary table does not follow from the model's rope parameters",
+            )
+    return Check(
+        name="rotary tables against the reference",
+        level="oracle",
+        ok=first is None,
+        worst=worst,
+        margin=margin,
+        unit="absolute",
+        cases=2 * len(expected[0]),
+        detail="" if first is None else str(first),
+        divergence=first,
+    )

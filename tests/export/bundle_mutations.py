@@ -1,0 +1,106 @@
+"""Ways to spoil a bundle, and to recompute every hash and size of its manifest afterwards. For tests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from dmtd_export.weights import fingerprint_of
+
+WEIGHTS = "model.onnx.data"
+
+
+def reseal(bundle: Path) -> None:
+    """Make the manifest's sizes and hashes those of the files as they are now."""
+    with edited_manifest(bundle) as manifest:
+        for name in manifest["files"]:
+            content = (bundle / name).read_bytes()
+            manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+@contextmanager
+def edited_manifest(bundle: Path) -> Iterator[dict]:
+    path = bundle / "manifest.json"
+    manifest = json.loads(path.read_text())
+    yield manifest
+    path.write_text(json.dumps(manifest))
+
+
+@contextmanager
+def edited_graph(bundle: Path, file: str) -> Iterator[onnx.ModelProto]:
+    model = onnx.load(bundle / file, load_external_data=False)
+    yield model
+    (bundle / file).write_bytes(model.SerializeToString())
+
+
+def edit_weight(bundle: Path, name: str, edit: Callable[[np.ndarray], None], *, refingerprint: bool = False) -> None:
+    """Change a stored tensor in place; with ``refingerprint`` also the numbers that the manifest knows it by."""
+    info = json.loads((bundle / "manifest.json").read_text())["weights"][name]
+    tensor = np.memmap(bundle / WEIGHTS, info["dtype"], "r+", offset=info["offset"], shape=tuple(info["shape"]))
+    edit(tensor)
+    tensor.flush()
+    if refingerprint:
+        numbers = fingerprint_of(tensor)
+        with edited_manifest(bundle) as manifest:
+            manifest["weights"][name] |= {"norm": numbers.norm, "probe": numbers.probe}
+
+
+def node(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
+    return next(n for n in model.graph.node if n.name == name)
+
+
+def nodes_of(model: onnx.ModelProto, op: str) -> list[onnx.NodeProto]:
+    found = [n for n in model.graph.node if n.op_type == op]
+    assert found, f"no {op} node"
+    return found
+
+
+def set_attribute(target: onnx.NodeProto, name: str, value: float) -> None:
+    kept = [a for a in target.attribute if a.name != name]
+    del target.attribute[:]
+    target.attribute.extend([*kept, helper.make_attribute(name, value)])
+
+
+def insert_before(model: onnx.ModelProto, target: onnx.NodeProto, slot: int, op: str, *more: str) -> None:
+    """Put a node between an input of ``target`` and what feeds it."""
+    name = f"{target.name}/spoiled_{slot}"
+    added = helper.make_node(op, [target.input[slot], *more], [name], name=name)
+    index = list(model.graph.node).index(target)
+    target.input[slot] = name
+    model.graph.node.insert(index, added)
+
+
+def add_one(model: onnx.ModelProto, target: onnx.NodeProto, slot: int, dtype: str) -> None:
+    """Add 1 to an integer input of ``target``."""
+    constant = f"spoiled_one_{dtype}"
+    if constant not in {tensor.name for tensor in model.graph.initializer}:
+        model.graph.initializer.append(numpy_helper.from_array(np.array([1], dtype), constant))
+    insert_before(model, target, slot, "Add", constant)
+
+
+def swap_layers(model: onnx.ModelProto, first: int, second: int) -> None:
+    """Let two layers read one another's weights."""
+    names = {first: f"model.layers.{first}.", second: f"model.layers.{second}."}
+    for n in model.graph.node:
+        for slot, value in enumerate(n.input):
+            for mine, other in ((first, second), (second, first)):
+                if value.startswith(names[mine]):
+                    n.input[slot] = value.replace(names[mine], names[other])
+                    break
+
+
+def rename_input(model: onnx.ModelProto, old: str, new: str) -> None:
+    for value in model.graph.input:
+        if value.name == old:
+            value.name = new
+    for n in model.graph.node:
+        for slot, value in enumerate(n.input):
+            if value == old:
+                n.input[slot] = new

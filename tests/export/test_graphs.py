@@ -1,0 +1,131 @@
+"""The graph files: ONNX's own checks, names, no weights inside, and the same tokens from both dialects."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from dmtd_export.export import export_bundle
+from dmtd_export.options import ExportOptions
+from dmtd_export.verify.cycles import Case, Variant, run_variant
+from dmtd_models.checkpoint import open_checkpoint
+from dmtd_models.config import resolve_dmtd
+from dmtd_models.dmtd import DmtdModel
+from dmtd_models.oracle import greedy
+from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_runtime.manifest import Manifest, load_manifest
+
+OPTIONS = ExportOptions(
+    encoding_layers=1, decoding_layers=2, cycle_length=3, cycle_origin="absolute", prompt_input="cyclical", max_batch=3
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("graphs") / "model", family="qwen3", layers=5, qkv_bias=True)
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path) -> Path:
+    export_bundle(checkpoint, checkpoint.parent / "bundle", OPTIONS)
+    return checkpoint.parent / "bundle"
+
+
+@pytest.fixture(scope="module")
+def manifest(bundle: Path) -> Manifest:
+    return load_manifest(bundle)
+
+
+def test_there_is_every_cut_in_every_layout(manifest: Manifest) -> None:
+    cuts = [graph.file.split(".")[0] for graph in manifest.graphs]
+    assert sorted(cuts) == sorted(3 * ["full_pass", "late_decode", "thinking"])
+    assert {graph.slots for graph in manifest.graphs if graph.dialect == "onnxruntime"} == {1, 3}
+
+
+def test_onnx_accepts_every_graph_in_full(bundle: Path, manifest: Manifest) -> None:
+    for graph in manifest.graphs:
+        onnx.checker.check_model(bundle / graph.file, full_check=True)
+        model = onnx.load(bundle / graph.file, load_external_data=False)
+        opsets = {entry.domain: entry.version for entry in model.opset_import}
+        assert model.ir_version == 10
+        assert opsets == ({"": 24} if graph.dialect == "standard" else {"": 24, "com.microsoft": 1})
+
+
+def test_no_weight_stands_in_a_graph(bundle: Path, manifest: Manifest) -> None:
+    for graph in manifest.graphs:
+        assert (bundle / graph.file).stat().st_size < 1_000_000
+        for tensor in onnx.load(bundle / graph.file, load_external_data=False).graph.initializer:
+            if np.prod(tensor.dims) > 16:
+                assert tensor.data_location == onnx.TensorProto.EXTERNAL, tensor.name
+                assert {e.value for e in tensor.external_data if e.key == "location"} == {"model.onnx.data"}
+
+
+def test_node_names_keep_the_module_path_and_are_unique(bundle: Path, manifest: Manifest) -> None:
+    for graph in manifest.graphs:
+        nodes = onnx.load(bundle / graph.file, load_external_data=False).graph.node
+        names = [node.name for node in nodes]
+        assert len(set(names)) == len(names)
+        layers = {int(found.group(1)) for name in names if (found := re.match(r"/model/layers\.(\d+)/", name))}
+        wanted = {"full_pass": {0, 1, 2, 3, 4}, "thinking": {0, 1, 2}, "late_decode": {0, 3, 4}}
+        assert layers == wanted[graph.name]
+        assert "/model/layers.0/self_attn/o_proj/Gemm" in names
+        assert "/model/layers.0/mlp/down_proj/Gemm" in names
+
+
+def test_stacked_weights_are_one_initializer_over_neighbours(bundle: Path, manifest: Manifest) -> None:
+    model = onnx.load(bundle / "full_pass.ort.onnx", load_external_data=False)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    prefix = "model.layers.3.self_attn"
+    stacked = tensors[f"{prefix}.q_proj.weight+k_proj+v_proj"]
+    parts = [manifest.weights[f"{prefix}.{kind}_proj.weight"] for kind in "qkv"]
+    assert list(stacked.dims) == [(4 + 2 + 2) * 16, 64]
+    assert [part.offset for part in parts[1:]] == [part.offset + part.length for part in parts[:2]]
+    place = {entry.key: entry.value for entry in stacked.external_data}
+    assert int(place["offset"]) == parts[0].offset
+    assert int(place["length"]) == sum(part.length for part in parts)
+    from_file = np.memmap(
+        bundle / "model.onnx.data", np.float32, "r", offset=parts[0].offset, shape=tuple(stacked.dims)
+    )
+    with open_checkpoint(bundle.parent / "model") as source:
+        np.testing.assert_array_equal(
+            from_file, np.concatenate([source.read(f"{prefix}.{kind}_proj.weight") for kind in "qkv"])
+        )
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("full_pass", ["staged", "fused"])
+def test_both_dialects_choose_the_oracles_tokens(
+    checkpoint: Path, bundle: Path, manifest: Manifest, full_pass: str, plain: bool
+) -> None:
+    prompt = (5, 17, 99, 3, 42)
+    with open_checkpoint(checkpoint) as source:
+        spec = resolve_dmtd(
+            source.config,
+            source.dmtd,
+            encoding_layers=1,
+            decoding_layers=2,
+            cycle_length=3,
+            cycle_origin="absolute",
+            prompt_input="cyclical",
+        )
+        model = DmtdModel.from_reader(source.config, spec, source.read, torch.float32)
+    wanted = greedy(model, prompt, 8, plain)
+    case = Case(prompt=prompt, plain=plain, num_new=8)
+    for dialect in ("standard", "onnxruntime"):
+        variant = Variant(dialect=dialect, full_pass=full_pass, batch=1, chunk=4)
+        (logits,) = run_variant(bundle, manifest, variant, [case])
+        assert tuple(logits.argmax(-1).tolist()) == wanted.token_ids
+        np.testing.assert_allclose(logits, wanted.logits.numpy(), rtol=0, atol=2e-5 * wanted.logits.abs().max().item())
