@@ -13,14 +13,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmtd_export.verify import cycles
 from dmtd_export.verify.graph_checks import check_graphs, graphs_as_expected
+from dmtd_export.verify.graph_runs import OpenSession, open_evaluator, open_onnxruntime
 from dmtd_export.verify.half import float32_twin
-from dmtd_export.verify.levels import Plan, make_plan
+from dmtd_export.verify.levels import Plan, float32_bytes, make_plan
 from dmtd_export.verify.margins import FLOAT32, FLOAT32_MARGIN, HALF_TOP1_AGREEMENT, half_margin
 from dmtd_export.verify.report import Check, Divergence, Level, VerificationError, VerifyReport, record
 from dmtd_export.verify.scenario import Outcome, Scenario, make_scenario
@@ -28,12 +29,14 @@ from dmtd_export.verify.structure import check_structure, model_config, split_of
 from dmtd_export.verify.weights_check import check_rotary, check_source
 from dmtd_models.checkpoint import Checkpoint
 from dmtd_models.config import ModelConfig
+from dmtd_runtime import contract
 from dmtd_runtime.errors import BackendError, BundleError
 from dmtd_runtime.manifest import Manifest, load_manifest
 
 if TYPE_CHECKING:
     from dmtd_export.verify.reference import Reference
 
+EVALUATOR_BYTES = 16 << 20  # float32 bytes of the largest model that ONNX's reference evaluator is asked to run
 OnStage = Callable[[str, int, int], None]
 
 
@@ -145,7 +148,8 @@ class _Run:
                 "that they are the model's rests on the recorded norms and probes"
             )
         if dtype == "bfloat16":
-            yield "bfloat16 graphs were run as their float32 cast only: the CPU has no bfloat16 kernels"
+            how = "and, in ONNX's reference evaluator, the standard ones as they are" if self._evaluates() else "only"
+            yield f"bfloat16 graphs were run as their float32 cast {how}: the CPU has no bfloat16 kernels"
         if dtype == "float16":
             yield "float16 graphs were run as their float32 cast, and as they are (margin in ULP)"
 
@@ -163,7 +167,8 @@ class _Run:
                     reference.outcome(scenario) if reference else graphs_as_expected(directory, manifest, scenario)
                 )
                 checks += self._graphs(directory, manifest, scenario, expected, plan)
-                checks += self._cycles(directory, manifest, reference, plan)
+                if plan.cycles != "none":
+                    checks += self._cycles(directory, manifest, reference, plan)
             except (BackendError, BundleError) as error:
                 found = Divergence(graph="ONNX Runtime", detail=str(error))
                 checks.append(
@@ -195,24 +200,35 @@ class _Run:
     def _graphs(
         self, directory: Path, manifest: Manifest, scenario: Scenario, expected: Outcome, plan: Plan
     ) -> list[Check]:
-        runs_as_is = self._manifest.model.dtype == "float16"
         label = "" if manifest is self._manifest else ", cast to float32,"
-        with self._counting("graphs", len(manifest.graphs) * (2 if runs_as_is else 1)) as done:
+        as_is, label_as_is, open_session = self._as_is()
+        with self._counting("graphs", len(manifest.graphs) + len(as_is.graphs)) as done:
             checks = check_graphs(directory, manifest, scenario, expected, plan.level, label=label, on_done=done)
-            if runs_as_is:
-                half = half_margin("float16", manifest.model.num_layers)
+            if as_is.graphs:
+                half = half_margin(as_is.model.dtype, as_is.model.num_layers)
                 checks += check_graphs(
-                    self._directory, self._manifest, scenario, expected, plan.level, half, ", as it is,", on_done=done
+                    self._directory, as_is, scenario, expected, plan.level, half, label_as_is, done, open_session
                 )
         return checks
 
+    def _as_is(self) -> tuple[Manifest, str, OpenSession]:
+        """The half-precision graphs that can run without a cast, and in what."""
+        if self._manifest.model.dtype == "float16":
+            return self._manifest, ", as it is,", open_onnxruntime
+        standard = tuple(graph for graph in self._manifest.graphs if graph.dialect == contract.STANDARD)
+        evaluated = replace(self._manifest, graphs=standard if self._evaluates() else ())
+        return evaluated, ", as it is in ONNX's evaluator,", open_evaluator
+
+    def _evaluates(self) -> bool:
+        """Whether a bfloat16 bundle is small enough for the evaluator, which multiplies element by element."""
+        return self._manifest.model.dtype == "bfloat16" and float32_bytes(self._manifest) <= EVALUATOR_BYTES
+
     def _cycles(self, directory: Path, manifest: Manifest, reference: Reference | None, plan: Plan) -> list[Check]:
         runs_as_is = self._manifest.model.dtype == "float16"
-        variants = cycles.make_variants(manifest, self._quick, plan.prepack)
+        quick = self._quick or plan.cycles == "few"
+        variants = cycles.make_variants(manifest, quick, plan.prepack)
         with self._counting("cycles", len(variants) + 1 + runs_as_is) as done:
-            cases, own = cycles.choose_tokens(
-                directory, manifest, variants[0], cycles.make_cases(manifest, self._quick)
-            )
+            cases, own = cycles.choose_tokens(directory, manifest, variants[0], cycles.make_cases(manifest, quick))
             done()
             expected = cycles.Expected(logits=own, level="graphs")
             if reference is not None:
