@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,6 +55,12 @@ def available_bytes() -> int | None:
     return None
 
 
+def scratch_directory(directory: Path) -> Path:
+    """Where the float32 cast of a half-precision bundle is written: beside it, or where temporary files go."""
+    beside = directory.absolute().parent
+    return beside if os.access(beside, os.W_OK) else Path(tempfile.gettempdir())
+
+
 def float32_bytes(manifest: Manifest) -> int:
     """Bytes of the stored weights as float32."""
     return sum(int(np.prod(info.shape)) * 4 for info in manifest.weights.values())
@@ -73,9 +81,10 @@ def _limits(directory: Path, manifest: Manifest, config: ModelConfig | None) -> 
     if memory is not None and memory < least:
         limits.append(("structure", f"{memory / 1e9:.1f} GB of memory are available, {least / 1e9:.1f} GB are needed"))
     if manifest.model.dtype != "float32":
-        free, needed = shutil.disk_usage(directory.absolute().parent).free, float32_bytes(manifest)
+        scratch = scratch_directory(directory)
+        free, needed = shutil.disk_usage(scratch).free, float32_bytes(manifest)
         if free < needed + (64 << 20):
-            reason = f"its float32 cast needs {needed / 1e9:.1f} GB beside {directory}, {free / 1e9:.1f} GB are free"
+            reason = f"its float32 cast needs {needed / 1e9:.1f} GB in {scratch}, {free / 1e9:.1f} GB are free"
             limits.append(("structure", reason))
     if not _installed("torch"):
         limits.append(("graphs", 'PyTorch is not installed; pip install "dmtd[oracle]"'))

@@ -21,14 +21,15 @@ from dmtd_export.verify import cycles
 from dmtd_export.verify.graph_checks import check_graphs, graphs_as_expected
 from dmtd_export.verify.graph_runs import OpenSession, open_evaluator, open_onnxruntime
 from dmtd_export.verify.half import float32_twin
-from dmtd_export.verify.levels import Plan, float32_bytes, make_plan
+from dmtd_export.verify.levels import Plan, float32_bytes, make_plan, scratch_directory
 from dmtd_export.verify.margins import FLOAT32, FLOAT32_MARGIN, HALF_TOP1_AGREEMENT, half_margin
 from dmtd_export.verify.report import Check, Divergence, Level, VerificationError, VerifyReport, record
 from dmtd_export.verify.scenario import Outcome, Scenario, make_scenario
 from dmtd_export.verify.structure import check_structure, model_config, split_of, steps
-from dmtd_export.verify.weights_check import check_rotary, check_source
+from dmtd_export.verify.weights_check import check_architecture, check_rotary, check_source
 from dmtd_models.checkpoint import Checkpoint
 from dmtd_models.config import ModelConfig
+from dmtd_models.tensors import tensor_shapes
 from dmtd_runtime import contract
 from dmtd_runtime.errors import BackendError, BundleError
 from dmtd_runtime.manifest import Manifest, load_manifest
@@ -66,17 +67,18 @@ def verify_bundle(
     manifest = manifest or load_manifest(directory)
     run = _Run(directory, manifest, checkpoint, quick, on_stage or _silent)
     plan = make_plan(directory, manifest, level, run.config)
-    checks, notes = run.structure(), list(plan.notes)
+    checks = run.structure()
+    notes: list[str] = []
     reached: Level = "structure"
-    if all(check.ok for check in checks):
-        if checkpoint is not None:
-            checks.append(check_source(directory, manifest, checkpoint))
-        if plan.level != "structure":
-            reached = plan.level
-            notes += run.notes(plan)
-            checks += run.numbers(plan)
-    else:
+    if not all(check.ok for check in checks):
         notes.append("the structure is broken, so nothing was run")
+    elif plan.level != "structure":
+        reached = plan.level
+        checks += run.weights()
+        notes += [*plan.notes, *run.notes(plan)]
+        checks += run.numbers(plan)
+    elif checkpoint is not None:
+        checks += run.weights()
     margins = {"float32_of_max": FLOAT32_MARGIN}
     if manifest.model.dtype != "float32":
         half = half_margin(manifest.model.dtype, manifest.model.num_layers)
@@ -133,12 +135,26 @@ class _Run:
         self._directory = directory
         self._manifest = manifest
         self._checkpoint = checkpoint
+        self._source = checkpoint
         self._quick = quick
         self._on_stage = on_stage
 
     def structure(self) -> list[Check]:
         with self._counting("structure", steps(self._manifest)) as done:
-            return check_structure(self._directory, self._manifest, done)
+            checks = check_structure(self._directory, self._manifest, done)
+        if self._checkpoint is not None:
+            checks.append(check_architecture(self._manifest, self._checkpoint))
+        return checks
+
+    def weights(self) -> list[Check]:
+        """The stored weights against the checkpoint's, where there is one."""
+        if self._checkpoint is None:
+            return []
+        with self._counting("weights", len(tensor_shapes(self._checkpoint.config))) as done:
+            check = check_source(self._directory, self._manifest, self._checkpoint, done)
+        # Weights that are bit by bit the checkpoint's need not be read (a GGUF file: dequantised) once more.
+        self._source = None if check.ok else self._checkpoint
+        return [check]
 
     def notes(self, plan: Plan) -> Iterator[str]:
         dtype = self._manifest.model.dtype
@@ -163,9 +179,10 @@ class _Run:
         with self._float32() as (directory, manifest):
             scenario = make_scenario(manifest.model.vocab_size)
             try:
-                expected = (
-                    reference.outcome(scenario) if reference else graphs_as_expected(directory, manifest, scenario)
-                )
+                with self._counting("reference", 1):
+                    expected = (
+                        reference.outcome(scenario) if reference else graphs_as_expected(directory, manifest, scenario)
+                    )
                 checks += self._graphs(directory, manifest, scenario, expected, plan)
                 if plan.cycles != "none":
                     checks += self._cycles(directory, manifest, reference, plan)
@@ -186,7 +203,7 @@ class _Run:
         from dmtd_export.verify.reference import Reference
 
         assert self.config is not None, "the plan lowers the level where there is no config"
-        return Reference(self.config, split_of(self._manifest), self._directory, self._manifest, self._checkpoint)
+        return Reference(self.config, split_of(self._manifest), self._directory, self._manifest, self._source)
 
     @contextmanager
     def _float32(self) -> Iterator[tuple[Path, Manifest]]:
@@ -194,7 +211,7 @@ class _Run:
         if self._manifest.model.dtype == "float32":
             yield self._directory, self._manifest
             return
-        with tempfile.TemporaryDirectory(prefix=".verify-", dir=self._directory.absolute().parent) as target:
+        with tempfile.TemporaryDirectory(prefix=".verify-", dir=scratch_directory(self._directory)) as target:
             yield Path(target), float32_twin(self._directory, self._manifest, Path(target), self.config)
 
     def _graphs(

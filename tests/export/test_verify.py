@@ -232,7 +232,7 @@ def test_the_json_has_what_it_promises(bundle: Path) -> None:
 def test_stages_are_told_and_end_complete(bundle: Path) -> None:
     told: list[tuple[str, int, int]] = []
     verify_bundle(bundle, quick=True, on_stage=lambda *stage: told.append(stage))
-    assert list(dict.fromkeys(stage for stage, _, _ in told)) == ["structure", "graphs", "cycles"]
+    assert list(dict.fromkeys(stage for stage, _, _ in told)) == ["structure", "reference", "graphs", "cycles"]
     last = {stage: (done, total) for stage, done, total in told}
     assert all(done == total for done, total in last.values())
     assert all(0 <= done <= total for _, done, total in told)
@@ -265,6 +265,17 @@ def test_a_value_that_is_not_finite_is_a_divergence_and_still_json(checkpoint: P
 def test_a_directory_that_is_no_bundle_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no manifest"):
         verify_bundle(tmp_path)
+
+
+def test_another_models_checkpoint_is_told_apart(bundle: Path, tmp_path: Path) -> None:
+    with open_checkpoint(write_tiny_checkpoint(tmp_path / "other", family="llama", layers=4)) as source:
+        report = verify_bundle(bundle, checkpoint=source)
+    assert report.first_divergence is not None
+    assert "num_layers 3, the checkpoint has 4" in report.first_divergence.detail
+    with open_checkpoint(write_tiny_checkpoint(tmp_path / "seed", family="llama", layers=3, seed=1)) as source:
+        report = verify_bundle(bundle, checkpoint=source, level="structure")
+    assert report.first_divergence is not None
+    assert "model.embed_tokens.weight is not the checkpoint's tensor" in report.first_divergence.detail
 
 
 # --- the export hook -----------------------------------------------------------------------------------------------
