@@ -29,7 +29,7 @@ ORDER = (contract.THINKING, contract.LATE_DECODE, contract.FULL_PASS)
 
 def ordered(manifest: Manifest) -> list[GraphInfo]:
     """All graphs, those of one cut together, the simplest first."""
-    return sorted(manifest.graphs, key=lambda graph: (ORDER.index(graph.name), graph.slots, graph.dialect))
+    return sorted(manifest.decoder_graphs, key=lambda graph: (ORDER.index(graph.name), graph.slots, graph.dialect))
 
 
 def check_graphs(

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dmtd_export.verify.feeds import make_feed, slots_of
+from dmtd_export.verify.feeds import make_feed, parts_of, slots_of
 from dmtd_export.verify.scenario import Outcome, Scenario
 from dmtd_runtime import contract
 from dmtd_runtime.backends.ort_session import import_onnxruntime
@@ -100,14 +100,16 @@ def _run_sequences(
             [(call.lates if graph.name == contract.LATE_DECODE else call.windows)[s].start for s in sequences],
             [call.lates[s].start for s in sequences],
         )
-        feed = make_feed(graph, scenario, call, sequences, thought)
-        outputs = dict(zip(names, session.run(names, {**feed.inputs, **caches.arrays}), strict=True))
-        caches.take(outputs)
-        for name in (contract.THOUGHT, contract.LOGITS):
-            if name in outputs:
-                flat = outputs[name].reshape(-1, outputs[name].shape[-1])
-                for s, at in zip(sequences, feed.late_at, strict=True):
-                    collected.rows[name][s, call.lates[s]] = flat[list(at)]
+        for slots in parts_of(graph, call, dict(zip(sequences, caches.slots, strict=True))):
+            feed = make_feed(graph, scenario, call, slots, thought)
+            own = caches.seen_by(list(slots.values()))
+            outputs = dict(zip(names, session.run(names, {**feed.inputs, **own}), strict=True))
+            caches.take(outputs, list(slots.values()))
+            for name in (contract.THOUGHT, contract.LOGITS):
+                if name in outputs:
+                    flat = outputs[name].reshape(-1, outputs[name].shape[-1])
+                    for s, at in zip(slots, feed.late_at, strict=True):
+                        collected.rows[name][s, call.lates[s]] = flat[list(at)]
     for s, (layer, kind), rows in caches.final():
         target = collected.caches.setdefault((layer, kind), np.zeros((len(scenario.lengths), *rows.shape), np.float32))
         target[s] = rows
@@ -138,10 +140,10 @@ class _Caches:
         self._scenario = scenario
         self._sequences = sequences
         self._packed = graph.dialect == contract.ONNXRUNTIME
-        self._slots = slots_of(graph, len(sequences)) if self._packed else tuple(range(len(sequences)))
+        self.slots = slots_of(graph, len(sequences)) if self._packed else tuple(range(len(sequences)))
         self._late_layers = set(cycle.decoding_range)
         self._rng = np.random.default_rng(1)
-        batch = 1 if self._packed else len(sequences)
+        batch = self.slots[-1] + 1
         inputs = [info for info in graph.inputs if info.name.startswith("past_key_values.")]
         self.arrays = {info.name: self._noise(self._shape(info, batch), info.dtype) for info in inputs}
 
@@ -154,10 +156,18 @@ class _Caches:
                 if rows is not None:
                     rows[:, start:] = self._noise(rows[:, start:].shape, array.dtype.name)
 
-    def take(self, outputs: dict[str, Array]) -> None:
-        for name in self.arrays:
-            # A copy: the session owns its outputs' memory, and ``spoil`` writes into these.
-            self.arrays[name] = np.array(outputs[name.replace("past_key_values.", "present.")])
+    def seen_by(self, slots: Sequence[int]) -> dict[str, Array]:
+        """The arrays of a run over some slots: one sequence sees only its own part of a batched cache."""
+        return {name: array[self._batch_part(name, array, slots)] for name, array in self.arrays.items()}
+
+    def take(self, outputs: dict[str, Array], slots: Sequence[int]) -> None:
+        for name, array in self.arrays.items():
+            array[self._batch_part(name, array, slots)] = outputs[name.replace("past_key_values.", "present.")]
+
+    def _batch_part(self, name: str, array: Array, slots: Sequence[int]) -> slice:
+        own_node = self._packed and len(name.split(".")) == 4
+        alone = self._packed and not own_node and len(slots) == 1 and len(array) > 1
+        return slice(slots[0], slots[0] + 1) if alone else slice(None)
 
     def final(self) -> list[tuple[int, tuple[int, str], Array]]:
         """(sequence, (layer, kind), rows [kv_heads, n, head_dim]) of everything committed."""
@@ -173,11 +183,12 @@ class _Caches:
 
     def _rows(self, name: str, array: Array, index: int) -> Array | None:
         """[kv_heads, capacity, head_dim] of a sequence, a view; None if the array belongs to another slot."""
-        slot = self._slots[index]
+        slot = self.slots[index]
         parts = name.split(".")
-        if self._packed and len(parts) == 4 and int(parts[3]) != slot:
+        own_node = self._packed and len(parts) == 4
+        if own_node and int(parts[3]) != slot:
             return None
-        rows: Array = array[0 if self._packed else slot]
+        rows: Array = array[0 if own_node else slot]
         return rows
 
     def _shape(self, info: TensorInfo, batch: int) -> list[int]:
