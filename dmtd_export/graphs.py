@@ -124,17 +124,20 @@ def _write(writer: GraphWriter, spec: GraphSpec, name: GraphName, shape: _Standa
     else:
         state = State(residual=h)
         for layer in thinking:
-            state = decoder_layer(shape.dialect, state, layer, window_group)
-        t = sum_state(writer, state, "/model/think/output")
+            keep = shape.select_late if layer == thinking[-1] else None
+            state = decoder_layer(shape.dialect, state, layer, window_group, keep)
+        late_thought = sum_state(writer, state, "/model/think/output")
         if name == contract.THINKING:
-            shape.write_thought(shape.select_late(t, "/model/think"))
+            shape.write_thought(late_thought)
             return
         shape.add_late_group(decoding[0])
-        late_hidden, late_thought = shape.select_late(h, "/model/encode"), shape.select_late(t, "/model/think")
+        late_hidden = shape.select_late(h, "/model/encode/late")
     state = State(residual=shape.gate(late_hidden, late_thought))
+    shape.declare_logit_rows()
     for layer in decoding:
-        state = decoder_layer(shape.dialect, state, layer, "late")
-    rows = shape.select_logit_rows(sum_state(writer, state, "/model/decode/output"))
+        keep = shape.select_logits if layer == decoding[-1] else None
+        state = decoder_layer(shape.dialect, state, layer, "late", keep)
+    rows = sum_state(writer, state, "/model/decode/output")
     normed = shape.dialect.norm(rows, f"{FINAL_NORM}.weight", "/model/norm")
     head = EMBED if spec.config.tie_word_embeddings else LM_HEAD
     product = linear(writer, normed, (head,), "/lm_head")
@@ -203,22 +206,24 @@ class _StandardRows(_Rows):
         self.dialect.add_group("late", positions, layer)
 
     def select_late(self, x: str, path: str) -> str:
-        return self._select(x, contract.INPUT_IDS, contract.LATE_ROWS, f"{path}/late_rows")
+        return self._select(x, contract.INPUT_IDS, contract.LATE_ROWS, path)
 
-    def select_logit_rows(self, x: str) -> str:
+    def declare_logit_rows(self) -> None:
         self.writer.input(contract.LOGIT_ROWS, ["batch", "num_logits"], "int64")
-        return self._select(x, contract.GATE_HIDDEN, contract.LOGIT_ROWS, "/model/decode/logit_rows")
+
+    def select_logits(self, x: str, path: str) -> str:
+        return self._select(x, contract.GATE_HIDDEN, contract.LOGIT_ROWS, path)
 
     def _select(self, x: str, like: str, rows: str, path: str) -> str:
-        """Rows of x, which is [batch * n, hidden] for ``like`` [batch, n], by indices [batch, m] -> [batch * m, hidden]."""
+        """Rows of x, which is [batch * n, width] for ``like`` [batch, n], by indices [batch, m] -> [batch * m, width]."""
         w = self.writer
-        shape = w.op("Shape", [like], f"{path}/shape")
-        shape = w.op(
-            "Concat", [shape, w.constant([self.spec.config.hidden_size], "int64")], f"{path}/shape", attrs={"axis": 0}
-        )
-        x = w.op("Reshape", [x, shape], f"{path}/batch")
+        outer = w.op("Shape", [like], f"{path}/outer")
+        width = w.op("Shape", [x], f"{path}/width", attrs={"start": 1})
+        batch = w.op("Concat", [outer, width], f"{path}/batch_shape", attrs={"axis": 0})
+        flat = w.op("Concat", [w.constant([-1], "int64"), width], f"{path}/flat_shape", attrs={"axis": 0})
         index = w.op("Unsqueeze", [rows, w.constant([-1], "int64")], f"{path}/index")
-        return self.flat(w.op("GatherND", [x, index], path, attrs={"batch_dims": 1}), path)
+        taken = w.op("GatherND", [w.op("Reshape", [x, batch], f"{path}/batch"), index], path, attrs={"batch_dims": 1})
+        return w.op("Reshape", [taken, flat], f"{path}/flat")
 
     def gate(self, hidden: str, thought: str) -> str:
         return self.gated(hidden, thought, ["batch", "late_len"])
@@ -276,12 +281,14 @@ class _OrtRows(_Rows):
         self.dialect.add_batch_group(contract.LATE_ROWS)
 
     def select_late(self, x: str, path: str) -> str:
-        flat = self.writer.op("Reshape", [contract.LATE_ROWS, self.writer.constant([-1], "int64")], f"{path}/late_rows")
-        return self.writer.op("Gather", [x, flat], f"{path}/late_rows")
+        flat = self.writer.op("Reshape", [contract.LATE_ROWS, self.writer.constant([-1], "int64")], f"{path}/index")
+        return self.writer.op("Gather", [x, flat], path)
 
-    def select_logit_rows(self, x: str) -> str:
+    def declare_logit_rows(self) -> None:
         self.writer.input(contract.LOGIT_ROWS, ["num_logits"], "int64")
-        return self.writer.op("Gather", [x, contract.LOGIT_ROWS], "/model/decode/logit_rows")
+
+    def select_logits(self, x: str, path: str) -> str:
+        return self.writer.op("Gather", [x, contract.LOGIT_ROWS], path)
 
     def gate(self, hidden: str, thought: str) -> str:
         return self.gated(hidden, thought, ["batch", "late_len"])

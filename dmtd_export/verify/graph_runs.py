@@ -1,4 +1,4 @@
-"""Running one graph file over a scenario in ONNX Runtime on the CPU, caches fed and read back as plain arrays.
+"""Running one graph file over a scenario on the CPU, caches fed and read back as plain arrays.
 
 Weights stay in the page cache (no prepacked copies), so a graph of any size needs little memory of its own. Every
 cache row that a call has no business reading holds arbitrary numbers, so a mask or a length that is off by one shows.
@@ -6,9 +6,9 @@ cache row that a call has no business reading holds arbitrary numbers, so a mask
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,10 +22,45 @@ from dmtd_runtime.manifest import CycleInfo, GraphInfo, TensorInfo
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def run_graph(path: Path, graph: GraphInfo, cycle: CycleInfo, scenario: Scenario, thought: Array | None) -> Outcome:
+class Session(Protocol):
+    """What runs a graph: an ONNX Runtime session, or ONNX's own evaluator."""
+
+    def run(self, output_names: Sequence[str], feed: Mapping[str, Array]) -> list[Array]: ...
+
+
+OpenSession = Callable[[Path], Session]
+
+
+def open_onnxruntime(path: Path) -> Session:
+    """A session of ONNX Runtime on the CPU that reads its weights from the mapped file."""
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session: Session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return session
+
+
+def open_evaluator(path: Path) -> Session:
+    """ONNX's reference evaluator: plain numpy, every type, standard operators only, slow."""
+    from onnx.reference import ReferenceEvaluator
+
+    session: Session = ReferenceEvaluator(str(path))
+    return session
+
+
+def run_graph(
+    path: Path,
+    graph: GraphInfo,
+    cycle: CycleInfo,
+    scenario: Scenario,
+    thought: Array | None,
+    open_session: OpenSession = open_onnxruntime,
+) -> Outcome:
     """Run all calls of a scenario through a graph file. ``thought`` [sequences, n, hidden] feeds late_decode.
 
-    Raises BackendError with ONNX Runtime's first line where it refuses the graph or the run.
+    Raises BackendError with the first line of what refuses the graph or the run.
     """
     count = len(scenario.lengths)
     # A graph for one slot runs the sequences one after another.
@@ -33,14 +68,14 @@ def run_graph(path: Path, graph: GraphInfo, cycle: CycleInfo, scenario: Scenario
     groups = [tuple(range(count))] if together else [(s,) for s in range(count)]
     collected = _Collected(graph, scenario)
     try:
-        session = _open(path)
+        session = open_session(path)
         for sequences in groups:
             _run_sequences(session, graph, cycle, scenario, sequences, thought, collected)
     except BackendError:
         raise
     except Exception as error:
         first = str(error).strip().splitlines()[0][:300]
-        raise BackendError(f"{graph.file}: ONNX Runtime refuses it: {first}") from error
+        raise BackendError(f"{graph.file}: cannot be run: {first}") from error
     return collected.outcome()
 
 
@@ -49,17 +84,8 @@ def cache_layers(graph: GraphInfo) -> list[int]:
     return sorted({int(info.name.split(".")[1]) for info in graph.outputs if info.name.startswith("present.")})
 
 
-def _open(path: Path) -> Any:
-    ort = import_onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
 def _run_sequences(
-    session: Any,
+    session: Session,
     graph: GraphInfo,
     cycle: CycleInfo,
     scenario: Scenario,
