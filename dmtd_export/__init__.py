@@ -1,1 +1,3 @@
-"""Export of DMTD checkpoints to ONNX and TensorRT: builder, verification, command line."""
+"""Export: a DMTD checkpoint becomes a bundle of ONNX graphs over one weights file, verified."""
+
+__all__: list[str] = []

@@ -52,7 +52,7 @@ def _value(
     dims = [sizes.get(dim, dim) for dim in item["dims"]]
     group_rows = 1 if name.startswith("late_") else rows
     stop = COMMITTED + rows
-    used = np.arange(slots) == 0
+    used = np.arange(max(dims[0], 1)) == 0  # of several slots the first one
     if name == "input_ids":
         return rng.integers(0, manifest["model"]["vocab_size"], dims)
     if name == "position_ids":

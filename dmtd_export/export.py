@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -13,26 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+
+from dmtd_export.atomic import atomic_directory
+from dmtd_export.errors import ExportError as ExportError
+from dmtd_export.graphs import GraphSpec, build_graph
+from dmtd_export.options import MAX_BATCH_LIMIT, MAX_WINDOW, ExportOptions
+from dmtd_export.target import check_disk, check_target, one_line_os_errors
+from dmtd_export.weights import stored_bytes, write_weights
 from dmtd_models.checkpoint import Checkpoint, open_checkpoint
 from dmtd_models.config import DmtdSpec, ModelConfig, resolve_dmtd
 from dmtd_runtime import contract
-from dmtd_runtime.errors import DmtdError
 from dmtd_runtime.manifest import CycleInfo, FileInfo, GraphInfo, Manifest, ModelInfo, sha256_of
 from dmtd_runtime.version import __version__
 
-from dmtd_export.atomic import atomic_directory
-from dmtd_export.graphs import GraphSpec, build_graph
-from dmtd_export.options import MAX_BATCH_LIMIT, MAX_WINDOW, ExportOptions
-from dmtd_export.weights import stored_bytes, write_weights
-
 logger = logging.getLogger("dmtd.export")
 
-DISK_SLACK_BYTES = 64 << 20
 VerifyHook = Callable[[Path, Checkpoint], Any]
-
-
-class ExportError(DmtdError):
-    """The export cannot be done as asked; nothing was written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +38,12 @@ class Progress:
 
 
 def export_bundle(
-    model: Path, output: Path, options: ExportOptions, *, progress: Progress | None = None, verify: VerifyHook | None = None
+    model: Path,
+    output: Path,
+    options: ExportOptions,
+    *,
+    progress: Progress | None = None,
+    verify: VerifyHook | None = None,
 ) -> Manifest:
     """Export the checkpoint at ``model`` (a Hugging Face directory or a GGUF file) into the bundle ``output``.
 
@@ -52,22 +51,17 @@ def export_bundle(
     manifest and raises to refuse the bundle. Raises ExportError, dmtd_models' ModelError, or what ``verify`` raises.
     """
     progress = progress or Progress()
-    _check_target(output)
-    with open_checkpoint(model) as checkpoint:
+    with one_line_os_errors(output), open_checkpoint(model) as checkpoint:
+        check_target(output)
         spec = resolve(checkpoint, options)
         max_model_len = _max_model_len(checkpoint.config, options)
-        _check_disk(output, checkpoint, options)
-        try:
-            with atomic_directory(output) as work:
-                manifest = _write_bundle(work, checkpoint, spec, max_model_len, options, progress)
-                if verify is not None:
-                    progress.stage("verify", 0)
-                    manifest = replace(manifest, verification=verify(work, checkpoint))
-                    (work / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise ExportError(f"no space left while writing {output}: free some and export again; nothing was kept") from None
-            raise
+        check_disk(output, stored_bytes(checkpoint.config, checkpoint, options.dtype, max_model_len + MAX_WINDOW))
+        with atomic_directory(output) as work:
+            manifest = _write_bundle(work, checkpoint, spec, max_model_len, options, progress)
+            if verify is not None:
+                progress.stage("verify", 0)
+                manifest = replace(manifest, verification=verify(work, checkpoint))
+                (work / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
 
@@ -100,13 +94,14 @@ def _write_bundle(
     work: Path, checkpoint: Checkpoint, spec: DmtdSpec, max_model_len: int, options: ExportOptions, progress: Progress
 ) -> Manifest:
     config = checkpoint.config
-    progress.stage("weights", stored_bytes(config, checkpoint, options.dtype))
+    rotary_rows = max_model_len + MAX_WINDOW
+    progress.stage("weights", stored_bytes(config, checkpoint, options.dtype, rotary_rows))
     weights, weights_file = write_weights(
         work / contract.WEIGHTS_FILE,
         checkpoint,
         config,
         options.dtype,
-        max_model_len + MAX_WINDOW,
+        rotary_rows,
         progress.advance,
     )
     progress.stage("graphs", 0)
@@ -135,16 +130,26 @@ def _write_bundle(
     return manifest
 
 
+def slot_counts(max_batch: int) -> list[int]:
+    """1, 2, 4, ... and ``max_batch``: an idle slot costs a little in every layer, so a runtime takes the smallest graph."""
+    return sorted({1, max_batch, *(1 << i for i in range(max_batch.bit_length()) if 1 << i < max_batch)})
+
+
 def wanted_graphs(options: ExportOptions) -> list[tuple[contract.GraphName, contract.Dialect, int]]:
     """(graph, dialect, slots) of every graph file that the options ask for."""
     wanted: list[tuple[contract.Dialect, int]] = []
     if options.target in ("onnxruntime", "all"):
-        wanted.append((contract.ONNXRUNTIME, 1))
-        if options.max_batch > 1:
-            wanted.append((contract.ONNXRUNTIME, options.max_batch))
+        wanted += [(contract.ONNXRUNTIME, slots) for slots in slot_counts(options.max_batch)]
     if options.target in ("tensorrt", "all"):
         wanted.append((contract.STANDARD, 1))
-    return [(name, dialect, slots) for dialect, slots in wanted for name in contract.GRAPH_NAMES]
+    # late_decode takes any batch as it is: only T's layers need a node for every slot.
+    decoder = [
+        (name, dialect, slots)
+        for dialect, slots in wanted
+        for name in contract.DECODER_GRAPHS
+        if slots == 1 or name != contract.LATE_DECODE
+    ]
+    return [*decoder, (contract.CHOOSE_TOKEN, contract.STANDARD, 1)]
 
 
 def _model_info(config: ModelConfig, options: ExportOptions, max_model_len: int) -> ModelInfo:
@@ -181,7 +186,7 @@ def _cycle_info(spec: DmtdSpec) -> CycleInfo:
 def _write_assets(work: Path, checkpoint: Checkpoint) -> None:
     assets = checkpoint.assets()
     if "tokenizer.json" not in assets:
-        logger.warning("%s has no tokenizer.json: the bundle works on token ids only", checkpoint.path)
+        logger.warning("%s: the bundle works on token ids only", checkpoint.tokenizer_problem)
     for name, content in assets.items():
         (work / name).write_bytes(content)
     loader = resource_files("dmtd_export").joinpath("bundle_data_loader.py").read_text(encoding="utf-8")
@@ -195,23 +200,3 @@ def _max_model_len(config: ModelConfig, options: ExportOptions) -> int:
     if not 1 <= options.max_batch <= MAX_BATCH_LIMIT:
         raise ExportError(f"--max-batch: got {options.max_batch}, expected 1 to {MAX_BATCH_LIMIT}")
     return wanted
-
-
-def _check_target(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise ExportError(f"{output} is a file; name a directory with -o")
-    if output.is_dir() and any(output.iterdir()) and not (output / contract.MANIFEST_FILE).is_file():
-        raise ExportError(f"{output} exists and is not a bundle; name another directory with -o, or remove it")
-
-
-def _check_disk(output: Path, checkpoint: Checkpoint, options: ExportOptions) -> None:
-    needed = stored_bytes(checkpoint.config, checkpoint, options.dtype) + DISK_SLACK_BYTES
-    place = output.absolute().parent
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise ExportError(
-            f"{place} has {free / 1e9:.2f} GB free, the bundle needs {needed / 1e9:.2f} GB; free some space, or choose another -o or --dtype"
-        )
-

@@ -5,14 +5,16 @@ It knows ONNX and nothing of DMTD; ``layers.py`` and ``graphs.py`` say what to w
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
+from onnx import helper, numpy_helper
+
 from dmtd_runtime import contract
 from dmtd_runtime.manifest import TensorInfo, WeightInfo
-from onnx import helper, numpy_helper
 
 # ONNX Runtime 1.31 loads up to opset 26 and IR 13; 24 is the first opset with TensorScatter and the Attention we need.
 OPSET = 24
@@ -67,17 +69,29 @@ class GraphWriter:
             outputs = [f"{node_name}_output_{i}" for i in range(outputs)]
         self._contrib |= contrib
         domain = CONTRIB_DOMAIN if contrib else ""
-        self._nodes.append(helper.make_node(op, list(inputs), list(outputs), name=node_name, domain=domain, **(attrs or {})))
+        self._nodes.append(
+            helper.make_node(op, list(inputs), list(outputs), name=node_name, domain=domain, **(attrs or {}))
+        )
         return list(outputs)
 
-    def op(self, op: str, inputs: Sequence[str], path: str, *, output: str | None = None, attrs: Mapping[str, Any] | None = None) -> str:
+    def op(
+        self,
+        op: str,
+        inputs: Sequence[str],
+        path: str,
+        *,
+        output: str | None = None,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> str:
         """Add a standard node with one output and return the output's name."""
         return self.node(op, inputs, path, outputs=[output] if output else 1, attrs=attrs)[0]
 
     def constant(self, value: Sequence[int] | Sequence[float] | int | float, dtype: str) -> str:
         """A small inline initializer; equal constants are shared."""
         array = np.array(value, dtype=np.float32 if dtype in ("float16", "bfloat16") else dtype)
-        name = "/constants/" + dtype + "/" + ("_".join(map(str, array.ravel().tolist())) or "empty") + f"_rank{array.ndim}"
+        name = (
+            "/constants/" + dtype + "/" + ("_".join(map(str, array.ravel().tolist())) or "empty") + f"_rank{array.ndim}"
+        )
         if name not in self._initializers:
             proto = numpy_helper.from_array(array, name)
             if dtype in ("float16", "bfloat16"):
@@ -89,7 +103,7 @@ class GraphWriter:
         """An initializer over one stored tensor, or over several that stand one behind another, stacked along axis 0."""
         infos = [self._weights[name] for name in names]
         first = infos[0]
-        for before, after in zip(infos, infos[1:], strict=False):
+        for before, after in itertools.pairwise(infos):
             assert before.offset + before.length == after.offset, f"{names} are not stored one behind another"
             assert before.shape[1:] == after.shape[1:], f"{names} cannot be stacked along axis 0"
         name = names[0] if len(names) == 1 else "+".join((names[0], *(n.split(".")[-2] for n in names[1:])))

@@ -4,7 +4,9 @@
     thinking     input_ids -> E -> T -> thought (late rows only)
     late_decode  input_ids, thought -> E -> D -> norm -> lm_head -> logits
 
-Inputs and outputs (standard dialect; packed graphs have batch 1 and 1-D row indices, see ``contract``):
+and beside them choose_token, logits -> token_ids, for a device that keeps its logits (standard ONNX, serves both dialects).
+
+Inputs and outputs (standard dialect; the onnxruntime dialect differs in its rows, see ``contract``):
 
 | name | dims | dtype | graphs |
 |---|---|---|---|
@@ -26,16 +28,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
-from dmtd_models.config import DmtdSpec, ModelConfig
-from dmtd_runtime import contract
-from dmtd_runtime.contract import Dialect, GraphName, Group
-from dmtd_runtime.manifest import GraphInfo, WeightInfo
-from dmtd_runtime.version import __version__
 
 from dmtd_export.graph_writer import ONNX_DTYPES, GraphWriter
 from dmtd_export.layers import State, decoder_layer, linear, sum_state
 from dmtd_export.ort_dialect import OrtDialect
 from dmtd_export.standard_dialect import StandardDialect
+from dmtd_models.config import DmtdSpec, ModelConfig
+from dmtd_runtime import contract
+from dmtd_runtime.contract import Dialect, GraphName, Group
+from dmtd_runtime.manifest import GraphInfo, WeightInfo
+from dmtd_runtime.version import __version__
 
 EMBED, FINAL_NORM, LM_HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
@@ -50,14 +52,23 @@ class GraphSpec:
     weights: Mapping[str, WeightInfo]
 
 
-def build_graph(spec: GraphSpec, name: GraphName, dialect: Dialect, slots: int = 1) -> tuple[onnx.ModelProto, GraphInfo]:
+def build_graph(
+    spec: GraphSpec, name: GraphName, dialect: Dialect, slots: int = 1
+) -> tuple[onnx.ModelProto, GraphInfo]:
     """Build one graph. Returns the protobuf (no weights inside) and its record for the manifest."""
     writer = GraphWriter(name, spec.weights)
-    shape: _StandardRows | _PackedRows
-    shape = _StandardRows(writer, spec) if dialect == contract.STANDARD else _PackedRows(writer, spec, slots)
+    if name == contract.CHOOSE_TOKEN:
+        _write_choose_token(writer, spec)
+        return writer.finish(__version__, name), _graph_info(writer, name, dialect, slots)
+    shape: _StandardRows | _OrtRows
+    shape = _StandardRows(writer, spec) if dialect == contract.STANDARD else _OrtRows(writer, spec, slots)
     _write(writer, spec, name, shape)
     model = writer.finish(__version__, f"{name}, {dialect} dialect")
-    info = GraphInfo(
+    return model, _graph_info(writer, name, dialect, slots)
+
+
+def _graph_info(writer: GraphWriter, name: GraphName, dialect: Dialect, slots: int) -> GraphInfo:
+    return GraphInfo(
         name=name,
         dialect=dialect,
         file=contract.graph_file(name, dialect, slots),
@@ -65,10 +76,25 @@ def build_graph(spec: GraphSpec, name: GraphName, dialect: Dialect, slots: int =
         inputs=tuple(writer.inputs),
         outputs=tuple(writer.outputs),
     )
-    return model, info
 
 
-def _write(writer: GraphWriter, spec: GraphSpec, name: GraphName, shape: _StandardRows | _PackedRows) -> None:
+def _write_choose_token(writer: GraphWriter, spec: GraphSpec) -> None:
+    """token_ids int64 [batch, num_logits] = arg-max; is_finite bool, False where a row holds NaN or infinity."""
+    rows: list[int | str] = ["batch", "num_logits"]
+    logits = writer.input(contract.LOGITS, [*rows, spec.config.vocab_size], "float32")
+    attrs = {"axis": -1, "keepdims": 0}
+    token_ids = writer.output(contract.TOKEN_IDS, rows, "int64")
+    writer.op("ArgMax", [logits], "/choose_token", output=token_ids, attrs=attrs)
+    # x - x is 0 where x is finite and NaN elsewhere, and a sum with a NaN in it is NaN, which equals nothing.
+    difference = writer.op("Sub", [logits, logits], "/choose_token/difference")
+    total = writer.op(
+        "ReduceSum", [difference, writer.constant([-1], "int64")], "/choose_token/total", attrs={"keepdims": 0}
+    )
+    finite = writer.output(contract.IS_FINITE, rows, "bool")
+    writer.op("Equal", [total, total], "/choose_token/is_finite", output=finite)
+
+
+def _write(writer: GraphWriter, spec: GraphSpec, name: GraphName, shape: _StandardRows | _OrtRows) -> None:
     dmtd = spec.dmtd
     first_late = dmtd.encoding_layers + dmtd.thinking_layers
     encoding, thinking = range(dmtd.encoding_layers), range(dmtd.encoding_layers, first_late)
@@ -86,29 +112,32 @@ def _write(writer: GraphWriter, spec: GraphSpec, name: GraphName, shape: _Standa
     if name == contract.LATE_DECODE:
         thought = shape.declare_thought()
     for layer in layers:
-        shape.dialect.declare_cache(layer)
+        shape.dialect.declare_cache(layer, "late" if layer in decoding else window_group)
     shape.add_window_group(window_group, layers[0])
     embedded = shape.embed()
     hidden = State(residual=embedded)
     for layer in encoding:
-        hidden = decoder_layer(shape.dialect, spec.config, hidden, layer, window_group)
+        hidden = decoder_layer(shape.dialect, hidden, layer, window_group)
     h = sum_state(writer, hidden, "/model/encode/output")
     if name == contract.LATE_DECODE:
         late_hidden, late_thought = h, thought
     else:
         state = State(residual=h)
         for layer in thinking:
-            state = decoder_layer(shape.dialect, spec.config, state, layer, window_group)
-        t = sum_state(writer, state, "/model/think/output")
+            keep = shape.select_late if layer == thinking[-1] else None
+            state = decoder_layer(shape.dialect, state, layer, window_group, keep)
+        late_thought = sum_state(writer, state, "/model/think/output")
         if name == contract.THINKING:
-            shape.write_thought(shape.select_late(t, "/model/think"))
+            shape.write_thought(late_thought)
             return
         shape.add_late_group(decoding[0])
-        late_hidden, late_thought = shape.select_late(h, "/model/encode"), shape.select_late(t, "/model/think")
+        late_hidden = shape.select_late(h, "/model/encode/late")
     state = State(residual=shape.gate(late_hidden, late_thought))
+    shape.declare_logit_rows()
     for layer in decoding:
-        state = decoder_layer(shape.dialect, spec.config, state, layer, "late")
-    rows = shape.select_logit_rows(sum_state(writer, state, "/model/decode/output"))
+        keep = shape.select_logits if layer == decoding[-1] else None
+        state = decoder_layer(shape.dialect, state, layer, "late", keep)
+    rows = sum_state(writer, state, "/model/decode/output")
     normed = shape.dialect.norm(rows, f"{FINAL_NORM}.weight", "/model/norm")
     head = EMBED if spec.config.tie_word_embeddings else LM_HEAD
     product = linear(writer, normed, (head,), "/lm_head")
@@ -124,14 +153,16 @@ class _Rows:
         self.writer = writer
         self.spec = spec
 
-    def embed_ids(self) -> str:
+    def embed(self) -> str:
         w = self.writer
         embedded = w.op("Gather", [w.weight(f"{EMBED}.weight"), contract.INPUT_IDS], "/model/embed_tokens")
         return self.flat(embedded, "/model/embed_tokens")
 
     def flat(self, x: str, path: str) -> str:
         """[..., hidden] -> [rows, hidden]."""
-        return self.writer.op("Reshape", [x, self.writer.constant([-1, self.spec.config.hidden_size], "int64")], f"{path}/rows")
+        return self.writer.op(
+            "Reshape", [x, self.writer.constant([-1, self.spec.config.hidden_size], "int64")], f"{path}/rows"
+        )
 
     def gated(self, hidden: str, thought: str, dims: Sequence[int | str]) -> str:
         """u = select(gate_hidden, hidden) + select(gate_thought, thought); a select, because 0 * NaN is NaN."""
@@ -160,93 +191,120 @@ class _StandardRows(_Rows):
         self.writer.input(contract.LATE_ROWS, ["batch", "late_len"], "int64")
 
     def declare_thought(self) -> str:
-        thought = self.writer.input(contract.THOUGHT, ["batch", "late_len", self.spec.config.hidden_size], self.spec.dtype)
+        thought = self.writer.input(
+            contract.THOUGHT, ["batch", "late_len", self.spec.config.hidden_size], self.spec.dtype
+        )
         return self.flat(thought, "/model/thought")
 
     def add_window_group(self, group: Group, layer: int) -> None:
         self.dialect.add_group(group, contract.POSITION_IDS, layer)
 
     def add_late_group(self, layer: int) -> None:
-        positions = self.writer.op("GatherElements", [contract.POSITION_IDS, contract.LATE_ROWS], "/late_rows/positions", attrs={"axis": 1})
+        positions = self.writer.op(
+            "GatherElements", [contract.POSITION_IDS, contract.LATE_ROWS], "/late_rows/positions", attrs={"axis": 1}
+        )
         self.dialect.add_group("late", positions, layer)
 
-    def embed(self) -> str:
-        return self.embed_ids()
-
     def select_late(self, x: str, path: str) -> str:
-        return self._select(x, contract.INPUT_IDS, contract.LATE_ROWS, f"{path}/late_rows")
+        return self._select(x, contract.INPUT_IDS, contract.LATE_ROWS, path)
 
-    def select_logit_rows(self, x: str) -> str:
+    def declare_logit_rows(self) -> None:
         self.writer.input(contract.LOGIT_ROWS, ["batch", "num_logits"], "int64")
-        return self._select(x, contract.GATE_HIDDEN, contract.LOGIT_ROWS, "/model/decode/logit_rows")
+
+    def select_logits(self, x: str, path: str) -> str:
+        return self._select(x, contract.GATE_HIDDEN, contract.LOGIT_ROWS, path)
 
     def _select(self, x: str, like: str, rows: str, path: str) -> str:
-        """Rows of x, which is [batch * n, hidden] for ``like`` [batch, n], by indices [batch, m] -> [batch * m, hidden]."""
+        """Rows of x, which is [batch * n, width] for ``like`` [batch, n], by indices [batch, m] -> [batch * m, width]."""
         w = self.writer
-        shape = w.op("Shape", [like], f"{path}/shape")
-        shape = w.op("Concat", [shape, w.constant([self.spec.config.hidden_size], "int64")], f"{path}/shape", attrs={"axis": 0})
-        x = w.op("Reshape", [x, shape], f"{path}/batch")
+        outer = w.op("Shape", [like], f"{path}/outer")
+        width = w.op("Shape", [x], f"{path}/width", attrs={"start": 1})
+        batch = w.op("Concat", [outer, width], f"{path}/batch_shape", attrs={"axis": 0})
+        flat = w.op("Concat", [w.constant([-1], "int64"), width], f"{path}/flat_shape", attrs={"axis": 0})
         index = w.op("Unsqueeze", [rows, w.constant([-1], "int64")], f"{path}/index")
-        return self.flat(w.op("GatherND", [x, index], path, attrs={"batch_dims": 1}), path)
+        taken = w.op("GatherND", [w.op("Reshape", [x, batch], f"{path}/batch"), index], path, attrs={"batch_dims": 1})
+        return w.op("Reshape", [taken, flat], f"{path}/flat")
 
     def gate(self, hidden: str, thought: str) -> str:
         return self.gated(hidden, thought, ["batch", "late_len"])
 
     def write_thought(self, x: str) -> None:
-        self._write_rows(x, contract.LATE_ROWS, contract.THOUGHT, ["batch", "late_len", self.spec.config.hidden_size], self.spec.dtype)
+        self._write_rows(
+            x,
+            contract.LATE_ROWS,
+            contract.THOUGHT,
+            ["batch", "late_len", self.spec.config.hidden_size],
+            self.spec.dtype,
+        )
 
     def write_logits(self, x: str) -> None:
-        self._write_rows(x, contract.LOGIT_ROWS, contract.LOGITS, ["batch", "num_logits", self.spec.config.vocab_size], "float32")
+        self._write_rows(
+            x, contract.LOGIT_ROWS, contract.LOGITS, ["batch", "num_logits", self.spec.config.vocab_size], "float32"
+        )
 
     def _write_rows(self, x: str, like: str, name: str, dims: Sequence[int | str], dtype: str) -> None:
         w, path = self.writer, f"/{name}"
-        shape = w.op("Concat", [w.op("Shape", [like], f"{path}/shape"), w.constant([dims[-1]], "int64")], f"{path}/shape", attrs={"axis": 0})
+        shape = w.op(
+            "Concat",
+            [w.op("Shape", [like], f"{path}/shape"), w.constant([int(dims[-1])], "int64")],
+            f"{path}/shape",
+            attrs={"axis": 0},
+        )
         w.op("Reshape", [x, shape], path, output=w.output(name, dims, dtype))
 
 
-class _PackedRows(_Rows):
-    """Packed rows: [1, rows] outside, [rows, hidden] inside; row indices are 1-D."""
+class _OrtRows(_Rows):
+    """The onnxruntime dialect: packed window rows [1, window_len], late rows [batch, late_len]; row indices are flat."""
 
     def __init__(self, writer: GraphWriter, spec: GraphSpec, slots: int) -> None:
         super().__init__(writer, spec)
         self.dialect = OrtDialect(writer, spec.config, spec.dtype, slots)
 
     def declare_tokens(self, rows: str) -> None:
-        self.writer.input(contract.INPUT_IDS, [1, rows], "int64")
+        self.writer.input(contract.INPUT_IDS, ["batch" if rows == "late_len" else 1, rows], "int64")
 
     def declare_late_rows(self) -> None:
-        self.writer.input(contract.LATE_ROWS, ["late_len"], "int64")
+        self.writer.input(contract.LATE_ROWS, ["batch", "late_len"], "int64")
 
     def declare_thought(self) -> str:
-        thought = self.writer.input(contract.THOUGHT, [1, "late_len", self.spec.config.hidden_size], self.spec.dtype)
-        return self.flat(thought, "/model/thought")
+        dims: list[int | str] = ["batch", "late_len", self.spec.config.hidden_size]
+        return self.flat(self.writer.input(contract.THOUGHT, dims, self.spec.dtype), "/model/thought")
 
     def add_window_group(self, group: Group, layer: int) -> None:
-        count = self.writer.op("Shape", [contract.INPUT_IDS], f"/{group}_rows/count", attrs={"start": 1})
-        self.dialect.add_group(group, count)
+        if group == "late":
+            self.dialect.add_batch_group(contract.INPUT_IDS)
+        else:
+            count = self.writer.op("Shape", [contract.INPUT_IDS], "/thinking_rows/count", attrs={"start": 1})
+            self.dialect.add_packed_group(count)
 
     def add_late_group(self, layer: int) -> None:
-        self.dialect.add_group("late", self.writer.op("Shape", [contract.LATE_ROWS], "/late_rows/count"))
-
-    def embed(self) -> str:
-        return self.embed_ids()
+        self.dialect.add_batch_group(contract.LATE_ROWS)
 
     def select_late(self, x: str, path: str) -> str:
-        return self.writer.op("Gather", [x, contract.LATE_ROWS], f"{path}/late_rows")
+        flat = self.writer.op("Reshape", [contract.LATE_ROWS, self.writer.constant([-1], "int64")], f"{path}/index")
+        return self.writer.op("Gather", [x, flat], path)
 
-    def select_logit_rows(self, x: str) -> str:
+    def declare_logit_rows(self) -> None:
         self.writer.input(contract.LOGIT_ROWS, ["num_logits"], "int64")
-        return self.writer.op("Gather", [x, contract.LOGIT_ROWS], "/model/decode/logit_rows")
+
+    def select_logits(self, x: str, path: str) -> str:
+        return self.writer.op("Gather", [x, contract.LOGIT_ROWS], path)
 
     def gate(self, hidden: str, thought: str) -> str:
-        return self.gated(hidden, thought, [1, "late_len"])
+        return self.gated(hidden, thought, ["batch", "late_len"])
 
     def write_thought(self, x: str) -> None:
-        self._write_rows(x, contract.THOUGHT, [1, "late_len", self.spec.config.hidden_size], self.spec.dtype)
+        w, width = self.writer, self.spec.config.hidden_size
+        outer = w.op("Shape", [contract.LATE_ROWS], "/thought/outer")
+        shape = w.op("Concat", [outer, w.constant([width], "int64")], "/thought/shape", attrs={"axis": 0})
+        w.op(
+            "Reshape",
+            [x, shape],
+            "/thought",
+            output=w.output(contract.THOUGHT, ["batch", "late_len", width], self.spec.dtype),
+        )
 
     def write_logits(self, x: str) -> None:
-        self._write_rows(x, contract.LOGITS, [1, "num_logits", self.spec.config.vocab_size], "float32")
-
-    def _write_rows(self, x: str, name: str, dims: Sequence[int | str], dtype: str) -> None:
         w = self.writer
-        w.op("Unsqueeze", [x, w.constant([0], "int64")], f"/{name}", output=w.output(name, dims, dtype))
+        dims: list[int | str] = [1, "num_logits", self.spec.config.vocab_size]
+        w.op("Unsqueeze", [x, w.constant([0], "int64")], "/logits", output=w.output(contract.LOGITS, dims, "float32"))

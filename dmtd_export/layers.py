@@ -7,18 +7,17 @@ another in the weights file are read as one matrix. A dialect supplies the norm,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from dmtd_models.config import ModelConfig
-from dmtd_runtime import contract
-from dmtd_runtime.contract import Group
-
 from dmtd_export.graph_writer import GraphWriter
+from dmtd_models.config import ModelConfig
+from dmtd_runtime.contract import Group, Kind
 
 COS, SIN = "rotary.cos", "rotary.sin"
-KINDS: tuple[contract.Literal["key", "value"], ...] = ("key", "value")
+Keep = Callable[[str, str], str]  # (rows [n, width], node path) -> some of the rows [m, width]
+KINDS: tuple[Kind, ...] = ("key", "value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,20 +61,28 @@ def sum_state(writer: GraphWriter, state: State, path: str) -> str:
     return writer.op("Add", [state.residual, state.delta], path)
 
 
-def decoder_layer(dialect: DialectWriter, config: ModelConfig, state: State, layer: int, group: Group) -> State:
-    """Write one decoder layer over ``state``; node names keep the module path."""
+def decoder_layer(dialect: DialectWriter, state: State, layer: int, group: Group, keep: Keep | None = None) -> State:
+    """Write one decoder layer over ``state``; node names keep the module path.
+
+    ``keep`` selects the rows that go on after attention: in the last layer of a group the others are there for their
+    keys and values alone, and need neither its output projection nor its MLP.
+    """
     writer = dialect.writer
     module, path = f"model.layers.{layer}", f"/model/layers.{layer}"
     x, residual = dialect.add_norm(state, f"{module}.input_layernorm.weight", f"{path}/input_layernorm")
     attended = dialect.attention(x, layer, group, f"{path}/self_attn")
+    if keep:
+        attended, residual = keep(attended, f"{path}/keep/attended"), keep(residual, f"{path}/keep/residual")
     attended = linear(writer, attended, (f"{module}.self_attn.o_proj",), f"{path}/self_attn/o_proj")
     x, residual = dialect.add_norm(
-        State(residual=residual, delta=attended), f"{module}.post_attention_layernorm.weight", f"{path}/post_attention_layernorm"
+        State(residual=residual, delta=attended),
+        f"{module}.post_attention_layernorm.weight",
+        f"{path}/post_attention_layernorm",
     )
-    return State(residual=residual, delta=mlp(writer, config, x, module, path))
+    return State(residual=residual, delta=mlp(writer, x, module, path))
 
 
-def mlp(writer: GraphWriter, config: ModelConfig, x: str, module: str, path: str) -> str:
+def mlp(writer: GraphWriter, x: str, module: str, path: str) -> str:
     """down(silu(gate(x)) * up(x)), gate and up read as one matrix."""
     both = linear(writer, x, (f"{module}.mlp.gate_proj", f"{module}.mlp.up_proj"), f"{path}/mlp/gate_up_proj")
     gate, up = writer.node("Split", [both], f"{path}/mlp", outputs=2, attrs={"axis": 1, "num_outputs": 2})

@@ -1,33 +1,44 @@
-"""Attention in ONNX Runtime's own dialect: GroupQueryAttention over packed rows, KV updated in place.
+"""Attention in ONNX Runtime's own dialect: GroupQueryAttention, KV updated in place.
 
-GroupQueryAttention takes several new rows over a past for one sequence only. A refill of a whole batch must still read
-T's weights once, so a graph for ``slots`` sequences gives each slot its own attention node in every layer; all else runs
-over the rows of all slots together. Rows are packed slot by slot, so windows of different lengths need no padding, and a
-slot's attention is the very computation it would be alone. Positions are not an input: GroupQueryAttention derives them
-from the committed lengths, and rows are always contiguous.
+GroupQueryAttention takes either one new row for each of several sequences or several new rows for one sequence. D needs no
+more: it takes one row a sequence in decoding, and prompts one by one. T's refill is several rows for several sequences, and
+must still read T's weights once. So T (and E where it runs with T) takes **packed** rows, the windows of all slots one
+behind another, and a graph for ``slots`` sequences gives each slot an attention node of its own in every layer; all else
+runs over the rows of all slots together. Windows of different lengths need no padding, and a slot's attention is the very
+computation it would be alone.
+
+Positions are not an input: GroupQueryAttention derives them from the committed lengths, and rows are always contiguous.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dmtd_export.graph_writer import GraphWriter
+from dmtd_export.layers import COS, KINDS, SIN, State, kv_dims, linear, qk_norm_weights
 from dmtd_models.config import ModelConfig
 from dmtd_runtime import contract
 from dmtd_runtime.contract import Group
 
-from dmtd_export.graph_writer import GraphWriter
-from dmtd_export.layers import COS, KINDS, SIN, State, kv_dims, linear, qk_norm_weights
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SlotGroup:
-    """Values shared by all layers of a group; lists have one entry a slot."""
+class PackedGroup:
+    """Values shared by all layers over packed rows; lists have one entry a slot."""
 
     seqlens_k: list[str]  # int32 [1]
     total_len: list[str]  # int32 [1]
-    slot_rows: str | None  # int64 [slots]
-    pads: str | None  # int64 [6]: zero rows appended along the row axis
-    keep_drop: str | None  # int64 [2]: rows kept, rows dropped behind attention
+    slot_rows: str = ""  # int64 [slots]
+    pads: str = ""  # int64 [6]: zero rows appended along the row axis
+    keep_drop: str = ""  # int64 [2]: rows kept, rows dropped behind attention
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchGroup:
+    """Values shared by all layers over [batch, rows]."""
+
+    seqlens_k: str  # int32 [batch]
+    total_len: str  # int32 [1], the largest
+    shape: str  # int64 [3]: batch, rows, width of q + k + v
 
 
 class OrtDialect:
@@ -38,31 +49,44 @@ class OrtDialect:
         self._config = config
         self._dtype = dtype
         self._slots = slots
-        self._groups: dict[Group, SlotGroup] = {}
+        self._packed: PackedGroup | None = None
+        self._batch: BatchGroup | None = None
 
-    def add_group(self, group: Group, row_count: str) -> None:
-        """Declare the lengths of the group's slots; ``row_count`` is int64 [1], the packed rows of the group."""
-        w, slots, path = self.writer, self._slots, f"/{group}_rows"
-        seqlens = w.input(contract.seqlens_k(group), [slots], "int32")
-        total = w.input(contract.total_sequence_length(group), [slots], "int32")
+    def add_packed_group(self, row_count: str) -> None:
+        """Declare the lengths of the slots of the thinking group; ``row_count`` is int64 [1], all packed rows."""
+        w, slots, path = self.writer, self._slots, "/thinking_rows"
+        seqlens = w.input(contract.seqlens_k("thinking"), [slots], "int32")
+        total = w.input(contract.total_sequence_length("thinking"), [slots], "int32")
         if slots == 1:
-            self._groups[group] = SlotGroup(seqlens_k=[seqlens], total_len=[total], slot_rows=None, pads=None, keep_drop=None)
+            self._packed = PackedGroup(seqlens_k=[seqlens], total_len=[total])
             return
-        slot_rows = w.input(contract.slot_rows(group), [slots], "int64")
-        pad_rows = w.input(contract.pad_rows(group), [1], "int64")
+        slot_rows = w.input(contract.SLOT_ROWS, [slots], "int64")
+        pad_rows = w.input(contract.PAD_ROWS, [1], "int64")
         split = {"axis": 0, "num_outputs": slots}
-        one = w.constant([0], "int64")
-        self._groups[group] = SlotGroup(
+        zero = w.constant([0], "int64")
+        self._packed = PackedGroup(
             seqlens_k=w.node("Split", [seqlens], f"{path}/seqlens_k", outputs=slots, attrs=split),
             total_len=w.node("Split", [total], f"{path}/total_sequence_length", outputs=slots, attrs=split),
             slot_rows=slot_rows,
-            pads=w.op("Concat", [one, one, one, one, pad_rows, one], f"{path}/pads", attrs={"axis": 0}),
+            pads=w.op("Concat", [zero, zero, zero, zero, pad_rows, zero], f"{path}/pads", attrs={"axis": 0}),
             keep_drop=w.op("Concat", [row_count, pad_rows], f"{path}/keep_drop", attrs={"axis": 0}),
         )
 
+    def add_batch_group(self, like: str) -> None:
+        """Declare the lengths of the late group, whose rows have the outer shape of ``like`` [batch, rows]."""
+        w, config, path = self.writer, self._config, "/late_batch"
+        seqlens = w.input(contract.seqlens_k("late"), ["batch"], "int32")
+        total = w.input(contract.total_sequence_length("late"), [1], "int32")
+        width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        outer = w.op("Shape", [like], f"{path}/outer")
+        shape = w.op("Concat", [outer, w.constant([width], "int64")], f"{path}/shape", attrs={"axis": 0})
+        self._batch = BatchGroup(seqlens_k=seqlens, total_len=total, shape=shape)
+
     def norm(self, x: str, weight: str, path: str) -> str:
         w = self.writer
-        return w.op("RMSNormalization", [x, w.weight(weight)], path, attrs={"axis": -1, "epsilon": self._config.rms_norm_eps})
+        return w.op(
+            "RMSNormalization", [x, w.weight(weight)], path, attrs={"axis": -1, "epsilon": self._config.rms_norm_eps}
+        )
 
     def add_norm(self, state: State, weight: str, path: str) -> tuple[str, str]:
         if state.delta is None:
@@ -79,33 +103,45 @@ class OrtDialect:
         )
         return normed, residual
 
-    def declare_cache(self, layer: int) -> None:
-        """Declare the layer's KV inputs and outputs, one pair a slot."""
-        dims = kv_dims(self._config, 1)
-        for slot in self._slot_names():
+    def declare_cache(self, layer: int, group: Group) -> None:
+        """Declare the layer's KV inputs and outputs: of the whole batch, or one pair a slot."""
+        packed = group == "thinking"
+        for slot in self._slot_names() if packed else [None]:
             for kind in KINDS:
+                dims = kv_dims(self._config, 1 if packed else "batch")
                 self.writer.input(contract.past(layer, kind, slot), dims, self._dtype)
                 self.writer.output(contract.present(layer, kind, slot), dims, self._dtype)
 
     def attention(self, x: str, layer: int, group: Group, path: str) -> str:
-        w, rows = self.writer, self._groups[group]
+        w, config = self.writer, self._config
         module = f"model.layers.{layer}.self_attn"
         qkv = linear(w, x, tuple(f"{module}.{kind}_proj" for kind in "qkv"), f"{path}/qkv_proj")
-        qkv = w.op("Unsqueeze", [qkv, w.constant([0], "int64")], f"{path}/qkv")
         qkv = self._normed_qkv(qkv, layer, path)
-        if rows.pads is None:
-            attended = self._attend(qkv, layer, None, rows.seqlens_k[0], rows.total_len[0], path)
+        if group == "thinking":
+            attended = self._packed_attention(qkv, layer, path)
         else:
-            assert rows.slot_rows and rows.keep_drop, "a group with pads has slot_rows and keep_drop"
-            padded = w.op("Pad", [qkv, rows.pads], f"{path}/qkv")
-            parts = w.node("Split", [padded, rows.slot_rows], f"{path}/slots", outputs=self._slots, attrs={"axis": 1})
-            done = [
-                self._attend(part, layer, slot, rows.seqlens_k[slot], rows.total_len[slot], f"{path}/slot.{slot}")
-                for slot, part in enumerate(parts)
-            ]
-            packed = w.op("Concat", done, f"{path}/slots", attrs={"axis": 1})
-            attended = w.node("Split", [packed, rows.keep_drop], f"{path}/keep", outputs=2, attrs={"axis": 1})[0]
-        return w.op("Squeeze", [attended, w.constant([0], "int64")], f"{path}/merge_heads")
+            assert self._batch, "the late group is declared before its layers"
+            qkv = w.op("Reshape", [qkv, self._batch.shape], f"{path}/qkv")
+            attended = self._attend(qkv, layer, None, self._batch.seqlens_k, self._batch.total_len, path)
+        return w.op(
+            "Reshape", [attended, w.constant([-1, config.num_heads * config.head_dim], "int64")], f"{path}/rows"
+        )
+
+    def _packed_attention(self, qkv: str, layer: int, path: str) -> str:
+        """[rows, q + k + v] -> [1, rows, heads * head_dim], one attention node a slot."""
+        w, rows = self.writer, self._packed
+        assert rows, "the thinking group is declared before its layers"
+        qkv = w.op("Unsqueeze", [qkv, w.constant([0], "int64")], f"{path}/qkv")
+        if self._slots == 1:
+            return self._attend(qkv, layer, None, rows.seqlens_k[0], rows.total_len[0], path)
+        padded = w.op("Pad", [qkv, rows.pads], f"{path}/qkv")
+        parts = w.node("Split", [padded, rows.slot_rows], f"{path}/slots", outputs=self._slots, attrs={"axis": 1})
+        done = [
+            self._attend(part, layer, slot, rows.seqlens_k[slot], rows.total_len[slot], f"{path}/slot.{slot}")
+            for slot, part in enumerate(parts)
+        ]
+        packed = w.op("Concat", done, f"{path}/slots", attrs={"axis": 1})
+        return w.node("Split", [packed, rows.keep_drop], f"{path}/keep", outputs=2, attrs={"axis": 1})[0]
 
     def _normed_qkv(self, qkv: str, layer: int, path: str) -> str:
         """Apply per-head norms to q and k: GroupQueryAttention's own are not implemented on the CPU."""
@@ -114,13 +150,13 @@ class OrtDialect:
             return qkv
         w, config = self.writer, self._config
         sizes = [count * config.head_dim for count in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
-        q, k, v = w.node("Split", [qkv, w.constant(sizes, "int64")], f"{path}/qkv", outputs=3, attrs={"axis": 2})
+        q, k, v = w.node("Split", [qkv, w.constant(sizes, "int64")], f"{path}/qkv", outputs=3, attrs={"axis": 1})
         normed = []
         for kind, x, size in (("q", q, sizes[0]), ("k", k, sizes[1])):
-            x = w.op("Reshape", [x, w.constant([1, -1, size // config.head_dim, config.head_dim], "int64")], f"{path}/{kind}_heads")
-            x = self.norm(x, norms[kind], f"{path}/{kind}_norm")
-            normed.append(w.op("Reshape", [x, w.constant([1, -1, size], "int64")], f"{path}/{kind}_merge"))
-        return w.op("Concat", [*normed, v], f"{path}/qkv_normed", attrs={"axis": 2})
+            heads = w.constant([-1, size // config.head_dim, config.head_dim], "int64")
+            x = self.norm(w.op("Reshape", [x, heads], f"{path}/{kind}_heads"), norms[kind], f"{path}/{kind}_norm")
+            normed.append(w.op("Reshape", [x, w.constant([-1, size], "int64")], f"{path}/{kind}_merge"))
+        return w.op("Concat", [*normed, v], f"{path}/qkv_normed", attrs={"axis": 1})
 
     def _attend(self, qkv: str, layer: int, slot: int | None, seqlens_k: str, total_len: str, path: str) -> str:
         w, config = self.writer, self._config

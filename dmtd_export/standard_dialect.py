@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dmtd_models.config import ModelConfig
-from dmtd_runtime import contract
-from dmtd_runtime.contract import Group
-
 from dmtd_export.graph_writer import ONNX_DTYPES, GraphWriter
 from dmtd_export.layers import COS, KINDS, SIN, State, kv_dims, linear, qk_norm_weights, sum_state
+from dmtd_models.config import ModelConfig
+from dmtd_runtime import contract
+from dmtd_runtime.contract import Group, Kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +58,9 @@ class StandardDialect:
         if self._dtype == "float32":
             return w.op("RMSNormalization", [x, w.weight(weight)], path, attrs=attrs)
         full = w.op("Cast", [x], f"{path}/to_float32", attrs={"to": ONNX_DTYPES["float32"]})
-        width = self._config.head_dim if weight.endswith(("q_norm.weight", "k_norm.weight")) else self._config.hidden_size
+        width = (
+            self._config.head_dim if weight.endswith(("q_norm.weight", "k_norm.weight")) else self._config.hidden_size
+        )
         ones = w.op("Expand", [w.constant([1.0], "float32"), w.constant([width], "int64")], f"{path}/ones")
         full = w.op("RMSNormalization", [full, ones], path, attrs=attrs)
         half = w.op("Cast", [full], f"{path}/to_half", attrs={"to": ONNX_DTYPES[self._dtype]})
@@ -76,7 +77,12 @@ class StandardDialect:
         heads = {}
         for kind, count in (("q", config.num_heads), ("k", config.num_kv_heads), ("v", config.num_kv_heads)):
             flat = linear(w, x, (f"{module}.{kind}_proj",), f"{path}/{kind}_proj")
-            split = w.op("Concat", [rows.shape, w.constant([count, config.head_dim], "int64")], f"{path}/{kind}_shape", attrs={"axis": 0})
+            split = w.op(
+                "Concat",
+                [rows.shape, w.constant([count, config.head_dim], "int64")],
+                f"{path}/{kind}_shape",
+                attrs={"axis": 0},
+            )
             y = w.op("Reshape", [flat, split], f"{path}/{kind}_heads")
             if kind in norms:
                 y = self.norm(y, norms[kind], f"{path}/{kind}_norm")
@@ -88,14 +94,16 @@ class StandardDialect:
         attrs = {} if self._dtype == "float32" else {"softmax_precision": ONNX_DTYPES["float32"]}
         y = w.op("Attention", [heads["q"], *caches, rows.mask], path, attrs=attrs)
         y = w.op("Transpose", [y], f"{path}/merge_heads", attrs={"perm": [0, 2, 1, 3]})
-        return w.op("Reshape", [y, w.constant([-1, config.num_heads * config.head_dim], "int64")], f"{path}/merge_heads")
+        return w.op(
+            "Reshape", [y, w.constant([-1, config.num_heads * config.head_dim], "int64")], f"{path}/merge_heads"
+        )
 
-    def declare_cache(self, layer: int) -> None:
+    def declare_cache(self, layer: int, group: Group) -> None:
         """Declare the layer's KV inputs (before any node reads their shape)."""
         for kind in KINDS:
             self.writer.input(contract.past(layer, kind), kv_dims(self._config, "batch"), self._dtype)
 
-    def _update_cache(self, layer: int, kind: contract.Literal["key", "value"], update: str, rows: RowGroup, path: str) -> str:
+    def _update_cache(self, layer: int, kind: Kind, update: str, rows: RowGroup, path: str) -> str:
         w = self.writer
         name = w.output(contract.present(layer, kind), kv_dims(self._config, "batch"), self._dtype)
         inputs = [contract.past(layer, kind), update, rows.write_indices]

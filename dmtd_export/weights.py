@@ -8,6 +8,7 @@ an altered tensor from the exported one without the checkpoint, even where the f
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,12 @@ from typing import BinaryIO, Protocol
 
 import ml_dtypes
 import numpy as np
+
+from dmtd_export.errors import ExportError
+from dmtd_export.layers import COS, SIN
 from dmtd_models.config import ModelConfig
 from dmtd_models.rope import rotary_tables
 from dmtd_runtime.manifest import FileInfo, WeightInfo
-
-from dmtd_export.layers import COS, SIN
 
 Array = np.ndarray
 PAGE_BYTES = 4096
@@ -112,10 +114,10 @@ def tensor_groups(config: ModelConfig) -> Iterator[tuple[str, ...]]:
         yield ("lm_head.weight",)
 
 
-def stored_bytes(config: ModelConfig, source: TensorSource, dtype: str) -> int:
-    """Bytes of all weights in ``dtype``, rotary tables aside."""
-    itemsize = NUMPY_DTYPES[dtype].itemsize
-    return sum(int(np.prod(source.shape(name))) * itemsize for group in tensor_groups(config) for name in group)
+def stored_bytes(config: ModelConfig, source: TensorSource, dtype: str, rotary_rows: int) -> int:
+    """Bytes of all tensors in ``dtype``, both rotary tables of ``rotary_rows`` rows among them, alignment aside."""
+    counts = [int(np.prod(source.shape(name))) for group in tensor_groups(config) for name in group]
+    return (sum(counts) + rotary_rows * config.head_dim) * NUMPY_DTYPES[dtype].itemsize
 
 
 def write_weights(
@@ -155,12 +157,18 @@ class _WeightsFile:
     def write(self, name: str, dtype: str, tensor: Array) -> None:
         start, fingerprint = self.offset, Fingerprinter()
         for rows in row_chunks(tensor):
-            chunk = np.ascontiguousarray(rows.astype(self._dtype, copy=False))
+            with np.errstate(over="ignore"):  # an overflow shows in the norm
+                chunk = np.ascontiguousarray(rows.astype(self._dtype, copy=False))
             fingerprint.add(chunk)
             self._put(chunk.view(np.uint8).reshape(-1).data)
             if self._on_bytes:
                 self._on_bytes(chunk.nbytes)
         numbers = fingerprint.finish()
+        if not math.isfinite(numbers.norm):
+            raise ExportError(
+                f"tensor {name} has values that are not finite in {dtype}: too large for the type, or the checkpoint is "
+                "damaged; try --dtype bfloat16 or float32"
+            )
         self.infos[name] = WeightInfo(
             dtype=dtype,
             shape=tuple(tensor.shape),

@@ -119,6 +119,5 @@ REFUSED_KEYS: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "is_encoder_decoder": (False,),
         "add_cross_attention": (False,),
         "use_qk_norm": (False,),
-        "layer_norm_eps": (),
     }
 )

@@ -119,7 +119,7 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
 
 def _llama3(rope: Rope, factor: float, base: Tensor) -> Tensor:
     low, high, original = rope.low_freq_factor, rope.high_freq_factor, rope.original_max_positions
-    assert low is not None and high is not None and original is not None, "llama3 parameters are filled"  # noqa: PT018
+    assert low is not None and high is not None and original is not None, "llama3 parameters are filled"
     wavelength = 2 * torch.pi / base
     stretched = torch.where(wavelength > original / low, base / factor, base)
     smooth = (original / wavelength - low) / (high - low)

@@ -37,12 +37,13 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> FloatArray:
     """The angle that one position adds, float32 [head_dim // 2]."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     periods = np.power(np.float64(np.float32(rope.theta)), exponents.astype(np.float64)).astype(np.float32)
-    base = np.float32(1.0) / periods
+    base: FloatArray = np.float32(1.0) / periods
     if rope.kind == "default":
         return base
     factor = np.float32(_present(rope.factor))
     if rope.kind == "linear":
-        return np.divide(base, factor)
+        divided: FloatArray = (base / factor).astype(np.float32)
+        return divided
     if rope.kind == "llama3":
         return _llama3(rope, base)
     low, high = yarn_range(rope, head_dim)
@@ -50,7 +51,8 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> FloatArray:
     ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / width, 0, 1)
     kept = np.float32(1.0) - ramp
     stretched = np.float32(1.0) / (factor * periods)
-    return (stretched * (np.float32(1.0) - kept) + base * kept).astype(np.float32)
+    mixed: FloatArray = (stretched * (np.float32(1.0) - kept) + base * kept).astype(np.float32)
+    return mixed
 
 
 def attention_factor(rope: Rope) -> float:
@@ -89,9 +91,11 @@ def _llama3(rope: Rope, base: FloatArray) -> FloatArray:
     """Long waves are stretched by the factor, short ones kept, those between interpolated."""
     low, high, factor = _present(rope.low_freq_factor), _present(rope.high_freq_factor), _present(rope.factor)
     original = _present(rope.original_max_positions)
-    wavelength = np.float32(2 * math.pi) / base
-    smooth = (np.float32(original) / wavelength - np.float32(low)) / np.float32(high - low)
-    between = (np.float32(1.0) - smooth) * base / np.float32(factor) + smooth * base
+    # torch divides a number by a tensor as a product with the reciprocal; the last bits follow from that.
+    one = np.float32(1.0)
+    wavelength = (one / base) * np.float32(2 * math.pi)
+    smooth = ((one / wavelength) * np.float32(original) - np.float32(low)) / np.float32(high - low)
+    between = (one - smooth) * base / np.float32(factor) + smooth * base
     result = np.where(wavelength > np.float32(original / low), base / np.float32(factor), base)
     medium = (wavelength >= np.float32(original / high)) & (wavelength <= np.float32(original / low))
     return np.where(medium, between, result).astype(np.float32)

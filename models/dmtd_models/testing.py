@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +17,7 @@ from safetensors.numpy import save_file
 
 from dmtd_models.config import ModelConfig, Rope, read_config
 from dmtd_models.families import FAMILIES
+from dmtd_models.hf_config import rope_fields
 from dmtd_models.tensors import EMBEDDING, LM_HEAD, tensor_shapes
 
 StoredDtype = Literal["float64", "float32", "float16", "bfloat16"]
@@ -28,7 +28,6 @@ _CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_ROPE_JSON_NAMES = {"kind": "rope_type", "original_max_positions": "original_max_position_embeddings"}
 
 
 def write_tiny_checkpoint(
@@ -97,7 +96,7 @@ def write_tiny_checkpoint(
         "num_hidden_layers": layers,
         "num_key_value_heads": kv_heads,
         "rms_norm_eps": 1e-6,
-        **_rope_json(rope or Rope(theta=10000.0)),
+        **rope_fields(rope or Rope(theta=10000.0)),
         "tie_word_embeddings": tie,
         "torch_dtype": dtype,
         "use_cache": True,
@@ -156,15 +155,6 @@ def _write_weights(directory: Path, weights: dict[str, np.ndarray], *, shards: i
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _rope_json(rope: Rope) -> dict[str, object]:
-    """The form of transformers 4, which the published checkpoints have."""
-    fields = {_ROPE_JSON_NAMES.get(key, key): value for key, value in asdict(rope).items() if value is not None}
-    theta = fields.pop("theta")
-    if rope.kind != "yarn":
-        fields.pop("truncate")
-    return {"rope_theta": theta, "rope_scaling": None if rope.kind == "default" else fields}
 
 
 def _write_tokenizer(directory: Path) -> None:

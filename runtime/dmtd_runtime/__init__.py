@@ -1,1 +1,50 @@
-"""Torch-free runtime of DMTD bundles."""
+"""Runtime: generates text from a bundle through cycle and refill. No torch, no onnx.
+
+    from dmtd_runtime import LLM, SamplingParams
+
+Names are loaded when first used: importing the package loads no ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from dmtd_runtime.errors import AbortedError, BackendError, BundleError, DmtdError, RequestError
+from dmtd_runtime.version import __version__
+
+if TYPE_CHECKING:
+    from dmtd_runtime.llm import LLM
+    from dmtd_runtime.outputs import CompletionOutput, Delta, RequestOutput
+    from dmtd_runtime.sampling import SamplingParams
+
+logging.getLogger("dmtd").addHandler(logging.NullHandler())
+
+__all__ = [
+    "LLM",
+    "AbortedError",
+    "BackendError",
+    "BundleError",
+    "CompletionOutput",
+    "Delta",
+    "DmtdError",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]
+
+_HOMES = {
+    "LLM": "dmtd_runtime.llm",
+    "CompletionOutput": "dmtd_runtime.outputs",
+    "Delta": "dmtd_runtime.outputs",
+    "RequestOutput": "dmtd_runtime.outputs",
+    "SamplingParams": "dmtd_runtime.sampling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

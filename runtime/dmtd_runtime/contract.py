@@ -2,25 +2,28 @@
 
 Three graphs exist in two dialects:
 
-- ``standard``: ONNX opset 24 only; rectangular, ``[batch, window_len]``, padding on the right; one KV buffer a layer for the whole batch.
-- ``onnxruntime``: GroupQueryAttention; **packed**, ``[1, window_len]`` holds the rows of all slots one after another without
-  padding between them. GroupQueryAttention takes several rows over a past for one sequence only, so a graph made for
-  ``slots`` > 1 has one attention node per slot and layer (``.{slot}`` ends its KV names) while every matrix product
-  reads its weights once for all rows. Rows behind the last slot's are dropped by ``*_pad_rows`` (see ``PAD_ROWS``).
+- ``standard``: ONNX opset 24 only; rectangular, ``[batch, window_len]``, padding on the right; one KV buffer a
+  layer for the whole batch.
+- ``onnxruntime``: GroupQueryAttention, which takes one row of several sequences or several rows of one. Late rows are
+  ``[batch, late_len]`` with one of the two equal to 1. T's rows are **packed**, ``[1, window_len]``: the windows of all
+  slots one behind another. A thinking or full_pass graph made for ``slots`` > 1 has one attention node per slot and layer
+  (``.{slot}`` ends the KV names of its packed layers) while every matrix product reads its weights once for all rows.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-GraphName = Literal["full_pass", "thinking", "late_decode"]
+GraphName = Literal["full_pass", "thinking", "late_decode", "choose_token"]
 Dialect = Literal["standard", "onnxruntime"]
 Group = Literal["thinking", "late"]
+Kind = Literal["key", "value"]
 
 FULL_PASS: GraphName = "full_pass"
 THINKING: GraphName = "thinking"
 LATE_DECODE: GraphName = "late_decode"
-GRAPH_NAMES: tuple[GraphName, ...] = (FULL_PASS, THINKING, LATE_DECODE)
+CHOOSE_TOKEN: GraphName = "choose_token"  # arg-max of logits, for backends whose logits stay on a device
+DECODER_GRAPHS: tuple[GraphName, ...] = (FULL_PASS, THINKING, LATE_DECODE)
 
 STANDARD: Dialect = "standard"
 ONNXRUNTIME: Dialect = "onnxruntime"
@@ -34,9 +37,16 @@ GATE_THOUGHT = "gate_thought"
 LOGIT_ROWS = "logit_rows"
 # Standard dialect.
 POSITION_IDS = "position_ids"
+# ONNX Runtime dialect, graphs made for several slots: int64 [slots], how many packed rows each attention node takes, never
+# 0, because GroupQueryAttention refuses an empty sequence; and int64 [1], how many zero rows the graph appends before
+# attention and drops behind it, one for each slot behind the last one that takes part.
+SLOT_ROWS = "thinking_slot_rows"
+PAD_ROWS = "thinking_pad_rows"
 # Outputs (``thought`` is also late_decode's input).
 THOUGHT = "thought"
 LOGITS = "logits"
+TOKEN_IDS = "token_ids"
+IS_FINITE = "is_finite"
 
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "model.onnx.data"
@@ -50,34 +60,21 @@ def write_indices(group: Group) -> str:
 
 
 def seqlens_k(group: Group) -> str:
-    """ONNX Runtime dialect: int32 [slots], committed rows + new rows - 1 of each slot."""
+    """ONNX Runtime dialect: int32 [slots] (late: [batch]), committed rows + new rows - 1 of each sequence."""
     return f"{group}_seqlens_k"
 
 
 def total_sequence_length(group: Group) -> str:
-    """ONNX Runtime dialect: int32 [slots], committed rows + new rows of each slot."""
+    """ONNX Runtime dialect: int32 [slots], committed rows + new rows of each slot; late: [1], the largest."""
     return f"{group}_total_sequence_length"
 
 
-def slot_rows(group: Group) -> str:
-    """ONNX Runtime dialect, slots > 1: int64 [slots], how many rows each attention node takes; never 0."""
-    return f"{group}_slot_rows"
-
-
-def pad_rows(group: Group) -> str:
-    """ONNX Runtime dialect, slots > 1: int64 [1], zero rows appended before attention and dropped behind it.
-
-    GroupQueryAttention refuses an empty sequence, so a trailing slot that takes no part gets one such row.
-    """
-    return f"{group}_pad_rows"
-
-
-def past(layer: int, kind: Literal["key", "value"], slot: int | None = None) -> str:
+def past(layer: int, kind: Kind, slot: int | None = None) -> str:
     """KV input of an absolute layer number; ``slot`` only in packed graphs made for several slots."""
     return f"past_key_values.{layer}.{kind}" + ("" if slot is None else f".{slot}")
 
 
-def present(layer: int, kind: Literal["key", "value"], slot: int | None = None) -> str:
+def present(layer: int, kind: Kind, slot: int | None = None) -> str:
     """KV output; its buffer is the one bound to :func:`past`."""
     return f"present.{layer}.{kind}" + ("" if slot is None else f".{slot}")
 

@@ -50,7 +50,9 @@ class Position:
         assert step.late.start == self.fed, f"step writes from row {step.late.start}, {self.fed} rows are committed"
         self.fed = step.late.stop
         if step.window:
-            assert step.window.start == self.thought, f"T's window starts at {step.window.start}, {self.thought} rows exist"
+            assert step.window.start == self.thought, (
+                f"T's window starts at {step.window.start}, {self.thought} rows exist"
+            )
             self.thought = step.window.stop
 
 

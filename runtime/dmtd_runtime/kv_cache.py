@@ -6,49 +6,54 @@ may be written by padding and are never seen, but they must be finite, because N
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import numpy as np
 
-from dmtd_runtime.contract import Literal
-from dmtd_runtime.manifest import ModelInfo
+from dmtd_runtime.contract import Kind
+from dmtd_runtime.manifest import DTYPE_BYTES, ModelInfo
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Kind = Literal["key", "value"]
 
 
 class HostKvCache:
     """KV buffers in host memory; pages are committed by the operating system as rows are written."""
 
     def __init__(self, model: ModelInfo, slots: int, capacity: int) -> None:
-        self.slots = slots
-        self.capacity = capacity
         shape = (slots, model.num_kv_heads, capacity, model.head_dim)
-        dtype = np.dtype(model.dtype)
         self._buffers: dict[tuple[int, Kind], Array] = {
-            (layer, kind): np.zeros(shape, dtype) for layer in range(model.num_layers) for kind in ("key", "value")
+            (layer, kind): _lazy_zeros(shape, np.dtype(model.dtype))
+            for layer in range(model.num_layers)
+            for kind in ("key", "value")
         }
 
     def buffer(self, layer: int, kind: Kind) -> Array:
         """[slots, kv_heads, capacity, head_dim]."""
         return self._buffers[layer, kind]
 
-    def slot(self, layer: int, kind: Kind, slot: int) -> Array:
-        """[1, kv_heads, capacity, head_dim], a view."""
-        return self._buffers[layer, kind][slot : slot + 1]
-
     def move(self, source: int, target: int, rows: int) -> None:
         """Copy the first ``rows`` rows of a slot over another slot's."""
         for buffer in self._buffers.values():
             buffer[target, :, :rows] = buffer[source, :, :rows]
 
-    def clear(self, slot: int) -> None:
-        """Zero a slot: what a failed run left there must not reach the next sequence."""
+    def clear(self, slot: int, rows: int) -> None:
+        """Zero the first ``rows`` rows of a slot."""
         for buffer in self._buffers.values():
-            buffer[slot] = 0
+            buffer[slot, :, :rows] = 0
+
+    def close(self) -> None:
+        """Drop the buffers; their memory goes once nothing is bound to them."""
+        self._buffers.clear()
 
 
-def kv_bytes(model: ModelInfo, rows: int) -> int:
-    """Bytes of all layers' keys and values for ``rows`` rows."""
-    itemsize = 4 if model.dtype == "float32" else 2
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * rows * itemsize
+def _lazy_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Zeros whose pages exist once written. numpy's own asks for huge pages, which commits 2 MB around every row."""
+    count = int(np.prod(shape))
+    return np.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype, count).reshape(shape)
+
+
+def kv_bytes(model: ModelInfo, rows: int, layers: int | None = None) -> int:
+    """Bytes of the keys and values of ``rows`` rows in ``layers`` layers (None: all)."""
+    layers = model.num_layers if layers is None else layers
+    return 2 * layers * model.num_kv_heads * model.head_dim * rows * DTYPE_BYTES[model.dtype]

@@ -79,7 +79,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphInfo:
-    """One graph file and its full I/O contract. ``slots`` counts attention nodes a layer (onnxruntime dialect)."""
+    """One graph file and its full I/O contract. ``slots``: attention nodes a packed layer has."""
 
     name: contract.GraphName
     dialect: contract.Dialect
@@ -165,7 +165,9 @@ def safe_relative(name: str) -> PurePosixPath:
     """A path inside the bundle; BundleError for anything that could leave it."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name or "\0" in name:
-        raise BundleError(f"manifest names the file {name!r}, expected a path inside the bundle; do not use this bundle")
+        raise BundleError(
+            f"manifest names the file {name!r}, expected a path inside the bundle; do not use this bundle"
+        )
     return path
 
 
@@ -186,7 +188,9 @@ def load_manifest(directory: Path) -> Manifest:
     if not directory.is_dir():
         raise BundleError(f"{directory} is not a directory; make a bundle with: dmtd export MODEL -o {directory}")
     if not path.is_file():
-        raise BundleError(f"{directory} has no manifest.json, so it is not a bundle; make one with: dmtd export MODEL -o OUT")
+        raise BundleError(
+            f"{directory} has no manifest.json, so it is not a bundle; make one with: dmtd export MODEL -o OUT"
+        )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:

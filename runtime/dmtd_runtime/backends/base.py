@@ -28,6 +28,7 @@ class BackendOptions:
     full_pass: FullPass = "staged"
     max_batch: int = 1
     max_model_len: int | None = None  # None: the bundle's
+    choose_on_device: bool | None = None  # arg-max by the bundle's choose_token graph; None: on a GPU only
     threads: int | None = None  # None: one for each core this process may use
     prepack: bool = True  # False: weights stay in the page cache, slower; for models that hardly fit into memory
 
@@ -62,20 +63,22 @@ class Backend(Protocol):
     capacity: int
     max_rows: int
     stats: RunStats
+    chooses_tokens: bool  # logits stay on a device, where the arg-max can be taken
 
-    def run(self, steps: Sequence[SlotStep]) -> Array:
+    def run(self, steps: Sequence[SlotStep], *, greedy: bool = False) -> Array:
         """Run one step of one kind for the named slots.
 
-        Returns logits, float32 [n, vocab], a row for each step that wants them, in order; valid until the next call.
+        Returns logits, float32 [n, vocab], a row for each step that wants them, in order; valid until the next call. With
+        ``greedy`` a backend that ``chooses_tokens`` returns the arg-max of each row instead, int64 [n].
         """
         ...
 
-    def reset(self, slot: int) -> None:
-        """Forget the slot's sequence: its cache counts as empty."""
+    def reset(self, slot: int, *, clear: bool = False) -> None:
+        """Forget the slot's sequence: its cache counts as empty, and is zeroed with ``clear`` (it may hold NaN)."""
         ...
 
-    def move(self, source: int, target: int) -> None:
-        """Let the sequence of slot ``source`` live in the free slot ``target``."""
+    def move(self, source: int, target: int) -> bool:
+        """Let the sequence of slot ``source`` live in the free slot ``target``; False where slots cannot be moved."""
         ...
 
     def close(self) -> None:

@@ -7,7 +7,6 @@ buffer both are bound to. How rows are laid out depends on the dialect: ``packed
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,23 +15,33 @@ import numpy as np
 
 from dmtd_runtime import contract
 from dmtd_runtime.backends.base import Array, BackendOptions, RunStats, SlotStep
-from dmtd_runtime.backends.ort_session import Binding, import_onnxruntime, is_cache, open_session
+from dmtd_runtime.backends.ort_session import Binding, Buffer, device_buffer, host_buffer, is_cache, open_session
 from dmtd_runtime.backends.packed import PackedLayout
 from dmtd_runtime.backends.rectangular import RectangularLayout
 from dmtd_runtime.errors import BackendError, RequestError
 from dmtd_runtime.kv_cache import HostKvCache
-from dmtd_runtime.manifest import GraphInfo, Manifest
+from dmtd_runtime.manifest import Manifest
 
 
 class Layout(Protocol):
     """How the rows of several slots become the inputs of one graph."""
 
-    def sizes(self, graph: contract.GraphName, steps: Sequence[SlotStep]) -> Mapping[str, int]:
-        """Symbolic dimensions of the run; equal sizes share a binding."""
+    def split(self, steps: Sequence[SlotStep]) -> Sequence[Sequence[SlotStep]]:
+        """The runs that these steps need: the parts that may go together."""
         ...
 
-    def fill(self, graph: contract.GraphName, arrays: Mapping[str, Array], steps: Sequence[SlotStep], fed: Sequence[int]) -> None:
-        """Write every input of the run."""
+    def batch_slots(self, steps: Sequence[SlotStep]) -> range:
+        """The slots that are the batch of the run."""
+        ...
+
+    def sizes(self, graph: contract.GraphName, steps: Sequence[SlotStep]) -> Mapping[str, int]:
+        """Symbolic dimensions of the run; with equal sizes and batch slots, runs share a binding."""
+        ...
+
+    def fill(
+        self, graph: contract.GraphName, arrays: Mapping[str, Array], steps: Sequence[SlotStep], fed: Sequence[int]
+    ) -> None:
+        """Write every input of the run; ``fed`` are the committed rows of all slots."""
         ...
 
     def logit_index(self, steps: Sequence[SlotStep]) -> Any:
@@ -44,133 +53,167 @@ class OnnxRuntimeBackend:
     """Runs a bundle in ONNX Runtime. See :class:`dmtd_runtime.backends.base.Backend`."""
 
     def __init__(self, directory: Path, manifest: Manifest, options: BackendOptions) -> None:
-        self._manifest = manifest
-        self._cuda = options.device == "cuda"
         _check_dtype(manifest, options)
+        _check_counts(options)
+        self._manifest = manifest
+        self._options = options
         dialect = options.dialect or _default_dialect(manifest)
-        stored_slots = max((g.slots for g in manifest.graphs if g.dialect == dialect), default=1)
         packed = dialect == contract.ONNXRUNTIME
-        if packed and options.max_batch > stored_slots:
-            raise RequestError(f"max_batch: got {options.max_batch}, this bundle was exported for {stored_slots} (--max-batch)")
+        graph_slots = _graph_slots(manifest, options) if packed else 1
         self.slots = options.max_batch
-        graph_slots = (stored_slots if options.max_batch > 1 else 1) if packed else 1
-        limit = manifest.model.max_model_len
-        if options.max_model_len is not None and not 1 <= options.max_model_len <= limit:
-            raise RequestError(f"max_model_len: got {options.max_model_len}, expected 1 to {limit}, the bundle's limit")
-        self.max_model_len = options.max_model_len or limit
+        self.max_model_len = _max_model_len(manifest, options)
         self.max_rows = manifest.model.max_window
         self.capacity = self.max_model_len + manifest.model.max_window
         self.stats = RunStats()
         self._layout: Layout = PackedLayout(graph_slots) if packed else RectangularLayout(self.slots)
-        self._graph_slots = graph_slots
-        self._packed = packed
-        self._cache = HostKvCache(manifest.model, graph_slots if packed else self.slots, self.capacity)
-        self._device_cache: dict[str, Any] = {}
         self._fed = [0] * max(graph_slots, self.slots)
-        self._fused = options.full_pass == "fused"
-        names = (contract.FULL_PASS if self._fused else contract.THINKING, contract.LATE_DECODE)
-        self._graphs = {name: manifest.graph(name, dialect, graph_slots) for name in names}
+        self._host_cache = (
+            HostKvCache(manifest.model, len(self._fed), self.capacity) if options.device == "cpu" else None
+        )
+        self._caches: dict[tuple[int, contract.Kind], Buffer] = {}
+        self._outputs: dict[tuple[str, tuple[int, ...]], Buffer] = {}
+        self._bindings: dict[tuple[contract.GraphName, range, tuple[tuple[str, int], ...]], Binding] = {}
+        self._choosers: dict[tuple[int, ...], tuple[Binding, Array, Array]] = {}
+        first = contract.FULL_PASS if options.full_pass == "fused" else contract.THINKING
+        self._graphs = {
+            first: manifest.graph(first, dialect, graph_slots),
+            contract.LATE_DECODE: manifest.graph(contract.LATE_DECODE, dialect),
+        }
+        on_gpu = options.device == "cuda"
+        self.chooses_tokens = on_gpu if options.choose_on_device is None else options.choose_on_device
+        if self.chooses_tokens:
+            self._graphs[contract.CHOOSE_TOKEN] = manifest.graph(contract.CHOOSE_TOKEN, contract.STANDARD)
         self._sessions = {name: open_session(directory / graph.file, options) for name, graph in self._graphs.items()}
-        self._bindings: dict[tuple[contract.GraphName, tuple[tuple[str, int], ...]], Binding] = {}
-        self._shared: dict[tuple[str, int], tuple[Any, Array]] = {}
 
-    def run(self, steps: Sequence[SlotStep]) -> Array:
-        if steps[0].step.kind == "late":
-            logits = self._run_graph(contract.LATE_DECODE, steps)
+    def run(self, steps: Sequence[SlotStep], *, greedy: bool = False) -> Array:
+        parts = self._layout.split(steps)
+        if len(parts) == 1:
+            return self._run_together(steps, greedy)
+        return np.concatenate([self._run_together(part, greedy).copy() for part in parts])
+
+    def reset(self, slot: int, *, clear: bool = False) -> None:
+        if clear and self._host_cache is not None:
+            self._host_cache.clear(slot, min(self.capacity, self._fed[slot] + self.max_rows))
+        self._fed[slot] = 0
+
+    def move(self, source: int, target: int) -> bool:
+        if self._host_cache is None:
+            return False
+        self._host_cache.move(source, target, self._fed[source])
+        self._fed[target], self._fed[source] = self._fed[source], 0
+        return True
+
+    def close(self) -> None:
+        for owned in (self._bindings, self._choosers, self._outputs, self._caches, self._sessions):
+            owned.clear()
+        if self._host_cache is not None:
+            self._host_cache.close()
+
+    def _run_together(self, steps: Sequence[SlotStep], greedy: bool) -> Array:
+        """Run the graphs of one step; returns logits [n, vocab], or with ``greedy`` what the device chose, int64 [n]."""
+        late, fused = steps[0].step.kind == "late", self._options.full_pass == "fused"
+        if not late and not fused:
+            self._run_graph(contract.THINKING, steps)
+        last = contract.LATE_DECODE if late or not fused else contract.FULL_PASS
+        sizes = self._run_graph(last, steps)
+        if late:
             self.stats.late_steps += 1
         else:
-            if self._fused:
-                logits = self._run_graph(contract.FULL_PASS, steps)
-            else:
-                self._run_graph(contract.THINKING, steps)
-                logits = self._run_graph(contract.LATE_DECODE, steps)
             self.stats.full_passes += 1
             self.stats.refill_rows += sum(len(s.step.window) - len(s.step.late) for s in steps)
         for slot_step in steps:
             self._fed[slot_step.slot] = slot_step.step.late.stop
-        return logits[self._layout.logit_index(steps)]
+        wanted = self._layout.logit_index(steps)
+        logits = self._output_buffer(last, contract.LOGITS, sizes)
+        rows: Array
+        if greedy and self.chooses_tokens:
+            rows = self._choose(logits)[wanted]
+        else:
+            rows = (logits.owner.numpy() if logits.array is None else logits.array)[wanted]
+        return rows
 
-    def reset(self, slot: int) -> None:
-        self._fed[slot] = 0
-
-    def move(self, source: int, target: int) -> None:
-        if self._cuda:
-            raise AssertionError("slots are not moved on a GPU: idle slots cost no bytes there")
-        self._cache.move(source, target, self._fed[source])
-        self._fed[target], self._fed[source] = self._fed[source], 0
-
-    @property
-    def can_move(self) -> bool:
-        return not self._cuda
-
-    def close(self) -> None:
-        self._bindings.clear()
-        self._shared.clear()
-        self._device_cache.clear()
-        self._sessions.clear()
-        self._cache = HostKvCache(self._manifest.model, 0, 0)
-
-    def _run_graph(self, name: contract.GraphName, steps: Sequence[SlotStep]) -> Array:
-        """Fill, run, and return the logits output [1 or batch, num_logits, vocab] (thinking: its thought)."""
-        sizes = self._layout.sizes(name, steps)
-        key = (name, tuple(sizes.items()))
+    def _run_graph(self, name: contract.GraphName, steps: Sequence[SlotStep]) -> Mapping[str, int]:
+        """Fill and run a graph; returns the sizes of its symbolic dimensions."""
+        sizes, slots = self._layout.sizes(name, steps), self._layout.batch_slots(steps)
+        key = (name, slots, tuple(sizes.items()))
         binding = self._bindings.get(key)
         if binding is None:
-            start = time.perf_counter()
-            binding = self._bindings[key] = self._bind(name, sizes)
-            self.stats.session_seconds += time.perf_counter() - start
+            binding = self._bindings[key] = self._bind(name, sizes, slots)
         self._layout.fill(name, binding.arrays, steps, self._fed)
         binding.run(self.stats)
-        output = contract.THOUGHT if name == contract.THINKING else contract.LOGITS
-        value, array = self._shared_value(name, output, sizes)
-        return value.numpy() if self._cuda else array
+        return sizes
 
-    def _bind(self, name: contract.GraphName, sizes: Mapping[str, int]) -> Binding:
+    def _choose(self, logits: Buffer) -> Array:
+        """Arg-max on the device, [batch, num_logits]; -1 where a row is not finite."""
+        if logits.shape not in self._choosers:
+            rows, graph = logits.shape[:2], self._graphs[contract.CHOOSE_TOKEN]
+            token_ids, finite = host_buffer(np.zeros(rows, np.int64)), host_buffer(np.zeros(rows, np.bool_))
+            buffers = {contract.LOGITS: logits, contract.TOKEN_IDS: token_ids, contract.IS_FINITE: finite}
+            binding = Binding(self._sessions[contract.CHOOSE_TOKEN], graph, {}, buffers, self._options)
+            self._choosers[logits.shape] = (binding, token_ids.owner, finite.owner)
+        binding, ids, is_finite = self._choosers[logits.shape]
+        binding.run(self.stats)
+        chosen: Array = np.where(is_finite, ids, -1)
+        return chosen
+
+    def _bind(self, name: contract.GraphName, sizes: Mapping[str, int], slots: range) -> Binding:
         graph = self._graphs[name]
-        shared = {info.name: self._cache_value(info.name) for info in (*graph.inputs, *graph.outputs) if is_cache(info.name)}
-        for output in (contract.THOUGHT, contract.LOGITS):
-            if any(info.name == output for info in (*graph.inputs, *graph.outputs)):
-                shared[output] = self._shared_value(name, output, sizes)[0]
-        return Binding(self._sessions[name], graph, {**sizes, "capacity": self.capacity}, shared, self._cuda)
+        buffers: dict[str, Buffer] = {}
+        for info in (*graph.inputs, *graph.outputs):
+            if is_cache(info.name):
+                buffers[info.name] = self._cache_buffer(info.name, info.dims[0], slots)
+            elif info.name in (contract.THOUGHT, contract.LOGITS):
+                buffers[info.name] = self._output_buffer(name, info.name, sizes)
+        return Binding(self._sessions[name], graph, {**sizes, "capacity": self.capacity}, buffers, self._options)
 
-    def _shared_value(self, name: contract.GraphName, output: str, sizes: Mapping[str, int]) -> tuple[Any, Array]:
-        """The buffer of thought or logits for these sizes, one for both sessions."""
-        info = _find(self._graphs[name], output)
-        shape = [sizes[dim] if isinstance(dim, str) else dim for dim in info.dims]
-        key = (output, int(np.prod(shape[:-1])))
-        if key not in self._shared:
-            ort = import_onnxruntime()
-            array = np.zeros(shape, np.float32 if info.dtype == "bfloat16" else info.dtype)
-            value = self._device_zeros(shape, info.dtype) if self._cuda else ort.OrtValue.ortvalue_from_numpy(array)
-            self._shared[key] = (value, array)
-        value, array = self._shared[key]
-        return value, array
+    def _output_buffer(self, name: contract.GraphName, output: str, sizes: Mapping[str, int]) -> Buffer:
+        """The buffer of thought or logits of this shape, one for both sessions."""
+        info = next(i for i in (*self._graphs[name].outputs, *self._graphs[name].inputs) if i.name == output)
+        shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in info.dims)
+        if (output, shape) not in self._outputs:
+            self._outputs[output, shape] = self._zeros(shape, info.dtype)
+        return self._outputs[output, shape]
 
-    def _cache_value(self, name: str) -> Any:
-        """The OrtValue of a KV input or output: both names of a pair are one buffer."""
-        _, layer, kind, *slot = name.split(".")
-        key = f"{layer}.{kind}.{slot[0] if slot else ''}"
-        if key not in self._device_cache:
-            ort = import_onnxruntime()
-            assert kind in ("key", "value"), f"{name} is not a KV name"
-            buffer = self._cache.slot(int(layer), kind, int(slot[0]) if slot else 0) if self._packed else self._cache.buffer(int(layer), kind)
-            model = self._manifest.model
-            self._device_cache[key] = (
-                self._device_zeros(list(buffer.shape), model.dtype) if self._cuda else ort.OrtValue.ortvalue_from_numpy(buffer)
-            )
-        return self._device_cache[key]
+    def _cache_buffer(self, name: str, batch: int | str, slots: range) -> Buffer:
+        """The part of a layer's cache that a KV input or output stands for; both names of a pair are one buffer."""
+        _, layer, kind_name, *slot_name = name.split(".")
+        kind: contract.Kind = "key" if kind_name == "key" else "value"
+        key = (int(layer), kind)
+        if key not in self._caches:
+            if self._host_cache is not None:
+                self._caches[key] = host_buffer(self._host_cache.buffer(*key))
+            else:
+                model = self._manifest.model
+                shape = (len(self._fed), model.num_kv_heads, self.capacity, model.head_dim)
+                self._caches[key] = self._zeros(shape, model.dtype)
+        if batch == "batch":
+            return self._caches[key].rows(slots.start, len(slots))
+        return self._caches[key].rows(int(slot_name[0]) if slot_name else 0, 1)
 
-    def _device_zeros(self, shape: list[int], dtype: str) -> Any:
-        ort = import_onnxruntime()
-        if dtype == "bfloat16":  # numpy has no bfloat16: allocate by element type; ONNX's number for it is 16
-            value = ort.OrtValue.ortvalue_from_shape_and_type(shape, 16, "cuda", 0)
-            value.update_inplace(np.zeros(shape, np.uint16))
-            return value
-        return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), "cuda", 0)
+    def _zeros(self, shape: Sequence[int], dtype: str) -> Buffer:
+        if self._options.device == "cuda":
+            return device_buffer(shape, dtype, self._options.device_id)
+        return host_buffer(np.zeros(shape, dtype))
 
 
-def _find(graph: GraphInfo, name: str) -> Any:
-    return next(info for info in (*graph.inputs, *graph.outputs) if info.name == name)
+def _graph_slots(manifest: Manifest, options: BackendOptions) -> int:
+    """Slots of the packed graphs to load: the fewest that hold ``max_batch`` sequences."""
+    stored = sorted({graph.slots for graph in manifest.graphs if graph.dialect == contract.ONNXRUNTIME})
+    fitting = [slots for slots in stored if slots >= options.max_batch]
+    if not fitting:
+        most = max(stored, default=0)
+        raise RequestError(
+            f"max_batch: got {options.max_batch}, expected 1 to {most}, what the bundle was exported for; "
+            f"export it with a larger --max-batch"
+        )
+    return fitting[0]
+
+
+def _max_model_len(manifest: Manifest, options: BackendOptions) -> int:
+    limit = manifest.model.max_model_len
+    if options.max_model_len is not None and not 1 <= options.max_model_len <= limit:
+        raise RequestError(f"max_model_len: got {options.max_model_len}, expected 1 to {limit}, the bundle's limit")
+    return options.max_model_len or limit
 
 
 def _default_dialect(manifest: Manifest) -> contract.Dialect:
@@ -178,13 +221,21 @@ def _default_dialect(manifest: Manifest) -> contract.Dialect:
     return contract.ONNXRUNTIME if contract.ONNXRUNTIME in dialects else contract.STANDARD
 
 
+def _check_counts(options: BackendOptions) -> None:
+    for name, count in (("max_batch", options.max_batch), ("threads", options.threads)):
+        if count is not None and count < 1:
+            raise RequestError(f"{name}: got {count}, expected at least 1")
+
+
 def _check_dtype(manifest: Manifest, options: BackendOptions) -> None:
     dtype = manifest.model.dtype
     if options.device == "cpu" and dtype == "bfloat16":
         raise BackendError(
-            "this bundle is bfloat16, which ONNX Runtime cannot run on the CPU; export it with --dtype float32, or use --device cuda"
+            "this bundle is bfloat16, which ONNX Runtime cannot run on the CPU; "
+            "export it with --dtype float32, or use --device cuda"
         )
     if options.device == "cuda" and dtype == "float32" and options.dialect != contract.STANDARD:
         raise BackendError(
-            "this bundle is float32, and GroupQueryAttention on CUDA takes float16 or bfloat16 only; export it with --dtype bfloat16"
+            "this bundle is float32, and GroupQueryAttention on CUDA takes float16 or bfloat16 only; "
+            "export it with --dtype bfloat16"
         )

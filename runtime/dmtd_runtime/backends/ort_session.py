@@ -6,20 +6,22 @@ An absent execution provider makes ONNX Runtime fall back to the CPU without a w
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dmtd_runtime import contract
 from dmtd_runtime.backends.base import Array, BackendOptions, RunStats
 from dmtd_runtime.errors import BackendError, BundleError
-from dmtd_runtime.manifest import GraphInfo
+from dmtd_runtime.manifest import DTYPE_BYTES, GraphInfo
 
 INSTALL_HINT = 'install one of: pip install "dmtd[cpu]"   or, on a machine with an NVIDIA GPU: pip install "dmtd[gpu]"'
+ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
 CUDA_PROVIDER, CPU_PROVIDER = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 
@@ -87,35 +89,81 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Buffer:
+    """Memory that graphs are bound to by address. ``array`` is the host's view of it, None on a GPU."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: str
+    owner: Any  # keeps the memory alive
+    array: Array | None
+
+    def rows(self, first: int, count: int) -> Buffer:
+        """``count`` entries of the first axis, from ``first`` on."""
+        stride = math.prod(self.shape[1:]) * DTYPE_BYTES[self.dtype]
+        return replace(
+            self,
+            address=self.address + first * stride,
+            shape=(count, *self.shape[1:]),
+            array=None if self.array is None else self.array[first : first + count],
+        )
+
+
+def host_buffer(array: Array) -> Buffer:
+    """A buffer over a numpy array, which must be contiguous."""
+    assert array.flags.c_contiguous, "a bound array is contiguous"
+    return Buffer(address=array.ctypes.data, shape=array.shape, dtype=array.dtype.name, owner=array, array=array)
+
+
+def device_buffer(shape: Sequence[int], dtype: str, device_id: int) -> Buffer:
+    """A zeroed buffer on a GPU."""
+    ort = import_onnxruntime()
+    if dtype == "bfloat16":  # numpy has no bfloat16; its zeros are those of any 16-bit type
+        value = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), ONNX_BFLOAT16, "cuda", device_id)
+        value.update_inplace(np.zeros(shape, np.uint16))
+    else:
+        value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), "cuda", device_id)
+    return Buffer(address=value.data_ptr(), shape=tuple(shape), dtype=dtype, owner=value, array=None)
+
+
 class Binding:
     """One (graph, row counts): every input and output bound once, written in place before each run.
 
-    On the CPU an OrtValue aliases its numpy array. On a GPU ``arrays`` are host images of small inputs, pushed before a run.
+    ``arrays`` are the small inputs by name. On the CPU they are bound themselves; on a GPU they are pushed before a run.
     """
 
-    def __init__(self, session: Any, graph: GraphInfo, sizes: Mapping[str, int], shared: Mapping[str, Any], cuda: bool) -> None:
-        """``shared`` are OrtValues by input or output name (caches, thought, logits); ``sizes`` resolves symbolic dims."""
+    def __init__(
+        self,
+        session: Any,
+        graph: GraphInfo,
+        sizes: Mapping[str, int],
+        buffers: Mapping[str, Buffer],
+        options: BackendOptions,
+    ) -> None:
+        """``buffers`` are caches, thought and logits by input or output name; ``sizes`` resolves symbolic dimensions."""
         ort = import_onnxruntime()
         self.arrays: dict[str, Array] = {}
         self._session = session
         self._binding = session.io_binding()
         self._pushed: list[tuple[Any, Array]] = []
-        self._kept = list(shared.values())
+        self._kept: list[Any] = list(buffers.values())
+        self._device = (options.device, options.device_id if options.device == "cuda" else 0)
         for info in graph.inputs:
-            if info.name in shared:
-                self._binding.bind_ortvalue_input(info.name, shared[info.name])
+            if info.name in buffers:
+                self._bind(self._binding.bind_input, info.name, buffers[info.name])
                 continue
             array = np.zeros([sizes[dim] if isinstance(dim, str) else dim for dim in info.dims], info.dtype)
             # GroupQueryAttention reads its total length on the host, on every provider.
-            on_device = cuda and not info.name.endswith("_total_sequence_length")
-            value = ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0) if on_device else ort.OrtValue.ortvalue_from_numpy(array)
-            if on_device:
+            pushed = options.device == "cuda" and not info.name.endswith("_total_sequence_length")
+            value = ort.OrtValue.ortvalue_from_numpy(array, *(self._device if pushed else ()))
+            if pushed:
                 self._pushed.append((value, array))
             self._binding.bind_ortvalue_input(info.name, value)
             self.arrays[info.name] = array
-            self._kept.append(value)
+            self._kept += [value, array]
         for info in graph.outputs:
-            self._binding.bind_ortvalue_output(info.name, shared[info.name])
+            self._bind(self._binding.bind_output, info.name, buffers[info.name])
 
     def run(self, stats: RunStats) -> None:
         """Run the graph over what stands in ``arrays``; errors of ONNX Runtime become BackendError."""
@@ -128,7 +176,12 @@ class Binding:
             raise BackendError(f"ONNX Runtime failed: {_first_line(error)}") from error
         stats.session_seconds += time.perf_counter() - start
 
+    def _bind(self, bind: Callable[..., None], name: str, buffer: Buffer) -> None:
+        device = ("cpu", 0) if buffer.array is not None else self._device
+        element: Any = ONNX_BFLOAT16 if buffer.dtype == "bfloat16" else np.dtype(buffer.dtype)
+        bind(name, *device, element, buffer.shape, buffer.address)
+
 
 def is_cache(name: str) -> bool:
     """Whether an input or output is a KV buffer."""
-    return name.startswith((contract.past(0, "key").split(".")[0] + ".", contract.present(0, "key").split(".")[0] + "."))
+    return name.startswith(("past_key_values.", "present."))

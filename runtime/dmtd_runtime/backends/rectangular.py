@@ -20,6 +20,12 @@ class RectangularLayout:
     def __init__(self, slots: int) -> None:
         self._slots = slots
 
+    def split(self, steps: Sequence[SlotStep]) -> Sequence[Sequence[SlotStep]]:
+        return [steps]
+
+    def batch_slots(self, steps: Sequence[SlotStep]) -> range:
+        return range(self._slots)
+
     def sizes(self, graph: contract.GraphName, steps: Sequence[SlotStep]) -> Mapping[str, int]:
         window, late = max(len(s.step.window) for s in steps), max(len(s.step.late) for s in steps)
         if graph == contract.THINKING:
@@ -28,7 +34,9 @@ class RectangularLayout:
             return {"batch": self._slots, "late_len": late, "num_logits": 1}
         return {"batch": self._slots, "window_len": window, "late_len": late, "num_logits": 1}
 
-    def fill(self, graph: contract.GraphName, arrays: Mapping[str, Array], steps: Sequence[SlotStep], fed: Sequence[int]) -> None:
+    def fill(
+        self, graph: contract.GraphName, arrays: Mapping[str, Array], steps: Sequence[SlotStep], fed: Sequence[int]
+    ) -> None:
         late_only = graph == contract.LATE_DECODE
         first = np.array(fed[: self._slots], np.int64)
         late_first = first.copy()
@@ -55,7 +63,9 @@ class RectangularLayout:
         return [s.slot for s in steps if s.step.wants_logits], 0
 
     def _fill_gates(self, arrays: Mapping[str, Array], steps: Sequence[SlotStep]) -> None:
-        hidden, thought, logit_rows = (arrays[name] for name in (contract.GATE_HIDDEN, contract.GATE_THOUGHT, contract.LOGIT_ROWS))
+        hidden, thought, logit_rows = (
+            arrays[name] for name in (contract.GATE_HIDDEN, contract.GATE_THOUGHT, contract.LOGIT_ROWS)
+        )
         hidden[:], thought[:] = True, False
         for s in steps:
             count = len(s.step.late)

@@ -1,0 +1,74 @@
+"""Stages of a long verb on stderr: bars on a terminal, otherwise a line for each stage."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from dmtd_runtime.cli.common import error_console
+
+
+class StageDisplay:
+    """Shows one stage after another; a context manager."""
+
+    def __init__(self) -> None:
+        console = error_console()
+        self._console = console
+        self._quiet = not console.is_terminal
+        self._bar = Progress(
+            TextColumn("{task.description:<20}"),
+            BarColumn(bar_width=40),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            disable=self._quiet,
+        )
+        self._task: TaskID | None = None
+        self._name = ""
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._finish()
+        self._bar.stop()
+
+    def stage(self, name: str, total: int) -> None:
+        """A stage begins; ``total`` 0: its length is not known. Verification names its own parts (:meth:`counted`)."""
+        if name == "verify":
+            return
+        self._finish()
+        self._name = name
+        if self._quiet:
+            self._console.print(f"{name} ...", markup=False)
+        else:
+            self._task = self._bar.add_task(name, total=total or None)
+
+    def advance(self, count: int) -> None:
+        """``count`` more of the stage's total are done."""
+        if self._task is not None:
+            self._bar.advance(self._task, count)
+
+    def counted(self, name: str, done: int, total: int) -> None:
+        """A part of verification: ``done`` of ``total`` steps."""
+        name = f"verify: {name}"
+        if name != self._name:
+            self.stage(name, total)
+        elif self._task is not None:
+            self._bar.update(self._task, completed=done, total=total or None)
+
+    def _finish(self) -> None:
+        if self._task is None:
+            return
+        task = self._bar.tasks[self._bar.task_ids.index(self._task)]
+        if task.total is None:
+            self._bar.update(self._task, total=1, completed=1)
+        else:
+            self._bar.update(self._task, completed=task.total)
+        self._task = None

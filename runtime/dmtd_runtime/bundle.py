@@ -1,0 +1,65 @@
+"""Opening a bundle: manifest, sizes, and hashes the first time a bundle is seen on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dmtd_runtime import contract
+from dmtd_runtime.errors import BundleError
+from dmtd_runtime.manifest import Manifest, load_manifest
+
+
+def open_bundle(directory: Path) -> Manifest:
+    """Load the manifest and check every file against it: sizes always, hashes once.
+
+    Hashes that were right are remembered under the user's cache directory by path, size and modification time.
+    """
+    manifest = load_manifest(directory)
+    manifest.check_files(directory, hashes=False)
+    state = _state(directory, manifest)
+    if not _is_remembered(state):
+        manifest.check_files(directory, hashes=True)
+        # A cache that cannot be written costs a check the next time, no more.
+        with contextlib.suppress(OSError, RuntimeError):
+            mark = cache_directory() / "checked" / state
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    return manifest
+
+
+def read_generation_config(directory: Path) -> dict[str, Any]:
+    """generation_config.json of a bundle, {} if it has none."""
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BundleError(f"{path} cannot be read as JSON ({error}); export the bundle again") from None
+    return raw if isinstance(raw, dict) else {}
+
+
+def cache_directory() -> Path:
+    """$XDG_CACHE_HOME/dmtd, by default ~/.cache/dmtd. RuntimeError for a user without a home directory."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmtd"
+
+
+def _is_remembered(state: str) -> bool:
+    try:
+        return (cache_directory() / "checked" / state).is_file()
+    except (OSError, RuntimeError):  # no home directory, or one that may not be read
+        return False
+
+
+def _state(directory: Path, manifest: Manifest) -> str:
+    """A name for what the bundle's files look like from outside."""
+    state: list[Any] = [str(directory.resolve())]
+    for name in (contract.MANIFEST_FILE, *sorted(manifest.files)):
+        stat = (directory / name).stat()
+        state.append([name, stat.st_size, stat.st_mtime_ns, stat.st_ino])
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()

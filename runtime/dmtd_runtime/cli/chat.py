@@ -1,0 +1,268 @@
+"""``dmtd chat``: a conversation in the terminal. Reading lines and commands; the talking is ``LLM.stream_chat``'s.
+
+Works from a pipe as well: one message a line, no prompts are shown then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.cli import sampling_options as opt
+from dmtd_runtime.cli.common import (
+    BundleArgument,
+    BundleOption,
+    DeviceOption,
+    DialectOption,
+    FullPassOption,
+    MaxModelLenOption,
+    ThreadsOption,
+    note,
+    pick,
+)
+from dmtd_runtime.errors import AbortedError, BackendError, DmtdError, RequestError
+
+if TYPE_CHECKING:
+    from dmtd_runtime.llm import LLM
+    from dmtd_runtime.sampling import SamplingParams
+
+_BACKEND = BackendOptions()
+QUOTES = '"""'
+HELP = '''\
+  /help                  these lines
+  /system TEXT           set the system message and start over; without TEXT, show it
+  /params                show the sampling options
+  /params NAME=VALUE ... change them: /params temperature=0.7 top_p=0.9 stop=["."]
+  /save FILE             write the conversation as JSON
+  /reset                 forget the conversation
+  /exit                  leave (so does Ctrl-D)
+  """                    starts and ends a message of several lines
+  Ctrl-C                 stops an answer'''
+
+
+@dataclass(slots=True, kw_only=True)
+class Conversation:
+    """What was said, and how to answer."""
+
+    params: SamplingParams
+    system: str | None = None
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """All messages, the system's first."""
+        return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
+
+
+class _LeaveError(Exception):
+    """The user asked to leave."""
+
+
+def chat(
+    bundle: BundleArgument = None,
+    model: BundleOption = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Every layer for every token: the baseline.")] = False,
+    greedy: opt.GreedyOption = False,
+    temperature: opt.TemperatureOption = None,
+    top_p: opt.TopPOption = None,
+    top_k: opt.TopKOption = None,
+    min_p: opt.MinPOption = None,
+    repetition_penalty: opt.RepetitionOption = None,
+    seed: opt.SeedOption = None,
+    max_tokens: opt.MaxTokensOption = None,
+    stop: opt.StopOption = None,
+    full_pass: FullPassOption = _BACKEND.full_pass,
+    device: DeviceOption = _BACKEND.device,
+    device_id: Annotated[int, typer.Option(help="Which GPU.")] = _BACKEND.device_id,
+    dialect: DialectOption = _BACKEND.dialect,
+    max_model_len: MaxModelLenOption = _BACKEND.max_model_len,
+    threads: ThreadsOption = _BACKEND.threads,
+) -> None:
+    """Talk to a bundle. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.
+
+    Messages may come from a pipe, one a line.
+    """
+    directory = pick(bundle, model, "BUNDLE")
+    options = BackendOptions(
+        device=device,
+        device_id=device_id,
+        dialect=dialect,
+        full_pass=full_pass,
+        max_model_len=max_model_len,
+        threads=threads,
+    )
+    given = {
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "max_tokens": max_tokens,
+        "stop": stop or None,
+    }
+    with opt.open_llm(directory, options, plain=plain) as llm:
+        if llm.tokenizer is None or not llm.has_chat_template:
+            missing = "tokenizer" if llm.tokenizer is None else "chat template"
+            raise RequestError(f"this bundle has no {missing}, which chatting needs; use dmtd generate instead")
+        params = opt.sampling_params(llm.default_params, greedy=greedy, temperature=temperature, given=given)
+        _talk(llm, Conversation(params=params, system=system))
+
+
+def _talk(llm: LLM, conversation: Conversation) -> None:
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (gives input() its line editing and history)
+        cycle = llm.manifest.cycle
+        split = f"E{cycle.encoding_layers} T{cycle.thinking_layers} D{cycle.decoding_layers}"
+        note(f"{split}, cycle of {cycle.cycle_length}. /help for commands.")
+    while True:
+        try:
+            message = _read_message(interactive)
+            if message.startswith("/"):
+                _command(message, conversation)
+            elif message:
+                _answer(llm, conversation, message)
+        except (EOFError, _LeaveError):
+            if interactive:
+                note("")
+            return
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            note("\n(Ctrl-D or /exit leaves)")
+        except (AbortedError, BackendError):
+            raise  # the engine is gone
+        except DmtdError as error:
+            note(f"error: {error}")
+
+
+def _read_message(interactive: bool) -> str:
+    """One message: a line, or several between triple quotes."""
+    line = _read_line("> " if interactive else "").strip()
+    if not line.startswith(QUOTES):
+        return line
+    text = line.removeprefix(QUOTES)
+    while QUOTES not in text:
+        text += "\n" + _read_line(". " if interactive else "")
+    return text[: text.index(QUOTES)].strip()
+
+
+def _read_line(prompt: str) -> str:
+    if prompt:
+        return input(prompt)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.rstrip("\n")
+
+
+def _answer(llm: LLM, conversation: Conversation, message: str) -> None:
+    """Stream the answer; Ctrl-C keeps what has been said."""
+    asked = {"role": "user", "content": message}
+    # Made before the message counts as said: one that is refused (too long, say) leaves the conversation as it was.
+    stream = llm.stream_chat([*conversation.messages, asked], conversation.params)
+    text, count, stopped, reason = "", 0, False, None
+    start = first = time.perf_counter()
+    try:
+        for delta in stream:
+            if count == 0:
+                first = time.perf_counter()
+            count += len(delta.token_ids)
+            reason = delta.finish_reason or reason
+            text += delta.text
+            typer.echo(delta.text, nl=False)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+        stopped = True
+    finally:
+        closing = getattr(stream, "close", None)
+        if closing is not None:
+            closing()  # cancels the request if it still runs
+    seconds = time.perf_counter() - first
+    typer.echo()
+    conversation.turns += [asked, {"role": "assistant", "content": text}]
+    if sys.stderr.isatty():
+        rate = f"{(count - 1) / seconds:.1f} tok/s, " if count > 1 and seconds > 0 else ""
+        end = "stopped" if stopped else {"length": "cut at the length limit"}.get(reason or "", "")
+        typer.secho(
+            f"[{count} tokens, {rate}first after {(first - start) * 1e3:.0f} ms{', ' + end if end else ''}]",
+            err=True,
+            dim=True,
+        )
+
+
+def _command(line: str, conversation: Conversation) -> None:
+    name, _, argument = line.partition(" ")
+    argument = argument.strip()
+    if name in ("/exit", "/quit"):
+        raise _LeaveError
+    if name == "/help":
+        note(HELP)
+    elif name == "/reset":
+        conversation.turns.clear()
+        note("(forgotten)")
+    elif name == "/system":
+        if argument:
+            conversation.system = argument
+            conversation.turns.clear()
+        note(f"(system: {conversation.system or 'none'})")
+    elif name == "/params":
+        if argument:
+            conversation.params = change_params(conversation.params, argument)
+        note("\n".join(f"  {f.name}={getattr(conversation.params, f.name)!r}" for f in fields(conversation.params)))
+    elif name == "/save":
+        _save(conversation, argument)
+    else:
+        note(f"error: {name}: no such command; /help lists them")
+
+
+def change_params(params: SamplingParams, text: str) -> SamplingParams:
+    """Sampling options changed by ``NAME=VALUE`` words; a value is JSON, ``none`` unsets.
+
+    Raises:
+        RequestError: an unknown name, or a value that does not fit.
+    """
+    known = {f.name for f in fields(params)} - {"n"}
+    changes: dict[str, object] = {}
+    for word in text.split():
+        name, equals, value = word.partition("=")
+        name = name.replace("-", "_")
+        if not equals or name not in known:
+            raise RequestError(f"/params: got {word!r}, expected NAME=VALUE with one of {', '.join(sorted(known))}")
+        try:
+            changes[name] = None if value.lower() == "none" else json.loads(value)
+        except ValueError:
+            changes[name] = value
+    return replace(params, **changes)  # type: ignore[arg-type]
+
+
+def _save(conversation: Conversation, name: str) -> None:
+    """Write beside the file, then take its place: an old one is never half overwritten."""
+    if not name:
+        raise RequestError("/save: no file named; write /save FILE")
+    path = Path(name).expanduser()
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(
+            json.dumps({"messages": conversation.messages}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+        )
+        partial.replace(path)
+    except OSError as error:
+        raise RequestError(f"/save: {path} cannot be written ({error.strerror}); name another file") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+    note(f"(saved to {path})")

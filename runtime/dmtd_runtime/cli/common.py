@@ -1,0 +1,164 @@
+"""What all verbs share: which bundle, how errors end, where lines go.
+
+Results go to stdout, everything else to stderr. A ``DmtdError`` (or dmtd_models' ModelError, or a full disk) is one line and
+exit code 1, wrong usage 2 (typer's own), Ctrl-C 130; a bug keeps its traceback. Nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import typer
+from rich.console import Console
+
+from dmtd_runtime.errors import DmtdError
+
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
+
+BundleArgument = Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="Directory made by `dmtd export`.")]
+BundleOption = Annotated[Path | None, typer.Option("--model", "-m", help="The bundle, instead of the argument.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+
+T = TypeVar("T")
+
+
+class MissingExtraError(DmtdError):
+    """A library of an optional extra is not installed."""
+
+
+# The values of backends.base.BackendOptions, spelled again because that module needs numpy; a test compares them.
+FullPass = Literal["staged", "fused"]
+DeviceOption = Annotated[
+    Literal["cpu", "cuda"], typer.Option(help="Where to run; cuda takes a float16 or bfloat16 bundle.")
+]
+DialectOption = Annotated[
+    Literal["onnxruntime", "standard"] | None,
+    typer.Option(help="Which graphs; by default onnxruntime's where the bundle has them."),
+]
+FullPassOption = Annotated[
+    FullPass, typer.Option(help="staged holds every weight once; fused runs one graph and takes more memory.")
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Threads; by default one for each core this process may use.")
+]
+MaxModelLenOption = Annotated[
+    int | None, typer.Option(min=1, help="Prompt and answer together; by default the bundle's limit.")
+]
+
+
+def error_console() -> Console:
+    """Where progress and logs go."""
+    return Console(stderr=True, highlight=False)
+
+
+def note(line: str) -> None:
+    """One line for a person, on stderr."""
+    typer.echo(line, err=True)
+
+
+def pick(argument: T | None, option: T | None, name: str) -> T:
+    """The value given as argument or option; exactly one of them."""
+    if argument is not None and option is not None:
+        raise typer.BadParameter(f"{name}: give it once, as the argument or with -m/--model")
+    if argument is not None:
+        return argument
+    if option is None:
+        raise typer.BadParameter(f"{name}: missing; give it as the first argument or with -m/--model")
+    return option
+
+
+def require(verb: str, modules: Sequence[str], install: str) -> None:
+    """Raise MissingExtraError with the pip line if one of ``modules`` cannot be imported."""
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise MissingExtraError(
+                f"dmtd {verb} needs {name}, which cannot be imported ({error}); run: pip install {install}"
+            ) from None
+
+
+@contextlib.contextmanager
+def friendly_errors() -> Iterator[None]:
+    """Turn what a verb raises on purpose into one line on stderr and an exit code."""
+    try:
+        yield
+        sys.stdout.flush()
+    except DmtdError as error:
+        raise _fail(str(error)) from error
+    except KeyboardInterrupt:
+        _release_streams()
+        note("interrupted")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError:
+        # Whoever read the output has gone: be quiet, and keep the interpreter from writing to it once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(EXIT_BROKEN_PIPE) from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _fail(
+                f"no space left on the device ({error.filename or 'output'}); free some and try again"
+            ) from error
+        raise
+    except ValueError as error:
+        if type(error).__module__ != "dmtd_models.errors":
+            raise
+        raise _fail(str(error)) from error
+
+
+def _fail(message: str) -> typer.Exit:
+    note("error: " + " ".join(message.split()))
+    return typer.Exit(EXIT_ERROR)
+
+
+def _release_streams() -> None:
+    """End a line of output that was cut short."""
+    with contextlib.suppress(OSError):
+        if sys.stdout.isatty():
+            sys.stdout.write("\n")
+        sys.stdout.flush()
+
+
+class _LineHandler(logging.Handler):
+    """One line a record on stderr, and the traceback of a bug where the record carries one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(f"{record.levelname.lower()}: {record.getMessage()}")
+        if record.exc_info:
+            note("".join(traceback.format_exception(*record.exc_info)).rstrip())
+
+
+@contextlib.contextmanager
+def logs_to_stderr(*, without: str | None = None) -> Iterator[None]:
+    """Show the product's warnings as lines on stderr; ``without`` names a phrase that the verb tells itself."""
+    handler = _LineHandler(logging.WARNING)
+    if without:
+        handler.addFilter(lambda record: without not in record.getMessage())
+    logger = logging.getLogger("dmtd")
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
+def human_bytes(count: float) -> str:
+    """Bytes for people, decimal units: 538 MB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= size:
+            value = count / size
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+    return f"{count:.0f} B"

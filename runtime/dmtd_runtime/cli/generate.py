@@ -1,0 +1,212 @@
+"""``dmtd generate``: one prompt, its text streamed to stdout, one closing line of figures on stderr."""
+
+from __future__ import annotations
+
+import json as json_text
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dmtd_runtime.backends.base import BackendOptions, RunStats
+from dmtd_runtime.cli import sampling_options as opt
+from dmtd_runtime.cli.common import (
+    BundleArgument,
+    BundleOption,
+    DeviceOption,
+    DialectOption,
+    FullPassOption,
+    JsonOption,
+    MaxModelLenOption,
+    ThreadsOption,
+    note,
+    pick,
+)
+from dmtd_runtime.errors import RequestError
+from dmtd_runtime.outputs import Delta
+
+if TYPE_CHECKING:
+    from dmtd_runtime.llm import LLM
+    from dmtd_runtime.sampling import SamplingParams
+
+_BACKEND = BackendOptions()
+
+
+@dataclass(slots=True, kw_only=True)
+class Answer:
+    """What came of a prompt, and the times of it; ``full_passes`` and ``late_steps`` are the decoding's."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    prompt_tokens: int = 0
+    first_token_s: float | None = None
+    total_s: float = 0.0
+    decode_tok_per_s: float | None = None
+    full_passes: int = 0
+    late_steps: int = 0
+
+    def closing_line(self) -> str:
+        """Figures for a person."""
+        parts = [f"{len(self.token_ids)} tokens"]
+        if self.decode_tok_per_s is not None:
+            parts.append(f"{self.decode_tok_per_s:.1f} tok/s")
+        if self.first_token_s is not None:
+            parts.append(f"first token {self.first_token_s * 1e3:.0f} ms ({self.prompt_tokens} of prompt)")
+        steps = self.full_passes + self.late_steps
+        if self.full_passes > 0:
+            parts.append(f"{self.full_passes} full passes, {steps / self.full_passes:.2f} tokens each")
+        return f"[{' | '.join(parts)} | ended by {self.finish_reason or 'interruption'}]"
+
+
+def generate(
+    bundle: BundleArgument = None,
+    model: BundleOption = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The prompt; - or none of these reads stdin.")
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file that holds the prompt (UTF-8).")] = None,
+    token_ids: Annotated[str | None, typer.Option(help="The prompt as token ids: 1,2,3.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="The prompt as it stands, without the chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message, for the chat template.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Every layer for every token: the baseline.")] = False,
+    greedy: opt.GreedyOption = False,
+    temperature: opt.TemperatureOption = None,
+    top_p: opt.TopPOption = None,
+    top_k: opt.TopKOption = None,
+    min_p: opt.MinPOption = None,
+    presence_penalty: opt.PresenceOption = None,
+    frequency_penalty: opt.FrequencyOption = None,
+    repetition_penalty: opt.RepetitionOption = None,
+    seed: opt.SeedOption = None,
+    max_tokens: opt.MaxTokensOption = None,
+    min_tokens: opt.MinTokensOption = None,
+    stop: opt.StopOption = None,
+    stop_token_ids: opt.StopIdsOption = None,
+    ignore_eos: opt.IgnoreEosOption = False,
+    logit_bias: opt.LogitBiasOption = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds after which the answer is cut.")] = None,
+    full_pass: FullPassOption = _BACKEND.full_pass,
+    device: DeviceOption = _BACKEND.device,
+    device_id: Annotated[int, typer.Option(help="Which GPU.")] = _BACKEND.device_id,
+    dialect: DialectOption = _BACKEND.dialect,
+    max_model_len: MaxModelLenOption = _BACKEND.max_model_len,
+    threads: ThreadsOption = _BACKEND.threads,
+    json: JsonOption = False,
+) -> None:
+    """Generate text for a prompt; it appears as it is made.
+
+    A bundle with a chat template answers the prompt as a user's message, unless --raw is given. A bundle without a tokenizer
+    takes --token-ids and prints token ids.
+    """
+    directory = pick(bundle, model, "BUNDLE")
+    asked = _read_prompt(prompt, prompt_file, opt.parse_ids(token_ids, "--token-ids"))
+    given = {
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "max_tokens": max_tokens,
+        "min_tokens": min_tokens,
+        "stop": stop or None,
+        "stop_token_ids": opt.parse_ids(stop_token_ids, "--stop-token-ids"),
+        "ignore_eos": ignore_eos,
+        "logit_bias": opt.parse_logit_bias(logit_bias),
+    }
+    options = BackendOptions(
+        device=device,
+        device_id=device_id,
+        dialect=dialect,
+        full_pass=full_pass,
+        max_model_len=max_model_len,
+        threads=threads,
+    )
+    with opt.open_llm(directory, options, plain=plain) as llm:
+        params = opt.sampling_params(llm.default_params, greedy=greedy, temperature=temperature, given=given)
+        ids = _prompt_ids(llm, asked, raw=raw, system=system)
+        answer = _run(llm, ids, params, timeout, show=not json)
+    if json:
+        typer.echo(json_text.dumps({"schema": 1, "plain": plain, **asdict(answer)}))
+    else:
+        note(answer.closing_line())
+
+
+def _read_prompt(prompt: str | None, file: Path | None, ids: list[int] | None) -> str | list[int]:
+    if sum(source is not None for source in (prompt, file, ids)) > 1:
+        raise typer.BadParameter("give one of --prompt, --prompt-file and --token-ids")
+    if ids is not None:
+        return ids
+    if file is not None:
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"--prompt-file: {file} cannot be read ({error}); name a UTF-8 text file") from None
+    if prompt is not None and prompt != "-":
+        return prompt
+    if sys.stdin.isatty() and prompt is None:
+        raise typer.BadParameter("no prompt: give --prompt, --prompt-file or --token-ids, or write it to stdin")
+    return sys.stdin.read()
+
+
+def _prompt_ids(llm: LLM, asked: str | list[int], *, raw: bool, system: str | None) -> list[int]:
+    """The prompt as the model gets it, in token ids, so that its length can be told."""
+    if isinstance(asked, list):
+        return asked
+    if not asked.strip():
+        raise RequestError("prompt: got an empty prompt, expected text; give it with -p")
+    if llm.tokenizer is None:
+        raise RequestError("this bundle has no tokenizer: give --token-ids 1,2,3 instead of text")
+    if raw or not llm.has_chat_template:
+        if system is not None:
+            raise RequestError("--system needs a chat template and no --raw; put it into the prompt instead")
+        return llm.tokenizer.encode(asked)
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": asked})
+    return llm.tokenizer.encode(llm.render_chat(messages), add_special_tokens=False)
+
+
+def _run(llm: LLM, ids: list[int], params: SamplingParams, timeout: float | None, *, show: bool) -> Answer:
+    answer, times = Answer(prompt_tokens=len(ids)), []
+    # Only this request runs, so the counts are its own; the prompt's passes are known from its length.
+    prefill_passes = -(-len(ids) // llm.manifest.model.max_window)
+    before = RunStats(full_passes=llm.stats.full_passes + prefill_passes, late_steps=llm.stats.late_steps)
+    start = time.perf_counter()
+    for delta in llm.stream(ids, params, timeout_s=timeout):
+        if delta.token_ids:
+            times.append(time.perf_counter())
+        _take(answer, delta)
+        if show:
+            _show(llm, delta, first=len(times) == 1)
+    answer.total_s = time.perf_counter() - start
+    if show:
+        typer.echo()
+    if times:
+        answer.first_token_s = times[0] - start
+        answer.full_passes = llm.stats.full_passes - before.full_passes
+        answer.late_steps = llm.stats.late_steps - before.late_steps
+    if len(times) > 1 and times[-1] > times[0]:
+        answer.decode_tok_per_s = (len(answer.token_ids) - 1) / (times[-1] - times[0])
+    return answer
+
+
+def _take(answer: Answer, delta: Delta) -> None:
+    answer.text += delta.text
+    answer.token_ids += delta.token_ids
+    if delta.finish_reason is not None:
+        answer.finish_reason, answer.stop_reason = delta.finish_reason, delta.stop_reason
+
+
+def _show(llm: LLM, delta: Delta, *, first: bool) -> None:
+    text = delta.text
+    if llm.tokenizer is None and delta.token_ids:
+        text = ("" if first else " ") + " ".join(map(str, delta.token_ids))
+    if text:
+        typer.echo(text, nl=False)
+        sys.stdout.flush()

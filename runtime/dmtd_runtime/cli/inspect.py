@@ -1,0 +1,25 @@
+"""``dmtd inspect``: a bundle without running it."""
+
+from __future__ import annotations
+
+import json as json_text
+
+import typer
+from rich.console import Console
+
+from dmtd_runtime import inspect_bundle
+from dmtd_runtime.cli.common import BundleArgument, BundleOption, JsonOption, pick
+from dmtd_runtime.manifest import load_manifest
+
+
+def inspect(bundle: BundleArgument = None, model: BundleOption = None, json: JsonOption = False) -> None:
+    """Draw a bundle's split and cycle; list its graphs, bytes, and the speed-up the bytes allow.
+
+    Reads manifest.json alone; `dmtd verify` checks the rest against it.
+    """
+    manifest = load_manifest(pick(bundle, model, "BUNDLE"))
+    if json:
+        typer.echo(json_text.dumps(inspect_bundle.to_json(manifest)))
+        return
+    console = Console(highlight=False)
+    console.print(inspect_bundle.render(manifest, width=console.width))

@@ -1,0 +1,151 @@
+"""One static batch, from prompts to finished sequences: plan -> run -> commit -> choose, until all are done.
+
+No threads and no requests here: ``engine.py`` forms batches of :class:`SequenceRun` and is told of every token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dmtd_runtime.backends.base import Array, Backend, SlotStep
+from dmtd_runtime.cycle import CyclePlan, Position, Step
+from dmtd_runtime.errors import DmtdError
+from dmtd_runtime.sampler import Choice, Sampler
+from dmtd_runtime.stops import StopRules
+
+FinishReason = Literal["stop", "length", "abort", "deadline"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEvent:
+    """What happened to a sequence: a token and the text it released, and the end of it if ``finish_reason`` is set.
+
+    ``choice`` is None where the sequence was ended from outside; ``error`` is set where it failed.
+    """
+
+    choice: Choice | None
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: DmtdError | None = None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class SequenceRun:
+    """One sequence on its way through the loop, equal to itself alone. ``ids`` grows by every chosen token."""
+
+    ids: list[int]
+    sampler: Sampler
+    stops: StopRules
+    on_event: Callable[[TokenEvent], None]
+    cancelled: Callable[[], FinishReason | None] = lambda: None
+    deadline: float | None = None  # of time.monotonic()
+    started: float | None = None  # when its batch began
+    ended: bool = False
+    failed: bool = False
+    slot: int = -1
+    position: Position = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.position = Position(prompt_len=len(self.ids))
+
+    def is_late(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def tell(self, event: TokenEvent) -> None:
+        """Hand an event on, and note the end."""
+        self.failed = event.error is not None
+        self.ended = self.failed or event.finish_reason is not None
+        self.on_event(event)
+
+
+def run_batch(
+    backend: Backend,
+    plan: CyclePlan,
+    sequences: Sequence[SequenceRun],
+    *,
+    between_steps: Callable[[], None] = lambda: None,
+) -> None:
+    """Run ``sequences`` (at most ``backend.slots``) to their ends. Errors of the backend itself pass through."""
+    assert len(sequences) <= backend.slots, f"{len(sequences)} sequences for {backend.slots} slots"
+    active = list(sequences)
+    for slot, sequence in enumerate(active):
+        sequence.slot = slot
+        backend.reset(slot)
+    while True:
+        between_steps()
+        _end_cancelled(backend, active)
+        if not active:
+            return
+        steps = plan.next_steps([sequence.position for sequence in active], backend.max_rows)
+        taking_part = [(active[index], step) for index, step in steps]
+        slot_steps = [_slot_step(sequence, step) for sequence, step in taking_part]
+        if backend.chooses_tokens and not any(sequence.sampler.needs_logits for sequence, _ in taking_part):
+            rows = backend.run(slot_steps, greedy=True)
+        else:
+            rows = backend.run(slot_steps)
+        finished = _take_tokens(taking_part, rows)
+        # From the last slot down: what moves into a gap is then alive, and NaN of a failed sequence is never carried along.
+        for sequence in reversed(finished):
+            _leave(backend, active, sequence)
+
+
+def _slot_step(sequence: SequenceRun, step: Step) -> SlotStep:
+    first = step.window.start if step.window else step.late.start
+    return SlotStep(slot=sequence.slot, step=step, ids=sequence.ids[first : step.late.stop])
+
+
+def _take_tokens(steps: Sequence[tuple[SequenceRun, Step]], rows: Array) -> list[SequenceRun]:
+    """Commit every step, choose a token where one is due (from logits, or as the device chose); returns what ended."""
+    finished, row = [], 0
+    for sequence, step in steps:
+        sequence.position.commit(step)
+        if not step.wants_logits:
+            continue
+        event = _choose(sequence, rows[row])
+        row += 1
+        sequence.tell(event)
+        if sequence.ended:
+            finished.append(sequence)
+    return finished
+
+
+def _choose(sequence: SequenceRun, row: Array) -> TokenEvent:
+    """``row``: logits [vocab], or the device's choice, a scalar that is negative where logits were not finite."""
+    try:
+        if row.ndim == 1:
+            choice = sequence.sampler.choose(row)
+        else:
+            choice = sequence.sampler.take(int(row))
+    except DmtdError as error:
+        return TokenEvent(choice=None, error=error)
+    sequence.ids.append(choice.token_id)
+    outcome = sequence.stops.push(choice.token_id)
+    return TokenEvent(
+        choice=choice, text=outcome.text, finish_reason=outcome.finish_reason, stop_reason=outcome.stop_reason
+    )
+
+
+def _end_cancelled(backend: Backend, active: list[SequenceRun]) -> None:
+    for sequence in reversed(list(active)):
+        reason = sequence.cancelled() or ("deadline" if sequence.is_late() else None)
+        if reason is not None:
+            sequence.tell(TokenEvent(choice=None, text=sequence.stops.flush(), finish_reason=reason))
+            _leave(backend, active, sequence)
+
+
+def _leave(backend: Backend, active: list[SequenceRun], sequence: SequenceRun) -> None:
+    """Free the slot; the last sequence moves into the gap, so that a smaller batch costs less."""
+    slot, last = sequence.slot, active[-1]
+    backend.reset(slot, clear=sequence.failed)  # a failed run may have left NaN in the cache
+    if last is sequence:
+        active.pop()
+    elif backend.move(last.slot, slot):
+        active[active.index(sequence)] = active.pop()
+        last.slot = slot
+    else:
+        active.remove(sequence)

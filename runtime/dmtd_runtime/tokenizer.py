@@ -1,0 +1,371 @@
+"""Text to token ids and back: ``Tokenizer`` over the bundle's tokenizer.json, ``TextStream`` for text as it grows.
+
+Flow: prompt text -> ``Tokenizer.encode`` -> the model; chosen ids -> ``TextStream`` -> stops.py -> the client.
+A bundle without tokenizer.json has no ``Tokenizer`` and works on token ids.
+
+A prompt gets the special tokens (a BOS, say) that tokenizer.json adds. Text from a chat template has them already:
+encode it with ``add_special_tokens=False``. Nothing here renders chats or looks for stop strings.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from dmtd_runtime.errors import BundleError, RequestError
+
+MAX_TOKENIZER_BYTES = 256 << 20
+MAX_CONFIG_BYTES = 64 << 20
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+class Tokenizer:
+    """A tokenizer.json with what the files beside it say of special tokens. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        core: tokenizers.Tokenizer,
+        *,
+        eos_token_ids: Sequence[int] = (),
+        special_tokens: "SpecialTokens | None" = None,
+    ) -> None:
+        """Wraps a loaded tokenizer; ``from_directory`` is the usual way in.
+
+        Args:
+            core: The tokenizer; its truncation and padding are switched off.
+            eos_token_ids: Ids that end a sequence.
+            special_tokens: BOS and EOS as text; None: neither.
+        """
+        # Settings left from training would cut or fill prompts silently.
+        core.no_truncation()
+        core.no_padding()
+        self._core = core
+        added = core.get_added_tokens_decoder()
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._vocab_size = max([core.get_vocab_size(with_added_tokens=True), *(token_id + 1 for token_id in added)])
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._special_tokens = special_tokens or SpecialTokens()
+        self._decoders = _decoder_types(core)
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> "Tokenizer | None":
+        """Reads tokenizer.json, and the special tokens from the three config files beside it.
+
+        Args:
+            path: A bundle, or a Hugging Face model directory.
+
+        Returns:
+            The tokenizer; None where there is no tokenizer.json.
+
+        Raises:
+            BundleError: A file is broken.
+        """
+        directory = Path(path)
+        file = directory / "tokenizer.json"
+        if not file.exists():
+            return None
+        text = _read_text(file, MAX_TOKENIZER_BYTES)
+        try:
+            core = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises nothing more precise
+            reason = " ".join(str(error).split())
+            raise BundleError(f"{file}: not a usable tokenizer ({reason}); export the model again") from error
+        special = SpecialTokens.from_directory(directory)
+        eos_token_ids = list(eos_token_ids_of(directory))
+        if special.eos_token is not None:
+            eos_id = core.token_to_id(special.eos_token)
+            if eos_id is None:
+                raise BundleError(
+                    f"{directory / 'tokenizer_config.json'}: eos_token: got {special.eos_token!r}, expected a token of "
+                    "tokenizer.json; correct the file"
+                )
+            eos_token_ids.append(eos_id)
+        return cls(core, eos_token_ids=tuple(dict.fromkeys(eos_token_ids)), special_tokens=special)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a sequence: those of the model's configs and of ``eos_token``."""
+        return self._eos_token_ids
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The id of ``bos_token``, None where the model has none."""
+        return None if self.bos_token is None else self._core.token_to_id(self.bos_token)
+
+    @property
+    def bos_token(self) -> str | None:
+        """BOS as text, for chat templates."""
+        return self._special_tokens.bos_token
+
+    @property
+    def eos_token(self) -> str | None:
+        """EOS as text, for chat templates."""
+        return self._special_tokens.eos_token
+
+    @property
+    def vocab_size(self) -> int:
+        """One past the largest id that stands for text; a model's logits may be a few more (padding)."""
+        return self._vocab_size
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Turns text into token ids.
+
+        Args:
+            text: Any text; special tokens written out in it become special tokens.
+            add_special_tokens: Whether tokenizer.json's own BOS / EOS are added; False for text from a chat template.
+
+        Returns:
+            Token ids, possibly none.
+
+        Raises:
+            RequestError: Not text, or text with half a surrogate pair.
+        """
+        if not isinstance(text, str):
+            raise RequestError(f"prompt: got {type(text).__name__}, expected a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"prompt: got half a surrogate pair at character {error.start}, expected text that UTF-8 can write; "
+                "remove it"
+            ) from error
+        return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Turns token ids into text.
+
+        Args:
+            ids: Token ids; those that stand for no text (padding of the model's head) give none.
+            skip_special_tokens: Whether special tokens are left out.
+
+        Returns:
+            The text; bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            RequestError: A negative id, or one beyond 32 bits.
+        """
+        try:
+            return str(self._core.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        except OverflowError as error:
+            raise RequestError(
+                "token ids: got a negative id or one beyond 32 bits, expected ids of the model"
+            ) from error
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token written as in tokenizer.json, None if there is none."""
+        return self._core.token_to_id(token)
+
+    def text_stream(self, *, skip_special_tokens: bool = True) -> "TextStream":
+        """A fresh stream for one sequence."""
+        return TextStream(self, skip_special_tokens=skip_special_tokens)
+
+    def token_for_text(self, token_id: int, *, skip_special_tokens: bool) -> str | None:
+        """A token as tokenizer.json writes it; None where it gives no text (unknown, or special and skipped)."""
+        if skip_special_tokens and token_id in self._special_ids:
+            return None
+        return self._core.id_to_token(token_id)
+
+    @property
+    def decoder_types(self) -> tuple[str, ...]:
+        """The kinds of tokenizer.json's decoder steps, in order."""
+        return self._decoders
+
+
+class TextStream:
+    """The text of a growing sequence, piece by piece.
+
+    All pieces and the flush together equal ``Tokenizer.decode`` of all ids. A piece never ends inside a character.
+    A token's cost does not grow with the text before it (one exception below).
+
+    Byte-level decoders (GPT-2's kind: Llama 3, Qwen, SmolLM) map each token to bytes, so an incremental UTF-8 decoder
+    is exact. Every other decoder is run over the tokens of the last piece and the new ones, and the difference is the
+    new text; with byte fallback (Llama 2's kind), whose decoder judges a run of byte tokens as a whole, the run is held
+    back until it ends. Where byte level is one step of a longer decoder, a run of broken bytes is held back the same
+    way, and read again with every token: no known model of our families has such a decoder.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        """Starts an empty text.
+
+        Args:
+            tokenizer: Where the ids come from.
+            skip_special_tokens: As for ``Tokenizer.decode``.
+        """
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_byte_level = [kind for kind in tokenizer.decoder_types if kind != "Fuse"] == ["ByteLevel"]
+        self._has_byte_tokens = "ByteFallback" in tokenizer.decoder_types
+        self._may_be_partial = "ByteLevel" in tokenizer.decoder_types
+        self._anchor: list[int] = []
+        self._pending: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """Takes the next token.
+
+        Args:
+            token_id: Any id of the model.
+
+        Returns:
+            The text that is certain now, often none.
+        """
+        token = self._tokenizer.token_for_text(token_id, skip_special_tokens=self._skip_special_tokens)
+        if token is None:
+            return ""
+        if self._is_byte_level:
+            return self._utf8.decode(_bytes_of(token))
+        self._pending.append(token_id)
+        if self._has_byte_tokens and _BYTE_TOKEN.fullmatch(token):
+            return ""
+        return self._take_pending(final=False)
+
+    def flush(self) -> str:
+        """Ends the text.
+
+        Returns:
+            What is left; a character that was cut short becomes U+FFFD.
+        """
+        if self._is_byte_level:
+            return self._utf8.decode(b"", final=True)
+        return self._take_pending(final=True) if self._pending else ""
+
+    def _take_pending(self, *, final: bool) -> str:
+        before = self._decode(self._anchor)
+        text = self._decode(self._anchor + self._pending)
+        if not final:
+            if not text.startswith(before):  # a decoder that changes what it said: only the end will tell
+                return ""
+            if self._may_be_partial and text.endswith("\ufffd"):
+                return ""
+        piece = text[len(before) :]
+        if piece:
+            self._anchor = self._pending
+            self._pending = []
+        elif self._anchor:
+            self._pending = []  # says nothing and need not be read again; at the start it may eat the first space
+        return piece
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens) if ids else ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpecialTokens:
+    """BOS and EOS as text, from tokenizer_config.json; None where the model has none."""
+
+    bos_token: str | None = None
+    eos_token: str | None = None
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> "SpecialTokens":
+        """Reads tokenizer_config.json; both are None where it is absent.
+
+        Raises:
+            BundleError: The file is broken.
+        """
+        config = read_config(directory / "tokenizer_config.json")
+        return cls(bos_token=_token_text(config, "bos_token"), eos_token=_token_text(config, "eos_token"))
+
+
+def eos_token_ids_of(directory: str | Path) -> tuple[int, ...]:
+    """End-of-sequence ids of generation_config.json or, where it names none, of config.json.
+
+    Args:
+        directory: A bundle, or a Hugging Face model directory; it needs no tokenizer.
+
+    Returns:
+        Ids in the order of the file, possibly none.
+
+    Raises:
+        BundleError: A file is broken.
+    """
+    for name in ("generation_config.json", "config.json"):
+        file = Path(directory) / name
+        value = read_config(file).get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+            raise BundleError(f"{file}: eos_token_id: got {value!r}, expected a token id or a list of them; correct it")
+        if ids:
+            return tuple(ids)
+    return ()
+
+
+def read_config(file: Path) -> Mapping[str, Any]:
+    """Reads a small JSON file of a bundle.
+
+    Args:
+        file: Its path.
+
+    Returns:
+        The object; empty where the file is absent.
+
+    Raises:
+        BundleError: Too large, unreadable, or not a JSON object.
+    """
+    if not file.exists():
+        return {}
+    text = _read_text(file, MAX_CONFIG_BYTES)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{file}: not JSON ({error}); export the model again") from error
+    if not isinstance(value, dict):
+        raise BundleError(f"{file}: got a JSON {type(value).__name__}, expected an object; export the model again")
+    return value
+
+
+def _read_text(file: Path, max_bytes: int) -> str:
+    try:
+        size = file.stat().st_size
+        if size > max_bytes:
+            raise BundleError(f"{file}: got {size} bytes, expected at most {max_bytes}; is this the right file?")
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{file}: cannot be read ({error}); export the model again") from error
+
+
+def _token_text(config: Mapping[str, Any], name: str) -> str | None:
+    value = config.get(name)
+    if isinstance(value, dict):
+        value = value.get("content")
+    if value is not None and not isinstance(value, str):
+        raise BundleError(f"tokenizer_config.json: {name}: got {value!r}, expected a token's text; correct the file")
+    return value
+
+
+def _decoder_types(core: tokenizers.Tokenizer) -> tuple[str, ...]:
+    """The kinds of the decoder's steps, sequences flattened."""
+    decoder = core.decoder
+    if decoder is None:
+        return ()
+
+    def flat(state: Mapping[str, Any]) -> list[str]:
+        if state.get("type") == "Sequence":
+            return [kind for step in state.get("decoders", ()) for kind in flat(step)]
+        return [str(state.get("type"))]
+
+    return tuple(flat(json.loads(decoder.__getstate__())))
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Character -> byte of byte-level tokens: printable Latin-1 stands for itself, the rest for 256, 257, ..."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+def _bytes_of(token: str) -> bytes:
+    """The bytes of a byte-level token; one with a character outside the alphabet (an added token) is plain text."""
+    try:
+        return bytes([_BYTE_OF[char] for char in token])
+    except KeyError:
+        return token.encode()

@@ -1,0 +1,24 @@
+"""Tiny bundles that tests of the command line share, exported once a session by their fixtures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dmtd_export.export import export_bundle
+from dmtd_export.options import ExportOptions
+from dmtd_models.testing import write_tiny_checkpoint
+
+
+def make_checkpoint(directory: Path, *, tokenizer: bool = True) -> Path:
+    """Five layers of random Llama."""
+    return write_tiny_checkpoint(directory, family="llama", layers=5, tokenizer=tokenizer)
+
+
+def make_bundle(directory: Path, *, tokenizer: bool = True) -> Path:
+    """E0 T3 D2, cycle of 3, float32, batches of up to 2."""
+    checkpoint = make_checkpoint(directory / "checkpoint", tokenizer=tokenizer)
+    options = ExportOptions(
+        decoding_layers=2, cycle_length=3, cycle_origin="prompt", prompt_input="thinking", max_batch=2
+    )
+    export_bundle(checkpoint, directory / "bundle", options)
+    return directory / "bundle"

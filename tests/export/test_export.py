@@ -1,0 +1,314 @@
+"""What an export writes: exactly the files and records that its options and its checkpoint ask for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+from export_support import WARNINGS_OF_PLAIN, export, read_manifest, snapshot
+
+from dmtd_export.errors import ExportError
+from dmtd_export.export import Progress, export_bundle
+from dmtd_export.options import ExportOptions
+from dmtd_models.errors import ModelError
+from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_runtime import LLM, RequestError, SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+STANDARD = {"full_pass.onnx", "thinking.onnx", "late_decode.onnx"}
+ORT = {"full_pass.ort.onnx", "thinking.ort.onnx", "late_decode.ort.onnx"}
+ORT_BATCH = {f"{graph}.ort.batch{slots}.onnx" for graph in ("full_pass", "thinking") for slots in (2, 4, 8)}
+ALWAYS = {"manifest.json", "model.onnx.data", "polygraphy_data.py", "config.json"}
+ORIGINAL = {"num_encoding_layers": 1, "num_thinking_layers": 1, "num_decoding_layers": 2, "mtp_horizon": 3}
+LATER = {
+    "num_parallel_layers": 3,
+    "num_sequential_layers": 1,
+    "mtp_horizon": 4,
+    "mask_token_id": 5,
+    "dmtd_history_mode": "real",
+    "dmtd_block_attention": "none",
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("plain") / "m", tie=True, tokenizer=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "graphs"),
+    [
+        ({}, STANDARD | ORT | ORT_BATCH),
+        ({"target": "all", "max_batch": 8}, STANDARD | ORT | ORT_BATCH),
+        ({"target": "onnxruntime", "max_batch": 8}, ORT | ORT_BATCH),
+        ({"target": "tensorrt"}, STANDARD),
+        ({"target": "onnxruntime", "max_batch": 1}, ORT),
+        (
+            {"target": "onnxruntime", "max_batch": 3},
+            ORT | {f"{graph}.ort.batch{slots}.onnx" for graph in ("full_pass", "thinking") for slots in (2, 3)},
+        ),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) or "default" if isinstance(value, dict) else "",
+)
+def test_targets_write_exactly_their_graphs(plain: Path, tmp_path: Path, options: dict, graphs: set[str]) -> None:
+    export_bundle(plain, tmp_path / "b", ExportOptions(decoding_layers=1, cycle_length=3, **options))
+    manifest = read_manifest(tmp_path / "b")
+    assert {graph["file"] for graph in manifest["graphs"]} == graphs
+    tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert {path.name for path in (tmp_path / "b").iterdir()} == ALWAYS | tokenizer | graphs
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_manifest_says_exactly_what_stands_there(plain: Path, tmp_path: Path) -> None:
+    manifest = export(plain, tmp_path / "b", max_batch=2)
+    assert manifest["schema"] == 1
+    listed = {name: info["sha256"] for name, info in manifest["files"].items()}
+    found = snapshot(tmp_path / "b")
+    del found["manifest.json"]
+    assert listed == found
+    for name, info in manifest["files"].items():
+        assert info["bytes"] == (tmp_path / "b" / name).stat().st_size
+    assert manifest["verification"] == {}
+    assert manifest["tools"]["onnx"] == onnx.__version__
+    assert manifest["model"] == {
+        "family": "qwen3",
+        "vocab_size": 259,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_layers": 4,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+        "max_model_len": 256,
+        "max_window": 256,
+        "bos_token_id": 256,
+        "eos_token_ids": [258],
+    }
+    kinds = {onnx.TensorProto.INT64: "int64", onnx.TensorProto.INT32: "int32", onnx.TensorProto.BOOL: "bool"}
+    kinds[onnx.TensorProto.FLOAT] = "float32"
+    for graph in manifest["graphs"]:
+        model = onnx.load(tmp_path / "b" / graph["file"], load_external_data=False)
+        for side in ("inputs", "outputs"):
+            declared = model.graph.input if side == "inputs" else model.graph.output
+            contract = [
+                {
+                    "name": value.name,
+                    "dims": [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim],
+                    "dtype": kinds[value.type.tensor_type.elem_type],
+                }
+                for value in declared
+            ]
+            assert contract == graph[side], (graph["file"], side)
+
+
+def test_same_export_twice_gives_the_same_bytes(plain: Path, tmp_path: Path) -> None:
+    export(plain, tmp_path / "one")
+    export(plain, tmp_path / "two")
+    _assert_same_bundle(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("options", "split"),
+    [
+        ({"decoding_layers": 1, "cycle_length": 3}, (0, 3, 1, 3, "prompt", "thinking")),
+        ({"decoding_layers": 2, "cycle_length": 1, "encoding_layers": 1}, (1, 1, 2, 1, "prompt", "thinking")),
+        ({"decoding_layers": 1, "cycle_length": 2, "thinking_layers": 3}, (0, 3, 1, 2, "prompt", "thinking")),
+        ({"decoding_layers": 1, "cycle_length": 4, "cycle_origin": "absolute"}, (0, 3, 1, 4, "absolute", "cyclical")),
+        ({"decoding_layers": 1, "cycle_length": 4, "prompt_input": "sum"}, (0, 3, 1, 4, "prompt", "sum")),
+    ],
+    ids=str,
+)
+def test_split_by_option_over_a_plain_checkpoint(plain: Path, tmp_path: Path, options: dict, split: tuple) -> None:
+    cycle = export(plain, tmp_path / "b", **options)["cycle"]
+    assert tuple(cycle.values()) == (*split, False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "split"),
+    [
+        (ORIGINAL, {}, (1, 1, 2, 3, "prompt", "thinking")),
+        (ORIGINAL | {"cycle_origin": "absolute", "prompt_input": "cyclical"}, {}, (1, 1, 2, 3, "absolute", "cyclical")),
+        (ORIGINAL, {"cycle_length": 2, "cycle_origin": "absolute"}, (1, 1, 2, 2, "absolute", "cyclical")),
+        (ORIGINAL, {"encoding_layers": 0}, (0, 2, 2, 3, "prompt", "thinking")),
+        (LATER, {}, (0, 3, 1, 4, "prompt", "thinking")),
+    ],
+    ids=["mtpqwen3", "mtpqwen3-recorded", "mtpqwen3-cycle-given", "mtpqwen3-split-given", "dmtdqwen3"],
+)
+def test_recorded_split_with_options_over_it(tmp_path: Path, fields: dict, options: dict, split: tuple) -> None:
+    source = write_tiny_checkpoint(tmp_path / "m", dmtd=fields)
+    export_bundle(source, tmp_path / "b", ExportOptions(max_batch=1, **options))
+    manifest = read_manifest(tmp_path / "b")
+    assert tuple(manifest["cycle"].values()) == (*split, True)
+    layers = {graph["name"]: _cache_layers(graph) for graph in manifest["graphs"] if graph["dialect"] == "standard"}
+    e, t, d = split[:3]
+    assert layers["full_pass"] == set(range(4))
+    assert layers["thinking"] == set(range(e + t))
+    assert layers["late_decode"] == set(range(e)) | set(range(e + t, e + t + d))
+
+
+def test_max_model_len_bounds_the_bundle_and_its_rotary_tables(plain: Path, tmp_path: Path) -> None:
+    manifest = export(plain, tmp_path / "b", max_model_len=20)
+    assert manifest["model"]["max_model_len"] == 20
+    assert manifest["weights"]["rotary.cos"]["shape"] == [20 + 256, 8]
+    with LLM(tmp_path / "b", threads=1) as llm:
+        assert llm.max_model_len == 20
+        assert len(llm.generate([list(range(19))], GREEDY)[0].outputs[0].token_ids) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_model_len": 257}, "--max-model-len: got 257, expected 1 to 256"),
+        ({"max_model_len": 0}, "--max-model-len: got 0"),
+        ({"max_batch": 0}, "--max-batch: got 0, expected 1 to 32"),
+        ({"max_batch": 33}, "--max-batch: got 33"),
+        ({"cycle_length": 257}, "--cycle-length: got 257, expected at most 256"),
+        ({"cycle_length": 0}, "cycle length: got 0"),
+        ({"decoding_layers": 4}, "encoding 0 + thinking 0 + decoding 4"),
+        ({"decoding_layers": 2, "thinking_layers": 3}, "encoding 0 + thinking 3 + decoding 2 = 5 layers"),
+        ({"cycle_origin": "prompt", "prompt_input": "cyclical"}, "prompt + prompt input cyclical"),
+    ],
+)
+def test_impossible_options_write_nothing(plain: Path, tmp_path: Path, options: dict, words: str) -> None:
+    with pytest.raises((ExportError, ModelError)) as caught:
+        export(plain, tmp_path / "b", **options)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpoint_without_tokenizer_warns_and_works_on_token_ids(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = write_tiny_checkpoint(tmp_path / "m")
+    with caplog.at_level(logging.WARNING, "dmtd"):
+        export(source, tmp_path / "b")
+    assert len(caplog.messages) == WARNINGS_OF_PLAIN
+    assert f"{source}: no tokenizer.json: the bundle works on token ids only" in caplog.messages
+    assert any("--cycle-origin prompt --prompt-input thinking" in message for message in caplog.messages)
+    with LLM(tmp_path / "b", threads=1) as llm:
+        [output] = llm.generate([[1, 2, 3]], GREEDY)
+        assert len(output.outputs[0].token_ids) == 6
+        with pytest.raises(RequestError, match="no tokenizer: give token ids"):
+            llm.generate("words", GREEDY)
+
+
+def test_a_complete_dmtd_checkpoint_exports_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fields = ORIGINAL | {"cycle_origin": "prompt", "prompt_input": "sum"}
+    source = write_tiny_checkpoint(tmp_path / "m", dmtd=fields, tokenizer=True)
+    with caplog.at_level(logging.WARNING, "dmtd"):
+        export(source, tmp_path / "b")
+    assert caplog.messages == []
+
+
+def test_tokenizer_config_and_template_are_carried_over_byte_for_byte(tmp_path: Path) -> None:
+    source = write_tiny_checkpoint(tmp_path / "m", tokenizer=True)
+    own = {
+        "chat_template.jinja": b"{# \xc3\xbc #}{{ messages[0]['content'] }}\r\n",
+        "generation_config.json": b'{ "do_sample":true,\r\n "temperature": 0.5 }',
+        "special_tokens_map.json": b"{}\n\n",
+    }
+    for name, content in own.items():
+        (source / name).write_bytes(content)
+    (source / "notes.txt").write_text("not part of a bundle")
+    export(source, tmp_path / "b")
+    for name in (*own, "tokenizer.json", "tokenizer_config.json", "config.json"):
+        assert (tmp_path / "b" / name).read_bytes() == (source / name).read_bytes(), name
+    assert not (tmp_path / "b/notes.txt").exists()
+
+
+def test_template_inside_the_tokenizer_config_becomes_a_file(plain: Path, tmp_path: Path) -> None:
+    export(plain, tmp_path / "b")
+    inside = json.loads((plain / "tokenizer_config.json").read_text())["chat_template"]
+    assert (tmp_path / "b/chat_template.jinja").read_bytes() == inside.encode()
+
+
+def test_sharding_and_stored_type_make_no_difference(tmp_path: Path) -> None:
+    manifests = []
+    for name, kind in {"one": {}, "three": {"shards": 3}}.items():
+        source = write_tiny_checkpoint(tmp_path / f"m-{name}", dtype="float16", **kind)
+        export(source, tmp_path / name)
+        manifests.append(read_manifest(tmp_path / name)["files"]["model.onnx.data"])
+    assert manifests[0] == manifests[1]
+
+
+def test_all_ways_to_run_a_bundle_give_the_same_tokens(plain: Path, tmp_path: Path) -> None:
+    export(plain, tmp_path / "b", max_batch=2)
+    told = set()
+    for dialect in ("standard", "onnxruntime"):
+        for full_pass in ("staged", "fused"):
+            with LLM(tmp_path / "b", dialect=dialect, full_pass=full_pass, threads=1) as llm:
+                told.add(tuple(llm.generate([[5, 6, 7, 8, 9]], GREEDY)[0].outputs[0].token_ids))
+    assert len(told) == 1 and len(told.pop()) == 6
+
+
+def test_verify_hook_sees_the_bundle_and_its_record_is_kept(plain: Path, tmp_path: Path) -> None:
+    seen = {}
+
+    def hook(bundle: Path, checkpoint: object) -> dict[str, object]:
+        seen["files"] = {path.name for path in bundle.iterdir()}
+        seen["manifest"] = read_manifest(bundle)
+        assert not (tmp_path / "b").exists(), "it is not in its place before it has been verified"
+        return {"ok": True, "level": "none"}
+
+    options = ExportOptions(decoding_layers=1, cycle_length=3, max_batch=1)
+    export_bundle(plain, tmp_path / "b", options, verify=hook)
+    assert seen["files"] == {path.name for path in (tmp_path / "b").iterdir()}
+    assert read_manifest(tmp_path / "b") == seen["manifest"] | {"verification": {"ok": True, "level": "none"}}
+
+
+def test_progress_counts_every_byte_of_the_weights(plain: Path, tmp_path: Path) -> None:
+    stages, counted = [], []
+    progress = Progress(stage=lambda name, total: stages.append((name, total)), advance=counted.append)
+    options = ExportOptions(decoding_layers=1, cycle_length=3, max_batch=1)
+    export_bundle(plain, tmp_path / "b", options, progress=progress, verify=lambda bundle, checkpoint: {})
+    weights = read_manifest(tmp_path / "b")["weights"]
+    assert stages[0] == ("weights", sum(info["length"] for info in weights.values()))
+    assert sum(counted) == stages[0][1]
+    assert [name for name, _ in stages] == ["weights", "graphs", "verify"]
+
+
+def test_export_needs_no_torch_and_prints_nothing(plain: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'onnxruntime'): sys.modules[name] = None\n"
+        "from pathlib import Path\n"
+        "from dmtd_export.export import export_bundle\n"
+        "from dmtd_export.options import ExportOptions\n"
+        "export_bundle(Path(sys.argv[1]), Path(sys.argv[2]), ExportOptions(decoding_layers=1, cycle_length=3))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, plain, tmp_path / "b"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": ":".join(path for path in sys.path if path), "PATH": ""},
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    export(plain, tmp_path / "here", max_batch=8)
+    _assert_same_bundle(tmp_path / "b", tmp_path / "here")
+
+
+def _cache_layers(graph: dict) -> set[int]:
+    return {int(item["name"].split(".")[1]) for item in graph["inputs"] if item["name"].startswith("past_key_values.")}
+
+
+def _assert_same_bundle(one: Path, other: Path) -> None:
+    """Equal files; in the manifest the sums over tensors may differ by the order of their terms."""
+    manifests = [read_manifest(directory) for directory in (one, other)]
+    numbers = [
+        {(name, key): info.pop(key) for name, info in manifest["weights"].items() for key in ("norm", "probe")}
+        for manifest in manifests
+    ]
+    assert manifests[0] == manifests[1]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-11, abs=1e-11)
+    files = [snapshot(directory) for directory in (one, other)]
+    for found in files:
+        del found["manifest.json"]
+    assert files[0] == files[1]

@@ -1,0 +1,57 @@
+"""What the tests of export share: a tiny checkpoint, its expected tensors, and plain reading of bundles. Torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dmtd_export.export import export_bundle
+from dmtd_export.options import ExportOptions
+from dmtd_models.config import read_config
+from dmtd_models.testing import random_weights
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+PLAIN = {"decoding_layers": 1, "cycle_length": 3}  # what a plain tiny checkpoint must be told
+WARNINGS_OF_PLAIN = 3  # no convention, not trained, no tokenizer
+
+
+def export(source: Path, output: Path, **options: Any) -> dict[str, Any]:
+    """Export without verification; returns the manifest as plain JSON."""
+    given = {"max_batch": 1, **options}
+    if "num_thinking_layers" not in (source / "config.json").read_text():
+        given = PLAIN | given
+    export_bundle(source, output, ExportOptions(**given))
+    return read_manifest(output)
+
+
+def read_manifest(bundle: Path) -> dict[str, Any]:
+    return json.loads((bundle / "manifest.json").read_text())
+
+
+def source_weights(checkpoint: Path, *, seed: int = 0, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """The tensors that ``write_tiny_checkpoint`` wrote, made again rather than read."""
+    config, _ = read_config(json.loads((checkpoint / "config.json").read_text()))
+    return random_weights(config, seed=seed, dtype=dtype)
+
+
+def stored_tensor(bundle: Path, manifest: dict[str, Any], name: str) -> np.ndarray:
+    """One tensor of the weights file by the manifest's offset, read without the exporter's code."""
+    info = manifest["weights"][name]
+    with (bundle / "model.onnx.data").open("rb") as file:
+        file.seek(info["offset"])
+        raw = file.read(info["length"])
+    return np.frombuffer(raw, DTYPES[info["dtype"]]).reshape(info["shape"])
+
+
+def snapshot(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file below ``directory`` by relative name."""
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }

@@ -1,0 +1,411 @@
+"""The verbs that need the runtime alone: their output, their errors in one line, their exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from bundles import make_bundle
+from typer.testing import CliRunner, Result
+
+from dmtd_export.cli import VERBS, _LazyCommand, app
+from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.bench import BenchOptions
+from dmtd_runtime.cli.chat import change_params
+from dmtd_runtime.cli.common import human_bytes
+from dmtd_runtime.errors import RequestError
+from dmtd_runtime.sampling import SamplingParams
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRON = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "runtime", "models")),
+    "COLUMNS": "100",
+}
+COMMAND = (sys.executable, "-m", "dmtd_export.cli")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_bundle(tmp_path_factory.mktemp("cli")))
+
+
+@pytest.fixture(scope="module")
+def mute_bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_bundle(tmp_path_factory.mktemp("mute"), tokenizer=False))
+
+
+def dmtd(*arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, arguments, input=stdin, prog_name="dmtd")
+
+
+def one_json(result: Result) -> dict[str, Any]:
+    assert result.exit_code == 0, result.output
+    loaded: dict[str, Any] = json.loads(result.stdout)
+    return loaded
+
+
+def test_version_and_help() -> None:
+    assert dmtd("--version").stdout == "dmtd 0.1.0\n"
+    text = dmtd("--help").stdout
+    assert all(verb in text for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_each_verb(verb: str) -> None:
+    for option in ("--help", "-h"):
+        result = dmtd(verb, option)
+        assert result.exit_code == 0
+        assert f"dmtd {verb}" in result.stdout
+
+
+def options_of(verb: str) -> dict[str, Any]:
+    command = _LazyCommand(verb, VERBS[verb]).load()
+    return {parameter.name: parameter for parameter in command.params}
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat", "bench"])
+def test_defaults_are_those_of_the_dataclasses(verb: str) -> None:
+    options = options_of(verb)
+    backend = BackendOptions()
+    shared = {"device", "device_id", "dialect", "full_pass", "max_model_len", "threads"}
+    assert {name: options[name].default for name in shared} == {name: getattr(backend, name) for name in shared}
+    if verb == "bench":
+        bench = BenchOptions()
+        own = {f.name for f in fields(BenchOptions)} - {"batches"}
+        assert {name: options[name].default for name in own} == {name: getattr(bench, name) for name in own}
+        assert options["batch"].default == "1"
+    else:
+        # Not given means: as generation_config.json or SamplingParams says.
+        own = {f.name for f in fields(SamplingParams)} & set(options)
+        assert len(own) >= 7
+        assert not any(options[name].default for name in own)
+
+
+def test_generate_streams_text_and_keeps_figures_apart(bundle: str) -> None:
+    result = dmtd("generate", bundle, "-p", "hello", "--max-tokens", "9")
+    assert result.exit_code == 0
+    assert result.stdout.endswith("\n")
+    note, figures = result.stderr.splitlines()
+    assert note.startswith("note: weights not trained for DMTD")
+    assert figures.startswith("[9 tokens | ")
+    # Eight tokens come from steps; with cycles of 3 the heads are the first, the fourth and the seventh.
+    assert "3 full passes, 2.67 tokens each | ended by length]" in figures
+
+
+def test_generate_json_is_what_the_library_gives(bundle: str) -> None:
+    from dmtd_runtime import LLM
+
+    told = one_json(dmtd("generate", bundle, "--token-ids", "1,2 3", "--max-tokens", "8", "--greedy", "--json"))
+    with LLM(bundle) as llm:
+        [output] = llm.generate([1, 2, 3], SamplingParams(temperature=0, max_tokens=8))
+    assert told["token_ids"] == output.outputs[0].token_ids
+    assert told["text"] == output.outputs[0].text
+    assert (told["finish_reason"], told["prompt_tokens"]) == ("length", 3)
+    assert (told["full_passes"], told["late_steps"]) == (3, 4)
+
+
+def test_generate_plain_runs_every_layer_and_needs_no_warning(bundle: str) -> None:
+    result = dmtd("generate", bundle, "-p", "hello", "--max-tokens", "5", "--plain", "--json")
+    told = one_json(result)
+    assert (told["full_passes"], told["late_steps"], told["plain"]) == (4, 0, True)
+    assert result.stderr == ""
+
+
+def test_generate_reads_the_prompt_from_anywhere(bundle: str, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("hello", encoding="utf-8")
+    common = ("generate", bundle, "--max-tokens", "6", "--json")
+    answers = [
+        one_json(dmtd(*common, "-p", "hello")),
+        one_json(dmtd(*common, "--prompt-file", str(tmp_path / "prompt.txt"))),
+        one_json(dmtd(*common, stdin="hello")),
+        one_json(dmtd(*common, "-p", "-", stdin="hello")),
+        one_json(dmtd("generate", "-m", bundle, "--max-tokens", "6", "--json", "-p", "hello")),
+    ]
+    assert len({tuple(answer["token_ids"]) for answer in answers}) == 1
+
+
+def test_chat_template_is_applied_unless_raw(bundle: str) -> None:
+    common = ("generate", bundle, "--max-tokens", "1", "--json", "-p", "hello")
+    # One token a byte; the template adds <|im_start|>user\n ... <|im_end|>\n<|im_start|>assistant\n.
+    assert one_json(dmtd(*common))["prompt_tokens"] == 5 + len("user\n") + len("\n") + len("assistant\n") + 3
+    assert one_json(dmtd(*common, "--raw"))["prompt_tokens"] == 5
+    with_system = one_json(dmtd(*common, "--system", "ab"))["prompt_tokens"]
+    assert with_system == 24 + 2 + len("system\n") + len("\n") + 2
+
+
+def test_seed_repeats(bundle: str) -> None:
+    common = ("generate", bundle, "-p", "x", "--max-tokens", "12", "--json", "--temperature", "1.5", "--seed")
+    first, again, other = (one_json(dmtd(*common, seed))["token_ids"] for seed in ("7", "7", "8"))
+    assert first == again
+    assert first != other
+
+
+def test_token_ids_are_printed_where_there_is_no_tokenizer(mute_bundle: str) -> None:
+    told = one_json(dmtd("generate", mute_bundle, "--token-ids", "1,2,3", "--max-tokens", "5", "--json"))
+    result = dmtd("generate", mute_bundle, "--token-ids", "1,2,3", "--max-tokens", "5")
+    assert [int(word) for word in result.stdout.split()] == told["token_ids"]
+
+
+def test_chat_from_a_pipe(bundle: str, tmp_path: Path) -> None:
+    saved = tmp_path / "talk.json"
+    lines = ["/system be brief", "hello", '"""two', 'lines"""', "/params max_tokens=3", "again", f"/save {saved}"]
+    result = dmtd("chat", bundle, "--max-tokens", "4", stdin="\n".join(lines) + "\n")
+    assert result.exit_code == 0, result.output
+    messages = json.loads(saved.read_text(encoding="utf-8"))["messages"]
+    assert [message["role"] for message in messages] == ["system", *("user", "assistant") * 3]
+    assert [message["content"] for message in messages if message["role"] == "user"] == ["hello", "two\nlines", "again"]
+    assert messages[2]["content"] in result.stdout
+    assert "> " not in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
+
+
+def test_chat_goes_on_after_mistakes(bundle: str, tmp_path: Path) -> None:
+    lines = [
+        "/nope",
+        "/params temperature=-1",
+        "/params nonsense",
+        "x" * 300,
+        f"/save {tmp_path}/no/such/folder",
+        "/save",
+        "/reset",
+        "/exit",
+        "never said",
+    ]
+    result = dmtd("chat", bundle, stdin="\n".join(lines) + "\n")
+    assert result.exit_code == 0
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 6
+    assert "expected at most 255" in errors[3]
+    assert result.stdout == ""
+
+
+def test_params_words() -> None:
+    params = SamplingParams(temperature=0.5, max_tokens=5)
+    changed = change_params(params, 'top_p=0.5 max-tokens=none stop=["a"] ignore_eos=true')
+    assert (changed.temperature, changed.top_p, changed.max_tokens) == (0.5, 0.5, None)
+    assert (changed.stop_strings, changed.ignore_eos) == (("a",), True)
+    assert change_params(params, "stop=END").stop_strings == ("END",)
+    with pytest.raises(RequestError, match="expected NAME=VALUE"):
+        change_params(params, "n=2")
+
+
+def test_bench_json(bundle: str) -> None:
+    told = one_json(
+        dmtd("bench", bundle, "--prompt-len", "4", "--max-tokens", "6", "--repeats", "2", "--batch", "1,2", "--json")
+    )
+    assert [batch["batch"] for batch in told["batches"]] == [1, 2]
+    assert told["conditions"]["repeats"] == 2
+
+
+def test_bench_table(bundle: str) -> None:
+    result = dmtd("bench", bundle, "--prompt-len", "4", "--max-tokens", "6", "--repeats", "1", "--full-pass", "fused")
+    assert result.exit_code == 0
+    for words in ("bytes a token", "bound", "ratio", "outside the sessions", "fused", "more memory"):
+        assert words in result.stdout
+
+
+def test_inspect_and_doctor(bundle: str) -> None:
+    assert one_json(dmtd("inspect", bundle, "--json"))["cycle"]["cycle_length"] == 3
+    assert "past_key_values.{0-4}.key" in dmtd("inspect", bundle).stdout
+    assert json.loads(dmtd("doctor", "--json").stdout)["dmtd"] == "0.1.0"
+
+
+BAD_REQUESTS: list[tuple[str, Sequence[str], str]] = [
+    ("missing bundle", ("generate", "/no/such", "-p", "x"), "is not a directory; make a bundle with: dmtd export"),
+    ("not a bundle", ("inspect", str(ROOT)), "has no manifest.json"),
+    ("empty prompt", ("generate", "BUNDLE", "-p", " "), "got an empty prompt"),
+    ("no ids", ("generate", "BUNDLE", "--token-ids", ""), "got no tokens"),
+    ("ids that are none", ("generate", "BUNDLE", "--token-ids", "1,x"), "--token-ids: got '1,x'"),
+    (
+        "ids out of range",
+        ("generate", "BUNDLE", "--token-ids", "1,259"),
+        "got token id 259, expected integers from 0 to 258",
+    ),
+    ("negative ids", ("generate", "BUNDLE", "--token-ids=-1"), "got token id -1"),
+    ("too long", ("generate", "BUNDLE", "--raw", "-p", "x" * 256), "got 256 tokens, expected at most 255"),
+    (
+        "too long for the option",
+        ("generate", "BUNDLE", "--max-model-len", "9", "--raw", "-p", "x" * 9),
+        "expected at most 8",
+    ),
+    ("model length", ("generate", "BUNDLE", "-p", "x", "--max-model-len", "257"), "expected 1 to 256"),
+    ("contradiction", ("generate", "BUNDLE", "-p", "x", "--greedy", "--temperature", "1"), "contradict each other"),
+    ("tokens", ("generate", "BUNDLE", "-p", "x", "--min-tokens", "5", "--max-tokens", "2"), "min_tokens: got 5"),
+    ("range", ("generate", "BUNDLE", "-p", "x", "--top-p", "2"), "top_p: got 2"),
+    ("stop id", ("generate", "BUNDLE", "-p", "x", "--stop-token-ids", "999"), "stop_token_ids: got token id 999"),
+    ("bias", ("generate", "BUNDLE", "-p", "x", "--logit-bias", "nope"), "--logit-bias: got 'nope'"),
+    ("timeout", ("generate", "BUNDLE", "-p", "x", "--timeout", "0"), "timeout_s: got 0"),
+    ("no file", ("generate", "BUNDLE", "--prompt-file", "/no/such"), "cannot be read"),
+    ("system and raw", ("generate", "BUNDLE", "-p", "x", "--raw", "--system", "y"), "--system needs a chat template"),
+    ("cuda", ("generate", "BUNDLE", "-p", "x", "--device", "cuda"), "float16 or bfloat16 only"),
+    ("text without tokenizer", ("generate", "MUTE", "-p", "x"), "no tokenizer: give --token-ids"),
+    ("chat without tokenizer", ("chat", "MUTE"), "no tokenizer, which chatting needs"),
+    ("bench length", ("bench", "BUNDLE"), "384 tokens, expected at most 256"),
+    ("bench sizes", ("bench", "BUNDLE", "--batch", "1,b"), "--batch: got '1,b'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [row[1:] for row in BAD_REQUESTS], ids=[row[0] for row in BAD_REQUESTS]
+)
+def test_bad_requests_are_one_line(arguments: Sequence[str], words: str, bundle: str, mute_bundle: str) -> None:
+    result = dmtd(*({"BUNDLE": bundle, "MUTE": mute_bundle}.get(word, word) for word in arguments), stdin="")
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    [line] = [line for line in result.stderr.splitlines() if not line.startswith("note: ")]
+    assert line.startswith("error: ")
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nonsense",),
+        ("generate",),
+        ("generate", "BUNDLE", "-m", "BUNDLE", "-p", "x"),
+        ("generate", "BUNDLE", "-p", "x", "--token-ids", "1"),
+        ("generate", "BUNDLE", "-p", "x", "--full-pass", "half"),
+        ("generate", "BUNDLE", "-p", "x", "--max-tokens", "many"),
+        ("bench", "BUNDLE", "--threads", "0"),
+        ("inspect",),
+        ("doctor", "BUNDLE"),
+    ],
+)
+def test_wrong_usage_exits_2(arguments: Sequence[str], bundle: str) -> None:
+    result = dmtd(*(bundle if word == "BUNDLE" else word for word in arguments), stdin="")
+    assert result.exit_code == 2
+    assert "Error" in result.stderr
+
+
+def test_damaged_bundles(bundle: str, tmp_path: Path) -> None:
+    import shutil
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(bundle, damaged)
+    manifest = json.loads((damaged / "manifest.json").read_text(encoding="utf-8"))
+
+    def refused(words: str) -> None:
+        result = dmtd("generate", str(damaged), "-p", "x")
+        assert result.exit_code == 1
+        assert words in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+    weights = (damaged / "model.onnx.data").read_bytes()
+    (damaged / "model.onnx.data").write_bytes(weights[:-1])
+    refused("truncated or altered")
+    (damaged / "model.onnx.data").write_bytes(bytes([weights[0] ^ 1]) + weights[1:])
+    refused("altered")
+    (damaged / "model.onnx.data").unlink()
+    refused("is missing")
+    (damaged / "manifest.json").write_text(json.dumps(manifest | {"schema": 99}), encoding="utf-8")
+    refused("upgrade with: pip install -U dmtd")
+    (damaged / "manifest.json").write_text("{", encoding="utf-8")
+    refused("cannot be read as JSON")
+
+
+def start(*arguments: str, **settings: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRON, **settings
+    )
+
+
+@pytest.mark.parametrize("verb", ["generate", "bench", "chat"])
+def test_ctrl_c_is_one_line_and_130(verb: str, bundle: str) -> None:
+    arguments = {
+        "generate": ("-p", "x", "--ignore-eos", "--max-tokens", "200", "--full-pass", "staged"),
+        "bench": ("--prompt-len", "8", "--max-tokens", "200", "--repeats", "100000"),
+        "chat": (),
+    }[verb]
+    # A test runner in the background may have SIGINT ignored, which children inherit.
+    process = start(
+        verb,
+        bundle,
+        *arguments,
+        stdin=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdin is not None and process.stderr is not None and process.stdout is not None
+    if verb == "generate":
+        process.stdout.read(1)
+    elif verb == "bench":
+        process.stdout.readline()
+        time.sleep(0.3)
+    else:
+        process.stderr.readline()  # the note on untrained weights: the bundle is open
+        time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    if verb == "generate" and process.returncode == 0:
+        pytest.skip("the answer was complete before the signal came")
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in errors
+
+
+def test_a_reader_that_leaves_is_no_error(bundle: str) -> None:
+    done = subprocess.run(
+        f"{' '.join(COMMAND)} inspect {bundle} | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        env=ENVIRON,
+        check=False,
+    )
+    assert done.stdout.startswith("model")
+    assert done.stderr == ""
+
+
+def test_a_full_disk_is_one_line(bundle: str) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*COMMAND, "inspect", bundle], stdout=full, stderr=subprocess.PIPE, text=True, env=ENVIRON, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0].startswith("error: no space left")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    code = (
+        "import dmtd_runtime.doctor as d; d.collect = lambda: 1 / 0; from dmtd_export.cli import main; main(['doctor'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRON, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback (most recent call last)")
+    assert "ZeroDivisionError" in done.stderr
+
+
+def test_help_loads_no_library() -> None:
+    code = (
+        "import sys; from dmtd_export.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'numpy', 'onnxruntime', 'onnx', 'torch', 'tokenizers', 'jinja2', 'safetensors'} & set(sys.modules)\n"
+        "print(sorted(heavy), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRON, check=False)
+    assert done.stderr == "[]\n"
+    assert "generate" in done.stdout
+
+
+def test_numbers_for_people() -> None:
+    assert [human_bytes(count) for count in (12, 1234, 750_000, 99_940_000, 538_060_032, 2.5e9)] == [
+        *("12 B", "1.23 kB", "750 kB", "99.9 MB", "538 MB", "2.5 GB")
+    ]
+
+
+def test_commands_are_typer_commands() -> None:
+    assert set(VERBS) == set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]

@@ -1,0 +1,272 @@
+"""The doctor against made-up machines: fake /proc and /sys, fake package metadata, a fake nvidia-smi."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from dmtd_runtime import doctor, machine
+from dmtd_runtime.doctor import Report, collect, render, to_json
+
+HEALTHY = {"onnxruntime": "1.31.1", "numpy": "2.4.6", "tokenizers": "0.23.3", "onnx": "1.23.2", "torch": "2.13.0+cpu"}
+
+
+class FakeOnnxRuntime(SimpleNamespace):
+    """Stands for the imported package."""
+
+    def get_available_providers(self) -> list[str]:
+        return list(self.providers)
+
+
+@pytest.fixture
+def onnxruntime_is(monkeypatch: pytest.MonkeyPatch):
+    def put(version: str | None, *providers: str) -> None:
+        module = None if version is None else FakeOnnxRuntime(__version__=version, providers=providers)
+        monkeypatch.setitem(sys.modules, "onnxruntime", module)  # None makes the import fail
+
+    put("1.31.1", "CPUExecutionProvider")
+    return put
+
+
+def write(root: Path, files: Mapping[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def report_of(root: Path, versions: Mapping[str, str], environ: Mapping[str, str] | None = None) -> Report:
+    return collect(root=root, environ=environ or {}, version_of=dict(versions).get)
+
+
+def gpu_files() -> dict[str, str]:
+    return {
+        "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 2025\n",
+        "proc/driver/nvidia/gpus/0000:01:00.0/information": "Model: \t\t NVIDIA L40S\nIRQ:   \t\t 16\n",
+    }
+
+
+def test_healthy_machine_has_no_problem(tmp_path: Path, onnxruntime_is) -> None:
+    report = report_of(tmp_path, HEALTHY)
+    assert report.problems == ()
+    assert report.onnxruntime.providers == ("CPUExecutionProvider",)
+    assert {part.name: part.version for part in report.components if part.version} == {
+        name: version for name, version in HEALTHY.items() if name != "onnxruntime"
+    }
+
+
+def test_both_onnxruntime_wheels_is_one_problem_with_its_fix(tmp_path: Path, onnxruntime_is) -> None:
+    (line,) = report_of(tmp_path, {**HEALTHY, "onnxruntime-gpu": "1.31.1"}).problems
+    assert line.endswith('run: pip uninstall -y onnxruntime onnxruntime-gpu && pip install "dmtd[cpu]"')
+    (line,) = report_of(write(tmp_path, gpu_files()), {**HEALTHY, "onnxruntime-gpu": "1.31.1"}).problems
+    assert line.endswith('&& pip install "dmtd[gpu]"')
+
+
+def test_no_onnxruntime_wheel_names_both_extras(tmp_path: Path, onnxruntime_is) -> None:
+    onnxruntime_is(None)
+    (line,) = report_of(tmp_path, {"numpy": "2.4.6", "tokenizers": "0.23.3"}).problems
+    assert 'pip install "dmtd[cpu]"' in line
+    assert 'pip install "dmtd[gpu]"' in line
+
+
+def test_onnxruntime_from_another_distribution_is_fine(tmp_path: Path, onnxruntime_is) -> None:
+    assert report_of(tmp_path, {"numpy": "2.4.6", "tokenizers": "0.23.3"}).problems == ()
+
+
+def test_broken_onnxruntime_is_reported(tmp_path: Path, onnxruntime_is) -> None:
+    onnxruntime_is(None)
+    report = report_of(tmp_path, HEALTHY)
+    (line,) = report.problems
+    assert "fails to import (ModuleNotFoundError" in line
+    assert line.endswith('pip uninstall -y onnxruntime && pip install "dmtd[cpu]"')
+    assert report.onnxruntime.providers == ()
+
+
+def test_gpu_wheel_that_lost_its_provider(tmp_path: Path, onnxruntime_is) -> None:
+    versions = {"onnxruntime-gpu": "1.31.1", "numpy": "2.4.6", "tokenizers": "0.23.3"}
+    assert report_of(tmp_path, versions).problems == ()  # without a GPU the wheel runs on the CPU
+    (line,) = report_of(write(tmp_path, gpu_files()), versions).problems
+    assert "CUDAExecutionProvider" in line
+    onnxruntime_is("1.31.1", "CUDAExecutionProvider", "CPUExecutionProvider")
+    assert report_of(tmp_path, versions).problems == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "too_old"),
+    [
+        ("onnx", "1.22.9", True),
+        ("onnx", "1.23", False),
+        ("onnx", "1.23.0rc1", False),
+        ("torch", "2.13.0+cu130", False),
+        ("torch", "1.13.1", True),
+        ("polygraphy", "0.53.5", True),
+        ("tokenizers", "0.9.9", True),
+        ("numpy", "10.0", False),
+    ],
+)
+def test_versions_compare_as_numbers(tmp_path: Path, onnxruntime_is, name: str, version: str, too_old: bool) -> None:
+    problems = report_of(tmp_path, {**HEALTHY, name: version}).problems
+    assert [line.startswith(f"{name}: got {version}, expected ") for line in problems] == ([True] if too_old else [])
+
+
+def test_old_onnxruntime(tmp_path: Path, onnxruntime_is) -> None:
+    onnxruntime_is("1.9.0", "CPUExecutionProvider")
+    (line,) = report_of(tmp_path, HEALTHY).problems
+    assert line.startswith("onnxruntime: got 1.9.0, expected 1.31 or newer")
+
+
+def test_missing_base_dependency(tmp_path: Path, onnxruntime_is) -> None:
+    (line,) = report_of(tmp_path, {"onnxruntime": "1.31.1", "numpy": "2.4.6"}).problems
+    assert line.startswith("tokenizers: not installed")
+    assert line.endswith("pip install tokenizers")
+
+
+def test_tensorrt_is_found_under_its_cuda_names(tmp_path: Path, onnxruntime_is) -> None:
+    report = report_of(tmp_path, {**HEALTHY, "tensorrt-rtx-cu13": "1.7.1.116"})
+    versions = {part.name: part.version for part in report.components}
+    assert versions["tensorrt-rtx"] == "1.7.1.116"
+    assert versions["tensorrt"] is None
+
+
+def test_install_lines_and_limits_agree_with_pyproject(repo_root: Path) -> None:
+    project = tomllib.loads((repo_root / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+
+    def closure(requirements: list[str]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for requirement in requirements:
+            inner = re.fullmatch(r"dmtd\[(.+)\]", requirement)
+            if inner:
+                found.update(closure([line for extra in inner.group(1).split(",") for line in extras[extra]]))
+            else:
+                name, _, limits = requirement.partition(">=")
+                found[name] = limits.split(",")[0]
+        return found
+
+    checked = 0
+    for name, _, oldest, argument in doctor.COMPONENTS:
+        if argument == "dmtd" or argument.startswith("dmtd["):
+            inner = re.fullmatch(r"dmtd\[(\w+)\]", argument)
+            brought = closure(extras[inner.group(1)] if inner else project["dependencies"])
+            assert brought[name] == oldest, f"{name}: pyproject.toml has {brought[name]}, the doctor {oldest}"
+            checked += 1
+    assert checked >= 9
+    assert closure(extras["cpu"]) == {"onnxruntime": doctor.ONNXRUNTIME_OLDEST}
+    assert closure(extras["gpu"]) == {"onnxruntime-gpu": doctor.ONNXRUNTIME_OLDEST}
+
+
+def test_cpu_and_memory_are_read(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "proc/cpuinfo": "processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 fma amx_bf16 avx512_vnni\n",
+            "proc/meminfo": "MemTotal:       16000000 kB\nMemFree:  1 kB\nMemAvailable:    8000000 kB\n",
+        },
+    )
+    host = machine.look_at_machine(tmp_path)
+    assert host.cpu == "Some CPU"
+    assert host.isa == ("avx2", "fma", "avx512_vnni", "amx_bf16")
+    assert (host.memory_total_bytes, host.memory_available_bytes) == (16_384_000_000, 8_192_000_000)
+
+
+def test_arm_features(tmp_path: Path) -> None:
+    write(tmp_path, {"proc/cpuinfo": "processor\t: 0\nFeatures\t: fp asimd i8mm sve\n"})
+    assert machine.look_at_machine(tmp_path).isa == ("asimd", "i8mm", "sve")
+
+
+@pytest.mark.parametrize(
+    ("files", "cores", "memory"),
+    [
+        ({}, 8.0, 1_048_576_000),
+        # version 2: own group tighter than its parent
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "150000 100000\n",
+          "sys/fs/cgroup/a/cpu.max": "max 100000\n", "sys/fs/cgroup/a/memory.max": "500000000\n"}, 1.5, 500_000_000),
+        # version 2 in a container: the group's path does not exist under the mount, the mount's files do
+        ({"proc/self/cgroup": "0::/host/path\n", "sys/fs/cgroup/cpu.max": "200000 100000\n",
+          "sys/fs/cgroup/memory.max": "max\n"}, 2.0, 1_048_576_000),
+        # version 1
+        ({"proc/self/cgroup": "4:memory:/m\n2:cpu,cpuacct:/c\n", "sys/fs/cgroup/cpu/c/cpu.cfs_quota_us": "300000\n",
+          "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+          "sys/fs/cgroup/memory/m/memory.limit_in_bytes": "9223372036854771712\n"}, 3.0, 1_048_576_000),
+    ],
+)  # fmt: skip
+def test_cgroup_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: float, memory: int
+) -> None:
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    write(tmp_path, {"proc/meminfo": "MemTotal: 1024000 kB\nMemAvailable: 1024000 kB\n", **files})
+    host = machine.look_at_machine(tmp_path)
+    assert host.cores_usable == cores
+    assert host.memory_total_bytes == memory
+
+
+def test_gpu_from_the_drivers_files(tmp_path: Path) -> None:
+    assert machine.look_at_gpus(tmp_path) == ((), None)
+    (gpu,), driver = machine.look_at_gpus(write(tmp_path, gpu_files()))
+    assert (gpu.name, gpu.memory_mib, driver) == ("NVIDIA L40S", None, "580.65.06")
+
+
+def fake_nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    program = write(folder, {"nvidia-smi": f"#!/bin/sh\n{script}\n"}) / "nvidia-smi"
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+def test_gpu_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "NVIDIA H200, 580.65.06, 143771, 9.0\\nNVIDIA GB10, 580.65.06, [N/A], 12.1"
+    fake_nvidia_smi(tmp_path, monkeypatch, f"printf '{lines}\\n'")
+    gpus, driver = machine.look_at_gpus()
+    assert [(gpu.name, gpu.memory_mib, gpu.compute_capability) for gpu in gpus] == [
+        ("NVIDIA H200", 143771, "9.0"),
+        ("NVIDIA GB10", None, "12.1"),
+    ]
+    assert driver == "580.65.06"
+
+
+def test_failing_nvidia_smi_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_nvidia_smi(tmp_path, monkeypatch, "echo 'NVIDIA-SMI has failed, a, b, c'; exit 9")
+    assert machine._nvidia_smi() == []
+
+
+def test_thread_environment_keeps_what_matters(tmp_path: Path, onnxruntime_is) -> None:
+    report = report_of(tmp_path, HEALTHY, {"OMP_NUM_THREADS": "1", "HOME": "/root"})
+    assert report.thread_environment == {"OMP_NUM_THREADS": "1"}
+
+
+def test_json_and_table_tell_the_report(tmp_path: Path, onnxruntime_is) -> None:
+    onnxruntime_is(None)
+    report = report_of(write(tmp_path, gpu_files()), {"numpy": "2.4.6", "tokenizers": "0.23.3"})
+    told = json.loads(to_json(report))
+    assert told["problems"] == list(report.problems)
+    assert told["gpus"][0]["name"] == "NVIDIA L40S"
+    assert {"dmtd", "machine", "onnxruntime", "components", "nvidia_driver", "thread_environment"} <= set(told)
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(render(report))
+    text = console.export_text()
+    for words in (
+        'pip install "dmtd[cpu]"',
+        'pip install "dmtd[export]"',
+        "pip install cuda-bindings",
+        "NVIDIA L40S",
+        "580.65.06",
+    ):
+        assert words in text
+    assert "No problems found" not in text
+
+
+def test_this_machine() -> None:
+    report = collect()
+    assert report.machine.cores_usable >= 0.01
+    assert report.onnxruntime.version == importlib.import_module("onnxruntime").__version__
+    numpy = next(part for part in report.components if part.name == "numpy")
+    assert numpy.version == importlib.import_module("numpy").__version__

@@ -1,0 +1,162 @@
+"""The distribution: what the wheel and the sdist hold and ask pip for, and that the tree stays fit for packaging."""
+
+from __future__ import annotations
+
+import email
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+PACKAGE_FOLDERS = {
+    "dmtd_export": "dmtd_export",
+    "runtime/dmtd_runtime": "dmtd_runtime",
+    "models/dmtd_models": "dmtd_models",
+}
+NOT_PACKAGES = ("runtime", "models", "tools", "tests")
+
+
+def tracked_files(root: Path) -> list[str]:
+    """Files of the working tree that git tracks or would: what a clone of the next commit holds."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listed.returncode != 0:
+        pytest.skip("needs a git checkout, to know which files belong to the project")
+    return sorted(name for name in set(listed.stdout.split("\0")) - {""} if (root / name).is_file())
+
+
+@pytest.fixture(scope="module")
+def source_copy(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("source")
+    for name in tracked_files(repo_root):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(repo_root / name, target / name)
+    return target
+
+
+def build(source: Path, kind: str, target: Path) -> Path:
+    done = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(target)],
+        cwd=source,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = target.glob("*.whl" if kind == "wheel" else "*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(source_copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(source_copy, "wheel", tmp_path_factory.mktemp("wheel"))
+
+
+def names_in(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def text_in(wheel: Path, end_of_name: str) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(end_of_name))
+        return archive.read(name).decode()
+
+
+def stated_version(repo_root: Path) -> str:
+    found = re.search(
+        r'^__version__ = "(.+)"$', (repo_root / "runtime/dmtd_runtime/version.py").read_text(), re.MULTILINE
+    )
+    assert found, "version.py states no version"
+    return found.group(1)
+
+
+def expected_wheel_files(repo_root: Path) -> set[str]:
+    packaged = {
+        package + name.removeprefix(folder)
+        for name in tracked_files(repo_root)
+        for folder, package in PACKAGE_FOLDERS.items()
+        if name.startswith(folder + "/")
+    }
+    info = f"dmtd-{stated_version(repo_root)}.dist-info"
+    return packaged | {
+        f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")
+    }
+
+
+def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path, repo_root: Path) -> None:
+    names = names_in(wheel)
+    assert names == expected_wheel_files(repo_root)
+    for package in PACKAGE_FOLDERS.values():
+        assert {f"{package}/__init__.py", f"{package}/py.typed"} <= names
+    assert not [name for name in names if name.split("/")[0] in NOT_PACKAGES]
+
+
+def test_wheel_metadata(wheel: Path, repo_root: Path) -> None:
+    metadata = email.message_from_string(text_in(wheel, "METADATA"))
+    assert metadata["Name"] == "dmtd"
+    assert metadata["Version"] == stated_version(repo_root)
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert set(metadata.get_all("Provides-Extra", [])) >= {"cpu", "gpu", "export", "oracle", "demo", "dev"}
+    assert text_in(wheel, "entry_points.txt").split() == ["[console_scripts]", "dmtd", "=", "dmtd_export.cli:main"]
+
+
+def test_base_dependencies_are_the_runtimes_without_an_onnxruntime_wheel(wheel: Path) -> None:
+    metadata = email.message_from_string(text_in(wheel, "METADATA"))
+    base = {
+        re.split(r"[^A-Za-z0-9._-]", line)[0].lower()
+        for line in metadata.get_all("Requires-Dist", [])
+        if "extra ==" not in line
+    }
+    assert base == {"numpy", "tokenizers", "jinja2", "typer", "rich"}
+
+
+def test_no_extra_brings_both_onnxruntime_wheels(repo_root: Path) -> None:
+    # They own the same folder, and pip does not notice.
+    extras = tomllib.loads((repo_root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+    def closure(name: str) -> set[str]:
+        found = set()
+        for requirement in extras[name]:
+            inner = re.fullmatch(r"dmtd\[(.+)\]", requirement)
+            if inner:
+                found |= {part for extra in inner.group(1).split(",") for part in closure(extra)}
+            else:
+                found.add(re.split(r"[^A-Za-z0-9._-]", requirement)[0])
+        return found
+
+    for name in extras:
+        assert not {"onnxruntime", "onnxruntime-gpu"} <= closure(name), name
+    assert "onnxruntime" in closure("cpu") & closure("dev") & closure("demo")
+    assert not {"onnxruntime", "onnxruntime-gpu"} & closure("test")
+    assert "onnxruntime-gpu" in closure("gpu")
+
+
+def test_the_folders_around_the_packages_are_no_packages(repo_root: Path) -> None:
+    assert [folder for folder in NOT_PACKAGES if (repo_root / folder / "__init__.py").exists()] == []
+
+
+def test_sdist_holds_what_a_build_and_a_test_run_need(source_copy: Path, repo_root: Path, tmp_path: Path) -> None:
+    sdist = build(source_copy, "sdist", tmp_path / "sdist")
+    prefix = f"dmtd-{stated_version(repo_root)}"
+    with tarfile.open(sdist) as archive:
+        names = {name.removeprefix(prefix + "/") for name in archive.getnames()}
+        archive.extractall(tmp_path, filter="data")
+    folders = ("dmtd_export/", "runtime/", "models/", "tests/", "tools/")
+    wanted = {name for name in tracked_files(repo_root) if name.startswith(folders)}
+    assert wanted | {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"} <= names
+    # hatchling adds its own metadata and .gitignore, which it needs to build the same wheel again.
+    assert names - wanted == {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "PKG-INFO", ".gitignore"}
+    assert names_in(build(tmp_path / prefix, "wheel", tmp_path / "wheel")) == expected_wheel_files(repo_root)
