@@ -49,11 +49,21 @@ def parts_of(graph: GraphInfo, call: Call, slots: Mapping[int, int]) -> list[dic
 
 
 def make_feed(
-    graph: GraphInfo, scenario: Scenario, call: Call, slots: Mapping[int, int], thought: Array | None
+    graph: GraphInfo,
+    scenario: Scenario,
+    call: Call,
+    slots: Mapping[int, int],
+    thought: Array | None,
+    resident: Mapping[int, int],
 ) -> Feed:
-    """The feed of ``graph`` for the sequences in ``slots``. ``thought`` is needed by late_decode only."""
-    build = _standard if graph.dialect == contract.STANDARD else _packed
-    feed = build(graph, scenario, call, slots, thought)
+    """The feed of ``graph`` for the sequences in ``slots``, of those ``resident`` in its caches.
+
+    ``thought`` is needed by late_decode only.
+    """
+    if graph.dialect == contract.STANDARD:
+        feed = _standard(graph, scenario, call, slots, thought)
+    else:
+        feed = _packed(graph, scenario, call, slots, thought, resident)
     wanted = {info.name: info.dtype for info in graph.inputs}
     return Feed(
         inputs={name: array.astype(wanted[name]) for name, array in feed.inputs.items() if name in wanted},
@@ -94,7 +104,14 @@ def _standard(
     )
 
 
-def _packed(graph: GraphInfo, scenario: Scenario, call: Call, slots: Mapping[int, int], thought: Array | None) -> Feed:
+def _packed(
+    graph: GraphInfo,
+    scenario: Scenario,
+    call: Call,
+    slots: Mapping[int, int],
+    thought: Array | None,
+    resident: Mapping[int, int],
+) -> Feed:
     late_only = graph.name == contract.LATE_DECODE
     sequence_in = {slot: s for s, slot in slots.items()}
     # With several slots an idle row stands for each slot in front; a run of one sequence sees only its own late cache.
@@ -135,13 +152,22 @@ def _packed(graph: GraphInfo, scenario: Scenario, call: Call, slots: Mapping[int
         contract.THOUGHT: np.stack(thoughts).reshape(*shape, -1) if thought is not None else np.zeros((*shape, 0)),
         contract.seqlens_k("late"): late_totals - 1,
         contract.total_sequence_length("late"): np.array([late_totals.max()]),
-        **_window_lengths(call, sequence_in, graph.slots),
+        **_window_lengths(call, sequence_in, {slot: s for s, slot in resident.items()}, graph.slots),
     }
     return Feed(inputs=inputs, late_at=tuple(late_at))
 
 
-def _window_lengths(call: Call, sequence_in: Mapping[int, int], slots: int) -> dict[str, Array]:
-    windows = [call.windows[sequence_in[slot]] if slot in sequence_in else range(1) for slot in range(slots)]
+def _window_lengths(
+    call: Call, sequence_in: Mapping[int, int], resident: Mapping[int, int], slots: int
+) -> dict[str, Array]:
+    """Lengths of every slot. The idle row of a resident sequence is written behind all rows of this call."""
+    windows = []
+    for slot in range(slots):
+        if slot in sequence_in:
+            windows.append(call.windows[sequence_in[slot]])
+        else:
+            row = call.lates[resident[slot]].stop if slot in resident else 0
+            windows.append(range(row, row + 1))
     totals = np.array([window.stop for window in windows])
     return {
         contract.total_sequence_length("thinking"): totals,

@@ -100,8 +100,9 @@ def _run_sequences(
             [(call.lates if graph.name == contract.LATE_DECODE else call.windows)[s].start for s in sequences],
             [call.lates[s].start for s in sequences],
         )
-        for slots in parts_of(graph, call, dict(zip(sequences, caches.slots, strict=True))):
-            feed = make_feed(graph, scenario, call, slots, thought)
+        resident = dict(zip(sequences, caches.slots, strict=True))
+        for slots in parts_of(graph, call, resident):
+            feed = make_feed(graph, scenario, call, slots, thought, resident)
             own = caches.seen_by(list(slots.values()))
             outputs = dict(zip(names, session.run(names, {**feed.inputs, **own}), strict=True))
             caches.take(outputs, list(slots.values()))
