@@ -1,8 +1,8 @@
 """Inputs of one graph for one call, written from the contract alone; on purpose the runtime's layouts are not used.
 
-Standard graphs take ``[batch, rows]`` padded on the right. Packed graphs take the rows of all slots one behind
-another; a slot that takes no part but stands before one that does gets one idle row, the rest is the graph's own
-padding (``pad_rows``).
+Standard graphs take ``[batch, rows]`` padded on the right. In the onnxruntime dialect T's rows are packed, the windows of all
+slots one behind another: a slot that takes no part but stands before one that does gets one idle row, the rest is the
+graph's own padding (``PAD_ROWS``). Late rows are ``[batch, late_len]``, of which one is 1.
 """
 
 from __future__ import annotations
@@ -30,98 +30,113 @@ class Feed:
 
 def slots_of(graph: GraphInfo, num_sequences: int) -> tuple[int, ...]:
     """Which slot each sequence takes in a packed graph: one slot is left idle between them where there is room."""
+    if graph.slots == 1:
+        return (0,) * num_sequences
     step = 2 if graph.slots >= 2 * num_sequences - 1 else 1
     return tuple(i * step for i in range(num_sequences))
+
+
+def runs_of(graph: GraphInfo, call: Call) -> list[tuple[int, ...]]:
+    """Which sequences of a call can run together: GroupQueryAttention takes several rows of one sequence or one of several."""
+    everyone = tuple(range(len(call.lates)))
+    attends_late = graph.name != contract.THINKING
+    single_rows = all(len(late) == 1 for late in call.lates)
+    packed = graph.dialect == contract.ONNXRUNTIME
+    if packed and ((attends_late and not single_rows) or (graph.slots == 1 and graph.name != contract.LATE_DECODE)):
+        return [(sequence,) for sequence in everyone]
+    return [everyone]
 
 
 def make_feed(
     graph: GraphInfo, scenario: Scenario, call: Call, sequences: Sequence[int], thought: Array | None
 ) -> Feed:
     """The feed of ``graph`` for some sequences of the scenario. ``thought`` is needed by late_decode only."""
-    build = _standard if graph.dialect == contract.STANDARD else _packed
-    feed = build(graph, scenario, call, sequences, thought)
+    inputs, late_at = _late_inputs(scenario, call, sequences, thought)
+    if graph.dialect == contract.STANDARD:
+        inputs |= _standard_inputs(graph, scenario, call, sequences)
+    else:
+        inputs |= _packed_inputs(graph, scenario, call, sequences, late_at)
     wanted = {info.name: info.dtype for info in graph.inputs}
     return Feed(
-        inputs={name: array.astype(wanted[name]) for name, array in feed.inputs.items() if name in wanted},
-        late_at=feed.late_at,
+        inputs={name: array.astype(wanted[name]) for name, array in inputs.items() if name in wanted}, late_at=late_at
     )
 
 
-def _standard(
-    graph: GraphInfo, scenario: Scenario, call: Call, sequences: Sequence[int], thought: Array | None
-) -> Feed:
+def _late_inputs(
+    scenario: Scenario, call: Call, sequences: Sequence[int], thought: Array | None
+) -> tuple[dict[str, Array], tuple[tuple[int, ...], ...]]:
+    """What both dialects take as [batch, late_len], and where each sequence's rows stand when that is flat."""
     lates = [call.lates[s] for s in sequences]
-    windows = lates if graph.name == contract.LATE_DECODE else [call.windows[s] for s in sequences]
-    batch, rows, late_len = len(sequences), max(map(len, windows)), max(map(len, lates))
-    ids, late_rows = np.zeros((batch, rows), np.int64), np.zeros((batch, late_len), np.int64)
-    gates = {name: np.zeros((batch, late_len), bool) for name in (contract.GATE_HIDDEN, contract.GATE_THOUGHT)}
-    thoughts = np.zeros((batch, late_len, 0 if thought is None else thought.shape[-1]), np.float32)
-    for b, (s, window, late) in enumerate(zip(sequences, windows, lates, strict=True)):
-        ids[b, : len(window)] = scenario.ids[s, window]
-        late_rows[b, : len(late)] = np.arange(len(late)) + len(window) - len(late)
+    batch, width = len(lates), max(map(len, lates))
+    gates = {name: np.zeros((batch, width), bool) for name in (contract.GATE_HIDDEN, contract.GATE_THOUGHT)}
+    thoughts = np.zeros((batch, width, 0 if thought is None else thought.shape[-1]), np.float32)
+    for b, (s, late) in enumerate(zip(sequences, lates, strict=True)):
         gates[contract.GATE_HIDDEN][b, : len(late)] = scenario.gate_hidden[s, late]
         gates[contract.GATE_THOUGHT][b, : len(late)] = scenario.gate_thought[s, late]
         if thought is not None:
             thoughts[b, : len(late)] = thought[s, late]
+    late_at = tuple(tuple(range(b * width, b * width + len(late))) for b, late in enumerate(lates))
+    return {contract.THOUGHT: thoughts, **gates}, late_at
+
+
+def _ids(scenario: Scenario, sequences: Sequence[int], ranges: Sequence[range]) -> Array:
+    ids = np.zeros((len(ranges), max(map(len, ranges))), np.int64)
+    for row, s, span in zip(ids, sequences, ranges, strict=True):
+        row[: len(span)] = scenario.ids[s, span]
+    return ids
+
+
+def _standard_inputs(graph: GraphInfo, scenario: Scenario, call: Call, sequences: Sequence[int]) -> dict[str, Array]:
+    lates = [call.lates[s] for s in sequences]
+    windows = lates if graph.name == contract.LATE_DECODE else [call.windows[s] for s in sequences]
+    ids, width = _ids(scenario, sequences, windows), max(map(len, lates))
     starts = np.array([window.start for window in windows])
-    inputs = {
+    late_rows = np.zeros((len(lates), width), np.int64)
+    for row, window, late in zip(late_rows, windows, lates, strict=True):
+        row[: len(late)] = range(len(window) - len(late), len(window))
+    return {
         contract.INPUT_IDS: ids,
-        contract.POSITION_IDS: starts[:, None] + np.arange(rows),
+        contract.POSITION_IDS: starts[:, None] + np.arange(ids.shape[1]),
         contract.write_indices("thinking"): starts,
         contract.write_indices("late"): np.array([late.start for late in lates]),
         contract.LATE_ROWS: late_rows,
-        contract.LOGIT_ROWS: np.arange(late_len)[None].repeat(batch, 0),
-        contract.THOUGHT: thoughts,
-        **gates,
+        contract.LOGIT_ROWS: np.arange(width)[None].repeat(len(lates), 0),
     }
-    return Feed(
-        inputs=inputs, late_at=tuple(tuple(range(b * late_len, b * late_len + len(r))) for b, r in enumerate(lates))
-    )
 
 
-def _packed(graph: GraphInfo, scenario: Scenario, call: Call, sequences: Sequence[int], thought: Array | None) -> Feed:
-    slots = slots_of(graph, len(sequences))
-    late_ranges = dict(zip(slots, [call.lates[s] for s in sequences], strict=True))
-    window_ranges = dict(zip(slots, [call.windows[s] for s in sequences], strict=True))
-    if graph.name == contract.LATE_DECODE:
-        window_ranges = late_ranges
-    sequence_in = dict(zip(slots, sequences, strict=True))
-    ids: list[int] = []
-    late_rows: list[int] = []
-    gates: list[tuple[bool, bool]] = []
-    thoughts: list[Array] = []
-    late_at: list[tuple[int, ...]] = []
-    for slot in range(slots[-1] + 1):
-        if slot not in sequence_in:  # an idle row
-            late_rows.append(len(ids))
-            ids.append(0)
-            gates.append((True, False))
-            thoughts.append(np.zeros(0 if thought is None else thought.shape[-1], np.float32))
-            continue
-        s, window, late = sequence_in[slot], window_ranges[slot], late_ranges[slot]
-        late_at.append(tuple(range(len(late_rows), len(late_rows) + len(late))))
-        late_rows.extend(range(len(ids) + len(window) - len(late), len(ids) + len(window)))
-        ids.extend(int(scenario.ids[s, i]) for i in window)
-        gates.extend((bool(scenario.gate_hidden[s, i]), bool(scenario.gate_thought[s, i])) for i in late)
-        thoughts.extend(np.zeros(0) if thought is None else thought[s, i] for i in late)
+def _packed_inputs(
+    graph: GraphInfo, scenario: Scenario, call: Call, sequences: Sequence[int], late_at: Sequence[Sequence[int]]
+) -> dict[str, Array]:
+    lates = [call.lates[s] for s in sequences]
+    width = max(map(len, lates))
+    late_totals = np.array([late.start + width for late in lates])
     inputs = {
-        contract.INPUT_IDS: np.array([ids]),
-        contract.LATE_ROWS: np.array(late_rows),
-        contract.LOGIT_ROWS: np.arange(len(late_rows)),
-        contract.GATE_HIDDEN: np.array([[hidden for hidden, _ in gates]]),
-        contract.GATE_THOUGHT: np.array([[thought_gate for _, thought_gate in gates]]),
-        contract.THOUGHT: np.stack(thoughts)[None],
-        **_lengths("thinking", window_ranges, graph.slots),
-        **_lengths("late", late_ranges, graph.slots),
+        contract.INPUT_IDS: _ids(scenario, sequences, lates),
+        contract.LOGIT_ROWS: np.concatenate([np.array(at) for at in late_at]),
+        contract.seqlens_k("late"): late_totals - 1,
+        contract.total_sequence_length("late"): late_totals.max(keepdims=True),
     }
-    return Feed(inputs=inputs, late_at=tuple(late_at))
-
-
-def _lengths(group: contract.Group, ranges: dict[int, range], slots: int) -> dict[str, Array]:
-    totals = np.array([ranges[slot].stop if slot in ranges else 1 for slot in range(slots)])
-    return {
-        contract.total_sequence_length(group): totals,
-        contract.seqlens_k(group): totals - 1,
-        contract.slot_rows(group): np.array([len(ranges[slot]) if slot in ranges else 1 for slot in range(slots)]),
-        contract.pad_rows(group): np.array([slots - max(ranges) - 1]),
+    if graph.name == contract.LATE_DECODE:
+        return inputs
+    slots = slots_of(graph, len(call.lates))
+    window_in = {slots[s]: call.windows[s] for s in sequences}
+    sequence_in = {slots[s]: s for s in sequences}
+    ids: list[int] = []
+    late_rows = np.zeros((len(lates), width), np.int64)
+    for slot in range(max(window_in) + 1):
+        if slot in window_in:
+            s, window = sequence_in[slot], window_in[slot]
+            ids.extend(int(scenario.ids[s, i]) for i in window)
+            count = len(call.lates[s])
+            late_rows[list(sequences).index(s), :count] = range(len(ids) - count, len(ids))
+        else:
+            ids.append(0)  # an idle row
+    totals = np.array([window_in[slot].stop if slot in window_in else 1 for slot in range(graph.slots)])
+    return inputs | {
+        contract.INPUT_IDS: np.array([ids]),
+        contract.LATE_ROWS: late_rows,
+        contract.total_sequence_length("thinking"): totals,
+        contract.seqlens_k("thinking"): totals - 1,
+        contract.SLOT_ROWS: np.array([len(window_in.get(slot, range(1))) for slot in range(graph.slots)]),
+        contract.PAD_ROWS: np.array([graph.slots - max(window_in) - 1]),
     }

@@ -51,9 +51,11 @@ def manifest(bundle: Path) -> Manifest:
 
 
 def test_there_is_every_cut_in_every_layout(manifest: Manifest) -> None:
-    cuts = [graph.file.split(".")[0] for graph in manifest.graphs]
-    assert sorted(cuts) == sorted(3 * ["full_pass", "late_decode", "thinking"])
-    assert {graph.slots for graph in manifest.graphs if graph.dialect == "onnxruntime"} == {1, 3}
+    slots = {"standard": {1}, "onnxruntime": {1, 2, 3}}
+    for dialect, wanted in slots.items():
+        for cut in ("full_pass", "thinking", "late_decode"):
+            found = {graph.slots for graph in manifest.graphs if (graph.name, graph.dialect) == (cut, dialect)}
+            assert found == ({1} if cut == "late_decode" else wanted)
 
 
 def test_onnx_accepts_every_graph_in_full(bundle: Path, manifest: Manifest) -> None:
@@ -76,6 +78,8 @@ def test_no_weight_stands_in_a_graph(bundle: Path, manifest: Manifest) -> None:
 
 def test_node_names_keep_the_module_path_and_are_unique(bundle: Path, manifest: Manifest) -> None:
     for graph in manifest.graphs:
+        if graph.name == "choose_token":
+            continue
         nodes = onnx.load(bundle / graph.file, load_external_data=False).graph.node
         names = [node.name for node in nodes]
         assert len(set(names)) == len(names)
