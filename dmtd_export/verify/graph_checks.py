@@ -29,8 +29,7 @@ ORDER = (contract.THINKING, contract.LATE_DECODE, contract.FULL_PASS)
 
 def ordered(manifest: Manifest) -> list[GraphInfo]:
     """All graphs of the decoder, those of one cut together, the simplest first."""
-    graphs = [graph for graph in manifest.graphs if graph.name in ORDER]
-    return sorted(graphs, key=lambda graph: (ORDER.index(graph.name), graph.slots, graph.dialect))
+    return sorted(manifest.decoder_graphs, key=lambda graph: (ORDER.index(graph.name), graph.slots, graph.dialect))
 
 
 def check_graphs(
@@ -69,7 +68,7 @@ def check_choose_token(directory: Path, manifest: Manifest, level: Level) -> lis
     logits[2, 1, 0] = np.nan
     logits[3, 0, -1] = np.inf
     logits[4, 1, 0] = -np.inf
-    finite: Array = np.isfinite(logits).all(-1)
+    finite: Array = np.logical_and.reduce(np.isfinite(logits), axis=-1)
     found: Divergence | None = None
     try:
         session = open_onnxruntime(directory / graph.file)
