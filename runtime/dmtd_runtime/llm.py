@@ -239,7 +239,7 @@ class LLM:
             raise RequestError("prompt: got no tokens, expected at least one")
         vocab_size = self.manifest.model.vocab_size
         for token_id in ids:
-            if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
                 raise RequestError(f"prompt: got token id {token_id!r}, expected integers from 0 to {vocab_size - 1}")
         if len(ids) >= self.max_model_len:
             raise RequestError(
