@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,6 +39,18 @@ def test_buffers_start_as_zeros_and_keep_their_place(model: ModelInfo) -> None:
 def test_buffers_have_the_models_dtype(model: ModelInfo, dtype: str, itemsize: int) -> None:
     cache = HostKvCache(replace(model, dtype=dtype), slots=1, capacity=4)
     assert cache.buffer(0, "key").itemsize == itemsize
+
+
+def test_a_forked_child_has_its_own_copy(model: ModelInfo) -> None:
+    cache = HostKvCache(model, slots=1, capacity=4)
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    address = cache.buffer(0, "key").ctypes.data
+    [flags] = [
+        line.split()[1]
+        for line in maps
+        if int(line.split("-")[0], 16) <= address < int(line.split()[0].split("-")[1], 16)
+    ]
+    assert flags == "rw-p", f"the buffer lies in a mapping {flags}"
 
 
 def test_move_copies_the_first_rows_of_a_slot(model: ModelInfo) -> None:
@@ -83,6 +96,7 @@ def test_pages_are_committed_as_rows_are_written(model: ModelInfo) -> None:
         for kind in ("key", "value"):
             cache.buffer(layer, kind)[0, :, :rows] = 1
     written = kv_bytes(model, rows)
+    assert private_bytes() - before > 0.9 * written, "the measure sees what is written"
     grown = private_bytes() - before
     # Each head's rows end in a page of their own.
     assert grown < written + 5 * 2 * 2 * 2 * PAGE_BYTES + (1 << 20)
