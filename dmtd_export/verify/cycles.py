@@ -86,7 +86,7 @@ def make_cases(manifest: Manifest, quick: bool, seed: int = 0) -> list[Case]:
 
 def make_variants(manifest: Manifest, quick: bool, prepack: bool = True) -> list[Variant]:
     """The baseline first, then every dialect, full-pass mode and batch that the bundle has graphs for."""
-    slots = {d: max((g.slots for g in manifest.graphs if g.dialect == d), default=0) for d in contract.DIALECTS}
+    slots = {d: max((g.slots for g in manifest.decoder_graphs if g.dialect == d), default=0) for d in contract.DIALECTS}
     whole = manifest.model.max_window
     variants: list[Variant] = []
     for dialect in (contract.ONNXRUNTIME, contract.STANDARD):

@@ -1,13 +1,13 @@
 """Inputs of one graph for one call, written from the contract alone; on purpose the runtime's layouts are not used.
 
-Standard graphs take ``[batch, rows]`` padded on the right. Packed graphs take the rows of all slots one behind
-another; a slot that takes no part but stands before one that does gets one idle row, the rest is the graph's own
-padding (``pad_rows``).
+Standard graphs take ``[batch, rows]`` padded on the right. In the onnxruntime dialect T's windows are packed, the rows of
+all slots one behind another; a slot that takes no part but stands before one that does gets one idle row, the rest is the
+graph's own padding. Its late rows are a batch, one row for each slot, or several rows of one sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +34,36 @@ def slots_of(graph: GraphInfo, num_sequences: int) -> tuple[int, ...]:
     return tuple(i * step for i in range(num_sequences))
 
 
+def parts_of(graph: GraphInfo, call: Call, slots: Mapping[int, int]) -> list[dict[int, int]]:
+    """The runs that one call needs, each slots by sequence: where a full pass has late rows of several sequences, one row each.
+
+    Args:
+        graph: which graph is run.
+        call: rows of every sequence.
+        slots: slots by sequence.
+    """
+    packed = graph.dialect == contract.ONNXRUNTIME
+    if packed and graph.name == contract.FULL_PASS and any(len(call.lates[s]) != 1 for s in slots):
+        return [{s: slot} for s, slot in slots.items()]
+    return [dict(slots)]
+
+
 def make_feed(
-    graph: GraphInfo, scenario: Scenario, call: Call, sequences: Sequence[int], thought: Array | None
+    graph: GraphInfo,
+    scenario: Scenario,
+    call: Call,
+    slots: Mapping[int, int],
+    thought: Array | None,
+    resident: Mapping[int, int],
 ) -> Feed:
-    """The feed of ``graph`` for some sequences of the scenario. ``thought`` is needed by late_decode only."""
-    build = _standard if graph.dialect == contract.STANDARD else _packed
-    feed = build(graph, scenario, call, sequences, thought)
+    """The feed of ``graph`` for the sequences in ``slots``, of those ``resident`` in its caches.
+
+    ``thought`` is needed by late_decode only.
+    """
+    if graph.dialect == contract.STANDARD:
+        feed = _standard(graph, scenario, call, slots, thought)
+    else:
+        feed = _packed(graph, scenario, call, slots, thought, resident)
     wanted = {info.name: info.dtype for info in graph.inputs}
     return Feed(
         inputs={name: array.astype(wanted[name]) for name, array in feed.inputs.items() if name in wanted},
@@ -48,8 +72,9 @@ def make_feed(
 
 
 def _standard(
-    graph: GraphInfo, scenario: Scenario, call: Call, sequences: Sequence[int], thought: Array | None
+    graph: GraphInfo, scenario: Scenario, call: Call, slots: Mapping[int, int], thought: Array | None
 ) -> Feed:
+    sequences = list(slots)
     lates = [call.lates[s] for s in sequences]
     windows = lates if graph.name == contract.LATE_DECODE else [call.windows[s] for s in sequences]
     batch, rows, late_len = len(sequences), max(map(len, windows)), max(map(len, lates))
@@ -79,49 +104,74 @@ def _standard(
     )
 
 
-def _packed(graph: GraphInfo, scenario: Scenario, call: Call, sequences: Sequence[int], thought: Array | None) -> Feed:
-    slots = slots_of(graph, len(sequences))
-    late_ranges = dict(zip(slots, [call.lates[s] for s in sequences], strict=True))
-    window_ranges = dict(zip(slots, [call.windows[s] for s in sequences], strict=True))
-    if graph.name == contract.LATE_DECODE:
-        window_ranges = late_ranges
-    sequence_in = dict(zip(slots, sequences, strict=True))
+def _packed(
+    graph: GraphInfo,
+    scenario: Scenario,
+    call: Call,
+    slots: Mapping[int, int],
+    thought: Array | None,
+    resident: Mapping[int, int],
+) -> Feed:
+    late_only = graph.name == contract.LATE_DECODE
+    sequence_in = {slot: s for s, slot in slots.items()}
+    # With several slots an idle row stands for each slot in front; a run of one sequence sees only its own late cache.
+    window_slots = range(max(sequence_in) + 1)
+    late_slots = list(sequence_in) if len(slots) == 1 else list(window_slots)
     ids: list[int] = []
     late_rows: list[int] = []
-    gates: list[tuple[bool, bool]] = []
-    thoughts: list[Array] = []
-    late_at: list[tuple[int, ...]] = []
-    for slot in range(slots[-1] + 1):
-        if slot not in sequence_in:  # an idle row
-            late_rows.append(len(ids))
+    for slot in window_slots:
+        if slot not in sequence_in:
+            late_rows += [len(ids)] if slot in late_slots else []
             ids.append(0)
-            gates.append((True, False))
-            thoughts.append(np.zeros(0 if thought is None else thought.shape[-1], np.float32))
             continue
-        s, window, late = sequence_in[slot], window_ranges[slot], late_ranges[slot]
-        late_at.append(tuple(range(len(late_rows), len(late_rows) + len(late))))
+        s, late = sequence_in[slot], call.lates[sequence_in[slot]]
+        window = late if late_only else call.windows[s]
         late_rows.extend(range(len(ids) + len(window) - len(late), len(ids) + len(window)))
         ids.extend(int(scenario.ids[s, i]) for i in window)
-        gates.extend((bool(scenario.gate_hidden[s, i]), bool(scenario.gate_thought[s, i])) for i in late)
-        thoughts.extend(np.zeros(0) if thought is None else thought[s, i] for i in late)
+    late_at, row = [], 0
+    hidden, gates, thoughts = [], [], []
+    for slot in late_slots:
+        late = call.lates[sequence_in[slot]] if slot in sequence_in else range(1)
+        if slot in sequence_in:
+            late_at.append(tuple(range(row, row + len(late))))
+        row += len(late)
+        for i in late:
+            s = sequence_in.get(slot, 0)
+            hidden.append(bool(scenario.gate_hidden[s, i]))
+            gates.append(bool(scenario.gate_thought[s, i]))
+            thoughts.append(np.zeros(0) if thought is None else thought[s, i])
+    # One row for each of several sequences, else several rows of one; thinking takes any shape for its late rows.
+    shape = (row, 1) if len(slots) > 1 and all(len(call.lates[s]) == 1 for s in slots) else (1, row)
+    late_totals = np.array([call.lates[sequence_in[slot]].stop if slot in sequence_in else 1 for slot in late_slots])
     inputs = {
-        contract.INPUT_IDS: np.array([ids]),
-        contract.LATE_ROWS: np.array(late_rows),
-        contract.LOGIT_ROWS: np.arange(len(late_rows)),
-        contract.GATE_HIDDEN: np.array([[hidden for hidden, _ in gates]]),
-        contract.GATE_THOUGHT: np.array([[thought_gate for _, thought_gate in gates]]),
-        contract.THOUGHT: np.stack(thoughts)[None],
-        **_lengths("thinking", window_ranges, graph.slots),
-        **_lengths("late", late_ranges, graph.slots),
+        contract.INPUT_IDS: np.array(ids).reshape(shape if late_only else (1, -1)),
+        contract.LATE_ROWS: np.array(late_rows).reshape(shape),
+        contract.LOGIT_ROWS: np.arange(row),
+        contract.GATE_HIDDEN: np.array(hidden).reshape(shape),
+        contract.GATE_THOUGHT: np.array(gates).reshape(shape),
+        contract.THOUGHT: np.stack(thoughts).reshape(*shape, -1) if thought is not None else np.zeros((*shape, 0)),
+        contract.seqlens_k("late"): late_totals - 1,
+        contract.total_sequence_length("late"): np.array([late_totals.max()]),
+        **_window_lengths(call, sequence_in, {slot: s for s, slot in resident.items()}, graph.slots),
     }
     return Feed(inputs=inputs, late_at=tuple(late_at))
 
 
-def _lengths(group: contract.Group, ranges: dict[int, range], slots: int) -> dict[str, Array]:
-    totals = np.array([ranges[slot].stop if slot in ranges else 1 for slot in range(slots)])
+def _window_lengths(
+    call: Call, sequence_in: Mapping[int, int], resident: Mapping[int, int], slots: int
+) -> dict[str, Array]:
+    """Lengths of every slot. The idle row of a resident sequence is written behind all rows of this call."""
+    windows = []
+    for slot in range(slots):
+        if slot in sequence_in:
+            windows.append(call.windows[sequence_in[slot]])
+        else:
+            row = call.lates[resident[slot]].stop if slot in resident else 0
+            windows.append(range(row, row + 1))
+    totals = np.array([window.stop for window in windows])
     return {
-        contract.total_sequence_length(group): totals,
-        contract.seqlens_k(group): totals - 1,
-        contract.slot_rows(group): np.array([len(ranges[slot]) if slot in ranges else 1 for slot in range(slots)]),
-        contract.pad_rows(group): np.array([slots - max(ranges) - 1]),
+        contract.total_sequence_length("thinking"): totals,
+        contract.seqlens_k("thinking"): totals - 1,
+        contract.SLOT_ROWS: np.array([len(window) for window in windows]),
+        contract.PAD_ROWS: np.array([slots - max(sequence_in) - 1]),
     }

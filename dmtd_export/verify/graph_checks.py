@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dmtd_export.verify.graph_runs import cache_layers, run_graph
+from dmtd_export.verify.graph_runs import OpenSession, cache_layers, open_onnxruntime, run_graph
 from dmtd_export.verify.margins import FLOAT32, Difference, Margin, worst_difference
 from dmtd_export.verify.report import Check, Divergence, Level
 from dmtd_export.verify.scenario import Outcome, Scenario
@@ -29,7 +29,7 @@ ORDER = (contract.THINKING, contract.LATE_DECODE, contract.FULL_PASS)
 
 def ordered(manifest: Manifest) -> list[GraphInfo]:
     """All graphs, those of one cut together, the simplest first."""
-    return sorted(manifest.graphs, key=lambda graph: (ORDER.index(graph.name), graph.slots, graph.dialect))
+    return sorted(manifest.decoder_graphs, key=lambda graph: (ORDER.index(graph.name), graph.slots, graph.dialect))
 
 
 def check_graphs(
@@ -41,13 +41,14 @@ def check_graphs(
     margin: Margin = FLOAT32,
     label: str = "",
     on_done: OnDone = lambda: None,
+    open_session: OpenSession = open_onnxruntime,
 ) -> list[Check]:
-    """Run every graph and compare; one check a graph file."""
+    """Run every graph of ``manifest`` and compare; one check a graph file."""
     checks = []
     for graph in ordered(manifest):
         name = f"{graph.file}{label} against {'the reference' if level == 'oracle' else 'thinking + late_decode'}"
         try:
-            outcome = run_graph(directory / graph.file, graph, manifest.cycle, scenario, expected.thought)
+            outcome = run_graph(directory / graph.file, graph, manifest.cycle, scenario, expected.thought, open_session)
             check = compare(name, graph, scenario, expected, outcome, level, margin)
         except BackendError as error:
             found = Divergence(graph=graph.file, dialect=graph.dialect, detail=str(error))

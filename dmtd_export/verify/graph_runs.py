@@ -1,4 +1,4 @@
-"""Running one graph file over a scenario in ONNX Runtime on the CPU, caches fed and read back as plain arrays.
+"""Running one graph file over a scenario on the CPU, caches fed and read back as plain arrays.
 
 Weights stay in the page cache (no prepacked copies), so a graph of any size needs little memory of its own. Every
 cache row that a call has no business reading holds arbitrary numbers, so a mask or a length that is off by one shows.
@@ -6,13 +6,13 @@ cache row that a call has no business reading holds arbitrary numbers, so a mask
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from dmtd_export.verify.feeds import make_feed, slots_of
+from dmtd_export.verify.feeds import make_feed, parts_of, slots_of
 from dmtd_export.verify.scenario import Outcome, Scenario
 from dmtd_runtime import contract
 from dmtd_runtime.backends.ort_session import import_onnxruntime
@@ -22,10 +22,45 @@ from dmtd_runtime.manifest import CycleInfo, GraphInfo, TensorInfo
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def run_graph(path: Path, graph: GraphInfo, cycle: CycleInfo, scenario: Scenario, thought: Array | None) -> Outcome:
+class Session(Protocol):
+    """What runs a graph: an ONNX Runtime session, or ONNX's own evaluator."""
+
+    def run(self, output_names: Sequence[str], feed: Mapping[str, Array]) -> list[Array]: ...
+
+
+OpenSession = Callable[[Path], Session]
+
+
+def open_onnxruntime(path: Path) -> Session:
+    """A session of ONNX Runtime on the CPU that reads its weights from the mapped file."""
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session: Session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return session
+
+
+def open_evaluator(path: Path) -> Session:
+    """ONNX's reference evaluator: plain numpy, every type, standard operators only, slow."""
+    from onnx.reference import ReferenceEvaluator
+
+    session: Session = ReferenceEvaluator(str(path))
+    return session
+
+
+def run_graph(
+    path: Path,
+    graph: GraphInfo,
+    cycle: CycleInfo,
+    scenario: Scenario,
+    thought: Array | None,
+    open_session: OpenSession = open_onnxruntime,
+) -> Outcome:
     """Run all calls of a scenario through a graph file. ``thought`` [sequences, n, hidden] feeds late_decode.
 
-    Raises BackendError with ONNX Runtime's first line where it refuses the graph or the run.
+    Raises BackendError with the first line of what refuses the graph or the run.
     """
     count = len(scenario.lengths)
     # A graph for one slot runs the sequences one after another.
@@ -33,14 +68,14 @@ def run_graph(path: Path, graph: GraphInfo, cycle: CycleInfo, scenario: Scenario
     groups = [tuple(range(count))] if together else [(s,) for s in range(count)]
     collected = _Collected(graph, scenario)
     try:
-        session = _open(path)
+        session = open_session(path)
         for sequences in groups:
             _run_sequences(session, graph, cycle, scenario, sequences, thought, collected)
     except BackendError:
         raise
     except Exception as error:
         first = str(error).strip().splitlines()[0][:300]
-        raise BackendError(f"{graph.file}: ONNX Runtime refuses it: {first}") from error
+        raise BackendError(f"{graph.file}: cannot be run: {first}") from error
     return collected.outcome()
 
 
@@ -49,17 +84,8 @@ def cache_layers(graph: GraphInfo) -> list[int]:
     return sorted({int(info.name.split(".")[1]) for info in graph.outputs if info.name.startswith("present.")})
 
 
-def _open(path: Path) -> Any:
-    ort = import_onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
 def _run_sequences(
-    session: Any,
+    session: Session,
     graph: GraphInfo,
     cycle: CycleInfo,
     scenario: Scenario,
@@ -74,14 +100,17 @@ def _run_sequences(
             [(call.lates if graph.name == contract.LATE_DECODE else call.windows)[s].start for s in sequences],
             [call.lates[s].start for s in sequences],
         )
-        feed = make_feed(graph, scenario, call, sequences, thought)
-        outputs = dict(zip(names, session.run(names, {**feed.inputs, **caches.arrays}), strict=True))
-        caches.take(outputs)
-        for name in (contract.THOUGHT, contract.LOGITS):
-            if name in outputs:
-                flat = outputs[name].reshape(-1, outputs[name].shape[-1])
-                for s, at in zip(sequences, feed.late_at, strict=True):
-                    collected.rows[name][s, call.lates[s]] = flat[list(at)]
+        resident = dict(zip(sequences, caches.slots, strict=True))
+        for slots in parts_of(graph, call, resident):
+            feed = make_feed(graph, scenario, call, slots, thought, resident)
+            own = caches.seen_by(list(slots.values()))
+            outputs = dict(zip(names, session.run(names, {**feed.inputs, **own}), strict=True))
+            caches.take(outputs, list(slots.values()))
+            for name in (contract.THOUGHT, contract.LOGITS):
+                if name in outputs:
+                    flat = outputs[name].reshape(-1, outputs[name].shape[-1])
+                    for s, at in zip(slots, feed.late_at, strict=True):
+                        collected.rows[name][s, call.lates[s]] = flat[list(at)]
     for s, (layer, kind), rows in caches.final():
         target = collected.caches.setdefault((layer, kind), np.zeros((len(scenario.lengths), *rows.shape), np.float32))
         target[s] = rows
@@ -112,10 +141,10 @@ class _Caches:
         self._scenario = scenario
         self._sequences = sequences
         self._packed = graph.dialect == contract.ONNXRUNTIME
-        self._slots = slots_of(graph, len(sequences)) if self._packed else tuple(range(len(sequences)))
+        self.slots = slots_of(graph, len(sequences)) if self._packed else tuple(range(len(sequences)))
         self._late_layers = set(cycle.decoding_range)
         self._rng = np.random.default_rng(1)
-        batch = 1 if self._packed else len(sequences)
+        batch = self.slots[-1] + 1
         inputs = [info for info in graph.inputs if info.name.startswith("past_key_values.")]
         self.arrays = {info.name: self._noise(self._shape(info, batch), info.dtype) for info in inputs}
 
@@ -128,10 +157,18 @@ class _Caches:
                 if rows is not None:
                     rows[:, start:] = self._noise(rows[:, start:].shape, array.dtype.name)
 
-    def take(self, outputs: dict[str, Array]) -> None:
-        for name in self.arrays:
-            # A copy: the session owns its outputs' memory, and ``spoil`` writes into these.
-            self.arrays[name] = np.array(outputs[name.replace("past_key_values.", "present.")])
+    def seen_by(self, slots: Sequence[int]) -> dict[str, Array]:
+        """The arrays of a run over some slots: one sequence sees only its own part of a batched cache."""
+        return {name: array[self._batch_part(name, array, slots)] for name, array in self.arrays.items()}
+
+    def take(self, outputs: dict[str, Array], slots: Sequence[int]) -> None:
+        for name, array in self.arrays.items():
+            array[self._batch_part(name, array, slots)] = outputs[name.replace("past_key_values.", "present.")]
+
+    def _batch_part(self, name: str, array: Array, slots: Sequence[int]) -> slice:
+        own_node = self._packed and len(name.split(".")) == 4
+        alone = self._packed and not own_node and len(slots) == 1 and len(array) > 1
+        return slice(slots[0], slots[0] + 1) if alone else slice(None)
 
     def final(self) -> list[tuple[int, tuple[int, str], Array]]:
         """(sequence, (layer, kind), rows [kv_heads, n, head_dim]) of everything committed."""
@@ -147,11 +184,12 @@ class _Caches:
 
     def _rows(self, name: str, array: Array, index: int) -> Array | None:
         """[kv_heads, capacity, head_dim] of a sequence, a view; None if the array belongs to another slot."""
-        slot = self._slots[index]
+        slot = self.slots[index]
         parts = name.split(".")
-        if self._packed and len(parts) == 4 and int(parts[3]) != slot:
+        own_node = self._packed and len(parts) == 4
+        if own_node and int(parts[3]) != slot:
             return None
-        rows: Array = array[0 if self._packed else slot]
+        rows: Array = array[0 if own_node else slot]
         return rows
 
     def _shape(self, info: TensorInfo, batch: int) -> list[int]:

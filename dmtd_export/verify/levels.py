@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -13,6 +16,8 @@ from dmtd_export.verify.report import LEVELS, Level
 from dmtd_models.config import ModelConfig
 from dmtd_runtime.manifest import Manifest
 
+CycleScope = Literal["all", "few", "none"]
+LARGE_BYTES = 4 << 30  # float32 weights beyond which whole cycles take minutes
 WORKING_BYTES = 1 << 30  # interpreter, libraries, activations, caches of a few dozen rows
 PREPACKED_COPIES = 2.2  # ONNX Runtime's prepacked weights of a fused pair beside the mapped file
 LOGIT_ROWS = 600  # rows of logits alive at a time, reference and graphs together
@@ -24,6 +29,7 @@ class Plan:
 
     level: Level
     note: str = ""
+    cycles: CycleScope = "all"
     prepack: bool = True
     notes: tuple[str, ...] = ()
 
@@ -49,6 +55,12 @@ def available_bytes() -> int | None:
     return None
 
 
+def scratch_directory(directory: Path) -> Path:
+    """Where the float32 cast of a half-precision bundle is written: beside it, or where temporary files go."""
+    beside = directory.absolute().parent
+    return beside if os.access(beside, os.W_OK) else Path(tempfile.gettempdir())
+
+
 def float32_bytes(manifest: Manifest) -> int:
     """Bytes of the stored weights as float32."""
     return sum(int(np.prod(info.shape)) * 4 for info in manifest.weights.values())
@@ -69,9 +81,10 @@ def _limits(directory: Path, manifest: Manifest, config: ModelConfig | None) -> 
     if memory is not None and memory < least:
         limits.append(("structure", f"{memory / 1e9:.1f} GB of memory are available, {least / 1e9:.1f} GB are needed"))
     if manifest.model.dtype != "float32":
-        free, needed = shutil.disk_usage(directory.absolute().parent).free, float32_bytes(manifest)
+        scratch = scratch_directory(directory)
+        free, needed = shutil.disk_usage(scratch).free, float32_bytes(manifest)
         if free < needed + (64 << 20):
-            reason = f"its float32 cast needs {needed / 1e9:.1f} GB beside {directory}, {free / 1e9:.1f} GB are free"
+            reason = f"its float32 cast needs {needed / 1e9:.1f} GB in {scratch}, {free / 1e9:.1f} GB are free"
             limits.append(("structure", reason))
     if not _installed("torch"):
         limits.append(("graphs", 'PyTorch is not installed; pip install "dmtd[oracle]"'))
@@ -83,14 +96,26 @@ def _limits(directory: Path, manifest: Manifest, config: ModelConfig | None) -> 
 
 
 def _finish(manifest: Manifest, level: Level, note: str) -> Plan:
-    memory, wanted = available_bytes(), PREPACKED_COPIES * float32_bytes(manifest) + least_bytes(manifest)
-    if level == "structure" or memory is None or memory >= wanted:
+    """How whole cycles run at this level; what a large model goes without is said in a note."""
+    memory, weights = available_bytes(), float32_bytes(manifest)
+    cycles: CycleScope = "few" if weights > LARGE_BYTES else "all"
+    notes = ["whole cycles: fewer prompts and variants, because the model is large"] if cycles == "few" else []
+    prepack = True
+    if memory is not None and memory < weights + least_bytes(manifest):
+        cycles, prepack = "none", False
+        notes = [
+            "whole cycles were not run: the float32 weights do not fit into memory "
+            f"({memory / 1e9:.1f} GB available, {(weights + least_bytes(manifest)) / 1e9:.1f} GB needed); "
+            "each graph was, its weights read from the file in turn"
+        ]
+    elif memory is not None and memory < PREPACKED_COPIES * weights + least_bytes(manifest):
+        prepack = False
+        notes.append(
+            "whole cycles read their weights from the page cache: memory is short of ONNX Runtime's own copies"
+        )
+    if level == "structure":
         return Plan(level=level, note=note)
-    line = (
-        f"weights were read from the page cache, not prepacked: {memory / 1e9:.1f} GB of memory are available, "
-        f"{wanted / 1e9:.1f} GB are needed to run them as deployed"
-    )
-    return Plan(level=level, note=note, prepack=False, notes=(line,))
+    return Plan(level=level, note=note, cycles=cycles, prepack=prepack, notes=tuple(notes))
 
 
 def _installed(module: str) -> bool:

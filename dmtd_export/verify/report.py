@@ -108,11 +108,12 @@ class VerifyReport:
 
 
 def record(report: VerifyReport) -> dict[str, Any]:
-    """What the manifest keeps of a verification: the report without its per-check text."""
+    """What the manifest keeps of a verification: the report without its times and its text a check."""
     full = report.to_json()
     keys = ("name", "level", "ok", "worst", "margin", "unit", "cases", "near_ties")
     full["checks"] = [{key: check[key] for key in keys} for check in full["checks"]]
-    full.pop("first_divergence")
+    for key in ("first_divergence", "seconds"):
+        del full[key]
     return full
 
 

@@ -13,27 +13,31 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmtd_export.verify import cycles
 from dmtd_export.verify.graph_checks import check_graphs, graphs_as_expected
+from dmtd_export.verify.graph_runs import OpenSession, open_evaluator, open_onnxruntime
 from dmtd_export.verify.half import float32_twin
-from dmtd_export.verify.levels import Plan, make_plan
+from dmtd_export.verify.levels import Plan, float32_bytes, make_plan, scratch_directory
 from dmtd_export.verify.margins import FLOAT32, FLOAT32_MARGIN, HALF_TOP1_AGREEMENT, half_margin
 from dmtd_export.verify.report import Check, Divergence, Level, VerificationError, VerifyReport, record
 from dmtd_export.verify.scenario import Outcome, Scenario, make_scenario
 from dmtd_export.verify.structure import check_structure, model_config, split_of, steps
-from dmtd_export.verify.weights_check import check_rotary, check_source
+from dmtd_export.verify.weights_check import check_architecture, check_rotary, check_source
 from dmtd_models.checkpoint import Checkpoint
 from dmtd_models.config import ModelConfig
+from dmtd_models.tensors import tensor_shapes
+from dmtd_runtime import contract
 from dmtd_runtime.errors import BackendError, BundleError
 from dmtd_runtime.manifest import Manifest, load_manifest
 
 if TYPE_CHECKING:
     from dmtd_export.verify.reference import Reference
 
+EVALUATOR_BYTES = 16 << 20  # float32 bytes of the largest model that ONNX's reference evaluator is asked to run
 OnStage = Callable[[str, int, int], None]
 
 
@@ -63,17 +67,18 @@ def verify_bundle(
     manifest = manifest or load_manifest(directory)
     run = _Run(directory, manifest, checkpoint, quick, on_stage or _silent)
     plan = make_plan(directory, manifest, level, run.config)
-    checks, notes = run.structure(), list(plan.notes)
+    checks = run.structure()
+    notes: list[str] = []
     reached: Level = "structure"
-    if all(check.ok for check in checks):
-        if checkpoint is not None:
-            checks.append(check_source(directory, manifest, checkpoint))
-        if plan.level != "structure":
-            reached = plan.level
-            notes += run.notes(plan)
-            checks += run.numbers(plan)
-    else:
+    if not all(check.ok for check in checks):
         notes.append("the structure is broken, so nothing was run")
+    elif plan.level != "structure":
+        reached = plan.level
+        checks += run.weights()
+        notes += [*plan.notes, *run.notes(plan)]
+        checks += run.numbers(plan)
+    elif checkpoint is not None:
+        checks += run.weights()
     margins = {"float32_of_max": FLOAT32_MARGIN}
     if manifest.model.dtype != "float32":
         half = half_margin(manifest.model.dtype, manifest.model.num_layers)
@@ -130,12 +135,26 @@ class _Run:
         self._directory = directory
         self._manifest = manifest
         self._checkpoint = checkpoint
+        self._source = checkpoint
         self._quick = quick
         self._on_stage = on_stage
 
     def structure(self) -> list[Check]:
         with self._counting("structure", steps(self._manifest)) as done:
-            return check_structure(self._directory, self._manifest, done)
+            checks = check_structure(self._directory, self._manifest, done)
+        if self._checkpoint is not None:
+            checks.append(check_architecture(self._manifest, self._checkpoint))
+        return checks
+
+    def weights(self) -> list[Check]:
+        """The stored weights against the checkpoint's, where there is one."""
+        if self._checkpoint is None:
+            return []
+        with self._counting("weights", len(tensor_shapes(self._checkpoint.config))) as done:
+            check = check_source(self._directory, self._manifest, self._checkpoint, done)
+        # Weights that are bit by bit the checkpoint's need not be read (a GGUF file: dequantised) once more.
+        self._source = None if check.ok else self._checkpoint
+        return [check]
 
     def notes(self, plan: Plan) -> Iterator[str]:
         dtype = self._manifest.model.dtype
@@ -145,7 +164,8 @@ class _Run:
                 "that they are the model's rests on the recorded norms and probes"
             )
         if dtype == "bfloat16":
-            yield "bfloat16 graphs were run as their float32 cast only: the CPU has no bfloat16 kernels"
+            how = "and, in ONNX's reference evaluator, the standard ones as they are" if self._evaluates() else "only"
+            yield f"bfloat16 graphs were run as their float32 cast {how}: the CPU has no bfloat16 kernels"
         if dtype == "float16":
             yield "float16 graphs were run as their float32 cast, and as they are (margin in ULP)"
 
@@ -159,11 +179,13 @@ class _Run:
         with self._float32() as (directory, manifest):
             scenario = make_scenario(manifest.model.vocab_size)
             try:
-                expected = (
-                    reference.outcome(scenario) if reference else graphs_as_expected(directory, manifest, scenario)
-                )
+                with self._counting("reference", 1):
+                    expected = (
+                        reference.outcome(scenario) if reference else graphs_as_expected(directory, manifest, scenario)
+                    )
                 checks += self._graphs(directory, manifest, scenario, expected, plan)
-                checks += self._cycles(directory, manifest, reference, plan)
+                if plan.cycles != "none":
+                    checks += self._cycles(directory, manifest, reference, plan)
             except (BackendError, BundleError) as error:
                 found = Divergence(graph="ONNX Runtime", detail=str(error))
                 checks.append(
@@ -181,7 +203,7 @@ class _Run:
         from dmtd_export.verify.reference import Reference
 
         assert self.config is not None, "the plan lowers the level where there is no config"
-        return Reference(self.config, split_of(self._manifest), self._directory, self._manifest, self._checkpoint)
+        return Reference(self.config, split_of(self._manifest), self._directory, self._manifest, self._source)
 
     @contextmanager
     def _float32(self) -> Iterator[tuple[Path, Manifest]]:
@@ -189,30 +211,41 @@ class _Run:
         if self._manifest.model.dtype == "float32":
             yield self._directory, self._manifest
             return
-        with tempfile.TemporaryDirectory(prefix=".verify-", dir=self._directory.absolute().parent) as target:
+        with tempfile.TemporaryDirectory(prefix=".verify-", dir=scratch_directory(self._directory)) as target:
             yield Path(target), float32_twin(self._directory, self._manifest, Path(target), self.config)
 
     def _graphs(
         self, directory: Path, manifest: Manifest, scenario: Scenario, expected: Outcome, plan: Plan
     ) -> list[Check]:
-        runs_as_is = self._manifest.model.dtype == "float16"
         label = "" if manifest is self._manifest else ", cast to float32,"
-        with self._counting("graphs", len(manifest.graphs) * (2 if runs_as_is else 1)) as done:
+        as_is, label_as_is, open_session = self._as_is()
+        with self._counting("graphs", len(manifest.graphs) + len(as_is.graphs)) as done:
             checks = check_graphs(directory, manifest, scenario, expected, plan.level, label=label, on_done=done)
-            if runs_as_is:
-                half = half_margin("float16", manifest.model.num_layers)
+            if as_is.graphs:
+                half = half_margin(as_is.model.dtype, as_is.model.num_layers)
                 checks += check_graphs(
-                    self._directory, self._manifest, scenario, expected, plan.level, half, ", as it is,", on_done=done
+                    self._directory, as_is, scenario, expected, plan.level, half, label_as_is, done, open_session
                 )
         return checks
 
+    def _as_is(self) -> tuple[Manifest, str, OpenSession]:
+        """The half-precision graphs that can run without a cast, and in what."""
+        if self._manifest.model.dtype == "float16":
+            return self._manifest, ", as it is,", open_onnxruntime
+        standard = tuple(graph for graph in self._manifest.graphs if graph.dialect == contract.STANDARD)
+        evaluated = replace(self._manifest, graphs=standard if self._evaluates() else ())
+        return evaluated, ", as it is in ONNX's evaluator,", open_evaluator
+
+    def _evaluates(self) -> bool:
+        """Whether a bfloat16 bundle is small enough for the evaluator, which multiplies element by element."""
+        return self._manifest.model.dtype == "bfloat16" and float32_bytes(self._manifest) <= EVALUATOR_BYTES
+
     def _cycles(self, directory: Path, manifest: Manifest, reference: Reference | None, plan: Plan) -> list[Check]:
         runs_as_is = self._manifest.model.dtype == "float16"
-        variants = cycles.make_variants(manifest, self._quick, plan.prepack)
+        quick = self._quick or plan.cycles == "few"
+        variants = cycles.make_variants(manifest, quick, plan.prepack)
         with self._counting("cycles", len(variants) + 1 + runs_as_is) as done:
-            cases, own = cycles.choose_tokens(
-                directory, manifest, variants[0], cycles.make_cases(manifest, self._quick)
-            )
+            cases, own = cycles.choose_tokens(directory, manifest, variants[0], cycles.make_cases(manifest, quick))
             done()
             expected = cycles.Expected(logits=own, level="graphs")
             if reference is not None:

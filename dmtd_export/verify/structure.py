@@ -20,7 +20,7 @@ from dmtd_export.graph_writer import CONTRIB_DOMAIN, IR_VERSION, ONNX_DTYPES, OP
 from dmtd_export.graphs import GraphSpec, build_graph
 from dmtd_export.layers import COS, SIN
 from dmtd_export.verify.report import Check, Divergence
-from dmtd_export.weights import Fingerprint, fingerprint_of, map_tensor
+from dmtd_export.weights import PROBE_RTOL, Fingerprint, fingerprint_of, map_tensor
 from dmtd_models.config import DmtdSpec, ModelConfig, Rope, read_config
 from dmtd_models.errors import ModelError
 from dmtd_models.tensors import tensor_shapes
@@ -154,7 +154,7 @@ def _fingerprints(directory: Path, manifest: Manifest, on_done: OnDone) -> Itera
         on_done()
         got, expected = fingerprint_of(map_tensor(path, info)), Fingerprint(norm=info.norm, probe=info.probe)
         if not got.matches(expected):
-            apart_in_norm = abs(got.norm - expected.norm) > 1e-6 * expected.norm
+            apart_in_norm = abs(got.norm - expected.norm) > PROBE_RTOL * expected.norm
             kind = "norm" if apart_in_norm else "probe"
             yield Divergence(
                 graph=contract.WEIGHTS_FILE,

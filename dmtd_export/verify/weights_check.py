@@ -6,7 +6,7 @@ The fingerprints of level ``structure`` hold the file to the manifest; this hold
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,30 @@ from dmtd_runtime.manifest import Manifest
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def check_source(directory: Path, manifest: Manifest, checkpoint: Checkpoint) -> Check:
+def check_architecture(manifest: Manifest, checkpoint: Checkpoint) -> Check:
+    """The bundle was exported from a model of the checkpoint's dimensions."""
+    model, config = manifest.model, checkpoint.config
+    differs = [
+        f"{key} {getattr(model, key)}, the checkpoint has {getattr(config, key)}"
+        for key in ("family", "num_layers", "hidden_size", "vocab_size", "num_heads", "num_kv_heads", "head_dim")
+        if getattr(model, key) != getattr(config, key)
+    ]
+    detail = f"{'; '.join(differs)}: another model's checkpoint" if differs else ""
+    found = Divergence(graph=contract.MANIFEST_FILE, detail=detail) if differs else None
+    return Check(
+        name="manifest: the checkpoint's architecture",
+        level="structure",
+        ok=not differs,
+        detail=detail,
+        divergence=found,
+    )
+
+
+def check_source(
+    directory: Path, manifest: Manifest, checkpoint: Checkpoint, on_done: Callable[[], None] = lambda: None
+) -> Check:
     """Every stored tensor equals the checkpoint's, cast to the bundle's type."""
-    found = list(_unequal(directory, manifest, checkpoint))
+    found = list(_unequal(directory, manifest, checkpoint, on_done))
     first = found[0] if found else None
     cases = len(tensor_shapes(checkpoint.config))
     return Check(
@@ -40,8 +61,11 @@ def check_source(directory: Path, manifest: Manifest, checkpoint: Checkpoint) ->
     )
 
 
-def _unequal(directory: Path, manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Divergence]:
+def _unequal(
+    directory: Path, manifest: Manifest, checkpoint: Checkpoint, on_done: Callable[[], None]
+) -> Iterator[Divergence]:
     for name, shape in tensor_shapes(checkpoint.config).items():
+        on_done()
         info = manifest.weights.get(name)
         if info is None or info.shape != shape:
             got = "missing" if info is None else str(info.shape)

@@ -58,7 +58,11 @@ class BenchOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchReport:
-    """The medians of one batch size; ``runs`` are the repeats behind them, in the order they ran."""
+    """The medians of one batch size; ``runs`` are the repeats behind them, in the order they ran.
+
+    ``ratio`` is the median over pairs of repeats. ``ratio_of_steps`` is what the median times of single steps make of a
+    cycle: bursts of other work on the machine move it less.
+    """
 
     batch: int
     plain_tok_per_s: float
@@ -66,6 +70,7 @@ class BatchReport:
     ratio: float
     bound: float
     ratio_of_bound: float
+    ratio_of_steps: float
     outside_share: float
     plain_outside_share: float
     prefill_tok_per_s: float
@@ -238,6 +243,8 @@ def _summary(
     rates = {mode: median(run.decode_tok_per_s for run in runs) for mode, runs in records.items()}
     ratio, bound = median(ratios), split.bound(context, batch)
     late = [run.late_step_ms for run in dmtd if run.late_step_ms is not None]
+    plain_ms, full_ms = (median(run.full_pass_ms for run in runs) for runs in (plain, dmtd))
+    late_ms = median(late) if late else None
     steps = dmtd[0].full_passes + dmtd[0].late_steps
     tau = manifest.cycle.cycle_length
     return BatchReport(
@@ -247,13 +254,14 @@ def _summary(
         ratio=ratio,
         bound=bound,
         ratio_of_bound=ratio / bound,
+        ratio_of_steps=tau * plain_ms / (full_ms + (tau - 1) * (late_ms or 0.0)),
         outside_share=median(run.outside_share for run in dmtd),
         plain_outside_share=median(run.outside_share for run in plain),
         prefill_tok_per_s=median(run.prefill_tok_per_s for run in dmtd),
         first_token_ms=median(run.first_token_ms for run in dmtd),
-        plain_step_ms=median(run.full_pass_ms for run in plain),
-        full_pass_ms=median(run.full_pass_ms for run in dmtd),
-        late_step_ms=median(late) if late else None,
+        plain_step_ms=plain_ms,
+        full_pass_ms=full_ms,
+        late_step_ms=late_ms,
         full_passes_per_token=dmtd[0].full_passes / steps,
         refill_rows=dmtd[0].refill_rows,
         plain_gb_per_s=split.plain_step(context, batch) / batch * rates["plain"] / 1e9,

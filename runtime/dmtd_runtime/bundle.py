@@ -21,10 +21,12 @@ def open_bundle(directory: Path) -> Manifest:
     """
     manifest = load_manifest(directory)
     manifest.check_files(directory, hashes=False)
-    mark = _mark_path(directory, manifest)
-    if not mark.is_file():
+    state = _state(directory, manifest)
+    if not _is_remembered(state):
         manifest.check_files(directory, hashes=True)
-        with contextlib.suppress(OSError):
+        # A cache that cannot be written costs a check the next time, no more.
+        with contextlib.suppress(OSError, RuntimeError):
+            mark = cache_directory() / "checked" / state
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
     return manifest
@@ -43,13 +45,21 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
 
 
 def cache_directory() -> Path:
-    """$XDG_CACHE_HOME/dmtd, by default ~/.cache/dmtd."""
+    """$XDG_CACHE_HOME/dmtd, by default ~/.cache/dmtd. RuntimeError for a user without a home directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmtd"
 
 
-def _mark_path(directory: Path, manifest: Manifest) -> Path:
+def _is_remembered(state: str) -> bool:
+    try:
+        return (cache_directory() / "checked" / state).is_file()
+    except (OSError, RuntimeError):  # no home directory, or one that may not be read
+        return False
+
+
+def _state(directory: Path, manifest: Manifest) -> str:
+    """A name for what the bundle's files look like from outside."""
     state: list[Any] = [str(directory.resolve())]
     for name in (contract.MANIFEST_FILE, *sorted(manifest.files)):
         stat = (directory / name).stat()
         state.append([name, stat.st_size, stat.st_mtime_ns, stat.st_ino])
-    return cache_directory() / "checked" / hashlib.sha256(json.dumps(state).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()

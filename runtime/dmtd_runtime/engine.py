@@ -2,7 +2,7 @@
 
 Life of a request: LLM.submit -> waiting list -> batch of up to ``backend.slots`` sequences -> run_batch -> events to the
 request -> finished. Callers never touch the backend. Cancelling and deadlines act between steps; a request that still waits
-ends at once. A failure of the backend ends every request with that error, and the engine takes no more.
+ends at once when it is cancelled, and between two steps of the running batch when its time is over. A failure of the backend ends every request with that error, and the engine takes no more.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Engine:
     def _work(self) -> None:
         try:
             while batch := self._next_batch():
-                run_batch(self._backend, self._plan, batch)
+                run_batch(self._backend, self._plan, batch, between_steps=self._drop_late)
                 self._running = []
                 del batch
         except DmtdError as error:
@@ -78,8 +78,13 @@ class Engine:
         finally:
             self._backend.close()
 
+    def _drop_late(self) -> None:
+        """End what still waits and has no time left."""
+        if self._waiting:
+            self.drop_waiting(SequenceRun.is_late, "deadline")
+
     def _next_batch(self) -> list[SequenceRun]:
-        """Wait for work; [] when the engine closes. Sequences whose deadline passed while waiting end here."""
+        """Wait for work; [] when the engine closes."""
         with self._changed:
             while not self._waiting and not self._closing:
                 self._changed.wait()

@@ -33,9 +33,9 @@ class TokenEvent:
     error: DmtdError | None = None
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class SequenceRun:
-    """One sequence on its way through the loop. ``ids`` grows by every chosen token."""
+    """One sequence on its way through the loop, equal to itself alone. ``ids`` grows by every chosen token."""
 
     ids: list[int]
     sampler: Sampler
@@ -52,6 +52,10 @@ class SequenceRun:
     def __post_init__(self) -> None:
         self.position = Position(prompt_len=len(self.ids))
 
+    def is_late(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
     def tell(self, event: TokenEvent) -> None:
         """Hand an event on, and note the end."""
         self.failed = event.error is not None
@@ -59,7 +63,13 @@ class SequenceRun:
         self.on_event(event)
 
 
-def run_batch(backend: Backend, plan: CyclePlan, sequences: Sequence[SequenceRun]) -> None:
+def run_batch(
+    backend: Backend,
+    plan: CyclePlan,
+    sequences: Sequence[SequenceRun],
+    *,
+    between_steps: Callable[[], None] = lambda: None,
+) -> None:
     """Run ``sequences`` (at most ``backend.slots``) to their ends. Errors of the backend itself pass through."""
     assert len(sequences) <= backend.slots, f"{len(sequences)} sequences for {backend.slots} slots"
     active = list(sequences)
@@ -67,6 +77,7 @@ def run_batch(backend: Backend, plan: CyclePlan, sequences: Sequence[SequenceRun
         sequence.slot = slot
         backend.reset(slot)
     while True:
+        between_steps()
         _end_cancelled(backend, active)
         if not active:
             return
@@ -78,7 +89,8 @@ def run_batch(backend: Backend, plan: CyclePlan, sequences: Sequence[SequenceRun
         else:
             rows = backend.run(slot_steps)
         finished = _take_tokens(taking_part, rows)
-        for sequence in finished:
+        # From the last slot down: what moves into a gap is then alive, and NaN of a failed sequence is never carried along.
+        for sequence in reversed(finished):
             _leave(backend, active, sequence)
 
 
@@ -119,10 +131,8 @@ def _choose(sequence: SequenceRun, row: Array) -> TokenEvent:
 
 
 def _end_cancelled(backend: Backend, active: list[SequenceRun]) -> None:
-    for sequence in list(active):
-        reason = sequence.cancelled()
-        if reason is None and sequence.deadline is not None and time.monotonic() > sequence.deadline:
-            reason = "deadline"
+    for sequence in reversed(list(active)):
+        reason = sequence.cancelled() or ("deadline" if sequence.is_late() else None)
         if reason is not None:
             sequence.tell(TokenEvent(choice=None, text=sequence.stops.flush(), finish_reason=reason))
             _leave(backend, active, sequence)

@@ -83,7 +83,7 @@ class LLM:
             device_id=device_id,
             dialect=dialect,
             full_pass=full_pass,
-            max_batch=max_num_seqs or DEFAULT_MAX_BATCH,
+            max_batch=DEFAULT_MAX_BATCH if max_num_seqs is None else max_num_seqs,
             max_model_len=max_model_len,
             threads=threads,
         )
@@ -212,8 +212,6 @@ class LLM:
         if timeout_s is not None and not timeout_s > 0:
             raise RequestError(f"timeout_s: got {timeout_s}, expected more than 0 seconds")
         request_id = request_id or f"request-{next(self._ids)}"
-        if request_id in self._requests:
-            raise RequestError(f"request_id: {request_id!r} is in use; choose another or leave it out")
         return Request(
             request_id=request_id,
             prompt=prompt if isinstance(prompt, str) else None,
@@ -252,7 +250,9 @@ class LLM:
 
     def _start(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            self._requests[request.request_id] = request
+            # One step, so that of two threads with the same name one is refused.
+            if self._requests.setdefault(request.request_id, request) is not request:
+                raise RequestError(f"request_id: {request.request_id!r} is in use; choose another or leave it out")
         self._engine.submit([sequence for request in requests for sequence in request.sequences])
 
     def _finish(self, requests: Sequence[Request]) -> list[RequestOutput]:
@@ -266,13 +266,18 @@ class LLM:
             self._forget(requests)
 
     def _pieces(self, request: Request) -> Stream:
-        self._start([request])
+        try:
+            self._start([request])
+        except BaseException:
+            self._forget([request])
+            raise
         return Stream(request, lambda: self._forget([request]))
 
     def _forget(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            self.abort(request.request_id)
-            self._requests.pop(request.request_id, None)
+            if self._requests.get(request.request_id) is request:
+                self.abort(request.request_id)
+                self._requests.pop(request.request_id, None)
 
 
 class Stream(Iterator[Delta]):

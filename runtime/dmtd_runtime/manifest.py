@@ -134,6 +134,11 @@ class Manifest:
             f"export it with --target {target} (or all)"
         )
 
+    @property
+    def decoder_graphs(self) -> tuple[GraphInfo, ...]:
+        """The graphs that hold layers: all but choose_token."""
+        return tuple(graph for graph in self.graphs if graph.name != contract.CHOOSE_TOKEN)
+
     def weight_bytes(self, prefix: str = "") -> int:
         """Bytes of the tensors whose name starts with ``prefix``, every stored tensor once, rotary tables included."""
         return sum(info.length for name, info in self.weights.items() if name.startswith(prefix))

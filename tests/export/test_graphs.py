@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+
 from dmtd_export.export import export_bundle
 from dmtd_export.options import ExportOptions
 from dmtd_export.verify.cycles import Case, Variant, run_variant

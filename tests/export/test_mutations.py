@@ -90,6 +90,10 @@ def alter_one(tensor: np.ndarray) -> None:
     tensor[3, 5] += 1e-3
 
 
+def alter_by_one_ulp(tensor: np.ndarray) -> None:
+    tensor[3, 5] = np.nextafter(tensor[3, 5], np.float32(9))
+
+
 def alter_much(tensor: np.ndarray) -> None:
     tensor[3, 5] += 0.5
 
@@ -110,6 +114,8 @@ def transpose(tensor: np.ndarray) -> None:
     ("weight", "edit", "number"),
     [
         ("model.layers.2.mlp.down_proj.weight", alter_one, None),
+        ("model.layers.3.mlp.gate_proj.weight", alter_by_one_ulp, None),
+        ("model.embed_tokens.weight", alter_by_one_ulp, None),
         ("model.layers.1.self_attn.q_proj.weight", swap_two_rows, "probe"),
         ("model.layers.1.self_attn.q_proj.weight", swap_two_columns, "probe"),
         ("model.layers.4.self_attn.o_proj.weight", transpose, "probe"),

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from dmtd_export.export import export_bundle
 from dmtd_export.options import ExportOptions
 from dmtd_models.testing import write_tiny_checkpoint

@@ -1,7 +1,8 @@
-"""`dmtd verify`'s interface: levels and what lowers them, the report and its record, the export hook, every convention."""
+"""Verification's interface: levels and what lowers them, the report and its record, the export hook, conventions."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from bundle_mutations import edit_weight, edited_graph, nodes_of, reseal, set_attribute
+from rich.console import Console
+
 from dmtd_export.export import export_bundle
 from dmtd_export.options import ExportOptions
 from dmtd_export.verify import (
@@ -30,7 +33,6 @@ from dmtd_models.config import Rope
 from dmtd_models.testing import write_tiny_checkpoint
 from dmtd_runtime.errors import BundleError
 from dmtd_runtime.manifest import load_manifest
-from rich.console import Console
 
 OPTIONS = ExportOptions(decoding_layers=1, cycle_length=2, max_batch=2, max_model_len=64)
 
@@ -55,10 +57,9 @@ def bundle(checkpoint: Path) -> Path:
 
 
 def text_of(report: VerifyReport) -> str:
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    with console.file:
-        console.print(render(report))
-        return console.export_text()
+    console = Console(width=200, file=io.StringIO())
+    console.print(render(report))
+    return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 # --- what passes ---------------------------------------------------------------------------------------------------
@@ -160,11 +161,28 @@ def test_too_little_memory_lowers_the_level(bundle: Path, monkeypatch: pytest.Mo
 
 def test_scarce_memory_runs_the_whole_cycles_without_copies(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = load_manifest(bundle)
-    monkeypatch.setattr(levels, "available_bytes", lambda: levels.least_bytes(manifest) + 1)
+    enough = levels.least_bytes(manifest) + levels.float32_bytes(manifest)
+    monkeypatch.setattr(levels, "available_bytes", lambda: enough)
     report = verify_bundle(bundle, quick=True)
     assert report.level == "oracle"
     assert report.ok
     assert any("page cache" in note for note in report.notes)
+    assert any("whole cycles" in check.name for check in report.checks)
+    monkeypatch.setattr(levels, "available_bytes", lambda: enough - 1)
+    report = verify_bundle(bundle, quick=True)
+    assert report.level == "oracle"
+    assert any("whole cycles were not run" in note for note in report.notes)
+    assert not any("whole cycles" in check.name for check in report.checks)
+
+
+def test_a_large_model_runs_fewer_cycles_and_says_so(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def count() -> int:
+        return sum("whole cycles" in check.name for check in verify_bundle(bundle).checks)
+
+    every = count()
+    monkeypatch.setattr(levels, "LARGE_BYTES", 0)
+    assert 0 < count() < every
+    assert any("large" in note for note in verify_bundle(bundle).notes)
 
 
 def test_a_bundle_without_its_config_needs_the_checkpoint_for_the_oracle(checkpoint: Path, tmp_path: Path) -> None:
@@ -214,7 +232,7 @@ def test_the_json_has_what_it_promises(bundle: Path) -> None:
 def test_stages_are_told_and_end_complete(bundle: Path) -> None:
     told: list[tuple[str, int, int]] = []
     verify_bundle(bundle, quick=True, on_stage=lambda *stage: told.append(stage))
-    assert list(dict.fromkeys(stage for stage, _, _ in told)) == ["structure", "graphs", "cycles"]
+    assert list(dict.fromkeys(stage for stage, _, _ in told)) == ["structure", "reference", "graphs", "cycles"]
     last = {stage: (done, total) for stage, done, total in told}
     assert all(done == total for done, total in last.values())
     assert all(0 <= done <= total for _, done, total in told)
@@ -245,8 +263,19 @@ def test_a_value_that_is_not_finite_is_a_divergence_and_still_json(checkpoint: P
 
 
 def test_a_directory_that_is_no_bundle_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="manifest.json"):
+    with pytest.raises(BundleError, match="no manifest"):
         verify_bundle(tmp_path)
+
+
+def test_another_models_checkpoint_is_told_apart(bundle: Path, tmp_path: Path) -> None:
+    with open_checkpoint(write_tiny_checkpoint(tmp_path / "other", family="llama", layers=4)) as source:
+        report = verify_bundle(bundle, checkpoint=source)
+    assert report.first_divergence is not None
+    assert "num_layers 3, the checkpoint has 4" in report.first_divergence.detail
+    with open_checkpoint(write_tiny_checkpoint(tmp_path / "seed", family="llama", layers=3, seed=1)) as source:
+        report = verify_bundle(bundle, checkpoint=source, level="structure")
+    assert report.first_divergence is not None
+    assert "model.embed_tokens.weight is not the checkpoint's tensor" in report.first_divergence.detail
 
 
 # --- the export hook -----------------------------------------------------------------------------------------------

@@ -75,6 +75,10 @@ def test_medians_belong_to_their_repeats(report: BenchReport) -> None:
         assert batch.ratio == sorted(ours.decode_tok_per_s / theirs.decode_tok_per_s for ours, theirs in pairs)[1]
         assert batch.ratio_of_bound == batch.ratio / batch.bound
         assert 0 < batch.outside_share < 1
+        # A cycle of 3: a full pass and two late steps against three plain steps.
+        assert batch.late_step_ms is not None
+        cycle_ms = batch.full_pass_ms + 2 * batch.late_step_ms
+        assert batch.ratio_of_steps == pytest.approx(3 * batch.plain_step_ms / cycle_ms)
 
 
 def test_memory_of_the_caches(report: BenchReport) -> None:

@@ -54,6 +54,7 @@ class OnnxRuntimeBackend:
 
     def __init__(self, directory: Path, manifest: Manifest, options: BackendOptions) -> None:
         _check_dtype(manifest, options)
+        _check_counts(options)
         self._manifest = manifest
         self._options = options
         dialect = options.dialect or _default_dialect(manifest)
@@ -199,7 +200,7 @@ def _graph_slots(manifest: Manifest, options: BackendOptions) -> int:
     """Slots of the packed graphs to load: the fewest that hold ``max_batch`` sequences."""
     stored = sorted({graph.slots for graph in manifest.graphs if graph.dialect == contract.ONNXRUNTIME})
     fitting = [slots for slots in stored if slots >= options.max_batch]
-    if options.max_batch < 1 or not fitting:
+    if not fitting:
         most = max(stored, default=0)
         raise RequestError(
             f"max_batch: got {options.max_batch}, expected 1 to {most}, what the bundle was exported for; "
@@ -218,6 +219,12 @@ def _max_model_len(manifest: Manifest, options: BackendOptions) -> int:
 def _default_dialect(manifest: Manifest) -> contract.Dialect:
     dialects = {graph.dialect for graph in manifest.graphs}
     return contract.ONNXRUNTIME if contract.ONNXRUNTIME in dialects else contract.STANDARD
+
+
+def _check_counts(options: BackendOptions) -> None:
+    for name, count in (("max_batch", options.max_batch), ("threads", options.threads)):
+        if count is not None and count < 1:
+            raise RequestError(f"{name}: got {count}, expected at least 1")
 
 
 def _check_dtype(manifest: Manifest, options: BackendOptions) -> None:

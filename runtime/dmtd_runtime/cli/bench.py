@@ -169,13 +169,14 @@ def _rows(report: BenchReport) -> list[tuple[str, Cell]]:
     """Names and cells of the table's rows."""
     rows: list[tuple[str, Cell]] = [
         ("plain, tok/s", lambda b: f"{b.plain_tok_per_s:.1f}"),
-        ("  lowest - highest", lambda b: _range(b, "plain")),
+        ("  lowest-highest", lambda b: _range(b, "plain")),
         ("DMTD, tok/s", lambda b: f"{b.dmtd_tok_per_s:.1f}"),
-        ("  lowest - highest", lambda b: _range(b, "dmtd")),
+        ("  lowest-highest", lambda b: _range(b, "dmtd")),
         ("ratio", lambda b: f"{b.ratio:.2f}x"),
-        ("  lowest - highest", lambda b: f"{min(b.ratios):.2f} - {max(b.ratios):.2f}"),
+        ("  lowest-highest", lambda b: f"{min(b.ratios):.2f}-{max(b.ratios):.2f}"),
         ("bound of the bytes", lambda b: f"{b.bound:.2f}x"),
         ("ratio of the bound", lambda b: f"{b.ratio_of_bound:.0%}"),
+        ("ratio of median steps", lambda b: f"{b.ratio_of_steps:.2f}x"),
         ("prefill, tok/s", lambda b: f"{b.prefill_tok_per_s:.0f}"),
         ("first token, ms", lambda b: f"{b.first_token_ms:.0f}"),
         ("plain step, ms", lambda b: f"{b.plain_step_ms:.2f}"),
@@ -194,7 +195,7 @@ def _rows(report: BenchReport) -> list[tuple[str, Cell]]:
     if report.batches[0].whole_model_tok_per_s is not None:
         rows += [
             ("one whole graph, tok/s", lambda b: f"{b.whole_model_tok_per_s:.1f}"),
-            ("  lowest - highest", lambda b: _range(b, "whole_model")),
+            ("  lowest-highest", lambda b: _range(b, "whole_model")),
             ("plain / one whole graph", lambda b: f"{b.plain_over_whole_model:.3f}"),
         ]
     return rows
@@ -202,7 +203,7 @@ def _rows(report: BenchReport) -> list[tuple[str, Cell]]:
 
 def _range(batch: BatchReport, mode: Mode) -> str:
     rates = [run.decode_tok_per_s for run in batch.runs[mode]]
-    return f"{min(rates):.1f} - {max(rates):.1f}"
+    return f"{min(rates):.1f}-{max(rates):.1f}"
 
 
 def _footer(report: BenchReport) -> Text:

@@ -1,0 +1,22 @@
+"""Tiny bundles for the whole session, and a cache directory of their own for what the runtime remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from runtime_support import TinyBundles
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyBundles]:
+    bundles = TinyBundles(tmp_path_factory.mktemp("tiny"))
+    yield bundles
+    bundles.close()

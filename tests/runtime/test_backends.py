@@ -1,0 +1,275 @@
+"""The ONNX Runtime backend by itself: neighbours change no bit, padding is never seen, NaN stays where it arose."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runtime_support import (
+    CONVENTIONS,
+    MARGIN,
+    MAX_BATCH,
+    Ran,
+    TinyBundles,
+    make_bundle,
+    random_prompt,
+    run_prompts,
+)
+
+from dmtd_models import oracle
+from dmtd_runtime.backends.base import BackendOptions, SlotStep
+from dmtd_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from dmtd_runtime.cycle import CyclePlan, Position
+from dmtd_runtime.errors import BackendError, BundleError, RequestError
+from dmtd_runtime.sampling import SamplingParams
+
+TOKENS = 14
+LONG = SamplingParams(temperature=0, max_tokens=TOKENS)
+both_passes = pytest.mark.parametrize("full_pass", ["staged", "fused"])
+both_dialects = pytest.mark.parametrize("dialect", ["onnxruntime", "standard"])
+
+
+def plan_of(
+    tiny: TinyBundles, tau: int, convention: tuple[str, str], layers: int = 0, *, plain: bool = False
+) -> CyclePlan:
+    return CyclePlan(cycle=tiny.get("qwen3", layers).cycle(tau, convention), plain=plain)
+
+
+def assert_same_bits(got: Ran, want: Ran, steps: int) -> None:
+    assert got.token_ids == want.token_ids[:steps]
+    np.testing.assert_array_equal(got.logits.view(np.uint32), want.logits[:steps].view(np.uint32))
+
+
+@both_passes
+@pytest.mark.parametrize("convention", CONVENTIONS, ids="+".join)
+@pytest.mark.parametrize("layers", [0, 2])
+def test_neighbours_change_no_bit(tiny: TinyBundles, layers: int, convention: tuple[str, str], full_pass: str) -> None:
+    """Alone in a graph made for one slot against every place in batches of 2 to 8."""
+    rng = np.random.default_rng(5)
+    for tau, plain in ((4, False), (3, False), (4, True)):
+        plan = plan_of(tiny, tau, convention, layers, plain=plain)
+        alone = tiny.backend("qwen3", layers, full_pass=full_pass, slots=1)
+        prompts = [random_prompt(i, int(length)) for i, length in enumerate(rng.integers(1, 30, MAX_BATCH))]
+        wanted = [run_prompts(alone, plan, [prompt], LONG)[0] for prompt in prompts]
+        for batch in range(2, MAX_BATCH + 1):
+            order = rng.permutation(MAX_BATCH)[:batch]
+            backend = tiny.backend("qwen3", layers, full_pass=full_pass, slots=MAX_BATCH)
+            got = run_prompts(backend, plan, [prompts[i] for i in order], LONG)
+            for index, ran in zip(order, got, strict=True):
+                assert_same_bits(ran, wanted[index], TOKENS)
+
+
+@both_passes
+def test_neighbours_that_end_change_no_bit(tiny: TinyBundles, full_pass: str) -> None:
+    """Sequences end one by one, so slots are freed and others move into them in mid-cycle."""
+    rng = np.random.default_rng(6)
+    for convention in CONVENTIONS:
+        plan = plan_of(tiny, 4, convention)
+        prompts = [random_prompt(50 + i, int(length)) for i, length in enumerate(rng.integers(1, 30, MAX_BATCH))]
+        alone = tiny.backend(full_pass=full_pass, slots=1)
+        wanted = [run_prompts(alone, plan, [prompt], LONG)[0] for prompt in prompts]
+        for _ in range(4):
+            lengths = [int(n) for n in rng.permutation(np.r_[1:7, TOKENS, TOKENS])]
+            backend = tiny.backend(full_pass=full_pass, slots=MAX_BATCH)
+            params = [replace(LONG, max_tokens=n) for n in lengths]
+            for ran, want, steps in zip(run_prompts(backend, plan, prompts, params), wanted, lengths, strict=True):
+                assert_same_bits(ran, want, steps)
+
+
+def test_a_used_backend_gives_the_same_bits_as_a_fresh_one(tiny: TinyBundles) -> None:
+    """What earlier sequences left in the caches is never seen."""
+    bundle = tiny.get()
+    plan = plan_of(tiny, 4, ("prompt", "thinking"))
+    options = BackendOptions(max_batch=4, threads=1)
+    backend = OnnxRuntimeBackend(bundle.directory, bundle.manifest, options)
+    prompts = [random_prompt(i, 5 + i) for i in range(4)]
+    first = run_prompts(backend, plan, prompts, LONG)
+    run_prompts(backend, plan, [random_prompt(90 + i, 100) for i in range(4)], LONG)
+    for ran, want in zip(run_prompts(backend, plan, prompts, LONG), first, strict=True):
+        assert_same_bits(ran, want, TOKENS)
+    backend.close()
+
+
+@both_dialects
+@both_passes
+def test_chunks_and_full_pass_modes_stay_within_the_margin(tiny: TinyBundles, dialect: str, full_pass: str) -> None:
+    plan = plan_of(tiny, 4, ("absolute", "cyclical"))
+    bundle = tiny.get()
+    prompt = random_prompt(3, 90)
+    want = oracle.greedy(bundle.reference(4, ("absolute", "cyclical")), prompt, TOKENS)
+    logits = want.logits.numpy()
+    for max_rows in (1, 2, 5, 16, 33, 64, 89, 90, 256):
+        backend = tiny.backend(dialect=dialect, full_pass=full_pass, slots=4, max_rows=max_rows)
+        for ran in run_prompts(backend, plan, [prompt, random_prompt(4, 7), prompt], LONG)[::2]:
+            assert tuple(ran.token_ids) == want.token_ids
+            assert np.abs(ran.logits - logits).max() <= MARGIN * np.abs(logits).max()
+
+
+@both_dialects
+@both_passes
+def test_rubbish_in_unused_rows_is_never_seen(tiny: TinyBundles, dialect: str, full_pass: str) -> None:
+    """Rows above the committed length may hold anything finite."""
+    bundle = tiny.get("qwen3", 1)
+    plan = plan_of(tiny, 3, ("prompt", "sum"), 1)
+    options = BackendOptions(dialect=dialect, full_pass=full_pass, max_batch=3, threads=1)
+    prompts = [random_prompt(20 + i, n) for i, n in enumerate((1, 9, 4))]
+    clean = run_prompts(tiny.backend("qwen3", 1, dialect=dialect, full_pass=full_pass, slots=3), plan, prompts, LONG)
+    backend = OnnxRuntimeBackend(bundle.directory, bundle.manifest, options)
+    for layer in range(bundle.manifest.model.num_layers):
+        for kind in ("key", "value"):
+            backend._host_cache.buffer(layer, kind)[:] = 50.0
+    for ran, want in zip(run_prompts(backend, plan, prompts, LONG), clean, strict=True):
+        assert_same_bits(ran, want, TOKENS)
+    backend.close()
+
+
+@pytest.mark.parametrize("slots", [1, MAX_BATCH])
+@both_dialects
+@both_passes
+def test_the_whole_model_length_can_be_used(tmp_path: Path, dialect: str, full_pass: str, slots: int) -> None:
+    """Up to the last position, where padded rows come closest to the end of the buffers."""
+    bundle = make_bundle(tmp_path, max_positions=40)
+    convention = ("prompt", "thinking")
+    options = BackendOptions(dialect=dialect, full_pass=full_pass, max_batch=slots, threads=1)
+    backend = OnnxRuntimeBackend(bundle.directory, bundle.manifest, options)
+    assert backend.max_model_len == 40
+    plan = CyclePlan(cycle=bundle.cycle(4, convention))
+    prompts = [random_prompt(1, 39), random_prompt(2, 20), random_prompt(3, 33)][:slots]
+    params = [SamplingParams(temperature=0, max_tokens=40 - len(prompt)) for prompt in prompts]
+    for prompt, ran in zip(prompts, run_prompts(backend, plan, prompts, params), strict=True):
+        want = oracle.greedy(bundle.reference(4, convention), prompt, 40 - len(prompt))
+        assert tuple(ran.token_ids) == want.token_ids
+    backend.close()
+
+
+def poison_embedding(model_directory: Path, token_id: int) -> None:
+    """Make one token's embedding NaN in a checkpoint with a head of its own."""
+    from safetensors.numpy import load_file, save_file
+
+    path = model_directory / "model.safetensors"
+    weights = load_file(path)
+    weights["model.embed_tokens.weight"][token_id] = np.nan
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory: pytest.TempPathFactory):
+    """A bundle in which token 255 has a NaN embedding."""
+    from dmtd_export.export import export_bundle
+    from dmtd_export.options import ExportOptions
+    from dmtd_models.testing import write_tiny_checkpoint
+
+    root = tmp_path_factory.mktemp("poisoned")
+    source = write_tiny_checkpoint(root / "model", layers=5, tokenizer=True)
+    poison_embedding(source, 255)
+    manifest = export_bundle(source, root / "bundle", ExportOptions(decoding_layers=2, cycle_length=3))
+    return root / "bundle", manifest
+
+
+@both_dialects
+@both_passes
+def test_nan_fails_its_own_sequence_and_leaves_nothing_behind(poisoned, dialect: str, full_pass: str) -> None:
+    directory, manifest = poisoned
+    options = BackendOptions(dialect=dialect, full_pass=full_pass, max_batch=4, threads=1)
+    plan = CyclePlan(cycle=manifest.cycle)
+    # Token 255 is never chosen, so only the prompts that hold it are ill.
+    params = SamplingParams(temperature=0, max_tokens=9, logit_bias={255: -100})
+    healthy = [random_prompt(i, 6 + i, 255) for i in range(4)]
+    ill = [1, 2, 255, 3, 4]
+    backend = OnnxRuntimeBackend(directory, manifest, options)
+    want = run_prompts(backend, plan, healthy, params)
+    for mix in ([ill, healthy[1], ill, healthy[3]], [ill] * 4, [healthy[0], ill, ill, ill]):
+        for prompt, ran in zip(mix, run_prompts(backend, plan, mix, params), strict=True):
+            if prompt is ill:
+                assert isinstance(ran.error, BackendError)
+                assert ran.token_ids == []
+            else:
+                assert_same_bits(ran, want[healthy.index(prompt)], 9)
+        for layer in range(manifest.model.num_layers):
+            for kind in ("key", "value"):
+                assert np.isfinite(backend._host_cache.buffer(layer, kind)).all(), f"NaN stays in layer {layer}"
+        for ran, before in zip(run_prompts(backend, plan, healthy, params), want, strict=True):
+            assert_same_bits(ran, before, 9)
+    backend.close()
+
+
+def test_stats_count_passes_and_refilled_rows(tiny: TinyBundles) -> None:
+    bundle = tiny.get()
+    backend = OnnxRuntimeBackend(bundle.directory, bundle.manifest, BackendOptions(threads=1))
+    plan = plan_of(tiny, 4, ("prompt", "thinking"))
+    run_prompts(backend, plan, [random_prompt(0, 6)], SamplingParams(temperature=0, max_tokens=10))
+    # Fed: the prompt, then 9 tokens at 6 .. 14: heads at 6, 10, 14, of which the last two refill 3 rows each.
+    stats = backend.stats
+    assert (stats.full_passes, stats.late_steps, stats.refill_rows) == (1 + 3, 6, 6)
+    assert stats.session_seconds > 0
+    backend.close()
+
+
+def test_bindings_are_made_once(tiny: TinyBundles) -> None:
+    """Decoding needs three bindings a full cycle (thinking, late rows of it, late steps share one): no more with time."""
+    bundle = tiny.get()
+    backend = OnnxRuntimeBackend(bundle.directory, bundle.manifest, BackendOptions(threads=1))
+    plan = plan_of(tiny, 4, ("prompt", "thinking"))
+    run_prompts(backend, plan, [random_prompt(0, 6)], SamplingParams(temperature=0, max_tokens=10))
+    after_short = set(backend._bindings)
+    run_prompts(backend, plan, [random_prompt(1, 11)], SamplingParams(temperature=0, max_tokens=100))
+    assert set(backend._bindings) == after_short
+    backend.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"max_batch": 9}, RequestError, "got 9, expected 1 to 8"),
+        ({"max_batch": 0}, RequestError, "got 0, expected"),
+        ({"max_batch": 0, "dialect": "standard"}, RequestError, "got 0, expected"),
+        ({"max_batch": -1, "dialect": "standard"}, RequestError, "got -1, expected"),
+        ({"max_model_len": 257}, RequestError, "got 257, expected 1 to 256"),
+        ({"max_model_len": 0}, RequestError, "got 0, expected 1 to 256"),
+        ({"threads": 0}, RequestError, "threads: got 0, expected"),
+        ({"threads": -2}, RequestError, "threads: got -2, expected"),
+        ({"device": "cuda"}, BackendError, "float32"),
+    ],
+)
+def test_options_out_of_range(
+    tiny: TinyBundles, options: dict[str, object], error: type[Exception], words: str
+) -> None:
+    bundle = tiny.get()
+    with pytest.raises(error, match=words) as caught:
+        OnnxRuntimeBackend(bundle.directory, bundle.manifest, BackendOptions(**options))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dialect_that_the_bundle_lacks(tiny: TinyBundles) -> None:
+    bundle = tiny.get()
+    graphs = tuple(graph for graph in bundle.manifest.graphs if graph.dialect == "onnxruntime")
+    manifest = replace(bundle.manifest, graphs=graphs)
+    with pytest.raises(BundleError, match="export it with --target tensorrt"):
+        OnnxRuntimeBackend(bundle.directory, manifest, BackendOptions(dialect="standard"))
+
+
+def test_a_graph_that_is_none(tiny: TinyBundles, tmp_path: Path) -> None:
+    (tmp_path / "thinking.ort.onnx").write_bytes(b"not a graph")
+    with pytest.raises(BundleError, match=r"cannot load .*thinking.ort.onnx.*export the bundle again") as caught:
+        OnnxRuntimeBackend(tmp_path, tiny.get().manifest, BackendOptions())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bfloat16_bundle_is_refused_on_the_cpu(tiny: TinyBundles) -> None:
+    bundle = tiny.get()
+    manifest = replace(bundle.manifest, model=replace(bundle.manifest.model, dtype="bfloat16"))
+    with pytest.raises(BackendError, match="cannot run on the CPU; export it with --dtype float32"):
+        OnnxRuntimeBackend(bundle.directory, manifest, BackendOptions())
+
+
+def test_a_failing_session_becomes_a_backend_error(tiny: TinyBundles) -> None:
+    """A token id that the embedding does not have: ONNX Runtime's own error, in one line."""
+    bundle = tiny.get()
+    backend = OnnxRuntimeBackend(bundle.directory, bundle.manifest, BackendOptions(threads=1))
+    step = plan_of(tiny, 4, ("prompt", "thinking")).next_step(Position(prompt_len=2), 256)
+    with pytest.raises(BackendError, match="ONNX Runtime failed") as caught:
+        backend.run([SlotStep(slot=0, step=step, ids=[1, 10_000])])
+    assert "\n" not in str(caught.value)
+    backend.close()

@@ -1,0 +1,196 @@
+"""CyclePlan against the oracle's own rules and against tables written by hand."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runtime_support import CONVENTIONS
+
+from dmtd_models import oracle
+from dmtd_models.config import DmtdSpec
+from dmtd_runtime.cycle import CyclePlan, Position, Step
+from dmtd_runtime.manifest import CycleInfo
+
+TAUS = range(1, 7)
+
+
+def plan_of(tau: int, convention: tuple[str, str], *, plain: bool = False) -> CyclePlan:
+    origin, prompt_input = convention
+    cycle = CycleInfo(
+        encoding_layers=0,
+        thinking_layers=3,
+        decoding_layers=2,
+        cycle_length=tau,
+        cycle_origin=origin,
+        prompt_input=prompt_input,
+        dmtd_trained=True,
+    )
+    return CyclePlan(cycle=cycle, plain=plain)
+
+
+def spec_of(tau: int, convention: tuple[str, str]) -> DmtdSpec:
+    origin, prompt_input = convention
+    return DmtdSpec(
+        encoding_layers=0,
+        thinking_layers=3,
+        decoding_layers=2,
+        cycle_length=tau,
+        cycle_origin=origin,
+        prompt_input=prompt_input,
+        trained=True,
+        convention_recorded=True,
+    )
+
+
+def steps_of(plan: CyclePlan, prompt_len: int, total_len: int, max_rows: int = 256) -> list[Step]:
+    """Every step until ``total_len`` tokens are fed, alone in its batch, with what must hold of each."""
+    at, steps = Position(prompt_len=prompt_len), []
+    while at.fed < total_len:
+        step = plan.next_step(at, max_rows)
+        assert step.late.start == at.fed
+        assert len(step.gate_hidden) == len(step.gate_thought) == len(step.late) >= 1
+        if step.window:
+            assert step.window.start == at.thought, "T's window has a gap or goes over rows twice"
+            assert step.window.stop == step.late.stop, "D's rows are not the tail of T's window"
+            assert len(step.window) <= max_rows or step.kind == "full"
+        at.commit(step)
+        assert 0 <= at.fed - at.thought <= (0 if plan.plain else plan.cycle.cycle_length - 1)
+        steps.append(step)
+    return steps
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("convention", CONVENTIONS, ids="+".join)
+@pytest.mark.parametrize("tau", TAUS)
+def test_gates_and_rows_are_the_oracles(tau: int, convention: tuple[str, str], plain: bool) -> None:
+    plan, spec = plan_of(tau, convention, plain=plain), spec_of(tau, convention)
+    for prompt_len, max_rows in itertools.product(range(1, 41), (256, 7, 1)):
+        total_len = prompt_len + 2 * tau + 3
+        steps = steps_of(plan, prompt_len, total_len, max_rows)
+        hidden, thought = oracle.gates(spec, prompt_len=prompt_len, total_len=total_len, plain=plain)
+        assert [gate for step in steps for gate in step.gate_hidden] == hidden.astype(bool).tolist()
+        assert [gate for step in steps for gate in step.gate_thought] == thought.astype(bool).tolist()
+        # Chunks change the cut, never the rows: each goes through D once, in order, and so through T as far as it goes.
+        assert [row for step in steps for row in step.late] == list(range(total_len))
+        windows = [row for step in steps for row in step.window]
+        assert windows == list(range(len(windows)))
+        # A generated row reads T's output if and only if T runs in its step.
+        for step in steps:
+            in_prompt = step.late.start < prompt_len
+            assert (step.kind == "prefill") == in_prompt
+            assert bool(step.window) == (in_prompt or bool(thought[step.late.start]))
+            assert step.wants_logits == (step.late.stop >= prompt_len)
+
+
+# (kind, T's window, position of D's row, gates (hidden, thought)), by hand: cycle length 4, a prompt of 6.
+BY_HAND = {
+    ("prompt", "thinking"): [
+        ("full", [6], 6, (1, 1)),
+        ("late", [], 7, (1, 0)),
+        ("late", [], 8, (1, 0)),
+        ("late", [], 9, (1, 0)),
+        ("full", [7, 8, 9, 10], 10, (1, 1)),
+        ("late", [], 11, (1, 0)),
+        ("late", [], 12, (1, 0)),
+        ("late", [], 13, (1, 0)),
+        ("full", [11, 12, 13, 14], 14, (1, 1)),
+    ],
+    ("absolute", "cyclical"): [
+        ("late", [], 6, (1, 0)),
+        ("late", [], 7, (1, 0)),
+        ("full", [6, 7, 8], 8, (1, 1)),
+        ("late", [], 9, (1, 0)),
+        ("late", [], 10, (1, 0)),
+        ("late", [], 11, (1, 0)),
+        ("full", [9, 10, 11, 12], 12, (1, 1)),
+    ],
+}
+BY_HAND["prompt", "sum"] = BY_HAND["prompt", "thinking"]
+PROMPT_GATES = {
+    ("prompt", "thinking"): [(0, 1)] * 6,
+    ("prompt", "sum"): [(1, 1)] * 6,
+    ("absolute", "cyclical"): [(1, 1), (1, 0), (1, 0), (1, 0), (1, 1), (1, 0)],
+}
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS, ids="+".join)
+def test_cycle_length_4_and_a_prompt_of_6_by_hand(convention: tuple[str, str]) -> None:
+    table = BY_HAND[convention]
+    prefill, *generated = steps_of(plan_of(4, convention), 6, 6 + len(table))
+    assert (prefill.kind, prefill.window, prefill.late) == ("prefill", range(6), range(6))
+    assert list(zip(prefill.gate_hidden, prefill.gate_thought, strict=True)) == PROMPT_GATES[convention]
+    shown = [
+        (step.kind, list(step.window), step.late.start, (step.gate_hidden[0], step.gate_thought[0]))
+        for step in generated
+    ]
+    assert shown == table
+    assert all(len(step.late) == 1 for step in generated)
+
+
+def test_plain_mode_by_hand() -> None:
+    prefill, *generated = steps_of(plan_of(4, ("prompt", "sum"), plain=True), 6, 9)
+    assert (prefill.gate_hidden, prefill.gate_thought) == ((False,) * 6, (True,) * 6)
+    assert [(step.kind, step.window, step.late) for step in generated] == [
+        ("full", range(i, i + 1), range(i, i + 1)) for i in (6, 7, 8)
+    ]
+    assert all((step.gate_hidden, step.gate_thought) == ((False,), (True,)) for step in generated)
+
+
+def test_cycle_length_1_adds_the_embedding_everywhere() -> None:
+    for convention in CONVENTIONS:
+        generated = steps_of(plan_of(1, convention), 3, 9)[1:]
+        assert all(step.kind == "full" and len(step.window) == 1 for step in generated)
+        assert all((step.gate_hidden, step.gate_thought) == ((True,), (True,)) for step in generated)
+
+
+def test_a_step_out_of_order_is_refused() -> None:
+    plan, at = plan_of(4, ("prompt", "thinking")), Position(prompt_len=3)
+    step = plan.next_step(at, 256)
+    at.commit(step)
+    with pytest.raises(AssertionError, match="step writes from row 0, 3 rows are committed"):
+        at.commit(step)
+
+
+@settings(max_examples=200)
+@given(
+    tau=st.sampled_from(TAUS),
+    convention=st.sampled_from(CONVENTIONS),
+    prompt_lens=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    max_rows=st.sampled_from((1, 5, 16, 256)),
+    plain=st.booleans(),
+)
+def test_a_batch_aligns_its_heads_and_starves_nobody(
+    tau: int, convention: tuple[str, str], prompt_lens: list[int], max_rows: int, plain: bool
+) -> None:
+    plan = plan_of(tau, convention, plain=plain)
+    batch = [Position(prompt_len=length) for length in prompt_lens]
+    runs, short_runs = 0, 0
+    while any(at.fed < at.prompt_len + 4 * tau for at in batch):
+        before = [at.fed for at in batch]
+        steps = plan.next_steps(batch, max_rows)
+        taking_part = [index for index, _ in steps]
+        assert taking_part == sorted(set(taking_part)), "the backend needs steps in order of the batch"
+        assert taking_part
+        assert len({step.kind for _, step in steps}) == 1
+        if steps[0][1].kind == "prefill":
+            assert sum(len(step.window) for _, step in steps) <= max_rows
+            assert taking_part[0] == next(i for i, at in enumerate(batch) if at.in_prefill)
+        else:
+            assert not any(at.in_prefill for at in batch), "a prompt waits while others decode"
+            short_runs += len(steps) < len(batch)
+            if steps[0][1].kind == "full":
+                assert len(steps) == len(batch), "T's weights are read for a part of the batch"
+        for index, step in steps:
+            # The step is the one that the sequence would take alone.
+            assert step == plan.next_step(batch[index], max(len(step.window), 1))
+            batch[index].commit(step)
+        assert sum(at.fed for at in batch) > sum(before)
+        runs += 1
+    assert short_runs <= tau - 1, "heads that once fell together came apart"
+    # All end within a cycle of one another: nobody is starved.
+    generated = [at.fed - at.prompt_len for at in batch]
+    assert max(generated) - min(generated) <= max(tau - 1, 0)
+    assert runs <= sum(prompt_lens) + 6 * tau

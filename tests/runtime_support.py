@@ -1,0 +1,226 @@
+"""Tiny bundles with the reference that they were exported from, and the generation loop with its logits in the open.
+
+Shared by tests/runtime. A cycle length and a convention are only numbers in the manifest, no graph depends on them: one
+bundle a (family, encoding layers) serves them all, through :meth:`TinyBundle.manifest_for`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmtd_export.export import export_bundle
+from dmtd_export.options import ExportOptions
+from dmtd_models.checkpoint import open_checkpoint
+from dmtd_models.config import DmtdSpec, ModelConfig, resolve_dmtd
+from dmtd_models.dmtd import DmtdModel, Forward
+from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from dmtd_runtime.cycle import CyclePlan
+from dmtd_runtime.generate import SequenceRun, TokenEvent, run_batch
+from dmtd_runtime.manifest import CycleInfo, Manifest
+from dmtd_runtime.sampler import Choice, Sampler
+from dmtd_runtime.sampling import SamplingParams
+from dmtd_runtime.stops import StopRules
+from dmtd_runtime.tokenizer import Tokenizer
+
+MARGIN = 2e-5  # of the largest |logit|, float32
+LAYERS, DECODING_LAYERS = 5, 2
+MAX_BATCH = 8
+END_OF_TURN = 258  # the tiny tokenizer's <|im_end|>
+CONVENTIONS: tuple[tuple[Any, Any], ...] = (("absolute", "cyclical"), ("prompt", "thinking"), ("prompt", "sum"))
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Dialect = Literal["standard", "onnxruntime"]
+FullPass = Literal["staged", "fused"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """The PyTorch model under another cycle length or convention; what the oracle takes."""
+
+    model: DmtdModel
+    config: ModelConfig
+    spec: DmtdSpec
+
+    def __call__(self, input_ids: Tensor, positions: Tensor, gate_hidden: Tensor, gate_thought: Tensor) -> Forward:
+        forward: Forward = self.model(input_ids, positions, gate_hidden, gate_thought)
+        return forward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinyBundle:
+    """An exported random checkpoint and its reference in float32."""
+
+    directory: Path
+    manifest: Manifest
+    model: DmtdModel
+
+    def cycle(self, tau: int, convention: tuple[Any, Any]) -> CycleInfo:
+        origin, prompt_input = convention
+        return replace(self.manifest.cycle, cycle_length=tau, cycle_origin=origin, prompt_input=prompt_input)
+
+    def reference(self, tau: int, convention: tuple[Any, Any]) -> Reference:
+        origin, prompt_input = convention
+        spec = replace(self.model.spec, cycle_length=tau, cycle_origin=origin, prompt_input=prompt_input)
+        return Reference(model=self.model, config=self.model.config, spec=spec)
+
+
+class TinyBundles:
+    """Bundles and open backends, made when first asked for and kept."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._bundles: dict[tuple[str, int], TinyBundle] = {}
+        self._backends: dict[tuple[Any, ...], OnnxRuntimeBackend] = {}
+
+    def get(self, family: str = "qwen3", encoding_layers: int = 0) -> TinyBundle:
+        key = (family, encoding_layers)
+        if key not in self._bundles:
+            self._bundles[key] = make_bundle(self._root / f"{family}-{encoding_layers}", family, encoding_layers)
+        return self._bundles[key]
+
+    def backend(
+        self,
+        family: str = "qwen3",
+        encoding_layers: int = 0,
+        *,
+        dialect: Dialect = "onnxruntime",
+        full_pass: FullPass = "staged",
+        slots: int = 1,
+        max_rows: int | None = None,
+    ) -> OnnxRuntimeBackend:
+        """A backend of one thread; ``max_rows`` cuts prompts into small chunks."""
+        key = (family, encoding_layers, dialect, full_pass, slots)
+        if key not in self._backends:
+            bundle = self.get(family, encoding_layers)
+            options = BackendOptions(dialect=dialect, full_pass=full_pass, max_batch=slots, threads=1)
+            self._backends[key] = OnnxRuntimeBackend(bundle.directory, bundle.manifest, options)
+        backend = self._backends[key]
+        backend.max_rows = max_rows or self.get(family, encoding_layers).manifest.model.max_window
+        return backend
+
+    def close(self) -> None:
+        for backend in self._backends.values():
+            backend.close()
+
+
+def make_bundle(
+    root: Path, family: str = "qwen3", encoding_layers: int = 0, *, max_positions: int = 256, tokenizer: bool = True
+) -> TinyBundle:
+    """Write a random checkpoint, export it, and load the reference."""
+    torch.set_num_threads(1)
+    source = write_tiny_checkpoint(
+        root / "model", family=family, layers=LAYERS, tokenizer=tokenizer, max_positions=max_positions
+    )
+    options = ExportOptions(
+        encoding_layers=encoding_layers,
+        decoding_layers=DECODING_LAYERS,
+        cycle_length=4,
+        cycle_origin="prompt",
+        prompt_input="thinking",
+        max_batch=MAX_BATCH,
+    )
+    manifest = export_bundle(source, root / "bundle", options)
+    with open_checkpoint(source) as checkpoint:
+        spec = resolve_dmtd(
+            checkpoint.config,
+            checkpoint.dmtd,
+            encoding_layers=encoding_layers,
+            decoding_layers=DECODING_LAYERS,
+            cycle_length=4,
+            cycle_origin="prompt",
+            prompt_input="thinking",
+        )
+        model = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, torch.float32)
+    return TinyBundle(directory=root / "bundle", manifest=manifest, model=model)
+
+
+@cache
+def tokenizer_of(directory: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_directory(directory)
+    assert tokenizer is not None
+    return tokenizer
+
+
+class RecordingSampler(Sampler):
+    """Keeps a copy of every row of logits that it chose from."""
+
+    def __init__(self, params: SamplingParams, *, vocab_size: int, prompt_ids: Sequence[int]) -> None:
+        super().__init__(params, vocab_size=vocab_size, prompt_ids=prompt_ids, seed=0)
+        self.rows: list[Array] = []
+
+    def choose(self, logits: Array) -> Choice:
+        self.rows.append(logits.copy())
+        return super().choose(logits)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ran:
+    """What became of one sequence of :func:`run_prompts`."""
+
+    token_ids: list[int]
+    logits: Array  # [steps, vocab]
+    text: str
+    finish_reason: str | None
+    stop_reason: str | int | None
+    error: Exception | None
+
+
+def run_prompts(
+    backend: OnnxRuntimeBackend,
+    plan: CyclePlan,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams],
+    *,
+    directory: Path | None = None,
+) -> list[Ran]:
+    """Run prompts as one static batch in the caller's thread. ``directory`` of the bundle: its tokenizer makes text."""
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    events: list[list[TokenEvent]] = [[] for _ in prompts]
+    tokenizer = tokenizer_of(directory) if directory else None
+    vocab_size = backend._manifest.model.vocab_size
+    samplers = [
+        RecordingSampler(p, vocab_size=vocab_size, prompt_ids=ids) for p, ids in zip(each, prompts, strict=True)
+    ]
+    sequences = [
+        SequenceRun(
+            ids=list(ids),
+            sampler=sampler,
+            stops=StopRules(p, eos_token_ids=(), text=tokenizer.text_stream() if tokenizer else None),
+            on_event=told.append,
+        )
+        for ids, p, sampler, told in zip(prompts, each, samplers, events, strict=True)
+    ]
+    run_batch(backend, plan, sequences)
+    return [
+        Ran(
+            token_ids=[event.choice.token_id for event in told if event.choice],
+            logits=np.stack(sampler.rows),
+            text="".join(event.text for event in told),
+            finish_reason=told[-1].finish_reason,
+            stop_reason=told[-1].stop_reason,
+            error=told[-1].error,
+        )
+        for told, sampler in zip(events, samplers, strict=True)
+    ]
+
+
+def random_prompt(seed: int, length: int, vocab_size: int = 256) -> list[int]:
+    """Seeded ids; with the tiny tokenizer 0 to 255 are the bytes, none of them special."""
+    ids: list[int] = np.random.default_rng([seed, length]).integers(0, vocab_size, length).tolist()
+    return ids
+
+
+def private_bytes() -> int:
+    """Anonymous resident memory of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
