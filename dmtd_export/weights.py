@@ -80,7 +80,7 @@ class Fingerprinter:
 
 
 def _factors(start: int, count: int) -> Array:
-    """Pseudo-random numbers of magnitude 0.5 to 1 and either sign for the integers start .. start + count - 1, stable for ever."""
+    """Pseudo-random numbers of either sign and magnitude 0.5 to 1, one for each of ``count`` integers; stable for ever."""
     with np.errstate(over="ignore"):
         mixed = np.arange(start, start + count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         mixed ^= mixed >> np.uint64(29)

@@ -212,7 +212,7 @@ def test_tokenizer_config_and_template_are_carried_over_byte_for_byte(tmp_path: 
     source = write_tiny_checkpoint(tmp_path / "m", tokenizer=True)
     own = {
         "chat_template.jinja": b"{# \xc3\xbc #}{{ messages[0]['content'] }}\r\n",
-        "generation_config.json": b'{ "do_sample":true,\r\n "temperature": 0.5 }',
+        "generation_config.json": b'{ "do_sample":true,\r\n "temperature": 0.5 }',  # Windows line ends
         "special_tokens_map.json": b"{}\n\n",
     }
     for name, content in own.items():
