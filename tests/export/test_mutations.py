@@ -278,7 +278,6 @@ GRAPH_EDITS = [
     ("late_decode.onnx", ignore_gate, 3),
     ("full_pass.ort.onnx", ignore_gate, 3),
     ("full_pass.ort.batch3.onnx", invert_gate, 3),
-    ("late_decode.ort.batch3.onnx", invert_gate, 3),
     ("late_decode.onnx", invert_gate, 3),
     ("thinking.onnx", write_one_row_off, 1),
     ("full_pass.onnx", write_one_row_off, 1),
