@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx
 
+from dmtd_export.assets import write_assets
 from dmtd_export.atomic import atomic_directory
 from dmtd_export.errors import ExportError as ExportError
 from dmtd_export.graphs import GraphSpec, build_graph
@@ -94,6 +95,9 @@ def _write_bundle(
     work: Path, checkpoint: Checkpoint, spec: DmtdSpec, max_model_len: int, options: ExportOptions, progress: Progress
 ) -> Manifest:
     config = checkpoint.config
+    write_assets(work, checkpoint)
+    loader = resource_files("dmtd_export").joinpath("bundle_data_loader.py").read_text(encoding="utf-8")
+    (work / contract.DATA_LOADER_FILE).write_text(loader, encoding="utf-8")
     rotary_rows = max_model_len + MAX_WINDOW
     progress.stage("weights", stored_bytes(config, checkpoint, options.dtype, rotary_rows))
     weights, weights_file = write_weights(
@@ -112,7 +116,6 @@ def _write_bundle(
         onnx.save_model(model, work / info.file)
         onnx.checker.check_model(work / info.file, full_check=True)
         graphs.append(info)
-    _write_assets(work, checkpoint)
     listed = {contract.WEIGHTS_FILE: weights_file}
     for path in sorted(work.iterdir()):
         if path.name not in (contract.WEIGHTS_FILE, contract.MANIFEST_FILE):
@@ -181,16 +184,6 @@ def _cycle_info(spec: DmtdSpec) -> CycleInfo:
         prompt_input=spec.prompt_input,
         dmtd_trained=spec.trained,
     )
-
-
-def _write_assets(work: Path, checkpoint: Checkpoint) -> None:
-    assets = checkpoint.assets()
-    if "tokenizer.json" not in assets:
-        logger.warning("%s: the bundle works on token ids only", checkpoint.tokenizer_problem)
-    for name, content in assets.items():
-        (work / name).write_bytes(content)
-    loader = resource_files("dmtd_export").joinpath("bundle_data_loader.py").read_text(encoding="utf-8")
-    (work / contract.DATA_LOADER_FILE).write_text(loader, encoding="utf-8")
 
 
 def _max_model_len(config: ModelConfig, options: ExportOptions) -> int:

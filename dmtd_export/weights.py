@@ -70,7 +70,9 @@ class Fingerprinter:
     def add(self, rows: Array) -> None:
         x = np.asarray(rows, dtype=np.float32).reshape(len(rows), -1).astype(np.float64)
         self._sum_squares += float(np.einsum("ij,ij->", x, x))
-        self._probe += float(_factors(self._row, len(x)) @ (x @ _factors(1 << 40, x.shape[1])))
+        # einsum, not @: a BLAS adds in an order of its own, and equal exports should write equal manifests.
+        rows_probe = np.einsum("ij,j->i", x, _factors(1 << 40, x.shape[1]))
+        self._probe += float(np.einsum("i,i->", _factors(self._row, len(x)), rows_probe))
         self._row += len(x)
 
     def finish(self) -> Fingerprint:
@@ -78,7 +80,7 @@ class Fingerprinter:
 
 
 def _factors(start: int, count: int) -> Array:
-    """Pseudo-random numbers of magnitude 0.5 to 1 and either sign for ``count`` integers from ``start``, stable for ever."""
+    """Pseudo-random numbers of either sign and magnitude 0.5 to 1, one for each of ``count`` integers; stable for ever."""
     with np.errstate(over="ignore"):
         mixed = np.arange(start, start + count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         mixed ^= mixed >> np.uint64(29)

@@ -133,7 +133,7 @@ def raise_bug(*arguments: object, **options: object) -> None:
     raise RuntimeError("bug")
 
 
-@pytest.mark.parametrize("stage", ["build_graph", "write_weights", "_write_assets", "sha256_of", "verify"])
+@pytest.mark.parametrize("stage", ["build_graph", "write_weights", "write_assets", "sha256_of", "verify"])
 @pytest.mark.parametrize(
     ("fail", "error"),
     [(raise_no_space, ExportError), (raise_interrupt, KeyboardInterrupt), (raise_bug, RuntimeError)],

@@ -1,0 +1,440 @@
+"""Bad input, as a table: what is wrong, what is asked for, the words of the one line that answers, the exit code.
+
+Every case starts from the same place: checkpoints ``m`` (one file) and ``s`` (three shards), and ``b``, a bundle of ``m``.
+Whatever goes wrong, all files there are afterwards what they were before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from export_support import export, snapshot
+from typer.testing import CliRunner
+
+from dmtd_export.cli import app
+from dmtd_export.errors import ExportError
+from dmtd_export.export import export_bundle
+from dmtd_export.options import ExportOptions
+from dmtd_models.errors import CheckpointError, ConfigError
+from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_runtime import LLM, BackendError, BundleError, RequestError, SamplingParams
+
+Damage = Callable[[], None]
+SPLIT = ("--decoding-layers", "1", "--cycle-length", "3")
+EXPORT = ("export", "m", "-o", "new", *SPLIT, "--no-verify")
+EXPORT_SHARDS = ("export", "s", "-o", "new", *SPLIT, "--no-verify")
+GENERATE = ("generate", "b", "--token-ids", "1,2,3", "--max-tokens", "4")
+VERBS_OF_BUNDLES = {
+    "generate": GENERATE,
+    "chat": ("chat", "b"),
+    "bench": ("bench", "b", "--prompt-len", "8", "--max-tokens", "8", "--repeats", "1"),
+    "verify": ("verify", "b"),
+    "inspect": ("inspect", "b"),
+}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("place")
+    write_tiny_checkpoint(place / "m", tokenizer=True, tie=True)
+    write_tiny_checkpoint(place / "s", shards=3)
+    export(place / "m", place / "b")
+    return place
+
+
+@pytest.fixture
+def place(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the place as the working directory."""
+    shutil.copytree(original, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path / "place"
+
+
+def nothing() -> None:
+    """No damage: the command itself is wrong."""
+
+
+def remove(name: str) -> Damage:
+    return lambda: shutil.rmtree(name) if Path(name).is_dir() else Path(name).unlink()
+
+
+def cut(name: str, size: int) -> Damage:
+    return lambda: os.truncate(name, size)
+
+
+def write(name: str, text: str | bytes) -> Damage:
+    raw = text.encode() if isinstance(text, str) else text
+
+    def damage() -> None:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(raw)
+
+    return damage
+
+
+def flip(name: str, offset: int) -> Damage:
+    def damage() -> None:
+        raw = bytearray(Path(name).read_bytes())
+        raw[offset] ^= 0x40
+        Path(name).write_bytes(raw)
+
+    return damage
+
+
+def edit(name: str, change: Callable[[Any], object]) -> Damage:
+    def damage() -> None:
+        raw = json.loads(Path(name).read_text())
+        change(raw)
+        Path(name).write_text(json.dumps(raw))
+
+    return damage
+
+
+def config(**fields: object) -> Damage:
+    return edit("m/config.json", lambda raw: raw.update(fields))
+
+
+def sealed(name: str, damage: Damage) -> Damage:
+    """The damage, with the manifest's hash of the file made right again."""
+
+    def both() -> None:
+        damage()
+        raw = Path("b", name).read_bytes()
+        info = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+        edit("b/manifest.json", lambda manifest: manifest["files"].update({name: info}))()
+
+    return both
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    name: str
+    damage: Damage = nothing
+    arguments: tuple[str, ...]
+    words: str
+    exit_code: int = 1
+
+
+def case(name: str, damage: Damage, arguments: tuple[str, ...], words: str, exit_code: int = 1) -> Case:
+    return Case(name=name, damage=damage, arguments=arguments, words=words, exit_code=exit_code)
+
+
+PARALLEL = {
+    "model_type": "dmtdqwen3",
+    "num_parallel_layers": 3,
+    "num_sequential_layers": 1,
+    "mtp_horizon": 3,
+    "dmtd_block_attention": "causal",
+    "dmtd_history_mode": "real",
+}
+RECORDED = {"model_type": "mtpqwen3", "num_thinking_layers": 2, "num_decoding_layers": 1, "mtp_horizon": 3}
+
+CHECKPOINTS = [
+    case("missing", remove("m"), EXPORT, "m: no such file or directory; give a Hugging Face directory"),
+    case("no config", remove("m/config.json"), EXPORT, "m: no config.json; give the directory that holds config.json"),
+    case("no weights", remove("m/model.safetensors"), EXPORT, "got neither model.safetensors nor"),
+    case(
+        "no shard", remove("s/model-00002-of-00003.safetensors"), EXPORT_SHARDS, "00003.safetensors is missing; downl"
+    ),
+    case("truncated", cut("m/model.safetensors", 50000), EXPORT, "truncated: got 50000 bytes, expected 565360 by its"),
+    case("cut shard", cut("s/model-00002-of-00003.safetensors", 9000), EXPORT_SHARDS, "truncated: got 9000 bytes"),
+    case("a few bytes", cut("m/model.safetensors", 4), EXPORT, "truncated or not a safetensors file (4 bytes"),
+    case("empty", cut("m/model.safetensors", 0), EXPORT, "truncated or not a safetensors file (0 bytes"),
+    case("altered header", flip("m/model.safetensors", 9), EXPORT, "header is not JSON; download the file again"),
+    case(
+        "altered index", write("s/model.safetensors.index.json", "{}"), EXPORT_SHARDS, "no usable weight_map; restore"
+    ),
+    case("cut config", cut("m/config.json", 50), EXPORT, "m/config.json: not readable JSON"),
+    case("other sizes", config(vocab_size=300), EXPORT, "got shape [259, 64], expected [300, 64] by config.json"),
+    case("cut tokenizer", cut("m/tokenizer.json", 50), EXPORT, "m/tokenizer.json: not a usable tokenizer"),
+    case("cut tokenizer config", cut("m/tokenizer_config.json", 50), EXPORT, "m/tokenizer_config.json: not JSON"),
+    case("bad template", write("m/chat_template.jinja", "{% if %}"), EXPORT, "chat template: line 1: Expected an expr"),
+    case("template bytes", write("m/chat_template.jinja", b"\xe4"), EXPORT, "m/chat_template.jinja: cannot be read"),
+    case("bad defaults", write("m/generation_config.json", '{"top_k": -7}'), EXPORT, "generation_config.json: top_k"),
+    case(
+        "pickle", write("x/pytorch_model.bin", "x"), ("export", "x/pytorch_model.bin", *EXPORT[2:]), "convert it to sa"
+    ),
+    case("no GGUF", write("x.gguf", "hello"), ("export", "x.gguf", *EXPORT[2:]), "got a file that is not GGUF"),
+    case("cut GGUF", write("x.gguf", "GGUF\x03"), ("export", "x.gguf", *EXPORT[2:]), "truncated or damaged GGUF file"),
+]
+ARCHITECTURES = [
+    case("model type", config(model_type="gemma2"), EXPORT, "model_type: got 'gemma2', expected one of"),
+    case("experts", config(num_experts=8), EXPORT, "num_experts: got 8"),
+    case("rope", config(rope_scaling={"rope_type": "longrope", "factor": 2}), EXPORT, "rope_type: got 'longrope'"),
+    case(
+        "sliding", config(use_sliding_window=True, sliding_window=8, max_window_layers=0), EXPORT, "sliding attention"
+    ),
+    case("quantised", config(quantization_config={"bits": 4}), EXPORT, "quantization_config: got {'bits': 4}"),
+    case("activation", config(hidden_act="gelu"), EXPORT, "hidden_act: got 'gelu', expected silu"),
+    case("parallel DMTD", config(**PARALLEL), EXPORT, "dmtd_block_attention: got 'causal'"),
+]
+SPLITS = [
+    case("no split", nothing, ("export", "m", "-o", "new"), "give --decoding-layers and --cycle-length"),
+    case("sum", nothing, (*EXPORT, "--thinking-layers", "1"), "encoding 0 + thinking 1 + decoding 1 = 2 layers"),
+    case("no thinking", nothing, (*EXPORT, "--encoding-layers", "3"), "thinking 0 + decoding 1"),
+    case("recorded sum", config(**RECORDED), ("export", "m", "-o", "new"), "= 3 layers, expected"),
+    case(
+        "no such convention", nothing, (*EXPORT, "--cycle-origin", "prompt", "--prompt-input", "cyclical"), "undefined"
+    ),
+    case("origin", nothing, (*EXPORT, "--cycle-origin", "middle"), "--cycle-origin", exit_code=2),
+    case("letters", nothing, (*EXPORT, "--decoding-layers", "two"), "--decoding-layers", exit_code=2),
+]
+TARGETS = [
+    case("no -o", nothing, ("export", "m", *SPLIT), "-o / --output: missing", exit_code=2),
+    case("no model", nothing, ("export", "-o", "new"), "MODEL: missing", exit_code=2),
+    case("over the checkpoint", nothing, ("export", "m", "-o", "m", *SPLIT), "m exists and is not a bundle"),
+    case("over a file", nothing, ("export", "m", "-o", "m/config.json", *SPLIT), "is a file; name a directory with -o"),
+    case("under a file", nothing, ("export", "m", "-o", "m/config.json/x", *SPLIT, "--no-verify"), "nothing was kept"),
+    case(
+        "long name", nothing, ("export", "m", "-o", "n" * 300, *SPLIT, "--no-verify"), "File name too long; mend that"
+    ),
+    case(
+        "others' files", write("b/notes.txt", "mine"), ("export", "m", "-o", "b", *SPLIT), "b holds notes.txt besides"
+    ),
+    case("where nobody may write", nothing, ("export", "m", "-o", "/proc/b", *SPLIT, "--no-verify"), "/proc"),
+]
+BUNDLES = [
+    case(f"{name}, {verb}", damage, VERBS_OF_BUNDLES[verb], words)
+    for name, damage, words, verbs in [
+        ("no bundle", remove("b"), "b is not a directory; make a bundle with: dmtd export", "all"),
+        (
+            "no manifest",
+            remove("b/manifest.json"),
+            "b has no manifest.json, so it is not a bundle; make one with",
+            "all",
+        ),
+        ("newer", edit("b/manifest.json", lambda m: m.update(schema=99)), "schema 99, this version reads up to", "all"),
+        ("cut manifest", cut("b/manifest.json", 99), "b/manifest.json cannot be read as JSON", "all"),
+        ("other JSON", write("b/manifest.json", "[]"), "it is not a DMTD bundle's manifest", "all"),
+        ("no cycle", edit("b/manifest.json", lambda m: m.pop("cycle")), "lacks cycle; export the bundle again", "all"),
+        (
+            "wrong split",
+            edit("b/manifest.json", lambda m: m["cycle"].update(thinking_layers=2)),
+            "split E0 T2 D1 with cycle length 3 does not fit 4 layers",
+            "all",
+        ),
+        (
+            "path outside",
+            edit("b/manifest.json", lambda m: m["files"].update({"../m/config.json": m["files"]["config.json"]})),
+            "expected a path inside the bundle; do not use this bundle",
+            "all",
+        ),
+        ("no graph", remove("b/thinking.ort.onnx"), "thinking.ort.onnx", "all-but-inspect"),
+        ("cut weights", cut("b/model.onnx.data", 5000), "5000 bytes", "all-but-inspect"),
+        ("altered weights", flip("b/model.onnx.data", 9000), "model.onnx.data", "all-but-inspect"),
+        ("altered graph", flip("b/late_decode.ort.onnx", 900), "altered", "all-but-inspect"),
+        (
+            "altered graph, sealed",
+            sealed("thinking.ort.onnx", cut("b/thinking.ort.onnx", 2000)),
+            "thinking.ort.onnx",
+            "all-but-inspect",
+        ),
+        (
+            "cut weights, sealed",
+            sealed("model.onnx.data", cut("b/model.onnx.data", 100000)),
+            "model",
+            "all-but-inspect",
+        ),
+        (
+            "cut tokenizer, sealed",
+            sealed("tokenizer.json", cut("b/tokenizer.json", 50)),
+            "b/tokenizer.json: not a usable tokenizer",
+            "generate chat",
+        ),
+    ]
+    for verb in VERBS_OF_BUNDLES
+    if verbs == "all" or verb in verbs.split() or (verbs == "all-but-inspect" and verb != "inspect")
+]
+REQUESTS = [
+    case("empty ids", nothing, ("generate", "b", "--token-ids", ""), "prompt: got no tokens, expected at least one"),
+    case("empty prompt", nothing, ("generate", "b", "-p", ""), "prompt: got an empty prompt"),
+    case(
+        "id too large",
+        nothing,
+        ("generate", "b", "--token-ids", "1,259"),
+        "token id 259, expected integers from 0 to 2",
+    ),
+    case("negative id", nothing, ("generate", "b", "--token-ids=-1"), "token id -1, expected integers from 0 to 258"),
+    case("no ids", nothing, ("generate", "b", "--token-ids", "x"), "--token-ids: got 'x', expected whole numbers"),
+    case("too long", nothing, ("generate", "b", "--token-ids", "1," * 256), "got 256 tokens, expected at most 255"),
+    case("too long asked", nothing, (*GENERATE, "--max-model-len", "999"), "max_model_len: got 999, expected 1 to 256"),
+    case("two prompts", nothing, (*GENERATE, "-p", "x"), "give one of --prompt, --prompt-file", exit_code=2),
+    case("no prompt file", nothing, ("generate", "b", "--prompt-file", "nope"), "nope cannot be read"),
+    case("minimum", nothing, (*GENERATE, "--min-tokens", "9"), "min_tokens: got 9 with max_tokens 4"),
+    case("greedy", nothing, (*GENERATE, "--greedy", "--temperature", "0.7"), "contradict each other; give one of them"),
+    case("temperature", nothing, (*GENERATE, "--temperature", "-1"), "temperature: got -1.0, expected a finite number"),
+    case("top-p", nothing, (*GENERATE, "--top-p", "0"), "top_p: got 0.0, expected a finite number above 0"),
+    case("stop id", nothing, (*GENERATE, "--stop-token-ids", "999"), "stop_token_ids: got token id 999"),
+    case("no option", nothing, (*GENERATE, "--nope"), "No such option: --nope", exit_code=2),
+    case("threads", nothing, (*GENERATE, "--threads", "0"), "--threads", exit_code=2),
+    case("no verb", nothing, ("exprot",), "exprot", exit_code=2),
+]
+CASES = [*CHECKPOINTS, *ARCHITECTURES, *SPLITS, *TARGETS, *BUNDLES, *REQUESTS]
+
+
+@pytest.mark.parametrize("row", CASES, ids=[row.name for row in CASES])
+def test_command_line(row: Case, place: Path) -> None:
+    row.damage()
+    before = snapshot(place)
+    result = CliRunner().invoke(app, row.arguments, input="hello\n", prog_name="dmtd")
+    assert result.exit_code == row.exit_code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    told = [line for line in result.stderr.splitlines() if not line.startswith(("warning: ", "note: ", "verify: "))]
+    if row.exit_code == 2:  # the usage, then the error in a frame
+        assert told[0].startswith("Usage: dmtd")
+        assert row.words in result.stderr
+    else:
+        told = [line for line in told if line not in ("weights ...", "graphs ...")]
+        assert len(told) == 1 and told[0].startswith("error: "), result.stderr
+        assert row.words in told[0]
+    assert snapshot(place) == before
+    assert not any(path.name.startswith(".") for path in place.iterdir())
+
+
+LIBRARY: list[tuple[str, Damage, Callable[[], object], type[Exception], str]] = [
+    ("no checkpoint", remove("m"), lambda: _export(), CheckpointError, "no such file or directory"),
+    ("cut checkpoint", cut("m/model.safetensors", 50000), lambda: _export(), CheckpointError, "truncated: got 50000"),
+    ("architecture", config(model_type="gemma2"), lambda: _export(), ConfigError, "model_type: got 'gemma2'"),
+    ("split", nothing, lambda: _export(thinking_layers=1), ConfigError, "= 2 layers"),
+    ("target", nothing, lambda: _export("m"), ExportError, "exists and is not a bundle"),
+    ("no bundle", remove("b"), lambda: LLM("b"), BundleError, "b is not a directory"),
+    ("newer", edit("b/manifest.json", lambda m: m.update(schema=99)), lambda: LLM("b"), BundleError, "schema 99"),
+    ("cut weights", cut("b/model.onnx.data", 9), lambda: LLM("b"), BundleError, "has 9 bytes, the manifest says"),
+    ("altered weights", flip("b/model.onnx.data", 9000), lambda: LLM("b"), BundleError, "altered; export the bundle"),
+    ("empty list", nothing, lambda: _ask([]), RequestError, "prompts: got an empty list"),
+    ("empty ids", nothing, lambda: _ask([[]]), RequestError, "prompt: got no tokens"),
+    ("id too large", nothing, lambda: _ask([[259]]), RequestError, "token id 259, expected integers from 0 to 258"),
+    ("id no integer", nothing, lambda: _ask([[1.5]]), RequestError, "token id 1.5"),
+    ("too long", nothing, lambda: _ask([[1] * 256]), RequestError, "got 256 tokens, expected at most 255"),
+    ("lengths", nothing, lambda: _ask([[1], [2]], [SamplingParams()]), RequestError, "params: got 1 for 2 prompts"),
+    ("time", nothing, lambda: _ask([[1]], timeout_s=0), RequestError, "timeout_s: got 0"),
+    ("stop id", nothing, lambda: _ask([[1]], SamplingParams(stop_token_ids=[259])), RequestError, "stop_token_ids"),
+    ("model length", nothing, lambda: LLM("b", max_model_len=257), RequestError, "max_model_len: got 257"),
+    (
+        "batch",
+        nothing,
+        lambda: LLM("b", max_num_seqs=2),
+        RequestError,
+        "exported for; export it with a larger --max-batch",
+    ),
+    ("no dialect", nothing, lambda: _half_only(), BackendError, "bfloat16, which ONNX Runtime cannot run on the CPU"),
+    ("contradiction", nothing, lambda: SamplingParams(min_tokens=5, max_tokens=2), RequestError, "min_tokens: got 5"),
+    ("greedy n", nothing, lambda: SamplingParams(n=2, temperature=0), RequestError, "n: got 2 with temperature 0"),
+]
+
+
+def _export(output: str = "new", **options: Any) -> None:
+    given = ExportOptions(**{"decoding_layers": 1, "cycle_length": 3, **options})
+    export_bundle(Path("m"), Path(output), given)
+
+
+def _ask(prompts: Any, params: Any = None, **options: Any) -> None:
+    with LLM("b", threads=1) as llm:
+        llm.generate(prompts, params, **options)
+
+
+def _half_only() -> None:
+    export(Path("m"), Path("../half"), dtype="bfloat16")
+    LLM("../half")
+
+
+@pytest.mark.parametrize("row", LIBRARY, ids=[row[0] for row in LIBRARY])
+def test_library(row: tuple[str, Damage, Callable[[], object], type[Exception], str], place: Path) -> None:
+    _, damage, action, error, words = row
+    damage()
+    before = snapshot(place)
+    with pytest.raises(error) as caught:
+        action()
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert snapshot(place) == before
+
+
+def test_checkpoint_without_a_tokenizer(place: Path) -> None:
+    (place / "m/tokenizer.json").unlink()
+    result = CliRunner().invoke(app, EXPORT, prog_name="dmtd")
+    assert result.exit_code == 0
+    assert "warning: m: no tokenizer.json: the bundle works on token ids only" in result.stderr.splitlines()
+    result = CliRunner().invoke(app, ("generate", "new", *GENERATE[2:], "--ignore-eos"), prog_name="dmtd")
+    assert result.exit_code == 0
+    assert len(result.stdout.replace(",", " ").split()) == 4
+    result = CliRunner().invoke(app, ("generate", "new", "-p", "words"), prog_name="dmtd")
+    assert result.exit_code == 1
+    assert "no tokenizer" in result.stderr and "--token-ids" in result.stderr
+
+
+def test_no_space(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    before = snapshot(place)
+    result = CliRunner().invoke(app, ("export", "m", "-o", "b", *SPLIT, "--no-verify"), prog_name="dmtd")
+    assert result.exit_code == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and "has 0.00 GB free, the bundle needs 0.07 GB; free some space" in last
+    assert snapshot(place) == before
+
+
+# Ctrl-C comes while the verb has just opened a certain file: an audit hook sees every open.
+INTERRUPTED = """
+import os, signal, sys
+from dmtd_export.cli import main
+wanted = sys.argv[1]
+def hook(event, arguments):
+    global wanted
+    if event == "open" and wanted and str(arguments[0]).endswith(wanted):
+        wanted = ""
+        os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.addaudithook(hook)
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments"),
+    [
+        ("m/config.json", ("export", "m", "-o", "b", *SPLIT, "--no-verify")),
+        ("model.onnx.data", ("export", "m", "-o", "b", *SPLIT, "--no-verify")),
+        ("thinking.onnx", ("export", "m", "-o", "b", *SPLIT, "--no-verify")),
+        ("new/manifest.json", ("export", "m", "-o", "b", *SPLIT)),
+        ("late_decode.onnx", ("verify", "b")),
+        *(("b/manifest.json", arguments) for arguments in VERBS_OF_BUNDLES.values()),
+        ("b/tokenizer.json", GENERATE),
+        ("b/generation_config.json", GENERATE),
+        ("meminfo", ("doctor",)),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else value.replace("/", "-"),
+)
+def test_ctrl_c(file: str, arguments: tuple[str, ...], place: Path) -> None:
+    (place / "b/generation_config.json").write_text("{}")
+    sealed("generation_config.json", nothing)()
+    before = snapshot(place)
+    path = os.pathsep.join(str((Path(__file__).parents[2] / name).resolve()) for name in (".", "runtime", "models"))
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, file, *arguments],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": path},
+        input="hello\n",
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 128 + signal.SIGINT, done.stderr
+    assert done.stderr.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in done.stderr
+    assert snapshot(place) == before
+    assert sorted(path.name for path in place.iterdir()) == ["b", "m", "s"]
