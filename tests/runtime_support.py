@@ -36,6 +36,7 @@ from dmtd_runtime.tokenizer import Tokenizer
 MARGIN = 2e-5  # of the largest |logit|, float32
 LAYERS, DECODING_LAYERS = 5, 2
 MAX_BATCH = 8
+MAX_OPEN_BACKENDS = 48
 END_OF_TURN = 258  # the tiny tokenizer's <|im_end|>
 CONVENTIONS: tuple[tuple[Any, Any], ...] = (("absolute", "cyclical"), ("prompt", "thinking"), ("prompt", "sum"))
 
@@ -102,10 +103,12 @@ class TinyBundles:
         """A backend of one thread; ``max_rows`` cuts prompts into small chunks."""
         key = (family, encoding_layers, dialect, full_pass, slots)
         if key not in self._backends:
+            if len(self._backends) == MAX_OPEN_BACKENDS:
+                self._backends.pop(next(iter(self._backends))).close()
             bundle = self.get(family, encoding_layers)
             options = BackendOptions(dialect=dialect, full_pass=full_pass, max_batch=slots, threads=1)
             self._backends[key] = OnnxRuntimeBackend(bundle.directory, bundle.manifest, options)
-        backend = self._backends[key]
+        backend = self._backends[key] = self._backends.pop(key)  # the one used last stands last
         backend.max_rows = max_rows or self.get(family, encoding_layers).manifest.model.max_window
         return backend
 

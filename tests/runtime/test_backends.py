@@ -235,6 +235,20 @@ def test_bindings_are_made_once(tiny: TinyBundles) -> None:
     backend.close()
 
 
+@both_dialects
+def test_prompts_of_all_lengths_need_few_buffers(tiny: TinyBundles, dialect: str) -> None:
+    """A process that serves for long sees every length: shapes, and with them memory, must stay few."""
+    bundle = tiny.get()
+    options = BackendOptions(dialect=dialect, max_batch=2, threads=1)
+    backend = OnnxRuntimeBackend(bundle.directory, bundle.manifest, options)
+    plan = plan_of(tiny, 4, ("prompt", "thinking"))
+    for length in range(1, 120):
+        run_prompts(backend, plan, [[1] * length, [2] * 3], SamplingParams(temperature=0, max_tokens=6))
+    assert len(backend._outputs) <= 20
+    assert len(backend._bindings) <= 40
+    backend.close()
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
@@ -280,7 +294,7 @@ def test_a_bfloat16_bundle_is_refused_on_the_cpu(tiny: TinyBundles) -> None:
         OnnxRuntimeBackend(bundle.directory, manifest, BackendOptions())
 
 
-def test_a_failing_session_becomes_a_backend_error(tiny: TinyBundles) -> None:
+def test_a_failing_session_becomes_a_backend_error(tiny: TinyBundles, capfd: pytest.CaptureFixture[str]) -> None:
     """A token id that the embedding does not have: ONNX Runtime's own error, in one line."""
     bundle = tiny.get()
     backend = OnnxRuntimeBackend(bundle.directory, bundle.manifest, BackendOptions(threads=1))
@@ -288,4 +302,5 @@ def test_a_failing_session_becomes_a_backend_error(tiny: TinyBundles) -> None:
     with pytest.raises(BackendError, match="ONNX Runtime failed") as caught:
         backend.run([SlotStep(slot=0, step=step, ids=[1, 10_000])])
     assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
     backend.close()

@@ -12,6 +12,7 @@ from dmtd_runtime.cycle import Step
 
 Array = np.ndarray[Any, np.dtype[Any]]
 FullPass = Literal["staged", "fused"]
+PREFILL_ROUNDING = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,11 @@ class SlotStep:
     @property
     def late_ids(self) -> Sequence[int]:
         return self.ids[len(self.ids) - len(self.step.late) :]
+
+
+def rounded_rows(rows: int) -> int:
+    """What a prompt's chunk is padded to: few shapes, so few bindings and buffers, whatever lengths prompts have."""
+    return next((size for size in PREFILL_ROUNDING if size >= rows), rows)
 
 
 @dataclass(slots=True)

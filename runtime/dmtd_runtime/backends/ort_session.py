@@ -59,7 +59,7 @@ def open_session(path: Path, options: BackendOptions) -> Any:
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads or usable_cores()
     settings.inter_op_num_threads = 1
-    settings.log_severity_level = 3
+    settings.log_severity_level = 4  # its errors come as exceptions; a library writes nothing to stderr
     # The two sessions of a bundle run in turn: a pool that spins on after its run takes the cores from the other one.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     if not options.prepack:

@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dmtd_runtime import contract
-from dmtd_runtime.backends.base import Array, SlotStep
-
-PREFILL_ROUNDING = (16, 32, 64, 128, 256)  # a prompt's chunk is padded up to one of these: few shapes, few bindings
+from dmtd_runtime.backends.base import Array, SlotStep, rounded_rows
 
 
 class PackedLayout:
@@ -37,7 +35,7 @@ class PackedLayout:
         window = sum(len(s.step.window) for s in steps) + self._idle_rows(steps)
         if steps[0].step.kind == "prefill":
             rows = len(steps[0].step.late)
-            sizes["late_len"] = next((size for size in PREFILL_ROUNDING if size >= rows), rows)
+            sizes["late_len"] = rounded_rows(rows)
             window += sizes["late_len"] - rows
         if graph != contract.LATE_DECODE:
             sizes["window_len"] = window

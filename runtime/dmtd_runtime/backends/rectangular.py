@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dmtd_runtime import contract
-from dmtd_runtime.backends.base import Array, SlotStep
+from dmtd_runtime.backends.base import Array, SlotStep, rounded_rows
 
 
 class RectangularLayout:
@@ -28,6 +28,8 @@ class RectangularLayout:
 
     def sizes(self, graph: contract.GraphName, steps: Sequence[SlotStep]) -> Mapping[str, int]:
         window, late = max(len(s.step.window) for s in steps), max(len(s.step.late) for s in steps)
+        if steps[0].step.kind == "prefill":
+            window = late = rounded_rows(window)
         if graph == contract.THINKING:
             return {"batch": self._slots, "window_len": window, "late_len": late}
         if graph == contract.LATE_DECODE:
