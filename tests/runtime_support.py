@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from dmtd_export.export import export_bundle
@@ -142,6 +143,16 @@ def make_bundle(
         )
         model = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, torch.float32)
     return TinyBundle(directory=root / "bundle", manifest=manifest, model=model)
+
+
+def poisoned_bundle(root: Path, token_id: int = 255) -> tuple[Path, Manifest]:
+    """A bundle, cycle length 3, in which one token has a NaN embedding."""
+    source = write_tiny_checkpoint(root / "model", layers=LAYERS, tokenizer=True)
+    weights = load_file(source / "model.safetensors")
+    weights["model.embed_tokens.weight"][token_id] = np.nan
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    options = ExportOptions(decoding_layers=DECODING_LAYERS, cycle_length=3)
+    return root / "bundle", export_bundle(source, root / "bundle", options)
 
 
 @cache

@@ -74,14 +74,14 @@ def make_cases(manifest: Manifest, quick: bool, seed: int = 0) -> list[Case]:
     """Prompts around multiples of the cycle length, long enough to pass two heads, in DMTD and in plain mode."""
     tau, limit = manifest.cycle.cycle_length, manifest.model.max_model_len
     lengths = {tau + 1, 2 * tau} if quick else {1, tau - 1, tau, tau + 1, 2 * tau, 3 * tau + 2}
-    num_new = 2 * tau + 1
     rng = np.random.default_rng(seed)
     cases = []
     for length in sorted(n for n in lengths if n >= 1):
-        length, new = min(length, max(1, limit - 1)), max(1, min(num_new, limit - length))
+        length, new = min(length, max(1, limit - 1)), max(1, min(2 * tau + 1, limit - length))
         prompt = tuple(rng.integers(0, manifest.model.vocab_size, length).tolist())
-        cases += [Case(prompt=prompt, plain=plain, num_new=new) for plain in (False, True)]
-    return cases
+        cases.append(Case(prompt=prompt, plain=False, num_new=new))
+    # Plain mode knows no phase, so two lengths say as much as all of them.
+    return [*cases, *(replace(case, plain=True) for case in (cases[len(cases) // 2], cases[-1]))]
 
 
 def make_variants(manifest: Manifest, quick: bool, prepack: bool = True) -> list[Variant]:
@@ -173,8 +173,7 @@ def run_variant(directory: Path, manifest: Manifest, variant: Variant, cases: Se
 
 
 def _picked(count: int, variant: Variant) -> list[int]:
-    """Cases stand in pairs (DMTD, plain): keep whole pairs."""
-    return [i for i in range(count) if (i // 2) % variant.case_step == 0]
+    return list(range(0, count, variant.case_step))
 
 
 def _run_group(backend: OnnxRuntimeBackend, plan: CyclePlan, variant: Variant, cases: Sequence[Case]) -> list[Array]:

@@ -1,13 +1,13 @@
 """Inputs of one graph for one call, written from the contract alone; on purpose the runtime's layouts are not used.
 
-Standard graphs take ``[batch, rows]`` padded on the right. In the onnxruntime dialect T's windows are packed, the rows of
-all slots one behind another; a slot that takes no part but stands before one that does gets one idle row, the rest is the
-graph's own padding. Its late rows are a batch, one row for each slot, or several rows of one sequence.
+Standard graphs take ``[batch, rows]`` padded on the right. In the onnxruntime dialect T's rows are packed, the windows of all
+slots one behind another: a slot that takes no part but stands before one that does gets one idle row, the rest is the
+graph's own padding (``PAD_ROWS``). Late rows are ``[batch, late_len]``, of which one is 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,148 +30,113 @@ class Feed:
 
 def slots_of(graph: GraphInfo, num_sequences: int) -> tuple[int, ...]:
     """Which slot each sequence takes in a packed graph: one slot is left idle between them where there is room."""
+    if graph.slots == 1:
+        return (0,) * num_sequences
     step = 2 if graph.slots >= 2 * num_sequences - 1 else 1
     return tuple(i * step for i in range(num_sequences))
 
 
-def parts_of(graph: GraphInfo, call: Call, slots: Mapping[int, int]) -> list[dict[int, int]]:
-    """The runs that one call needs, each slots by sequence: where a full pass has late rows of several sequences, one row each.
-
-    Args:
-        graph: which graph is run.
-        call: rows of every sequence.
-        slots: slots by sequence.
-    """
+def runs_of(graph: GraphInfo, call: Call) -> list[tuple[int, ...]]:
+    """Which sequences of a call can run together: GroupQueryAttention takes several rows of one sequence or one of several."""
+    everyone = tuple(range(len(call.lates)))
+    attends_late = graph.name != contract.THINKING
+    single_rows = all(len(late) == 1 for late in call.lates)
     packed = graph.dialect == contract.ONNXRUNTIME
-    if packed and graph.name == contract.FULL_PASS and any(len(call.lates[s]) != 1 for s in slots):
-        return [{s: slot} for s, slot in slots.items()]
-    return [dict(slots)]
+    if packed and ((attends_late and not single_rows) or (graph.slots == 1 and graph.name != contract.LATE_DECODE)):
+        return [(sequence,) for sequence in everyone]
+    return [everyone]
 
 
 def make_feed(
-    graph: GraphInfo,
-    scenario: Scenario,
-    call: Call,
-    slots: Mapping[int, int],
-    thought: Array | None,
-    resident: Mapping[int, int],
+    graph: GraphInfo, scenario: Scenario, call: Call, sequences: Sequence[int], thought: Array | None
 ) -> Feed:
-    """The feed of ``graph`` for the sequences in ``slots``, of those ``resident`` in its caches.
-
-    ``thought`` is needed by late_decode only.
-    """
+    """The feed of ``graph`` for some sequences of the scenario. ``thought`` is needed by late_decode only."""
+    inputs, late_at = _late_inputs(scenario, call, sequences, thought)
     if graph.dialect == contract.STANDARD:
-        feed = _standard(graph, scenario, call, slots, thought)
+        inputs |= _standard_inputs(graph, scenario, call, sequences)
     else:
-        feed = _packed(graph, scenario, call, slots, thought, resident)
+        inputs |= _packed_inputs(graph, scenario, call, sequences, late_at)
     wanted = {info.name: info.dtype for info in graph.inputs}
     return Feed(
-        inputs={name: array.astype(wanted[name]) for name, array in feed.inputs.items() if name in wanted},
-        late_at=feed.late_at,
+        inputs={name: array.astype(wanted[name]) for name, array in inputs.items() if name in wanted}, late_at=late_at
     )
 
 
-def _standard(
-    graph: GraphInfo, scenario: Scenario, call: Call, slots: Mapping[int, int], thought: Array | None
-) -> Feed:
-    sequences = list(slots)
+def _late_inputs(
+    scenario: Scenario, call: Call, sequences: Sequence[int], thought: Array | None
+) -> tuple[dict[str, Array], tuple[tuple[int, ...], ...]]:
+    """What both dialects take as [batch, late_len], and where each sequence's rows stand when that is flat."""
     lates = [call.lates[s] for s in sequences]
-    windows = lates if graph.name == contract.LATE_DECODE else [call.windows[s] for s in sequences]
-    batch, rows, late_len = len(sequences), max(map(len, windows)), max(map(len, lates))
-    ids, late_rows = np.zeros((batch, rows), np.int64), np.zeros((batch, late_len), np.int64)
-    gates = {name: np.zeros((batch, late_len), bool) for name in (contract.GATE_HIDDEN, contract.GATE_THOUGHT)}
-    thoughts = np.zeros((batch, late_len, 0 if thought is None else thought.shape[-1]), np.float32)
-    for b, (s, window, late) in enumerate(zip(sequences, windows, lates, strict=True)):
-        ids[b, : len(window)] = scenario.ids[s, window]
-        late_rows[b, : len(late)] = np.arange(len(late)) + len(window) - len(late)
+    batch, width = len(lates), max(map(len, lates))
+    gates = {name: np.zeros((batch, width), bool) for name in (contract.GATE_HIDDEN, contract.GATE_THOUGHT)}
+    thoughts = np.zeros((batch, width, 0 if thought is None else thought.shape[-1]), np.float32)
+    for b, (s, late) in enumerate(zip(sequences, lates, strict=True)):
         gates[contract.GATE_HIDDEN][b, : len(late)] = scenario.gate_hidden[s, late]
         gates[contract.GATE_THOUGHT][b, : len(late)] = scenario.gate_thought[s, late]
         if thought is not None:
             thoughts[b, : len(late)] = thought[s, late]
+    late_at = tuple(tuple(range(b * width, b * width + len(late))) for b, late in enumerate(lates))
+    return {contract.THOUGHT: thoughts, **gates}, late_at
+
+
+def _ids(scenario: Scenario, sequences: Sequence[int], ranges: Sequence[range]) -> Array:
+    ids = np.zeros((len(ranges), max(map(len, ranges))), np.int64)
+    for row, s, span in zip(ids, sequences, ranges, strict=True):
+        row[: len(span)] = scenario.ids[s, span]
+    return ids
+
+
+def _standard_inputs(graph: GraphInfo, scenario: Scenario, call: Call, sequences: Sequence[int]) -> dict[str, Array]:
+    lates = [call.lates[s] for s in sequences]
+    windows = lates if graph.name == contract.LATE_DECODE else [call.windows[s] for s in sequences]
+    ids, width = _ids(scenario, sequences, windows), max(map(len, lates))
     starts = np.array([window.start for window in windows])
-    inputs = {
+    late_rows = np.zeros((len(lates), width), np.int64)
+    for row, window, late in zip(late_rows, windows, lates, strict=True):
+        row[: len(late)] = range(len(window) - len(late), len(window))
+    return {
         contract.INPUT_IDS: ids,
-        contract.POSITION_IDS: starts[:, None] + np.arange(rows),
+        contract.POSITION_IDS: starts[:, None] + np.arange(ids.shape[1]),
         contract.write_indices("thinking"): starts,
         contract.write_indices("late"): np.array([late.start for late in lates]),
         contract.LATE_ROWS: late_rows,
-        contract.LOGIT_ROWS: np.arange(late_len)[None].repeat(batch, 0),
-        contract.THOUGHT: thoughts,
-        **gates,
+        contract.LOGIT_ROWS: np.arange(width)[None].repeat(len(lates), 0),
     }
-    return Feed(
-        inputs=inputs, late_at=tuple(tuple(range(b * late_len, b * late_len + len(r))) for b, r in enumerate(lates))
-    )
 
 
-def _packed(
-    graph: GraphInfo,
-    scenario: Scenario,
-    call: Call,
-    slots: Mapping[int, int],
-    thought: Array | None,
-    resident: Mapping[int, int],
-) -> Feed:
-    late_only = graph.name == contract.LATE_DECODE
-    sequence_in = {slot: s for s, slot in slots.items()}
-    # With several slots an idle row stands for each slot in front; a run of one sequence sees only its own late cache.
-    window_slots = range(max(sequence_in) + 1)
-    late_slots = list(sequence_in) if len(slots) == 1 else list(window_slots)
-    ids: list[int] = []
-    late_rows: list[int] = []
-    for slot in window_slots:
-        if slot not in sequence_in:
-            late_rows += [len(ids)] if slot in late_slots else []
-            ids.append(0)
-            continue
-        s, late = sequence_in[slot], call.lates[sequence_in[slot]]
-        window = late if late_only else call.windows[s]
-        late_rows.extend(range(len(ids) + len(window) - len(late), len(ids) + len(window)))
-        ids.extend(int(scenario.ids[s, i]) for i in window)
-    late_at, row = [], 0
-    hidden, gates, thoughts = [], [], []
-    for slot in late_slots:
-        late = call.lates[sequence_in[slot]] if slot in sequence_in else range(1)
-        if slot in sequence_in:
-            late_at.append(tuple(range(row, row + len(late))))
-        row += len(late)
-        for i in late:
-            s = sequence_in.get(slot, 0)
-            hidden.append(bool(scenario.gate_hidden[s, i]))
-            gates.append(bool(scenario.gate_thought[s, i]))
-            thoughts.append(np.zeros(0) if thought is None else thought[s, i])
-    # One row for each of several sequences, else several rows of one; thinking takes any shape for its late rows.
-    shape = (row, 1) if len(slots) > 1 and all(len(call.lates[s]) == 1 for s in slots) else (1, row)
-    late_totals = np.array([call.lates[sequence_in[slot]].stop if slot in sequence_in else 1 for slot in late_slots])
-    inputs = {
-        contract.INPUT_IDS: np.array(ids).reshape(shape if late_only else (1, -1)),
-        contract.LATE_ROWS: np.array(late_rows).reshape(shape),
-        contract.LOGIT_ROWS: np.arange(row),
-        contract.GATE_HIDDEN: np.array(hidden).reshape(shape),
-        contract.GATE_THOUGHT: np.array(gates).reshape(shape),
-        contract.THOUGHT: np.stack(thoughts).reshape(*shape, -1) if thought is not None else np.zeros((*shape, 0)),
-        contract.seqlens_k("late"): late_totals - 1,
-        contract.total_sequence_length("late"): np.array([late_totals.max()]),
-        **_window_lengths(call, sequence_in, {slot: s for s, slot in resident.items()}, graph.slots),
-    }
-    return Feed(inputs=inputs, late_at=tuple(late_at))
-
-
-def _window_lengths(
-    call: Call, sequence_in: Mapping[int, int], resident: Mapping[int, int], slots: int
+def _packed_inputs(
+    graph: GraphInfo, scenario: Scenario, call: Call, sequences: Sequence[int], late_at: Sequence[Sequence[int]]
 ) -> dict[str, Array]:
-    """Lengths of every slot. The idle row of a resident sequence is written behind all rows of this call."""
-    windows = []
-    for slot in range(slots):
-        if slot in sequence_in:
-            windows.append(call.windows[sequence_in[slot]])
+    lates = [call.lates[s] for s in sequences]
+    width = max(map(len, lates))
+    late_totals = np.array([late.start + width for late in lates])
+    inputs = {
+        contract.INPUT_IDS: _ids(scenario, sequences, lates),
+        contract.LOGIT_ROWS: np.concatenate([np.array(at) for at in late_at]),
+        contract.seqlens_k("late"): late_totals - 1,
+        contract.total_sequence_length("late"): late_totals.max(keepdims=True),
+    }
+    if graph.name == contract.LATE_DECODE:
+        return inputs
+    slots = slots_of(graph, len(call.lates))
+    window_in = {slots[s]: call.windows[s] for s in sequences}
+    sequence_in = {slots[s]: s for s in sequences}
+    ids: list[int] = []
+    late_rows = np.zeros((len(lates), width), np.int64)
+    for slot in range(max(window_in) + 1):
+        if slot in window_in:
+            s, window = sequence_in[slot], window_in[slot]
+            ids.extend(int(scenario.ids[s, i]) for i in window)
+            count = len(call.lates[s])
+            late_rows[list(sequences).index(s), :count] = range(len(ids) - count, len(ids))
         else:
-            row = call.lates[resident[slot]].stop if slot in resident else 0
-            windows.append(range(row, row + 1))
-    totals = np.array([window.stop for window in windows])
-    return {
+            ids.append(0)  # an idle row
+    totals = np.array([window_in[slot].stop if slot in window_in else 1 for slot in range(graph.slots)])
+    return inputs | {
+        contract.INPUT_IDS: np.array([ids]),
+        contract.LATE_ROWS: late_rows,
         contract.total_sequence_length("thinking"): totals,
         contract.seqlens_k("thinking"): totals - 1,
-        contract.SLOT_ROWS: np.array([len(window) for window in windows]),
-        contract.PAD_ROWS: np.array([slots - max(sequence_in) - 1]),
+        contract.SLOT_ROWS: np.array([len(window_in.get(slot, range(1))) for slot in range(graph.slots)]),
+        contract.PAD_ROWS: np.array([graph.slots - max(window_in) - 1]),
     }

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dmtd_export.verify.feeds import make_feed, parts_of, slots_of
-from dmtd_export.verify.scenario import Outcome, Scenario
+from dmtd_export.verify.feeds import make_feed, runs_of, slots_of
+from dmtd_export.verify.scenario import Call, Outcome, Scenario
 from dmtd_runtime import contract
 from dmtd_runtime.backends.ort_session import import_onnxruntime
 from dmtd_runtime.errors import BackendError
@@ -62,20 +62,17 @@ def run_graph(
 
     Raises BackendError with the first line of what refuses the graph or the run.
     """
-    count = len(scenario.lengths)
-    # A graph for one slot runs the sequences one after another.
-    together = graph.dialect == contract.STANDARD or graph.slots > 1
-    groups = [tuple(range(count))] if together else [(s,) for s in range(count)]
     collected = _Collected(graph, scenario)
+    caches = _Caches(graph, cycle, scenario)
     try:
         session = open_session(path)
-        for sequences in groups:
-            _run_sequences(session, graph, cycle, scenario, sequences, thought, collected)
-    except BackendError:
-        raise
+        for call in scenario.calls:
+            for sequences in runs_of(graph, call):
+                _run_call(session, graph, scenario, call, sequences, thought, caches, collected)
     except Exception as error:
         first = str(error).strip().splitlines()[0][:300]
         raise BackendError(f"{graph.file}: cannot be run: {first}") from error
+    collected.caches.update(caches.final())
     return collected.outcome()
 
 
@@ -84,36 +81,37 @@ def cache_layers(graph: GraphInfo) -> list[int]:
     return sorted({int(info.name.split(".")[1]) for info in graph.outputs if info.name.startswith("present.")})
 
 
-def _run_sequences(
+def _run_call(
     session: Session,
     graph: GraphInfo,
-    cycle: CycleInfo,
     scenario: Scenario,
+    call: Call,
     sequences: Sequence[int],
     thought: Array | None,
+    caches: _Caches,
     collected: _Collected,
 ) -> None:
-    caches = _Caches(graph, cycle, scenario, sequences)
+    feed = make_feed(graph, scenario, call, sequences, thought)
     names = [info.name for info in graph.outputs]
-    for call in scenario.calls:
-        caches.spoil(
-            [(call.lates if graph.name == contract.LATE_DECODE else call.windows)[s].start for s in sequences],
-            [call.lates[s].start for s in sequences],
-        )
-        resident = dict(zip(sequences, caches.slots, strict=True))
-        for slots in parts_of(graph, call, resident):
-            feed = make_feed(graph, scenario, call, slots, thought, resident)
-            own = caches.seen_by(list(slots.values()))
-            outputs = dict(zip(names, session.run(names, {**feed.inputs, **own}), strict=True))
-            caches.take(outputs, list(slots.values()))
-            for name in (contract.THOUGHT, contract.LOGITS):
-                if name in outputs:
-                    flat = outputs[name].reshape(-1, outputs[name].shape[-1])
-                    for s, at in zip(slots, feed.late_at, strict=True):
-                        collected.rows[name][s, call.lates[s]] = flat[list(at)]
-    for s, (layer, kind), rows in caches.final():
-        target = collected.caches.setdefault((layer, kind), np.zeros((len(scenario.lengths), *rows.shape), np.float32))
-        target[s] = rows
+    outputs = dict(zip(names, session.run(names, {**feed.inputs, **caches.inputs(call, sequences)}), strict=True))
+    caches.take(outputs, sequences)
+    for name in (contract.THOUGHT, contract.LOGITS):
+        if name in outputs:
+            flat = outputs[name].reshape(-1, outputs[name].shape[-1])
+            # Packed graphs give logits for the rows asked for, one behind another; all else stands as the late rows do.
+            at = (
+                _dense(feed.late_at)
+                if name == contract.LOGITS and graph.dialect == contract.ONNXRUNTIME
+                else feed.late_at
+            )
+            for s, rows in zip(sequences, at, strict=True):
+                collected.rows[name][s, call.lates[s]] = flat[list(rows)]
+
+
+def _dense(late_at: Sequence[Sequence[int]]) -> list[range]:
+    """The same counts, numbered one behind another."""
+    ends = np.cumsum([len(rows) for rows in late_at])
+    return [range(int(end) - len(rows), int(end)) for end, rows in zip(ends, late_at, strict=True)]
 
 
 class _Collected:
@@ -135,66 +133,67 @@ class _Collected:
 
 
 class _Caches:
-    """KV arrays of one graph by input name; knows which sequence stands in which array and row."""
+    """KV rows of every sequence by (layer, kind), put together for a run as the graph's inputs want them."""
 
-    def __init__(self, graph: GraphInfo, cycle: CycleInfo, scenario: Scenario, sequences: Sequence[int]) -> None:
+    def __init__(self, graph: GraphInfo, cycle: CycleInfo, scenario: Scenario) -> None:
         self._scenario = scenario
-        self._sequences = sequences
-        self._packed = graph.dialect == contract.ONNXRUNTIME
-        self.slots = slots_of(graph, len(sequences)) if self._packed else tuple(range(len(sequences)))
+        self._late_only = graph.name == contract.LATE_DECODE
         self._late_layers = set(cycle.decoding_range)
+        self._slots = slots_of(graph, len(scenario.lengths))
+        self._inputs = [info for info in graph.inputs if info.name.startswith("past_key_values.")]
         self._rng = np.random.default_rng(1)
-        batch = self.slots[-1] + 1
-        inputs = [info for info in graph.inputs if info.name.startswith("past_key_values.")]
-        self.arrays = {info.name: self._noise(self._shape(info, batch), info.dtype) for info in inputs}
+        self._rows: dict[tuple[int, int, str], Array] = {}
+        for info in self._inputs:
+            layer, kind, _ = _parts(info.name)
+            for s in range(len(scenario.lengths)):
+                self._rows[s, layer, kind] = self._noise(info)[0]
 
-    def spoil(self, window_starts: Sequence[int], late_starts: Sequence[int]) -> None:
-        """Overwrite every row that the next call must write itself, or must not see."""
-        for name, array in self.arrays.items():
-            starts = late_starts if int(name.split(".")[1]) in self._late_layers else window_starts
-            for index, start in enumerate(starts):
-                rows = self._rows(name, array, index)
-                if rows is not None:
-                    rows[:, start:] = self._noise(rows[:, start:].shape, array.dtype.name)
+    def inputs(self, call: Call, sequences: Sequence[int]) -> dict[str, Array]:
+        """Caches of a run, [batch, kv_heads, capacity, head_dim]; noise in every row that the run must write or not see."""
+        made: dict[str, Array] = {}
+        for info in self._inputs:
+            layer, kind, slot = _parts(info.name)
+            late = self._late_only or layer in self._late_layers
+            rows = []
+            for s in sequences:
+                held = self._rows[s, layer, kind].copy()
+                start = (call.lates if late else call.windows)[s].start
+                held[:, start:] = self._noise(info)[0][:, start:]
+                rows.append((self._slots[s], held))
+            if info.dims[0] == "batch":
+                made[info.name] = np.stack([held for _, held in rows])
+            else:
+                own = [held for at, held in rows if slot is None or at == slot]
+                made[info.name] = own[0][None] if own else self._noise(info)
+        return made
 
-    def seen_by(self, slots: Sequence[int]) -> dict[str, Array]:
-        """The arrays of a run over some slots: one sequence sees only its own part of a batched cache."""
-        return {name: array[self._batch_part(name, array, slots)] for name, array in self.arrays.items()}
+    def take(self, outputs: dict[str, Array], sequences: Sequence[int]) -> None:
+        """Keep what a run wrote for its sequences."""
+        for info in self._inputs:
+            layer, kind, slot = _parts(info.name)
+            output = outputs[info.name.replace("past_key_values.", "present.")]
+            for index, s in enumerate(sequences):
+                if info.dims[0] == "batch":
+                    self._rows[s, layer, kind] = np.array(output[index])
+                elif slot is None or slot == self._slots[s]:
+                    self._rows[s, layer, kind] = np.array(output[0])
 
-    def take(self, outputs: dict[str, Array], slots: Sequence[int]) -> None:
-        for name, array in self.arrays.items():
-            array[self._batch_part(name, array, slots)] = outputs[name.replace("past_key_values.", "present.")]
+    def final(self) -> dict[tuple[int, str], Array]:
+        """(layer, kind) -> [sequences, kv_heads, n, head_dim] of everything committed."""
+        n, count = self._scenario.ids.shape[1], len(self._scenario.lengths)
+        pairs = dict.fromkeys(_parts(info.name)[:2] for info in self._inputs)
+        return {
+            (layer, kind): np.stack([self._rows[s, layer, kind][:, :n] for s in range(count)]).astype(np.float32)
+            for layer, kind in pairs
+        }
 
-    def _batch_part(self, name: str, array: Array, slots: Sequence[int]) -> slice:
-        own_node = self._packed and len(name.split(".")) == 4
-        alone = self._packed and not own_node and len(slots) == 1 and len(array) > 1
-        return slice(slots[0], slots[0] + 1) if alone else slice(None)
+    def _noise(self, info: TensorInfo) -> Array:
+        symbols = {"batch": 1, "capacity": self._scenario.capacity}
+        shape = [symbols[dim] if isinstance(dim, str) else dim for dim in info.dims]
+        return self._rng.standard_normal(shape).astype(info.dtype)
 
-    def final(self) -> list[tuple[int, tuple[int, str], Array]]:
-        """(sequence, (layer, kind), rows [kv_heads, n, head_dim]) of everything committed."""
-        n = self._scenario.ids.shape[1]
-        found = []
-        for name, array in self.arrays.items():
-            _, layer, kind, *_ = name.split(".")
-            for index, sequence in enumerate(self._sequences):
-                rows = self._rows(name, array, index)
-                if rows is not None:
-                    found.append((sequence, (int(layer), kind), rows[:, :n]))
-        return found
 
-    def _rows(self, name: str, array: Array, index: int) -> Array | None:
-        """[kv_heads, capacity, head_dim] of a sequence, a view; None if the array belongs to another slot."""
-        slot = self.slots[index]
-        parts = name.split(".")
-        own_node = self._packed and len(parts) == 4
-        if own_node and int(parts[3]) != slot:
-            return None
-        rows: Array = array[0 if own_node else slot]
-        return rows
-
-    def _shape(self, info: TensorInfo, batch: int) -> list[int]:
-        symbols = {"batch": batch, "capacity": self._scenario.capacity}
-        return [symbols[dim] if isinstance(dim, str) else dim for dim in info.dims]
-
-    def _noise(self, shape: Sequence[int], dtype: str) -> Array:
-        return self._rng.standard_normal(shape).astype(dtype)
+def _parts(name: str) -> tuple[int, str, int | None]:
+    """(layer, kind, slot) of a KV name."""
+    _, layer, kind, *slot = name.split(".")
+    return int(layer), kind, int(slot[0]) if slot else None

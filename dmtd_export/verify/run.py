@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmtd_export.verify import cycles
-from dmtd_export.verify.graph_checks import check_graphs, graphs_as_expected
+from dmtd_export.verify.graph_checks import check_choose_token, check_graphs, graphs_as_expected, ordered
 from dmtd_export.verify.graph_runs import OpenSession, open_evaluator, open_onnxruntime
 from dmtd_export.verify.half import float32_twin
 from dmtd_export.verify.levels import Plan, float32_bytes, make_plan, scratch_directory
@@ -219,9 +219,10 @@ class _Run:
     ) -> list[Check]:
         label = "" if manifest is self._manifest else ", cast to float32,"
         as_is, label_as_is, open_session = self._as_is()
-        with self._counting("graphs", len(manifest.graphs) + len(as_is.graphs)) as done:
+        with self._counting("graphs", len(ordered(manifest)) + len(ordered(as_is))) as done:
             checks = check_graphs(directory, manifest, scenario, expected, plan.level, label=label, on_done=done)
-            if as_is.graphs:
+            checks += check_choose_token(directory, manifest, plan.level)
+            if ordered(as_is):
                 half = half_margin(as_is.model.dtype, as_is.model.num_layers)
                 checks += check_graphs(
                     self._directory, as_is, scenario, expected, plan.level, half, label_as_is, done, open_session
@@ -232,7 +233,7 @@ class _Run:
         """The half-precision graphs that can run without a cast, and in what."""
         if self._manifest.model.dtype == "float16":
             return self._manifest, ", as it is,", open_onnxruntime
-        standard = tuple(graph for graph in self._manifest.graphs if graph.dialect == contract.STANDARD)
+        standard = tuple(graph for graph in ordered(self._manifest) if graph.dialect == contract.STANDARD)
         evaluated = replace(self._manifest, graphs=standard if self._evaluates() else ())
         return evaluated, ", as it is in ONNX's evaluator,", open_evaluator
 

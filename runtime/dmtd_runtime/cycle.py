@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dmtd_runtime.errors import BundleError
 from dmtd_runtime.manifest import CycleInfo
 
 StepKind = Literal["prefill", "full", "late"]
+CONVENTIONS = (("absolute", "cyclical"), ("prompt", "thinking"), ("prompt", "sum"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +60,18 @@ class Position:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CyclePlan:
-    """The rules for one bundle and mode."""
+    """The rules for one bundle and mode. Raises BundleError for a convention that has no defined gates."""
 
     cycle: CycleInfo
     plain: bool = False
+
+    def __post_init__(self) -> None:
+        convention = (self.cycle.cycle_origin, self.cycle.prompt_input)
+        if convention not in CONVENTIONS:
+            raise BundleError(
+                f"manifest.cycle: cycle_origin {convention[0]} with prompt_input {convention[1]} is undefined, expected "
+                f"{', '.join(map(' + '.join, CONVENTIONS))}; export the bundle again"
+            )
 
     def is_head(self, position: int, prompt_len: int) -> bool:
         """Whether a generated position starts a cycle (every one does in plain mode)."""

@@ -2,7 +2,8 @@
 
 Life of a request: LLM.submit -> waiting list -> batch of up to ``backend.slots`` sequences -> run_batch -> events to the
 request -> finished. Callers never touch the backend. Cancelling and deadlines act between steps; a request that still waits
-ends at once when it is cancelled, and between two steps of the running batch when its time is over. A failure of the backend ends every request with that error, and the engine takes no more.
+ends at once when it is cancelled, and between two steps of the running batch when its time is over. A failure of the
+backend ends every request with that error, and the engine takes no more.
 """
 
 from __future__ import annotations

@@ -50,7 +50,10 @@ class HostKvCache:
 def _lazy_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Zeros whose pages exist once written. numpy's own asks for huge pages, which commits 2 MB around every row."""
     count = int(np.prod(shape))
-    return np.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype, count).reshape(shape)
+    # Private: the default of Python's mmap is memory that a forked child would share and write into.
+    pages = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(pages, dtype, count).reshape(shape)
 
 
 def kv_bytes(model: ModelInfo, rows: int, layers: int | None = None) -> int:

@@ -78,6 +78,7 @@ class LLM:
         self.tokenizer = Tokenizer.from_directory(directory)
         self.default_params = SamplingParams.from_generation_config(read_generation_config(directory))
         self._template = _read_template(directory, self.tokenizer)
+        plan = CyclePlan(cycle=self.manifest.cycle, plain=plain)
         options = BackendOptions(
             device=device,
             device_id=device_id,
@@ -94,7 +95,7 @@ class LLM:
         self._eos = tuple(dict.fromkeys((*self.manifest.model.eos_token_ids, *tokenizer_eos)))
         self._ids = itertools.count()
         self._requests: dict[str, Request] = {}
-        self._engine = Engine(backend, CyclePlan(cycle=self.manifest.cycle, plain=plain))
+        self._engine = Engine(backend, plan)
         self._close = weakref.finalize(self, Engine.close, self._engine)
         if not self.manifest.cycle.dmtd_trained and not plain:
             logger.info("%s: weights not trained for DMTD; its late steps choose poor words", directory)
@@ -239,7 +240,7 @@ class LLM:
             raise RequestError("prompt: got no tokens, expected at least one")
         vocab_size = self.manifest.model.vocab_size
         for token_id in ids:
-            if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
                 raise RequestError(f"prompt: got token id {token_id!r}, expected integers from 0 to {vocab_size - 1}")
         if len(ids) >= self.max_model_len:
             raise RequestError(

@@ -278,6 +278,7 @@ GRAPH_EDITS = [
     ("late_decode.onnx", ignore_gate, 3),
     ("full_pass.ort.onnx", ignore_gate, 3),
     ("full_pass.ort.batch3.onnx", invert_gate, 3),
+    ("full_pass.ort.batch2.onnx", invert_gate, 3),
     ("late_decode.onnx", invert_gate, 3),
     ("thinking.onnx", write_one_row_off, 1),
     ("full_pass.onnx", write_one_row_off, 1),
@@ -317,6 +318,15 @@ def test_an_edited_graph_is_caught_without_a_reference(bundle: Path, file: str, 
         edit(model)
     reseal(bundle)
     assert not verify(bundle, level="graphs").ok
+
+
+def test_an_edited_arg_max_is_caught(bundle: Path) -> None:
+    with edited_graph(bundle, "choose_token.onnx") as model:
+        nodes_of(model, "ArgMax")[0].op_type = "ArgMin"
+    reseal(bundle)
+    first = verify(bundle).first_divergence
+    assert first is not None
+    assert first.graph == "choose_token.onnx"
 
 
 # --- structure -----------------------------------------------------------------------------------------------------

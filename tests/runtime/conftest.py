@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-from runtime_support import TinyBundles
+
+if TYPE_CHECKING:
+    from runtime_support import TinyBundles
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,6 +20,8 @@ def _own_cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyBundles]:
+    from runtime_support import TinyBundles  # loads torch, which most files here do without
+
     bundles = TinyBundles(tmp_path_factory.mktemp("tiny"))
     yield bundles
     bundles.close()

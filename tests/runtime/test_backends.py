@@ -14,15 +14,20 @@ from runtime_support import (
     Ran,
     TinyBundles,
     make_bundle,
+    poisoned_bundle,
     random_prompt,
     run_prompts,
 )
 
+from dmtd_export.export import export_bundle
+from dmtd_export.options import ExportOptions
 from dmtd_models import oracle
+from dmtd_models.testing import write_tiny_checkpoint
 from dmtd_runtime.backends.base import BackendOptions, SlotStep
 from dmtd_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dmtd_runtime.cycle import CyclePlan, Position
 from dmtd_runtime.errors import BackendError, BundleError, RequestError
+from dmtd_runtime.manifest import Manifest
 from dmtd_runtime.sampling import SamplingParams
 
 TOKENS = 14
@@ -59,6 +64,34 @@ def test_neighbours_change_no_bit(tiny: TinyBundles, layers: int, convention: tu
             got = run_prompts(backend, plan, [prompts[i] for i in order], LONG)
             for index, ran in zip(order, got, strict=True):
                 assert_same_bits(ran, wanted[index], TOKENS)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_neighbours_change_no_bit_at_ordinary_widths(tmp_path: Path, threads: int) -> None:
+    """Rows long enough for the kernels to cut them: SmolLM2's widths."""
+    source = write_tiny_checkpoint(
+        tmp_path / "model",
+        layers=3,
+        vocab_size=2000,
+        hidden_size=576,
+        intermediate_size=1536,
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+    )
+    manifest = export_bundle(source, tmp_path / "bundle", ExportOptions(decoding_layers=1, cycle_length=4))
+    plan = CyclePlan(cycle=manifest.cycle)
+    prompts = [random_prompt(i, 1 + 7 * i) for i in range(MAX_BATCH)]
+    backends = [
+        OnnxRuntimeBackend(tmp_path / "bundle", manifest, BackendOptions(max_batch=slots, threads=threads))
+        for slots in (1, MAX_BATCH)
+    ]
+    wanted = [run_prompts(backends[0], plan, [prompt], LONG)[0] for prompt in prompts]
+    for batch in (2, 3, 5, 8):
+        for ran, want in zip(run_prompts(backends[1], plan, prompts[:batch], LONG), wanted, strict=False):
+            assert_same_bits(ran, want, TOKENS)
+    for backend in backends:
+        backend.close()
 
 
 @both_passes
@@ -144,33 +177,16 @@ def test_the_whole_model_length_can_be_used(tmp_path: Path, dialect: str, full_p
     backend.close()
 
 
-def poison_embedding(model_directory: Path, token_id: int) -> None:
-    """Make one token's embedding NaN in a checkpoint with a head of its own."""
-    from safetensors.numpy import load_file, save_file
-
-    path = model_directory / "model.safetensors"
-    weights = load_file(path)
-    weights["model.embed_tokens.weight"][token_id] = np.nan
-    save_file(weights, path, metadata={"format": "pt"})
-
-
 @pytest.fixture(scope="module")
-def poisoned(tmp_path_factory: pytest.TempPathFactory):
-    """A bundle in which token 255 has a NaN embedding."""
-    from dmtd_export.export import export_bundle
-    from dmtd_export.options import ExportOptions
-    from dmtd_models.testing import write_tiny_checkpoint
-
-    root = tmp_path_factory.mktemp("poisoned")
-    source = write_tiny_checkpoint(root / "model", layers=5, tokenizer=True)
-    poison_embedding(source, 255)
-    manifest = export_bundle(source, root / "bundle", ExportOptions(decoding_layers=2, cycle_length=3))
-    return root / "bundle", manifest
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    return poisoned_bundle(tmp_path_factory.mktemp("poisoned"))
 
 
 @both_dialects
 @both_passes
-def test_nan_fails_its_own_sequence_and_leaves_nothing_behind(poisoned, dialect: str, full_pass: str) -> None:
+def test_nan_fails_its_own_sequence_and_leaves_nothing_behind(
+    poisoned: tuple[Path, Manifest], dialect: str, full_pass: str
+) -> None:
     directory, manifest = poisoned
     options = BackendOptions(dialect=dialect, full_pass=full_pass, max_batch=4, threads=1)
     plan = CyclePlan(cycle=manifest.cycle)

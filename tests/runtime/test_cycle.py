@@ -12,6 +12,7 @@ from runtime_support import CONVENTIONS
 from dmtd_models import oracle
 from dmtd_models.config import DmtdSpec
 from dmtd_runtime.cycle import CyclePlan, Position, Step
+from dmtd_runtime.errors import BundleError
 from dmtd_runtime.manifest import CycleInfo
 
 TAUS = range(1, 7)
@@ -144,6 +145,14 @@ def test_cycle_length_1_adds_the_embedding_everywhere() -> None:
         generated = steps_of(plan_of(1, convention), 3, 9)[1:]
         assert all(step.kind == "full" and len(step.window) == 1 for step in generated)
         assert all((step.gate_hidden, step.gate_thought) == ((True,), (True,)) for step in generated)
+
+
+@pytest.mark.parametrize("convention", [("prompt", "cyclical"), ("absolute", "thinking"), ("absolute", "sum")])
+def test_conventions_without_defined_gates_are_refused(convention: tuple[str, str]) -> None:
+    with pytest.raises(
+        BundleError, match=f"cycle_origin {convention[0]} with prompt_input {convention[1]} is undefined"
+    ):
+        plan_of(4, convention)
 
 
 def test_a_step_out_of_order_is_refused() -> None:

@@ -1,0 +1,362 @@
+"""The engine: who runs when, what a failure of the backend or of one sequence does, and that nothing ever hangs."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runtime_support import TinyBundle, TinyBundles, poisoned_bundle
+
+from dmtd_runtime import LLM, AbortedError, BackendError, SamplingParams
+from dmtd_runtime.backends.base import Array, RunStats, SlotStep
+from dmtd_runtime.cycle import CyclePlan
+from dmtd_runtime.engine import Engine
+from dmtd_runtime.errors import DmtdError
+from dmtd_runtime.generate import SequenceRun, TokenEvent
+from dmtd_runtime.manifest import CycleInfo
+from dmtd_runtime.sampler import Sampler
+from dmtd_runtime.stops import StopRules
+
+pytestmark = pytest.mark.timeout(60)
+
+VOCAB = 16
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
+CYCLE = CycleInfo(
+    encoding_layers=0,
+    thinking_layers=3,
+    decoding_layers=2,
+    cycle_length=4,
+    cycle_origin="absolute",
+    prompt_input="cyclical",
+    dmtd_trained=True,
+)
+
+
+class ScriptedBackend:
+    """A backend without a model: the next token is the last one plus 1. Keeps what it was asked."""
+
+    capacity = 1 << 20
+    max_rows = 64
+
+    def __init__(self, slots: int = 2) -> None:
+        self.slots = slots
+        self.stats = RunStats()
+        self.asked: list[list[SlotStep]] = []
+        self.resets: list[tuple[int, bool]] = []
+        self.closed = 0
+        self.gate = threading.Event()
+        self.gate.set()
+        self.fail_at: int | None = None
+        self.nan_slots: set[int] = set()
+
+    def run(self, steps: Sequence[SlotStep]) -> Array:
+        assert self.gate.wait(30), "the test never opened the gate"
+        self.asked.append(list(steps))
+        if self.fail_at is not None and len(self.asked) >= self.fail_at:
+            raise BackendError("the device is gone")
+        rows = [np.eye(VOCAB, dtype=np.float32)[(s.ids[-1] + 1) % VOCAB] for s in steps if s.step.wants_logits]
+        logits = np.stack(rows) if rows else np.zeros((0, VOCAB), np.float32)
+        for row, s in enumerate(s for s in steps if s.step.wants_logits):
+            if s.slot in self.nan_slots:
+                logits[row] = np.nan
+        return logits
+
+    def reset(self, slot: int, *, clear: bool = False) -> None:
+        self.resets.append((slot, clear))
+
+    def move(self, source: int, target: int) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class Client:
+    """One sequence and what it was told."""
+
+    def __init__(self, first: int = 0, tokens: int = 5, deadline: float | None = None, prompt_len: int = 1) -> None:
+        self.events: list[TokenEvent] = []
+        self.done = threading.Event()
+        self.reason: str | None = None
+        params = SamplingParams(temperature=0, max_tokens=tokens)
+        prompt = [*range(first - prompt_len + 1, first + 1)]
+        self.sequence = SequenceRun(
+            ids=[token % VOCAB for token in prompt],
+            sampler=Sampler(params, vocab_size=VOCAB, prompt_ids=[], seed=0),
+            stops=StopRules(params),
+            on_event=self._take,
+            cancelled=lambda: self.reason,
+            deadline=deadline,
+        )
+
+    def _take(self, event: TokenEvent) -> None:
+        assert not self.done.is_set(), "an event after the end"
+        self.events.append(event)
+        if event.finish_reason or event.error:
+            self.done.set()
+
+    def wait(self) -> Client:
+        assert self.done.wait(20), "the sequence never ended"
+        return self
+
+    @property
+    def tokens(self) -> list[int]:
+        return [event.choice.token_id for event in self.events if event.choice]
+
+    @property
+    def end(self) -> str | DmtdError | None:
+        return self.events[-1].error or self.events[-1].finish_reason
+
+
+@pytest.fixture
+def backend() -> ScriptedBackend:
+    return ScriptedBackend()
+
+
+@pytest.fixture
+def engine(backend: ScriptedBackend) -> Iterator[Engine]:
+    engine = Engine(backend, CyclePlan(cycle=CYCLE))
+    yield engine
+    backend.gate.set()
+    engine.close()
+    assert not engine._thread.is_alive()
+
+
+def test_batches_of_as_many_as_there_are_slots(engine: Engine, backend: ScriptedBackend) -> None:
+    clients = [Client(first=i, tokens=3 + i) for i in range(5)]
+    engine.submit([client.sequence for client in clients])
+    for i, client in enumerate(clients):
+        assert client.wait().end == "length"
+        assert client.tokens == [(i + 1 + step) % VOCAB for step in range(3 + i)]
+    assert max(len(steps) for steps in backend.asked) == 2
+    assert all(client.sequence.started is not None for client in clients)
+    # First come, first served: each pair ends before the next one starts.
+    starts = [client.sequence.started for client in clients]
+    assert starts == sorted(starts)
+
+
+def test_slots_are_compact_and_in_order(engine: Engine, backend: ScriptedBackend) -> None:
+    backend.slots = 6
+    clients = [Client(first=i, tokens=tokens, prompt_len=1 + i) for i, tokens in enumerate((2, 9, 1, 5, 12, 3))]
+    engine.submit([client.sequence for client in clients])
+    for client in clients:
+        client.wait()
+    for steps in backend.asked:
+        slots = [step.slot for step in steps]
+        assert slots == sorted(set(slots))
+    # When all decode together, the slots in use have no gap.
+    full = [[step.slot for step in steps] for steps in backend.asked if steps[0].step.kind == "full"]
+    assert all(slots == list(range(len(slots))) for slots in full)
+    assert [client.tokens[-1] for client in clients] == [(i + n) % VOCAB for i, n in enumerate((2, 9, 1, 5, 12, 3))]
+
+
+def test_cancelling_between_two_steps(engine: Engine, backend: ScriptedBackend) -> None:
+    backend.gate.clear()
+    one, other = Client(tokens=1000), Client(first=3, tokens=6)
+    engine.submit([one.sequence, other.sequence])
+    one.reason = "abort"
+    backend.gate.set()
+    assert one.wait().end == "abort"
+    assert other.wait().end == "length"
+    assert other.tokens == [4, 5, 6, 7, 8, 9]
+
+
+def test_a_waiting_sequence_is_dropped_at_once(engine: Engine, backend: ScriptedBackend) -> None:
+    backend.gate.clear()
+    running, waiting = [Client(), Client()], Client()
+    engine.submit([client.sequence for client in running])
+    wait_until(lambda: running[1].sequence.started is not None)
+    engine.submit([waiting.sequence])
+    engine.drop_waiting(lambda sequence: sequence is waiting.sequence, "abort")
+    assert waiting.done.is_set()
+    assert (waiting.end, waiting.tokens) == ("abort", [])
+    backend.gate.set()
+    assert [client.wait().end for client in running] == ["length", "length"]
+
+
+def test_a_passed_deadline_ends_waiting_and_running_sequences(engine: Engine, backend: ScriptedBackend) -> None:
+    soon = time.monotonic() + 0.2
+    backend.slots = 1
+    running, waiting, patient = Client(tokens=1 << 19, deadline=soon + 0.3), Client(deadline=soon), Client()
+    engine.submit([client.sequence for client in (running, waiting, patient)])
+    assert (waiting.wait().end, waiting.tokens) == ("deadline", [])
+    assert not running.done.is_set(), "the waiting one had to wait for the batch"
+    assert running.wait().end == "deadline"
+    assert patient.wait().end == "length"
+
+
+def test_a_failing_backend_ends_everything_with_its_error(engine: Engine, backend: ScriptedBackend) -> None:
+    backend.fail_at = 4
+    clients = [Client(tokens=100) for _ in range(5)]
+    engine.submit([client.sequence for client in clients])
+    for client in clients:
+        assert isinstance(client.wait().end, BackendError)
+        assert "the device is gone" in str(client.end)
+    assert [len(client.tokens) > 0 for client in clients] == [True, True, False, False, False]
+    wait_until(lambda: backend.closed == 1)
+    with pytest.raises(BackendError, match="the engine stopped earlier: the device is gone; open the bundle again"):
+        engine.submit([Client().sequence])
+
+
+def test_a_bug_in_the_backend_is_an_error_with_its_name(
+    engine: Engine, backend: ScriptedBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(steps: Sequence[SlotStep]) -> Array:
+        raise ZeroDivisionError("a bug")
+
+    backend.run = run  # type: ignore[method-assign]
+    client = Client()
+    engine.submit([client.sequence])
+    assert "ZeroDivisionError: a bug" in str(client.wait().end)
+    assert "Traceback" in caplog.text
+
+
+def test_nan_ends_its_own_sequence_and_clears_its_slot(engine: Engine, backend: ScriptedBackend) -> None:
+    backend.gate.clear()
+    ill, healthy = Client(), Client(first=7)
+    engine.submit([ill.sequence, healthy.sequence])
+    backend.nan_slots = {0}
+    backend.gate.set()
+    assert isinstance(ill.wait().end, BackendError)
+    backend.nan_slots = set()
+    healthy.wait()
+    assert (0, True) in backend.resets
+    assert backend.resets.count((1, True)) == 0
+
+
+def test_close_ends_what_runs_and_what_waits(backend: ScriptedBackend) -> None:
+    engine = Engine(backend, CyclePlan(cycle=CYCLE))
+    clients = [Client(tokens=1 << 19) for _ in range(4)]
+    engine.submit([client.sequence for client in clients])
+    wait_until(lambda: clients[0].tokens != [])
+    # The engine asks every running sequence whether to go on; a request answers for the engine.
+    for client in clients[:2]:
+        client.sequence.cancelled = lambda: "abort" if engine.is_closing() else None
+    engine.close()
+    assert [client.end for client in clients] == ["abort"] * 4
+    assert backend.closed == 1
+    engine.close()
+    assert backend.closed == 1
+    with pytest.raises(AbortedError):
+        engine.submit([Client().sequence])
+
+
+def test_close_from_an_event(backend: ScriptedBackend) -> None:
+    """The engine's own thread may close it: it cannot wait for itself."""
+    engine = Engine(backend, CyclePlan(cycle=CYCLE))
+    client = Client(tokens=3)
+    take = client.sequence.on_event
+
+    def close(event: TokenEvent) -> None:
+        take(event)
+        engine.close()
+
+    client.sequence.on_event = close
+    engine.submit([client.sequence])
+    client.wait()
+    engine._thread.join(10)
+    assert not engine._thread.is_alive()
+
+
+def test_submitting_from_many_threads_while_it_closes(backend: ScriptedBackend) -> None:
+    """Every sequence that was taken ends; every other one was refused."""
+    engine = Engine(backend, CyclePlan(cycle=CYCLE))
+    taken: list[Client] = []
+
+    def submit(first: int) -> None:
+        for _ in range(50):
+            client = Client(first=first, tokens=2)
+            try:
+                engine.submit([client.sequence])
+            except AbortedError:
+                return
+            taken.append(client)
+
+    threads = [threading.Thread(target=submit, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.01)
+    engine.close()
+    for thread in threads:
+        thread.join()
+    assert taken
+    for client in taken:
+        assert client.wait().end in ("length", "abort")
+
+
+def wait_until(condition, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.001)
+
+
+# With a model
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny: TinyBundles) -> TinyBundle:
+    return tiny.get()
+
+
+def test_every_request_gets_the_error_of_a_backend_that_fails(
+    bundle: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLM(bundle.directory, max_num_seqs=2, threads=1) as llm:
+        backend, calls = llm._engine._backend, []
+        run = backend.run
+
+        def failing(steps: Sequence[SlotStep]) -> Array:
+            calls.append(steps)
+            if len(calls) > 20:
+                raise BackendError("out of memory on the device")
+            time.sleep(0.002)
+            return run(steps)
+
+        monkeypatch.setattr(backend, "run", failing)
+        with ThreadPoolExecutor(5) as pool:
+            results = [pool.submit(llm.generate, [i], ENDLESS) for i in range(1, 5)]
+            stream = pool.submit(lambda: list(llm.stream([9], ENDLESS)))
+            for result in [*results, stream]:
+                with pytest.raises(BackendError, match="out of memory on the device"):
+                    result.result(timeout=20)
+        assert llm._requests == {}
+        with pytest.raises(BackendError, match="stopped earlier"):
+            llm.generate([1], GREEDY)
+
+
+def test_nan_logits_fail_their_own_request(tmp_path: Path) -> None:
+    """Token 255 has a NaN embedding; a neighbour and the next user of the slot see nothing of it."""
+    directory, _ = poisoned_bundle(tmp_path)
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, logit_bias={255: -100})
+    with LLM(directory, max_num_seqs=3, threads=1) as llm:
+        [want] = llm.generate([1, 2, 3], params)
+        with ThreadPoolExecutor(3) as pool:
+            for _ in range(5):
+                good = pool.submit(llm.generate, [1, 2, 3], params)
+                bad = [pool.submit(llm.generate, [4, 255, 5], params) for _ in range(2)]
+                assert good.result(20)[0].outputs[0].token_ids == want.outputs[0].token_ids
+                for result in bad:
+                    with pytest.raises(BackendError, match="NaN"):
+                        result.result(20)
+
+
+def test_an_llm_that_is_dropped_ends_its_thread(bundle: TinyBundle) -> None:
+    before = threading.active_count()
+    llm = LLM(bundle.directory, threads=1)
+    llm.generate([1, 2], GREEDY)
+    thread, gone = llm._engine._thread, weakref.ref(llm)
+    del llm
+    gc.collect()
+    assert gone() is None
+    thread.join(10)
+    assert not thread.is_alive()
+    assert threading.active_count() == before

@@ -1,0 +1,428 @@
+"""LLM as its users see it: generate, stream, chat, limits, cancelling, threads."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from runtime_support import END_OF_TURN, TinyBundle, TinyBundles, random_prompt, tokenizer_of
+
+from dmtd_models import oracle
+from dmtd_runtime import LLM, AbortedError, Delta, RequestError, SamplingParams
+
+pytestmark = pytest.mark.timeout(60)
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
+CONVENTION = ("prompt", "thinking")  # the tiny bundles', with a cycle length of 4
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny: TinyBundles) -> TinyBundle:
+    return tiny.get()
+
+
+@pytest.fixture(scope="module")
+def llm(bundle: TinyBundle) -> Iterator[LLM]:
+    with LLM(bundle.directory, max_num_seqs=4, threads=1) as llm:
+        yield llm
+
+
+def oracle_tokens(bundle: TinyBundle, prompt: list[int], count: int, *, plain: bool = False) -> list[int]:
+    return list(oracle.greedy(bundle.reference(4, CONVENTION), prompt, count, plain).token_ids)
+
+
+# Prompts and answers
+
+
+def test_a_list_of_prompts_is_answered_in_order(llm: LLM, bundle: TinyBundle) -> None:
+    prompts = [random_prompt(i, 1 + 3 * i) for i in range(7)]  # more than fit into a batch
+    outputs = llm.generate(prompts, GREEDY)
+    assert [output.prompt_token_ids for output in outputs] == prompts
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output.prompt is None
+        [one] = output.outputs
+        assert one.token_ids == oracle_tokens(bundle, prompt, 12)
+        assert (one.index, one.finish_reason, one.stop_reason, one.logprobs) == (0, "length", None, None)
+        assert one.text == tokenizer_of(bundle.directory).decode(one.token_ids)
+
+
+def test_one_prompt_as_text_or_as_ids(llm: LLM) -> None:
+    [as_text] = llm.generate("Hello, world", GREEDY)
+    assert as_text.prompt == "Hello, world"
+    [as_ids] = llm.generate(as_text.prompt_token_ids, GREEDY)
+    assert as_ids.prompt is None
+    assert as_ids.outputs[0].token_ids == as_text.outputs[0].token_ids
+    mixed = llm.generate(["Hello, world", as_text.prompt_token_ids], GREEDY)
+    assert [output.outputs[0].text for output in mixed] == [as_text.outputs[0].text] * 2
+
+
+def test_plain_mode_is_the_plain_model(bundle: TinyBundle) -> None:
+    prompt = random_prompt(5, 9)
+    with LLM(bundle.directory, plain=True, threads=1) as llm:
+        assert llm.generate(prompt, GREEDY)[0].outputs[0].token_ids == oracle_tokens(bundle, prompt, 12, plain=True)
+    assert oracle_tokens(bundle, prompt, 12, plain=True) != oracle_tokens(bundle, prompt, 12)
+
+
+def test_one_set_of_options_a_prompt(llm: LLM, bundle: TinyBundle) -> None:
+    prompts = [random_prompt(i, 4) for i in range(3)]
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (1, 5, 3)]
+    outputs = llm.generate(prompts, params)
+    assert [output.outputs[0].token_ids for output in outputs] == [
+        oracle_tokens(bundle, prompt, n) for prompt, n in zip(prompts, (1, 5, 3), strict=True)
+    ]
+    with pytest.raises(RequestError, match="got 2 for 3 prompts"):
+        llm.generate(prompts, params[:2])
+
+
+def test_chat_renders_the_bundles_template(llm: LLM) -> None:
+    conversation = [{"role": "user", "content": "Hi"}]
+    assert llm.has_chat_template
+    rendered = llm.render_chat(conversation)
+    assert rendered == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    [answer] = llm.chat(conversation, GREEDY)
+    assert answer.prompt == rendered
+    # The markers became single special tokens.
+    assert answer.prompt_token_ids.count(257) == 2
+    assert answer.prompt_token_ids.count(END_OF_TURN) == 1
+    two = llm.chat([conversation, [{"role": "user", "content": "Bye"}]], GREEDY)
+    assert two[0].outputs == [answer.outputs[0]]
+    streamed = "".join(delta.text for delta in llm.stream_chat(conversation, GREEDY))
+    assert streamed == answer.outputs[0].text
+
+
+def test_defaults_come_from_the_bundles_generation_config(bundle: TinyBundle, tmp_path) -> None:
+    import shutil
+
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle.directory, copy)
+    (copy / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.3, "max_new_tokens": 3}')
+    with LLM(copy, threads=1) as llm:
+        assert llm.default_params.greedy
+        tokens = llm.generate([1, 2, 3])[0].outputs[0].token_ids
+    assert tokens == oracle_tokens(bundle, [1, 2, 3], len(tokens))
+
+
+# Options
+
+
+def test_n_sequences_with_a_seed_are_reproducible(llm: LLM, bundle: TinyBundle) -> None:
+    params = SamplingParams(temperature=1, n=3, seed=7, max_tokens=10, ignore_eos=True)
+    [first] = llm.generate([5, 6], params)
+    assert [one.index for one in first.outputs] == [0, 1, 2]
+    tokens = [one.token_ids for one in first.outputs]
+    assert len({tuple(ids) for ids in tokens}) == 3
+    [again] = llm.generate([5, 6], params)
+    assert [one.token_ids for one in again.outputs] == tokens
+    [other] = llm.generate([5, 6], SamplingParams(temperature=1, n=3, seed=8, max_tokens=10, ignore_eos=True))
+    assert [one.token_ids for one in other.outputs] != tokens
+    # Neighbours, and the place in the batch, change nothing.
+    *_, crowded = llm.generate([[9], [8, 8], [5, 6]], params)
+    assert [one.token_ids for one in crowded.outputs] == tokens
+    with LLM(bundle.directory, threads=1) as alone:
+        [single] = alone.generate([5, 6], params)
+    assert [one.token_ids for one in single.outputs] == tokens
+
+
+def test_without_a_seed_each_call_draws_its_own(llm: LLM) -> None:
+    params = SamplingParams(temperature=1, max_tokens=12, ignore_eos=True)
+    drawn = {tuple(llm.generate([5, 6], params)[0].outputs[0].token_ids) for _ in range(4)}
+    assert len(drawn) == 4
+
+
+def test_logprobs_are_the_references(llm: LLM, bundle: TinyBundle) -> None:
+    prompt = random_prompt(1, 5)
+    [output] = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=6, logprobs=3, ignore_eos=True))
+    want = oracle.greedy(bundle.reference(4, CONVENTION), prompt, 6).logits.log_softmax(-1)
+    [one] = output.outputs
+    assert len(one.logprobs) == 6
+    for row, entry, token_id in zip(want, one.logprobs, one.token_ids, strict=True):
+        assert entry.token_id == token_id
+        assert entry.logprob == pytest.approx(float(row.max()), abs=1e-4)
+        assert [top for top, _ in entry.top] == row.topk(3).indices.tolist()
+    assert one.cumulative_logprob == pytest.approx(float(want.max(-1).values.sum()), abs=1e-3)
+
+
+def test_ends(llm: LLM, bundle: TinyBundle) -> None:
+    prompt = random_prompt(2, 6)
+    tokens = oracle_tokens(bundle, prompt, 12)
+    at = next(i for i in range(4, 12) if tokens[i] not in tokens[:i])
+
+    def run(**options: object):
+        return llm.generate(prompt, SamplingParams(temperature=0, **options))[0].outputs[0]
+
+    stopped = run(stop_token_ids=[tokens[at]], ignore_eos=True, max_tokens=12)
+    assert (stopped.token_ids, stopped.finish_reason, stopped.stop_reason) == (tokens[: at + 1], "stop", tokens[at])
+    assert stopped.text == tokenizer_of(bundle.directory).decode(tokens[:at])
+    later = run(stop_token_ids=[tokens[at]], ignore_eos=True, max_tokens=12, min_tokens=at + 1)
+    assert later.token_ids[:at] == tokens[:at]
+    assert later.token_ids[at] != tokens[at], "a stop id is masked for min_tokens"
+    # The model's own end of sequence, made likely at the third token by a bias.
+    bias = {END_OF_TURN: 100.0}
+    assert run(max_tokens=9, min_tokens=2, logit_bias=bias).token_ids == [*tokens[:2], END_OF_TURN]
+    assert run(max_tokens=9, min_tokens=2, logit_bias=bias).finish_reason == "stop"
+    assert run(max_tokens=9, logit_bias=bias, ignore_eos=True).token_ids == [END_OF_TURN] * 9
+
+
+def test_the_room_of_the_model_length(bundle: TinyBundle) -> None:
+    with LLM(bundle.directory, max_model_len=20, threads=1) as llm:
+        [last] = llm.generate([7] * 19, ENDLESS)
+        assert (len(last.outputs[0].token_ids), last.outputs[0].finish_reason) == (1, "length")
+        [more] = llm.generate([7] * 15, ENDLESS)
+        assert more.outputs[0].token_ids == oracle_tokens(bundle, [7] * 15, 5)
+        with pytest.raises(RequestError, match="got 20 tokens, expected at most 19"):
+            llm.generate([7] * 20, ENDLESS)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        ([], "empty list"),
+        ("", "no tokens"),
+        ([[]], "no tokens"),
+        ([[1], []], "no tokens"),
+        ([259], "got token id 259, expected integers from 0 to 258"),
+        ([-1, 1], "got token id -1"),
+        ([[1, "a"]], "got token id 'a'"),
+        ([[1.5]], "got token id 1.5"),
+        ([[True, False]], "got token id True"),
+    ],
+)
+def test_prompts_that_cannot_be_served(llm: LLM, prompts, words: str) -> None:
+    with pytest.raises(RequestError, match=words) as caught:
+        llm.generate(prompts, GREEDY)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
+def test_timeouts_that_make_no_sense(llm: LLM, timeout: float) -> None:
+    with pytest.raises(RequestError, match="timeout_s"):
+        llm.generate([1], GREEDY, timeout_s=timeout)
+
+
+@pytest.mark.parametrize("options", [{"max_num_seqs": 0}, {"max_num_seqs": 9}, {"max_model_len": 0}, {"threads": 0}])
+def test_options_out_of_range(bundle: TinyBundle, options: dict[str, int]) -> None:
+    before = threading.active_count()
+    with pytest.raises(RequestError, match="expected"):
+        LLM(bundle.directory, **options)
+    assert threading.active_count() == before
+
+
+# Streams
+
+
+def joined(deltas: list[Delta], index: int = 0) -> tuple[str, list[int]]:
+    mine = [delta for delta in deltas if delta.index == index]
+    return "".join(delta.text for delta in mine), [i for delta in mine for i in delta.token_ids]
+
+
+def test_a_stream_adds_up_to_what_generate_gives(llm: LLM) -> None:
+    params = SamplingParams(temperature=1, seed=3, n=2, max_tokens=20, ignore_eos=True, logprobs=1)
+    [whole] = llm.generate("Once upon", params)
+    stream = llm.stream("Once upon", params, request_id="mine")
+    assert stream.request_id == "mine"
+    deltas = list(stream)
+    assert {delta.request_id for delta in deltas} == {"mine"}
+    for index, one in enumerate(whole.outputs):
+        assert joined(deltas, index) == (one.text, one.token_ids)
+        mine = [delta for delta in deltas if delta.index == index]
+        assert [entry for delta in mine for entry in delta.logprobs] == one.logprobs
+        assert [delta.finish_reason for delta in mine] == [None] * 19 + ["length"]
+
+
+def test_a_stream_never_shows_a_part_of_its_stop_string(llm: LLM, bundle: TinyBundle) -> None:
+    # The model speaks in two letters only, so that stop strings nearly match often.
+    a, b = tokenizer_of(bundle.directory).encode("ab", add_special_tokens=False)
+    found = 0
+    for seed in range(12):
+        free = SamplingParams(temperature=2, seed=seed, max_tokens=40, logit_bias={a: 100, b: 100}, ignore_eos=True)
+        text = llm.generate([1], free)[0].outputs[0].text
+        assert set(text) <= {"a", "b"}
+        for stop in ("abab", "bbb", "aabb"):
+            params = SamplingParams(
+                temperature=2, seed=seed, max_tokens=40, logit_bias={a: 100, b: 100}, ignore_eos=True, stop=stop
+            )
+            deltas = list(llm.stream([1], params))
+            shown = "".join(delta.text for delta in deltas)
+            assert shown == text.partition(stop)[0]
+            assert shown == llm.generate([1], params)[0].outputs[0].text
+            # What was handed out at any time was a beginning of the final text: nothing had to be taken back.
+            found += stop in text
+            assert deltas[-1].finish_reason == ("stop" if stop in text else "length")
+            assert deltas[-1].stop_reason == (stop if stop in text else None)
+    assert found >= 10, "the stop strings were hardly ever met"
+
+
+def test_a_stream_comes_piece_by_piece(llm: LLM) -> None:
+    """The first piece is there long before the last one is made."""
+    with llm.stream([1, 2], ENDLESS) as stream:
+        next(stream)
+        assert len(llm._requests) == 1
+        assert not llm._requests[stream.request_id].finished
+
+
+@pytest.mark.parametrize("way", ["close", "with", "drop", "break"])
+def test_leaving_a_stream_early_frees_its_slot(bundle: TinyBundle, way: str) -> None:
+    with LLM(bundle.directory, threads=1) as llm:
+        stream = llm.stream([1, 2], ENDLESS)
+        next(stream)
+        if way == "close":
+            stream.close()
+            assert [delta.finish_reason for delta in stream][-1] == "abort"
+        elif way == "with":
+            with stream:
+                next(stream)
+        elif way == "break":
+            for _ in stream:
+                break
+        del stream
+        gc.collect()
+        assert llm._requests == {}
+        # The only slot is free again long before the first request's 250 tokens would have been made.
+        steps = llm.stats.full_passes + llm.stats.late_steps
+        llm.generate([3], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+        assert llm.stats.full_passes + llm.stats.late_steps - steps < 100
+
+
+def test_a_stream_whose_request_id_is_in_use(llm: LLM) -> None:
+    with llm.stream([1], ENDLESS, request_id="twice") as first:
+        with pytest.raises(RequestError, match="'twice' is in use"):
+            llm.stream([1], GREEDY, request_id="twice")
+        next(first)  # the refusal did not end the first one
+    assert list(llm.stream([1], GREEDY, request_id="twice"))[-1].finish_reason == "length"
+
+
+# Cancelling, deadlines, closing
+
+
+def test_abort_while_running(llm: LLM, bundle: TinyBundle) -> None:
+    stream = llm.stream([1, 2], ENDLESS, request_id="x")
+    got = [next(stream)]
+    assert llm.abort("x")
+    got += list(stream)
+    assert got[-1].finish_reason == "abort"
+    _, token_ids = joined(got)
+    assert 0 < len(token_ids) < 200
+    assert token_ids == oracle_tokens(bundle, [1, 2], len(token_ids))
+    assert not llm.abort("x")
+    assert not llm.abort("never heard of")
+
+
+def test_abort_while_waiting(bundle: TinyBundle) -> None:
+    with LLM(bundle.directory, threads=1) as llm, llm.stream([1], ENDLESS) as running:
+        next(running)
+        waiting = llm.stream([2], ENDLESS, request_id="waits")
+        assert llm.abort("waits")
+        assert [(delta.token_ids, delta.finish_reason) for delta in waiting] == [((), "abort")]
+
+
+def test_abort_of_several_sequences_half_of_them_waiting(bundle: TinyBundle) -> None:
+    with LLM(bundle.directory, max_num_seqs=2, threads=1) as llm:
+        stream = llm.stream([1], SamplingParams(temperature=1, n=5, ignore_eos=True), request_id="x")
+        next(stream)
+        llm.abort("x")
+        ends = [delta.index for delta in stream if delta.finish_reason == "abort"]
+        assert sorted(ends) == [0, 1, 2, 3, 4]
+
+
+def test_a_deadline_while_running(llm: LLM, bundle: TinyBundle) -> None:
+    [output] = llm.generate([4, 5], ENDLESS, timeout_s=0.02)
+    [one] = output.outputs
+    assert one.finish_reason in ("deadline", "length")  # a very quick machine may finish 250 tokens
+    assert one.token_ids == oracle_tokens(bundle, [4, 5], len(one.token_ids))
+
+
+def test_a_deadline_while_waiting_ends_before_the_running_batch(bundle: TinyBundle) -> None:
+    with LLM(bundle.directory, threads=1) as llm, llm.stream([1], ENDLESS) as running:
+        slow_down(llm, 0.01)
+        next(running)
+        start = time.monotonic()
+        [late] = llm.generate([2], ENDLESS, timeout_s=0.1)
+        assert time.monotonic() - start < 1.0
+        assert (late.outputs[0].token_ids, late.outputs[0].finish_reason) == ([], "deadline")
+        assert next(running).finish_reason is None
+
+
+def slow_down(llm: LLM, seconds: float) -> None:
+    """Make every step of the real backend take longer."""
+    run = llm._engine._backend.run
+
+    def slow(steps):
+        time.sleep(seconds)
+        return run(steps)
+
+    llm._engine._backend.run = slow
+
+
+def test_close_ends_running_and_waiting_requests(bundle: TinyBundle) -> None:
+    llm = LLM(bundle.directory, threads=1)
+    slow_down(llm, 0.005)
+    with ThreadPoolExecutor(3) as pool:
+        results = [pool.submit(llm.generate, [i], ENDLESS) for i in (1, 2, 3)]
+        stream = llm.stream([4], ENDLESS)
+        while llm.stats.late_steps < 3:
+            time.sleep(0.001)
+        llm.close()
+        outputs = [result.result(timeout=10)[0].outputs[0] for result in results]
+    assert {output.finish_reason for output in outputs} == {"abort"}
+    assert list(stream)[-1].finish_reason == "abort"
+
+
+def test_after_close(bundle: TinyBundle) -> None:
+    llm = LLM(bundle.directory, threads=1)
+    llm.close()
+    llm.close()
+    for call in (lambda: llm.generate([1], GREEDY), lambda: llm.stream([1], GREEDY)):
+        with pytest.raises(AbortedError, match="closed; open the bundle again"):
+            call()
+    assert llm._requests == {}
+    assert not llm.abort("request-0")
+
+
+def test_ctrl_c_cancels(bundle: TinyBundle) -> None:
+    with LLM(bundle.directory, threads=1) as llm:
+        slow_down(llm, 0.01)
+        main = threading.main_thread().ident
+        assert main is not None
+        timer = threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT))
+        timer.start()
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([1], ENDLESS)
+        timer.join()
+        assert time.monotonic() - start < 2
+        assert llm._requests == {}
+        assert len(llm.generate([2], GREEDY)[0].outputs[0].token_ids) == 12
+
+
+# Threads
+
+
+def test_eight_threads_get_what_one_thread_gets(bundle: TinyBundle) -> None:
+    jobs = [
+        (random_prompt(i, 1 + i % 17), SamplingParams(temperature=i % 2, seed=i, max_tokens=3 + i % 9, ignore_eos=True))
+        for i in range(48)
+    ]
+    with LLM(bundle.directory, threads=1) as alone:
+        want = [alone.generate(prompt, params)[0].outputs[0] for prompt, params in jobs]
+    with LLM(bundle.directory, max_num_seqs=8, threads=1) as llm, ThreadPoolExecutor(8) as pool:
+
+        def one(job):
+            prompt, params = job
+            if params.seed % 3:
+                return llm.generate(prompt, params)[0].outputs[0].token_ids
+            return joined(list(llm.stream(prompt, params)))[1]
+
+        got = list(pool.map(one, jobs))
+    assert got == [output.token_ids for output in want]
+
+
+def test_metrics(llm: LLM) -> None:
+    [output] = llm.generate([1, 2, 3], GREEDY)
+    metrics = output.metrics
+    assert 0 <= metrics.queued_s <= metrics.first_token_s <= metrics.finished_s < 30

@@ -1,0 +1,83 @@
+"""Opening and closing again and again: memory stays flat, no thread and no descriptor is left."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from pathlib import Path
+
+import pytest
+from runtime_support import make_bundle, private_bytes
+
+from dmtd_runtime import LLM, SamplingParams
+
+pytestmark = pytest.mark.timeout(120)
+
+ROUNDS, WARM_UP = 50, 10
+GROWTH_BYTES = 3 << 20  # of all 40 rounds after the warm-up; a leaked session or cache holds more than this each
+GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of its own, with room for 32 k tokens."""
+    return make_bundle(tmp_path_factory.mktemp("memory"), max_positions=32_768).directory
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize("full_pass", ["staged", "fused"])
+def test_open_generate_close_stays_flat(directory: Path, full_pass: str) -> None:
+    threads = threading.active_count()
+    marks = []
+    for _ in range(ROUNDS):
+        with LLM(directory, max_num_seqs=2, full_pass=full_pass, threads=1) as llm:
+            llm.generate([[1, 2, 3], [4, 5]], GREEDY)
+            with llm.stream([1], SamplingParams(temperature=0, ignore_eos=True)) as stream:
+                next(stream)
+        gc.collect()
+        marks.append((private_bytes(), open_descriptors()))
+    memory, descriptors = zip(*marks, strict=True)
+    assert memory[-1] - memory[WARM_UP - 1] < GROWTH_BYTES, f"MB: {[round(b / 1e6, 1) for b in memory]}"
+    assert descriptors[-1] == descriptors[0]
+    assert threading.active_count() == threads
+
+
+def test_dropping_without_close_stays_flat(directory: Path) -> None:
+    marks = []
+    for _ in range(ROUNDS // 2):
+        llm = LLM(directory, threads=1)
+        llm.generate([1, 2, 3], GREEDY)
+        thread = llm._engine._thread
+        del llm
+        gc.collect()
+        thread.join(10)
+        assert not thread.is_alive()
+        marks.append(private_bytes())
+    assert marks[-1] - marks[WARM_UP - 1] < GROWTH_BYTES, f"MB: {[round(b / 1e6, 1) for b in marks]}"
+
+
+def test_room_for_long_texts_is_not_memory(directory: Path) -> None:
+    """8 slots of 32 k tokens would be 340 MB of keys and values."""
+    options = {"max_num_seqs": 8, "threads": 1}
+    with LLM(directory, max_model_len=64, **options) as llm:
+        llm.generate([1, 2, 3], GREEDY)
+        small = private_bytes()
+    gc.collect()
+    with LLM(directory, **options) as llm:
+        assert llm.max_model_len == 32_768
+        llm.generate([1, 2, 3], GREEDY)
+        assert private_bytes() - small < 8 << 20
+
+
+def test_many_requests_on_one_llm_stay_flat(directory: Path) -> None:
+    with LLM(directory, max_num_seqs=4, threads=1) as llm:
+        for _ in range(20):
+            llm.generate([[1, 2, 3]] * 4, GREEDY)
+        before = private_bytes()
+        for _ in range(150):
+            llm.generate([[1, 2, 3]] * 4, GREEDY)
+        assert private_bytes() - before < GROWTH_BYTES
+        assert llm._requests == {}
