@@ -106,14 +106,19 @@ def test_killed_at_any_moment(
 
 
 def test_killed_before_the_first_bundle_leaves_none(tmp_path: Path, sources: list[Path]) -> None:
-    def kill_child(name: str, total: int) -> None:
-        if name == "graphs":
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    pid = os.fork()
-    if pid == 0:  # the weights are written, the graphs are not
-        export_bundle(sources[0], tmp_path / "b", OPTIONS, progress=Progress(stage=kill_child))
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    script = (
+        "import dmtd_export.export as e, os, signal, sys\n"
+        "from pathlib import Path\n"
+        "e.build_graph = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "e.export_bundle(Path(sys.argv[1]), Path(sys.argv[2]), e.ExportOptions(decoding_layers=1, cycle_length=3))\n"
+    )
+    path = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(  # the weights are written, the graphs are not
+        [sys.executable, "-c", script, sources[0], tmp_path / "b"],
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
     [leftover] = tmp_path.iterdir()
     assert leftover.name.startswith(".b.partial-") and any(leftover.rglob("model.onnx.data"))
     export(sources[0], tmp_path / "b")
