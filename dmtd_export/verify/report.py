@@ -154,7 +154,7 @@ def _plain(text: str) -> str:
 
 
 def _text(value: float | str | None) -> str:
-    return f"{value:.7g}" if isinstance(value, float) else str(value)
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def _finite(value: Any) -> Any:

@@ -51,6 +51,15 @@ IS_FINITE = "is_finite"
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "model.onnx.data"
 DATA_LOADER_FILE = "polygraphy_data.py"
+# Files of the checkpoint that a runtime reads: they count only where the manifest lists them.
+ASSET_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "config.json",
+)
 SCHEMA_VERSION = 1
 
 

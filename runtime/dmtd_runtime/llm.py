@@ -77,7 +77,7 @@ class LLM:
         self.manifest = open_bundle(directory)
         self.tokenizer = Tokenizer.from_directory(directory)
         self.default_params = SamplingParams.from_generation_config(read_generation_config(directory))
-        self._template = _read_template(directory, self.tokenizer)
+        self._template = ChatTemplate.from_directory(directory) if self.tokenizer else None
         plan = CyclePlan(cycle=self.manifest.cycle, plain=plain)
         options = BackendOptions(
             device=device,
@@ -315,10 +315,3 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if not prompts:
         raise RequestError("prompts: got an empty list, expected at least one prompt")
     return list(prompts)  # type: ignore[arg-type]
-
-
-def _read_template(directory: Path, tokenizer: Tokenizer | None) -> ChatTemplate | None:
-    path = directory / "chat_template.jinja"
-    if not path.is_file() or tokenizer is None:
-        return None
-    return ChatTemplate(path.read_text(encoding="utf-8"), bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)

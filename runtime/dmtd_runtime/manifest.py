@@ -6,6 +6,7 @@ Reading order of a consumer: :func:`load_manifest` (shape and schema), :meth:`Ma
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import types
@@ -151,6 +152,11 @@ class Manifest:
 
         ``on_bytes`` is told how many bytes were hashed, for a progress bar.
         """
+        for name in contract.ASSET_FILES:
+            if name not in self.files and (directory / name).exists():
+                raise BundleError(
+                    f"{directory / name} is not in the manifest's list of files; remove it, or export again"
+                )
         for name, info in self.files.items():
             path = directory / safe_relative(name)
             if not path.is_file():
@@ -198,10 +204,14 @@ def load_manifest(directory: Path) -> Manifest:
         )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read as JSON ({error}); export the bundle again") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("schema"), int):
         raise BundleError(f"{path} has no integer 'schema'; it is not a DMTD bundle's manifest")
+    if raw["schema"] < 1:
+        raise BundleError(
+            f"{path} has schema {raw['schema']}, expected 1 to {contract.SCHEMA_VERSION}; export the bundle again"
+        )
     if raw["schema"] > contract.SCHEMA_VERSION:
         raise BundleError(
             f"{path} has schema {raw['schema']}, this version reads up to {contract.SCHEMA_VERSION}; "
@@ -223,6 +233,18 @@ def _check_consistency(manifest: Manifest, path: Path) -> None:
             f"{path}: split E{parts[0]} T{parts[1]} D{parts[2]} with cycle length {cycle.cycle_length} "
             f"does not fit {model.num_layers} layers; export the bundle again"
         )
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "max_model_len",
+        "max_window",
+    ):
+        if (size := getattr(model, name)) < 1:
+            raise BundleError(f"{path}: model.{name} is {size}, expected at least 1; export the bundle again")
     for name in manifest.files:
         safe_relative(name)
     for graph in manifest.graphs:
@@ -238,7 +260,7 @@ def _decode(kind: Any, raw: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         if not isinstance(raw, dict):
             raise ValueError(f"{where} is {type(raw).__name__}, expected an object")
-        hints = typing.get_type_hints(kind)
+        hints = _hints(kind)
         known = {f.name: f for f in dataclasses.fields(kind)}
         missing = [
             name
@@ -267,6 +289,11 @@ def _decode(kind: Any, raw: Any, where: str) -> Any:
     if not isinstance(raw, kind) or (kind is int and isinstance(raw, bool)):
         raise ValueError(f"{where} is {raw!r}, expected {kind.__name__}")
     return raw
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _decode_union(kinds: tuple[Any, ...], raw: Any, where: str) -> Any:

@@ -97,11 +97,18 @@ def test_chat_renders_the_bundles_template(llm: LLM) -> None:
 
 
 def test_defaults_come_from_the_bundles_generation_config(bundle: TinyBundle, tmp_path) -> None:
+    import hashlib
+    import json
     import shutil
 
     copy = tmp_path / "bundle"
     shutil.copytree(bundle.directory, copy)
-    (copy / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.3, "max_new_tokens": 3}')
+    content = b'{"do_sample": false, "temperature": 0.3, "max_new_tokens": 3}'
+    (copy / "generation_config.json").write_bytes(content)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    record = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["files"]["generation_config.json"] = record
+    (copy / "manifest.json").write_text(json.dumps(manifest))
     with LLM(copy, threads=1) as llm:
         assert llm.default_params.greedy
         tokens = llm.generate([1, 2, 3])[0].outputs[0].token_ids

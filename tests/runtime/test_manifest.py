@@ -175,5 +175,27 @@ def test_check_files_tells_how_much_it_hashed(tiny: TinyBundles) -> None:
     assert sum(counted) == sum(path.stat().st_size for path in bundle.directory.iterdir()) - (
         (bundle.directory / "manifest.json").stat().st_size
     )
-    one_less = replace(bundle.manifest, files={})
-    one_less.check_files(bundle.directory, hashes=True)
+    unlisted = replace(bundle.manifest, files={})
+    with pytest.raises(BundleError, match=r"tokenizer\.json is not in the manifest's list"):
+        unlisted.check_files(bundle.directory, hashes=True)
+
+
+@pytest.mark.parametrize("schema", [0, -1])
+def test_a_schema_below_one_is_refused(tmp_path: Path, schema: int) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"schema": schema}))
+    with pytest.raises(BundleError, match="expected 1 to"):
+        load_manifest(tmp_path)
+
+
+def test_json_nested_too_deeply_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("[" * 200_000)
+    with pytest.raises(BundleError, match="cannot be read as JSON"):
+        load_manifest(tmp_path)
+
+
+def test_dimensions_below_one_are_refused(tiny: TinyBundles, tmp_path: Path) -> None:
+    raw = json.loads((tiny.get().directory / "manifest.json").read_text())
+    raw["model"]["num_heads"] = 0
+    (tmp_path / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(BundleError, match=r"model\.num_heads is 0"):
+        load_manifest(tmp_path)

@@ -15,9 +15,11 @@ from dmtd_runtime.manifest import load_manifest
 def inspect(bundle: BundleArgument = None, model: BundleOption = None, json: JsonOption = False) -> None:
     """Draw a bundle's split and cycle; list its graphs, bytes, and the speed-up the bytes allow.
 
-    Reads manifest.json alone; `dmtd verify` checks the rest against it.
+    Reads manifest.json and the sizes of the files; `dmtd verify` checks the rest.
     """
-    manifest = load_manifest(pick(bundle, model, "BUNDLE"))
+    directory = pick(bundle, model, "BUNDLE")
+    manifest = load_manifest(directory)
+    manifest.check_files(directory, hashes=False)
     if json:
         typer.echo(json_text.dumps(inspect_bundle.to_json(manifest)))
         return
