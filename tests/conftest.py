@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from hypothesis import settings
 # Before any test imports them: no look-ups on a model hub, no tokenizer threads that a fork would warn about.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A shell ignores Ctrl-C for what it starts in the background, and children inherit that: tests send it on purpose.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A shared machine stalls now and then, and a failure must be the same failure on the next run.
 settings.register_profile("dmtd", deadline=None, derandomize=True)

@@ -6,6 +6,7 @@ bundle a (family, encoding layers) serves them all, through :meth:`TinyBundle.ma
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from dmtd_export.export import export_bundle
@@ -27,7 +27,7 @@ from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.generate import SequenceRun, TokenEvent, run_batch
-from dmtd_runtime.manifest import CycleInfo, Manifest
+from dmtd_runtime.manifest import CycleInfo, FileInfo, Manifest
 from dmtd_runtime.sampler import Choice, Sampler
 from dmtd_runtime.sampling import SamplingParams
 from dmtd_runtime.stops import StopRules
@@ -151,11 +151,17 @@ def make_bundle(
 def poisoned_bundle(root: Path, token_id: int = 255) -> tuple[Path, Manifest]:
     """A bundle, cycle length 3, in which one token has a NaN embedding."""
     source = write_tiny_checkpoint(root / "model", layers=LAYERS, tokenizer=True)
-    weights = load_file(source / "model.safetensors")
-    weights["model.embed_tokens.weight"][token_id] = np.nan
-    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     options = ExportOptions(decoding_layers=DECODING_LAYERS, cycle_length=3)
-    return root / "bundle", export_bundle(source, root / "bundle", options)
+    manifest = export_bundle(source, root / "bundle", options)
+    data = root / "bundle" / "model.onnx.data"
+    info = manifest.weights["model.embed_tokens.weight"]
+    embedding = np.memmap(data, np.float32, "r+", offset=info.offset, shape=info.shape)
+    embedding[token_id] = np.nan
+    embedding.flush()
+    record = FileInfo(bytes=data.stat().st_size, sha256=hashlib.sha256(data.read_bytes()).hexdigest())
+    manifest = replace(manifest, files={**manifest.files, data.name: record})
+    (root / "bundle" / "manifest.json").write_text(manifest.to_json())
+    return root / "bundle", manifest
 
 
 @cache

@@ -45,6 +45,7 @@ class ScriptedBackend:
 
     capacity = 1 << 20
     max_rows = 64
+    chooses_tokens = False
 
     def __init__(self, slots: int = 2) -> None:
         self.slots = slots
@@ -57,7 +58,7 @@ class ScriptedBackend:
         self.fail_at: int | None = None
         self.nan_slots: set[int] = set()
 
-    def run(self, steps: Sequence[SlotStep]) -> Array:
+    def run(self, steps: Sequence[SlotStep], *, greedy: bool = False) -> Array:
         assert self.gate.wait(30), "the test never opened the gate"
         self.asked.append(list(steps))
         if self.fail_at is not None and len(self.asked) >= self.fail_at:
