@@ -117,13 +117,10 @@ def host_buffer(array: Array) -> Buffer:
 
 
 def device_buffer(shape: Sequence[int], dtype: str, device_id: int) -> Buffer:
-    """A zeroed buffer on a GPU."""
+    """A zeroed buffer on a GPU. It is bound by address, so bfloat16, which numpy lacks, may be made as another 16-bit type."""
     ort = import_onnxruntime()
-    if dtype == "bfloat16":  # numpy has no bfloat16; its zeros are those of any 16-bit type
-        value = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), ONNX_BFLOAT16, "cuda", device_id)
-        value.update_inplace(np.zeros(shape, np.uint16))
-    else:
-        value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), "cuda", device_id)
+    zeros = np.zeros(shape, np.uint16 if dtype == "bfloat16" else dtype)
+    value = ort.OrtValue.ortvalue_from_numpy(zeros, "cuda", device_id)
     return Buffer(address=value.data_ptr(), shape=tuple(shape), dtype=dtype, owner=value, array=None)
 
 
