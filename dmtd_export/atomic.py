@@ -45,8 +45,15 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         _place(new, target, work / OLD)
         _sync_one(target.parent)
     finally:
+        _restore(work, target)
         shutil.rmtree(work, ignore_errors=True)
         os.close(lock)
+
+
+def _restore(work: Path, target: Path) -> None:
+    """Put the old target back if whatever ended the call (Ctrl-C, an error) caught it on its way out."""
+    if (work / OLD).is_dir() and not target.exists():
+        (work / OLD).rename(target)
 
 
 def _prefix(target: Path) -> str:
@@ -78,8 +85,7 @@ def _remove_leftovers(target: Path) -> None:
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if (work / OLD).is_dir() and not target.exists():
-                (work / OLD).rename(target)
+            _restore(work, target)
             shutil.rmtree(work, ignore_errors=True)
         except OSError:
             continue  # at work in another process
@@ -117,11 +123,7 @@ def _place(new: Path, target: Path, aside: Path) -> None:
     if _exchange(new, target):
         return
     target.rename(aside)
-    try:
-        new.rename(target)
-    except OSError:
-        aside.rename(target)
-        raise
+    new.rename(target)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -1,9 +1,10 @@
 """The engine: one thread that owns the backend, takes waiting sequences as static batches and runs them to their ends.
 
 Life of a request: LLM.submit -> waiting list -> batch of up to ``backend.slots`` sequences -> run_batch -> events to the
-request -> finished. Callers never touch the backend. Cancelling and deadlines act between steps; a request that still waits
-ends at once when it is cancelled, and between two steps of the running batch when its time is over. A failure of the
-backend ends every request with that error, and the engine takes no more.
+request -> finished. Callers never touch the backend, and only the engine's thread tells a sequence anything: cancelling sets
+a flag, which that thread sees between two steps, for running and waiting sequences alike, as it sees deadlines. (So a flag
+may be set from anywhere, a finalizer in the middle of a garbage collection included.) A failure of the backend ends every
+request with that error, and the engine takes no more.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from dmtd_runtime.backends.base import Backend
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.errors import AbortedError, BackendError, DmtdError
-from dmtd_runtime.generate import FinishReason, SequenceRun, TokenEvent, run_batch
+from dmtd_runtime.generate import SequenceRun, TokenEvent, run_batch
 
 logger = logging.getLogger("dmtd.engine")
 
@@ -43,46 +44,47 @@ class Engine:
         with self._changed:
             if self._failure is not None:
                 raise BackendError(f"the engine stopped earlier: {self._failure}; open the bundle again")
-            if self._closing:
+            if self._closing or not self._thread.is_alive():
                 raise AbortedError("the engine is closed; open the bundle again")
             self._waiting.extend(sequences)
             self._changed.notify_all()
-
-    def drop_waiting(self, wanted: Callable[[SequenceRun], bool], reason: FinishReason) -> None:
-        """End the sequences that still wait and that ``wanted`` picks; running ones see their own cancel flag."""
-        with self._changed:
-            dropped = [sequence for sequence in self._waiting if wanted(sequence)]
-            self._waiting = deque(sequence for sequence in self._waiting if sequence not in dropped)
-        for sequence in dropped:
-            sequence.tell(TokenEvent(choice=None, finish_reason=reason))
 
     def close(self) -> None:
         """End all requests with ``abort``, stop the thread and free the backend. Safe to call twice."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self.drop_waiting(lambda _: True, "abort")
         if threading.current_thread() is not self._thread:
             self._thread.join(JOIN_SECONDS)
 
     def _work(self) -> None:
         try:
             while batch := self._next_batch():
-                run_batch(self._backend, self._plan, batch, between_steps=self._drop_late)
+                run_batch(self._backend, self._plan, batch, between_steps=self._end_waiting)
                 self._running = []
                 del batch
         except DmtdError as error:
             self._fail(error)
-        except Exception as error:
+        except BaseException as error:  # a panic of a native library is no Exception, and callers wait for an answer
             logger.exception("the engine failed")
             self._fail(BackendError(f"the engine failed: {type(error).__name__}: {error}"))
         finally:
+            for sequence in self._waiting:
+                if not sequence.end_from_outside():
+                    sequence.tell(TokenEvent(choice=None, finish_reason="abort"))
+            self._waiting.clear()
             self._backend.close()
 
-    def _drop_late(self) -> None:
-        """End what still waits and has no time left."""
-        if self._waiting:
-            self.drop_waiting(SequenceRun.is_late, "deadline")
+    def _end_waiting(self) -> None:
+        """End what still waits and was cancelled, has no time left, or finds the engine closing."""
+        if not self._waiting:
+            return
+        with self._changed:
+            waiting = list(self._waiting)
+        ended = [sequence for sequence in waiting if sequence.end_from_outside()]
+        with self._changed:
+            for sequence in ended:
+                self._waiting.remove(sequence)
 
     def _next_batch(self) -> list[SequenceRun]:
         """Wait for work; [] when the engine closes."""

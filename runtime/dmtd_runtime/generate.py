@@ -52,9 +52,14 @@ class SequenceRun:
     def __post_init__(self) -> None:
         self.position = Position(prompt_len=len(self.ids))
 
-    def is_late(self) -> bool:
-        """Whether the deadline has passed."""
-        return self.deadline is not None and time.monotonic() > self.deadline
+    def end_from_outside(self) -> bool:
+        """End the sequence if it was cancelled or its deadline has passed; whether it did."""
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        reason = self.cancelled() or ("deadline" if late else None)
+        if reason is None:
+            return False
+        self.tell(TokenEvent(choice=None, text=self.stops.flush(), finish_reason=reason))
+        return True
 
     def tell(self, event: TokenEvent) -> None:
         """Hand an event on, and note the end."""
@@ -132,9 +137,7 @@ def _choose(sequence: SequenceRun, row: Array) -> TokenEvent:
 
 def _end_cancelled(backend: Backend, active: list[SequenceRun]) -> None:
     for sequence in reversed(list(active)):
-        reason = sequence.cancelled() or ("deadline" if sequence.is_late() else None)
-        if reason is not None:
-            sequence.tell(TokenEvent(choice=None, text=sequence.stops.flush(), finish_reason=reason))
+        if sequence.end_from_outside():
             _leave(backend, active, sequence)
 
 

@@ -196,7 +196,6 @@ class LLM:
         if request is None or request.finished:
             return False
         request.cancel("abort")
-        self._engine.drop_waiting(lambda sequence: sequence in request.sequences, "abort")
         return True
 
     def _request(

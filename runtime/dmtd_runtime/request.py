@@ -45,7 +45,6 @@ class Request:
         self._metrics = RequestMetrics()
         self._pieces: queue.SimpleQueue[Delta | None] = queue.SimpleQueue()
         self._done = threading.Event()
-        self._taking = threading.Lock()  # waiting sequences are ended by other threads than the engine's
         self._outputs = [
             CompletionOutput(index=index, logprobs=None if params.logprobs is None else [], cumulative_logprob=None)
             for index in range(params.n)
@@ -110,11 +109,7 @@ class Request:
         return "abort" if self._closing() else self._cancelled
 
     def _listener(self, index: int) -> Callable[[TokenEvent], None]:
-        def take(event: TokenEvent) -> None:
-            with self._taking:
-                self._take(index, event)
-
-        return take
+        return lambda event: self._take(index, event)
 
     def _take(self, index: int, event: TokenEvent) -> None:
         now = time.monotonic() - self._submitted

@@ -252,6 +252,25 @@ class TestWithoutExchange:
     def _no_exchange(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
 
+    def test_ctrl_c_between_the_two_renames_keeps_the_old_one(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        target = tmp_path / "bundle"
+        target.mkdir()
+        (target / "old").write_text("old")
+        rename = Path.rename
+
+        def interrupted(self: Path, other: Path) -> Path:
+            if self.name == atomic.NEW:
+                raise KeyboardInterrupt
+            return rename(self, other)
+
+        monkeypatch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt), atomic.atomic_directory(target) as work:
+            (work / "new").write_text("new")
+        assert [path.name for path in target.iterdir()] == ["old"]
+        assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
     def test_replaces(self, target: Path, sources: list[Path]) -> None:
         old = snapshot(target)
         export(sources[1], target)

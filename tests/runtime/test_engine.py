@@ -170,17 +170,52 @@ def test_cancelling_between_two_steps(engine: Engine, backend: ScriptedBackend) 
     assert other.tokens == [4, 5, 6, 7, 8, 9]
 
 
-def test_a_waiting_sequence_is_dropped_at_once(engine: Engine, backend: ScriptedBackend) -> None:
+def test_a_cancelled_sequence_that_waits_ends_between_two_steps(engine: Engine, backend: ScriptedBackend) -> None:
     backend.gate.clear()
-    running, waiting = [Client(), Client()], Client()
+    running, waiting = [Client(tokens=1 << 19), Client(tokens=1 << 19)], Client()
     engine.submit([client.sequence for client in running])
     wait_until(lambda: running[1].sequence.started is not None)
     engine.submit([waiting.sequence])
-    engine.drop_waiting(lambda sequence: sequence is waiting.sequence, "abort")
-    assert waiting.done.is_set()
-    assert (waiting.end, waiting.tokens) == ("abort", [])
+    waiting.reason = "abort"
     backend.gate.set()
-    assert [client.wait().end for client in running] == ["length", "length"]
+    assert (waiting.wait().end, waiting.tokens) == ("abort", [])
+    assert not any(client.done.is_set() for client in running), "it had to wait for the batch"
+    for client in running:
+        client.reason = "abort"
+    assert [client.wait().end for client in running] == ["abort", "abort"]
+
+
+def test_a_panic_of_a_native_library_reaches_every_caller(engine: Engine, backend: ScriptedBackend) -> None:
+    class Panic(BaseException):
+        pass
+
+    def run(steps: Sequence[SlotStep], *, greedy: bool = False) -> Array:
+        raise Panic("native code gave up")
+
+    backend.run = run  # type: ignore[method-assign]
+    client = Client()
+    engine.submit([client.sequence])
+    assert "Panic: native code gave up" in str(client.wait().end)
+    with pytest.raises(BackendError, match="stopped earlier"):
+        engine.submit([Client().sequence])
+
+
+def test_a_finalizer_that_cancels_in_the_engines_own_thread_does_not_block_it(
+    engine: Engine, backend: ScriptedBackend
+) -> None:
+    """As a dropped stream does whose reference cycle is collected while the engine tells its request of a token."""
+    backend.slots = 1
+    first, waiting = Client(tokens=50), Client()
+    told = first.sequence.on_event
+
+    def tell(event: TokenEvent) -> None:
+        told(event)
+        waiting.reason = "abort"  # all that a finalizer does
+
+    first.sequence.on_event = tell
+    engine.submit([first.sequence, waiting.sequence])
+    assert waiting.wait().end == "abort"
+    assert first.wait().end == "length"
 
 
 def test_a_passed_deadline_ends_waiting_and_running_sequences(engine: Engine, backend: ScriptedBackend) -> None:
