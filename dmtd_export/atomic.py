@@ -35,15 +35,22 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     """
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
-    work, lock = _locked_directory(target)
-    try:
+    with work_directory(target) as work:
         new = work / NEW
         new.mkdir()
         yield new
         _sync(new)
         _place(new, target, work / OLD)
         _sync_one(target.parent)
+
+
+@contextlib.contextmanager
+def work_directory(target: Path) -> Iterator[Path]:
+    """An empty directory beside ``target`` that is gone afterwards; what dead processes left there goes first."""
+    _remove_leftovers(target)
+    work, lock = _locked_directory(target)
+    try:
+        yield work
     finally:
         _restore(work, target)
         shutil.rmtree(work, ignore_errors=True)

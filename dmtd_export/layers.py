@@ -13,9 +13,10 @@ from typing import Protocol
 
 from dmtd_export.graph_writer import GraphWriter
 from dmtd_models.config import ModelConfig
+from dmtd_runtime import contract
 from dmtd_runtime.contract import Group, Kind
 
-COS, SIN = "rotary.cos", "rotary.sin"
+COS, SIN = contract.ROTARY_TABLES
 Keep = Callable[[str, str], str]  # (rows [n, width], node path) -> some of the rows [m, width]
 KINDS: tuple[Kind, ...] = ("key", "value")
 

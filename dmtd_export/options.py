@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from dmtd_runtime import contract
+
 Target = Literal["onnxruntime", "tensorrt", "all"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
-MAX_WINDOW = 256  # longest window of a graph; KV capacity and rotary tables leave this much room above the model length
+# The longest window of a graph: KV capacity and rotary tables leave this much room above the model length.
+MAX_WINDOW = contract.MIN_WINDOW
 MAX_BATCH_LIMIT = 32
 
 

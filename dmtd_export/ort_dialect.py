@@ -28,7 +28,7 @@ class PackedGroup:
     seqlens_k: list[str]  # int32 [1]
     total_len: list[str]  # int32 [1]
     slot_rows: str = ""  # int64 [slots]
-    pads: str = ""  # int64 [6]: zero rows appended along the row axis
+    zero_rows: str = ""  # [1, pad_rows, width of q + k + v]: appended behind the packed rows
     keep_drop: str = ""  # int64 [2]: rows kept, rows dropped behind attention
 
 
@@ -49,6 +49,7 @@ class OrtDialect:
         self._config = config
         self._dtype = dtype
         self._slots = slots
+        self._qkv_width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self._packed: PackedGroup | None = None
         self._batch: BatchGroup | None = None
 
@@ -63,23 +64,24 @@ class OrtDialect:
         slot_rows = w.input(contract.SLOT_ROWS, [slots], "int64")
         pad_rows = w.input(contract.PAD_ROWS, [1], "int64")
         split = {"axis": 0, "num_outputs": slots}
-        zero = w.constant([0], "int64")
+        one, width = w.constant([1], "int64"), w.constant([self._qkv_width], "int64")
+        # Concat, not Pad: ONNX Runtime has no Pad for bfloat16.
+        pad_shape = w.op("Concat", [one, pad_rows, width], f"{path}/pad_shape", attrs={"axis": 0})
         self._packed = PackedGroup(
             seqlens_k=w.node("Split", [seqlens], f"{path}/seqlens_k", outputs=slots, attrs=split),
             total_len=w.node("Split", [total], f"{path}/total_sequence_length", outputs=slots, attrs=split),
             slot_rows=slot_rows,
-            pads=w.op("Concat", [zero, zero, zero, zero, pad_rows, zero], f"{path}/pads", attrs={"axis": 0}),
+            zero_rows=w.op("Expand", [w.constant(0.0, self._dtype), pad_shape], f"{path}/zero_rows"),
             keep_drop=w.op("Concat", [row_count, pad_rows], f"{path}/keep_drop", attrs={"axis": 0}),
         )
 
     def add_batch_group(self, like: str) -> None:
         """Declare the lengths of the late group, whose rows have the outer shape of ``like`` [batch, rows]."""
-        w, config, path = self.writer, self._config, "/late_batch"
+        w, path = self.writer, "/late_batch"
         seqlens = w.input(contract.seqlens_k("late"), ["batch"], "int32")
         total = w.input(contract.total_sequence_length("late"), [1], "int32")
-        width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         outer = w.op("Shape", [like], f"{path}/outer")
-        shape = w.op("Concat", [outer, w.constant([width], "int64")], f"{path}/shape", attrs={"axis": 0})
+        shape = w.op("Concat", [outer, w.constant([self._qkv_width], "int64")], f"{path}/shape", attrs={"axis": 0})
         self._batch = BatchGroup(seqlens_k=seqlens, total_len=total, shape=shape)
 
     def norm(self, x: str, weight: str, path: str) -> str:
@@ -134,7 +136,7 @@ class OrtDialect:
         qkv = w.op("Unsqueeze", [qkv, w.constant([0], "int64")], f"{path}/qkv")
         if self._slots == 1:
             return self._attend(qkv, layer, None, rows.seqlens_k[0], rows.total_len[0], path)
-        padded = w.op("Pad", [qkv, rows.pads], f"{path}/qkv")
+        padded = w.op("Concat", [qkv, rows.zero_rows], f"{path}/padded", attrs={"axis": 1})
         parts = w.node("Split", [padded, rows.slot_rows], f"{path}/slots", outputs=self._slots, attrs={"axis": 1})
         done = [
             self._attend(part, layer, slot, rows.seqlens_k[slot], rows.total_len[slot], f"{path}/slot.{slot}")

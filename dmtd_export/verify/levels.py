@@ -14,13 +14,14 @@ import numpy as np
 
 from dmtd_export.verify.report import LEVELS, Level
 from dmtd_models.config import ModelConfig
+from dmtd_runtime.machine import memory_bytes
 from dmtd_runtime.manifest import Manifest
 
 CycleScope = Literal["all", "few", "none"]
 LARGE_BYTES = 4 << 30  # float32 weights beyond which whole cycles take minutes
 WORKING_BYTES = 1 << 30  # interpreter, libraries, activations, caches of a few dozen rows
 PREPACKED_COPIES = 2.2  # ONNX Runtime's prepacked weights of a fused pair beside the mapped file
-LOGIT_ROWS = 600  # rows of logits alive at a time, reference and graphs together
+LOGIT_ROWS, LOGIT_ROWS_A_CYCLE = 600, 50  # rows of logits alive at a time, reference and graphs together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +47,7 @@ def make_plan(directory: Path, manifest: Manifest, wanted: Level | None, config:
 
 def available_bytes() -> int | None:
     """Memory that can be had without swapping; None where the system does not say."""
-    path = Path("/proc/meminfo")
-    if not path.is_file():
-        return None
-    for line in path.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+    return memory_bytes()[1]
 
 
 def scratch_directory(directory: Path) -> Path:
@@ -69,7 +64,8 @@ def float32_bytes(manifest: Manifest) -> int:
 def least_bytes(manifest: Manifest) -> int:
     """Memory without which no graph is run: the largest weight, as float64 and twice as float32, and logits."""
     largest = max(int(np.prod(info.shape)) * 4 for info in manifest.weights.values())
-    return 4 * largest + LOGIT_ROWS * manifest.model.vocab_size * 4 + WORKING_BYTES
+    rows = max(LOGIT_ROWS, LOGIT_ROWS_A_CYCLE * manifest.cycle.cycle_length)
+    return 4 * largest + rows * manifest.model.vocab_size * 8 + WORKING_BYTES
 
 
 def _limits(directory: Path, manifest: Manifest, config: ModelConfig | None) -> list[tuple[Level, str]]:

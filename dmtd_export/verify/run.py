@@ -9,7 +9,6 @@ A higher level contains the lower ones. What lowers the level is said in one lin
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dmtd_export.atomic import work_directory
 from dmtd_export.verify import cycles
 from dmtd_export.verify.graph_checks import check_choose_token, check_graphs, graphs_as_expected, ordered
 from dmtd_export.verify.graph_runs import OpenSession, open_evaluator, open_onnxruntime
@@ -174,7 +174,7 @@ class _Run:
         checks: list[Check] = []
         reference = self._reference() if plan.level == "oracle" else None
         if reference is not None:
-            rows = self._manifest.weights["rotary.cos"].shape[0]
+            rows = self._manifest.weights[contract.ROTARY_TABLES[0]].shape[0]
             checks.append(check_rotary(self._directory, self._manifest, reference.rotary_tables(rows)))
         with self._float32() as (directory, manifest):
             scenario = make_scenario(manifest.model.vocab_size)
@@ -211,8 +211,9 @@ class _Run:
         if self._manifest.model.dtype == "float32":
             yield self._directory, self._manifest
             return
-        with tempfile.TemporaryDirectory(prefix=".verify-", dir=scratch_directory(self._directory)) as target:
-            yield Path(target), float32_twin(self._directory, self._manifest, Path(target), self.config)
+        # Beside the bundle and locked, so that the next export or verification removes what a killed one left.
+        with work_directory(scratch_directory(self._directory) / self._directory.resolve().name) as target:
+            yield target, float32_twin(self._directory, self._manifest, target, self.config)
 
     def _graphs(
         self, directory: Path, manifest: Manifest, scenario: Scenario, expected: Outcome, plan: Plan

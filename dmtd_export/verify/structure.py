@@ -11,6 +11,7 @@ Runtime.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -93,9 +94,14 @@ def _files(directory: Path, manifest: Manifest, on_done: OnDone) -> Iterator[Div
     for required in (contract.WEIGHTS_FILE, *(graph.file for graph in manifest.graphs)):
         if required not in manifest.files:
             yield Divergence(graph=required, detail="the manifest's list of files lacks it")
+    for name in manifest.unlisted_assets(directory):
+        yield Divergence(graph=name, detail="not in the manifest's list of files")
     for name, info in manifest.files.items():
         on_done()
         path = directory / safe_relative(name)
+        if path.is_file() and not os.access(path, os.R_OK):
+            yield Divergence(graph=name, detail="cannot be read; mend its permissions")
+            continue
         if not path.is_file():
             yield Divergence(
                 graph=name, got="missing", expected=f"{info.bytes} bytes", detail="export the bundle again"

@@ -24,15 +24,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dmtd_runtime import contract
 from dmtd_runtime.backends.base import BackendOptions, FullPass
 from dmtd_runtime.backends.onnxruntime import OnnxRuntimeBackend
-from dmtd_runtime.backends.ort_session import usable_cores
 from dmtd_runtime.bench_run import RunRecord, private_bytes, run_once
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.kv_cache import kv_bytes
-from dmtd_runtime.machine import look_at_machine
+from dmtd_runtime.machine import default_threads, look_at_machine
 from dmtd_runtime.manifest import Manifest
 from dmtd_runtime.speed_bound import SplitBytes, mean_context, split_bytes
 from dmtd_runtime.version import __version__
@@ -284,8 +282,6 @@ def _conditions(
     directory: Path, manifest: Manifest, options: BenchOptions, backend: BackendOptions, load: float | None
 ) -> dict[str, Any]:
     machine, cycle = look_at_machine(), manifest.cycle
-    dialects = {graph.dialect for graph in manifest.graphs}
-    default = contract.ONNXRUNTIME if contract.ONNXRUNTIME in dialects else contract.STANDARD
     return {
         "bundle": str(directory),
         "family": manifest.model.family,
@@ -295,7 +291,7 @@ def _conditions(
         "prompt_input": cycle.prompt_input,
         "dtype": manifest.model.dtype,
         "device": backend.device,
-        "dialect": backend.dialect or default,
+        "dialect": backend.dialect or manifest.default_dialect,
         "full_pass": backend.full_pass,
         "max_model_len": backend.max_model_len or manifest.model.max_model_len,
         "batches": list(options.batches),
@@ -307,7 +303,7 @@ def _conditions(
         "cpu": machine.cpu,
         "isa": list(machine.isa),
         "cores": machine.cores_usable,
-        "threads": backend.threads or usable_cores(),
+        "threads": backend.threads or default_threads(),
         "load_average": load,
         "platform": machine.platform,
         "python": machine.python,

@@ -60,6 +60,10 @@ ASSET_FILES = (
     "generation_config.json",
     "config.json",
 )
+MIN_WINDOW = (
+    256  # a runtime may pad a prompt's chunk up to this: KV capacity and rotary tables leave at least so much room
+)
+ROTARY_TABLES = ("rotary.cos", "rotary.sin")
 SCHEMA_VERSION = 1
 
 

@@ -16,7 +16,8 @@ import os
 import secrets
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral, Number
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -73,6 +74,8 @@ class LLM:
         threads: int | None = None,
         plain: bool = False,
     ) -> None:
+        if not isinstance(plain, bool):
+            raise RequestError(f"plain: got {plain!r}, expected True or False")
         directory = Path(bundle)
         self.manifest = open_bundle(directory)
         self.tokenizer = Tokenizer.from_directory(directory)
@@ -209,9 +212,11 @@ class LLM:
     ) -> Request:
         params = params or self.default_params
         ids = self._token_ids(prompt, add_special_tokens=not from_template)
-        if timeout_s is not None and not timeout_s > 0:
-            raise RequestError(f"timeout_s: got {timeout_s}, expected more than 0 seconds")
-        request_id = request_id or f"request-{next(self._ids)}"
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params: got {type(params).__name__}, expected SamplingParams")
+        if timeout_s is not None and not (isinstance(timeout_s, int | float) and timeout_s > 0):
+            raise RequestError(f"timeout_s: got {timeout_s!r}, expected more than 0 seconds")
+        request_id = request_id or next(name for i in self._ids if (name := f"request-{i}") not in self._requests)
         return Request(
             request_id=request_id,
             prompt=prompt if isinstance(prompt, str) else None,
@@ -234,13 +239,9 @@ class LLM:
                 )
             ids = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
         else:
-            ids = list(prompt)
+            ids = _as_ids(prompt, self.manifest.model.vocab_size)
         if not ids:
             raise RequestError("prompt: got no tokens, expected at least one")
-        vocab_size = self.manifest.model.vocab_size
-        for token_id in ids:
-            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
-                raise RequestError(f"prompt: got token id {token_id!r}, expected integers from 0 to {vocab_size - 1}")
         if len(ids) >= self.max_model_len:
             raise RequestError(
                 f"prompt: got {len(ids)} tokens, expected at most {self.max_model_len - 1}, one less than the model length; "
@@ -309,8 +310,25 @@ class Stream(Iterator[Delta]):
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    if not prompts:
+    """A list of prompts, from one prompt or several."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, bytes | bytearray | Mapping) or not isinstance(prompts, Iterable):
+        raise RequestError(f"prompts: got {type(prompts).__name__}, expected text, token ids, or a list of them")
+    listed: list[Any] = list(prompts)
+    if not listed:
         raise RequestError("prompts: got an empty list, expected at least one prompt")
-    return list(prompts)  # type: ignore[arg-type]
+    return [listed] if isinstance(listed[0], Number) else listed
+
+
+def _as_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
+    """Token ids as plain integers within the vocabulary."""
+    if isinstance(prompt, bytes | bytearray | Mapping) or not isinstance(prompt, Iterable):
+        raise RequestError(f"prompt: got {type(prompt).__name__}, expected text or a list of token ids")
+    ids = []
+    for token_id in prompt:
+        whole = isinstance(token_id, Integral) and not isinstance(token_id, bool)
+        if not whole or not 0 <= token_id < vocab_size:
+            raise RequestError(f"prompt: got token id {token_id!r}, expected integers from 0 to {vocab_size - 1}")
+        ids.append(int(token_id))
+    return ids

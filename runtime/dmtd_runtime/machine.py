@@ -14,7 +14,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Gpu", "Machine", "look_at_gpus", "look_at_machine"]
+__all__ = ["Gpu", "Machine", "default_threads", "look_at_gpus", "look_at_machine", "memory_bytes", "usable_cores"]
 
 # Instruction sets that matrix kernels are written for, x86-64 and Arm, as /proc/cpuinfo spells them.
 ISA_FLAGS = (
@@ -54,14 +54,14 @@ def look_at_machine(root: Path = Path("/")) -> Machine:
     cpuinfo = _read(root / "proc/cpuinfo")
     fields = dict(re.findall(r"^([^\t:\n]+?)\s*: (.*)$", cpuinfo, flags=re.MULTILINE))
     flags = set(str(fields.get("flags", fields.get("Features", ""))).split())
-    total, available = _memory_bytes(root)
+    total, available = memory_bytes(root)
     return Machine(
         python=f"{platform.python_implementation()} {platform.python_version()}",
         platform=platform.platform(),
         cpu=fields.get("model name") or platform.processor() or platform.machine(),
         isa=tuple(flag for flag in ISA_FLAGS if flag in flags),
         cores_present=os.cpu_count() or 1,
-        cores_usable=_cores_usable(root),
+        cores_usable=usable_cores(root),
         memory_total_bytes=total,
         memory_available_bytes=available,
     )
@@ -109,7 +109,8 @@ def _cgroup_files(root: Path, v2_name: str, v1_controller: str, v1_name: str) ->
     return [text for text in texts if text]
 
 
-def _cores_usable(root: Path) -> float:
+def usable_cores(root: Path = Path("/")) -> float:
+    """Cores that this process may use: affinity and cgroup quota, so possibly a fraction."""
     cores = float(len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else float(os.cpu_count() or 1)
     for text in _cgroup_files(root, "cpu.max", "cpu", "cpu.cfs_quota_us"):
         quota, *period = text.split()
@@ -119,7 +120,12 @@ def _cores_usable(root: Path) -> float:
     return round(cores, 2)
 
 
-def _memory_bytes(root: Path) -> tuple[int | None, int | None]:
+def default_threads() -> int:
+    """Threads of a computation: one for each core that this process may use."""
+    return max(1, round(usable_cores()))
+
+
+def memory_bytes(root: Path = Path("/")) -> tuple[int | None, int | None]:
     """Total and available memory, each capped by the smallest cgroup limit."""
     fields = {
         name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB$", _read(root / "proc/meminfo"), re.M)

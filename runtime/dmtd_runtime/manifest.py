@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -147,18 +148,27 @@ class Manifest:
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
+    @property
+    def default_dialect(self) -> contract.Dialect:
+        """ONNX Runtime's own graphs where the bundle has them."""
+        dialects = {graph.dialect for graph in self.decoder_graphs}
+        return contract.ONNXRUNTIME if contract.ONNXRUNTIME in dialects else contract.STANDARD
+
+    def unlisted_assets(self, directory: Path) -> list[str]:
+        """Files that a runtime would read, and that nothing vouches for."""
+        return [name for name in contract.ASSET_FILES if name not in self.files and (directory / name).exists()]
+
     def check_files(self, directory: Path, *, hashes: bool, on_bytes: Callable[[int], None] | None = None) -> None:
         """Raise BundleError for a file that is missing, has another size or (``hashes``) another content.
 
         ``on_bytes`` is told how many bytes were hashed, for a progress bar.
         """
-        for name in contract.ASSET_FILES:
-            if name not in self.files and (directory / name).exists():
-                raise BundleError(
-                    f"{directory / name} is not in the manifest's list of files; remove it, or export again"
-                )
+        for name in self.unlisted_assets(directory):
+            raise BundleError(f"{directory / name} is not in the manifest's list of files; remove it, or export again")
         for name, info in self.files.items():
             path = directory / safe_relative(name)
+            if not os.access(path, os.R_OK) and path.is_file():
+                raise BundleError(f"{path} cannot be read; mend its permissions")
             if not path.is_file():
                 raise BundleError(f"{path} is missing, the manifest lists it; export the bundle again")
             size = path.stat().st_size
@@ -245,6 +255,20 @@ def _check_consistency(manifest: Manifest, path: Path) -> None:
     ):
         if (size := getattr(model, name)) < 1:
             raise BundleError(f"{path}: model.{name} is {size}, expected at least 1; export the bundle again")
+    if not model.max_window >= contract.MIN_WINDOW or cycle.cycle_length > model.max_window:
+        raise BundleError(
+            f"{path}: max_window is {model.max_window}, expected at least {contract.MIN_WINDOW} and the cycle length "
+            f"{cycle.cycle_length}; export the bundle again"
+        )
+    for name in contract.ROTARY_TABLES:
+        rows = manifest.weights[name].shape[0] if name in manifest.weights else 0
+        if rows != model.max_model_len + model.max_window:
+            raise BundleError(
+                f"{path}: {name} has {rows} rows, expected max_model_len + max_window = "
+                f"{model.max_model_len + model.max_window}; export the bundle again"
+            )
+    if not manifest.decoder_graphs:
+        raise BundleError(f"{path} lists no graphs; export the bundle again")
     for name in manifest.files:
         safe_relative(name)
     for graph in manifest.graphs:

@@ -8,7 +8,9 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 import pytest
 from runtime_support import END_OF_TURN, TinyBundle, TinyBundles, random_prompt, tokenizer_of
 
@@ -433,3 +435,37 @@ def test_metrics(llm: LLM) -> None:
     [output] = llm.generate([1, 2, 3], GREEDY)
     metrics = output.metrics
     assert 0 <= metrics.queued_s <= metrics.first_token_s <= metrics.finished_s < 30
+
+
+@pytest.mark.parametrize("prompt", [[np.int64(3), np.int64(4)], np.array([3, 4])])
+def test_numpy_integers_are_token_ids(llm: LLM, prompt: Any) -> None:
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    [output], [plain] = llm.generate(prompt, params), llm.generate([3, 4], params)
+    assert output.outputs[0].token_ids == plain.outputs[0].token_ids
+    assert output.prompt_token_ids == [3, 4]
+
+
+@pytest.mark.parametrize("prompt", [None, 3, b"ab", [1.5], [[1], None], [True], {"a": 1}])
+def test_what_is_no_prompt_is_refused(llm: LLM, prompt: Any) -> None:
+    with pytest.raises(RequestError, match="prompt"):
+        llm.generate(prompt, SamplingParams(temperature=0, max_tokens=2))
+
+
+@pytest.mark.parametrize("option", [{"params": {"temperature": 0}}, {"timeout_s": "a"}, {"timeout_s": -1}])
+def test_options_of_the_wrong_kind_are_refused(llm: LLM, option: Any) -> None:
+    with pytest.raises(RequestError, match="expected"):
+        llm.generate([1, 2], **option)
+
+
+@pytest.mark.parametrize("option", [{"device": "gpu"}, {"full_pass": "foo"}, {"dialect": "tensorrt"}])
+def test_an_unknown_device_mode_or_dialect_is_refused(bundle: TinyBundle, option: Any) -> None:
+    with pytest.raises(RequestError, match="expected one of"):
+        LLM(bundle.directory, **option)
+
+
+def test_a_name_given_by_the_user_does_not_collide_with_the_engines_own(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    taken = [llm.stream([1, 2], params, request_id=f"request-{number}") for number in range(40)]
+    assert llm.generate([1, 2], params)[0].outputs[0].finish_reason == "length"
+    for stream in taken:
+        stream.close()

@@ -8,11 +8,13 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from dmtd_runtime import contract
 from dmtd_runtime.cycle import Step
+from dmtd_runtime.errors import RequestError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 FullPass = Literal["staged", "fused"]
-PREFILL_ROUNDING = (16, 32, 64, 128, 256)
+PREFILL_ROUNDING = (16, 32, 64, 128, contract.MIN_WINDOW)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +34,12 @@ class BackendOptions:
     choose_on_device: bool | None = None  # arg-max by the bundle's choose_token graph; None: on a GPU only
     threads: int | None = None  # None: one for each core this process may use
     prepack: bool = True  # False: weights stay in the page cache, slower; for models that hardly fit into memory
+
+    def __post_init__(self) -> None:
+        allowed = {"device": ("cpu", "cuda"), "dialect": (None, *contract.DIALECTS), "full_pass": ("staged", "fused")}
+        for name, values in allowed.items():
+            if (value := getattr(self, name)) not in values:
+                raise RequestError(f"{name}: got {value!r}, expected one of {', '.join(map(str, values))}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ buffer both are bound to. How rows are laid out depends on the dialect: ``packed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,7 +58,7 @@ class OnnxRuntimeBackend:
         _check_counts(options)
         self._manifest = manifest
         self._options = options
-        dialect = options.dialect or _default_dialect(manifest)
+        dialect = options.dialect or manifest.default_dialect
         packed = dialect == contract.ONNXRUNTIME
         graph_slots = _graph_slots(manifest, options) if packed else 1
         self.slots = options.max_batch
@@ -70,6 +71,7 @@ class OnnxRuntimeBackend:
         self._host_cache = (
             HostKvCache(manifest.model, len(self._fed), self.capacity) if options.device == "cpu" else None
         )
+        self._dirty = False
         self._caches: dict[tuple[int, contract.Kind], Buffer] = {}
         self._outputs: dict[tuple[str, tuple[int, ...]], Buffer] = {}
         self._bindings: dict[tuple[contract.GraphName, range, tuple[tuple[str, int], ...]], Binding] = {}
@@ -94,7 +96,14 @@ class OnnxRuntimeBackend:
     def reset(self, slot: int, *, clear: bool = False) -> None:
         if clear and self._host_cache is not None:
             self._host_cache.clear(slot, min(self.capacity, self._fed[slot] + self.max_rows))
+        self._dirty |= clear and self._host_cache is None
         self._fed[slot] = 0
+        if self._dirty and not any(self._fed):
+            # A device's cache is zeroed whole, so once no slot is in use: before then nobody gets the slot again.
+            for cache in self._caches.values():
+                zeros = np.zeros(math.prod(cache.shape), np.uint16 if cache.dtype == "bfloat16" else cache.dtype)
+                cache.owner.update_inplace(zeros)
+            self._dirty = False
 
     def move(self, source: int, target: int) -> bool:
         if self._host_cache is None:
@@ -216,11 +225,6 @@ def _max_model_len(manifest: Manifest, options: BackendOptions) -> int:
     return options.max_model_len or limit
 
 
-def _default_dialect(manifest: Manifest) -> contract.Dialect:
-    dialects = {graph.dialect for graph in manifest.graphs}
-    return contract.ONNXRUNTIME if contract.ONNXRUNTIME in dialects else contract.STANDARD
-
-
 def _check_counts(options: BackendOptions) -> None:
     for name, count in (("max_batch", options.max_batch), ("threads", options.threads)):
         if count is not None and count < 1:
@@ -234,7 +238,11 @@ def _check_dtype(manifest: Manifest, options: BackendOptions) -> None:
             "this bundle is bfloat16, which ONNX Runtime cannot run on the CPU; "
             "export it with --dtype float32, or use --device cuda"
         )
-    if options.device == "cuda" and dtype == "float32" and options.dialect != contract.STANDARD:
+    if (
+        options.device == "cuda"
+        and dtype == "float32"
+        and (options.dialect or manifest.default_dialect) == contract.ONNXRUNTIME
+    ):
         raise BackendError(
             "this bundle is float32, and GroupQueryAttention on CUDA takes float16 or bfloat16 only; "
             "export it with --dtype bfloat16"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from dmtd_runtime import contract
 from dmtd_runtime.backends.base import Array, BackendOptions, RunStats
 from dmtd_runtime.errors import BackendError, BundleError
+from dmtd_runtime.machine import default_threads
 from dmtd_runtime.manifest import DTYPE_BYTES, GraphInfo
 
 INSTALL_HINT = 'install one of: pip install "dmtd[cpu]"   or, on a machine with an NVIDIA GPU: pip install "dmtd[gpu]"'
 ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
+# Inputs that nodes read on the host on every provider: GroupQueryAttention its total length, Split and Expand their sizes.
+READ_ON_HOST = ("_total_sequence_length", contract.SLOT_ROWS, contract.PAD_ROWS)
 CUDA_PROVIDER, CPU_PROVIDER = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 
@@ -48,16 +51,11 @@ def _is_installed(distribution: str) -> bool:
     return True
 
 
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-
-
 def open_session(path: Path, options: BackendOptions) -> Any:
     """An InferenceSession whose first provider is the one asked for."""
     ort = import_onnxruntime()
     settings = ort.SessionOptions()
-    settings.intra_op_num_threads = options.threads or usable_cores()
+    settings.intra_op_num_threads = options.threads or default_threads()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 4  # its errors come as exceptions; a library writes nothing to stderr
     # The two sessions of a bundle run in turn: a pool that spins on after its run takes the cores from the other one.
@@ -119,7 +117,8 @@ def host_buffer(array: Array) -> Buffer:
 def device_buffer(shape: Sequence[int], dtype: str, device_id: int) -> Buffer:
     """A zeroed buffer on a GPU. It is bound by address, so bfloat16, which numpy lacks, may be made as another 16-bit type."""
     ort = import_onnxruntime()
-    zeros = np.zeros(shape, np.uint16 if dtype == "bfloat16" else dtype)
+    size = max(1, math.prod(shape))  # an empty value has no address to bind, and a chunk without logits binds one
+    zeros = np.zeros(size, np.uint16 if dtype == "bfloat16" else dtype)
     value = ort.OrtValue.ortvalue_from_numpy(zeros, "cuda", device_id)
     return Buffer(address=value.data_ptr(), shape=tuple(shape), dtype=dtype, owner=value, array=None)
 
@@ -151,8 +150,7 @@ class Binding:
                 self._bind(self._binding.bind_input, info.name, buffers[info.name])
                 continue
             array = np.zeros([sizes[dim] if isinstance(dim, str) else dim for dim in info.dims], info.dtype)
-            # GroupQueryAttention reads its total length on the host, on every provider.
-            pushed = options.device == "cuda" and not info.name.endswith("_total_sequence_length")
+            pushed = options.device == "cuda" and not info.name.endswith(READ_ON_HOST)
             value = ort.OrtValue.ortvalue_from_numpy(array, *(self._device if pushed else ()))
             if pushed:
                 self._pushed.append((value, array))
