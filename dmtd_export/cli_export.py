@@ -164,6 +164,7 @@ def _table(output: Path, manifest: Manifest) -> Table:
     row(
         "next",
         f"dmtd {'chat' if chat else 'generate'} {output}"
-        + ("" if chat else " -p TEXT" if has_text else " --token-ids 1,2,3"),
+        + ("" if chat else " -p TEXT" if has_text else " --token-ids 1,2,3")
+        + (" --device cuda" if model.dtype == "bfloat16" else ""),
     )
     return table

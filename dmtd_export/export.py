@@ -27,6 +27,8 @@ from dmtd_runtime.version import __version__
 
 logger = logging.getLogger("dmtd.export")
 
+GQA_HEAD_MULTIPLE = 16
+
 VerifyHook = Callable[[Path, Checkpoint], Any]
 
 
@@ -80,6 +82,21 @@ def resolve(checkpoint: Checkpoint, options: ExportOptions) -> DmtdSpec:
     )
     if spec.cycle_length > MAX_WINDOW:
         raise ExportError(f"--cycle-length: got {spec.cycle_length}, expected at most {MAX_WINDOW}")
+    head_dim = checkpoint.config.head_dim
+    if options.target != "tensorrt" and head_dim % GQA_HEAD_MULTIPLE:
+        raise ExportError(
+            f"head_dim: got {head_dim}, ONNX Runtime's attention takes multiples of {GQA_HEAD_MULTIPLE}; use --target tensorrt, "
+            "whose standard graphs ONNX Runtime runs too"
+        )
+    recorded = checkpoint.dmtd
+    if recorded is not None and not _same_training(recorded, spec):
+        logger.warning(
+            "the checkpoint was trained with E%d T%d D%d, cycles of %d, %s, %s; with anything else it counts as not trained",
+            *_split(recorded),
+            recorded.cycle_origin,
+            recorded.prompt_input,
+        )
+        spec = replace(spec, trained=False)
     if not spec.convention_recorded:
         logger.warning(
             "the checkpoint records no convention; assuming --cycle-origin %s --prompt-input %s",
@@ -89,6 +106,15 @@ def resolve(checkpoint: Checkpoint, options: ExportOptions) -> DmtdSpec:
     if not spec.trained:
         logger.warning("the weights are not trained for DMTD: speed will be real, words of the late steps will not")
     return spec
+
+
+def _split(spec: DmtdSpec) -> tuple[int, int, int, int]:
+    return spec.encoding_layers, spec.thinking_layers, spec.decoding_layers, spec.cycle_length
+
+
+def _same_training(recorded: DmtdSpec, spec: DmtdSpec) -> bool:
+    conventions = [(one.cycle_origin, one.prompt_input) for one in (recorded, spec)]
+    return _split(recorded) == _split(spec) and (not recorded.convention_recorded or conventions[0] == conventions[1])
 
 
 def _write_bundle(
@@ -188,8 +214,8 @@ def _cycle_info(spec: DmtdSpec) -> CycleInfo:
 
 def _max_model_len(config: ModelConfig, options: ExportOptions) -> int:
     wanted = options.max_model_len if options.max_model_len is not None else config.max_positions
-    if not 1 <= wanted <= config.max_positions:
-        raise ExportError(f"--max-model-len: got {wanted}, expected 1 to {config.max_positions}, the model's own limit")
+    if not 2 <= wanted <= config.max_positions:
+        raise ExportError(f"--max-model-len: got {wanted}, expected 2 to {config.max_positions}, the model's own limit")
     if not 1 <= options.max_batch <= MAX_BATCH_LIMIT:
         raise ExportError(f"--max-batch: got {options.max_batch}, expected 1 to {MAX_BATCH_LIMIT}")
     return wanted

@@ -10,6 +10,7 @@ request with that error, and the engine takes no more.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -35,6 +36,7 @@ class Engine:
         self._waiting: deque[SequenceRun] = deque()
         self._running: list[SequenceRun] = []
         self._closing = False
+        self._process = os.getpid()
         self._failure: DmtdError | None = None
         self._thread = threading.Thread(target=self._work, name="dmtd-engine", daemon=True)
         self._thread.start()
@@ -44,6 +46,8 @@ class Engine:
         with self._changed:
             if self._failure is not None:
                 raise BackendError(f"the engine stopped earlier: {self._failure}; open the bundle again")
+            if os.getpid() != self._process:
+                raise AbortedError("the engine belongs to the process that opened it; open the bundle after forking")
             if self._closing or not self._thread.is_alive():
                 raise AbortedError("the engine is closed; open the bundle again")
             self._waiting.extend(sequences)

@@ -93,6 +93,7 @@ class LLM:
         )
         backend = OnnxRuntimeBackend(directory, self.manifest, options)
         self.max_model_len = backend.max_model_len
+        self._at_limit = backend.max_model_len == self.manifest.model.max_model_len
         self.stats = backend.stats
         tokenizer_eos = self.tokenizer.eos_token_ids if self.tokenizer else ()
         self._eos = tuple(dict.fromkeys((*self.manifest.model.eos_token_ids, *tokenizer_eos)))
@@ -245,7 +246,7 @@ class LLM:
         if len(ids) >= self.max_model_len:
             raise RequestError(
                 f"prompt: got {len(ids)} tokens, expected at most {self.max_model_len - 1}, one less than the model length; "
-                "shorten it, or open the bundle with a larger max_model_len"
+                + ("shorten it" if self._at_limit else "shorten it, or open the bundle with a larger max_model_len")
             )
         return ids
 

@@ -51,12 +51,16 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """A piece of a streamed sequence: new text and tokens since the last piece."""
+    """A piece of a streamed sequence: new text and tokens since the last piece.
+
+    ``at_s``: seconds from the request's submission to when the engine made it, however late it is read.
+    """
 
     request_id: str
     index: int
     text: str
     token_ids: tuple[int, ...]
+    at_s: float
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None

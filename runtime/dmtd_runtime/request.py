@@ -138,6 +138,7 @@ class Request:
                 index=index,
                 text=event.text,
                 token_ids=() if event.choice is None else (event.choice.token_id,),
+                at_s=now,
                 logprobs=logprobs,
                 finish_reason=event.finish_reason,
                 stop_reason=event.stop_reason,

@@ -101,7 +101,7 @@ REFUSED: list[tuple[str, Sequence[str], str]] = [
     ("wrong split", ("MODEL", "--decoding-layers", "9", "--cycle-length", "3"), "correct the split"),
     ("sum", ("MODEL", "--thinking-layers", "1", *SPLIT), "correct the split"),
     ("convention", ("MODEL", *SPLIT, "--cycle-origin", "prompt", "--prompt-input", "cyclical"), "undefined"),
-    ("model length", ("MODEL", *SPLIT, "--max-model-len", "300"), "expected 1 to 256"),
+    ("model length", ("MODEL", *SPLIT, "--max-model-len", "300"), "expected 2 to 256"),
     ("batch", ("MODEL", *SPLIT, "--max-batch", "99"), "--max-batch: got 99"),
     ("cycle", ("MODEL", "--decoding-layers", "2", "--cycle-length", "999"), "--cycle-length: got 999"),
 ]

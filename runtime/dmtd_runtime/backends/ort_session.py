@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ def import_onnxruntime() -> Any:
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; run: "
             'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "dmtd[gpu]"   (or "dmtd[cpu]")'
         )
+    # From 1.32 on ONNX Runtime collects facts about the machine unless this stands before its first import.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import sys
-import time
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,6 +27,7 @@ from dmtd_runtime.cli.common import (
     ThreadsOption,
     note,
     pick,
+    printable,
 )
 from dmtd_runtime.errors import AbortedError, BackendError, DmtdError, RequestError
 
@@ -171,34 +171,39 @@ def _answer(llm: LLM, conversation: Conversation, message: str) -> None:
     """Stream the answer; Ctrl-C keeps what has been said."""
     asked = {"role": "user", "content": message}
     # Made before the message counts as said: one that is refused (too long, say) leaves the conversation as it was.
-    stream = llm.stream_chat([*conversation.messages, asked], conversation.params)
+    messages = [*conversation.messages, asked]
+    assert llm.tokenizer is not None, "chat begins only with a tokenizer"
+    length = len(llm.tokenizer.encode(llm.render_chat(messages), add_special_tokens=False))
+    if conversation.turns and length >= llm.max_model_len:
+        raise RequestError(
+            f"the conversation is full: {length} tokens with this message, the model takes {llm.max_model_len}; "
+            "/reset starts over, /save FILE keeps it"
+        )
+    stream = llm.stream_chat(messages, conversation.params)
     text, count, stopped, reason = "", 0, False, None
-    start = first = time.perf_counter()
+    first = last = 0.0
     try:
         for delta in stream:
-            if count == 0:
-                first = time.perf_counter()
+            first, last = (first if count else delta.at_s), delta.at_s
             count += len(delta.token_ids)
             reason = delta.finish_reason or reason
             text += delta.text
-            typer.echo(delta.text, nl=False)
+            typer.echo(printable(delta.text), nl=False)
             sys.stdout.flush()
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
         stopped = True
     finally:
-        closing = getattr(stream, "close", None)
-        if closing is not None:
-            closing()  # cancels the request if it still runs
-    seconds = time.perf_counter() - first
+        stream.close()  # cancels the request if it still runs
+    seconds = last - first
     typer.echo()
     conversation.turns += [asked, {"role": "assistant", "content": text}]
     if sys.stderr.isatty():
         rate = f"{(count - 1) / seconds:.1f} tok/s, " if count > 1 and seconds > 0 else ""
         end = "stopped" if stopped else {"length": "cut at the length limit"}.get(reason or "", "")
         typer.secho(
-            f"[{count} tokens, {rate}first after {(first - start) * 1e3:.0f} ms{', ' + end if end else ''}]",
+            f"[{count} tokens, {rate}first after {first * 1e3:.0f} ms{', ' + end if end else ''}]",
             err=True,
             dim=True,
         )
@@ -249,11 +254,20 @@ def change_params(params: SamplingParams, text: str) -> SamplingParams:
     return replace(params, **changes)  # type: ignore[arg-type]
 
 
+def _is_conversation(path: Path) -> bool:
+    try:
+        return set(json.loads(path.read_text(encoding="utf-8"))) == {"messages"}
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def _save(conversation: Conversation, name: str) -> None:
     """Write beside the file, then take its place: an old one is never half overwritten."""
     if not name:
         raise RequestError("/save: no file named; write /save FILE")
     path = Path(name).expanduser()
+    if path.exists() and not _is_conversation(path):
+        raise RequestError(f"/save: {path} exists and is no saved conversation; name another file")
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.write_text(

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import traceback
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -162,3 +163,13 @@ def human_bytes(count: float) -> str:
             value = count / size
             return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
     return f"{count:.0f} B"
+
+
+def printable(text: str) -> str:
+    """The text as it may go to a terminal: control characters, which could move its cursor, as escapes. Pipes get all."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(
+        letter if letter in "\n\t" or unicodedata.category(letter) != "Cc" else f"\\x{ord(letter):02x}"
+        for letter in text
+    )

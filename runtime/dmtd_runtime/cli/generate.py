@@ -24,6 +24,7 @@ from dmtd_runtime.cli.common import (
     ThreadsOption,
     note,
     pick,
+    printable,
 )
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.outputs import Delta
@@ -152,15 +153,18 @@ def _read_prompt(prompt: str | None, file: Path | None, ids: list[int] | None) -
         return prompt
     if sys.stdin.isatty() and prompt is None:
         raise typer.BadParameter("no prompt: give --prompt, --prompt-file or --token-ids, or write it to stdin")
-    return sys.stdin.read()
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"prompt: stdin is not UTF-8 at byte {error.start}; convert it, e.g. with iconv") from None
 
 
 def _prompt_ids(llm: LLM, asked: str | list[int], *, raw: bool, system: str | None) -> list[int]:
     """The prompt as the model gets it, in token ids, so that its length can be told."""
     if isinstance(asked, list):
         return asked
-    if not asked.strip():
-        raise RequestError("prompt: got an empty prompt, expected text; give it with -p")
+    if not (asked if raw else asked.strip()):
+        raise RequestError("prompt: got an empty prompt, expected text; give it with -p or on stdin")
     if llm.tokenizer is None:
         raise RequestError("this bundle has no tokenizer: give --token-ids 1,2,3 instead of text")
     if raw or not llm.has_chat_template:
@@ -180,7 +184,7 @@ def _run(llm: LLM, ids: list[int], params: SamplingParams, timeout: float | None
     start = time.perf_counter()
     for delta in llm.stream(ids, params, timeout_s=timeout):
         if delta.token_ids:
-            times.append(time.perf_counter())
+            times.append(delta.at_s)
         _take(answer, delta)
         if show:
             _show(llm, delta, first=len(times) == 1)
@@ -188,7 +192,7 @@ def _run(llm: LLM, ids: list[int], params: SamplingParams, timeout: float | None
     if show:
         typer.echo()
     if times:
-        answer.first_token_s = times[0] - start
+        answer.first_token_s = times[0]
         answer.full_passes = llm.stats.full_passes - before.full_passes
         answer.late_steps = llm.stats.late_steps - before.late_steps
     if len(times) > 1 and times[-1] > times[0]:
@@ -208,5 +212,5 @@ def _show(llm: LLM, delta: Delta, *, first: bool) -> None:
     if llm.tokenizer is None and delta.token_ids:
         text = ("" if first else " ") + " ".join(map(str, delta.token_ids))
     if text:
-        typer.echo(text, nl=False)
+        typer.echo(printable(text), nl=False)
         sys.stdout.flush()
