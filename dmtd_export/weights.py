@@ -168,8 +168,8 @@ class _WeightsFile:
         numbers = fingerprint.finish()
         if not math.isfinite(numbers.norm):
             raise ExportError(
-                f"tensor {name} has values that are not finite in {dtype}: NaN, infinity, or too large for the type, or the checkpoint is "
-                "damaged; try --dtype bfloat16 or float32"
+                f"tensor {name} has values that are not finite in {dtype}: NaN, or too large for the type; "
+                "the checkpoint is damaged, or try --dtype bfloat16 or float32"
             )
         self.infos[name] = WeightInfo(
             dtype=dtype,

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rich import box
 from rich.table import Table
 
 from dmtd_runtime.errors import DmtdError
@@ -131,20 +132,22 @@ def render(report: VerifyReport) -> Table:
         caption="\n".join(captions) or None,
         caption_justify="left",
         title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
-    for name, justify in (("", "left"), ("check", "left"), ("level", "left"), ("cases", "right"), ("worst", "right")):
+    for name, justify in (("", "left"), ("check", "left"), ("cases", "right"), ("worst", "right"), ("margin", "right")):
         table.add_column(name, justify="right" if justify == "right" else "left", no_wrap=name != "check")
-    table.add_column("margin", justify="right", no_wrap=True)
-    table.add_column("", overflow="fold")
+    detailed = any(check.detail for check in report.checks)
+    if detailed:
+        table.add_column("", overflow="fold")
     for check in report.checks:
         table.add_row(
             "[green]✓[/]" if check.ok else "[red]✗[/]",
             check.name,
-            check.level,
             str(check.cases),
             "" if check.worst is None else f"{check.worst:.2g}",
             "" if check.margin is None else f"{check.margin:.2g} {check.unit}",
-            _plain(check.detail),
+            *([_plain(check.detail)] if detailed else []),
         )
     return table
 
