@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -205,9 +205,3 @@ def fingerprint_of(tensor: Array) -> Fingerprint:
     for rows in row_chunks(tensor):
         fingerprinter.add(rows)
     return fingerprinter.finish()
-
-
-def check_source(source: TensorSource, config: ModelConfig) -> Sequence[str]:
-    """Names that the architecture needs and ``source`` lacks."""
-    have = set(source.names())
-    return [name for group in tensor_groups(config) for name in group if name not in have]

@@ -1,6 +1,6 @@
 """Every name that a graph, the manifest and a runtime share, spelled once. Pure strings, no imports of the product.
 
-Three graphs exist in two dialects:
+Three graphs hold layers, and exist in two dialects (a fourth, choose_token, holds none):
 
 - ``standard``: ONNX opset 24 only; rectangular, ``[batch, window_len]``, padding on the right; one KV buffer a
   layer for the whole batch.
