@@ -78,7 +78,8 @@ def run_graph(
 
 def cache_layers(graph: GraphInfo) -> list[int]:
     """The absolute layers that a graph keeps caches for, in the order of computation."""
-    return sorted({int(info.name.split(".")[1]) for info in graph.outputs if info.name.startswith("present.")})
+    names = [contract.cache_name(info.name) for info in graph.outputs]
+    return sorted({name.layer for name in names if name})
 
 
 def _run_call(
@@ -140,7 +141,7 @@ class _Caches:
         self._late_only = graph.name == contract.LATE_DECODE
         self._late_layers = set(cycle.decoding_range)
         self._slots = slots_of(graph, len(scenario.lengths))
-        self._inputs = [info for info in graph.inputs if info.name.startswith("past_key_values.")]
+        self._inputs = [info for info in graph.inputs if contract.cache_name(info.name)]
         self._rng = np.random.default_rng(1)
         self._rows: dict[tuple[int, int, str], Array] = {}
         for info in self._inputs:
@@ -171,7 +172,7 @@ class _Caches:
         """Keep what a run wrote for its sequences."""
         for info in self._inputs:
             layer, kind, slot = _parts(info.name)
-            output = outputs[info.name.replace("past_key_values.", "present.")]
+            output = outputs[contract.present(layer, kind, slot)]
             for index, s in enumerate(sequences):
                 if info.dims[0] == "batch":
                     self._rows[s, layer, kind] = np.array(output[index])
@@ -193,7 +194,7 @@ class _Caches:
         return self._rng.standard_normal(shape).astype(info.dtype)
 
 
-def _parts(name: str) -> tuple[int, str, int | None]:
-    """(layer, kind, slot) of a KV name."""
-    _, layer, kind, *slot = name.split(".")
-    return int(layer), kind, int(slot[0]) if slot else None
+def _parts(name: str) -> contract.CacheName:
+    parts = contract.cache_name(name)
+    assert parts, f"{name} is no KV name"
+    return parts

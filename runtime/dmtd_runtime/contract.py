@@ -12,7 +12,8 @@ Three graphs hold layers, and exist in two dialects (a fourth, choose_token, hol
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Literal, NamedTuple
 
 GraphName = Literal["full_pass", "thinking", "late_decode", "choose_token"]
 Dialect = Literal["standard", "onnxruntime"]
@@ -90,6 +91,26 @@ def past(layer: int, kind: Kind, slot: int | None = None) -> str:
 def present(layer: int, kind: Kind, slot: int | None = None) -> str:
     """KV output; its buffer is the one bound to :func:`past`."""
     return f"present.{layer}.{kind}" + ("" if slot is None else f".{slot}")
+
+
+class CacheName(NamedTuple):
+    """What a KV input or output is named after."""
+
+    layer: int
+    kind: Kind
+    slot: int | None
+
+
+def cache_name(name: str) -> CacheName | None:
+    """The parts of a name made by :func:`past` or :func:`present`; None for any other name."""
+    found = _CACHE_NAME.fullmatch(name)
+    if found is None:
+        return None
+    kind: Kind = "key" if found[2] == "key" else "value"
+    return CacheName(int(found[1]), kind, None if found[3] is None else int(found[3]))
+
+
+_CACHE_NAME = re.compile(r"(?:past_key_values|present)\.(\d+)\.(key|value)(?:\.(\d+))?")
 
 
 def graph_file(graph: GraphName, dialect: Dialect, slots: int = 1) -> str:

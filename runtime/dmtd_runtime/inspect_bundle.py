@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,13 +14,13 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from dmtd_runtime import contract
 from dmtd_runtime.manifest import CycleInfo, GraphInfo, Manifest, TensorInfo
 from dmtd_runtime.speed_bound import SplitBytes, split_bytes
 
 CONTEXTS = (128, 1024, 4096, 8192, 32768)
 COLOURS = {"E": "cyan", "T": "magenta", "D": "green"}
 NAMES = {"E": "encoding", "T": "thinking", "D": "decoding"}
-_KV_NAME = re.compile(r"(past_key_values|present)\.(\d+)\.(key|value)(?:\.(\d+))?$")
 
 
 def to_json(manifest: Manifest) -> dict[str, Any]:
@@ -232,15 +231,15 @@ def collapse(tensors: Iterable[TensorInfo]) -> list[tuple[str, str, str]]:
     caches: dict[tuple[str, str, str, str], tuple[list[int], list[int]]] = {}
     for tensor in tensors:
         dims = "[" + ", ".join(map(str, tensor.dims)) + "]"
-        found = _KV_NAME.match(tensor.name)
-        if not found:
+        cache = contract.cache_name(tensor.name)
+        if cache is None:
             rows.append((tensor.name, dims, tensor.dtype))
             continue
-        prefix, layer, kind, slot = found.groups()
-        layers, slots = caches.setdefault((prefix, kind, dims, tensor.dtype), ([], []))
-        layers.append(int(layer))
-        if slot is not None:
-            slots.append(int(slot))
+        prefix = tensor.name.partition(".")[0]
+        layers, slots = caches.setdefault((prefix, cache.kind, dims, tensor.dtype), ([], []))
+        layers.append(cache.layer)
+        if cache.slot is not None:
+            slots.append(cache.slot)
     for (prefix, kind, dims, dtype), (layers, slots) in caches.items():
         slot_part = "." + _ranges(slots) if slots else ""
         rows.append((f"{prefix}.{_ranges(layers)}.{kind}{slot_part}", dims, dtype))

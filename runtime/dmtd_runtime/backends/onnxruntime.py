@@ -16,7 +16,7 @@ import numpy as np
 
 from dmtd_runtime import contract
 from dmtd_runtime.backends.base import Array, BackendOptions, RunStats, SlotStep
-from dmtd_runtime.backends.ort_session import Binding, Buffer, device_buffer, host_buffer, is_cache, open_session
+from dmtd_runtime.backends.ort_session import Binding, Buffer, device_buffer, host_buffer, open_session
 from dmtd_runtime.backends.packed import PackedLayout
 from dmtd_runtime.backends.rectangular import RectangularLayout
 from dmtd_runtime.errors import BackendError, RequestError
@@ -169,8 +169,8 @@ class OnnxRuntimeBackend:
         graph = self._graphs[name]
         buffers: dict[str, Buffer] = {}
         for info in (*graph.inputs, *graph.outputs):
-            if is_cache(info.name):
-                buffers[info.name] = self._cache_buffer(info.name, info.dims[0], slots)
+            if cache := contract.cache_name(info.name):
+                buffers[info.name] = self._cache_buffer(cache, info.dims[0], slots)
             elif info.name in (contract.THOUGHT, contract.LOGITS):
                 buffers[info.name] = self._output_buffer(name, info.name, sizes)
         return Binding(self._sessions[name], graph, {**sizes, "capacity": self.capacity}, buffers, self._options)
@@ -183,11 +183,9 @@ class OnnxRuntimeBackend:
             self._outputs[output, shape] = self._zeros(shape, info.dtype)
         return self._outputs[output, shape]
 
-    def _cache_buffer(self, name: str, batch: int | str, slots: range) -> Buffer:
+    def _cache_buffer(self, cache: contract.CacheName, batch: int | str, slots: range) -> Buffer:
         """The part of a layer's cache that a KV input or output stands for; both names of a pair are one buffer."""
-        _, layer, kind_name, *slot_name = name.split(".")
-        kind: contract.Kind = "key" if kind_name == "key" else "value"
-        key = (int(layer), kind)
+        key = (cache.layer, cache.kind)
         if key not in self._caches:
             if self._host_cache is not None:
                 self._caches[key] = host_buffer(self._host_cache.buffer(*key))
@@ -197,7 +195,7 @@ class OnnxRuntimeBackend:
                 self._caches[key] = self._zeros(shape, model.dtype)
         if batch == "batch":
             return self._caches[key].rows(slots.start, len(slots))
-        return self._caches[key].rows(int(slot_name[0]) if slot_name else 0, 1)
+        return self._caches[key].rows(cache.slot or 0, 1)
 
     def _zeros(self, shape: Sequence[int], dtype: str) -> Buffer:
         if self._options.device == "cuda":

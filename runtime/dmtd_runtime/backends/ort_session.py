@@ -25,7 +25,12 @@ from dmtd_runtime.manifest import DTYPE_BYTES, GraphInfo
 INSTALL_HINT = 'install one of: pip install "dmtd[cpu]"   or, on a machine with an NVIDIA GPU: pip install "dmtd[gpu]"'
 ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
 # Inputs that nodes read on the host on every provider: GroupQueryAttention its total length, Split and Expand their sizes.
-READ_ON_HOST = ("_total_sequence_length", contract.SLOT_ROWS, contract.PAD_ROWS)
+READ_ON_HOST = (
+    contract.total_sequence_length("thinking"),
+    contract.total_sequence_length("late"),
+    contract.SLOT_ROWS,
+    contract.PAD_ROWS,
+)
 CUDA_PROVIDER, CPU_PROVIDER = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 
@@ -153,7 +158,7 @@ class Binding:
                 self._bind(self._binding.bind_input, info.name, buffers[info.name])
                 continue
             array = np.zeros([sizes[dim] if isinstance(dim, str) else dim for dim in info.dims], info.dtype)
-            pushed = options.device == "cuda" and not info.name.endswith(READ_ON_HOST)
+            pushed = options.device == "cuda" and info.name not in READ_ON_HOST
             value = ort.OrtValue.ortvalue_from_numpy(array, *(self._device if pushed else ()))
             if pushed:
                 self._pushed.append((value, array))
@@ -178,8 +183,3 @@ class Binding:
         device = ("cpu", 0) if buffer.array is not None else self._device
         element: Any = ONNX_BFLOAT16 if buffer.dtype == "bfloat16" else np.dtype(buffer.dtype)
         bind(name, *device, element, buffer.shape, buffer.address)
-
-
-def is_cache(name: str) -> bool:
-    """Whether an input or output is a KV buffer."""
-    return name.startswith(("past_key_values.", "present."))
