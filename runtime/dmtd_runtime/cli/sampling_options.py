@@ -60,7 +60,11 @@ def sampling_params(
     changes = {name: value for name, value in given.items() if value is not None and value is not False}
     if greedy or temperature is not None:
         changes["temperature"] = 0.0 if greedy else temperature
-    return replace(defaults, **changes)
+    params = replace(defaults, **changes)
+    idle = [f"--{name.replace('_', '-')}" for name in ("top_p", "top_k", "min_p", "seed") if name in changes]
+    if params.greedy and idle:
+        note(f"note: {', '.join(idle)} changes nothing at temperature 0; add --temperature 0.7, say")
+    return params
 
 
 def parse_ids(text: str | None, option: str) -> list[int] | None:
