@@ -53,7 +53,6 @@ def verify_bundle(
     directory: Path,
     *,
     checkpoint: Checkpoint | None = None,
-    manifest: Manifest | None = None,
     level: Level | None = None,
     quick: bool = False,
     on_stage: OnStage | None = None,
@@ -64,7 +63,7 @@ def verify_bundle(
     everything that is wrong with one stands in the report.
     """
     start = time.monotonic()
-    manifest = manifest or load_manifest(directory)
+    manifest = load_manifest(directory)
     run = _Run(directory, manifest, checkpoint, quick, on_stage or _silent)
     plan = make_plan(directory, manifest, level, run.config)
     checks = run.structure()

@@ -141,10 +141,6 @@ class Manifest:
         """The graphs that hold layers: all but choose_token."""
         return tuple(graph for graph in self.graphs if graph.name != contract.CHOOSE_TOKEN)
 
-    def weight_bytes(self, prefix: str = "") -> int:
-        """Bytes of the tensors whose name starts with ``prefix``, every stored tensor once, rotary tables included."""
-        return sum(info.length for name, info in self.weights.items() if name.startswith(prefix))
-
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 

@@ -300,3 +300,23 @@ def test_export_needs_no_torch_and_prints_nothing(plain: Path, tmp_path: Path) -
 
 def _cache_layers(graph: dict) -> set[int]:
     return {int(item["name"].split(".")[1]) for item in graph["inputs"] if item["name"].startswith("past_key_values.")}
+
+
+def test_another_convention_than_the_recorded_one_counts_as_not_trained(tmp_path: Path) -> None:
+    recorded = ORIGINAL | {"cycle_origin": "absolute", "prompt_input": "cyclical"}
+    source = write_tiny_checkpoint(tmp_path / "m", dmtd=recorded)
+    for origin, trained in (("absolute", True), ("prompt", False)):
+        export_bundle(
+            source,
+            tmp_path / origin,
+            ExportOptions(max_batch=1, cycle_origin=origin, prompt_input=None if trained else "thinking"),
+        )
+        assert read_manifest(tmp_path / origin)["cycle"]["dmtd_trained"] is trained
+
+
+def test_a_head_that_onnxruntime_refuses_is_named_with_the_way_out(tmp_path: Path) -> None:
+    source = write_tiny_checkpoint(tmp_path / "m", head_dim=24)
+    with pytest.raises(ExportError, match=r"head_dim: got 24.*--target tensorrt"):
+        export_bundle(source, tmp_path / "b", ExportOptions(decoding_layers=1, cycle_length=3))
+    assert not (tmp_path / "b").exists()
+    export_bundle(source, tmp_path / "b", ExportOptions(decoding_layers=1, cycle_length=3, target="tensorrt"))

@@ -22,7 +22,7 @@ from dmtd_export.cli import VERBS, _LazyCommand, app
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.bench import BenchOptions
 from dmtd_runtime.cli.chat import change_params
-from dmtd_runtime.cli.common import human_bytes
+from dmtd_runtime.cli.common import human_bytes, printable
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.sampling import SamplingParams
 
@@ -409,3 +409,33 @@ def test_numbers_for_people() -> None:
 
 def test_commands_are_typer_commands() -> None:
     assert set(VERBS) == set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def test_stdin_that_is_not_utf8_is_named(bundle: str) -> None:
+    program = [sys.executable, "-c", "from dmtd_export.cli import main; main()", "generate", bundle]
+    done = subprocess.run(program, input=b"a\xff\xfeb", capture_output=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert b"stdin is not UTF-8 at byte 1" in done.stderr
+
+
+def test_a_terminal_gets_no_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a\x1b[2Jb\r\x9bc\n\td\u00e9"
+    assert printable(text) == text, "a pipe gets all"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert printable(text) == "a\\x1b[2Jb\\x0d\\x9bc\n\td\u00e9"
+
+
+def test_sampling_options_that_change_nothing_are_noted(bundle: str) -> None:
+    noted = dmtd("generate", bundle, "-p", "a", "--max-tokens", "2", "--top-p", "0.9", "--greedy")
+    assert "--top-p changes nothing at temperature 0" in noted.stderr
+    assert "changes nothing" not in dmtd("generate", bundle, "-p", "a", "--max-tokens", "2", "--greedy").stderr
+
+
+def test_chat_says_when_the_conversation_is_full_and_saves_over_no_other_file(bundle: str, tmp_path: Path) -> None:
+    other = tmp_path / "mine.txt"
+    other.write_text("precious")
+    lines = "".join(f"{letter * 40}\n" for letter in "abcdefgh") + f"/save {other}\n"
+    result = dmtd("chat", bundle, "--greedy", "--max-tokens", "60", stdin=lines)
+    assert "the conversation is full" in result.stderr
+    assert "is no saved conversation" in result.stderr
+    assert other.read_text() == "precious"

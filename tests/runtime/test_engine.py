@@ -396,3 +396,9 @@ def test_an_llm_that_is_dropped_ends_its_thread(bundle: TinyBundle) -> None:
     thread.join(10)
     assert not thread.is_alive()
     assert threading.active_count() == before
+
+
+def test_a_forked_child_gets_an_error_and_does_not_wait(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dmtd_runtime.engine.os.getpid", lambda: -1)
+    with pytest.raises(AbortedError, match="after forking"):
+        engine.submit([Client().sequence])

@@ -63,13 +63,6 @@ def test_graph_says_what_the_bundle_has_instead(tiny: TinyBundles) -> None:
         manifest.graph("thinking", "onnxruntime", 3)
 
 
-def test_weight_bytes_by_hand(tiny: TinyBundles) -> None:
-    manifest = tiny.get().manifest
-    assert manifest.weight_bytes("model.embed_tokens.") == 259 * 64 * 4
-    # q 64x64, k and v 32x64, o 64x64, two head norms of 16, gate, up and down 96x64, two norms of 64.
-    assert manifest.weight_bytes("model.layers.0.") == 4 * (2 * 64 * 64 + 2 * 32 * 64 + 32 + 3 * 96 * 64 + 128)
-
-
 MALFORMED = [
     ("schema", ABSENT, "no integer 'schema'"),
     ("schema", "1", "no integer 'schema'"),
@@ -199,3 +192,26 @@ def test_dimensions_below_one_are_refused(tiny: TinyBundles, tmp_path: Path) -> 
     (tmp_path / "manifest.json").write_text(json.dumps(raw))
     with pytest.raises(BundleError, match=r"model\.num_heads is 0"):
         load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "words"),
+    [
+        ("model", "max_model_len", 2560, "rotary.cos has .* rows, expected max_model_len"),
+        ("model", "max_window", 100, "max_window is 100, expected at least 256"),
+        ("cycle", "cycle_length", 400, "expected at least 256 and the cycle length 400"),
+    ],
+)
+def test_lengths_that_do_not_fit_one_another_are_refused(
+    good: dict[str, Any], tmp_path: Path, section: str, field: str, value: int, words: str
+) -> None:
+    with pytest.raises(BundleError, match=words):
+        load(tmp_path, good | {section: good[section] | {field: value}})
+
+
+def test_a_manifest_without_graphs_or_rotary_tables_is_refused(good: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="lists no graphs"):
+        load(tmp_path, good | {"graphs": []})
+    weights = {name: info for name, info in good["weights"].items() if name != "rotary.sin"}
+    with pytest.raises(BundleError, match=r"rotary\.sin has 0 rows"):
+        load(tmp_path, good | {"weights": weights})

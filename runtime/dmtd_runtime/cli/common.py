@@ -24,7 +24,7 @@ from rich.console import Console
 
 from dmtd_runtime.errors import DmtdError
 
-EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_ERROR, EXIT_INTERRUPTED = 1, 130  # 2, for usage, is typer's own
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
 
 BundleArgument = Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="Directory made by `dmtd export`.")]
