@@ -65,6 +65,7 @@ class RunStats:
     """Counts since the backend was made; times are of the sessions alone."""
 
     full_passes: int = 0
+    prefill_passes: int = 0  # of the full passes, those over prompt rows
     late_steps: int = 0
     refill_rows: int = 0
     session_seconds: float = 0.0

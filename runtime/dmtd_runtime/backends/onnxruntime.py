@@ -129,6 +129,7 @@ class OnnxRuntimeBackend:
             self.stats.late_steps += 1
         else:
             self.stats.full_passes += 1
+            self.stats.prefill_passes += steps[0].step.kind == "prefill"
             self.stats.refill_rows += sum(len(s.step.window) - len(s.step.late) for s in steps)
         for slot_step in steps:
             self._fed[slot_step.slot] = slot_step.step.late.stop

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json as json_text
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dmtd_runtime.backends.base import BackendOptions, RunStats
+from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.cli import sampling_options as opt
 from dmtd_runtime.cli.common import (
     BundleArgument,
@@ -178,9 +178,7 @@ def _prompt_ids(llm: LLM, asked: str | list[int], *, raw: bool, system: str | No
 
 def _run(llm: LLM, ids: list[int], params: SamplingParams, timeout: float | None, *, show: bool) -> Answer:
     answer, times = Answer(prompt_tokens=len(ids)), []
-    # Only this request runs, so the counts are its own; the prompt's passes are known from its length.
-    prefill_passes = -(-len(ids) // llm.manifest.model.max_window)
-    before = RunStats(full_passes=llm.stats.full_passes + prefill_passes, late_steps=llm.stats.late_steps)
+    before = replace(llm.stats)  # only this request runs, so what comes on top is its own
     start = time.perf_counter()
     for delta in llm.stream(ids, params, timeout_s=timeout):
         if delta.token_ids:
@@ -193,7 +191,8 @@ def _run(llm: LLM, ids: list[int], params: SamplingParams, timeout: float | None
         typer.echo()
     if times:
         answer.first_token_s = times[0]
-        answer.full_passes = llm.stats.full_passes - before.full_passes
+        prefill_passes = llm.stats.prefill_passes - before.prefill_passes
+        answer.full_passes = llm.stats.full_passes - before.full_passes - prefill_passes
         answer.late_steps = llm.stats.late_steps - before.late_steps
     if len(times) > 1 and times[-1] > times[0]:
         answer.decode_tok_per_s = (len(answer.token_ids) - 1) / (times[-1] - times[0])
