@@ -1,0 +1,1 @@
+"""Fine-tuning with the cyclical mask: documents, objective, training run, results. Needs the ``train`` extra."""

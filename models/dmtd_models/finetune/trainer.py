@@ -1,0 +1,307 @@
+"""One run of transformers' Trainer over a ``Student``: what is logged, when it is saved, when it must stop.
+
+Stands under ``run``, which prepares model and data. Here nothing is read from a checkpoint of a model and nothing is exported. A
+run's directory:
+
+    log.jsonl              one JSON object a line: training every few steps, evaluation, events
+    checkpoint-<step>/     trained weights (safetensors), optimiser, schedule, random state; ``complete.json`` is written last
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from dmtd_models.errors import ModelError
+from dmtd_models.finetune.batches import Batch
+from dmtd_models.finetune.options import TrainOptions
+from dmtd_models.finetune.student import StepResult, Student
+
+WEIGHTS = "model.safetensors"
+_COMPLETE = "complete.json"
+LOG = "log.jsonl"
+OnProgress = Callable[[Mapping[str, float]], None]
+
+
+class DivergedError(ModelError):
+    """The loss or a gradient is no longer a number. The last saved state is good."""
+
+
+class PhaseMeans:
+    """Sums by phase on the device, read seldom."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, values: Tensor, phase: Tensor, phases: int) -> None:
+        """Add values [r] to the sums of their phases; -1, a prompt's rows, comes first."""
+        sums = torch.zeros(2, phases + 1, dtype=torch.float64, device=values.device)
+        sums[0].index_add_(0, phase + 1, values.double())
+        sums[1].index_add_(0, phase + 1, torch.ones_like(values, dtype=torch.float64))
+        known = self._sums.get(name)
+        if known is None or known.shape == sums.shape:
+            self._sums[name] = sums if known is None else known + sums
+        else:  # the curriculum has moved to another cycle length
+            self._sums[name] = sums
+
+    def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Means over all rows of cycles (``name``) and by phase (``name_by_phase``; ``name_prompt`` for prompts); then empty."""
+        out: dict[str, Any] = {}
+        for name, sums in self._sums.items():
+            total, count = reduce(sums).cpu().tolist()
+            inside = sum(count[1:])
+            if inside:
+                out[name] = sum(total[1:]) / inside
+                out[f"{name}_by_phase"] = [t / c if c else None for t, c in zip(total[1:], count[1:], strict=True)]
+            if count[0]:
+                out[f"{name}_prompt"] = total[0] / count[0]
+        self._sums.clear()
+        return out
+
+
+class DmtdTrainer(Trainer):
+    """Trainer with our loss, our log and small checkpoints. Batches come from ``batches.Collator``."""
+
+    def __init__(
+        self,
+        *,
+        student: Student,
+        options: TrainOptions,
+        arguments: TrainingArguments,
+        rows: torch.utils.data.Dataset[Any],
+        collate: Callable[[Any], Batch],
+        held_out: Sequence[Batch],
+        flops_per_token: float,
+        peak_flops: float,
+        on_progress: OnProgress = lambda values: None,
+    ) -> None:
+        super().__init__(model=student, args=arguments, train_dataset=rows, data_collator=collate)
+        self.model_accepts_loss_kwargs = False
+        self.remove_callback(PrinterCallback)  # prints its own form of every log line
+        self._options = options
+        self._held_out = held_out
+        self._means = PhaseMeans()
+        self._tokens = 0  # of this process since the start of the run
+        self._window = (time.monotonic(), 0)
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops
+        self._on_progress = on_progress
+        self._log_file = Path(arguments.output_dir) / LOG
+
+    def compute_loss(
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+    ) -> Any:
+        result, phase = _forward(model, inputs, report_agreement=False)
+        if not bool(torch.isfinite(result.loss)):
+            raise DivergedError(self._diverged("the loss"))
+        phases = self.data_collator.spec.cycle_length
+        self._means.add("divergence", result.divergence, phase, phases)
+        self._means.add("label_loss", result.label_loss, phase, phases)
+        self._tokens += len(inputs["input_ids"])
+        return (result.loss, result) if return_outputs else result.loss
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            seconds, tokens = time.monotonic() - self._window[0], self._tokens - self._window[1]
+            self._window = (time.monotonic(), self._tokens)
+            world = self.args.world_size
+            rate = world * tokens / max(seconds, 1e-9)
+            logs["tokens"] = world * self._tokens
+            logs["tokens_per_s"] = round(rate, 1)
+            logs["matmul_share"] = round(rate * self._flops_per_token / (self._peak_flops * world), 4)
+            logs.update(self._means.read(lambda sums: self.accelerator.reduce(sums)))
+        super().log(logs, start_time)
+        if self.is_world_process_zero():
+            line = json.dumps({"step": self.state.global_step, "time": round(time.time(), 1), **logs})
+            with self._log_file.open("a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
+        self._on_progress({"step": self.state.global_step, **logs})
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, Any]:
+        """Means over the held-out batches, by phase; each process takes its share of them."""
+        self.model.eval()
+        means, phases = PhaseMeans(), self.data_collator.spec.cycle_length
+        for batch in self._held_out[self.args.process_index :: self.args.world_size]:
+            with self.compute_loss_context_manager():
+                result, phase = _forward(self.model, self._prepare_inputs(dict(batch)), report_agreement=True)
+            means.add("divergence", result.divergence, phase, phases)
+            means.add("label_loss", result.label_loss, phase, phases)
+            if result.agrees is not None:
+                means.add("agreement", result.agrees, phase, phases)
+        self.model.train()
+        values = {f"{metric_key_prefix}_{key}": value for key, value in means.read(self.accelerator.reduce).items()}
+        values[f"{metric_key_prefix}_tokens"] = self.args.world_size * self._tokens
+        self.log(values)
+        self._window = (time.monotonic(), self._tokens)
+        return values
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Only what was trained, without pickled arguments."""
+        if not self.args.should_save:
+            return
+        directory = Path(output_dir or self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        student = self.accelerator.unwrap_model(self.model)
+        save_file(trained_state(student), directory / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_trained(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
+        record = json.loads((Path(resume_from_checkpoint) / _COMPLETE).read_text(encoding="utf-8"))
+        self._tokens = record["tokens"] // self.args.world_size
+        self._window = (time.monotonic(), self._tokens)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            record = {"step": self.state.global_step, "tokens": self.args.world_size * self._tokens}
+            (directory / _COMPLETE).write_text(json.dumps(record), encoding="utf-8")
+
+    @property
+    def tokens(self) -> int:
+        """Trained on since the start of the run, in all processes."""
+        return self.args.world_size * self._tokens
+
+    def _diverged(self, what: str) -> str:
+        last = latest_checkpoint(Path(self.args.output_dir))
+        state = f"the last good state is {last}" if last else "no state was saved yet"
+        return (
+            f"training: {what} is not a number at step {self.state.global_step}; {state}; "
+            "lower --learning-rate or raise --warmup, then run the same command again to go on from there"
+        )
+
+
+class Guard(TrainerCallback):
+    """Saves by the clock, evaluates, moves the curriculum on, and stops before a step with a gradient that is no number."""
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        set_cycle_length: Callable[[int], None],
+        final_cycle_length: int,
+        steps_per_evaluation: int,
+    ) -> None:
+        self._options = options
+        self._steps_per_evaluation = steps_per_evaluation
+        self._set_cycle_length = set_cycle_length
+        self._final = final_cycle_length
+        self._saved_at = time.monotonic()
+        self.trainer: DmtdTrainer | None = None
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        share = state.global_step / max(state.max_steps, 1)
+        lengths = [cycle for cycle, until in self._options.curriculum if share < until]
+        self._set_cycle_length(lengths[0] if lengths else self._final)
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Clipping by the norm of all gradients spreads a single NaN over every one of them: one is enough to look at.
+        gradient = next(p.grad for p in kwargs["model"].parameters() if p.grad is not None)
+        if not bool(torch.isfinite(gradient).all()):
+            assert self.trainer is not None, "the guard is given its trainer before training starts"
+            raise DivergedError(self.trainer._diverged("a gradient"))
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # The trainer asks a second time at the end of an epoch, and at the last step both are true.
+        at_end = state.global_step >= state.max_steps
+        every = self._steps_per_evaluation
+        control.should_evaluate = bool(every) and (at_end or state.global_step % every == 0)
+        control.should_save = at_end or time.monotonic() - self._saved_at >= self._options.save_every_s
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_evaluate = control.should_save = False
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._saved_at = time.monotonic()
+
+
+def training_arguments(options: TrainOptions, output: Path, *, use_cpu: bool) -> TrainingArguments:
+    """Our options in the words of transformers."""
+    return TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=options.accumulate,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.schedule,
+        weight_decay=options.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        max_grad_norm=options.clip,
+        optim="adamw_torch_fused",
+        bf16=options.precision == "bfloat16",
+        use_cpu=use_cpu,
+        seed=options.seed,
+        data_seed=options.seed,
+        logging_strategy="steps",
+        logging_steps=options.log_every_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy="no",  # by Guard, over batches of our own
+        save_strategy="steps",
+        save_steps=10**9,  # by the clock: see Guard
+        save_total_limit=2,
+        remove_unused_columns=False,
+        label_names=[],
+        dataloader_pin_memory=not use_cpu,
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+def set_length(arguments: TrainingArguments, options: TrainOptions, steps: int) -> None:
+    """Set the number of steps, and what of the schedule hangs on it."""
+    arguments.max_steps = steps
+    arguments.warmup_steps = math.ceil(options.warmup * steps)
+    if options.schedule == "warmup_stable_decay":
+        arguments.lr_scheduler_kwargs = {"num_decay_steps": math.ceil(options.decay * steps), "decay_type": "1-sqrt"}
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The newest state that was written whole."""
+    found = [path.parent for path in directory.glob(f"checkpoint-*/{_COMPLETE}")]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def trained_state(student: Student) -> dict[str, Tensor]:
+    """The trained parameters by name, on the CPU."""
+    return {
+        name: value.detach().cpu().contiguous() for name, value in student.named_parameters() if value.requires_grad
+    }
+
+
+def load_trained(student: Student, checkpoint: Path) -> None:
+    """Take a saved state's weights.
+
+    Raises:
+        ModelError: the state is of a run that trained other parameters.
+    """
+    saved = load_file(checkpoint / WEIGHTS)
+    own = {name: value for name, value in student.named_parameters() if value.requires_grad}
+    if saved.keys() != own.keys() or any(saved[name].shape != own[name].shape for name in own):
+        raise ModelError(
+            f"{checkpoint}: its weights are of another run (other layers or another kind of training); "
+            "give another -o, or the options of that run"
+        )
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(saved[name])
+
+
+def _forward(model: Any, inputs: Batch, *, report_agreement: bool) -> tuple[StepResult, Tensor]:
+    inputs = dict(inputs)
+    phase = inputs.pop("phase")
+    inputs.pop("rows", None)
+    return model(**inputs, report_agreement=report_agreement), phase
