@@ -33,6 +33,11 @@ class Verb:
 
 
 VERBS: dict[str, Verb] = {
+    "finetune": Verb(
+        module="dmtd_export.cli_finetune",
+        function="finetune",
+        help="Train a model for DMTD; its plain self is the teacher.",
+    ),
     "export": Verb(
         module="dmtd_export.cli_export",
         function="export",

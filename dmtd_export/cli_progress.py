@@ -63,6 +63,10 @@ class StageDisplay:
         elif self._task is not None:
             self._bar.update(self._task, completed=done, total=total or None)
 
+    def line(self, text: str) -> None:
+        """One line that stays above the bars."""
+        self._console.print(text, markup=False)
+
     def _finish(self) -> None:
         if self._task is None:
             return

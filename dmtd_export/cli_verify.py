@@ -30,6 +30,7 @@ def verify(
     checkpoint: Annotated[
         Path | None, typer.Option(help="The checkpoint it was made from: the weights are compared with it too.")
     ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="The adapter that was merged into the checkpoint.")] = None,
     level: Annotated[
         Literal["structure", "graphs", "oracle"] | None,
         typer.Option(help="How far to go; by default as far as this machine can."),
@@ -41,12 +42,14 @@ def verify(
     Exit code 1 if anything diverges; the first divergence is named.
     """
     directory = pick(bundle, model, "BUNDLE")
+    if adapter is not None and checkpoint is None:
+        raise typer.BadParameter("--adapter: give the checkpoint it was made of with --checkpoint")
     require("verify", LIBRARIES, '"dmtd[export]"')
     from dmtd_export.verify import render, verify_bundle
     from dmtd_models.checkpoint import open_checkpoint
 
     with logs_to_stderr(), contextlib.ExitStack() as opened:
-        source = opened.enter_context(open_checkpoint(checkpoint)) if checkpoint is not None else None
+        source = opened.enter_context(open_checkpoint(checkpoint, adapter)) if checkpoint is not None else None
         display = opened.enter_context(StageDisplay())
         report = verify_bundle(directory, checkpoint=source, level=level, on_stage=display.counted)
     if json:
