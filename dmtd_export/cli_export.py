@@ -111,7 +111,8 @@ def export(
             output,
             options,
             adapter=adapter,
-            progress=Progress(stage=display.stage, advance=display.advance), verify=hook
+            progress=Progress(stage=display.stage, advance=display.advance),
+            verify=hook,
         )
     if json:
         typer.echo(json_text.dumps(_summary(output, manifest)))

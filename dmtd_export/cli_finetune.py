@@ -31,7 +31,9 @@ def finetune(
         Path | None, typer.Option("--output", "-o", help="Directory of the result; an interrupted run there goes on.")
     ] = None,
     decoding_layers: Annotated[int | None, _option(_SPLIT, "D: late layers, that run for every token.")] = None,
-    thinking_layers: Annotated[int | None, _option(_SPLIT, "T: layers that run once a cycle; the rest by default.")] = None,
+    thinking_layers: Annotated[
+        int | None, _option(_SPLIT, "T: layers that run once a cycle; the rest by default.")
+    ] = None,
     encoding_layers: Annotated[int | None, _option(_SPLIT, "E: layers before the thinking layers.")] = None,
     cycle_length: Annotated[int | None, _option(_SPLIT, "Tokens of a cycle (tau).")] = None,
     cycle_origin: Annotated[
@@ -71,24 +73,25 @@ def finetune(
         str | None, _option(_LEARN, "Smaller cycles first: LENGTH:SHARE pairs, as 2:0.2,3:0.5.")
     ] = None,
     epochs: Annotated[float, _option(_RUN, "Passes over the text.", min=0)] = 1.0,
-    max_tokens: Annotated[
-        int | None, _option(_RUN, "Length of the run in tokens, instead of epochs.", min=1)
-    ] = None,
+    max_tokens: Annotated[int | None, _option(_RUN, "Length of the run in tokens, instead of epochs.", min=1)] = None,
     tokens_per_step: Annotated[int, _option(_RUN, "Tokens of a forward pass, of one process.")] = 4096,
     accumulate: Annotated[int, _option(_RUN, "Forward passes before the optimiser steps.", min=1)] = 1,
     learning_rate: Annotated[float, _option(_RUN, "Largest learning rate.")] = 6e-4,
-    optimizer: Annotated[Literal["adamw", "muon"], _option(_RUN, "Muon trains matrices alone.")] = "adamw",
     schedule: Annotated[
         Literal["warmup_stable_decay", "linear", "cosine"], _option(_RUN, "How the learning rate moves.")
     ] = "warmup_stable_decay",
     warmup: Annotated[float, _option(_RUN, "Share of the run.")] = 0.03,
-    precision: Annotated[Literal["bfloat16", "float32"], _option(_RUN, "Of matrix products and frozen weights.")] = "bfloat16",
+    precision: Annotated[
+        Literal["bfloat16", "float32"], _option(_RUN, "Of matrix products and frozen weights.")
+    ] = "bfloat16",
     gradient_checkpointing: Annotated[
         bool, _option(_RUN, "Less memory, a third more work.", "--gradient-checkpointing")
     ] = False,
     cache: Annotated[
         bool | None,
-        _option(_RUN, "Store what frozen layers compute; by default on a CPU that trains late layers.", "--cache/--no-cache"),
+        _option(
+            _RUN, "Store what frozen layers compute; by default on a CPU that trains late layers.", "--cache/--no-cache"
+        ),
     ] = None,
     cache_dir: Annotated[Path | None, _option(_RUN, "Of stored features; by default in the output.")] = None,
     eval_every: Annotated[int, _option(_RUN, "Tokens between evaluations; 0: none.", min=0)] = 500_000,
@@ -97,7 +100,8 @@ def finetune(
     threads: Annotated[int | None, _option(_RUN, "CPU threads.", min=1)] = None,
     seed: Annotated[int, _option(_RUN, "Of data order, phases and factors.")] = 0,
     save: Annotated[
-        Literal["checkpoint", "adapter", "both"], _option(_RUN, "A whole checkpoint, or the small difference to the base.")
+        Literal["checkpoint", "adapter", "both"],
+        _option(_RUN, "A whole checkpoint, or the small difference to the base."),
     ] = "checkpoint",
     json: JsonOption = False,
 ) -> None:
@@ -129,7 +133,6 @@ def finetune(
         max_tokens=max_tokens,
         tokens_per_step=tokens_per_step,
         accumulate=accumulate,
-        optimizer=optimizer,
         learning_rate=learning_rate,
         schedule=schedule,
         warmup=warmup,

@@ -7,7 +7,8 @@ A directory with ``adapter_config.json`` and ``adapter_model.safetensors``, of o
   for each trained vector ``<name>.delta`` float32.
 
 ``AdaptedCheckpoint`` is the base with the difference added: it reads, exports and verifies as any checkpoint. The
-configuration carries the published DMTD fields and a fingerprint of the base's weights, so that an adapter is never added to another model.
+configuration carries the published DMTD fields and a fingerprint of the base's weights, so that an adapter is never added
+to another model.
 """
 
 from __future__ import annotations

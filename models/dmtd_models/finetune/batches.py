@@ -1,7 +1,7 @@
 """From documents to the tensors of a training step: which rows are heads, which carry loss, what they should predict.
 
 Stands between the text (a data set with ``input_ids`` and ``prompt_len``) and ``student``. Every document is a sequence of
-its own: its positions and its phase begin anew, wherever it lies in the packed row. Gates come from ``oracle.gates``, phases follow from them.
+its own: its positions and its phase begin anew, wherever it lies in the packed row. Gates come from ``oracle.gates``.
 
 A batch of n packed rows, of which r carry loss:
 

@@ -34,7 +34,9 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], picture: Path) -> None:
     rate.plot([line["tokens"] for line in training], [line["learning_rate"] for line in training], color="tab:gray")
     rate.set(xlabel="tokens", ylabel="learning rate")
     speed = rate.twinx()
-    speed.plot([line["tokens"] for line in training], [line["tokens_per_s"] for line in training], color="tab:green", lw=0.7)
+    speed.plot(
+        [line["tokens"] for line in training], [line["tokens_per_s"] for line in training], color="tab:green", lw=0.7
+    )
     speed.set(ylabel="tokens/s (green)")
     figure.savefig(picture, dpi=110)
 

@@ -95,7 +95,7 @@ def run_job(job: Job, display: Display) -> dict[str, Any]:
             job.train,
             cache_dir=job.feature_dir,
             device=job.device,
-            hooks=_hooks(display, job),
+            hooks=_hooks(display),
         )
         if int(os.environ.get("RANK", "0")):
             return {}
@@ -171,7 +171,7 @@ def _answers(checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display
     return directory
 
 
-def _hooks(display: Display, job: Job) -> Hooks:
+def _hooks(display: Display) -> Hooks:
     def progress(values: Mapping[str, Any]) -> None:
         if "tokens" in values and "divergence" in values:
             display.counted("training", int(values["step"]), int(values["steps"]))
@@ -223,6 +223,8 @@ def _summary(job: Job, spec: DmtdSpec, text: RunText, result: RunResult, error: 
         "tokens_per_s": rates[len(rates) // 2] if rates else None,
         "matmul_peak_flops": result.peak_flops,
         "matmul_share": sorted(line["matmul_share"] for line in training)[len(training) // 2] if training else None,
-        "evaluation": {key: value for key, value in evaluations[-1].items() if key.startswith("eval_")} if evaluations else None,
+        "evaluation": {key: value for key, value in evaluations[-1].items() if key.startswith("eval_")}
+        if evaluations
+        else None,
         "adapter_relative_error": error,
     }

@@ -11,7 +11,6 @@ from dmtd_models.finetune.batches import BatchOptions
 from dmtd_models.finetune.student import LossOptions, Trained
 
 Schedule = Literal["linear", "cosine", "warmup_stable_decay"]
-Optimizer = Literal["adamw", "muon"]
 Precision = Literal["bfloat16", "float32"]
 LoraLayers = Literal["late", "all"]
 
@@ -28,7 +27,6 @@ class TrainOptions:
     max_tokens: int | None = None  # ends the run earlier (or, with more epochs, later); the schedule ends there too
     tokens_per_step: int = 4096  # of one process; documents are packed into rows of so many tokens
     accumulate: int = 1  # rows of one process before the optimiser steps
-    optimizer: Optimizer = "adamw"
     learning_rate: float = 6e-4
     schedule: Schedule = "warmup_stable_decay"
     warmup: float = 0.03  # share of all steps

@@ -98,21 +98,6 @@ class DmtdTrainer(Trainer):
         self._on_progress = on_progress
         self._log_file = Path(arguments.output_dir) / LOG
 
-    def create_optimizer(self, model: Any = None) -> Any:
-        """AdamW by the trainer itself; Muon here: it trains matrices alone, vectors stay as they are."""
-        if self._options.optimizer == "muon" and self.optimizer is None:
-            student = self.accelerator.unwrap_model(self.model)
-            for value in student.parameters():
-                value.requires_grad_(value.requires_grad and value.ndim == 2)
-            self.optimizer = torch.optim.Muon(
-                [value for value in student.parameters() if value.requires_grad],
-                lr=self._options.learning_rate,
-                weight_decay=self._options.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-            return self.optimizer
-        return super().create_optimizer()
-
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Any:
