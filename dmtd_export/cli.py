@@ -2,7 +2,7 @@
 
 A verb's module is imported when the verb runs or its own help is asked for, so that ``dmtd --help`` is quick and a machine
 with the runtime's dependencies alone has the verbs that need no more. The verbs stand in ``dmtd_runtime.cli`` (generate, chat,
-bench, inspect, doctor) and beside this module (export, verify). Exit codes: see ``dmtd_runtime.cli.common``.
+bench, inspect, doctor) and beside this module (export, verify, evaluate). Exit codes: see ``dmtd_runtime.cli.common``.
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ VERBS: dict[str, Verb] = {
         module="dmtd_export.cli_verify",
         function="verify",
         help="Check a bundle: files, graphs against each other, whole cycles against the reference.",
+    ),
+    "evaluate": Verb(
+        module="dmtd_export.cli_evaluate",
+        function="evaluate",
+        help="Measure what a DMTD model keeps of its plain base: perplexity, agreement, tasks.",
     ),
     "inspect": Verb(
         module="dmtd_runtime.cli.inspect",

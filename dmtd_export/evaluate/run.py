@@ -1,0 +1,257 @@
+"""One evaluation from beginning to end: model and base opened, texts and tasks read, everything measured, one report.
+
+EvaluateOptions --> evaluate() --> EvaluationReport (report.py renders it, plots.py draws it)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+from dmtd_export.evaluate import generation, multiple_choice
+from dmtd_export.evaluate.conventions import ConventionResult, measure_conventions
+from dmtd_export.evaluate.errors import EvaluateError
+from dmtd_export.evaluate.generation import GenerationResult, GenerationRun
+from dmtd_export.evaluate.multiple_choice import ChoiceResult
+from dmtd_export.evaluate.report import EvaluationReport, scores_of
+from dmtd_export.evaluate.run_lengths import PREFIX_LENS, RunLengths, draw_prefixes, measure_run_lengths
+from dmtd_export.evaluate.statistics import Bootstrap, retention
+from dmtd_export.evaluate.subject import OpenOptions, Subject, open_subject
+from dmtd_export.evaluate.tasks import Items, read_task
+from dmtd_export.evaluate.text_metrics import TextResult, measure_text
+from dmtd_export.evaluate.texts import MIN_SCORED, TextWindow, WindowPlan, collect_windows
+from dmtd_models.text.items import GenerationItem, MultipleChoiceItem
+from dmtd_runtime.bundle import cache_directory
+
+OnProgress = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateOptions:
+    """What to measure and how. The command line takes its defaults from here."""
+
+    texts: tuple[str, ...] = ()  # corpora or files
+    tasks: tuple[str, ...] = ()  # task names or files
+    max_tokens: int = 20_000  # of text, all texts together
+    window_len: int = 512
+    context_len: int = 32  # tokens of a window that are fed and not scored
+    limit: int = 100  # items of a task
+    prefixes: int = 64  # run lengths: how many
+    max_run: int = 32  # run lengths: how far
+    resamples: int = 1000
+    seed: int = 0
+    compare_conventions: bool = False
+    open: OpenOptions = field(default_factory=OpenOptions)
+    base_open: OpenOptions = field(default_factory=OpenOptions)
+
+    def __post_init__(self) -> None:
+        lowest = {"max_tokens": 1, "limit": 1, "prefixes": 0, "max_run": 1, "resamples": 100, "context_len": 1}
+        for name, least in lowest.items():
+            if (value := getattr(self, name)) < least:
+                raise EvaluateError(f"--{name.replace('_', '-')}: got {value}, expected {least} or more")
+        if self.window_len < self.context_len + 2 * MIN_SCORED:
+            raise EvaluateError(
+                f"--window-len: got {self.window_len}, expected {self.context_len + 2 * MIN_SCORED} or more: the context "
+                f"of {self.context_len} tokens is not scored"
+            )
+
+
+def evaluate(
+    model: Path,
+    base: Path | None,
+    options: EvaluateOptions,
+    on_progress: OnProgress = lambda stage, done, total: None,
+) -> EvaluationReport:
+    """Measure ``model`` against the plain ``base`` (None: the model itself in plain mode).
+
+    Raises:
+        DmtdError, ModelError: something cannot be opened, read or compared; one line says what.
+    """
+    if not options.texts and not options.tasks:
+        raise EvaluateError("nothing to evaluate on: give --text NAME|FILE or --task NAME|FILE")
+    tasks = [read_task(name, cache_directory() / "text", options.limit, options.seed) for name in options.tasks]
+    with contextlib.ExitStack() as opened:
+        on_progress("open", 0, 0)
+        subject = opened.enter_context(open_subject(model, options.open))
+        against = subject
+        if base is not None:
+            against = opened.enter_context(open_subject(base, options.base_open, plain_only=True))
+        run = _Run(subject=subject, base=against, options=options, on_progress=on_progress)
+        windows = run.windows()
+        run.check_base(windows, tasks)
+        conventions = run.conventions(windows)
+        text, runs = run.text(windows), run.run_lengths(windows)
+        measured = [run.task(items) for items in tasks]
+    bootstrap = run.bootstrap
+    return EvaluationReport(
+        model=model,
+        model_kind=subject.kind,
+        base=base,
+        base_kind=against.kind,
+        cycle=subject.cycle,
+        convention_recorded=subject.convention_recorded,
+        text=text,
+        runs=runs,
+        tasks=tuple(measured),
+        retention=retention([scores_of(result) for result in measured], bootstrap) if measured else None,
+        conventions=conventions,
+        bootstrap=bootstrap,
+        context_len=options.context_len,
+        notes=tuple(_notes(subject, base)),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """What the parts of one evaluation share."""
+
+    subject: Subject
+    base: Subject
+    options: EvaluateOptions
+    on_progress: OnProgress
+
+    @property
+    def bootstrap(self) -> Bootstrap:
+        return Bootstrap(resamples=self.options.resamples, seed=self.options.seed)
+
+    def windows(self) -> tuple[TextWindow, ...]:
+        """Held-out text as both models can take it."""
+        options = self.options
+        if not options.texts:
+            return ()
+        longest = min(options.window_len, self.subject.scorer.max_len, self.base.scorer.max_len)
+        if longest < options.context_len + 2 * MIN_SCORED:
+            raise EvaluateError(
+                f"the model takes {longest} tokens, the context of {options.context_len} leaves nothing to score; lower "
+                "--context-len"
+            )
+        self.on_progress("read text", 0, 0)
+        plan = WindowPlan(
+            window_len=longest,
+            context_len=options.context_len,
+            max_windows=max(1, options.max_tokens // longest),
+            seed=options.seed,
+        )
+        return collect_windows(options.texts, self.subject.encode, plan, cache_directory() / "text")
+
+    def check_base(self, windows: Sequence[TextWindow], tasks: Sequence[Items]) -> None:
+        """The base must read the same tokens: its numbers mean nothing otherwise.
+
+        Raises:
+            EvaluateError: another vocabulary.
+        """
+        subject, base = self.subject, self.base
+        if subject is base:
+            return
+        if subject.scorer.vocab_size != base.scorer.vocab_size:
+            raise EvaluateError(
+                f"--base {base.path}: has a vocabulary of {base.scorer.vocab_size}, {subject.path} one of "
+                f"{subject.scorer.vocab_size}; give the model that it was trained from"
+            )
+        if base.tokenizer is None:
+            return
+        samples = [_PROBE, *(item.prompt for items in tasks for item in items if isinstance(item, MultipleChoiceItem))]
+        for sample in samples[:20]:
+            if subject.encode(sample) != base.encode(sample):
+                raise EvaluateError(
+                    f"--base {base.path}: its tokenizer reads {sample[:40]!r} otherwise than that of {subject.path}; give "
+                    "the model that it was trained from"
+                )
+
+    def conventions(self, windows: Sequence[TextWindow]) -> ConventionResult | None:
+        """Every legal convention on the same rows, if asked for."""
+        if not self.options.compare_conventions:
+            return None
+        if not windows:
+            raise EvaluateError("--compare-conventions measures perplexity: give --text")
+        return measure_conventions(
+            self.subject,
+            windows,
+            context_len=self.options.context_len,
+            bootstrap=self.bootstrap,
+            on_done=self._counter("conventions", 3 * len(windows)),
+        )
+
+    def text(self, windows: Sequence[TextWindow]) -> TextResult | None:
+        if not windows:
+            return None
+        return measure_text(
+            self.subject.scorer,
+            self.base.scorer,
+            windows,
+            context_len=self.options.context_len,
+            bootstrap=self.bootstrap,
+            on_done=self._counter("perplexity", len(windows)),
+        )
+
+    def run_lengths(self, windows: Sequence[TextWindow]) -> RunLengths | None:
+        if not windows or not self.options.prefixes:
+            return None
+        room = min(self.subject.scorer.max_len, self.base.scorer.max_len) - PREFIX_LENS[1]
+        return measure_run_lengths(
+            self.subject.scorer,
+            self.base.scorer,
+            draw_prefixes(windows, self.options.prefixes, self.options.seed),
+            most=max(1, min(self.options.max_run, room)),
+            bootstrap=self.bootstrap,
+            on_done=self._counter("run lengths", self.options.prefixes),
+        )
+
+    def task(self, items: Items) -> ChoiceResult | GenerationResult:
+        """One task with model and base."""
+        name = items[0].task
+        if isinstance(items[0], MultipleChoiceItem):
+            choices = cast("Sequence[MultipleChoiceItem]", items)
+            return multiple_choice.measure_choices(
+                self.subject.scorer,
+                self.base.scorer,
+                choices,
+                self.subject.encode,
+                on_done=self._counter(name, len(choices)),
+            )
+        questions = cast("Sequence[GenerationItem]", items)
+        counter = self._counter(name, 2 * len(questions))
+        answers = []
+        for subject, plain in ((self.subject, False), (self.base, True)):
+            opening = self.options.open if subject is self.subject else self.options.base_open
+            bundle = subject.generation_bundle()
+            run = GenerationRun(bundle=bundle, plain=plain, device=opening.device, threads=opening.threads)
+            answers.append(generation.write_answers(run, questions, counter))
+        return generation.compare_answers(questions, *answers)
+
+    def _counter(self, stage: str, total: int) -> Callable[[int], None]:
+        done = 0
+        self.on_progress(stage, 0, total)
+
+        def count(more: int) -> None:
+            nonlocal done
+            done += more
+            self.on_progress(stage, done, total)
+
+        return count
+
+
+_PROBE = "The 3 quick brown foxes (aged 12) didn't jump:\n\tnaïve = café + 北京 # 😀\n"
+
+
+def _notes(subject: Subject, base: Path | None) -> list[str]:
+    notes = []
+    cycle = subject.cycle
+    if base is None and cycle.dmtd_trained:
+        notes.append(
+            "the baseline is the model itself in plain mode: with weights trained for DMTD that is no quality baseline; "
+            "give --base with the model that it was trained from"
+        )
+    elif base is None:
+        notes.append("the baseline is the model itself in plain mode; its weights record no DMTD training")
+    if not subject.convention_recorded:
+        notes.append(
+            f"the checkpoint records no convention: {cycle.cycle_origin} + {cycle.prompt_input} is assumed; "
+            "--compare-conventions measures the others"
+        )
+    if subject.kind == "checkpoint":
+        notes.append("generation tasks of a checkpoint run through a temporary float32 bundle")
+    return notes

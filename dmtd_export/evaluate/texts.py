@@ -1,0 +1,142 @@
+"""Held-out text as windows of token ids, and where text comes from: a registered corpus by name, or a file.
+
+--text NAME | FILE --> TextItem --> TextWindow --> perplexity, run lengths
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dmtd_export.evaluate.errors import EvaluateError
+from dmtd_models.text.items import TextItem
+
+MIN_SCORED = 8  # rows behind the context that a window must have
+CANDIDATES = 8  # windows made for each one that is taken
+CORPORA_MODULE = "dmtd_models.text.corpora"  # loaded by name: it reaches for packages only when a corpus is asked for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextWindow:
+    """A run of a document's tokens, behind the tokens that the tokenizer puts before every text."""
+
+    source: str
+    text_id: str
+    token_ids: tuple[int, ...]
+
+
+def corpus_names() -> tuple[str, ...]:
+    """Registered corpora."""
+    try:
+        return tuple(importlib.import_module(CORPORA_MODULE).corpus_names())
+    except ModuleNotFoundError:
+        return ()
+
+
+def read_texts(name: str, cache_dir: Path) -> Iterator[TextItem]:
+    """Held-out documents of a registered corpus, or those of a file (.jsonl: an object with ``text`` a line; else one text).
+
+    Raises:
+        EvaluateError: neither a corpus nor a readable file.
+    """
+    path = Path(name)
+    if path.is_file():
+        yield from _read_file(path)
+    elif name in corpus_names():
+        yield from importlib.import_module(CORPORA_MODULE).load_text(name, split="held_out", cache_dir=cache_dir)
+    else:
+        known = ", ".join(corpus_names()) or "none"
+        raise EvaluateError(f"--text: got {name}, expected a file or a registered corpus ({known})")
+
+
+def _read_file(path: Path) -> Iterator[TextItem]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluateError(f"{path}: cannot be read as UTF-8 text ({error}); give a text or .jsonl file") from None
+    if path.suffix != ".jsonl":
+        yield TextItem(source=path.name, text_id=path.name, text=text)
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise EvaluateError(f"{path}:{number}: not JSON ({error}); expected an object with text") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
+            raise EvaluateError(f"{path}:{number}: expected an object whose text is a string")
+        yield TextItem(source=path.name, text_id=str(entry.get("id", number)), text=entry["text"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowPlan:
+    """How text is cut. A window's first ``context_len`` tokens are fed and not scored: the prompt where cycles count from it."""
+
+    window_len: int
+    context_len: int
+    max_windows: int
+    seed: int
+
+
+def cut_windows(
+    texts: Iterable[TextItem], encode: Callable[[str], list[int]], plan: WindowPlan
+) -> tuple[TextWindow, ...]:
+    """Windows of at most ``window_len`` tokens, a seeded choice of ``max_windows`` of them in their order.
+
+    ``encode`` adds the tokens that the tokenizer puts before a text; every window gets them.
+    """
+    prefix = encode("")
+    room = plan.window_len - len(prefix)
+    assert room > plan.context_len + MIN_SCORED, f"window of {plan.window_len} leaves nothing to score"
+    candidates = list(itertools.islice(_windows(texts, encode, prefix, room, plan), CANDIDATES * plan.max_windows))
+    if len(candidates) <= plan.max_windows:
+        return tuple(candidates)
+    taken = np.random.default_rng(plan.seed).choice(len(candidates), plan.max_windows, replace=False)
+    return tuple(candidates[i] for i in sorted(taken.tolist()))
+
+
+def _windows(
+    texts: Iterable[TextItem],
+    encode: Callable[[str], list[int]],
+    prefix: Sequence[int],
+    room: int,
+    plan: WindowPlan,
+) -> Iterator[TextWindow]:
+    for item in texts:
+        ids = encode(item.text)[len(prefix) :]
+        for start in range(0, len(ids), room):
+            piece = ids[start : start + room]
+            if len(piece) >= plan.context_len + MIN_SCORED:
+                yield TextWindow(source=item.source, text_id=item.text_id, token_ids=(*prefix, *piece))
+
+
+def collect_windows(
+    names: Sequence[str], encode: Callable[[str], list[int]], plan: WindowPlan, cache_dir: Path
+) -> tuple[TextWindow, ...]:
+    """Windows of several texts, the budget shared evenly.
+
+    Raises:
+        EvaluateError: a text of which nothing is long enough, or that is not there.
+    """
+    found: list[TextWindow] = []
+    for name in names:
+        share = WindowPlan(
+            window_len=plan.window_len,
+            context_len=plan.context_len,
+            max_windows=max(1, plan.max_windows // len(names)),
+            seed=plan.seed,
+        )
+        windows = cut_windows(read_texts(name, cache_dir), encode, share)
+        if not windows:
+            raise EvaluateError(
+                f"--text {name}: no document has {plan.context_len + MIN_SCORED} tokens; give a longer text"
+            )
+        found += windows
+    return tuple(found)
