@@ -105,7 +105,7 @@ def export(
         if options.verify:
             from dmtd_export.verify import VerifyOptions, verify_hook
 
-            hook = verify_hook(VerifyOptions(), on_stage=display.counted)
+            hook = verify_hook(VerifyOptions(), on_stage=display.verified)
         manifest = export_bundle(
             source,
             output,

@@ -51,7 +51,7 @@ def verify(
     with logs_to_stderr(), contextlib.ExitStack() as opened:
         source = opened.enter_context(open_checkpoint(checkpoint, adapter)) if checkpoint is not None else None
         display = opened.enter_context(StageDisplay())
-        report = verify_bundle(directory, checkpoint=source, level=level, on_stage=display.counted)
+        report = verify_bundle(directory, checkpoint=source, level=level, on_stage=display.verified)
     if json:
         typer.echo(json_text.dumps({"schema": 1, **report.to_json()}))
     else:

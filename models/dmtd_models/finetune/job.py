@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from accelerate import PartialState
 
 from dmtd_models.checkpoint import Checkpoint, open_checkpoint
 from dmtd_models.config import CycleOrigin, DmtdSpec, PromptInput, resolve_dmtd
@@ -83,7 +84,9 @@ def run_job(job: Job, display: Display) -> dict[str, Any]:
     with open_checkpoint(job.base) as checkpoint:
         spec = _spec(checkpoint, job)
         tokenizer = TextTokenizer.of_checkpoint(checkpoint)
-        text = _text(checkpoint, tokenizer, job, display)
+        # One process writes and tokenises, the others find it done.
+        with PartialState(cpu=job.device == "cpu" or not torch.cuda.is_available()).main_process_first():
+            text = _text(checkpoint, tokenizer, job, display)
         for note in text.notes:
             display.line(note)
         result = finetune(

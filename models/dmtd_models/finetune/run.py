@@ -63,9 +63,8 @@ class DocumentTable:
     """Documents of a data set with ``input_ids`` and ``prompt_len``, each with its place among all tokens."""
 
     def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
-        self.lengths = [len(ids) for ids in dataset["input_ids"]]
-        self.prompt_lens = [int(length) for length in dataset["prompt_len"]]
+        self._dataset = dataset.with_format("numpy")
+        self.lengths, self.prompt_lens = _lengths(dataset)
         self._first_rows = np.concatenate(([0], np.cumsum(self.lengths))).tolist()
 
     def __len__(self) -> int:
@@ -79,6 +78,18 @@ class DocumentTable:
     def tokens(self) -> int:
         """Of all documents."""
         return int(self._first_rows[-1])
+
+
+def _lengths(dataset: Any) -> tuple[list[int], list[int]]:
+    """Tokens, and tokens of the prompt, of each document; token ids stay in the file."""
+    import pyarrow.compute
+
+    lengths: list[int] = []
+    prompt_lens: list[int] = []
+    for table in dataset.with_format("arrow").iter(batch_size=10_000):
+        lengths += pyarrow.compute.list_value_length(table["input_ids"]).to_pylist()
+        prompt_lens += table["prompt_len"].to_pylist()
+    return lengths, prompt_lens
 
 
 def finetune(

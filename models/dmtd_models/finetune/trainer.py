@@ -131,10 +131,10 @@ class DmtdTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, Any]:
-        """Means over the held-out batches, by phase; each process takes its share of them."""
+        """Means over the held-out batches, by phase. They are few: each process computes them all, and none waits."""
         self.model.eval()
         means, phases = PhaseMeans(), self.data_collator.spec.cycle_length
-        for batch in self._held_out[self.args.process_index :: self.args.world_size]:
+        for batch in self._held_out:
             with self.compute_loss_context_manager():
                 result, phase = _forward(self.model, self._prepare_inputs(dict(batch)), report_agreement=True)
             means.add("divergence", result.divergence, phase, phases)
@@ -142,7 +142,7 @@ class DmtdTrainer(Trainer):
             if result.agrees is not None:
                 means.add("agreement", result.agrees, phase, phases)
         self.model.train()
-        values = {f"{metric_key_prefix}_{key}": value for key, value in means.read(self.accelerator.reduce).items()}
+        values = {f"{metric_key_prefix}_{key}": value for key, value in means.read(lambda sums: sums).items()}
         values[f"{metric_key_prefix}_tokens"] = self.args.world_size * self._tokens
         self.log(values)
         self._window = (time.monotonic(), self._tokens)
@@ -229,7 +229,7 @@ class Guard(TrainerCallback):
 
 def training_arguments(options: TrainOptions, output: Path, *, use_cpu: bool) -> TrainingArguments:
     """Our options in the words of transformers."""
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=options.accumulate,
@@ -259,6 +259,9 @@ def training_arguments(options: TrainOptions, output: Path, *, use_cpu: bool) ->
         disable_tqdm=True,
         report_to=[],
     )
+    # One process, one GPU: the trainer would split a batch over all it sees, and documents cannot be split so.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def set_length(arguments: TrainingArguments, options: TrainOptions, steps: int) -> None:
