@@ -11,6 +11,7 @@ The output directory:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -52,6 +53,7 @@ class Job:
     cycle_length: int | None = None
     cycle_origin: CycleOrigin = "prompt"
     prompt_input: PromptInput | None = None
+    initial: Path | None = None  # an adapter of an earlier run to go on from
     data: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
     answer_tokens: int = 0
@@ -81,7 +83,8 @@ def run_job(job: Job, display: Display) -> dict[str, Any]:
     Raises:
         ModelError: anything wrong with base, options, text, memory or the course of training, in one line.
     """
-    with open_checkpoint(job.base) as checkpoint:
+    with contextlib.ExitStack() as opened:
+        checkpoint = opened.enter_context(open_checkpoint(job.base))
         spec = _spec(checkpoint, job)
         tokenizer = TextTokenizer.of_checkpoint(checkpoint)
         # One process writes and tokenises, the others find it done.
@@ -89,6 +92,9 @@ def run_job(job: Job, display: Display) -> dict[str, Any]:
             text = _text(checkpoint, tokenizer, job, display)
         for note in text.notes:
             display.line(note)
+        initial = None
+        if job.initial is not None:
+            initial = opened.enter_context(open_checkpoint(job.base, job.initial))
         result = finetune(
             checkpoint,
             spec,
@@ -96,6 +102,7 @@ def run_job(job: Job, display: Display) -> dict[str, Any]:
             text.held_out,
             job.output / TRAINING,
             job.train,
+            initial=initial,
             cache_dir=job.feature_dir,
             device=job.device,
             hooks=_hooks(display),
@@ -113,6 +120,8 @@ def run_job(job: Job, display: Display) -> dict[str, Any]:
 def _spec(checkpoint: Checkpoint, job: Job) -> DmtdSpec:
     if checkpoint.dmtd is not None:
         raise ConfigError(f"{job.base}: is a DMTD checkpoint already; fine-tuning starts from the plain model")
+    if job.initial is not None and job.train.trained == "lora":
+        raise ConfigError("--initial: an adapter's factors are made anew in a lora run; use --train late or full")
     prompt_input = job.prompt_input or ("cyclical" if job.cycle_origin == "absolute" else "thinking")
     return resolve_dmtd(
         checkpoint.config,
@@ -214,6 +223,7 @@ def _summary(job: Job, spec: DmtdSpec, text: RunText, result: RunResult, error: 
     return {
         "schema": 1,
         "base": str(job.base),
+        "initial": str(job.initial) if job.initial else None,
         "output": str(job.output),
         "saved": job.save,
         "split": asdict(spec),

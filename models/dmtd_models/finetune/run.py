@@ -100,6 +100,7 @@ def finetune(
     output: Path,
     options: TrainOptions,
     *,
+    initial: Checkpoint | None = None,
     cache_dir: Path | None = None,
     device: str | None = None,
     hooks: Hooks = Hooks(),
@@ -113,6 +114,7 @@ def finetune(
         held_out: the same, for evaluation during training; may be empty.
         output: directory of log and states.
         options: how to train.
+        initial: where the trained weights start; the plain model's own by default. It stays the teacher.
         cache_dir: of stored features, ``output/features`` by default.
         device: cpu or cuda; by default cuda where there is one.
         hooks: told of stages and progress.
@@ -131,7 +133,7 @@ def finetune(
     base = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, _DTYPES[options.precision]).requires_grad_(
         False
     )
-    student = _student(checkpoint, base, options)
+    student = _student(initial or checkpoint, base, options)
     rows = pack(documents.lengths, options.tokens_per_step, options.seed)
     output.mkdir(parents=True, exist_ok=True)
     # The arguments also start the processes of accelerate: nothing is shared between them before.
@@ -182,8 +184,8 @@ def finetune(
     )
 
 
-def _student(checkpoint: Checkpoint, base: DmtdModel, options: TrainOptions) -> Student:
-    model: nn.Module = trainable_model(base, checkpoint.read, options.trained, train_embedding=options.train_embedding)
+def _student(initial: Checkpoint, base: DmtdModel, options: TrainOptions) -> Student:
+    model: nn.Module = trainable_model(base, initial.read, options.trained, train_embedding=options.train_embedding)
     if options.trained == "lora":
         import peft
 
