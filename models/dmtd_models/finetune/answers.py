@@ -436,7 +436,7 @@ class _Writer:
         return self.output / f"answers-{self.options.seed}-{number:05}.jsonl"
 
     def _state_file(self) -> Path:
-        return self.output / f"answers-{self.options.seed}.json"
+        return self.output / f".answers-{self.options.seed}.json"
 
     def _report(self) -> ShardProgress:
         state = self.state
