@@ -11,6 +11,7 @@ from typing import Any
 
 from dmtd_export.evaluate.conventions import ConventionResult
 from dmtd_export.evaluate.generation import GenerationResult
+from dmtd_export.evaluate.lm_eval_run import HarnessResult
 from dmtd_export.evaluate.multiple_choice import ChoiceResult
 from dmtd_export.evaluate.run_lengths import RunLengths
 from dmtd_export.evaluate.statistics import Bootstrap, Estimate, PairedScores, Retention, retained
@@ -18,6 +19,8 @@ from dmtd_export.evaluate.text_metrics import PhaseResult, TextResult
 from dmtd_runtime.manifest import CycleInfo
 
 SCHEMA_VERSION = 1
+
+TaskResult = ChoiceResult | GenerationResult | HarnessResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +35,7 @@ class EvaluationReport:
     convention_recorded: bool
     text: TextResult | None
     runs: RunLengths | None
-    tasks: tuple[ChoiceResult | GenerationResult, ...]
+    tasks: tuple[TaskResult, ...]
     retention: Retention | None
     conventions: ConventionResult | None
     bootstrap: Bootstrap
@@ -100,10 +103,10 @@ class EvaluationReport:
             },
         }
 
-    def _task(self, task: ChoiceResult | GenerationResult) -> dict[str, Any]:
+    def _task(self, task: TaskResult) -> dict[str, Any]:
         scores = scores_of(task)
         made: dict[str, Any] = {
-            "kind": "multiple_choice" if isinstance(task, ChoiceResult) else "generation",
+            "kind": _KINDS[type(task)],
             "items": task.items,
             "chance": float(scores.chance.mean()),
             "plain_above_chance": scores.above_chance,
@@ -118,10 +121,15 @@ class EvaluationReport:
                 "skipped": task.skipped,
                 "phase_share": dict(task.phase_share),
             }
-        return {**made, "metric": "checked", "same_text": task.same_text}
+        if isinstance(task, GenerationResult):
+            return {**made, "metric": "checked", "same_text": task.same_text}
+        return {**made, "metric": task.metric}
 
 
-def scores_of(result: ChoiceResult | GenerationResult) -> PairedScores:
+_KINDS = {ChoiceResult: "multiple_choice", GenerationResult: "generation", HarnessResult: "lm_eval"}
+
+
+def scores_of(result: TaskResult) -> PairedScores:
     """The scores of a task that count: acc_norm of multiple choice, the check of generated answers."""
     return result.acc_norm if isinstance(result, ChoiceResult) else result.scores
 

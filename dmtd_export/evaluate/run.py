@@ -15,8 +15,9 @@ from dmtd_export.evaluate import generation, multiple_choice
 from dmtd_export.evaluate.conventions import ConventionResult, measure_conventions
 from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.generation import GenerationResult, GenerationRun
+from dmtd_export.evaluate.lm_eval_run import HarnessOptions, HarnessResult, run_harness
 from dmtd_export.evaluate.multiple_choice import ChoiceResult
-from dmtd_export.evaluate.report import EvaluationReport, scores_of
+from dmtd_export.evaluate.report import EvaluationReport, TaskResult, scores_of
 from dmtd_export.evaluate.run_lengths import PREFIX_LENS, RunLengths, draw_prefixes, measure_run_lengths
 from dmtd_export.evaluate.statistics import Bootstrap, retention
 from dmtd_export.evaluate.subject import OpenOptions, Subject, open_subject
@@ -44,6 +45,7 @@ class EvaluateOptions:
     resamples: int = 1000
     seed: int = 0
     compare_conventions: bool = False
+    harness: HarnessOptions = field(default_factory=HarnessOptions)
     open: OpenOptions = field(default_factory=OpenOptions)
     base_open: OpenOptions = field(default_factory=OpenOptions)
 
@@ -70,8 +72,13 @@ def evaluate(
     Raises:
         DmtdError, ModelError: something cannot be opened, read or compared; one line says what.
     """
-    if not options.texts and not options.tasks:
-        raise EvaluateError("nothing to evaluate on: give --text NAME|FILE or --task NAME|FILE")
+    if not (options.texts or options.tasks or options.harness.tasks):
+        raise EvaluateError("nothing to evaluate on: give --text NAME|FILE, --task NAME|FILE or --lm-eval TASKS")
+    for kind, names in (("text", options.texts), ("task", options.tasks)):
+        stems = [Path(name).stem for name in names]
+        for name, stem in zip(names, stems, strict=True):
+            if stems.count(stem) > 1:
+                raise EvaluateError(f"--{kind} {name}: given twice, or two files of one name; results go by name")
     tasks = [read_task(name, cache_directory() / "text", options.limit, options.seed) for name in options.tasks]
     with contextlib.ExitStack() as opened:
         on_progress("open", 0, 0)
@@ -84,7 +91,9 @@ def evaluate(
         run.check_base(windows, tasks)
         conventions = run.conventions(windows)
         text, runs = run.text(windows), run.run_lengths(windows)
-        measured = [run.task(items) for items in tasks]
+        measured: list[TaskResult] = [run.task(items) for items in tasks]
+        harness, unscored = run.harness()
+        measured += harness
     bootstrap = run.bootstrap
     return EvaluationReport(
         model=model,
@@ -100,7 +109,10 @@ def evaluate(
         conventions=conventions,
         bootstrap=bootstrap,
         context_len=options.context_len,
-        notes=tuple(_notes(subject, base)),
+        notes=(
+            *_notes(subject, base),
+            *(f"{name} of lm-eval scores no single items; run the harness itself for it" for name in unscored),
+        ),
     )
 
 
@@ -221,6 +233,20 @@ class _Run:
             run = GenerationRun(bundle=bundle, plain=plain, device=opening.device, threads=opening.threads)
             answers.append(generation.write_answers(run, questions, counter))
         return generation.compare_answers(questions, *answers)
+
+    def harness(self) -> tuple[list[HarnessResult], list[str]]:
+        """Tasks of lm-eval, if asked for."""
+        options = self.options
+        if not options.harness.tasks:
+            return [], []
+        return run_harness(
+            (self.subject, options.open),
+            (self.base, options.base_open if self.base is not self.subject else options.open),
+            options.harness,
+            limit=options.limit,
+            seed=options.seed,
+            on_done=self._counter("lm-eval", 2),
+        )
 
     def _counter(self, stage: str, total: int) -> Callable[[int], None]:
         done = 0

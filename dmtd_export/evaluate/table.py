@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dmtd_export.evaluate.generation import GenerationResult
 from dmtd_export.evaluate.multiple_choice import ChoiceResult
 from dmtd_export.evaluate.report import EvaluationReport, scores_of, task_estimates
 from dmtd_export.evaluate.statistics import Estimate
@@ -118,7 +119,7 @@ def _tasks(report: EvaluationReport) -> Group | None:
             lines.append(
                 Text(f"{task.acc.name}: {task.skipped} items skipped; scored tokens by phase: {shares}", "dim")
             )
-        else:
+        elif isinstance(task, GenerationResult):
             lines.append(
                 Text(f"{task.scores.name}: {percent(task.same_text)} of the answers are plain's word for word", "dim")
             )
