@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class EvaluationReport:
     cycle: CycleInfo
     convention_recorded: bool
     text: TextResult | None
-    runs: RunLengths | None
+    runs: Mapping[str, RunLengths]  # by kind of prefix
     tasks: tuple[TaskResult, ...]
     retention: Retention | None
     conventions: ConventionResult | None
@@ -58,12 +58,9 @@ class EvaluationReport:
             "split": {**dataclasses.asdict(self.cycle), "convention_recorded": self.convention_recorded},
             "perplexity": text and _perplexity(text),
             "agreement_by_phase": text and {name: r.agreement.value for name, r in _phases(text)},
-            "run_lengths": runs
-            and {
-                "mean": runs.mean.value,
-                "prefixes": runs.prefixes,
-                "counts": list(runs.counts),
-                "most": runs.most,
+            "run_lengths": {
+                kind: {"mean": r.mean.value, "prefixes": r.prefixes, "counts": list(r.counts), "most": r.most}
+                for kind, r in runs.items()
             },
             "retention": kept and _retention(kept),
             "tasks": {name: self._task(task) for name, task in tasks.items()},
@@ -91,7 +88,7 @@ class EvaluationReport:
             "perplexity": text and {name: r.perplexity.interval() for name, r in _phases(text)},
             "perplexity_ratio": text and {name: r.ratio.interval() for name, r in _phases(text)},
             "agreement_by_phase": text and {name: r.agreement.interval() for name, r in _phases(text)},
-            "run_lengths": self.runs and self.runs.mean.interval(),
+            "run_lengths": {kind: runs.mean.interval() for kind, runs in self.runs.items()},
             "retention": kept and kept.plain and kept.plain.interval(),
             "retention_chance_corrected": kept and kept.chance_corrected and kept.chance_corrected.interval(),
             "tasks": {

@@ -18,7 +18,7 @@ from dmtd_export.evaluate.generation import GenerationResult, GenerationRun
 from dmtd_export.evaluate.lm_eval_run import HarnessOptions, HarnessResult, run_harness
 from dmtd_export.evaluate.multiple_choice import ChoiceResult
 from dmtd_export.evaluate.report import EvaluationReport, TaskResult, scores_of
-from dmtd_export.evaluate.run_lengths import PREFIX_LENS, RunLengths, draw_prefixes, measure_run_lengths
+from dmtd_export.evaluate.run_lengths import CHAT, TEXT, RunLengths, draw_prefixes, measure_run_lengths
 from dmtd_export.evaluate.statistics import Bootstrap, retention
 from dmtd_export.evaluate.subject import OpenOptions, Subject, open_subject
 from dmtd_export.evaluate.tasks import Items, read_task
@@ -26,6 +26,7 @@ from dmtd_export.evaluate.text_metrics import TextResult, measure_text
 from dmtd_export.evaluate.texts import MIN_SCORED, TextWindow, WindowPlan, collect_windows
 from dmtd_models.text.items import GenerationItem, MultipleChoiceItem
 from dmtd_runtime.bundle import cache_directory
+from dmtd_runtime.chat_template import ChatTemplate
 
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -40,7 +41,7 @@ class EvaluateOptions:
     window_len: int = 512
     context_len: int = 32  # tokens of a window that are fed and not scored
     limit: int = 100  # items of a task
-    prefixes: int = 64  # run lengths: how many
+    prefixes: int = 64  # run lengths: how many of each kind
     max_run: int = 32  # run lengths: how far
     resamples: int = 1000
     seed: int = 0
@@ -90,7 +91,7 @@ def evaluate(
         windows = run.windows()
         run.check_base(windows, tasks)
         conventions = run.conventions(windows)
-        text, runs = run.text(windows), run.run_lengths(windows)
+        text, runs = run.text(windows), run.run_lengths(windows, tasks)
         measured: list[TaskResult] = [run.task(items) for items in tasks]
         harness, unscored = run.harness()
         measured += harness
@@ -199,18 +200,37 @@ class _Run:
             on_done=self._counter("perplexity", len(windows)),
         )
 
-    def run_lengths(self, windows: Sequence[TextWindow]) -> RunLengths | None:
-        if not windows or not self.options.prefixes:
-            return None
-        room = min(self.subject.scorer.max_len, self.base.scorer.max_len) - PREFIX_LENS[1]
-        return measure_run_lengths(
-            self.subject.scorer,
-            self.base.scorer,
-            draw_prefixes(windows, self.options.prefixes, self.options.seed),
-            most=max(1, min(self.options.max_run, room)),
-            bootstrap=self.bootstrap,
-            on_done=self._counter("run lengths", self.options.prefixes),
-        )
+    def run_lengths(self, windows: Sequence[TextWindow], tasks: Sequence[Items]) -> dict[str, RunLengths]:
+        """From beginnings of text, and from the questions of generation tasks."""
+        options = self.options
+        room = min(self.subject.scorer.max_len, self.base.scorer.max_len)
+        prefixes = {
+            TEXT: draw_prefixes(windows, options.prefixes, options.seed) if windows else [],
+            CHAT: self._questions(tasks, room // 2)[: options.prefixes],
+        }
+        return {
+            kind: measure_run_lengths(
+                self.subject.scorer,
+                self.base.scorer,
+                some,
+                most=max(1, min(options.max_run, room - max(map(len, some)))),
+                bootstrap=self.bootstrap,
+                on_done=self._counter(f"run lengths: {kind}", len(some)),
+            )
+            for kind, some in prefixes.items()
+            if some
+        }
+
+    def _questions(self, tasks: Sequence[Items], longest: int) -> list[tuple[int, ...]]:
+        """Token ids of the generation tasks' rendered questions; none without a template, which generation itself reports."""
+        items = [item for items in tasks for item in items if isinstance(item, GenerationItem)]
+        template = ChatTemplate.from_directory(self.subject.assets) if items else None
+        tokenizer = self.subject.tokenizer
+        if template is None or tokenizer is None:
+            return []
+        rendered = (template.render(list(item.messages), add_generation_prompt=True) for item in items)
+        ids = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in rendered]
+        return [one for one in ids if len(one) <= longest]
 
     def task(self, items: Items) -> ChoiceResult | GenerationResult:
         """One task with model and base."""

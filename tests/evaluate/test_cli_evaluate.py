@@ -82,7 +82,9 @@ def test_checkpoint_and_bundle_agree(
     assert set(by_torch["agreement_by_phase"]) == {"overall", "0", "1", "2"}
     assert by_torch["counts"]["documents"] == 12
     assert by_torch["bootstrap"]["unit"] == "document"
-    assert by_torch["run_lengths"]["prefixes"] == sum(by_torch["run_lengths"]["counts"]) == 6
+    for kind, prefixes in (("text", 6), ("chat", 4)):
+        runs = by_torch["run_lengths"][kind]
+        assert runs["prefixes"] == sum(runs["counts"]) == prefixes
 
 
 def test_perplexity_is_that_of_the_oracle(checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +111,7 @@ def test_perplexity_is_that_of_the_oracle(checkpoint: Path, data: Path, capsys: 
     same = likeliest["model"] == likeliest["plain"]
     assert report["agreement_by_phase"]["overall"] == pytest.approx(float(same.mean()))
     assert report["ci95"]["perplexity"]["overall"] is None  # one window has no spread
-    assert report["run_lengths"] is None
+    assert report["run_lengths"] == {}
 
 
 def test_generated_answers_are_the_runtime_s(
