@@ -1,6 +1,7 @@
-"""What evaluation and training read: a document, a multiple-choice question, a question with a programmatic check.
+"""What corpora and tasks are made of: multiple-choice items, generation items and documents. Data only, no torch.
 
-Made by the loaders of this package and by whoever brings items of their own; no model and no tokenizer here.
+``tasks.py`` makes the first two, ``corpora.py`` the third; evaluation and fine-tuning read them. Nothing here loads,
+renders or scores.
 """
 
 from __future__ import annotations
@@ -11,25 +12,33 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MultipleChoiceItem:
-    """A question whose answer is the likeliest of some continuations."""
+    """One question whose answer is the likeliest of several continuations."""
 
-    task: str  # e.g. "hellaswag"
+    task: str
+    """For example "hellaswag"."""
     item_id: str
-    prompt: str  # plain text before the continuation (not chat)
-    choices: tuple[str, ...]  # continuations, with their leading space
+    prompt: str
+    """Plain text before the continuation (not chat)."""
+    choices: tuple[str, ...]
+    """The continuations, with their leading space."""
     answer: int
+    """Index of the right choice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationItem:
-    """A question whose answer is written by the model and checked by a function."""
+    """One question whose answer the model writes and a program checks."""
 
-    task: str  # e.g. "facts", "reasoning_gym/chain_sum"
+    task: str
+    """For example "facts", "reasoning_gym/chain_sum"."""
     item_id: str
-    messages: tuple[dict[str, str], ...]  # chat messages; rendered with the model's template
+    messages: tuple[dict[str, str], ...]
+    """Chat messages; rendered with the model's template."""
     max_new_tokens: int
-    score: Callable[[str], float]  # 0..1, programmatic check of the answer text
-    chance: float  # score of a guess, 0 for open answers
+    score: Callable[[str], float]
+    """Answer text -> 0..1."""
+    chance: float
+    """Score of a guess, 0 for open answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
