@@ -59,7 +59,10 @@ def evaluate(
     lm_eval_chat: Annotated[bool, _what("--lm-eval-chat", text="Render its prompts with the chat template.")] = False,
     run_unsafe_code: Annotated[
         bool,
-        _what("--run-unsafe-code", text="Let tasks like MBPP run the code that the models write, on this machine."),
+        _what(
+            "--run-unsafe-code",
+            text="Let tasks like HumanEval and MBPP run the code that models write, on this machine.",
+        ),
     ] = False,
     encoding_layers: Annotated[int | None, _split("E: layers before the thinking layers.")] = None,
     thinking_layers: Annotated[int | None, _split("T: layers that run once a cycle; the rest by default.")] = None,
@@ -84,6 +87,9 @@ def evaluate(
     ] = "float32",
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
+    cache_dir: Annotated[
+        Path | None, _how("--cache-dir", text="Where downloaded texts and tasks are kept; by default the user's cache.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory for report.json and plots (PNG).")
     ] = None,
@@ -126,13 +132,14 @@ def evaluate(
         prefixes=prefixes,
         max_run=max_run,
         seed=seed,
+        cache_dir=cache_dir,
         compare_conventions=compare_conventions,
         harness=HarnessOptions(
             tasks=tuple(name.strip() for name in (lm_eval or "").split(",") if name.strip()),
             include=lm_eval_include,
             chat=lm_eval_chat,
-            run_unsafe_code=run_unsafe_code,
         ),
+        run_unsafe_code=run_unsafe_code,
         open=OpenOptions(split=split, device=device, dtype=dtype, threads=threads),
         base_open=OpenOptions(device=device, dtype=dtype, threads=threads),
     )

@@ -29,7 +29,6 @@ class HarnessOptions:
     tasks: tuple[str, ...] = ()
     include: Path | None = None
     chat: bool = False  # render prompts with the model's chat template
-    run_unsafe_code: bool = False  # MBPP and the like execute what the model writes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +51,7 @@ def run_harness(
     *,
     limit: int | None,
     seed: int,
+    run_unsafe_code: bool = False,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> tuple[list[HarnessResult], list[str]]:
     """Run the tasks with the model under its pattern and the base in plain mode.
@@ -65,7 +65,7 @@ def run_harness(
     sides = []
     manager = _task_manager(options)
     for (subject, opening), plain in ((model, False), (base, True)):
-        sides.append(_evaluate(subject, opening, plain, options, manager, limit, seed))
+        sides.append(_evaluate(subject, opening, plain, options, manager, limit, seed, run_unsafe_code))
         on_done(1)
     results, unscored = [], []
     for task, samples in sides[0]["samples"].items():
@@ -98,6 +98,7 @@ def _evaluate(
     manager: Any,
     limit: int | None,
     seed: int,
+    run_unsafe_code: bool,
 ) -> Mapping[str, Any]:
     from lm_eval.evaluator import simple_evaluate
 
@@ -115,7 +116,7 @@ def _evaluate(
                 bootstrap_iters=0,
                 log_samples=True,
                 apply_chat_template=options.chat,
-                confirm_run_unsafe_code=options.run_unsafe_code,
+                confirm_run_unsafe_code=run_unsafe_code,
                 random_seed=seed,
                 numpy_random_seed=seed,
                 torch_random_seed=seed,

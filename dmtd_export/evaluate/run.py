@@ -25,7 +25,7 @@ from dmtd_export.evaluate.tasks import Items, read_task
 from dmtd_export.evaluate.text_metrics import TextResult, measure_text
 from dmtd_export.evaluate.texts import MIN_SCORED, TextWindow, WindowPlan, collect_windows
 from dmtd_models.text.items import GenerationItem, MultipleChoiceItem
-from dmtd_runtime.bundle import cache_directory
+from dmtd_models.text.packages import default_cache_dir
 from dmtd_runtime.chat_template import ChatTemplate
 
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
@@ -45,7 +45,9 @@ class EvaluateOptions:
     max_run: int = 32  # run lengths: how far
     resamples: int = 1000
     seed: int = 0
+    cache_dir: Path | None = None  # where packages of texts and tasks are kept; None: the user's cache directory
     compare_conventions: bool = False
+    run_unsafe_code: bool = False  # tasks like HumanEval and MBPP execute what the models write
     harness: HarnessOptions = field(default_factory=HarnessOptions)
     open: OpenOptions = field(default_factory=OpenOptions)
     base_open: OpenOptions = field(default_factory=OpenOptions)
@@ -80,7 +82,11 @@ def evaluate(
         for name, stem in zip(names, stems, strict=True):
             if stems.count(stem) > 1:
                 raise EvaluateError(f"--{kind} {name}: given twice, or two files of one name; results go by name")
-    tasks = [read_task(name, cache_directory() / "text", options.limit, options.seed) for name in options.tasks]
+    cache = options.cache_dir or default_cache_dir()
+    tasks = [
+        read_task(name, cache, options.limit, options.seed, run_unsafe_code=options.run_unsafe_code)
+        for name in options.tasks
+    ]
     with contextlib.ExitStack() as opened:
         on_progress("open", 0, 0)
         subject = opened.enter_context(open_subject(model, options.open))
@@ -148,7 +154,7 @@ class _Run:
             max_windows=max(1, options.max_tokens // longest),
             seed=options.seed,
         )
-        return collect_windows(options.texts, self.subject.encode, plan, cache_directory() / "text")
+        return collect_windows(options.texts, self.subject.encode, plan, options.cache_dir or default_cache_dir())
 
     def check_base(self, windows: Sequence[TextWindow], tasks: Sequence[Items]) -> None:
         """The base must read the same tokens: its numbers mean nothing otherwise.
@@ -265,6 +271,7 @@ class _Run:
             options.harness,
             limit=options.limit,
             seed=options.seed,
+            run_unsafe_code=options.run_unsafe_code,
             on_done=self._counter("lm-eval", 2),
         )
 

@@ -180,7 +180,7 @@ def test_table_and_plots(checkpoint: Path, data: Path, tmp_path: Path, capsys: p
     [
         ([], "nothing to evaluate on"),
         (["--text", "no-such-text"], "expected a file or a registered corpus"),
-        (["--task", "no-such-task"], "expected a .jsonl file or a registered task"),
+        (["--task", "no-such-task"], "which is no file: task: got 'no-such-task', expected one of"),
         (["--text", "{data}/empty.txt"], "no document has"),
         (["--task", "{data}/empty.txt"], "no items"),
         (["--task", "{data}/mixed.jsonl"], "mixes multiple choice and generation"),
