@@ -43,6 +43,7 @@ class Subject:
     kind: Literal["checkpoint", "bundle"]
     scorer: Scorer
     tokenizer: Tokenizer | None
+    assets: Path  # the directory of tokenizer and chat template
     convention_recorded: bool
     generation_bundle: Callable[[], Path]
 
@@ -95,6 +96,7 @@ def _open_bundle(path: Path, options: OpenOptions, opened: contextlib.ExitStack)
         kind="bundle",
         scorer=scorer,
         tokenizer=Tokenizer.from_directory(path),
+        assets=path,
         convention_recorded=True,
         generation_bundle=lambda: path,
     )
@@ -146,6 +148,7 @@ def _open_checkpoint(path: Path, options: OpenOptions, plain_only: bool, opened:
         kind="checkpoint",
         scorer=scorer,
         tokenizer=Tokenizer.from_directory(assets),
+        assets=assets,
         convention_recorded=spec.convention_recorded,
         generation_bundle=generation_bundle,
     )

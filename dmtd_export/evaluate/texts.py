@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,11 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from dmtd_export.evaluate.errors import EvaluateError
+from dmtd_models.errors import ModelError
+from dmtd_models.text import corpora
 from dmtd_models.text.items import TextItem
 
 MIN_SCORED = 8  # rows behind the context that a window must have
 CANDIDATES = 8  # windows made for each one that is taken
-CORPORA_MODULE = "dmtd_models.text.corpora"  # loaded by name: it reaches for packages only when a corpus is asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,28 +31,23 @@ class TextWindow:
     token_ids: tuple[int, ...]
 
 
-def corpus_names() -> tuple[str, ...]:
-    """Registered corpora."""
-    try:
-        return tuple(importlib.import_module(CORPORA_MODULE).corpus_names())
-    except ModuleNotFoundError:
-        return ()
-
-
 def read_texts(name: str, cache_dir: Path) -> Iterator[TextItem]:
     """Held-out documents of a registered corpus, or those of a file (.jsonl: an object with ``text`` a line; else one text).
 
     Raises:
-        EvaluateError: neither a corpus nor a readable file.
+        EvaluateError: neither a corpus nor a readable file, or a package that cannot be had.
     """
     path = Path(name)
     if path.is_file():
         yield from _read_file(path)
-    elif name in corpus_names():
-        yield from importlib.import_module(CORPORA_MODULE).load_text(name, split="held_out", cache_dir=cache_dir)
-    else:
-        known = ", ".join(corpus_names()) or "none"
+        return
+    if name not in corpora.corpus_names():
+        known = ", ".join(corpora.corpus_names())
         raise EvaluateError(f"--text: got {name}, expected a file or a registered corpus ({known})")
+    try:
+        yield from corpora.load_text(name, split="held_out", cache_dir=cache_dir)
+    except ModelError as error:
+        raise EvaluateError(f"--text {name}: {error}") from error
 
 
 def _read_file(path: Path) -> Iterator[TextItem]:
