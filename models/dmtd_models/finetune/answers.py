@@ -33,6 +33,7 @@ from dmtd_models.finetune.decode import SlotDecoder
 Render = Callable[[str], str]
 
 _CANDIDATES = 128  # tokens a step chooses from
+_ARRANGE_STEPS = 32  # long enough to cost nothing, short against a document
 _TAIL = 100  # tokens after which a loop is looked for, and among which
 _SPACES = "\u0120\u2581"  # how byte-level and sentence-piece vocabularies write a leading space
 
@@ -67,6 +68,7 @@ class AnswerOptions:
     answer_tokens: int  # stop at a shard's end once this many stand in all shards
     seed: int = 0
     slots: int = 64
+    length_groups: int = 4  # slots are kept by length in so many groups; 1 suits a GPU
     shard_documents: int = 256
     max_answer_len: int = 400
     min_question_len: int = 4
@@ -254,7 +256,8 @@ class _Writer:
         self.number_ids = frozenset(vocabulary[token] for token in vocabulary if token.lstrip(_SPACES).isdecimal())
         capacity = len(frame.before) + len(frame.after) + options.max_question_len + options.max_answer_len + 2
         self.capacity = capacity
-        self.decoder = SlotDecoder(model, slots=options.slots, capacity=capacity)
+        self.decoder = SlotDecoder(model, slots=options.slots, capacity=capacity, groups=options.length_groups)
+        self.steps = 0
         # The last token of the frame is fed by each document itself: its logits begin the question.
         self.decoder.set_prefix(frame.before[:-1])
         self.state = _State()
@@ -277,12 +280,14 @@ class _Writer:
         return report
 
     def _step(self) -> None:
+        self.steps += 1
+        if self.steps % _ARRANGE_STEPS == 0:
+            order = self.decoder.arrange([slot.position for slot in self.slots])
+            self.slots = [self.slots[number] for number in order]
         device = self.decoder.device
         fed = [slot.ids[slot.position] for slot in self.slots]
         positions = [slot.position for slot in self.slots]
-        hidden = self.decoder.step(
-            torch.tensor(fed, device=device), torch.tensor(positions, device=device), longest=max(positions) + 1
-        )
+        hidden = self.decoder.step(fed, positions)
         drawing = []
         for number, slot in enumerate(self.slots):
             slot.position += 1
@@ -428,7 +433,7 @@ class _Writer:
     def _recorded_options(self) -> dict[str, object]:
         # How much and in what portions may change between runs.
         kept = asdict(self.options)
-        for name in ("answer_tokens", "slots", "shard_documents"):
+        for name in ("answer_tokens", "slots", "length_groups", "shard_documents"):
             del kept[name]
         return json.loads(json.dumps(kept))
 
