@@ -13,7 +13,6 @@ from dmtd_models.dmtd import DmtdModel
 from dmtd_models.finetune import answers
 from dmtd_models.finetune.answers import (
     AnswerOptions,
-    AnswersError,
     Prompt,
     Style,
     chat_frame,
@@ -22,6 +21,7 @@ from dmtd_models.finetune.answers import (
     write_answers,
 )
 from dmtd_models.finetune.decode import SlotDecoder, largest
+from dmtd_models.finetune.shards import AnswersError, ShardStore
 from dmtd_models.oracle import greedy, teacher_forced
 from dmtd_models.testing import write_tiny_checkpoint
 
@@ -177,7 +177,8 @@ def test_numbered_loops_are_loops(tiny, tmp_path):
     model, tokenizer = tiny
     chosen = options(max_answer_len=400, min_distinct_4grams=0.5, min_distinct_tail=0.3)
     frame = chat_frame(tokenizer, render)
-    writer = answers._Writer(model, tokenizer, render, frame, question_of, tmp_path, chosen, None)
+    store = ShardStore(tmp_path, seed=3, options={})
+    writer = answers._Writer(model, tokenizer, render, frame, question_of, store, chosen, None)
 
     def is_loop(text):
         return writer._is_loop(tokenizer.encode(text).ids)
@@ -327,3 +328,36 @@ def test_a_model_without_an_end_token_is_refused(tiny, tmp_path):
     model, _ = load(path)
     with pytest.raises(AnswersError, match="no end-of-sequence token"):
         write_answers(model, tokenizer, render, question_of, tmp_path / "out", options())
+
+
+def test_options_that_no_run_could_honour_are_refused(tiny, tmp_path):
+    model, tokenizer = tiny
+    wrong = [
+        ({"slots": 0}, "slots: got 0"),
+        ({"answer_tokens": 0}, "answer_tokens: got 0"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"min_question_len": 300}, "at least 300 and at most 200"),
+        ({"answer_styles": ()}, "answer_styles: got none"),
+    ]
+    for changes, message in wrong:
+        with pytest.raises(AnswersError, match=message):
+            options(**changes)
+    with pytest.raises(AnswersError, match="expected at most the model's 2048 positions"):
+        write_answers(model, tokenizer, render, question_of, tmp_path, options(max_answer_len=4000))
+
+
+def test_a_directory_that_cannot_be_used_is_one_line(tiny, tmp_path, monkeypatch):
+    model, tokenizer = tiny
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AnswersError, match="expected a directory to write into"):
+        write_answers(model, tokenizer, render, question_of, tmp_path / "file", options())
+    (tmp_path / "answers-3.json").write_text("{")
+    with pytest.raises(AnswersError, match="expected the state of a run"):
+        write_answers(model, tokenizer, render, question_of, tmp_path, options())
+
+    def full(self, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(tmp_path), "write_text", full)
+    with pytest.raises(AnswersError, match=r"No space left on device.*make room and run again"):
+        write_answers(model, tokenizer, render, question_of, tmp_path / "new", options())
