@@ -14,12 +14,11 @@ choice follows from (seed, index), so the same run gives the same documents but 
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,18 +26,15 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dmtd_models.dmtd import DmtdModel
-from dmtd_models.errors import ModelError
 from dmtd_models.finetune.decode import SlotDecoder
+from dmtd_models.finetune.shards import AnswersError, Document, ShardStore
 
 Render = Callable[[str], str]
 
 _CANDIDATES = 128  # tokens a step chooses from
+_ARRANGE_STEPS = 32  # long enough to cost nothing, short against a document
 _TAIL = 100  # tokens after which a loop is looked for, and among which
 _SPACES = "\u0120\u2581"  # how byte-level and sentence-piece vocabularies write a leading space
-
-
-class AnswersError(ModelError):
-    """Training text that cannot be written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +63,7 @@ class AnswerOptions:
     answer_tokens: int  # stop at a shard's end once this many stand in all shards
     seed: int = 0
     slots: int = 64
+    length_groups: int = 4  # slots are kept by length in so many groups; 1 suits a GPU
     shard_documents: int = 256
     max_answer_len: int = 400
     min_question_len: int = 4
@@ -84,15 +81,20 @@ class AnswerOptions:
     min_distinct_4grams: float = 0.5
     min_distinct_tail: float = 0.3
 
-
-class Document(TypedDict):
-    """One line of a shard."""
-
-    index: int  # of its prompt
-    kind: str
-    prompt_ids: list[int]  # the whole rendered prompt
-    answer_ids: list[int]
-    finish: Literal["stop", "length"]
+    def __post_init__(self) -> None:
+        """Refuse what no run could honour."""
+        for name in ("answer_tokens", "slots", "length_groups", "shard_documents", "max_answer_len"):
+            if getattr(self, name) < 1:
+                raise AnswersError(f"{name}: got {getattr(self, name)}, expected 1 or more")
+        if self.seed < 0:
+            raise AnswersError(f"seed: got {self.seed}, expected 0 or more")
+        if self.min_question_len > self.max_question_len:
+            raise AnswersError(
+                f"question lengths: got at least {self.min_question_len} and at most {self.max_question_len} tokens"
+                ", expected a range; lower min_question_len"
+            )
+        if not self.answer_styles:
+            raise AnswersError("answer_styles: got none, expected one or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,18 +133,6 @@ class _Slot:
         return float(self.uniforms[len(self.ids)])
 
 
-@dataclass(slots=True, kw_only=True)
-class _State:
-    """What a resumed run must know; written after each shard."""
-
-    next_index: int = 0
-    pending: list[int] = field(default_factory=list)  # begun but in no shard
-    shards: int = 0
-    documents: int = 0
-    answer_tokens: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-
-
 def write_answers(
     model: DmtdModel,
     tokenizer: Tokenizer,
@@ -168,12 +158,16 @@ def write_answers(
         progress: called after each shard.
 
     Raises:
-        AnswersError: a template that cannot be split around the question, a model without an end token, or a
-            directory begun with other options.
+        AnswersError: a template that cannot be split around the question, a model without an end token or with too
+            few positions, a directory begun with other options, or one that cannot be written.
     """
-    output.mkdir(parents=True, exist_ok=True)
     frame = chat_frame(tokenizer, render)
-    return _Writer(model, tokenizer, render, frame, prompts, output, options, progress).run()
+    # How much and in what portions may change between runs.
+    recorded = asdict(options)
+    for name in ("answer_tokens", "slots", "length_groups", "shard_documents"):
+        del recorded[name]
+    store = ShardStore(output, seed=options.seed, options=recorded)
+    return _Writer(model, tokenizer, render, frame, prompts, store, options, progress).run()
 
 
 def chat_frame(tokenizer: Tokenizer, render: Render) -> ChatFrame:
@@ -238,12 +232,12 @@ class _Writer:
         render: Render,
         frame: ChatFrame,
         prompts: PromptSource,
-        output: Path,
+        store: ShardStore,
         options: AnswerOptions,
         progress: Callable[[ShardProgress], None] | None,
     ) -> None:
         self.tokenizer, self.render, self.prompts = tokenizer, render, prompts
-        self.frame, self.options, self.output, self.progress = frame, options, output, progress
+        self.frame, self.options, self.store, self.progress = frame, options, store, progress
         self.end_ids = frozenset(model.config.eos_token_ids)
         if not self.end_ids:
             raise AnswersError("model: got no end-of-sequence token, expected one that ends a turn; set eos_token_id")
@@ -253,15 +247,21 @@ class _Writer:
         vocabulary = tokenizer.get_vocab()
         self.number_ids = frozenset(vocabulary[token] for token in vocabulary if token.lstrip(_SPACES).isdecimal())
         capacity = len(frame.before) + len(frame.after) + options.max_question_len + options.max_answer_len + 2
+        if capacity > model.config.max_positions:
+            raise AnswersError(
+                f"lengths: got up to {capacity} tokens a document, expected at most the model's "
+                f"{model.config.max_positions} positions; lower max_answer_len or max_question_len"
+            )
         self.capacity = capacity
-        self.decoder = SlotDecoder(model, slots=options.slots, capacity=capacity)
+        self.decoder = SlotDecoder(model, slots=options.slots, capacity=capacity, groups=options.length_groups)
+        self.steps = 0
         # The last token of the frame is fed by each document itself: its logits begin the question.
         self.decoder.set_prefix(frame.before[:-1])
-        self.state = _State()
-        self.questions: set[tuple[int, ...]] = set()
         self.finished: list[Document] = []
-        self.queue: deque[int] = deque()
-        self._resume()
+        self.state = store.load()
+        self.queue = deque(self.state.pending)
+        before, after = len(frame.before), -len(frame.after)
+        self.questions = {tuple(document["prompt_ids"][before:after]) for document in store.documents(self.state)}
         self.slots = [self._begin(number) for number in range(options.slots)]
 
     def run(self) -> ShardProgress:
@@ -270,19 +270,23 @@ class _Writer:
         while self.state.answer_tokens < self.options.answer_tokens:
             self._step()
             if len(self.finished) >= self.options.shard_documents:
-                self._commit()
+                self.state.pending = [*(slot.index for slot in self.slots), *self.queue]
+                self.store.commit(self.finished, self.state)
+                self.finished = []
                 report = self._report()
                 if self.progress is not None:
                     self.progress(report)
         return report
 
     def _step(self) -> None:
+        self.steps += 1
+        if self.steps % _ARRANGE_STEPS == 0:
+            order = self.decoder.arrange([slot.position for slot in self.slots])
+            self.slots = [self.slots[number] for number in order]
         device = self.decoder.device
         fed = [slot.ids[slot.position] for slot in self.slots]
         positions = [slot.position for slot in self.slots]
-        hidden = self.decoder.step(
-            torch.tensor(fed, device=device), torch.tensor(positions, device=device), longest=max(positions) + 1
-        )
+        hidden = self.decoder.step(fed, positions)
         drawing = []
         for number, slot in enumerate(self.slots):
             slot.position += 1
@@ -393,62 +397,11 @@ class _Writer:
         self.state.dropped[reason] = self.state.dropped.get(reason, 0) + 1
         return True
 
-    # Files: a shard, then the state that counts it. A shard that the state does not count is written anew.
-
-    def _commit(self) -> None:
-        state, shard = self.state, self._shard(self.state.shards)
-        _replace(shard, "".join(json.dumps(document) + "\n" for document in self.finished))
-        state.shards += 1
-        state.documents += len(self.finished)
-        state.answer_tokens += sum(len(document["answer_ids"]) for document in self.finished)
-        state.pending = [*(slot.index for slot in self.slots), *self.queue]
-        self.finished = []
-        _replace(self._state_file(), json.dumps({"options": self._recorded_options(), "state": asdict(state)}))
-
-    def _resume(self) -> None:
-        file = self._state_file()
-        if not file.exists():
-            return
-        recorded = json.loads(file.read_text())
-        if recorded["options"] != self._recorded_options():
-            raise AnswersError(
-                f"{file}: got documents written with other options, expected the same on resuming; "
-                "give another seed or another directory"
-            )
-        self.state = _State(**recorded["state"])
-        self.queue.extend(self.state.pending)
-        self.state.pending = []
-        before, after = len(self.frame.before), len(self.frame.after)
-        for number in range(self.state.shards):
-            with self._shard(number).open() as lines:
-                for line in lines:
-                    ids = json.loads(line)["prompt_ids"]
-                    self.questions.add(tuple(ids[before : len(ids) - after]))
-
-    def _recorded_options(self) -> dict[str, object]:
-        # How much and in what portions may change between runs.
-        kept = asdict(self.options)
-        for name in ("answer_tokens", "slots", "shard_documents"):
-            del kept[name]
-        return json.loads(json.dumps(kept))
-
-    def _shard(self, number: int) -> Path:
-        return self.output / f"answers-{self.options.seed}-{number:05}.jsonl"
-
-    def _state_file(self) -> Path:
-        return self.output / f".answers-{self.options.seed}.json"
-
     def _report(self) -> ShardProgress:
         state = self.state
         return ShardProgress(
-            shard=self._shard(max(0, state.shards - 1)),
+            shard=self.store.shard(max(0, state.shards - 1)),
             documents=state.documents,
             answer_tokens=state.answer_tokens,
             dropped=dict(state.dropped),
         )
-
-
-def _replace(file: Path, text: str) -> None:
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text)
-    part.replace(file)

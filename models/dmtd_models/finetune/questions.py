@@ -14,7 +14,8 @@ from types import MappingProxyType, ModuleType
 
 import numpy as np
 
-from dmtd_models.finetune.answers import AnswersError, Prompt, PromptSource
+from dmtd_models.finetune.answers import Prompt, PromptSource
+from dmtd_models.finetune.shards import AnswersError
 from dmtd_models.finetune.words import PATTERNS, WORDS
 
 _AN = re.compile(r"\b([Aa]) (?=[aeiou])")

@@ -13,7 +13,6 @@ from dmtd_models.dmtd import DmtdModel
 from dmtd_models.finetune import answers
 from dmtd_models.finetune.answers import (
     AnswerOptions,
-    AnswersError,
     Prompt,
     Style,
     chat_frame,
@@ -22,6 +21,7 @@ from dmtd_models.finetune.answers import (
     write_answers,
 )
 from dmtd_models.finetune.decode import SlotDecoder, largest
+from dmtd_models.finetune.shards import AnswersError, ShardStore
 from dmtd_models.oracle import greedy, teacher_forced
 from dmtd_models.testing import write_tiny_checkpoint
 
@@ -76,7 +76,8 @@ def documents(directory):
         {"family": "llama", "rope": Rope(kind="linear", theta=10000.0, factor=2.0), "kv_heads": 1},
     ],
 )
-def test_slots_of_any_length_get_the_logits_of_a_full_pass(tmp_path, form):
+@pytest.mark.parametrize("groups", [1, 2])
+def test_slots_of_any_length_get_the_logits_of_a_full_pass(tmp_path, form, groups):
     model, _ = load(write_tiny_checkpoint(tmp_path, layers=4, **form))
     vocab = model.config.vocab_size
     generator = torch.Generator().manual_seed(1)
@@ -84,15 +85,20 @@ def test_slots_of_any_length_get_the_logits_of_a_full_pass(tmp_path, form):
     # Three documents in two slots; the second slot is emptied and used again. Windows grow past 64 and 128 and shrink.
     texts = [prefix + torch.randint(vocab, (n,), generator=generator).tolist() for n in (140, 20, 30)]
     expected = [teacher_forced(model, text, len(text), plain=True) for text in texts]
-    decoder = SlotDecoder(model, slots=2, capacity=200)
+    decoder = SlotDecoder(model, slots=2, capacity=200, groups=groups)
     decoder.set_prefix(prefix)
     holds, places = [0, 1], [decoder.restart(0), decoder.restart(1)]
     assert places == [5, 5]
     compared = 0
     while holds[0] is not None or holds[1] is not None:
+        if compared % 16 < 2:
+            order = decoder.arrange(places)
+            assert order == ([1, 0] if groups == 2 and places[0] > places[1] else [0, 1])
+            holds, places = [holds[slot] for slot in order], [places[slot] for slot in order]
         fed = [0 if text is None else texts[text][place] for text, place in zip(holds, places, strict=True)]
-        hidden = decoder.step(torch.tensor(fed), torch.tensor(places), longest=max(places) + 1)
+        hidden = decoder.step(fed, places)
         logits, tokens = decoder.candidates(hidden, vocab)
+        assert (logits.diff(dim=-1) <= 0).all()
         for slot, text in enumerate(holds):
             if text is None:
                 continue
@@ -171,12 +177,13 @@ def test_numbered_loops_are_loops(tiny, tmp_path):
     model, tokenizer = tiny
     chosen = options(max_answer_len=400, min_distinct_4grams=0.5, min_distinct_tail=0.3)
     frame = chat_frame(tokenizer, render)
-    writer = answers._Writer(model, tokenizer, render, frame, question_of, tmp_path, chosen, None)
+    store = ShardStore(tmp_path, seed=3, options={})
+    writer = answers._Writer(model, tokenizer, render, frame, question_of, store, chosen, None)
 
     def is_loop(text):
         return writer._is_loop(tokenizer.encode(text).ids)
 
-    counting = "".join(f"{n}. A\n" for n in range(100, 140))
+    counting = "".join(f"{n}. A\n" for n in range(100, 116))
     assert distinct_share(tokenizer.encode(counting).ids) > 0.5
     assert is_loop(counting)
     prose = (
@@ -321,3 +328,36 @@ def test_a_model_without_an_end_token_is_refused(tiny, tmp_path):
     model, _ = load(path)
     with pytest.raises(AnswersError, match="no end-of-sequence token"):
         write_answers(model, tokenizer, render, question_of, tmp_path / "out", options())
+
+
+def test_options_that_no_run_could_honour_are_refused(tiny, tmp_path):
+    model, tokenizer = tiny
+    wrong = [
+        ({"slots": 0}, "slots: got 0"),
+        ({"answer_tokens": 0}, "answer_tokens: got 0"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"min_question_len": 300}, "at least 300 and at most 200"),
+        ({"answer_styles": ()}, "answer_styles: got none"),
+    ]
+    for changes, message in wrong:
+        with pytest.raises(AnswersError, match=message):
+            options(**changes)
+    with pytest.raises(AnswersError, match="expected at most the model's 2048 positions"):
+        write_answers(model, tokenizer, render, question_of, tmp_path, options(max_answer_len=4000))
+
+
+def test_a_directory_that_cannot_be_used_is_one_line(tiny, tmp_path, monkeypatch):
+    model, tokenizer = tiny
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AnswersError, match="expected a directory to write into"):
+        write_answers(model, tokenizer, render, question_of, tmp_path / "file", options())
+    (tmp_path / "answers-3.json").write_text("{")
+    with pytest.raises(AnswersError, match="expected the state of a run"):
+        write_answers(model, tokenizer, render, question_of, tmp_path, options())
+
+    def full(self, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(tmp_path), "write_text", full)
+    with pytest.raises(AnswersError, match=r"No space left on device.*make room and run again"):
+        write_answers(model, tokenizer, render, question_of, tmp_path / "new", options())

@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dmtd_models.finetune.answers import AnswersError
 from dmtd_models.finetune.questions import GYM_TASKS, Mix, exercise, fill_pattern, mixed_prompts
+from dmtd_models.finetune.shards import AnswersError
 from dmtd_models.finetune.words import PATTERNS, WORDS
 
 
