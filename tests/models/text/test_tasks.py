@@ -185,10 +185,10 @@ def test_human_eval_runs_the_answer(members, text, expected):
 
 
 def test_programs_are_held_to_their_limits(tmp_path):
-    limits = RunLimits(seconds=2, memory_bytes=400 << 20, file_bytes=1 << 16)
+    limits = RunLimits(cpu_seconds=2, memory_bytes=400 << 20, file_bytes=1 << 16)
     assert runs_to_its_end("print('x' * 1000000)", limits)
     assert not runs_to_its_end("while True: pass", limits)
-    assert not runs_to_its_end("import time; time.sleep(60)", limits)
+    assert not runs_to_its_end("import time; time.sleep(600)", RunLimits(wall_seconds=2.0))
     assert not runs_to_its_end("x = bytearray(1 << 30)", limits)
     assert not runs_to_its_end("open('big', 'wb').write(bytes(1 << 20))", limits)
     assert not runs_to_its_end("import os; os._exit(0)", limits)
