@@ -14,7 +14,15 @@ from dmtd_models.text.errors import DataError
 from dmtd_models.text.facts import FACTS, everyday_prompts
 from dmtd_models.text.overlap import words_of
 from dmtd_models.text.packages import Archive, default_cache_dir
-from dmtd_models.text.scoring import code_of, ends_in_number, final_number, names_one_of, stated_answer
+from dmtd_models.text.scoring import (
+    code_of,
+    ends_in_number,
+    final_number,
+    first_statement,
+    names_one_of,
+    stated_answer,
+    states_one_of,
+)
 from dmtd_models.text.tasks import load_task, task_names
 
 
@@ -36,6 +44,26 @@ from dmtd_models.text.tasks import load_task, task_names
 )
 def test_accepted_words(text, accepted, expected):
     assert names_one_of(text, accepted) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "statement"),
+    [
+        ("The capital is Paris. Lyon is large.", "The capital is Paris."),
+        ("Sure! It is Paris.\nLyon", "Sure! It is Paris."),
+        ("1. Paris\n2. Lyon", "1. Paris 2."),
+        ("The price is 2.50 dollars", "The price is 2.50 dollars"),
+        ("Paris", "Paris"),
+        ("", ""),
+    ],
+)
+def test_first_statements(text, statement):
+    assert first_statement(text) == statement
+
+
+def test_rambling_is_no_answer():
+    assert states_one_of("We live on Kepler-41B. It is similar to Earth.", ["Earth"]) == 0
+    assert states_one_of("We live on Earth, they say", ["Earth"]) == 1
 
 
 @pytest.mark.parametrize(
