@@ -8,7 +8,7 @@ Flow: evaluation items -> ``probes_of`` -> ``OverlapIndex``; training documents 
    shorter than an n-gram ("What is the capital of France?").
 
 The index holds the evaluation items alone and training text streams past it, so memory does not grow with the training
-text. Matches are exact: words are compared, not hashes. Nothing here removes what it finds.
+text. Matches are exact: words are compared, not hashes. ``drop_leaks`` takes the documents out that have one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,9 @@ import numpy.typing as npt
 from dmtd_models.text.chat import TextTokenizer
 from dmtd_models.text.errors import DataError
 from dmtd_models.text.items import GenerationItem, MultipleChoiceItem, TextItem
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 DEFAULT_NGRAM: Final = 13
 _WORD: Final = re.compile(r"[^\W_]+")
@@ -82,6 +85,8 @@ class OverlapReport:
     num_words: int
     leaks: tuple[Leak, ...]
     """The first leak of each item and rule."""
+    leaking_texts: tuple[str, ...]
+    """Every document with a leak, in order."""
     shares: Mapping[str, float]
     """Of each item with a leak by n-gram: which share of its different n-grams occurs in the training text. A long document
     may well share a stock phrase with another; a copy has a share near 1."""
@@ -145,6 +150,18 @@ def training_text(text_id: str, ids: Sequence[int], tokenizer: TextTokenizer) ->
     return TrainingText(text_id=text_id, text="\n".join(turns), questions=tuple(questions))
 
 
+def drop_leaks(dataset: Dataset, index: OverlapIndex, tokenizer: TextTokenizer) -> tuple[Dataset, OverlapReport]:
+    """The examples of a tokenised data set (``read_data.py``) in which no evaluation item occurs.
+
+    Returns:
+        The rest of the data set, in order, and what was found in the whole of it; texts go by row number.
+    """
+    rows = enumerate(dataset.select_columns(["input_ids"]))
+    report = index.scan(training_text(str(number), row["input_ids"], tokenizer) for number, row in rows)
+    leaking = {int(number) for number in report.leaking_texts}
+    return dataset.select([number for number in range(len(dataset)) if number not in leaking]), report
+
+
 class OverlapIndex:
     """N-grams and questions of evaluation items, to search training text for."""
 
@@ -192,6 +209,7 @@ class OverlapIndex:
     def scan(self, texts: Iterable[TrainingText]) -> OverlapReport:
         """Search all training text; of each item and rule the first leak is kept."""
         found: dict[tuple[str, str], Leak] = {}
+        leaking: dict[str, None] = {}
         seen: set[bytes] = set()
         num_texts = num_words = 0
         for text in texts:
@@ -200,12 +218,14 @@ class OverlapIndex:
             num_words += words
             for leak in leaks:
                 found.setdefault((leak.item, leak.rule), leak)
+                leaking[leak.text_id] = None
         return OverlapReport(
             ngram_words=self.ngram_words,
             num_items=len(self),
             num_texts=num_texts,
             num_words=num_words,
             leaks=tuple(found.values()),
+            leaking_texts=tuple(leaking),
             shares=self._shares(seen),
         )
 

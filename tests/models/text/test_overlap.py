@@ -4,6 +4,7 @@ import random
 import time
 import tracemalloc
 
+import datasets
 import pytest
 
 from dmtd_models.text.errors import DataError
@@ -12,6 +13,7 @@ from dmtd_models.text.overlap import (
     OverlapIndex,
     Probe,
     TrainingText,
+    drop_leaks,
     probes_of,
     prompt_probes,
     training_text,
@@ -68,6 +70,7 @@ def test_short_questions_match_whole_turns_only():
     assert (leak.item, leak.text_id, leak.rule) == ("facts/0", "c", "question")
     assert (report.num_items, report.num_texts, report.ngram_words) == (2, 4, 13)
     assert report.leaked_items == ("facts/0",)
+    assert report.leaking_texts == ("c", "d")
 
 
 def test_a_report_keeps_the_first_leak_and_the_share():
@@ -105,6 +108,24 @@ def test_turns_of_a_tokenised_chat(tokenizer):
     assert "<|im" not in text.text
     made = OverlapIndex(prompt_probes("p", ["what is ice", "Frozen"]))
     assert [(leak.item, leak.rule) for leak in made.leaks_of(text)] == [("p/0", "question")]
+
+
+def test_leaking_examples_are_dropped(tokenizer):
+    def chat(question):
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "Yes."}]
+        return tokenizer.encode_rendered(tokenizer.render(messages, add_generation_prompt=False))
+
+    texts = [
+        *tokenizer.encode_texts(["some prose"]),
+        chat("What is ice?"),
+        chat("What is ice cream?"),
+        chat("what is ICE"),
+    ]
+    data = datasets.Dataset.from_dict({"input_ids": texts, "prompt_len": [0, 5, 6, 7]})
+    rest, report = drop_leaks(data, OverlapIndex(prompt_probes("p", ["What is ice?"])), tokenizer)
+    assert rest["prompt_len"][:] == [0, 6]
+    assert report.leaking_texts == ("1", "3")
+    assert report.num_texts == 4
 
 
 def test_nothing_to_look_for():

@@ -125,6 +125,7 @@ def test_files(read, tmp_path, form):
     elif form == "folder":
         (path / "data").mkdir(parents=True)
         (path / "README.md").write_text("no data")
+        (path / "data" / "train_info.json").write_text('{"options": {}}')
         lines(path / "data" / "train-0.jsonl", *records[:2])
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records[2:]), path / "data" / "train-1.parquet")
         lines(path / "data" / "test-0.jsonl", {"text": "never trained on"})

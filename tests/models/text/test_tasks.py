@@ -14,7 +14,15 @@ from dmtd_models.text.errors import DataError
 from dmtd_models.text.facts import FACTS, everyday_prompts
 from dmtd_models.text.overlap import words_of
 from dmtd_models.text.packages import Archive, default_cache_dir
-from dmtd_models.text.scoring import code_of, ends_in_number, final_number, names_one_of, stated_answer
+from dmtd_models.text.scoring import (
+    code_of,
+    ends_in_number,
+    final_number,
+    first_statement,
+    names_one_of,
+    stated_answer,
+    states_one_of,
+)
 from dmtd_models.text.tasks import load_task, task_names
 
 
@@ -36,6 +44,26 @@ from dmtd_models.text.tasks import load_task, task_names
 )
 def test_accepted_words(text, accepted, expected):
     assert names_one_of(text, accepted) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "statement"),
+    [
+        ("The capital is Paris. Lyon is large.", "The capital is Paris."),
+        ("Sure! It is Paris.\nLyon", "Sure! It is Paris."),
+        ("1. Paris\n2. Lyon", "1. Paris 2."),
+        ("The price is 2.50 dollars", "The price is 2.50 dollars"),
+        ("Paris", "Paris"),
+        ("", ""),
+    ],
+)
+def test_first_statements(text, statement):
+    assert first_statement(text) == statement
+
+
+def test_rambling_is_no_answer():
+    assert states_one_of("We live on Kepler-41B. It is similar to Earth.", ["Earth"]) == 0
+    assert states_one_of("We live on Earth, they say", ["Earth"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -185,10 +213,10 @@ def test_human_eval_runs_the_answer(members, text, expected):
 
 
 def test_programs_are_held_to_their_limits(tmp_path):
-    limits = RunLimits(seconds=2, memory_bytes=400 << 20, file_bytes=1 << 16)
+    limits = RunLimits(cpu_seconds=2, memory_bytes=400 << 20, file_bytes=1 << 16)
     assert runs_to_its_end("print('x' * 1000000)", limits)
     assert not runs_to_its_end("while True: pass", limits)
-    assert not runs_to_its_end("import time; time.sleep(60)", limits)
+    assert not runs_to_its_end("import time; time.sleep(600)", RunLimits(wall_seconds=2.0))
     assert not runs_to_its_end("x = bytearray(1 << 30)", limits)
     assert not runs_to_its_end("open('big', 'wb').write(bytes(1 << 20))", limits)
     assert not runs_to_its_end("import os; os._exit(0)", limits)
