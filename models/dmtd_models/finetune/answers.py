@@ -145,7 +145,7 @@ def write_answers(
 ) -> ShardProgress:
     """Write documents into ``output`` until it holds ``options.answer_tokens``; a run that was stopped goes on.
 
-    Shards are ``answers-<seed>-<number>.jsonl`` and appear whole; ``answers-<seed>.json`` says what is committed.
+    Shards are ``answers-<seed>-<number>.jsonl`` and appear whole; ``.answers-<seed>.json`` says what is committed.
     Runs with different seeds may share the directory. A kill loses the documents since the last shard.
 
     Args:

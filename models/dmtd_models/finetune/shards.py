@@ -114,7 +114,7 @@ class ShardStore:
             ) from error
 
     def _state_file(self) -> Path:
-        return self._directory / f"answers-{self._seed}.json"
+        return self._directory / f".answers-{self._seed}.json"
 
 
 def _replace(file: Path, text: str) -> None:

@@ -351,7 +351,7 @@ def test_a_directory_that_cannot_be_used_is_one_line(tiny, tmp_path, monkeypatch
     (tmp_path / "file").write_text("")
     with pytest.raises(AnswersError, match="expected a directory to write into"):
         write_answers(model, tokenizer, render, question_of, tmp_path / "file", options())
-    (tmp_path / "answers-3.json").write_text("{")
+    (tmp_path / ".answers-3.json").write_text("{")
     with pytest.raises(AnswersError, match="expected the state of a run"):
         write_answers(model, tokenizer, render, question_of, tmp_path, options())
 
