@@ -40,9 +40,16 @@ def evaluate(
         Path | None,
         typer.Option(help="The plain base model: checkpoint or bundle. By default MODEL itself, run plain."),
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="A directory that `dmtd finetune` made of MODEL. MODEL without it is then the base."),
+    ] = None,
     text: Annotated[
         list[str] | None,
-        _what("--text", text="Held-out text: a registered corpus or a file (.txt, .jsonl). May be repeated."),
+        _what(
+            "--text",
+            text="Held-out text: a registered corpus or a file (.txt; .jsonl of texts or chats). May be repeated.",
+        ),
     ] = None,
     task: Annotated[
         list[str] | None, _what("--task", text="A registered task or a .jsonl file of items. May be repeated.")
@@ -114,6 +121,8 @@ def evaluate(
         require("evaluate -o", ("matplotlib",), _INSTALL)
     if lm_eval is not None:
         require("evaluate --lm-eval", ("lm_eval",), '"dmtd[lm-eval]"')
+    if adapter is not None and base is None:
+        base = path
     split = ExportOptions(
         encoding_layers=encoding_layers,
         thinking_layers=thinking_layers,
@@ -140,7 +149,7 @@ def evaluate(
             chat=lm_eval_chat,
         ),
         run_unsafe_code=run_unsafe_code,
-        open=OpenOptions(split=split, device=device, dtype=dtype, threads=threads),
+        open=OpenOptions(split=split, adapter=adapter, device=device, dtype=dtype, threads=threads),
         base_open=OpenOptions(device=device, dtype=dtype, threads=threads),
     )
     with logs_to_stderr(), StageDisplay() as display:

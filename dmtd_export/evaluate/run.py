@@ -154,7 +154,9 @@ class _Run:
             max_windows=max(1, options.max_tokens // longest),
             seed=options.seed,
         )
-        return collect_windows(options.texts, self.subject.encode, plan, options.cache_dir or default_cache_dir())
+        return collect_windows(
+            options.texts, self.subject.encode, self.subject.chats, plan, options.cache_dir or default_cache_dir()
+        )
 
     def check_base(self, windows: Sequence[TextWindow], tasks: Sequence[Items]) -> None:
         """The base must read the same tokens: its numbers mean nothing otherwise.
@@ -189,7 +191,6 @@ class _Run:
         return measure_conventions(
             self.subject,
             windows,
-            context_len=self.options.context_len,
             bootstrap=self.bootstrap,
             on_done=self._counter("conventions", 3 * len(windows)),
         )
@@ -201,7 +202,6 @@ class _Run:
             self.subject.scorer,
             self.base.scorer,
             windows,
-            context_len=self.options.context_len,
             bootstrap=self.bootstrap,
             on_done=self._counter("perplexity", len(windows)),
         )

@@ -35,11 +35,14 @@ class RunLengths:
 
 
 def draw_prefixes(windows: Sequence[TextWindow], count: int, seed: int) -> list[tuple[int, ...]]:
-    """The beginnings of ``count`` windows, of lengths drawn from PREFIX_LENS; windows serve again where they are few."""
+    """The beginnings of ``count`` windows, of lengths drawn from PREFIX_LENS; windows serve again where they are few.
+
+    The beginning of a chat holds at least its prompt.
+    """
     rng = np.random.default_rng(seed)
     order = [int(i) for _ in range(-(-count // len(windows))) for i in rng.permutation(len(windows))][:count]
     lengths = rng.integers(*PREFIX_LENS, size=count, endpoint=True)
-    return [windows[i].token_ids[: int(n)] for i, n in zip(order, lengths, strict=True)]
+    return [windows[i].token_ids[: max(windows[i].context_len, int(n))] for i, n in zip(order, lengths, strict=True)]
 
 
 def measure_run_lengths(

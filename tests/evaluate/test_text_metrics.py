@@ -16,8 +16,11 @@ from dmtd_export.evaluate.texts import TextWindow
 BOOTSTRAP = Bootstrap(resamples=100)
 
 
-def windows(count: int, length: int = 26, documents: int = 20) -> list[TextWindow]:
-    return [TextWindow(source="s", text_id=str(i % documents), token_ids=tuple(range(length))) for i in range(count)]
+def windows(count: int, length: int = 26, documents: int = 20, context: int = 5) -> list[TextWindow]:
+    return [
+        TextWindow(source="s", text_id=str(i % documents), token_ids=tuple(range(length)), context_len=context)
+        for i in range(count)
+    ]
 
 
 @pytest.mark.parametrize("origin", ["prompt", "absolute"])
@@ -32,7 +35,7 @@ def test_perplexity_and_agreement_by_phase(origin: str) -> None:
         return -math.log(2) * (1 + phase), 7 if phase == 0 else 8
 
     scorer = FakeScorer(row, cycle(3, origin, "thinking" if origin == "prompt" else "cyclical"))
-    found = measure_text(scorer, scorer, windows(12, 26), context_len=context, bootstrap=BOOTSTRAP)
+    found = measure_text(scorer, scorer, windows(12, 26, context=context), bootstrap=BOOTSTRAP)
     # Rows 5 .. 24 of every window have a target: 20 rows.
     assert found.overall.tokens == 12 * 20
     counts = [
@@ -53,10 +56,8 @@ def test_perplexity_and_agreement_by_phase(origin: str) -> None:
 
 def test_documents_are_the_units_where_there_are_enough() -> None:
     scorer = FakeScorer(lambda request, position: (-1.0, 0))
-    assert (
-        measure_text(scorer, scorer, windows(24, documents=12), context_len=5, bootstrap=BOOTSTRAP).unit == "document"
-    )
-    few = measure_text(scorer, scorer, windows(24, documents=3), context_len=5, bootstrap=BOOTSTRAP)
+    assert measure_text(scorer, scorer, windows(24, documents=12), bootstrap=BOOTSTRAP).unit == "document"
+    few = measure_text(scorer, scorer, windows(24, documents=3), bootstrap=BOOTSTRAP)
     assert (few.unit, few.documents, few.windows) == ("window", 3, 24)
 
 
@@ -67,9 +68,12 @@ def test_windows_of_one_document_are_not_independent() -> None:
         return (-1.0 if request.plain else -1.0 - request.token_ids[0]), 0
 
     scorer = FakeScorer(row)
-    repeated = [TextWindow(source="s", text_id=str(i % 12), token_ids=(i % 12, *range(1, 12))) for i in range(8 * 12)]
-    many = measure_text(scorer, scorer, repeated, context_len=2, bootstrap=BOOTSTRAP).overall.ratio
-    once = measure_text(scorer, scorer, repeated[:12], context_len=2, bootstrap=BOOTSTRAP).overall.ratio
+    repeated = [
+        TextWindow(source="s", text_id=str(i % 12), token_ids=(i % 12, *range(1, 12)), context_len=2)
+        for i in range(8 * 12)
+    ]
+    many = measure_text(scorer, scorer, repeated, bootstrap=BOOTSTRAP).overall.ratio
+    once = measure_text(scorer, scorer, repeated[:12], bootstrap=BOOTSTRAP).overall.ratio
     assert many.interval() == pytest.approx(once.interval())
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from dmtd_export.evaluate.errors import EvaluateError
-from dmtd_export.evaluate.texts import WindowPlan, collect_windows, cut_windows, read_texts
+from dmtd_export.evaluate.texts import WindowPlan, collect_windows, cut_windows, is_chats, read_texts
+from dmtd_models.checkpoint import open_checkpoint
+from dmtd_models.testing import TOKENIZER_VOCAB_SIZE, write_tiny_checkpoint
+from dmtd_models.text.chat import TextTokenizer
 from dmtd_models.text.items import TextItem
+
+
+def no_chats():
+    raise AssertionError("plain text needs no chat template")
+
 
 PLAN = WindowPlan(window_len=30, context_len=4, max_windows=100, seed=0)
 BOS = 999
@@ -50,7 +59,7 @@ def test_the_budget_is_shared(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(" ".join(["1"] * 29 * 20))
     plan = WindowPlan(window_len=30, context_len=4, max_windows=8, seed=0)
-    found = collect_windows([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], encode, plan, tmp_path)
+    found = collect_windows([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], encode, no_chats, plan, tmp_path)
     assert [w.source for w in found] == ["a.txt"] * 4 + ["b.txt"] * 4
 
 
@@ -76,4 +85,33 @@ def test_a_name_that_is_nothing(tmp_path: Path) -> None:
 def test_a_text_too_short_is_named(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("1 2 3")
     with pytest.raises(EvaluateError, match=r"short.txt: no document has 12 tokens"):
-        collect_windows([str(tmp_path / "short.txt")], encode, PLAN, tmp_path)
+        collect_windows([str(tmp_path / "short.txt")], encode, no_chats, PLAN, tmp_path)
+
+
+def test_chats_are_scored_behind_their_prompts(tmp_path):
+    """The rendered prompt is the context: known strings, tokenised by the checkpoint's own byte tokenizer."""
+    directory = write_tiny_checkpoint(tmp_path / "model", vocab_size=TOKENIZER_VOCAB_SIZE, tokenizer=True)
+    chats = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello to you"}]},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]},  # too short to score
+    ]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    with open_checkpoint(directory) as checkpoint:
+        tokenizer = TextTokenizer.of_checkpoint(checkpoint)
+        [window] = collect_windows([str(file)], no_encode, lambda: tokenizer, PLAN_OF_CHATS, tmp_path)
+        decode = tokenizer.tokenizer.decode
+        assert decode(list(window.token_ids[: window.context_len]), skip_special_tokens=False) == (
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        )
+        assert (
+            decode(list(window.token_ids[window.context_len :]), skip_special_tokens=False) == "Hello to you<|im_end|>"
+        )
+    assert is_chats(str(file)) and not is_chats("austen")
+
+
+def no_encode(text):
+    raise AssertionError("chats are not read as plain text")
+
+
+PLAN_OF_CHATS = WindowPlan(window_len=200, context_len=4, max_windows=10, seed=0)
