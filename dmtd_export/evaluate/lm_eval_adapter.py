@@ -39,7 +39,7 @@ class DmtdLM(TemplateLM):  # type: ignore[misc]  # the harness is not followed
     Args:
         pretrained: the checkpoint or bundle.
         plain: run every layer for every token: the baseline.
-        device: cpu or cuda.
+        run_on: cpu or cuda.
         dtype: of a checkpoint in memory.
         threads: of the computation; None: the libraries' own choice.
         decoding_layers: with the four below, the split of a checkpoint that records none.
@@ -49,6 +49,7 @@ class DmtdLM(TemplateLM):  # type: ignore[misc]  # the harness is not followed
         prompt_input: see ``dmtd export``.
         batch_size: the harness's; both scorers batch as they see fit.
         max_batch_size: as batch_size.
+        device: the harness's, which is cuda:0 wherever nothing else is said; see ``run_on``.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class DmtdLM(TemplateLM):  # type: ignore[misc]  # the harness is not followed
         pretrained: str,
         *,
         plain: bool = False,
-        device: Literal["cpu", "cuda"] = "cpu",
+        run_on: Literal["cpu", "cuda"] = "cpu",
         dtype: Literal["float32", "bfloat16"] = "float32",
         threads: int | None = None,
         decoding_layers: int | None = None,
@@ -66,6 +67,7 @@ class DmtdLM(TemplateLM):  # type: ignore[misc]  # the harness is not followed
         prompt_input: Literal["cyclical", "thinking", "sum"] | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
+        device: str | None = None,
     ) -> None:
         split = ExportOptions(
             encoding_layers=encoding_layers,
@@ -74,7 +76,7 @@ class DmtdLM(TemplateLM):  # type: ignore[misc]  # the harness is not followed
             cycle_origin=cycle_origin,
             prompt_input=prompt_input,
         )
-        opening = OpenOptions(split=split, device=device, dtype=dtype, threads=threads)
+        opening = OpenOptions(split=split, device=run_on, dtype=dtype, threads=threads)
         self._opened = contextlib.ExitStack()
         subject = self._opened.enter_context(open_subject(Path(pretrained), opening, plain_only=plain))
         self._attach(subject, opening, plain)
