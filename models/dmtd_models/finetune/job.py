@@ -154,7 +154,6 @@ def _text(checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display: D
         cache,
         probes=probes,
         seed=job.train.seed,
-        on_progress=lambda done, total: display.counted("evaluation items", done, total),
     )
 
 
