@@ -54,6 +54,10 @@ def evaluate(
     task: Annotated[
         list[str] | None, _what("--task", text="A registered task or a .jsonl file of items. May be repeated.")
     ] = None,
+    fluency: Annotated[
+        bool,
+        _what("--fluency", text="Let model and base answer twenty everyday prompts; the base reads both."),
+    ] = False,
     compare_conventions: Annotated[
         bool, _what("--compare-conventions", text="Measure every legal convention of a checkpoint; name the best.")
     ] = False,
@@ -142,6 +146,7 @@ def evaluate(
         max_run=max_run,
         seed=seed,
         cache_dir=cache_dir,
+        fluency=fluency,
         compare_conventions=compare_conventions,
         harness=HarnessOptions(
             tasks=tuple(name.strip() for name in (lm_eval or "").split(",") if name.strip()),

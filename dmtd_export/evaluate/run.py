@@ -14,6 +14,7 @@ from typing import cast
 from dmtd_export.evaluate import generation, multiple_choice
 from dmtd_export.evaluate.conventions import ConventionResult, measure_conventions
 from dmtd_export.evaluate.errors import EvaluateError
+from dmtd_export.evaluate.fluency import FluencyResult, everyday_items, measure_fluency
 from dmtd_export.evaluate.generation import GenerationResult, GenerationRun
 from dmtd_export.evaluate.lm_eval_run import HarnessOptions, HarnessResult, run_harness
 from dmtd_export.evaluate.multiple_choice import ChoiceResult
@@ -46,6 +47,7 @@ class EvaluateOptions:
     resamples: int = 1000
     seed: int = 0
     cache_dir: Path | None = None  # where packages of texts and tasks are kept; None: the user's cache directory
+    fluency: bool = False  # texts on the everyday prompts
     compare_conventions: bool = False
     run_unsafe_code: bool = False  # tasks like HumanEval and MBPP execute what the models write
     harness: HarnessOptions = field(default_factory=HarnessOptions)
@@ -75,8 +77,10 @@ def evaluate(
     Raises:
         DmtdError, ModelError: something cannot be opened, read or compared; one line says what.
     """
-    if not (options.texts or options.tasks or options.harness.tasks):
-        raise EvaluateError("nothing to evaluate on: give --text NAME|FILE, --task NAME|FILE or --lm-eval TASKS")
+    if not (options.texts or options.tasks or options.harness.tasks or options.fluency):
+        raise EvaluateError(
+            "nothing to evaluate on: give --text NAME|FILE, --task NAME|FILE, --fluency or --lm-eval TASKS"
+        )
     for kind, names in (("text", options.texts), ("task", options.tasks)):
         stems = [Path(name).stem for name in names]
         for name, stem in zip(names, stems, strict=True):
@@ -99,6 +103,7 @@ def evaluate(
         conventions = run.conventions(windows)
         text, runs = run.text(windows), run.run_lengths(windows, tasks)
         measured: list[TaskResult] = [run.task(items) for items in tasks]
+        fluency = run.fluency()
         harness, unscored = run.harness()
         measured += harness
     bootstrap = run.bootstrap
@@ -112,6 +117,7 @@ def evaluate(
         text=text,
         runs=runs,
         tasks=tuple(measured),
+        fluency=fluency,
         retention=retention([scores_of(result) for result in measured], bootstrap) if measured else None,
         conventions=conventions,
         bootstrap=bootstrap,
@@ -254,9 +260,7 @@ class _Run:
         counter = self._counter(name, 2 * len(questions))
         answers = []
         for subject, plain in ((self.subject, False), (self.base, True)):
-            opening = self.options.open if subject is self.subject else self.options.base_open
-            bundle = subject.generation_bundle()
-            run = GenerationRun(bundle=bundle, plain=plain, device=opening.device, threads=opening.threads)
+            run = self._generation(subject, plain=plain)
             answers.append(generation.write_answers(run, questions, counter))
         return generation.compare_answers(questions, *answers)
 
@@ -273,6 +277,24 @@ class _Run:
             seed=options.seed,
             run_unsafe_code=options.run_unsafe_code,
             on_done=self._counter("lm-eval", 2),
+        )
+
+    def fluency(self) -> FluencyResult | None:
+        """Texts on the everyday prompts, if asked for."""
+        if not self.options.fluency:
+            return None
+        return measure_fluency(
+            self._generation(self.subject, plain=False),
+            self._generation(self.base, plain=True),
+            self.base.scorer,
+            self.bootstrap,
+            self._counter("fluency", 2 * len(everyday_items())),
+        )
+
+    def _generation(self, subject: Subject, *, plain: bool) -> GenerationRun:
+        opening = self.options.open if subject is self.subject else self.options.base_open
+        return GenerationRun(
+            bundle=subject.generation_bundle(), plain=plain, device=opening.device, threads=opening.threads
         )
 
     def _counter(self, stage: str, total: int) -> Callable[[int], None]:

@@ -18,7 +18,11 @@ from dmtd_export.evaluate.statistics import Estimate
 def render(report: EvaluationReport) -> RenderableType:
     """Headline first: perplexity ratio and agreement by phase; then run lengths, tasks, retention, notes."""
     parts: list[RenderableType] = [_head(report)]
-    parts += [part for part in (_conventions(report), _text(report), _runs(report), _tasks(report)) if part is not None]
+    parts += [
+        part
+        for part in (_conventions(report), _text(report), _runs(report), _tasks(report), _fluency(report))
+        if part is not None
+    ]
     parts += [Text(f"note: {note}", style="yellow") for note in report.notes]
     return Group(*parts)
 
@@ -137,6 +141,16 @@ def _tasks(report: EvaluationReport) -> Group | None:
     else:
         lines.append(Text("\nretention: none, for plain is above chance on no task"))
     return Group(*lines)
+
+
+def _fluency(report: EvaluationReport) -> Table | None:
+    found = report.fluency
+    if found is None:
+        return None
+    table = _grid("\nfluency on everyday prompts", ("written by", "nats a token under plain", "", "distinct 3-grams"))
+    for name, voice in (("model", found.model), ("plain", found.base)):
+        table.add_row(name, number(voice.nll.value), _range(voice.nll), percent(voice.distinct_3grams))
+    return table
 
 
 def _conventions(report: EvaluationReport) -> Table | None:
