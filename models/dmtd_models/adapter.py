@@ -30,6 +30,7 @@ from dmtd_models.checkpoint import AnyArray, Checkpoint
 from dmtd_models.config import DmtdSpec, ModelConfig, read_config
 from dmtd_models.errors import CheckpointError
 from dmtd_models.hf_config import with_dmtd_fields
+from dmtd_models.saving import make_directory, replacing, write_json
 from dmtd_models.values import integer, number
 
 CONFIG_FILE = "adapter_config.json"
@@ -158,10 +159,16 @@ def quantised_delta(name: str, difference: AnyArray) -> dict[str, AnyArray]:
 
 
 def write_adapter(directory: Path, settings: Mapping[str, object], tensors: Mapping[str, AnyArray]) -> None:
-    """Write both files; the weights first, so that a directory with a configuration is whole."""
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, directory / WEIGHTS_FILE)
-    (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    """Write both files; the configuration last, so that a directory with one is whole.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    make_directory(directory)
+    with replacing(directory / WEIGHTS_FILE) as part:
+        save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, part)
+        (directory / CONFIG_FILE).unlink(missing_ok=True)  # an older one does not belong to these weights
+    write_json(directory / CONFIG_FILE, settings)
 
 
 def delta_settings(spec: DmtdSpec, family: str, base_fingerprint: str) -> dict[str, object]:

@@ -8,12 +8,15 @@ CPU, one GPU, or several processes started by ``accelerate launch``.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import math
 import platform
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,13 +29,15 @@ from torch import nn
 from dmtd_models.checkpoint import Checkpoint
 from dmtd_models.config import DmtdSpec
 from dmtd_models.dmtd import DmtdModel
-from dmtd_models.errors import ModelError
+from dmtd_models.errors import ConfigError, ModelError
 from dmtd_models.finetune.batches import Batch, BatchOptions, Collator, Document, PackedRows, make_batch, pack
 from dmtd_models.finetune.features import FeatureKey, FeatureStore, documents_digest, store_features
 from dmtd_models.finetune.options import TrainOptions, check_options
+from dmtd_models.finetune.states import latest_checkpoint, remove_states
 from dmtd_models.finetune.student import Student, trainable_model
-from dmtd_models.finetune.trainer import DmtdTrainer, Guard, latest_checkpoint, set_length, training_arguments
+from dmtd_models.finetune.trainer import DmtdTrainer, Guard, set_length, training_arguments
 from dmtd_models.layers import DecoderLayer
+from dmtd_models.saving import make_directory
 
 _LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -121,19 +126,41 @@ def finetune(
         ModelError: contradictory options, no text, no room, a loss that is no number, too little memory.
     """
     check_options(options, spec)
+    if options.loss.top_k > checkpoint.config.vocab_size:
+        raise ConfigError(
+            f"--top-k: got {options.loss.top_k}, expected at most {checkpoint.config.vocab_size} (the vocabulary)"
+        )
     use_cpu = (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu"
     if use_cpu:
         _keep_large_blocks()
     documents = DocumentTable(train)
     if not len(documents):
         raise ModelError("training text: got no documents; give other --data or a greater --max-length")
+    with _named_memory_errors():
+        return _finetune(
+            checkpoint, spec, documents, held_out, output, options, cache_dir, use_cpu=use_cpu, hooks=hooks
+        )
+
+
+def _finetune(
+    checkpoint: Checkpoint,
+    spec: DmtdSpec,
+    documents: DocumentTable,
+    held_out: Any,
+    output: Path,
+    options: TrainOptions,
+    cache_dir: Path | None,
+    *,
+    use_cpu: bool,
+    hooks: Hooks,
+) -> RunResult:
     hooks.stage("loading the model")
     base = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, _DTYPES[options.precision]).requires_grad_(
         False
     )
     student = _student(checkpoint, base, options)
     rows = pack(documents.lengths, options.tokens_per_step, options.seed)
-    output.mkdir(parents=True, exist_ok=True)
+    make_directory(output)
     # The arguments also start the processes of accelerate: nothing is shared between them before.
     arguments = training_arguments(options, output, use_cpu=use_cpu)
     steps, steps_per_evaluation = _steps(documents, rows, options, arguments.world_size)
@@ -155,6 +182,7 @@ def finetune(
         arguments=arguments,
         rows=PackedRows(documents, rows),
         collate=collator,
+        phases=spec.cycle_length,
         held_out=evaluation,
         flops_per_token=_flops_per_token(base, options, stored=store is not None),
         peak_flops=peak,
@@ -163,15 +191,12 @@ def finetune(
     guard.trainer = trainer
     trainer.add_callback(guard)
     last = latest_checkpoint(output)
+    if arguments.should_save:
+        remove_states(output, keep=2)  # among them what a kill left half written
     hooks.stage("training" if last is None else f"training, from {last.name} on")
     started = time.monotonic()
-    try:
+    with _ending_with_a_state(guard, arguments.world_size):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ModelError(
-            f"training: out of memory ({str(error).splitlines()[0] if str(error) else 'no details'}); lower --tokens-per-step "
-            "(and raise --accumulate), or give --gradient-checkpointing"
-        ) from error
     return RunResult(
         student=student,
         steps=trainer.state.global_step,
@@ -180,6 +205,47 @@ def finetune(
         peak_flops=peak,
         log=list(trainer.state.log_history),
     )
+
+
+@contextlib.contextmanager
+def _named_memory_errors() -> Iterator[None]:
+    """Say what to lower where memory ran out, on whatever device."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's error of a GPU is a RuntimeError, that of a CPU has no class
+        text = str(error)
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in text:
+            raise
+        raise ModelError(
+            f"training: out of memory ({text.splitlines()[0] if text else 'no details'}); lower --tokens-per-step "
+            "(and raise --accumulate) or give --gradient-checkpointing, with another -o if a state was saved"
+        ) from error
+
+
+@contextlib.contextmanager
+def _ending_with_a_state(guard: Guard, world_size: int) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the run after the step at work, its state saved. A second one ends it at once.
+
+    Several processes would have to agree on the step: there the states saved by the clock must do.
+    """
+    if world_size > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, _frame: object) -> None:
+        guard.stop_signal = number
+        signal.signal(number, before[signal.Signals(number)])
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if guard.stop_signal == signal.SIGINT:
+        raise KeyboardInterrupt
+    if guard.stop_signal is not None:
+        raise SystemExit(128 + guard.stop_signal)
 
 
 def _student(checkpoint: Checkpoint, base: DmtdModel, options: TrainOptions) -> Student:
