@@ -69,3 +69,63 @@ def opened(path: Path, **split: Any) -> Any:
 def reading(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Tensors of a checkpoint as float32."""
     return {name: np.asarray(checkpoint.read(name), dtype=np.float32) for name in names}
+
+
+RUN_LENGTHS = [(8 + 5 * n % 23, 2 + n % 5) for n in range(24)]
+
+
+def run_options(**given: Any) -> Any:
+    """Short rows, every step logged and saved, columns sampled: vocabulary 600 (see ``write_base``)."""
+    from dmtd_models.finetune.options import TrainOptions
+    from dmtd_models.finetune.student import LossOptions
+
+    chosen = {
+        "precision": "float32",
+        "tokens_per_step": 64,
+        "epochs": 2.0,
+        "learning_rate": 3e-3,
+        "save_every_s": 0.0,
+        "log_every_steps": 1,
+        "eval_every_tokens": 0,
+        "loss": LossOptions(top_k=2, vocab_sample=100),
+    }
+    return TrainOptions(**{**chosen, **given})
+
+
+def write_base(directory: Path, **given: Any) -> Path:
+    """The plain model of these runs: Qwen3, four layers."""
+    from dmtd_models.testing import write_tiny_checkpoint
+
+    return write_tiny_checkpoint(directory, **{"layers": 4, "vocab_size": 600, "seed": 1, **given})
+
+
+def run_tiny(base: Path, output: Path, options: Any, *, hooks: Any = None, convention: int = 1, cycle: int = 3) -> Any:
+    """One run over two dozen random documents and a few held-out ones."""
+    from dmtd_models.finetune.run import Hooks, finetune
+
+    documents = documents_of(RUN_LENGTHS, seed=2, vocab=600)
+    held_out = documents_of([(20, 6), (15, 4)], seed=3, vocab=600)
+    origin, prompt_input = CONVENTIONS[convention]
+    split = {"decoding_layers": 2, "cycle_length": cycle, "cycle_origin": origin, "prompt_input": prompt_input}
+    with opened(base, **split) as (checkpoint, spec):
+        return finetune(
+            checkpoint,
+            spec,
+            dataset_of(documents),
+            dataset_of(held_out),
+            output,
+            options,
+            device="cpu",
+            hooks=hooks or Hooks(),
+        )
+
+
+def interrupted_at(step: int, act: Any) -> Any:
+    """Hooks that call ``act`` when ``step`` is logged: after it was taken, before it is saved."""
+    from dmtd_models.finetune.run import Hooks
+
+    def progress(values: Any) -> None:
+        if values["step"] == step and "divergence" in values:
+            act()
+
+    return Hooks(progress=progress)

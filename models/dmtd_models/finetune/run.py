@@ -33,7 +33,7 @@ from dmtd_models.errors import ConfigError, ModelError
 from dmtd_models.finetune.batches import Batch, BatchOptions, Collator, Document, PackedRows, make_batch, pack
 from dmtd_models.finetune.features import FeatureKey, FeatureStore, documents_digest, store_features
 from dmtd_models.finetune.options import TrainOptions, check_options
-from dmtd_models.finetune.states import latest_checkpoint, remove_states
+from dmtd_models.finetune.states import latest_checkpoint, remove_states, step_of
 from dmtd_models.finetune.student import Student, trainable_model
 from dmtd_models.finetune.trainer import DmtdTrainer, Guard, set_length, training_arguments
 from dmtd_models.layers import DecoderLayer
@@ -195,8 +195,11 @@ def _finetune(
         remove_states(output, keep=2)  # among them what a kill left half written
     hooks.stage("training" if last is None else f"training, from {last.name} on")
     started = time.monotonic()
-    with _ending_with_a_state(guard, arguments.world_size):
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if last is not None and step_of(last) >= steps:
+        trainer.take_finished(last)  # the trainer would take one step more
+    else:
+        with _ending_with_a_state(guard, arguments.world_size):
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
     return RunResult(
         student=student,
         steps=trainer.state.global_step,
@@ -261,7 +264,9 @@ def _student(checkpoint: Checkpoint, base: DmtdModel, options: TrainOptions) -> 
             layers_to_transform=list(range(first, base.config.num_layers)),
             layers_pattern="layers",
         )
-        model = peft.get_peft_model(model, settings, autocast_adapter_dtype=True)
+        with torch.random.fork_rng(devices=[]):  # the first factors are drawn from torch's own generator
+            torch.manual_seed(options.seed)
+            model = peft.get_peft_model(model, settings, autocast_adapter_dtype=True)
     return Student(
         model,
         base,

@@ -174,6 +174,11 @@ class DmtdTrainer(Trainer):
         self._tokens = record["tokens"] // self.args.world_size
         self._window = (time.monotonic(), self._tokens)
 
+    def take_finished(self, checkpoint: Path) -> None:
+        """Take the weights and the log of a run that has ended, in place of training."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Older states go when the new one is whole, not before: a kill at any moment leaves one to go on from."""
         output = Path(self.args.output_dir)

@@ -177,7 +177,7 @@ def test_columns_that_cover_all_are_exact() -> None:
 
 
 def test_gradients_of_sampled_columns_are_those_of_the_weighted_sum() -> None:
-    hidden, head, targets, labels = big_case(others=394)
+    hidden, head, targets, _ = big_case(others=394)
     columns = sample_columns(targets.ids, 400, 60, torch.Generator().manual_seed(0))
     assert columns is not None
     mine, plain = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
