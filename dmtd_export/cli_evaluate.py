@@ -40,15 +40,36 @@ def evaluate(
         Path | None,
         typer.Option(help="The plain base model: checkpoint or bundle. By default MODEL itself, run plain."),
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="A directory that `dmtd finetune` made of MODEL. MODEL without it is then the base."),
+    ] = None,
     text: Annotated[
         list[str] | None,
-        _what("--text", text="Held-out text: a registered corpus or a file (.txt, .jsonl). May be repeated."),
+        _what(
+            "--text",
+            text="Held-out text: a registered corpus or a file (.txt; .jsonl of texts or chats). May be repeated.",
+        ),
     ] = None,
     task: Annotated[
         list[str] | None, _what("--task", text="A registered task or a .jsonl file of items. May be repeated.")
     ] = None,
     compare_conventions: Annotated[
         bool, _what("--compare-conventions", text="Measure every legal convention of a checkpoint; name the best.")
+    ] = False,
+    lm_eval: Annotated[
+        str | None, _what("--lm-eval", text="Tasks of the lm-eval harness, with commas between: arc_easy,gsm8k.")
+    ] = None,
+    lm_eval_include: Annotated[
+        Path | None, _what("--lm-eval-include", text="A directory of further task files for the harness.")
+    ] = None,
+    lm_eval_chat: Annotated[bool, _what("--lm-eval-chat", text="Render its prompts with the chat template.")] = False,
+    run_unsafe_code: Annotated[
+        bool,
+        _what(
+            "--run-unsafe-code",
+            text="Let tasks like HumanEval and MBPP run the code that models write, on this machine.",
+        ),
     ] = False,
     encoding_layers: Annotated[int | None, _split("E: layers before the thinking layers.")] = None,
     thinking_layers: Annotated[int | None, _split("T: layers that run once a cycle; the rest by default.")] = None,
@@ -73,6 +94,9 @@ def evaluate(
     ] = "float32",
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
+    cache_dir: Annotated[
+        Path | None, _how("--cache-dir", text="Where downloaded texts and tasks are kept; by default the user's cache.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory for report.json and plots (PNG).")
     ] = None,
@@ -87,6 +111,7 @@ def evaluate(
     require("evaluate", LIBRARIES, _INSTALL)
     from dmtd_export.evaluate import EvaluateOptions, OpenOptions
     from dmtd_export.evaluate import evaluate as run
+    from dmtd_export.evaluate.lm_eval_run import HarnessOptions
     from dmtd_export.evaluate.subject import is_bundle
     from dmtd_export.evaluate.table import render
 
@@ -94,6 +119,10 @@ def evaluate(
         require("evaluate", ("torch",), _INSTALL)
     if output is not None:
         require("evaluate -o", ("matplotlib",), _INSTALL)
+    if lm_eval is not None:
+        require("evaluate --lm-eval", ("lm_eval",), '"dmtd[lm-eval]"')
+    if adapter is not None and base is None:
+        base = path
     split = ExportOptions(
         encoding_layers=encoding_layers,
         thinking_layers=thinking_layers,
@@ -112,8 +141,15 @@ def evaluate(
         prefixes=prefixes,
         max_run=max_run,
         seed=seed,
+        cache_dir=cache_dir,
         compare_conventions=compare_conventions,
-        open=OpenOptions(split=split, device=device, dtype=dtype, threads=threads),
+        harness=HarnessOptions(
+            tasks=tuple(name.strip() for name in (lm_eval or "").split(",") if name.strip()),
+            include=lm_eval_include,
+            chat=lm_eval_chat,
+        ),
+        run_unsafe_code=run_unsafe_code,
+        open=OpenOptions(split=split, adapter=adapter, device=device, dtype=dtype, threads=threads),
         base_open=OpenOptions(device=device, dtype=dtype, threads=threads),
     )
     with logs_to_stderr(), StageDisplay() as display:

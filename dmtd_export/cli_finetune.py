@@ -42,6 +42,9 @@ def finetune(
     prompt_input: Annotated[
         Literal["cyclical", "thinking", "sum"] | None, _option(_SPLIT, "What prompt positions feed to the late layers.")
     ] = None,
+    initial: Annotated[
+        Path | None, _option(_LEARN, "An adapter of BASE to start from; BASE stays the teacher.")
+    ] = None,
     data: Annotated[
         list[str] | None,
         _option(_TEXT, "Text: JSON lines, parquet, a datasets directory, or a corpus by name. Give it several times."),
@@ -155,6 +158,7 @@ def finetune(
         cycle_length=cycle_length,
         cycle_origin=cycle_origin,
         prompt_input=prompt_input,
+        initial=initial,
         data=tuple(data or ()),
         held_out=tuple(held_out or ()),
         answer_tokens=answer_tokens,

@@ -26,6 +26,7 @@ from dmtd_runtime.errors import BackendError
 from dmtd_runtime.kv_cache import HostKvCache
 
 LOGIT_BYTES = 64 << 20  # float32 logits of one run
+CUDA_MAX_LEN = 4096  # tokens of a sequence on a GPU
 GRAPHS: tuple[contract.GraphName, ...] = (contract.THINKING, contract.LATE_DECODE)
 
 
@@ -57,7 +58,10 @@ class BundleScorer:
         self.manifest = manifest
         self.cycle = manifest.cycle
         self.vocab_size = manifest.model.vocab_size
+        # A device commits its caches whole, one set a mode; the host's grow with what is written.
         self.max_len = manifest.model.max_model_len
+        if device == "cuda":
+            self.max_len = min(self.max_len, CUDA_MAX_LEN)
         self.options = BackendOptions(device=device, threads=threads)
         dialect = dialect or manifest.default_dialect
         self.graphs = {name: manifest.graph(name, dialect) for name in GRAPHS}
@@ -103,7 +107,7 @@ class _Lane:
         self._buffers: dict[tuple[str, tuple[int, ...]], Buffer] = {}
         self._stats = RunStats()
         model = owner.manifest.model
-        self._capacity = model.max_model_len + model.max_window
+        self._capacity = owner.max_len + model.max_window
         on_host = owner.options.device == "cpu"
         # Host caches are lazy: rows that are never written take no memory.
         self._host_cache = HostKvCache(model, 1, self._capacity) if on_host else None

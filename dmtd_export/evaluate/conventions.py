@@ -30,7 +30,6 @@ def measure_conventions(
     subject: Subject,
     windows: Sequence[TextWindow],
     *,
-    context_len: int,
     bootstrap: Bootstrap,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> ConventionResult:
@@ -49,6 +48,6 @@ def measure_conventions(
     results: dict[Convention, PhaseResult] = {}
     for origin, prompt in LEGAL_CONVENTIONS:
         under = scorer.with_convention(replace(scorer.cycle, cycle_origin=origin, prompt_input=prompt))
-        measured = measure_text(under, under, windows, context_len=context_len, bootstrap=bootstrap, on_done=on_done)
+        measured = measure_text(under, under, windows, bootstrap=bootstrap, on_done=on_done)
         results[origin, prompt] = measured.overall
     return ConventionResult(results=results, best=min(results, key=lambda pair: results[pair].perplexity.value))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dmtd_export.evaluate.conventions import ConventionResult
 from dmtd_export.evaluate.generation import GenerationResult
+from dmtd_export.evaluate.lm_eval_run import HarnessResult
 from dmtd_export.evaluate.multiple_choice import ChoiceResult
 from dmtd_export.evaluate.run_lengths import RunLengths
 from dmtd_export.evaluate.statistics import Bootstrap, Estimate, PairedScores, Retention, retained
@@ -18,6 +19,8 @@ from dmtd_export.evaluate.text_metrics import PhaseResult, TextResult
 from dmtd_runtime.manifest import CycleInfo
 
 SCHEMA_VERSION = 1
+
+TaskResult = ChoiceResult | GenerationResult | HarnessResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +34,8 @@ class EvaluationReport:
     cycle: CycleInfo
     convention_recorded: bool
     text: TextResult | None
-    runs: RunLengths | None
-    tasks: tuple[ChoiceResult | GenerationResult, ...]
+    runs: Mapping[str, RunLengths]  # by kind of prefix
+    tasks: tuple[TaskResult, ...]
     retention: Retention | None
     conventions: ConventionResult | None
     bootstrap: Bootstrap
@@ -55,12 +58,9 @@ class EvaluationReport:
             "split": {**dataclasses.asdict(self.cycle), "convention_recorded": self.convention_recorded},
             "perplexity": text and _perplexity(text),
             "agreement_by_phase": text and {name: r.agreement.value for name, r in _phases(text)},
-            "run_lengths": runs
-            and {
-                "mean": runs.mean.value,
-                "prefixes": runs.prefixes,
-                "counts": list(runs.counts),
-                "most": runs.most,
+            "run_lengths": {
+                kind: {"mean": r.mean.value, "prefixes": r.prefixes, "counts": list(r.counts), "most": r.most}
+                for kind, r in runs.items()
             },
             "retention": kept and _retention(kept),
             "tasks": {name: self._task(task) for name, task in tasks.items()},
@@ -88,7 +88,7 @@ class EvaluationReport:
             "perplexity": text and {name: r.perplexity.interval() for name, r in _phases(text)},
             "perplexity_ratio": text and {name: r.ratio.interval() for name, r in _phases(text)},
             "agreement_by_phase": text and {name: r.agreement.interval() for name, r in _phases(text)},
-            "run_lengths": self.runs and self.runs.mean.interval(),
+            "run_lengths": {kind: runs.mean.interval() for kind, runs in self.runs.items()},
             "retention": kept and kept.plain and kept.plain.interval(),
             "retention_chance_corrected": kept and kept.chance_corrected and kept.chance_corrected.interval(),
             "tasks": {
@@ -100,10 +100,10 @@ class EvaluationReport:
             },
         }
 
-    def _task(self, task: ChoiceResult | GenerationResult) -> dict[str, Any]:
+    def _task(self, task: TaskResult) -> dict[str, Any]:
         scores = scores_of(task)
         made: dict[str, Any] = {
-            "kind": "multiple_choice" if isinstance(task, ChoiceResult) else "generation",
+            "kind": _KINDS[type(task)],
             "items": task.items,
             "chance": float(scores.chance.mean()),
             "plain_above_chance": scores.above_chance,
@@ -118,10 +118,15 @@ class EvaluationReport:
                 "skipped": task.skipped,
                 "phase_share": dict(task.phase_share),
             }
-        return {**made, "metric": "checked", "same_text": task.same_text}
+        if isinstance(task, GenerationResult):
+            return {**made, "metric": "checked", "same_text": task.same_text}
+        return {**made, "metric": task.metric}
 
 
-def scores_of(result: ChoiceResult | GenerationResult) -> PairedScores:
+_KINDS = {ChoiceResult: "multiple_choice", GenerationResult: "generation", HarnessResult: "lm_eval"}
+
+
+def scores_of(result: TaskResult) -> PairedScores:
     """The scores of a task that count: acc_norm of multiple choice, the check of generated answers."""
     return result.acc_norm if isinstance(result, ChoiceResult) else result.scores
 

@@ -15,16 +15,18 @@ from dmtd_export.evaluate import generation, multiple_choice
 from dmtd_export.evaluate.conventions import ConventionResult, measure_conventions
 from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.generation import GenerationResult, GenerationRun
+from dmtd_export.evaluate.lm_eval_run import HarnessOptions, HarnessResult, run_harness
 from dmtd_export.evaluate.multiple_choice import ChoiceResult
-from dmtd_export.evaluate.report import EvaluationReport, scores_of
-from dmtd_export.evaluate.run_lengths import PREFIX_LENS, RunLengths, draw_prefixes, measure_run_lengths
+from dmtd_export.evaluate.report import EvaluationReport, TaskResult, scores_of
+from dmtd_export.evaluate.run_lengths import CHAT, TEXT, RunLengths, draw_prefixes, measure_run_lengths
 from dmtd_export.evaluate.statistics import Bootstrap, retention
 from dmtd_export.evaluate.subject import OpenOptions, Subject, open_subject
 from dmtd_export.evaluate.tasks import Items, read_task
 from dmtd_export.evaluate.text_metrics import TextResult, measure_text
 from dmtd_export.evaluate.texts import MIN_SCORED, TextWindow, WindowPlan, collect_windows
 from dmtd_models.text.items import GenerationItem, MultipleChoiceItem
-from dmtd_runtime.bundle import cache_directory
+from dmtd_models.text.packages import default_cache_dir
+from dmtd_runtime.chat_template import ChatTemplate
 
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -39,11 +41,14 @@ class EvaluateOptions:
     window_len: int = 512
     context_len: int = 32  # tokens of a window that are fed and not scored
     limit: int = 100  # items of a task
-    prefixes: int = 64  # run lengths: how many
+    prefixes: int = 64  # run lengths: how many of each kind
     max_run: int = 32  # run lengths: how far
     resamples: int = 1000
     seed: int = 0
+    cache_dir: Path | None = None  # where packages of texts and tasks are kept; None: the user's cache directory
     compare_conventions: bool = False
+    run_unsafe_code: bool = False  # tasks like HumanEval and MBPP execute what the models write
+    harness: HarnessOptions = field(default_factory=HarnessOptions)
     open: OpenOptions = field(default_factory=OpenOptions)
     base_open: OpenOptions = field(default_factory=OpenOptions)
 
@@ -70,9 +75,18 @@ def evaluate(
     Raises:
         DmtdError, ModelError: something cannot be opened, read or compared; one line says what.
     """
-    if not options.texts and not options.tasks:
-        raise EvaluateError("nothing to evaluate on: give --text NAME|FILE or --task NAME|FILE")
-    tasks = [read_task(name, cache_directory() / "text", options.limit, options.seed) for name in options.tasks]
+    if not (options.texts or options.tasks or options.harness.tasks):
+        raise EvaluateError("nothing to evaluate on: give --text NAME|FILE, --task NAME|FILE or --lm-eval TASKS")
+    for kind, names in (("text", options.texts), ("task", options.tasks)):
+        stems = [Path(name).stem for name in names]
+        for name, stem in zip(names, stems, strict=True):
+            if stems.count(stem) > 1:
+                raise EvaluateError(f"--{kind} {name}: given twice, or two files of one name; results go by name")
+    cache = options.cache_dir or default_cache_dir()
+    tasks = [
+        read_task(name, cache, options.limit, options.seed, run_unsafe_code=options.run_unsafe_code)
+        for name in options.tasks
+    ]
     with contextlib.ExitStack() as opened:
         on_progress("open", 0, 0)
         subject = opened.enter_context(open_subject(model, options.open))
@@ -83,8 +97,10 @@ def evaluate(
         windows = run.windows()
         run.check_base(windows, tasks)
         conventions = run.conventions(windows)
-        text, runs = run.text(windows), run.run_lengths(windows)
-        measured = [run.task(items) for items in tasks]
+        text, runs = run.text(windows), run.run_lengths(windows, tasks)
+        measured: list[TaskResult] = [run.task(items) for items in tasks]
+        harness, unscored = run.harness()
+        measured += harness
     bootstrap = run.bootstrap
     return EvaluationReport(
         model=model,
@@ -100,7 +116,10 @@ def evaluate(
         conventions=conventions,
         bootstrap=bootstrap,
         context_len=options.context_len,
-        notes=tuple(_notes(subject, base)),
+        notes=(
+            *_notes(subject, base),
+            *(f"{name} of lm-eval scores no single items; run the harness itself for it" for name in unscored),
+        ),
     )
 
 
@@ -135,7 +154,9 @@ class _Run:
             max_windows=max(1, options.max_tokens // longest),
             seed=options.seed,
         )
-        return collect_windows(options.texts, self.subject.encode, plan, cache_directory() / "text")
+        return collect_windows(
+            options.texts, self.subject.encode, self.subject.chats, plan, options.cache_dir or default_cache_dir()
+        )
 
     def check_base(self, windows: Sequence[TextWindow], tasks: Sequence[Items]) -> None:
         """The base must read the same tokens: its numbers mean nothing otherwise.
@@ -170,7 +191,6 @@ class _Run:
         return measure_conventions(
             self.subject,
             windows,
-            context_len=self.options.context_len,
             bootstrap=self.bootstrap,
             on_done=self._counter("conventions", 3 * len(windows)),
         )
@@ -182,23 +202,41 @@ class _Run:
             self.subject.scorer,
             self.base.scorer,
             windows,
-            context_len=self.options.context_len,
             bootstrap=self.bootstrap,
             on_done=self._counter("perplexity", len(windows)),
         )
 
-    def run_lengths(self, windows: Sequence[TextWindow]) -> RunLengths | None:
-        if not windows or not self.options.prefixes:
-            return None
-        room = min(self.subject.scorer.max_len, self.base.scorer.max_len) - PREFIX_LENS[1]
-        return measure_run_lengths(
-            self.subject.scorer,
-            self.base.scorer,
-            draw_prefixes(windows, self.options.prefixes, self.options.seed),
-            most=max(1, min(self.options.max_run, room)),
-            bootstrap=self.bootstrap,
-            on_done=self._counter("run lengths", self.options.prefixes),
-        )
+    def run_lengths(self, windows: Sequence[TextWindow], tasks: Sequence[Items]) -> dict[str, RunLengths]:
+        """From beginnings of text, and from the questions of generation tasks."""
+        options = self.options
+        room = min(self.subject.scorer.max_len, self.base.scorer.max_len)
+        prefixes = {
+            TEXT: draw_prefixes(windows, options.prefixes, options.seed) if windows else [],
+            CHAT: self._questions(tasks, room // 2)[: options.prefixes],
+        }
+        return {
+            kind: measure_run_lengths(
+                self.subject.scorer,
+                self.base.scorer,
+                some,
+                most=max(1, min(options.max_run, room - max(map(len, some)))),
+                bootstrap=self.bootstrap,
+                on_done=self._counter(f"run lengths: {kind}", len(some)),
+            )
+            for kind, some in prefixes.items()
+            if some
+        }
+
+    def _questions(self, tasks: Sequence[Items], longest: int) -> list[tuple[int, ...]]:
+        """Token ids of the generation tasks' rendered questions; none without a template, which generation itself reports."""
+        items = [item for items in tasks for item in items if isinstance(item, GenerationItem)]
+        template = ChatTemplate.from_directory(self.subject.assets) if items else None
+        tokenizer = self.subject.tokenizer
+        if template is None or tokenizer is None:
+            return []
+        rendered = (template.render(list(item.messages), add_generation_prompt=True) for item in items)
+        ids = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in rendered]
+        return [one for one in ids if len(one) <= longest]
 
     def task(self, items: Items) -> ChoiceResult | GenerationResult:
         """One task with model and base."""
@@ -221,6 +259,21 @@ class _Run:
             run = GenerationRun(bundle=bundle, plain=plain, device=opening.device, threads=opening.threads)
             answers.append(generation.write_answers(run, questions, counter))
         return generation.compare_answers(questions, *answers)
+
+    def harness(self) -> tuple[list[HarnessResult], list[str]]:
+        """Tasks of lm-eval, if asked for."""
+        options = self.options
+        if not options.harness.tasks:
+            return [], []
+        return run_harness(
+            (self.subject, options.open),
+            (self.base, options.base_open if self.base is not self.subject else options.open),
+            options.harness,
+            limit=options.limit,
+            seed=options.seed,
+            run_unsafe_code=options.run_unsafe_code,
+            on_done=self._counter("lm-eval", 2),
+        )
 
     def _counter(self, stage: str, total: int) -> Callable[[int], None]:
         done = 0

@@ -1,7 +1,8 @@
 """Run lengths: how many greedy DMTD tokens in a row equal the base's plain greedy decoding, from many prefixes.
 
-Both continue the same prefix; the run ends with the first token on which they differ. Up to there both have been fed the
-same tokens, so a teacher-forced row of each is exactly what decoding would choose, and nothing behind a difference is computed.
+Prefixes are beginnings of text ("text") and rendered questions of generation tasks ("chat"). Both models continue the same
+prefix; the run ends with the first token on which they differ. Up to there both have been fed the same tokens, so a
+teacher-forced row of each is exactly what decoding would choose, and nothing behind a difference is computed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dmtd_export.evaluate.scorer import Scorer, ScoreRequest, score_pair
 from dmtd_export.evaluate.statistics import Bootstrap, Estimate
 from dmtd_export.evaluate.texts import TextWindow
 
+TEXT, CHAT = "text", "chat"
 PREFIX_LENS = (16, 64)  # tokens, drawn evenly: under an absolute origin the length decides the first phase
 
 
@@ -33,11 +35,14 @@ class RunLengths:
 
 
 def draw_prefixes(windows: Sequence[TextWindow], count: int, seed: int) -> list[tuple[int, ...]]:
-    """The beginnings of ``count`` windows, of lengths drawn from PREFIX_LENS; windows serve again where they are few."""
+    """The beginnings of ``count`` windows, of lengths drawn from PREFIX_LENS; windows serve again where they are few.
+
+    The beginning of a chat holds at least its prompt.
+    """
     rng = np.random.default_rng(seed)
     order = [int(i) for _ in range(-(-count // len(windows))) for i in rng.permutation(len(windows))][:count]
     lengths = rng.integers(*PREFIX_LENS, size=count, endpoint=True)
-    return [windows[i].token_ids[: int(n)] for i, n in zip(order, lengths, strict=True)]
+    return [windows[i].token_ids[: max(windows[i].context_len, int(n))] for i, n in zip(order, lengths, strict=True)]
 
 
 def measure_run_lengths(

@@ -19,6 +19,9 @@ Statistic = Callable[[Array], Array]
 
 CHANCE_ERRORS = 2.0  # standard errors that the base must stand above chance
 WIDE = 0.05  # a retention whose interval is wider than this is reported as wide
+# Units that are all alike resample to themselves. Three over their count is what they leave open (the rule of three): below
+# this many, no interval is better than one of no width.
+MIN_ALIKE = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +59,13 @@ class Bootstrap:
         """``statistic`` of the sums of ``units`` [n, ...]; it maps [..., *unit shape] to [...] (one number a replicate)."""
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             value = float(statistic(units.astype(np.float64).sum(0)))
-            if len(units) < 2:
+            if len(units) < 2 or _too_few_alike(units):
                 return Estimate(value=value)
             return interval(value, statistic(self.sums(units)))
+
+
+def _too_few_alike(units: Array) -> bool:
+    return len(units) < MIN_ALIKE and bool((units == units[0]).all())
 
 
 def interval(value: float, replicates: Array) -> Estimate:
@@ -134,12 +141,13 @@ def retention(tasks: Sequence[PairedScores], bootstrap: Bootstrap) -> Retention:
         Bootstrap(resamples=bootstrap.resamples, seed=bootstrap.seed + 1 + i).sums(task.table)
         for i, task in enumerate(counted)
     ]
+    unknown = any(_too_few_alike(task.table) for task in counted)
     found = []
     for statistic in (retained, retained_above_chance):
         with np.errstate(divide="ignore", invalid="ignore"):
             value = float(np.mean([statistic(task.table.sum(0)) for task in counted]))
             drawn = np.mean([statistic(sums) for sums in replicates], axis=0)
-        found.append(interval(value, drawn))
+        found.append(Estimate(value=value) if unknown else interval(value, drawn))
     return Retention(
         tasks=tuple(task.name for task in counted), left_out=left_out, plain=found[0], chance_corrected=found[1]
     )

@@ -16,6 +16,7 @@ from typing import Literal
 from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.scorer import Scorer
 from dmtd_export.options import ExportOptions
+from dmtd_models.text.chat import TextTokenizer
 from dmtd_runtime import contract
 from dmtd_runtime.manifest import CycleInfo
 from dmtd_runtime.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ class OpenOptions:
     """How to open a subject. ``split`` applies to checkpoints; ``dtype`` is a checkpoint's in memory, a bundle has its own."""
 
     split: ExportOptions = field(default_factory=ExportOptions)
+    adapter: Path | None = None  # of a checkpoint
     device: Device = "cpu"
     dtype: ScoreDtype = "float32"
     threads: int | None = None
@@ -43,8 +45,16 @@ class Subject:
     kind: Literal["checkpoint", "bundle"]
     scorer: Scorer
     tokenizer: Tokenizer | None
+    assets: Path  # the directory of tokenizer and chat template
     convention_recorded: bool
     generation_bundle: Callable[[], Path]
+
+    def chats(self) -> TextTokenizer:
+        """Training's tokenizer, which knows the tokens of a prompt from those of its answer."""
+        files = {
+            name: (self.assets / name).read_bytes() for name in contract.ASSET_FILES if (self.assets / name).is_file()
+        }
+        return TextTokenizer(files, vocab_size=self.scorer.vocab_size)
 
     @property
     def cycle(self) -> CycleInfo:
@@ -85,6 +95,8 @@ def open_subject(path: Path, options: OpenOptions, *, plain_only: bool = False) 
 def _open_bundle(path: Path, options: OpenOptions, opened: contextlib.ExitStack) -> Subject:
     from dmtd_export.evaluate.bundle_scorer import BundleScorer
 
+    if options.adapter is not None:
+        raise EvaluateError(f"{path} is a bundle, an adapter is merged into a checkpoint; give --adapter with its base")
     if _gives_split(options.split):
         raise EvaluateError(
             f"{path} is a bundle, whose split is fixed; leave the split options out, or give its checkpoint"
@@ -95,6 +107,7 @@ def _open_bundle(path: Path, options: OpenOptions, opened: contextlib.ExitStack)
         kind="bundle",
         scorer=scorer,
         tokenizer=Tokenizer.from_directory(path),
+        assets=path,
         convention_recorded=True,
         generation_bundle=lambda: path,
     )
@@ -105,7 +118,7 @@ def _open_checkpoint(path: Path, options: OpenOptions, plain_only: bool, opened:
     from dmtd_models.checkpoint import open_checkpoint
     from dmtd_models.config import resolve_dmtd
 
-    checkpoint = opened.enter_context(open_checkpoint(path))
+    checkpoint = opened.enter_context(open_checkpoint(path, options.adapter))
     split = options.split
     if plain_only:
         # In plain mode every split computes the same: any that is legal will do where none is recorded.
@@ -137,7 +150,10 @@ def _open_checkpoint(path: Path, options: OpenOptions, plain_only: bool, opened:
                 "tensorrt" if checkpoint.config.head_dim % GQA_HEAD_MULTIPLE else "onnxruntime"
             )
             export_bundle(
-                path, bundle, replace(split, target=target, dtype="float32", max_batch=GENERATION_BATCH, verify=False)
+                path,
+                bundle,
+                replace(split, target=target, dtype="float32", max_batch=GENERATION_BATCH, verify=False),
+                adapter=options.adapter,
             )
         return bundle
 
@@ -146,6 +162,7 @@ def _open_checkpoint(path: Path, options: OpenOptions, plain_only: bool, opened:
         kind="checkpoint",
         scorer=scorer,
         tokenizer=Tokenizer.from_directory(assets),
+        assets=assets,
         convention_recorded=spec.convention_recorded,
         generation_bundle=generation_bundle,
     )

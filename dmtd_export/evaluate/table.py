@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dmtd_export.evaluate.generation import GenerationResult
 from dmtd_export.evaluate.multiple_choice import ChoiceResult
 from dmtd_export.evaluate.report import EvaluationReport, scores_of, task_estimates
 from dmtd_export.evaluate.statistics import Estimate
@@ -83,15 +84,16 @@ def _phase(name: str) -> str:
     return "0, head" if name == "0" else name
 
 
-def _runs(report: EvaluationReport) -> Text | None:
-    runs = report.runs
-    if runs is None:
+def _runs(report: EvaluationReport) -> Table | None:
+    if not report.runs:
         return None
-    full = runs.counts[-1]
-    return Text(
-        f"\nrun length: {number(runs.mean.value)} greedy tokens equal plain decoding ({_range(runs.mean)}), "
-        f"{runs.prefixes} prefixes; {full} of them all {runs.most}"
+    table = _grid(
+        "\nrun length: greedy tokens in a row that equal plain decoding", ("from", "prefixes", "mean", "", "all")
     )
+    for kind, runs in report.runs.items():
+        longest = f"{runs.counts[-1]} reach {runs.most}"
+        table.add_row(kind, str(runs.prefixes), number(runs.mean.value), _range(runs.mean), longest)
+    return table
 
 
 def _tasks(report: EvaluationReport) -> Group | None:
@@ -118,7 +120,7 @@ def _tasks(report: EvaluationReport) -> Group | None:
             lines.append(
                 Text(f"{task.acc.name}: {task.skipped} items skipped; scored tokens by phase: {shares}", "dim")
             )
-        else:
+        elif isinstance(task, GenerationResult):
             lines.append(
                 Text(f"{task.scores.name}: {percent(task.same_text)} of the answers are plain's word for word", "dim")
             )

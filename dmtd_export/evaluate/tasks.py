@@ -7,7 +7,6 @@ A file is JSON lines, of one kind: ``{"prompt", "choices", "answer"}`` (multiple
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,35 +14,28 @@ from pathlib import Path
 from typing import Any
 
 from dmtd_export.evaluate.errors import EvaluateError
+from dmtd_models.errors import ModelError
 from dmtd_models.text.items import GenerationItem, MultipleChoiceItem
+from dmtd_models.text.tasks import load_task
 
 Items = Sequence[MultipleChoiceItem] | Sequence[GenerationItem]
-TASKS_MODULE = "dmtd_models.text.tasks"  # loaded by name: it reaches for packages only when a task is asked for
 DEFAULT_NEW_TOKENS = 64
 
 
-def task_names() -> tuple[str, ...]:
-    """Registered tasks."""
-    try:
-        return tuple(importlib.import_module(TASKS_MODULE).task_names())
-    except ModuleNotFoundError:
-        return ()
-
-
-def read_task(name: str, cache_dir: Path, limit: int | None, seed: int) -> Items:
-    """At most ``limit`` items of a registered task or of a file.
+def read_task(name: str, cache_dir: Path, limit: int | None, seed: int, *, run_unsafe_code: bool = False) -> Items:
+    """At most ``limit`` items of a registered task or of a file; ``run_unsafe_code`` allows tasks that run what is written.
 
     Raises:
-        EvaluateError: neither of the two, or a file with a line that is no item.
+        EvaluateError: neither of the two, a file with a line that is no item, or a package that cannot be had.
     """
     path = Path(name)
     if path.is_file():
         items: Items = _read_file(path)[:limit]
-    elif name in task_names():
-        items = importlib.import_module(TASKS_MODULE).load_task(name, cache_dir=cache_dir, limit=limit, seed=seed)
     else:
-        known = ", ".join(task_names()) or "none"
-        raise EvaluateError(f"--task: got {name}, expected a .jsonl file or a registered task ({known})")
+        try:
+            items = load_task(name, cache_dir, limit, seed, allow_code_execution=run_unsafe_code)
+        except ModelError as error:
+            raise EvaluateError(f"--task {name}, which is no file: {error}") from error
     if not items:
         raise EvaluateError(f"--task {name}: no items; give a task that has some, or a larger --limit")
     return items

@@ -48,22 +48,21 @@ def measure_text(
     base: Scorer,
     windows: Sequence[TextWindow],
     *,
-    context_len: int,
     bootstrap: Bootstrap,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> TextResult:
-    """Score every window; its first ``context_len`` tokens are the prompt, and their rows are not counted."""
+    """Score every window; the first tokens of each are its prompt, and their rows are not counted."""
     sums = np.zeros((len(windows), 4, model.cycle.cycle_length))
     step = max(1, min(model.batch_hint, base.batch_hint))
     for start in range(0, len(windows), step):
         part = windows[start : start + step]
         requests = [
-            ScoreRequest(token_ids=w.token_ids, prompt_len=context_len, plain=False, first_row=context_len)
+            ScoreRequest(token_ids=w.token_ids, prompt_len=w.context_len, plain=False, first_row=w.context_len)
             for w in part
         ]
         ours, theirs = score_pair(model, base, requests)
         for at, (mine, plain) in enumerate(zip(ours, theirs, strict=True), start):
-            rows = len(mine.target_logprobs)
+            rows, context_len = len(mine.target_logprobs), windows[at].context_len
             phase = phases(model.cycle, prompt_len=context_len, num_rows=context_len + rows)[context_len:]
             values = (-mine.target_logprobs, -plain.target_logprobs, np.ones(rows), mine.top1 == plain.top1)
             for kind, value in enumerate(values):

@@ -25,6 +25,7 @@ QUICK = (*SPLIT, "--precision", "float32", "--tokens-per-step", "128", "--top-k"
 SUMMARY_KEYS = {
     "schema",
     "base",
+    "initial",
     "output",
     "saved",
     "split",

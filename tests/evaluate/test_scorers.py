@@ -96,6 +96,15 @@ def test_large_vocabularies_are_scored_in_chunks(made: Made, monkeypatch: pytest
         check(scorer, made, REQUESTS[:4])
 
 
+def test_bfloat16_is_near(made: Made) -> None:
+    """Logits here reach about 10, where bfloat16 steps are 1/16; the mean over many rows hides little of a wrong gate."""
+    with open_checkpoint(made.bundle.parent / "checkpoint") as checkpoint:
+        scorer = TorchScorer.open(checkpoint, made.spec, dtype="bfloat16")
+    for request, got in zip(REQUESTS[:2], scorer.score(REQUESTS[:2]), strict=True):
+        apart = np.abs(got.target_logprobs - made.expected(request).target_logprobs)
+        assert 0 < apart.mean() < 0.1
+
+
 def test_both_modes_of_one_model_in_one_call(made: Made) -> None:
     requests = [r for r in REQUESTS if not r.plain]
     ours, plain = score_pair(made.scorer, made.scorer, requests)

@@ -112,3 +112,12 @@ def test_nothing_above_chance_has_no_retention() -> None:
 def test_an_unknown_interval_counts_as_wide() -> None:
     unknown = Retention(tasks=("a",), left_out=(), plain=Estimate(value=1.0), chance_corrected=None)
     assert unknown.wide
+
+
+def test_few_items_that_are_all_alike_say_nothing_of_the_spread() -> None:
+    few, many = scores("few", 59, 59, 59), scores("many", 60, 60, 60)
+    assert retention([few], Bootstrap(resamples=200)).wide
+    assert retention([few, many], Bootstrap(resamples=200)).wide
+    found = retention([many], Bootstrap(resamples=200))
+    assert found.plain == Estimate(value=1.0, low=1.0, high=1.0)
+    assert Bootstrap().estimate(few.table, lambda s: s[..., 0]).interval() is None

@@ -5,17 +5,17 @@ Stands between ``dmtd_models.text``, which reads single sources, and ``run``. No
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import concatenate_datasets
 
 from dmtd_models.errors import ModelError
 from dmtd_models.text.chat import TextTokenizer
-from dmtd_models.text.overlap import OverlapIndex, Probe, training_text
+from dmtd_models.text.overlap import OverlapIndex, Probe, drop_leaks
 from dmtd_models.text.read_data import ReadOptions, read_training_data
 
 _MAX_HELD_OUT = 128
@@ -40,7 +40,6 @@ def read_run_text(
     *,
     probes: Sequence[Probe] = (),
     seed: int = 0,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> RunText:
     """Read training and held-out text.
 
@@ -52,7 +51,6 @@ def read_run_text(
         cache_dir: of packages and tokenised text.
         probes: evaluation items; documents in which one occurs are left out.
         seed: of the held-out choice.
-        on_progress: documents searched for evaluation items, and how many there are.
 
     Raises:
         DataError: a source that cannot be used.
@@ -68,8 +66,9 @@ def read_run_text(
         raise ModelError("training text: got no source; give --data FILE, DIRECTORY or a corpus, or --answer-tokens")
     whole = concatenate_datasets(parts)
     if probes:
-        whole, left_out = _without_leaks(whole, probes, tokenizer, on_progress)
-        notes.append(f"{left_out} documents left out: evaluation items occur in them")
+        before = len(whole)
+        whole, _ = drop_leaks(whole, OverlapIndex(probes), tokenizer)
+        notes.append(f"{before - len(whole)} documents left out: evaluation items occur in them")
     if held_out:
         kept = [read_training_data(source, tokenizer, options, cache_dir).dataset for source in held_out]
         evaluation = concatenate_datasets(kept)
@@ -83,15 +82,3 @@ def read_run_text(
     if not len(train):
         raise ModelError("training text: nothing is left to train on; give more --data")
     return RunText(train=train, held_out=evaluation, notes=tuple(notes))
-
-
-def _without_leaks(
-    whole: Dataset, probes: Sequence[Probe], tokenizer: TextTokenizer, on_progress: Callable[[int, int], None]
-) -> tuple[Dataset, int]:
-    index = OverlapIndex(probes)
-    kept = []
-    for place, ids in enumerate(whole["input_ids"]):
-        if not index.leaks_of(training_text(str(place), ids, tokenizer)):
-            kept.append(place)
-        on_progress(place + 1, len(whole))
-    return (whole.select(kept) if len(kept) < len(whole) else whole), len(whole) - len(kept)

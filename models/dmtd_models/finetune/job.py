@@ -11,6 +11,7 @@ The output directory:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -52,6 +53,7 @@ class Job:
     cycle_length: int | None = None
     cycle_origin: CycleOrigin = "prompt"
     prompt_input: PromptInput | None = None
+    initial: Path | None = None  # an adapter of an earlier run to go on from
     data: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
     answer_tokens: int = 0
@@ -83,7 +85,8 @@ def run_job(job: Job, display: Display) -> dict[str, Any]:
     """
     _require_own_output(job)
     training = job.output / TRAINING
-    with open_checkpoint(job.base) as checkpoint:
+    with contextlib.ExitStack() as opened:
+        checkpoint = opened.enter_context(open_checkpoint(job.base))
         spec = _spec(checkpoint, job)
         check_options(job.train, spec)
         processes = PartialState(cpu=job.device == "cpu" or not torch.cuda.is_available())
@@ -100,6 +103,9 @@ def run_job(job: Job, display: Display) -> dict[str, Any]:
                 write_record(training, record)
         for note in text.notes:
             display.line(note)
+        initial = None
+        if job.initial is not None:
+            initial = opened.enter_context(open_checkpoint(job.base, job.initial))
         result = finetune(
             checkpoint,
             spec,
@@ -107,6 +113,7 @@ def run_job(job: Job, display: Display) -> dict[str, Any]:
             text.held_out,
             training,
             job.train,
+            initial=initial,
             cache_dir=job.feature_dir,
             device=job.device,
             hooks=_hooks(display),
@@ -135,6 +142,7 @@ def _record(checkpoint: Checkpoint, spec: DmtdSpec, job: Job, processes: int) ->
     return {
         "schema": 1,
         "base": checkpoint_digest(checkpoint, "any precision"),
+        "initial": None if job.initial is None else str(job.initial.resolve()),
         "split": asdict(spec),
         "data": list(job.data),
         "held_out": list(job.held_out),
@@ -148,6 +156,8 @@ def _record(checkpoint: Checkpoint, spec: DmtdSpec, job: Job, processes: int) ->
 def _spec(checkpoint: Checkpoint, job: Job) -> DmtdSpec:
     if checkpoint.dmtd is not None:
         raise ConfigError(f"{job.base}: is a DMTD checkpoint already; fine-tuning starts from the plain model")
+    if job.initial is not None and job.train.trained == "lora":
+        raise ConfigError("--initial: an adapter's factors are made anew in a lora run; use --train late or full")
     prompt_input = job.prompt_input or ("cyclical" if job.cycle_origin == "absolute" else "thinking")
     return resolve_dmtd(
         checkpoint.config,
@@ -180,7 +190,6 @@ def _text(checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display: D
         cache,
         probes=probes,
         seed=job.train.seed,
-        on_progress=lambda done, total: display.counted("evaluation items", done, total),
     )
 
 
@@ -249,6 +258,7 @@ def _summary(job: Job, spec: DmtdSpec, text: RunText, result: RunResult, error: 
     return {
         "schema": 1,
         "base": str(job.base),
+        "initial": str(job.initial) if job.initial else None,
         "output": str(job.output),
         "saved": job.save,
         "split": asdict(spec),

@@ -8,15 +8,12 @@ CPU, one GPU, or several processes started by ``accelerate launch``.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import math
 import platform
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +28,7 @@ from dmtd_models.config import DmtdSpec
 from dmtd_models.dmtd import DmtdModel
 from dmtd_models.errors import ConfigError, ModelError
 from dmtd_models.finetune.batches import Batch, BatchOptions, Collator, Document, PackedRows, make_batch, pack
+from dmtd_models.finetune.endings import ending_with_a_state, named_memory_errors
 from dmtd_models.finetune.features import FeatureKey, FeatureStore, documents_digest, store_features
 from dmtd_models.finetune.options import TrainOptions, check_options
 from dmtd_models.finetune.states import latest_checkpoint, remove_states, step_of
@@ -105,6 +103,7 @@ def finetune(
     output: Path,
     options: TrainOptions,
     *,
+    initial: Checkpoint | None = None,
     cache_dir: Path | None = None,
     device: str | None = None,
     hooks: Hooks = Hooks(),
@@ -118,6 +117,7 @@ def finetune(
         held_out: the same, for evaluation during training; may be empty.
         output: directory of log and states.
         options: how to train.
+        initial: where the trained weights start; the plain model's own by default. It stays the teacher.
         cache_dir: of stored features, ``output/features`` by default.
         device: cpu or cuda; by default cuda where there is one.
         hooks: told of stages and progress.
@@ -136,14 +136,24 @@ def finetune(
     documents = DocumentTable(train)
     if not len(documents):
         raise ModelError("training text: got no documents; give other --data or a greater --max-length")
-    with _named_memory_errors():
+    with named_memory_errors():
         return _finetune(
-            checkpoint, spec, documents, held_out, output, options, cache_dir, use_cpu=use_cpu, hooks=hooks
+            checkpoint,
+            initial or checkpoint,
+            spec,
+            documents,
+            held_out,
+            output,
+            options,
+            cache_dir,
+            use_cpu=use_cpu,
+            hooks=hooks,
         )
 
 
 def _finetune(
     checkpoint: Checkpoint,
+    initial: Checkpoint,
     spec: DmtdSpec,
     documents: DocumentTable,
     held_out: Any,
@@ -158,7 +168,7 @@ def _finetune(
     base = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, _DTYPES[options.precision]).requires_grad_(
         False
     )
-    student = _student(checkpoint, base, options)
+    student = _student(initial, base, options)
     rows = pack(documents.lengths, options.tokens_per_step, options.seed)
     make_directory(output)
     # The arguments also start the processes of accelerate: nothing is shared between them before.
@@ -198,7 +208,7 @@ def _finetune(
     if last is not None and step_of(last) >= steps:
         trainer.take_finished(last)  # the trainer would take one step more
     else:
-        with _ending_with_a_state(guard, arguments.world_size):
+        with ending_with_a_state(guard, arguments.world_size):
             trainer.train(resume_from_checkpoint=str(last) if last else None)
     return RunResult(
         student=student,
@@ -210,49 +220,8 @@ def _finetune(
     )
 
 
-@contextlib.contextmanager
-def _named_memory_errors() -> Iterator[None]:
-    """Say what to lower where memory ran out, on whatever device."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch's error of a GPU is a RuntimeError, that of a CPU has no class
-        text = str(error)
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in text:
-            raise
-        raise ModelError(
-            f"training: out of memory ({text.splitlines()[0] if text else 'no details'}); lower --tokens-per-step "
-            "(and raise --accumulate) or give --gradient-checkpointing, with another -o if a state was saved"
-        ) from error
-
-
-@contextlib.contextmanager
-def _ending_with_a_state(guard: Guard, world_size: int) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the run after the step at work, its state saved. A second one ends it at once.
-
-    Several processes would have to agree on the step: there the states saved by the clock must do.
-    """
-    if world_size > 1 or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number: int, _frame: object) -> None:
-        guard.stop_signal = number
-        signal.signal(number, before[signal.Signals(number)])
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if guard.stop_signal == signal.SIGINT:
-        raise KeyboardInterrupt
-    if guard.stop_signal is not None:
-        raise SystemExit(128 + guard.stop_signal)
-
-
-def _student(checkpoint: Checkpoint, base: DmtdModel, options: TrainOptions) -> Student:
-    model: nn.Module = trainable_model(base, checkpoint.read, options.trained, train_embedding=options.train_embedding)
+def _student(initial: Checkpoint, base: DmtdModel, options: TrainOptions) -> Student:
+    model: nn.Module = trainable_model(base, initial.read, options.trained, train_embedding=options.train_embedding)
     if options.trained == "lora":
         import peft
 

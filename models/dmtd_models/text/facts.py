@@ -58,7 +58,7 @@ FACTS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("What language do most people in Brazil speak?", ("Portuguese",)),
     ("Which organ pumps blood through the body?", ("heart",)),
 )
-"""Questions with their accepted answers, of which one must occur in the text as a word, in any case."""
+"""Questions with their accepted answers, of which one must occur as a word in the first statement of the text."""
 
 EVERYDAY: Final = (
     "What is a good way to start the morning?",

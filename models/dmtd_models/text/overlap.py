@@ -8,7 +8,7 @@ Flow: evaluation items -> ``probes_of`` -> ``OverlapIndex``; training documents 
    shorter than an n-gram ("What is the capital of France?").
 
 The index holds the evaluation items alone and training text streams past it, so memory does not grow with the training
-text. Matches are exact: words are compared, not hashes. Nothing here removes what it finds.
+text. Matches are exact: words are compared, not hashes. ``drop_leaks`` takes the documents out that have one.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,9 @@ import numpy.typing as npt
 from dmtd_models.text.chat import TextTokenizer
 from dmtd_models.text.errors import DataError
 from dmtd_models.text.items import GenerationItem, MultipleChoiceItem, TextItem
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 DEFAULT_NGRAM: Final = 13
 _WORD: Final = re.compile(r"[^\W_]+")
@@ -81,11 +85,21 @@ class OverlapReport:
     num_words: int
     leaks: tuple[Leak, ...]
     """The first leak of each item and rule."""
+    leaking_texts: tuple[str, ...]
+    """Every document with a leak, in order."""
+    shares: Mapping[str, float]
+    """Of each item with a leak by n-gram: which share of its different n-grams occurs in the training text. A long document
+    may well share a stock phrase with another; a copy has a share near 1."""
 
     @property
     def leaked_items(self) -> tuple[str, ...]:
         """Items that occur in the training text, each once, in the order found."""
         return tuple(dict.fromkeys(leak.item for leak in self.leaks))
+
+    def copied_items(self, least_share: float) -> tuple[str, ...]:
+        """Leaked items without those that share fewer of their n-grams than this, and no whole question."""
+        asked = {leak.item for leak in self.leaks if leak.rule == "question"}
+        return tuple(item for item in self.leaked_items if item in asked or self.shares[item] >= least_share)
 
 
 def words_of(text: str) -> list[str]:
@@ -136,6 +150,18 @@ def training_text(text_id: str, ids: Sequence[int], tokenizer: TextTokenizer) ->
     return TrainingText(text_id=text_id, text="\n".join(turns), questions=tuple(questions))
 
 
+def drop_leaks(dataset: Dataset, index: OverlapIndex, tokenizer: TextTokenizer) -> tuple[Dataset, OverlapReport]:
+    """The examples of a tokenised data set (``read_data.py``) in which no evaluation item occurs.
+
+    Returns:
+        The rest of the data set, in order, and what was found in the whole of it; texts go by row number.
+    """
+    rows = enumerate(dataset.select_columns(["input_ids"]))
+    report = index.scan(training_text(str(number), row["input_ids"], tokenizer) for number, row in rows)
+    leaking = {int(number) for number in report.leaking_texts}
+    return dataset.select([number for number in range(len(dataset)) if number not in leaking]), report
+
+
 class OverlapIndex:
     """N-grams and questions of evaluation items, to search training text for."""
 
@@ -178,46 +204,60 @@ class OverlapIndex:
 
     def leaks_of(self, text: TrainingText) -> list[Leak]:
         """The items that occur in one document: the first place of each item and rule."""
-        return self._search(text)[0]
+        return self._search(text, set())[0]
 
     def scan(self, texts: Iterable[TrainingText]) -> OverlapReport:
         """Search all training text; of each item and rule the first leak is kept."""
         found: dict[tuple[str, str], Leak] = {}
+        leaking: dict[str, None] = {}
+        seen: set[bytes] = set()
         num_texts = num_words = 0
         for text in texts:
-            leaks, words = self._search(text)
+            leaks, words = self._search(text, seen)
             num_texts += 1
             num_words += words
             for leak in leaks:
                 found.setdefault((leak.item, leak.rule), leak)
+                leaking[leak.text_id] = None
         return OverlapReport(
             ngram_words=self.ngram_words,
             num_items=len(self),
             num_texts=num_texts,
             num_words=num_words,
             leaks=tuple(found.values()),
+            leaking_texts=tuple(leaking),
+            shares=self._shares(seen),
         )
 
-    def _search(self, text: TrainingText) -> tuple[list[Leak], int]:
+    def _shares(self, seen: set[bytes]) -> dict[str, float]:
+        found = Counter(item for key in seen for item in _each(self._ngrams[key]))
+        if not found:
+            return {}
+        total = Counter(item for owners in self._ngrams.values() for item in _each(owners))
+        return {self._items[item]: found[item] / total[item] for item in sorted(found)}
+
+    def _search(self, text: TrainingText, seen: set[bytes]) -> tuple[list[Leak], int]:
+        """Leaks in one document and its number of words; n-grams found are added to ``seen``."""
         words = words_of(text.text)
         hits: dict[tuple[int, str], str] = {}
-        for start, owners in self._ngram_hits(words):
+        for start, key, owners in self._ngram_hits(words):
+            seen.add(key)
             excerpt = " ".join(words[start : start + self.ngram_words])
             for item in _each(owners):
                 hits.setdefault((item, "n-gram"), excerpt)
         for question in text.questions:
-            key = tuple(words_of(question))
-            if (asked := self._questions.get(key)) is not None:
+            turn = tuple(words_of(question))
+            if (asked := self._questions.get(turn)) is not None:
                 for item in _each(asked):
-                    hits.setdefault((item, "question"), " ".join(key))
+                    hits.setdefault((item, "question"), " ".join(turn))
         leaks = [
             Leak(item=self._items[item], text_id=text.text_id, rule=rule, excerpt=excerpt)
             for (item, rule), excerpt in hits.items()
         ]
         return leaks, len(words)
 
-    def _ngram_hits(self, words: Sequence[str]) -> Iterator[tuple[int, _Owners]]:
-        """Places of n-grams that an item has, and which items."""
+    def _ngram_hits(self, words: Sequence[str]) -> Iterator[tuple[int, bytes, _Owners]]:
+        """Places of n-grams that an item has, their keys, and which items have them."""
         if len(words) < self.ngram_words or not self._ngrams:
             return
         number_of = self._vocabulary.get
@@ -227,9 +267,10 @@ class OverlapIndex:
         starts = np.flatnonzero(self._maybe[hashes >> self._shift])
         lookup = self._ngrams.get
         for start in starts.tolist():
-            owners = lookup(ids[start : start + self.ngram_words].tobytes())
+            key = ids[start : start + self.ngram_words].tobytes()
+            owners = lookup(key)
             if owners is not None:
-                yield start, owners
+                yield start, key, owners
 
 
 def _hashes(columns: Iterable[npt.NDArray[np.intc]]) -> npt.NDArray[np.uint64]:

@@ -220,14 +220,16 @@ def _deb_members(archive: Path, select: Callable[[str], bool]) -> Iterator[tuple
         name, size = _ar_member(stream, archive, "data.tar")
         if name.endswith(".zst"):
             raise PackageError(f"{archive}: {name}: got zstd, expected xz, gzip or none; use Debian's own package")
-        data = io.BytesIO(stream.read(size))
-    with tarfile.open(fileobj=data, mode="r|*") as tar:
+        content = stream.read(size)
+    if len(content) != size:
+        raise PackageError(f"{archive}: got {len(content)} bytes of {name}, expected {size}; delete it and run again")
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r|*") as tar:
         for entry in tar:
             name = entry.name.removeprefix("./")
             if entry.isfile() and select(name):
-                content = tar.extractfile(entry)
-                assert content is not None, "a regular file has content"
-                yield name, content.read()
+                file = tar.extractfile(entry)
+                assert file is not None, "a regular file has content"
+                yield name, file.read()
 
 
 def _ar_member(stream: IO[bytes], archive: Path, prefix: str) -> tuple[str, int]:

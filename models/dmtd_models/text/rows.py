@@ -37,7 +37,8 @@ def is_saved_dataset(path: Path) -> bool:
 def source_files(path: Path) -> tuple[Path, ...]:
     """The files that a path stands for, in a fixed order.
 
-    Of a directory: its data files at any depth; only those of the training split, if file or folder names say so.
+    Of a directory: its data files at any depth; .json files only if there are no others (beside others they are notes);
+    only those of the training split, if file or folder names say so.
 
     Raises:
         DataError: no such path, or nothing readable there.
@@ -60,6 +61,7 @@ def source_files(path: Path) -> tuple[Path, ...]:
     )
     if not found:
         raise DataError(f"{path}: no data in this directory; give {_FORMS}")
+    found = [file for file in found if file.suffix != ".json"] or found
     training = [file for file in found if any(part.startswith("train") for part in file.relative_to(path).parts)]
     return tuple(training or found)
 

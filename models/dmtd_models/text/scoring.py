@@ -12,6 +12,8 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _MARKED_NUMBER = re.compile(r"####\s*\$?(-?[\d,]*\d(?:\.\d+)?)")
 _TAGGED = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
 _STATED = re.compile(r"\banswer(?:\s+is)?\s*[:=]?\s+(.+)", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+_STATEMENT_WORDS = 3
 _TOLERANCE = 1e-6
 
 
@@ -25,6 +27,21 @@ def names_one_of(text: str, accepted: Sequence[str]) -> float:
         if re.search(pattern, text, re.IGNORECASE):
             return 1.0
     return 0.0
+
+
+def states_one_of(text: str, accepted: Sequence[str]) -> float:
+    """The same for the first statement of a text: what a model rambles on about afterwards is not its answer."""
+    return names_one_of(first_statement(text), accepted)
+
+
+def first_statement(text: str) -> str:
+    """The first sentence or line; further ones as long as there are fewer than three words ("1.", "Sure!")."""
+    said = ""
+    for piece in _SENTENCE_END.split(text.strip()):
+        said = f"{said} {piece}".strip()
+        if len(said.split()) >= _STATEMENT_WORDS:
+            break
+    return said
 
 
 def final_number(text: str) -> float | None:

