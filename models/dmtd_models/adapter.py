@@ -30,6 +30,7 @@ from dmtd_models.checkpoint import AnyArray, Checkpoint
 from dmtd_models.config import DmtdSpec, ModelConfig, read_config
 from dmtd_models.errors import CheckpointError
 from dmtd_models.hf_config import with_dmtd_fields
+from dmtd_models.saving import make_directory, replacing, write_json
 from dmtd_models.values import integer, number
 
 CONFIG_FILE = "adapter_config.json"
@@ -38,6 +39,7 @@ AdapterKind = Literal["lora", "delta"]
 Float32 = npt.NDArray[np.float32]
 
 _LORA_PREFIX = "base_model.model."
+_DIGEST = "weights_sha256"
 _SAMPLES = 64  # values of each tensor that the fingerprint sees
 
 
@@ -65,7 +67,7 @@ class AdaptedCheckpoint:
         self._settings = read_adapter_config(adapter)
         _require_base(adapter, self._settings, base)
         self._config, self._dmtd = _configured(base, self._settings)
-        self._tensors = _open_tensors(adapter)
+        self._tensors = _open_tensors(adapter, self._settings.raw.get(_DIGEST))
         self._changed = _changed_names(adapter, self._settings, base, self._tensors)
 
     @property
@@ -158,10 +160,22 @@ def quantised_delta(name: str, difference: AnyArray) -> dict[str, AnyArray]:
 
 
 def write_adapter(directory: Path, settings: Mapping[str, object], tensors: Mapping[str, AnyArray]) -> None:
-    """Write both files; the weights first, so that a directory with a configuration is whole."""
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, directory / WEIGHTS_FILE)
-    (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    """Write both files; the configuration last, so that a directory with one is whole.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    make_directory(directory)
+    with replacing(directory / WEIGHTS_FILE) as part:
+        save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, part)
+        digest = _sha256(part)
+        (directory / CONFIG_FILE).unlink(missing_ok=True)  # an older one does not belong to these weights
+    write_json(directory / CONFIG_FILE, {**settings, _DIGEST: digest})
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def delta_settings(spec: DmtdSpec, family: str, base_fingerprint: str) -> dict[str, object]:
@@ -206,7 +220,10 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
             f"{file}: got dmtd_adapter {kind!r}, expected lora or delta with a base_fingerprint; "
             "only adapters that dmtd finetune made are known"
         )
-    scaling = number(raw, "lora_alpha") / integer(raw, "r") if kind == "lora" else 1.0
+    rank = integer(raw, "r") if kind == "lora" else 1
+    if rank < 1:
+        raise CheckpointError(f"{file}: r: got {rank}, expected 1 or more; restore the file")
+    scaling = number(raw, "lora_alpha") / rank if kind == "lora" else 1.0
     return AdapterConfig(kind=kind, base_fingerprint=fingerprint, scaling=scaling, raw=raw)
 
 
@@ -236,9 +253,11 @@ def _configured(base: Checkpoint, settings: AdapterConfig) -> tuple[ModelConfig,
 _DMTD_FIELDS = frozenset(with_dmtd_fields({}, None, "llama"))
 
 
-def _open_tensors(directory: Path) -> dict[str, AnyArray]:
+def _open_tensors(directory: Path, digest: object) -> dict[str, AnyArray]:
     file = directory / WEIGHTS_FILE
     try:
+        if digest is not None and _sha256(file) != digest:
+            raise CheckpointError(f"{file}: not the file that {CONFIG_FILE} was written with; restore the adapter")
         with safe_open(file, framework="numpy") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
@@ -249,11 +268,11 @@ def _changed_names(
     adapter: Path, settings: AdapterConfig, base: Checkpoint, tensors: Mapping[str, AnyArray]
 ) -> frozenset[str]:
     """Names of the base's tensors that change; refuses what belongs to none of them or has another shape."""
+    known = set(base.names())
     if settings.kind == "delta":
         changed = {name.removesuffix(".delta") for name in tensors if name.endswith(".delta")}
-        expected = {f"{name}.delta" for name in changed} | {
-            f"{name}.scale" for name in changed if len(base.shape(name)) == 2
-        }
+        matrices = {name for name in changed & known if len(base.shape(name)) == 2}
+        expected = {f"{name}.delta" for name in changed} | {f"{name}.scale" for name in matrices}
     else:
         ends = (".lora_A.weight", ".lora_B.weight")
         changed = {
@@ -263,7 +282,7 @@ def _changed_names(
             if name.endswith(end)
         }
         expected = {_LORA_PREFIX + name.removesuffix(".weight") + end for name in changed for end in ends}
-    unknown = sorted(changed - set(base.names())) or sorted(set(tensors) ^ expected)
+    unknown = sorted(changed - known) or sorted(set(tensors) ^ expected)
     if unknown or not changed:
         raise CheckpointError(
             f"{adapter}: tensor {unknown[0] if unknown else 'none'} does not fit the model; give its own base"
@@ -274,10 +293,16 @@ def _changed_names(
             raise CheckpointError(
                 f"{adapter}: {name}: got {list(difference)}, expected {list(base.shape(name))}; give its own base"
             )
+        scale = tensors.get(f"{name}.scale")
+        if scale is not None and scale.shape != (difference[0], 1):
+            raise CheckpointError(
+                f"{adapter}: {name}.scale: got {list(scale.shape)}, expected {[difference[0], 1]}; restore the adapter"
+            )
     return frozenset(changed)
 
 
-def lora_shape(tensors: Mapping[str, AnyArray], name: str) -> tuple[int, int]:
-    """Shape [out, in] of what two factors make."""
+def lora_shape(tensors: Mapping[str, AnyArray], name: str) -> tuple[int, ...]:
+    """Shape [out, in] of what two factors make; empty if they do not fit each other."""
     module = _LORA_PREFIX + name.removesuffix(".weight")
-    return tensors[f"{module}.lora_B.weight"].shape[0], tensors[f"{module}.lora_A.weight"].shape[1]
+    down, up = tensors[f"{module}.lora_A.weight"].shape, tensors[f"{module}.lora_B.weight"].shape
+    return (up[0], down[1]) if len(down) == len(up) == 2 and up[1] == down[0] else ()

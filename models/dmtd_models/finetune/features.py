@@ -13,10 +13,12 @@ The pass goes on where it was interrupted. Files of other weights or another tex
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,8 +33,9 @@ from dmtd_models.errors import ModelError
 from dmtd_models.finetune.batches import Batch, Document, Documents
 from dmtd_models.finetune.packed import make_layout
 from dmtd_models.finetune.student import head_weight, likeliest_tokens, plain_rows, trunk
+from dmtd_models.saving import make_directory, write_json
 
-_RECORD = "features.json"
+_RECORD, _THOUGHT, _IDS, _LOGS = "features.json", "thought.bin", "target_ids.bin", "target_logs.bin"
 _SAVE_EVERY_TOKENS = 200_000
 
 
@@ -52,9 +55,9 @@ class FeatureStore:
     def __init__(
         self, directory: Path, tokens: int, hidden: int, top_k: int, with_thought: bool, mode: str = "r"
     ) -> None:
-        self._thought = _open(directory / "thought.bin", np.int16, (tokens, hidden), mode) if with_thought else None
-        self._ids = _open(directory / "target_ids.bin", np.int32, (tokens, top_k), mode)
-        self._logs = _open(directory / "target_logs.bin", np.float16, (tokens, top_k), mode)
+        self._thought = _open(directory / _THOUGHT, np.int16, (tokens, hidden), mode) if with_thought else None
+        self._ids = _open(directory / _IDS, np.int32, (tokens, top_k), mode)
+        self._logs = _open(directory / _LOGS, np.float16, (tokens, top_k), mode)
 
     def add_to(self, batch: Batch) -> None:
         """Put the features of a batch's rows into it: ``thought`` [n, hidden], ``target_ids``, ``target_log_probs`` [r, k]."""
@@ -73,16 +76,22 @@ class FeatureStore:
         self._ids[rows] = ids.cpu().numpy()
         self._logs[rows] = logs.cpu().clamp(min=-6e4).numpy()
 
-    def flush(self) -> None:
-        """Let the files hold what was written."""
+    def save(self, directory: Path, key: FeatureKey, done: int) -> None:
+        """Let the files hold what was written, then note that the first ``done`` tokens are there."""
         for array in (self._thought, self._ids, self._logs):
             if isinstance(array, np.memmap):
                 array.flush()
+        write_json(directory / _RECORD, {"key": asdict(key), "tokens_done": done})
 
 
-def needed_bytes(tokens: int, hidden: int, top_k: int, with_thought: bool) -> int:
-    """Size of the files."""
-    return tokens * ((2 * hidden if with_thought else 0) + 6 * top_k)
+def _file_sizes(tokens: int, hidden: int, top_k: int, with_thought: bool) -> dict[str, int]:
+    """Bytes of each file."""
+    sizes = {_IDS: 4 * tokens * top_k, _LOGS: 2 * tokens * top_k}
+    return {_THOUGHT: 2 * tokens * hidden, **sizes} if with_thought else sizes
+
+
+def _size(file: Path) -> int | None:
+    return file.stat().st_size if file.is_file() else None
 
 
 def documents_digest(documents: Documents) -> str:
@@ -124,23 +133,25 @@ def store_features(
     last = documents[len(documents) - 1]
     tokens, hidden = last.first_row + len(last.token_ids), base.config.hidden_size
     done = _done_tokens(directory, key)
-    if done is None:
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-        _require_room(directory, needed_bytes(tokens, hidden, key.top_k, with_thought))
+    sizes = _file_sizes(tokens, hidden, key.top_k, with_thought)
+    if done is None or any(_size(directory / name) != size for name, size in sizes.items()):
+        _make_files(directory, sizes)
         done = 0
-    store = FeatureStore(directory, tokens, hidden, key.top_k, with_thought, "w+" if done == 0 else "r+")
+    store = FeatureStore(directory, tokens, hidden, key.top_k, with_thought, "r+")
     saved = done
-    for first, group in _groups(documents, row_len, done):
-        with torch.no_grad(), autocast():
-            thought, ids, logs = _compute(base, group, key.top_k)
-        store.write(first, thought, ids, logs)
-        done = first + len(ids)
-        if done - saved >= _SAVE_EVERY_TOKENS or done == tokens:
-            store.flush()
-            _save_record(directory, key, done)
-            saved = done
-        on_progress(done, tokens)
+    try:
+        for first, group in _groups(documents, row_len, done):
+            with torch.no_grad(), autocast():
+                thought, ids, logs = _compute(base, group, key.top_k)
+            store.write(first, thought, ids, logs)
+            done = first + len(ids)
+            if done - saved >= _SAVE_EVERY_TOKENS:
+                store.save(directory, key, done)
+                saved = done
+            on_progress(done, tokens)
+    finally:
+        if done > saved:  # at the end, or when an error or Ctrl-C ends the pass
+            store.save(directory, key, done)
     return FeatureStore(directory, tokens, hidden, key.top_k, with_thought)
 
 
@@ -177,22 +188,32 @@ def _done_tokens(directory: Path, key: FeatureKey) -> int | None:
         record = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return int(record["tokens_done"]) if record.get("key") == asdict(key) else None
+    if not isinstance(record, dict) or record.get("key") != asdict(key):
+        return None
+    done = record.get("tokens_done")
+    return done if isinstance(done, int) else None
 
 
-def _save_record(directory: Path, key: FeatureKey, done: int) -> None:
-    part = directory / (_RECORD + ".part")
-    part.write_text(json.dumps({"key": asdict(key), "tokens_done": done}), encoding="utf-8")
-    part.replace(directory / _RECORD)
-
-
-def _require_room(directory: Path, needed: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if needed > 0.95 * free:
+def _make_files(directory: Path, sizes: Mapping[str, int]) -> None:
+    """Empty files whose room is taken at once: a mapped page without room would end the process when it is written."""
+    make_directory(directory)
+    # Only what is ours: the directory is the user's, and may hold other things.
+    for name in (_RECORD, _THOUGHT, _IDS, _LOGS):
+        (directory / name).unlink(missing_ok=True)
+    needed, free = sum(sizes.values()), shutil.disk_usage(directory).free
+    try:
+        if needed > 0.95 * free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        for name, size in sizes.items():
+            with (directory / name).open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        for name in sizes:
+            (directory / name).unlink(missing_ok=True)
         raise ModelError(
-            f"stored features: need {needed / 1e9:.1f} GB in {directory}, {free / 1e9:.1f} GB are free; "
+            f"stored features: need {needed / 1e9:.1f} GB in {directory}, {free / 1e9:.1f} GB are free ({error.strerror}); "
             "give another directory with --cache-dir, or train with --no-cache"
-        )
+        ) from error
 
 
 def _open(file: Path, dtype: type[np.generic], shape: tuple[int, ...], mode: str) -> Any:

@@ -4,7 +4,7 @@
 
 The output directory:
 
-    training/          log.jsonl, states to go on from, stored features, curves.png
+    training/          job.json, log.jsonl, states to go on from, stored features, curves.png
     summary.json       what was trained and how it went
     config.json ...    the checkpoint, or adapter_config.json and adapter_model.safetensors
 """
@@ -12,8 +12,6 @@ The output directory:
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,10 +25,12 @@ from dmtd_models.config import CycleOrigin, DmtdSpec, PromptInput, resolve_dmtd
 from dmtd_models.errors import ConfigError
 from dmtd_models.finetune.curves import draw_curves, read_log
 from dmtd_models.finetune.data import RunText, read_run_text
-from dmtd_models.finetune.options import TrainOptions
+from dmtd_models.finetune.options import TrainOptions, check_options
+from dmtd_models.finetune.record import recorded_options, require_same_run, write_record
 from dmtd_models.finetune.result import save_adapter, save_checkpoint
-from dmtd_models.finetune.run import Hooks, RunResult, finetune
+from dmtd_models.finetune.run import Hooks, RunResult, checkpoint_digest, finetune
 from dmtd_models.finetune.trainer import LOG
+from dmtd_models.saving import make_directory, write_json
 from dmtd_models.smollm2 import default_cache_dir
 from dmtd_models.text.chat import TextTokenizer
 from dmtd_models.text.facts import everyday_prompts
@@ -83,13 +83,24 @@ def run_job(job: Job, display: Display) -> dict[str, Any]:
     Raises:
         ModelError: anything wrong with base, options, text, memory or the course of training, in one line.
     """
+    _require_own_output(job)
+    training = job.output / TRAINING
     with contextlib.ExitStack() as opened:
         checkpoint = opened.enter_context(open_checkpoint(job.base))
         spec = _spec(checkpoint, job)
+        check_options(job.train, spec)
+        processes = PartialState(cpu=job.device == "cpu" or not torch.cuda.is_available())
+        record = _record(checkpoint, spec, job, processes.num_processes)
+        require_same_run(training, record)
         tokenizer = TextTokenizer.of_checkpoint(checkpoint)
         # One process writes and tokenises, the others find it done.
-        with PartialState(cpu=job.device == "cpu" or not torch.cuda.is_available()).main_process_first():
+        with processes.main_process_first():
             text = _text(checkpoint, tokenizer, job, display)
+            record["documents"] = [len(text.train), len(text.held_out)]
+            require_same_run(training, record)
+            if processes.is_main_process:
+                make_directory(training)
+                write_record(training, record)
         for note in text.notes:
             display.line(note)
         initial = None
@@ -100,21 +111,46 @@ def run_job(job: Job, display: Display) -> dict[str, Any]:
             spec,
             text.train,
             text.held_out,
-            job.output / TRAINING,
+            training,
             job.train,
             initial=initial,
             cache_dir=job.feature_dir,
             device=job.device,
             hooks=_hooks(display),
         )
-        if int(os.environ.get("RANK", "0")):
+        if not processes.is_main_process:
             return {}
         display.stage("saving", 0)
         error = _save(checkpoint, spec, result, job)
     summary = _summary(job, spec, text, result, error)
-    (job.output / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    draw_curves(read_log(job.output / TRAINING / LOG), job.output / TRAINING / "curves.png")
+    write_json(job.output / SUMMARY, summary)
+    draw_curves(read_log(training / LOG), training / "curves.png")
     return summary
+
+
+def _require_own_output(job: Job) -> None:
+    """Refuse to write over a model that is not this command's."""
+    if job.output.resolve() == job.base.resolve():
+        raise ConfigError(f"-o: {job.output} is the base itself, which would be lost; give another directory")
+    if job.output.is_file():
+        raise ConfigError(f"-o: {job.output} is a file, expected a directory; give another place")
+    if (job.output / "config.json").is_file() and not (job.output / TRAINING).is_dir():
+        raise ConfigError(f"-o: {job.output} holds a model that dmtd finetune did not make; give another directory")
+
+
+def _record(checkpoint: Checkpoint, spec: DmtdSpec, job: Job, processes: int) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "base": checkpoint_digest(checkpoint, "any precision"),
+        "initial": None if job.initial is None else str(job.initial.resolve()),
+        "split": asdict(spec),
+        "data": list(job.data),
+        "held_out": list(job.held_out),
+        "answer_tokens": job.answer_tokens,
+        "max_length": job.max_length,
+        "train": recorded_options(asdict(job.train)),
+        "processes": processes,
+    }
 
 
 def _spec(checkpoint: Checkpoint, job: Job) -> DmtdSpec:

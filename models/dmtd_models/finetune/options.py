@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -72,8 +73,12 @@ def check_options(options: TrainOptions, spec: DmtdSpec) -> None:
         raise ConfigError(
             "--distill: a share between 0 and 1 needs --top-k 1 or more (the whole vocabulary: --distill 1)"
         )
+    if options.train_embedding and options.trained == "lora":
+        raise ConfigError("--train-embedding: factors leave the embedding alone; give --train late or full with it")
     if options.tokens_per_step < 16:
         raise ConfigError(f"--tokens-per-step: got {options.tokens_per_step}, expected 16 or more")
+    if not (math.isfinite(options.epochs) and options.epochs > 0) and options.max_tokens is None:
+        raise ConfigError(f"--epochs: got {options.epochs}, expected more than 0")
     last = 0.0
     for cycle_length, until in options.curriculum:
         if cycle_length < 1 or not last < until <= 1:

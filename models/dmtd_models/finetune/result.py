@@ -28,6 +28,7 @@ from dmtd_models.config import DmtdSpec
 from dmtd_models.dmtd import to_torch
 from dmtd_models.finetune.student import Student
 from dmtd_models.hf_config import with_dmtd_fields
+from dmtd_models.saving import make_directory, replacing, write_json
 
 Save = Literal["checkpoint", "adapter"]
 
@@ -47,7 +48,7 @@ def save_checkpoint(checkpoint: Checkpoint, spec: DmtdSpec, student: Student, ou
     trained = trained_weights(student)
     assets = dict(checkpoint.assets())
     raw = with_dmtd_fields(json.loads(assets.pop("config.json")), spec, checkpoint.config.family)
-    output.mkdir(parents=True, exist_ok=True)
+    make_directory(output)
     stored = _STORED[checkpoint.config.dtype]
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -56,8 +57,9 @@ def save_checkpoint(checkpoint: Checkpoint, spec: DmtdSpec, student: Student, ou
 
     _save_shards(output, tensors())
     for name, content in assets.items():
-        (output / name).write_bytes(content)
-    _replace_text(output / "config.json", json.dumps(raw, indent=2) + "\n")
+        with replacing(output / name) as part:
+            part.write_bytes(content)
+    write_json(output / "config.json", raw)
 
 
 def save_adapter(checkpoint: Checkpoint, spec: DmtdSpec, student: Student, output: Path) -> float:
@@ -129,15 +131,21 @@ def _save_shards(output: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
     places: dict[str, int] = {}
     part: dict[str, Tensor] = {}
     size = total = 0
-    for name, tensor in tensors:
-        if part and size + tensor.nbytes > _SHARD_BYTES:
-            shards.append(_save_part(output, len(shards), part))
-            part, size = {}, 0
-        part[name] = tensor
-        places[name] = len(shards)
-        size += tensor.nbytes
-        total += tensor.nbytes
-    shards.append(_save_part(output, len(shards), part))
+    try:
+        for name, tensor in tensors:
+            if part and size + tensor.nbytes > _SHARD_BYTES:
+                shards.append(_save_part(output, len(shards), part))
+                part, size = {}, 0
+            part[name] = tensor
+            places[name] = len(shards)
+            size += tensor.nbytes
+            total += tensor.nbytes
+        shards.append(_save_part(output, len(shards), part))
+    except BaseException:
+        for shard in shards:
+            shard.unlink(missing_ok=True)
+        raise
+    (output / "config.json").unlink(missing_ok=True)  # an older one does not belong to these weights
     if len(shards) == 1:
         shards[0].replace(output / "model.safetensors")
         return
@@ -145,16 +153,11 @@ def _save_shards(output: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
     for shard, name in zip(shards, names, strict=True):
         shard.replace(output / name)
     index = {"metadata": {"total_size": total}, "weight_map": {name: names[i] for name, i in places.items()}}
-    _replace_text(output / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    write_json(output / "model.safetensors.index.json", index)
 
 
 def _save_part(output: Path, number: int, part: dict[str, Tensor]) -> Path:
     file = output / f".part-{number}.safetensors"
-    save_file({name: value.contiguous() for name, value in part.items()}, file, metadata={"format": "pt"})
+    with replacing(file) as place:
+        save_file({name: value.contiguous() for name, value in part.items()}, place, metadata={"format": "pt"})
     return file
-
-
-def _replace_text(file: Path, text: str) -> None:
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)

@@ -26,13 +26,16 @@ from torch import nn
 from dmtd_models.checkpoint import Checkpoint
 from dmtd_models.config import DmtdSpec
 from dmtd_models.dmtd import DmtdModel
-from dmtd_models.errors import ModelError
+from dmtd_models.errors import ConfigError, ModelError
 from dmtd_models.finetune.batches import Batch, BatchOptions, Collator, Document, PackedRows, make_batch, pack
+from dmtd_models.finetune.endings import ending_with_a_state, named_memory_errors
 from dmtd_models.finetune.features import FeatureKey, FeatureStore, documents_digest, store_features
 from dmtd_models.finetune.options import TrainOptions, check_options
+from dmtd_models.finetune.states import latest_checkpoint, remove_states, step_of
 from dmtd_models.finetune.student import Student, trainable_model
-from dmtd_models.finetune.trainer import DmtdTrainer, Guard, latest_checkpoint, set_length, training_arguments
+from dmtd_models.finetune.trainer import DmtdTrainer, Guard, set_length, training_arguments
 from dmtd_models.layers import DecoderLayer
+from dmtd_models.saving import make_directory
 
 _LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -123,19 +126,51 @@ def finetune(
         ModelError: contradictory options, no text, no room, a loss that is no number, too little memory.
     """
     check_options(options, spec)
+    if options.loss.top_k > checkpoint.config.vocab_size:
+        raise ConfigError(
+            f"--top-k: got {options.loss.top_k}, expected at most {checkpoint.config.vocab_size} (the vocabulary)"
+        )
     use_cpu = (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu"
     if use_cpu:
         _keep_large_blocks()
     documents = DocumentTable(train)
     if not len(documents):
         raise ModelError("training text: got no documents; give other --data or a greater --max-length")
+    with named_memory_errors():
+        return _finetune(
+            checkpoint,
+            initial or checkpoint,
+            spec,
+            documents,
+            held_out,
+            output,
+            options,
+            cache_dir,
+            use_cpu=use_cpu,
+            hooks=hooks,
+        )
+
+
+def _finetune(
+    checkpoint: Checkpoint,
+    initial: Checkpoint,
+    spec: DmtdSpec,
+    documents: DocumentTable,
+    held_out: Any,
+    output: Path,
+    options: TrainOptions,
+    cache_dir: Path | None,
+    *,
+    use_cpu: bool,
+    hooks: Hooks,
+) -> RunResult:
     hooks.stage("loading the model")
     base = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, _DTYPES[options.precision]).requires_grad_(
         False
     )
-    student = _student(initial or checkpoint, base, options)
+    student = _student(initial, base, options)
     rows = pack(documents.lengths, options.tokens_per_step, options.seed)
-    output.mkdir(parents=True, exist_ok=True)
+    make_directory(output)
     # The arguments also start the processes of accelerate: nothing is shared between them before.
     arguments = training_arguments(options, output, use_cpu=use_cpu)
     steps, steps_per_evaluation = _steps(documents, rows, options, arguments.world_size)
@@ -157,6 +192,7 @@ def finetune(
         arguments=arguments,
         rows=PackedRows(documents, rows),
         collate=collator,
+        phases=spec.cycle_length,
         held_out=evaluation,
         flops_per_token=_flops_per_token(base, options, stored=store is not None),
         peak_flops=peak,
@@ -165,15 +201,15 @@ def finetune(
     guard.trainer = trainer
     trainer.add_callback(guard)
     last = latest_checkpoint(output)
+    if arguments.should_save:
+        remove_states(output, keep=2)  # among them what a kill left half written
     hooks.stage("training" if last is None else f"training, from {last.name} on")
     started = time.monotonic()
-    try:
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ModelError(
-            f"training: out of memory ({str(error).splitlines()[0] if str(error) else 'no details'}); lower --tokens-per-step "
-            "(and raise --accumulate), or give --gradient-checkpointing"
-        ) from error
+    if last is not None and step_of(last) >= steps:
+        trainer.take_finished(last)  # the trainer would take one step more
+    else:
+        with ending_with_a_state(guard, arguments.world_size):
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
     return RunResult(
         student=student,
         steps=trainer.state.global_step,
@@ -197,7 +233,9 @@ def _student(initial: Checkpoint, base: DmtdModel, options: TrainOptions) -> Stu
             layers_to_transform=list(range(first, base.config.num_layers)),
             layers_pattern="layers",
         )
-        model = peft.get_peft_model(model, settings, autocast_adapter_dtype=True)
+        with torch.random.fork_rng(devices=[]):  # the first factors are drawn from torch's own generator
+            torch.manual_seed(options.seed)
+            model = peft.get_peft_model(model, settings, autocast_adapter_dtype=True)
     return Student(
         model,
         base,

@@ -11,7 +11,7 @@ optimiser or reads a file.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -71,7 +71,12 @@ class Student(nn.Module):
         self.options = options
         self._gradient_checkpointing = gradient_checkpointing
         self._base = (base,)
+        self._seed = seed
         self._generator = torch.Generator().manual_seed(seed)
+
+    def seed_sampling(self, step: int) -> None:
+        """Let what is drawn at random from here on hang on the run's seed and this step alone."""
+        self._generator.manual_seed(self._seed * 1_000_003 + step)
 
     @property
     def base(self) -> DmtdModel:
@@ -105,13 +110,20 @@ class Student(nn.Module):
             if thought is None:
                 thought = self._run(inner, hidden, spec.encoding_layers, late_start, layout)
             thought = thought.float()
-        targets = self._targets(input_ids, thought, layout, loss_rows, labels, target_ids, target_log_probs)
+        plain = self._plain_rows(input_ids, thought, layout, loss_rows, target_ids, report_agreement)
+        targets = self._targets(plain, labels, target_ids, target_log_probs)
         late = torch.where(gate_hidden.bool()[:, None], hidden, 0.0) + torch.where(
             gate_thought.bool()[:, None], thought, 0.0
         )
         late = self._run(inner, late, late_start, inner.config.num_layers, layout)
         rows = inner.model.norm(late[loss_rows])
-        return self._loss(rows, head_weight(inner), targets, labels, report_agreement)
+        result, likeliest = self._loss(rows, head_weight(inner), targets, labels, report_agreement)
+        if likeliest is None:
+            return result
+        if target_ids is None:
+            assert plain is not None, "the plain model's rows were computed for the report"
+            target_ids, _ = likeliest_tokens(plain, head_weight(self.base), 1, self.options.chunk_rows)
+        return replace(result, agrees=(likeliest == target_ids[:, 0]).float())
 
     def _run(self, inner: DmtdModel, x: Tensor, first: int, end: int, layout: Layout) -> Tensor:
         for layer in inner.model.layers[first:end]:
@@ -121,7 +133,9 @@ class Student(nn.Module):
                 x = layer_forward(layer, x, layout)
         return x
 
-    def _loss(self, rows: Tensor, head: Tensor, targets: Targets, labels: Tensor, report_agreement: bool) -> StepResult:
+    def _loss(
+        self, rows: Tensor, head: Tensor, targets: Targets, labels: Tensor, with_likeliest: bool
+    ) -> tuple[StepResult, Tensor | None]:
         options = self.options
         columns = None
         if options.vocab_sample and self.training and isinstance(targets, SparseTargets):
@@ -139,44 +153,56 @@ class Student(nn.Module):
             temperature=options.temperature,
             columns=columns,
             chunk_rows=options.chunk_rows,
-            with_likeliest=report_agreement,
+            with_likeliest=with_likeliest,
         )
-        agrees = None
-        if report_agreement and results.likeliest is not None and isinstance(targets, SparseTargets):
-            agrees = (results.likeliest == targets.ids[:, 0]).float()
-        return StepResult(
-            loss=loss, divergence=results.cross_entropy - results.entropy, label_loss=results.label_loss, agrees=agrees
-        )
+        divergence = results.cross_entropy - results.entropy
+        result = StepResult(loss=loss, divergence=divergence, label_loss=results.label_loss, agrees=None)
+        return result, results.likeliest
 
     @torch.no_grad()
-    def _targets(
+    def _plain_rows(
         self,
         input_ids: Tensor,
         thought: Tensor,
         layout: Layout,
         loss_rows: Tensor,
-        labels: Tensor,
         target_ids: Tensor | None,
-        target_log_probs: Tensor | None,
+        report_agreement: bool,
+    ) -> Tensor | None:
+        """The plain model's rows [r, hidden], where targets or the report need them and they are not stored."""
+        stored = target_ids is not None and self.options.top_k > 0
+        if stored or (self.options.distill == 0 and not report_agreement):
+            return None
+        base = self._base_on(input_ids.device)
+        return plain_rows(base, input_ids, thought.detach() if self.trunk_frozen else None, layout, loss_rows)
+
+    @torch.no_grad()
+    def _targets(
+        self, plain: Tensor | None, labels: Tensor, target_ids: Tensor | None, target_log_probs: Tensor | None
     ) -> Targets:
         options = self.options
         if options.distill == 0:
             return SparseTargets(
                 ids=labels[:, None], probabilities=torch.ones_like(labels[:, None], dtype=torch.float32)
             )
+        head = head_weight(self.base)
+        if options.top_k == 0:
+            assert plain is not None, "the whole vocabulary's targets are not stored"
+            return DenseTargets(hidden=plain, head=head.to(plain.dtype))
         if target_ids is None or target_log_probs is None:
-            base = self._base_on(input_ids.device)
-            rows = plain_rows(base, input_ids, thought.detach() if self.trunk_frozen else None, layout, loss_rows)
-            if options.top_k == 0:
-                return DenseTargets(hidden=rows, head=head_weight(base).to(rows.dtype))
-            target_ids, target_log_probs = likeliest_tokens(rows, head_weight(base), options.top_k, options.chunk_rows)
+            assert plain is not None, "what is not stored was computed"
+            target_ids, target_log_probs = likeliest_tokens(plain, head, options.top_k, options.chunk_rows)
         probabilities = torch.softmax(target_log_probs.float() / options.temperature, dim=-1)
         if options.distill == 1:
             return SparseTargets(ids=target_ids, probabilities=probabilities)
-        label_share = torch.full_like(probabilities[:, :1], 1 - options.distill)
+        # A label among the likeliest tokens gets its share there: named twice, it would count twice in the entropy.
+        named = target_ids == labels[:, None]
+        label_share = 1 - options.distill
+        probabilities = probabilities * options.distill + named * label_share
+        beside = label_share * ~named.any(dim=-1, keepdim=True)
         return SparseTargets(
             ids=torch.cat((target_ids, labels[:, None]), dim=-1),
-            probabilities=torch.cat((probabilities * options.distill, label_share), dim=-1),
+            probabilities=torch.cat((probabilities, beside), dim=-1),
         )
 
     def _base_on(self, device: torch.device) -> DmtdModel:

@@ -22,13 +22,14 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from dmtd_models.errors import ModelError
+from dmtd_models.errors import CheckpointError, ModelError
 from dmtd_models.finetune.batches import Batch
 from dmtd_models.finetune.options import TrainOptions
+from dmtd_models.finetune.states import COMPLETE, latest_checkpoint, remove_states
 from dmtd_models.finetune.student import StepResult, Student
+from dmtd_models.saving import replacing, write_json
 
 WEIGHTS = "model.safetensors"
-_COMPLETE = "complete.json"
 LOG = "log.jsonl"
 OnProgress = Callable[[Mapping[str, float]], None]
 
@@ -44,15 +45,12 @@ class PhaseMeans:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, values: Tensor, phase: Tensor, phases: int) -> None:
-        """Add values [r] to the sums of their phases; -1, a prompt's rows, comes first."""
+        """Add values [r] to the sums of their phases, of which there are ``phases`` at most; -1, a prompt's rows, comes first."""
         sums = torch.zeros(2, phases + 1, dtype=torch.float64, device=values.device)
         sums[0].index_add_(0, phase + 1, values.double())
         sums[1].index_add_(0, phase + 1, torch.ones_like(values, dtype=torch.float64))
         known = self._sums.get(name)
-        if known is None or known.shape == sums.shape:
-            self._sums[name] = sums if known is None else known + sums
-        else:  # the curriculum has moved to another cycle length
-            self._sums[name] = sums
+        self._sums[name] = sums if known is None else known + sums
 
     def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """Means over all rows of cycles (``name``) and by phase (``name_by_phase``; ``name_prompt`` for prompts); then empty."""
@@ -80,15 +78,18 @@ class DmtdTrainer(Trainer):
         arguments: TrainingArguments,
         rows: torch.utils.data.Dataset[Any],
         collate: Callable[[Any], Batch],
+        phases: int,
         held_out: Sequence[Batch],
         flops_per_token: float,
         peak_flops: float,
         on_progress: OnProgress = lambda values: None,
     ) -> None:
-        super().__init__(model=student, args=arguments, train_dataset=rows, data_collator=collate)
+        super().__init__(model=student, args=arguments, train_dataset=rows, data_collator=_as_they_are)
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)  # prints its own form of every log line
         self._options = options
+        self._collate = collate
+        self._phases = phases
         self._held_out = held_out
         self._means = PhaseMeans()
         self._tokens = 0  # of this process since the start of the run
@@ -98,15 +99,22 @@ class DmtdTrainer(Trainer):
         self._on_progress = on_progress
         self._log_file = Path(arguments.output_dir) / LOG
 
+    def begin_step(self, step: int) -> None:
+        """Let what a step draws at random hang on its number alone, so that a resumed run draws the same."""
+        self.accelerator.unwrap_model(self.model).seed_sampling(step)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Make the batch where it is used: the loader reads ahead, past the step at which a curriculum moves on."""
+        return super()._prepare_inputs(self._collate(inputs["rows_of_step"]) if "rows_of_step" in inputs else inputs)
+
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Any:
         result, phase = _forward(model, inputs, report_agreement=False)
         if not bool(torch.isfinite(result.loss)):
-            raise DivergedError(self._diverged("the loss"))
-        phases = self.data_collator.spec.cycle_length
-        self._means.add("divergence", result.divergence, phase, phases)
-        self._means.add("label_loss", result.label_loss, phase, phases)
+            raise DivergedError(self.diverged("the loss"))
+        self._means.add("divergence", result.divergence, phase, self._phases)
+        self._means.add("label_loss", result.label_loss, phase, self._phases)
         self._tokens += len(inputs["input_ids"])
         return (result.loss, result) if return_outputs else result.loss
 
@@ -133,14 +141,14 @@ class DmtdTrainer(Trainer):
     ) -> dict[str, Any]:
         """Means over the held-out batches, by phase. They are few: each process computes them all, and none waits."""
         self.model.eval()
-        means, phases = PhaseMeans(), self.data_collator.spec.cycle_length
+        means = PhaseMeans()
         for batch in self._held_out:
             with self.compute_loss_context_manager():
                 result, phase = _forward(self.model, self._prepare_inputs(dict(batch)), report_agreement=True)
-            means.add("divergence", result.divergence, phase, phases)
-            means.add("label_loss", result.label_loss, phase, phases)
+            means.add("divergence", result.divergence, phase, self._phases)
+            means.add("label_loss", result.label_loss, phase, self._phases)
             if result.agrees is not None:
-                means.add("agreement", result.agrees, phase, phases)
+                means.add("agreement", result.agrees, phase, self._phases)
         self.model.train()
         values = {f"{metric_key_prefix}_{key}": value for key, value in means.read(lambda sums: sums).items()}
         values[f"{metric_key_prefix}_tokens"] = self.args.world_size * self._tokens
@@ -154,33 +162,56 @@ class DmtdTrainer(Trainer):
             return
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        student = self.accelerator.unwrap_model(self.model)
-        save_file(trained_state(student), directory / WEIGHTS)
+        state = trained_state(self.accelerator.unwrap_model(self.model))
+        if not all(bool(torch.isfinite(value).all()) for value in state.values()):
+            raise DivergedError(self.diverged("a weight"))
+        with replacing(directory / WEIGHTS) as part:
+            save_file(state, part)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
-        record = json.loads((Path(resume_from_checkpoint) / _COMPLETE).read_text(encoding="utf-8"))
+        record = json.loads((Path(resume_from_checkpoint) / COMPLETE).read_text(encoding="utf-8"))
         self._tokens = record["tokens"] // self.args.world_size
         self._window = (time.monotonic(), self._tokens)
 
+    def take_finished(self, checkpoint: Path) -> None:
+        """Take the weights and the log of a run that has ended, in place of training."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        """Older states go when the new one is whole, not before: a kill at any moment leaves one to go on from."""
+        output = Path(self.args.output_dir)
+        directory = output / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, CheckpointError) as error:  # torch's writer calls a full disk a RuntimeError
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            last = latest_checkpoint(output)
+            raise ModelError(
+                f"{directory}: the state cannot be saved ({str(error).strip().splitlines()[0]}); make room, then run the same "
+                f"command again to go on from {last.name if last else 'the start'}"
+            ) from error
         if self.args.should_save:
-            directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             record = {"step": self.state.global_step, "tokens": self.args.world_size * self._tokens}
-            (directory / _COMPLETE).write_text(json.dumps(record), encoding="utf-8")
+            write_json(directory / COMPLETE, record)
+            remove_states(output, keep=2)
 
     @property
     def tokens(self) -> int:
         """Trained on since the start of the run, in all processes."""
         return self.args.world_size * self._tokens
 
-    def _diverged(self, what: str) -> str:
+    def diverged(self, what: str) -> str:
+        """The line about a loss, gradient or weight that is no number."""
         last = latest_checkpoint(Path(self.args.output_dir))
-        state = f"the last good state is {last}" if last else "no state was saved yet"
+        found = f"training: {what} is not a number at step {self.state.global_step}"
+        if last is None:
+            return f"{found}; no state was saved yet; lower --learning-rate or raise --warmup, and look at the base's weights"
         return (
-            f"training: {what} is not a number at step {self.state.global_step}; {state}; "
-            "lower --learning-rate or raise --warmup, then run the same command again to go on from there"
+            f"{found}; the last good state is {last}; run the same command again to go on from there, "
+            "or give another -o with a lower --learning-rate"
         )
 
 
@@ -200,25 +231,35 @@ class Guard(TrainerCallback):
         self._final = final_cycle_length
         self._saved_at = time.monotonic()
         self.trainer: DmtdTrainer | None = None
+        self.stop_signal: int | None = None  # set by a handler: save after this step, and end
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        assert self.trainer is not None, "the guard is given its trainer before training starts"
+        self.trainer.begin_step(state.global_step)
         share = state.global_step / max(state.max_steps, 1)
         lengths = [cycle for cycle, until in self._options.curriculum if share < until]
         self._set_cycle_length(lengths[0] if lengths else self._final)
 
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # The loader tells its data set of epochs too, but not in several processes, nor after a restart within an epoch.
+        assert self.trainer is not None, "the guard is given its trainer before training starts"
+        self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
+
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Clipping by the norm of all gradients spreads a single NaN over every one of them: one is enough to look at.
-        gradient = next(p.grad for p in kwargs["model"].parameters() if p.grad is not None)
-        if not bool(torch.isfinite(gradient).all()):
+        # All of them: clipping spreads a NaN over every gradient, but an infinite one makes the others 0.
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        if not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
             assert self.trainer is not None, "the guard is given its trainer before training starts"
-            raise DivergedError(self.trainer._diverged("a gradient"))
+            raise DivergedError(self.trainer.diverged("a gradient"))
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The trainer asks a second time at the end of an epoch, and at the last step both are true.
         at_end = state.global_step >= state.max_steps
         every = self._steps_per_evaluation
         control.should_evaluate = bool(every) and (at_end or state.global_step % every == 0)
-        control.should_save = at_end or time.monotonic() - self._saved_at >= self._options.save_every_s
+        stop = self.stop_signal is not None
+        control.should_save = at_end or stop or time.monotonic() - self._saved_at >= self._options.save_every_s
+        control.should_training_stop = control.should_training_stop or stop
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_evaluate = control.should_save = False
@@ -251,7 +292,6 @@ def training_arguments(options: TrainOptions, output: Path, *, use_cpu: bool) ->
         eval_strategy="no",  # by Guard, over batches of our own
         save_strategy="steps",
         save_steps=10**9,  # by the clock: see Guard
-        save_total_limit=2,
         remove_unused_columns=False,
         label_names=[],
         dataloader_pin_memory=not use_cpu,
@@ -270,12 +310,6 @@ def set_length(arguments: TrainingArguments, options: TrainOptions, steps: int) 
     arguments.warmup_steps = math.ceil(options.warmup * steps)
     if options.schedule == "warmup_stable_decay":
         arguments.lr_scheduler_kwargs = {"num_decay_steps": math.ceil(options.decay * steps), "decay_type": "1-sqrt"}
-
-
-def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest state that was written whole."""
-    found = [path.parent for path in directory.glob(f"checkpoint-*/{_COMPLETE}")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def trained_state(student: Student) -> dict[str, Tensor]:
@@ -301,6 +335,11 @@ def load_trained(student: Student, checkpoint: Path) -> None:
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(saved[name])
+
+
+def _as_they_are(rows: Sequence[Any]) -> dict[str, Any]:
+    """What the loader collates: nothing yet."""
+    return {"rows_of_step": list(rows)}
 
 
 def _forward(model: Any, inputs: Batch, *, report_agreement: bool) -> tuple[StepResult, Tensor]:
