@@ -88,7 +88,7 @@ def _runs(report: EvaluationReport) -> Table | None:
     if not report.runs:
         return None
     table = _grid(
-        "\nrun length: greedy tokens in a row that equal plain decoding", ("from", "prefixes", "mean", "", "all")
+        "\nrun length: tokens that equal plain greedy", ("from", "prefixes", "mean", "", "all")
     )
     for kind, runs in report.runs.items():
         longest = f"{runs.counts[-1]} reach {runs.most}"
@@ -111,7 +111,7 @@ def _tasks(report: EvaluationReport) -> Group | None:
             percent(float(scores.chance.mean())),
             percent(found["retention"].value),
             _percents(found["retention"]),
-            "yes" if scores.above_chance else "no: plain is at chance",
+            "yes" if scores.above_chance else "no: chance",
         )
     lines: list[RenderableType] = [table]
     for task in report.tasks:
