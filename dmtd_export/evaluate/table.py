@@ -87,9 +87,7 @@ def _phase(name: str) -> str:
 def _runs(report: EvaluationReport) -> Table | None:
     if not report.runs:
         return None
-    table = _grid(
-        "\nrun length: tokens that equal plain greedy", ("from", "prefixes", "mean", "", "all")
-    )
+    table = _grid("\nrun length: tokens that equal plain greedy", ("from", "prefixes", "mean", "", "all"))
     for kind, runs in report.runs.items():
         longest = f"{runs.counts[-1]} reach {runs.most}"
         table.add_row(kind, str(runs.prefixes), number(runs.mean.value), _range(runs.mean), longest)
