@@ -91,9 +91,7 @@ def _phase(name: str) -> str:
 def _runs(report: EvaluationReport) -> Table | None:
     if not report.runs:
         return None
-    table = _grid(
-        "\nrun length: greedy tokens in a row that equal plain decoding", ("from", "prefixes", "mean", "", "all")
-    )
+    table = _grid("\nrun length: tokens that equal plain greedy", ("from", "prefixes", "mean", "", "all"))
     for kind, runs in report.runs.items():
         longest = f"{runs.counts[-1]} reach {runs.most}"
         table.add_row(kind, str(runs.prefixes), number(runs.mean.value), _range(runs.mean), longest)
@@ -115,7 +113,7 @@ def _tasks(report: EvaluationReport) -> Group | None:
             percent(float(scores.chance.mean())),
             percent(found["retention"].value),
             _percents(found["retention"]),
-            "yes" if scores.above_chance else "no: plain is at chance",
+            "yes" if scores.above_chance else "no: chance",
         )
     lines: list[RenderableType] = [table]
     for task in report.tasks:
