@@ -25,19 +25,19 @@ and outputs are those of the standard dialect (``dmtd_export.graphs``), with fou
 
 | profile | engine | rows | visible_len |
 |---|---|---|---|
-| prefill, prefill_whole | all | 1 to ``prefill_chunk`` | up to ``sliced_limit``; exactly ``capacity`` |
-| refill, refill_whole | thinking, full_pass | 1 to ``cycle_length`` | the same |
-| step, step_whole | late_decode | 1 | the same |
+| prefill | all | 1 to ``prefill_chunk`` | any bucket |
+| refill | thinking, full_pass | 1 to ``cycle_length`` | any bucket |
+| step | late_decode | 1 | buckets up to ``sliced_limit`` |
+| step_whole | late_decode | 1 | exactly ``capacity`` |
 | choose | choose_token, ... | logits of one row a sequence | none |
 
 ``choose_token`` and what else chooses tokens from logits on the device are engines beside them, without tables or caches.
+(With a cycle length of 1 a refill has one row too, and then a refill_whole.)
 
-``length_buckets`` are the values of visible_len to use (any other in the range would run as well, but each costs a captured
-graph): the smallest that holds the longest sequence of the batch after the run. A bucket below the capacity is cut out of the
-cache before attention, which costs a copy: 3 * bucket rows are moved instead of ``capacity`` rows read. So there are no
-buckets between a third of the capacity and the capacity, and the whole capacity has profiles of its own, whose visible_len is
-fixed so that nothing is cut or copied. ``batch_buckets`` are the batch sizes to capture graphs for; every size up to
-``max_batch`` runs.
+``length_buckets`` are the values of visible_len to use (any other in a profile's range would run as well, but each costs a captured
+graph): the smallest that holds the longest sequence of the batch after the run, see :meth:`EngineRecord.bucket_for`; a profile that
+is ``whole`` takes the capacity in its place, see :meth:`ProfileInfo.visible_len`. Why: ``dmtd_export.build.plan``.
+``batch_buckets`` are the batch sizes to capture graphs for; every size up to ``max_batch`` runs.
 
 **Memory.** Device memory of a record is the tables once, the engines' ``weight_bytes``, one activation buffer of the largest
 ``scratch_bytes`` (once deserialised ``engine.device_memory_size_v2`` has the exact number: a library that compiles at load may
@@ -96,6 +96,10 @@ class ProfileInfo:
         """As the table of the module calls it."""
         return f"{self.kind}_whole" if self.whole else self.kind
 
+    def visible_len(self, bucket: int) -> int:
+        """The length of ``visible_rows`` to bind for a length bucket: the bucket, or the capacity where that is fixed."""
+        return max(bucket, self.min_visible)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFile:
@@ -116,7 +120,7 @@ class EngineFile:
     peak_bytes: int = 0  # anonymous memory that the build added at its highest
 
     def profile_for(self, kind: PassKind, *, batch: int, rows: int, visible_len: int) -> ProfileInfo:
-        """The profile that takes such a run.
+        """The profile that takes such a run; ``visible_len`` is a length bucket (0 for choose).
 
         Raises:
             RequestError: names the input that no profile takes, and its bounds.
@@ -130,18 +134,19 @@ class EngineFile:
         most_rows = max(profile.max_rows for profile in fitting)
         if not 1 <= rows <= most_rows:
             raise RequestError(f"{self.graph}, {kind}: got {rows} rows, expected 1 to {most_rows}")
-        most = max(profile.inputs[contract.INPUT_IDS].max[0] for profile in fitting)
+        first = self.inputs[0].name
+        most = max(profile.inputs[first].max[0] for profile in fitting)
         if not 1 <= batch <= most:
             raise RequestError(
-                f"{self.graph}, {contract.INPUT_IDS}: got a batch of {batch}, expected 1 to {most}; "
+                f"{self.graph}, {first}: got a batch of {batch}, expected 1 to {most}; "
                 f"build for more with: dmtd build BUNDLE --max-batch {batch}"
             )
         for profile in fitting:
-            if rows <= profile.max_rows and profile.min_visible <= visible_len <= profile.max_visible:
+            if visible_len <= profile.max_visible:
                 return profile
-        ranges = " or ".join(f"{profile.min_visible} to {profile.max_visible}" for profile in fitting)
         raise RequestError(
-            f"{self.graph}, {contract.VISIBLE_ROWS}: got a length of {visible_len}, expected {ranges}; "
+            f"{self.graph}, {contract.VISIBLE_ROWS}: got a length of {visible_len}, "
+            f"expected at most {fitting[-1].max_visible}; "
             "build for longer sequences with: dmtd build BUNDLE --max-model-len N"
         )
 
@@ -174,7 +179,7 @@ class EngineRecord:
     capacity: int
     prefill_chunk: int
     cycle_length: int
-    sliced_limit: int  # largest visible_len below the capacity, 0 where there is none
+    sliced_limit: int  # longest bucket that a late step cuts out of its cache; 0: it always reads the whole
     batch_buckets: tuple[int, ...]
     length_buckets: tuple[int, ...]
     engines: tuple[EngineFile, ...]
