@@ -1,7 +1,7 @@
 """What a build will make: capacity, buckets, optimisation profiles, bytes. Pure numbers over manifest and options.
 
-**Lengths.** A cache has one fixed capacity (TensorRT updates it in place only so). Attention reads the first ``visible_len`` rows,
-cut out of it. What TensorRT-RTX 1.7 makes of that was read from the scratch memory it plans (4 kv heads, 16 heads, head_dim
+**Lengths.** A cache has one fixed capacity (TensorRT updates it in place only so). Attention reads the first ``visible_len``
+rows, cut out of it. What TensorRT-RTX 1.7 makes of that was read from the scratch memory it plans (4 kv heads, 16 heads, head_dim
 64, 2 sequences, capacity 4096: keys and values are 4.2 MB each):
 
 | rows | visible_len | scratch | so it moves |
@@ -11,9 +11,9 @@ cut out of it. What TensorRT-RTX 1.7 makes of that was read from the scratch mem
 | 4 | the capacity, fixed | 33.7 MB | 9 x ``capacity`` rows: copied, and repeated for each head of a group |
 | 4 | 1024, changing | 2.1 MB | 3 x 1024 rows |
 
-So late steps, which have one row, have two profiles: lengths up to a third of the capacity, where a copy moves less than the whole
-cache, and the whole capacity, fixed. Prefill and refill have one, with lengths up to the capacity. Buckets are 256, 512, ...
-and the capacity.
+So late steps, which have one row, have two profiles: lengths up to a third of the capacity, where a copy moves less than the
+whole cache, and the whole capacity, fixed. Prefill and refill have one, with lengths up to the capacity. Buckets are 256,
+512, ... and the capacity.
 
     Qwen3-4B, bfloat16, 147 kB of cache a position, one sequence, context 200, a plain step over 8.0 GB of weights: bucket 256
     moves 0.11 GB. Without buckets it is 0.64 GB at capacity 4352 and 6.1 GB at 41216.
@@ -102,9 +102,9 @@ def plan_build(manifest: Manifest, options: BuildOptions) -> BuildPlan:
         if not least <= got <= most:
             raise ExportError(f"{name}: got {got}, expected {least} to {most}; choose one in that range")
     capacity = math.ceil((max_model_len + options.prefill_chunk) / CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
-    passes: tuple[GraphName, ...] = (contract.FULL_PASS,) if options.fused else (contract.THINKING,)
+    fused: tuple[GraphName, ...] = (contract.FULL_PASS,) if options.fused else ()
     return BuildPlan(
-        graphs=(*passes, contract.LATE_DECODE),
+        graphs=(contract.THINKING, contract.LATE_DECODE, *fused),
         max_batch=options.max_batch,
         max_model_len=max_model_len,
         capacity=capacity,
