@@ -22,7 +22,9 @@ def rtx() -> Any:
     return pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX's wheel: pip install 'dmtd[tensorrt-rtx]'")
 
 
-def make_bundle(directory: Path, *, family: str = "qwen3", encoding: int = 0, tie: bool = False, **options: Any) -> Path:
+def make_bundle(
+    directory: Path, *, family: str = "qwen3", encoding: int = 0, tie: bool = False, **options: Any
+) -> Path:
     """Four layers of random weights: E ``encoding``, T the rest, D 1, cycle of 3, up to 64 tokens, standard graphs only."""
     source = write_tiny_checkpoint(directory / "model", family=family, layers=4, tie=tie, qkv_bias=family == "qwen2")
     settings: dict[str, Any] = {"dtype": "float16", "target": "tensorrt", "max_model_len": 64}
@@ -30,7 +32,11 @@ def make_bundle(directory: Path, *, family: str = "qwen3", encoding: int = 0, ti
         source,
         directory / "bundle",
         ExportOptions(
-            encoding_layers=encoding, thinking_layers=3 - encoding, decoding_layers=1, cycle_length=3, **settings | options
+            encoding_layers=encoding,
+            thinking_layers=3 - encoding,
+            decoding_layers=1,
+            cycle_length=3,
+            **settings | options,
         ),
     )
     return directory / "bundle"

@@ -218,7 +218,9 @@ def test_a_table_that_stayed_a_constant_is_refused(
     inputs = tuple(info for info in graph.inputs if info.name != "lm_head_table")
     [unused] = [value for value in model.graph.input if value.name == "lm_head_table"]
     model.graph.input.remove(unused)
-    with pytest.raises(ExportError, match=r"model.embed_tokens.weight: got is a constant, expected a table as an input"):
+    with pytest.raises(
+        ExportError, match=r"model.embed_tokens.weight: got is a constant, expected a table as an input"
+    ):
         check(with_model(graph, model, inputs=inputs))
 
 
