@@ -104,6 +104,9 @@ def build_engine(
     config = builder.create_builder_config()
     config.progress_monitor = monitor
     cache = configure(library, config, target, timing_cache)
+    if not graph.aliases:
+        # Graphs that choose tokens find NaN by x - x, which the builder would otherwise take for 0.
+        config.set_flag(module.BuilderFlag.STRICT_NANS)
     for profile in profiles:
         _add_profile(builder, config, profile, messages)
     writer = _make_writer(module, output)
