@@ -159,7 +159,7 @@ class BuildFacts:
     """How the engines were made; for people and reports, nothing depends on it."""
 
     seconds: float
-    peak_bytes: int  # anonymous memory of the process at its highest
+    peak_bytes: int  # anonymous memory that the largest build added at its highest
     tools: Mapping[str, str]
     machine: str = ""
     tactics: tuple[str, ...] = ()
