@@ -253,6 +253,7 @@ def _engine_file(part: Part, file: str, built: BuiltEngine) -> EngineFile:
         scratch_bytes=built.scratch_bytes,
         peak_bytes=built.peak_bytes,
         seconds=built.seconds,
+        tactics=built.tactics,
         inputs=part.graph.inputs,
         outputs=part.graph.outputs,
         tables=part.graph.tables,

@@ -121,6 +121,7 @@ class EngineFile:
     profiles: tuple[ProfileInfo, ...]
     seconds: float = 0.0  # that the build took
     peak_bytes: int = 0  # anonymous memory that the build added at its highest
+    tactics: tuple[str, ...] = ()  # runners and tactics that the builder chose, as far as it says
 
     def profile_for(self, kind: PassKind, *, batch: int, rows: int, visible_len: int) -> ProfileInfo:
         """The profile that takes such a run; ``visible_len`` is a length bucket (0 for choose).
@@ -162,7 +163,6 @@ class BuildFacts:
     peak_bytes: int  # anonymous memory that the largest build added at its highest
     tools: Mapping[str, str]
     machine: str = ""
-    tactics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

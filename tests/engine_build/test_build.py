@@ -66,6 +66,7 @@ def test_every_family_builds(tmp_path: Path, family: str, encoding: int, dtype: 
         head = 0 if family == "qwen3" or engine.graph == "thinking" else manifest.weights["lm_head.weight"].length
         sizes = [info.length for name, info in manifest.weights.items() if name.startswith("model.layers.0.")]
         assert 0 <= engine.weight_bytes - head - layers[engine.graph] * sum(sizes) < 60_000
+        assert engine.scratch_bytes is not None and engine.scratch_bytes > 0 and engine.tactics
         assert engine.bytes == (result.directory / engine.file).stat().st_size > engine.weight_bytes
 
 
