@@ -291,6 +291,7 @@ def _record(
         build_arguments=_arguments(plan, target, options),
         build=facts,
         files=files,
+        supported=target.supported,
     )
 
 
