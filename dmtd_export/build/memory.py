@@ -15,7 +15,7 @@ from dmtd_runtime.cli.common import human_bytes
 from dmtd_runtime.machine import memory_bytes
 
 # TensorRT-RTX 1.7 holds the weights twice (its own copy and the plan); the rest is code generation, by layers and profiles.
-# Measured over engines of 60 MB to several GB; the documentation's rule, at most 2.3 times the engine, covers large ones.
+# Measured: 1.9 times an engine of 1.4 GB, 4 times one of 75 MB.
 WEIGHT_COPIES = 2.1
 BASE_BYTES = 192 << 20
 LAYER_BYTES = 10 << 20
