@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from dmtd_runtime.backends.base import Array, Backend, SlotStep
+from dmtd_runtime.backends.base import Array, Backend, SlotCycle, SlotStep
 from dmtd_runtime.cycle import CyclePlan, StepKind
 from dmtd_runtime.generate import SequenceRun, TokenEvent, run_batch
 from dmtd_runtime.sampler import Sampler
@@ -37,12 +37,19 @@ class _StepClock:
     def __init__(self, backend: Backend) -> None:
         self.slots, self.capacity, self.max_rows = backend.slots, backend.capacity, backend.max_rows
         self.stats, self.chooses_tokens = backend.stats, backend.chooses_tokens
+        self.runs_cycles = backend.runs_cycles
         self.marks: list[tuple[StepKind, float, float]] = []
         self._backend = backend
 
     def run(self, steps: Sequence[SlotStep], *, greedy: bool = False) -> Array:
         self.marks.append((steps[0].step.kind, time.perf_counter(), self.stats.session_seconds))
         return self._backend.run(steps, greedy=greedy)
+
+    def start_cycle(self, slots: Sequence[SlotCycle], *, follows: bool = False) -> None:
+        self._backend.start_cycle(slots, follows=follows)
+
+    def finish_cycle(self) -> Array:
+        return self._backend.finish_cycle()
 
     def reset(self, slot: int, *, clear: bool = False) -> None:
         self._backend.reset(slot, clear=clear)

@@ -11,6 +11,7 @@ import numpy as np
 from dmtd_runtime import contract
 from dmtd_runtime.cycle import Step
 from dmtd_runtime.errors import RequestError
+from dmtd_runtime.sampler import Sampler
 
 Array = np.ndarray[Any, np.dtype[Any]]
 FullPass = Literal["staged", "fused"]
@@ -55,9 +56,36 @@ class SlotStep:
         return self.ids[len(self.ids) - len(self.step.late) :]
 
 
+class StepwiseBackend:
+    """The part of the protocol that a backend lacks whose every step needs the host."""
+
+    runs_cycles = False
+
+    def start_cycle(self, slots: Sequence[SlotCycle], *, follows: bool = False) -> None:
+        raise NotImplementedError("this backend runs step by step")
+
+    def finish_cycle(self) -> Array:
+        raise NotImplementedError("this backend runs step by step")
+
+
 def rounded_rows(rows: int) -> int:
     """What a prompt's chunk is padded to: few shapes, so few bindings and buffers, whatever lengths prompts have."""
     return next((size for size in PREFILL_ROUNDING if size >= rows), rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotCycle:
+    """A whole cycle of the sequence in ``slot``.
+
+    ``ids`` are the tokens of the first step's window; every later step feeds what the step before it chose. The sampler says
+    how to choose, and is told of the tokens by whoever asked for the cycle; ``unseen`` of them are still under way to it.
+    """
+
+    slot: int
+    steps: Sequence[Step]
+    ids: Sequence[int]
+    sampler: Sampler
+    unseen: int = 0
 
 
 @dataclass(slots=True)
@@ -69,6 +97,8 @@ class RunStats:
     late_steps: int = 0
     refill_rows: int = 0
     session_seconds: float = 0.0
+    cycles: int = 0  # that ran whole, without the host
+    host_seconds: float = 0.0  # of them, that the device had nothing to do
 
 
 class Backend(Protocol):
@@ -79,12 +109,28 @@ class Backend(Protocol):
     max_rows: int
     stats: RunStats
     chooses_tokens: bool  # logits stay on a device, where the arg-max can be taken
+    runs_cycles: bool  # start_cycle and finish_cycle work; elsewhere nobody calls them
 
     def run(self, steps: Sequence[SlotStep], *, greedy: bool = False) -> Array:
         """Run one step of one kind for the named slots.
 
         Returns logits, float32 [n, vocab], a row for each step that wants them, in order; valid until the next call. With
         ``greedy`` a backend that ``chooses_tokens`` returns the arg-max of each row instead, int64 [n].
+        """
+        ...
+
+    def start_cycle(self, slots: Sequence[SlotCycle], *, follows: bool = False) -> None:
+        """Enqueue one cycle of the named slots, and return without waiting for it.
+
+        With ``follows`` it goes on where the cycle before it, of the same slots, ends: ``ids`` are not read, the device has
+        them. At most two cycles may be under way.
+        """
+        ...
+
+    def finish_cycle(self) -> Array:
+        """Wait for the earliest cycle under way: the tokens it chose, int64 [steps, slots] in the order of its slots.
+
+        A negative entry is one of sampler.NOT_FINITE and NO_CHOICE.
         """
         ...
 

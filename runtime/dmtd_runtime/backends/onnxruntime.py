@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dmtd_runtime import contract
-from dmtd_runtime.backends.base import Array, BackendOptions, RunStats, SlotStep
+from dmtd_runtime.backends.base import Array, BackendOptions, RunStats, SlotStep, StepwiseBackend
 from dmtd_runtime.backends.ort_session import Binding, Buffer, device_buffer, host_buffer, open_session
 from dmtd_runtime.backends.packed import PackedLayout
 from dmtd_runtime.backends.rectangular import RectangularLayout
@@ -50,7 +50,7 @@ class Layout(Protocol):
         ...
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(StepwiseBackend):
     """Runs a bundle in ONNX Runtime. See :class:`dmtd_runtime.backends.base.Backend`."""
 
     def __init__(self, directory: Path, manifest: Manifest, options: BackendOptions) -> None:
