@@ -40,6 +40,13 @@ GATE_THOUGHT = "gate_thought"
 LOGIT_ROWS = "logit_rows"
 # Standard dialect.
 POSITION_IDS = "position_ids"
+# Engine graphs: the standard graphs as TensorRT builds them (dmtd_export.build.engine_graph). The embedding table, and the
+# head's where it is tied, are inputs bound to one device buffer. They are two inputs because a table that is both gathered
+# from and multiplied by is copied in every run (measured: TensorRT-RTX 1.7 then plans its bytes as scratch memory; for two
+# inputs it does not). ``visible_rows`` is int64 [visible_len] = 0, 1, 2, ...: attention sees so many cache rows and no more.
+EMBEDDING_INPUT = "embedding_table"
+LM_HEAD_INPUT = "lm_head_table"
+VISIBLE_ROWS = "visible_rows"
 # ONNX Runtime dialect, graphs made for several slots: int64 [slots], how many packed rows each attention node takes, never
 # 0, because GroupQueryAttention refuses an empty sequence; and int64 [1], how many zero rows the graph appends before
 # attention and drops behind it, one for each slot behind the last one that takes part.
@@ -70,6 +77,8 @@ HAS_CHOICE = "has_choice"
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "model.onnx.data"
 DATA_LOADER_FILE = "polygraphy_data.py"
+ENGINES_DIRECTORY = "engines"
+ENGINE_RECORD_FILE = "engine.json"
 # Files of the checkpoint that a runtime reads: they count only where the manifest lists them.
 ASSET_FILES = (
     "tokenizer.json",
