@@ -33,6 +33,7 @@ class BackendOptions:
     max_batch: int = 1
     max_model_len: int | None = None  # None: the bundle's
     choose_on_device: bool | None = None  # arg-max by the bundle's choose_token graph; None: on a GPU only
+    cuda_graphs: bool = True  # TensorRT: replay every cycle as one captured graph
     threads: int | None = None  # None: one for each core this process may use
     prepack: bool = True  # False: weights stay in the page cache, slower; for models that hardly fit into memory
 

@@ -93,7 +93,14 @@ class Device(Protocol):
     def download(self, target: Array, source: Address) -> None: ...
 
     def copy(
-        self, target: Address, source: Address, *, row_bytes: int, rows: int = 1, target_pitch: int = 0, source_pitch: int = 0
+        self,
+        target: Address,
+        source: Address,
+        *,
+        row_bytes: int,
+        rows: int = 1,
+        target_pitch: int = 0,
+        source_pitch: int = 0,
     ) -> None:
         """Copy ``rows`` rows within the device; pitches are the bytes from one row's start to the next one's."""
         ...

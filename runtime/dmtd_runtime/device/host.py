@@ -133,7 +133,14 @@ class HostDevice:
         self._push(work, touches_host="a download")
 
     def copy(
-        self, target: Address, source: Address, *, row_bytes: int, rows: int = 1, target_pitch: int = 0, source_pitch: int = 0
+        self,
+        target: Address,
+        source: Address,
+        *,
+        row_bytes: int,
+        rows: int = 1,
+        target_pitch: int = 0,
+        source_pitch: int = 0,
     ) -> None:
         if rows > 1 and min(target_pitch, source_pitch) < row_bytes:
             raise SeamError(f"copy: pitches {target_pitch}, {source_pitch} below the row's {row_bytes} bytes")
@@ -208,7 +215,9 @@ class HostDevice:
             start = address - block.address
             if 0 <= start < len(block.data):
                 if start + num_bytes > len(block.data):
-                    raise SeamError(f"{what}: {num_bytes} bytes from {start} pass the end of {block.what}, {len(block.data)}")
+                    raise SeamError(
+                        f"{what}: {num_bytes} bytes from {start} pass the end of {block.what}, {len(block.data)}"
+                    )
                 return block, slice(start, start + num_bytes)
         raise SeamError(f"{what}: address {address:#x} lies in no allocation")
 
@@ -351,7 +360,9 @@ class HostContext:
                 if first < 0 or first + rows > capacity:
                     raise SeamError(f"{name}: slot {slot} writes rows {first} to {first + rows - 1} of {capacity}")
                 if first > in_use[slot]:
-                    raise SeamError(f"{name}: slot {slot} writes from row {first}, rows from {in_use[slot]} are not written")
+                    raise SeamError(
+                        f"{name}: slot {slot} writes from row {first}, rows from {in_use[slot]} are not written"
+                    )
                 in_use[slot] = first + rows
             block.rows[span.start] = in_use
 
