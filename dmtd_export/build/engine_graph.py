@@ -78,16 +78,12 @@ def _tables_to_inputs(graph: onnx.GraphProto, file: str) -> dict[str, str]:
         if TABLE not in node.input:
             continue
         if node.op_type not in names:
-            raise ExportError(
-                f"{file}: {node.name} reads {TABLE}, expected a Gather or a Gemm; export the bundle again"
-            )
+            raise ExportError(f"{file}: {node.name} reads {TABLE}, expected a Gather or a Gemm; export the bundle again")
         name = names[node.op_type]
         _rename_inputs(node, {TABLE: name})
         tables[name] = TABLE
     graph.initializer.remove(table)
-    graph.input.extend(
-        helper.make_tensor_value_info(name, table.data_type, list(table.dims)) for name in sorted(tables)
-    )
+    graph.input.extend(helper.make_tensor_value_info(name, table.data_type, list(table.dims)) for name in sorted(tables))
     return tables
 
 
@@ -110,9 +106,7 @@ def _limit_attention(graph: onnx.GraphProto, file: str) -> None:
         if node.op_type == "Attention":
             for i in (1, 2):
                 cut = f"{node.input[i]}/visible"
-                nodes.append(
-                    helper.make_node("Slice", [node.input[i], _ZERO, shape, _AXIS], [cut], name=f"{cut}/Slice")
-                )
+                nodes.append(helper.make_node("Slice", [node.input[i], _ZERO, shape, _AXIS], [cut], name=f"{cut}/Slice"))
                 node.input[i] = cut
         nodes.append(node)
     length = helper.make_node("Shape", [contract.VISIBLE_ROWS], [shape], name="/visible_rows/Shape")

@@ -37,6 +37,7 @@ class _StepClock:
     def __init__(self, backend: Backend) -> None:
         self.slots, self.capacity, self.max_rows = backend.slots, backend.capacity, backend.max_rows
         self.stats, self.chooses_tokens = backend.stats, backend.chooses_tokens
+        self.max_model_len = backend.max_model_len
         self.runs_cycles = backend.runs_cycles
         self.marks: list[tuple[StepKind, float, float]] = []
         self._backend = backend

@@ -118,9 +118,7 @@ class EngineFile:
         fitting = [profile for profile in self.profiles if profile.kind == kind]
         if not fitting:
             has = ", ".join(profile.name for profile in self.profiles)
-            raise RequestError(
-                f"{self.graph}: no {kind} profile, only {has}; rebuild the engines with: dmtd build BUNDLE"
-            )
+            raise RequestError(f"{self.graph}: no {kind} profile, only {has}; rebuild the engines with: dmtd build BUNDLE")
         most_rows = max(profile.max_rows for profile in fitting)
         if not 1 <= rows <= most_rows:
             raise RequestError(f"{self.graph}, {kind}: got {rows} rows, expected 1 to {most_rows}")
@@ -291,9 +289,7 @@ def records(bundle: Path) -> list[tuple[Path, EngineRecord]]:
     root = bundle / contract.ENGINES_DIRECTORY
     if not root.is_dir():
         return []
-    found = [
-        path.parent for path in root.glob(f"*/{contract.ENGINE_RECORD_FILE}") if not path.parent.name.startswith(".")
-    ]
+    found = [path.parent for path in root.glob(f"*/{contract.ENGINE_RECORD_FILE}") if not path.parent.name.startswith(".")]
     found.sort(key=lambda path: (-(path / contract.ENGINE_RECORD_FILE).stat().st_mtime_ns, path.name))
     return [(path, read_record(path)) for path in found]
 

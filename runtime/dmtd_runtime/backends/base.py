@@ -10,11 +10,12 @@ import numpy as np
 
 from dmtd_runtime import contract
 from dmtd_runtime.cycle import Step
+from dmtd_runtime.engine_record import FLAVOURS, Flavour, FullPass
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.sampler import Sampler
 
 Array = np.ndarray[Any, np.dtype[Any]]
-FullPass = Literal["staged", "fused"]
+BackendName = Literal["onnxruntime", "tensorrt"]
 PREFILL_ROUNDING = (16, 32, 64, 128, contract.MIN_WINDOW)
 
 
@@ -26,6 +27,8 @@ class BackendOptions:
     late_decode: every weight in memory once) or ``fused`` (one graph; its weights come on top of late_decode's).
     """
 
+    backend: BackendName = "onnxruntime"
+    flavour: Flavour | None = None  # tensorrt: whose engines; None: of the library that is installed
     device: Literal["cpu", "cuda"] = "cpu"
     device_id: int = 0
     dialect: Literal["standard", "onnxruntime"] | None = None  # None: onnxruntime where the bundle has it
@@ -38,7 +41,13 @@ class BackendOptions:
     prepack: bool = True  # False: weights stay in the page cache, slower; for models that hardly fit into memory
 
     def __post_init__(self) -> None:
-        allowed = {"device": ("cpu", "cuda"), "dialect": (None, *contract.DIALECTS), "full_pass": ("staged", "fused")}
+        allowed: dict[str, tuple[str | None, ...]] = {
+            "backend": ("onnxruntime", "tensorrt"),
+            "flavour": (None, *FLAVOURS),
+            "device": ("cpu", "cuda"),
+            "dialect": (None, *contract.DIALECTS),
+            "full_pass": ("staged", "fused"),
+        }
         for name, values in allowed.items():
             if (value := getattr(self, name)) not in values:
                 raise RequestError(f"{name}: got {value!r}, expected one of {', '.join(map(str, values))}")
@@ -106,6 +115,7 @@ class Backend(Protocol):
     """One open bundle on one device. Not thread-safe: one engine drives it."""
 
     slots: int
+    max_model_len: int
     capacity: int
     max_rows: int
     stats: RunStats

@@ -9,7 +9,6 @@ It plans no cycles and chooses no tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

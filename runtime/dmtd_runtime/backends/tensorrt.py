@@ -241,9 +241,7 @@ class TensorRtBackend:
         if program.capture is None:
             self._device.wait(self._device.mark())
             try:
-                self._device.begin_capture()
-                program.enqueue()
-                program.capture = self._device.end_capture()
+                program.capture = self._device.capture(program.enqueue)
             except BackendError as error:
                 logger.warning("cycles run without CUDA graphs: %s", error)
                 self._graphs = False

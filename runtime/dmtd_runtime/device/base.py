@@ -9,7 +9,7 @@ Nothing here knows cycles, sequences or sampling.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NewType, Protocol
@@ -109,11 +109,12 @@ class Device(Protocol):
         """BackendError with the reason and the fix where the file is not an engine for this device."""
         ...
 
-    def begin_capture(self) -> None:
-        """From here to :meth:`end_capture`, enqueued work is recorded and not run; anything else on the host is an error."""
-        ...
+    def capture(self, work: Callable[[], None]) -> Capture:
+        """Record what ``work`` enqueues instead of running it. Anything else on the device within it is an error.
 
-    def end_capture(self) -> Capture: ...
+        BackendError where the device cannot record it; the stream is then as before.
+        """
+        ...
 
     def replay(self, capture: Capture) -> None:
         """Run what was recorded: the same work on the same addresses."""
