@@ -63,6 +63,11 @@ class StageDisplay:
         elif self._task is not None:
             self._bar.update(self._task, completed=done, total=total or None)
 
+    def progress(self, done: int, total: int) -> None:
+        """``done`` of ``total`` steps of the stage, where both may grow."""
+        if self._task is not None:
+            self._bar.update(self._task, completed=done, total=total or None)
+
     def _finish(self) -> None:
         if self._task is None:
             return

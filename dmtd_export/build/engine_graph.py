@@ -14,7 +14,6 @@ The file keeps its references into the weights file. It does not look at what a 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx
 from onnx import helper
@@ -24,7 +23,7 @@ from dmtd_export.graph_writer import ONNX_DTYPES
 from dmtd_export.graphs import EMBED
 from dmtd_runtime import contract
 from dmtd_runtime.contract import GraphName
-from dmtd_runtime.manifest import Manifest, TensorInfo
+from dmtd_runtime.manifest import TensorInfo
 
 TABLE = f"{EMBED}.weight"
 _ZERO, _AXIS = "/visible_rows/zero", "/visible_rows/axis"
@@ -43,19 +42,16 @@ class EngineGraph:
     aliases: dict[str, str]  # present.* -> past_key_values.*
 
 
-def engine_graph(bundle: Path, manifest: Manifest, name: GraphName, capacity: int) -> EngineGraph:
-    """The engine graph of ``name`` for caches of ``capacity`` rows.
+def engine_graph(name: GraphName, model: onnx.ModelProto, capacity: int) -> EngineGraph:
+    """The engine graph of the standard graph ``model``, which is changed, for caches of ``capacity`` rows.
 
     Raises:
-        BundleError: the bundle has no such standard graph.
         ExportError: the graph is not what this version exports.
     """
-    info = manifest.graph(name, contract.STANDARD)
-    model = onnx.load(bundle / info.file, load_external_data=False)
-    graph = model.graph
-    tables = _tables_to_inputs(graph, info.file)
+    graph, file = model.graph, contract.graph_file(name, contract.STANDARD)
+    tables = _tables_to_inputs(graph, file)
     _fix_capacity(graph, capacity)
-    _limit_attention(graph, info.file)
+    _limit_attention(graph, file)
     outputs = tuple(_tensor_info(value) for value in graph.output)
     caches = [cache for value in outputs if (cache := contract.cache_name(value.name))]
     return EngineGraph(
@@ -68,6 +64,27 @@ def engine_graph(bundle: Path, manifest: Manifest, name: GraphName, capacity: in
     )
 
 
+def choice_graph(name: GraphName, model: onnx.ModelProto) -> EngineGraph:
+    """A graph that chooses tokens from logits, as it is: it has neither tables nor caches."""
+    return EngineGraph(
+        name=name,
+        model=model,
+        inputs=tuple(_tensor_info(value) for value in model.graph.input),
+        outputs=tuple(_tensor_info(value) for value in model.graph.output),
+        tables={},
+        aliases={},
+    )
+
+
+def stored_weights(model: onnx.ModelProto) -> dict[str, int]:
+    """Bytes of the tensors that a graph reads from the weights file, by name."""
+    sizes = {}
+    for item in model.graph.initializer:
+        if item.data_location == onnx.TensorProto.EXTERNAL:
+            sizes[item.name] = next(int(entry.value) for entry in item.external_data if entry.key == "length")
+    return sizes
+
+
 def _tables_to_inputs(graph: onnx.GraphProto, file: str) -> dict[str, str]:
     table = next((item for item in graph.initializer if item.name == TABLE), None)
     if table is None:
@@ -78,12 +95,16 @@ def _tables_to_inputs(graph: onnx.GraphProto, file: str) -> dict[str, str]:
         if TABLE not in node.input:
             continue
         if node.op_type not in names:
-            raise ExportError(f"{file}: {node.name} reads {TABLE}, expected a Gather or a Gemm; export the bundle again")
+            raise ExportError(
+                f"{file}: {node.name} reads {TABLE}, expected a Gather or a Gemm; export the bundle again"
+            )
         name = names[node.op_type]
         _rename_inputs(node, {TABLE: name})
         tables[name] = TABLE
     graph.initializer.remove(table)
-    graph.input.extend(helper.make_tensor_value_info(name, table.data_type, list(table.dims)) for name in sorted(tables))
+    graph.input.extend(
+        helper.make_tensor_value_info(name, table.data_type, list(table.dims)) for name in sorted(tables)
+    )
     return tables
 
 
@@ -104,9 +125,14 @@ def _limit_attention(graph: onnx.GraphProto, file: str) -> None:
             continue
         _rename_inputs(node, renamed)
         if node.op_type == "Attention":
+            # Bundles of before 0.2 say softmax_precision, which TensorRT refuses.
+            for attribute in [one for one in node.attribute if one.name == "softmax_precision"]:
+                node.attribute.remove(attribute)
             for i in (1, 2):
                 cut = f"{node.input[i]}/visible"
-                nodes.append(helper.make_node("Slice", [node.input[i], _ZERO, shape, _AXIS], [cut], name=f"{cut}/Slice"))
+                nodes.append(
+                    helper.make_node("Slice", [node.input[i], _ZERO, shape, _AXIS], [cut], name=f"{cut}/Slice")
+                )
                 node.input[i] = cut
         nodes.append(node)
     length = helper.make_node("Shape", [contract.VISIBLE_ROWS], [shape], name="/visible_rows/Shape")

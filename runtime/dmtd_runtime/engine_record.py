@@ -4,7 +4,8 @@ An engine fits one library version, one kind of GPU and one content of the bundl
 deserialised, if then. So the record says it, and :func:`choose_record` compares it with the machine first: what does not fit
 is an error of one line with the command that builds what would. No TensorRT, no onnx, no torch here.
 
-**Engines.** A staged record holds ``thinking`` and ``late_decode``, a fused one ``full_pass`` and ``late_decode``. Their inputs
+**Engines.** A staged record holds ``thinking`` and ``late_decode``, a fused one ``full_pass`` and ``late_decode``. They want all
+activation memory from their user (TensorRT-RTX: REQUIRE_USER_ALLOCATION), so that a run may be captured. Their inputs
 and outputs are those of the standard dialect (``dmtd_export.graphs``), with four differences:
 
 1. ``embedding_table`` [vocab, hidden] in every engine, and ``lm_head_table`` [vocab, hidden] where the head is tied to it
@@ -27,6 +28,9 @@ and outputs are those of the standard dialect (``dmtd_export.graphs``), with fou
 | prefill, prefill_whole | all | 1 to ``prefill_chunk`` | up to ``sliced_limit``; exactly ``capacity`` |
 | refill, refill_whole | thinking, full_pass | 1 to ``cycle_length`` | the same |
 | step, step_whole | late_decode | 1 | the same |
+| choose | choose_token, ... | logits of one row a sequence | none |
+
+``choose_token`` and what else chooses tokens from logits on the device are engines beside them, without tables or caches.
 
 ``length_buckets`` are the values of visible_len to use (any other in the range would run as well, but each costs a captured
 graph): the smallest that holds the longest sequence of the batch after the run. A bucket below the capacity is cut out of the
@@ -36,7 +40,7 @@ fixed so that nothing is cut or copied. ``batch_buckets`` are the batch sizes to
 ``max_batch`` runs.
 
 **Memory.** Device memory of a record is the tables once, the engines' ``weight_bytes``, one activation buffer of the largest
-``scratch_bytes`` (ask ``engine.device_memory_size_v2`` for the exact number once deserialised: a library that compiles at load may
+``scratch_bytes`` (once deserialised ``engine.device_memory_size_v2`` has the exact number: a library that compiles at load may
 choose otherwise), and the caches: :meth:`EngineRecord.device_bytes` adds them up for the refusal before allocating.
 
 The flavour ``host`` holds engine graphs as ONNX (``file`` ends in .onnx, weights beside it) for a runtime that executes them in
@@ -60,7 +64,7 @@ from dmtd_runtime.manifest import DTYPE_BYTES, FileInfo, Manifest, TensorInfo, d
 
 Flavour = Literal["tensorrt", "tensorrt-rtx", "host"]
 FullPass = Literal["staged", "fused"]
-PassKind = Literal["prefill", "refill", "step"]
+PassKind = Literal["prefill", "refill", "step", "choose"]
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx", "host")
 ANY_GPU = "any"
 RECORD_SCHEMA = 1
@@ -108,6 +112,8 @@ class EngineFile:
     tables: Mapping[str, str]  # input -> tensor of the bundle's weights file
     aliases: Mapping[str, str]  # output -> input with the same address
     profiles: tuple[ProfileInfo, ...]
+    seconds: float = 0.0  # that the build took
+    peak_bytes: int = 0  # anonymous memory that the build added at its highest
 
     def profile_for(self, kind: PassKind, *, batch: int, rows: int, visible_len: int) -> ProfileInfo:
         """The profile that takes such a run.
@@ -118,7 +124,9 @@ class EngineFile:
         fitting = [profile for profile in self.profiles if profile.kind == kind]
         if not fitting:
             has = ", ".join(profile.name for profile in self.profiles)
-            raise RequestError(f"{self.graph}: no {kind} profile, only {has}; rebuild the engines with: dmtd build BUNDLE")
+            raise RequestError(
+                f"{self.graph}: no {kind} profile, only {has}; rebuild the engines with: dmtd build BUNDLE"
+            )
         most_rows = max(profile.max_rows for profile in fitting)
         if not 1 <= rows <= most_rows:
             raise RequestError(f"{self.graph}, {kind}: got {rows} rows, expected 1 to {most_rows}")
@@ -170,7 +178,7 @@ class EngineRecord:
     batch_buckets: tuple[int, ...]
     length_buckets: tuple[int, ...]
     engines: tuple[EngineFile, ...]
-    rebuild: str  # the command that builds these engines again
+    build_arguments: str  # of the `dmtd build BUNDLE` that builds these engines again
     build: BuildFacts
     files: Mapping[str, FileInfo] = field(default_factory=dict)  # others in the directory
 
@@ -181,8 +189,12 @@ class EngineRecord:
                 return engine
         raise BundleError(
             f"the engines are {self.full_pass} and hold no {graph}, only {', '.join(e.graph for e in self.engines)}; "
-            f"build it with: {self.rebuild.replace(' --fused', '')}{' --fused' if graph == contract.FULL_PASS else ''}"
+            f"build it with: dmtd build BUNDLE{' --fused' if graph == contract.FULL_PASS else ''}"
         )
+
+    def rebuild_command(self, bundle: Path) -> str:
+        """The command that builds these engines again."""
+        return f"dmtd build {bundle} {self.build_arguments} --force"
 
     def bucket_for(self, length: int) -> int:
         """The smallest length bucket that holds ``length`` cache rows. RequestError where none does."""
@@ -208,20 +220,19 @@ class EngineRecord:
 
     def check_files(self, directory: Path, *, hashes: bool) -> None:
         """Raise BundleError for an engine file that is missing, truncated or (``hashes``) altered."""
+        again = f"build it again with: {self.rebuild_command(directory.parent.parent)}"
         listed = {engine.file: FileInfo(bytes=engine.bytes, sha256=engine.sha256) for engine in self.engines}
         for name, info in {**listed, **self.files}.items():
             path = directory / safe_relative(name)
             if not path.is_file():
-                raise BundleError(f"{path} is missing, its record lists it; build it again with: {self.rebuild}")
+                raise BundleError(f"{path} is missing, its record lists it; {again}")
             if (size := path.stat().st_size) != info.bytes:
                 raise BundleError(
-                    f"{path} has {size} bytes, its record says {info.bytes}: truncated or altered; "
-                    f"build it again with: {self.rebuild}"
+                    f"{path} has {size} bytes, its record says {info.bytes}: truncated or altered; {again}"
                 )
             if hashes and (got := sha256_of(path)) != info.sha256:
                 raise BundleError(
-                    f"{path} has SHA-256 {got[:16]}..., its record says {info.sha256[:16]}...: altered; "
-                    f"build it again with: {self.rebuild}"
+                    f"{path} has SHA-256 {got[:16]}..., its record says {info.sha256[:16]}...: altered; {again}"
                 )
 
     def to_json(self) -> str:
@@ -289,7 +300,9 @@ def records(bundle: Path) -> list[tuple[Path, EngineRecord]]:
     root = bundle / contract.ENGINES_DIRECTORY
     if not root.is_dir():
         return []
-    found = [path.parent for path in root.glob(f"*/{contract.ENGINE_RECORD_FILE}") if not path.parent.name.startswith(".")]
+    found = [
+        path.parent for path in root.glob(f"*/{contract.ENGINE_RECORD_FILE}") if not path.parent.name.startswith(".")
+    ]
     found.sort(key=lambda path: (-(path / contract.ENGINE_RECORD_FILE).stat().st_mtime_ns, path.name))
     return [(path, read_record(path)) for path in found]
 
@@ -332,12 +345,25 @@ def choose_record(bundle: Path, manifest: Manifest, wish: EngineWish) -> tuple[P
     fitting = [(path, record) for why, path, record in candidates if not why]
     if fitting:
         return min(fitting, key=lambda item: item[1].compute_capability == ANY_GPU)
-    command = build_command(bundle, wish)
     if not candidates:
-        raise BackendError(f"{bundle} has no engines; build them with: {command}")
-    why, path, _ = min(candidates, key=lambda item: len(item[0]))
+        raise BackendError(f"{bundle} has no engines; build them with: {build_command(bundle, wish)}")
+    why, path, record = min(candidates, key=lambda item: len(item[0]))
+    command = build_command(bundle, _filled(wish, record))
     others = f" (and {len(candidates) - 1} more that do not fit)" if len(candidates) > 1 else ""
     raise BackendError(f"{path}{others} does not fit: {'; '.join(why)}; build engines that do with: {command}")
+
+
+def _filled(wish: EngineWish, record: EngineRecord) -> EngineWish:
+    """The wish, and what the record served besides."""
+    return EngineWish(
+        flavour=wish.flavour or record.flavour,
+        version=wish.version,
+        compute_capability=None if record.compute_capability == ANY_GPU else wish.compute_capability,
+        gpu_name=wish.gpu_name,
+        full_pass=wish.full_pass or record.full_pass,
+        max_batch=max(wish.max_batch or 1, record.max_batch),
+        max_model_len=max(wish.max_model_len or 1, record.max_model_len),
+    )
 
 
 def build_command(bundle: Path, wish: EngineWish) -> str:

@@ -242,7 +242,9 @@ def test_standard_norms_are_cast_to_float32_and_back(half: tuple[Path, str], nam
 
 
 @pytest.mark.parametrize("name", ["full_pass", "thinking", "late_decode"])
-def test_rms_sums_are_float32_and_attention_has_no_attribute_that_tensorrt_refuses(half: tuple[Path, str], name: str) -> None:
+def test_rms_sums_are_float32_and_attention_has_no_attribute_that_tensorrt_refuses(
+    half: tuple[Path, str], name: str
+) -> None:
     bundle, _ = half
     standard = Wires(bundle / f"{name}.onnx").nodes("Attention")
     layers = {"full_pass": 6, "thinking": 5, "late_decode": 1}[name]
