@@ -10,7 +10,9 @@ import numpy as np
 
 from dmtd_runtime import contract
 from dmtd_runtime.cycle import Step
-from dmtd_runtime.engine_record import FLAVOURS, Flavour, FullPass
+from dmtd_runtime.engine_record import FLAVOURS
+from dmtd_runtime.engine_record import Flavour as Flavour
+from dmtd_runtime.engine_record import FullPass as FullPass
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.sampler import Sampler
 

@@ -213,9 +213,9 @@ class CycleProgram:
         """Enqueue the token choice of step ``k``, and let it count the token where counts are kept."""
         sampled, batch = self.shape.sampled, self.shape.batch
         if not sampled:
-            context = self._engines.context(contract.CHOOSE_TOKEN, "step", {"batch": batch, "num_logits": 1})
+            context = self._engines.context(contract.CHOOSE_TOKEN, "choose", {"batch": batch, "num_logits": 1})
         else:
-            context = self._engines.context(contract.SAMPLE_TOKEN, "step", {"batch": batch})
+            context = self._engines.context(contract.SAMPLE_TOKEN, "choose", {"batch": batch})
             for name in NUMBERS:
                 context.set_address(name, self._input(name))
             for name in STEP_NUMBERS:

@@ -46,6 +46,7 @@ class EngineSet:
         """
         self.device, self.record, self.max_batch = device, record, max_batch
         self._manifest, self._max_rows = manifest, max_rows
+        self._rebuild = record.rebuild_command(bundle)
         self._infos = {info.name: info for engine in record.engines for info in (*engine.inputs, *engine.outputs)}
         self._buffers: dict[str, Address] = {}
         self._contexts: dict[tuple[GraphName, tuple[tuple[str, int], ...], PassKind], EngineContext] = {}
@@ -54,7 +55,7 @@ class EngineSet:
         self._engines: dict[GraphName, Engine] = {}
         for engine in record.engines:
             self._engines[engine.graph] = device.load_engine(directory / engine.file)
-            _check_io(engine, self._engines[engine.graph], record.rebuild)
+            _check_io(engine, self._engines[engine.graph], self._rebuild)
         self._scratch_bytes = max(engine.scratch_bytes for engine in self._engines.values())
         check_room(device, {"activations": self._scratch_bytes, **self._buffer_bytes()}, _HINT)
         self._scratch = device.alloc(self._scratch_bytes, "activations")

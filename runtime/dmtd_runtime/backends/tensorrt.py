@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from dmtd_runtime import contract
-from dmtd_runtime.backends.base import PREFILL_ROUNDING, Array, BackendOptions, RunStats, SlotCycle, SlotStep
+from dmtd_runtime.backends.base import Array, BackendOptions, RunStats, SlotCycle, SlotStep
 from dmtd_runtime.backends.blocks import BlockLayout
 from dmtd_runtime.backends.device_cycle import CycleProgram, CycleShape, control_layout, results_layout
 from dmtd_runtime.backends.engine_set import TABLES, EngineSet
@@ -94,12 +94,7 @@ class TensorRtBackend:
         self.slots = options.max_batch
         self.max_model_len = options.max_model_len or record.max_model_len
         self.capacity = record.capacity
-        self.max_rows = max((rows for rows in PREFILL_ROUNDING if rows <= record.prefill_chunk), default=0)
-        if not self.max_rows:
-            raise BackendError(
-                f"prefill_chunk: got {record.prefill_chunk}, expected at least {PREFILL_ROUNDING[0]}; "
-                f"build the engines again with: {record.rebuild}"
-            )
+        self.max_rows = record.prefill_chunk
         self.stats = RunStats()
         self.chooses_tokens = True
         self.runs_cycles = True
@@ -110,11 +105,12 @@ class TensorRtBackend:
             device, bundle, directory, manifest, record, max_batch=self.slots, max_rows=self.max_rows
         )
         self._fed = [0] * self.slots
-        self._layouts = {batch: RectangularLayout(batch) for batch in range(1, self.slots + 1)}
+        self._layouts = {batch: RectangularLayout(batch, self.max_rows) for batch in range(1, self.slots + 1)}
         self._programs: dict[CycleShape, CycleProgram] = {}
         self._under_way: deque[_UnderWay] = deque()
         self._counted: list[tuple[Sampler, int] | None] = [None] * self.slots
-        self._busy_since = self._idle_since = time.perf_counter()
+        self._busy_since = time.perf_counter()
+        self._idle_since: float | None = None  # when the last cycle ended, where nothing but another one followed
         self._allocate()
 
     def _allocate(self) -> None:
@@ -182,6 +178,7 @@ class TensorRtBackend:
     def start_cycle(self, slots: Sequence[SlotCycle], *, follows: bool = False) -> None:
         assert len(self._under_way) < CYCLES_UNDER_WAY, f"{CYCLES_UNDER_WAY} cycles are under way"
         self._begin()
+        waited_since, self._idle_since = self._idle_since, None
         program = self._program(slots)
         if follows:
             last = self._under_way[-1]
@@ -195,6 +192,8 @@ class TensorRtBackend:
         self._device.upload(Address(self._control + first), staging[first : program.control.num_bytes])
         self._control_staging.used()
         self._enqueue(program)
+        if waited_since is not None and not self._under_way:
+            self.stats.host_seconds += time.perf_counter() - waited_since
         results = self._results_staging.take()[: program.results.num_bytes]
         self._device.download(results, self._results)
         mark = self._results_staging.used()
@@ -215,10 +214,11 @@ class TensorRtBackend:
         tokens = cycle.program.chosen(cycle.program.results.views(cycle.results), cycle.slots)
         if not self._under_way:
             self._end()
+            self._idle_since = time.perf_counter()
         return tokens
 
     def reset(self, slot: int, *, clear: bool = False) -> None:
-        self._fed[slot], self._counted[slot] = 0, None
+        self._fed[slot], self._counted[slot], self._idle_since = 0, None, None
         if clear:
             self._engines.clear_slot(slot)
 
@@ -289,7 +289,7 @@ class TensorRtBackend:
         """Arg-max of each row of the logits, int64 [batch]; negative where a row is not finite."""
         shape = CycleShape(batch=batch, visible_len=0, full=(True,), window_len=1, sampled=False)
         layout = results_layout(shape)
-        context = self._engines.context(contract.CHOOSE_TOKEN, "step", {"batch": batch, "num_logits": 1})
+        context = self._engines.context(contract.CHOOSE_TOKEN, "choose", {"batch": batch, "num_logits": 1})
         for name in (contract.TOKEN_IDS, contract.IS_FINITE):
             context.set_address(name, layout.address(self._results, f"{name}.0"))
         context.enqueue()
@@ -336,8 +336,8 @@ class TensorRtBackend:
             self._busy_since = time.perf_counter()
 
     def _end(self) -> None:
-        self._idle_since = time.perf_counter()
-        self.stats.session_seconds += self._idle_since - self._busy_since
+        self._idle_since = None
+        self.stats.session_seconds += time.perf_counter() - self._busy_since
 
 
 def _check_limits(options: BackendOptions, record: EngineRecord) -> None:

@@ -51,8 +51,13 @@ class EngineContext(Protocol):
 class Engine(Protocol):
     """A loaded engine: its weights are on the device."""
 
-    tensors: Mapping[str, EngineTensor]
-    scratch_bytes: int  # activation memory that a run needs
+    @property
+    def tensors(self) -> Mapping[str, EngineTensor]: ...
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Activation memory that a run needs."""
+        ...
 
     def context(
         self, profile: int, shapes: Mapping[str, Sequence[int]], scratch: Address, scratch_bytes: int

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dmtd_runtime.device.base import Address, Array, Capture, EngineTensor, Mark
+from dmtd_runtime.device.base import Address, Array, Capture, Engine, EngineTensor, Mark
 from dmtd_runtime.device.libraries import CudaFlavour, GpuFacts, import_cuda, import_flavour, look_at_gpu
 from dmtd_runtime.errors import BackendError
 
@@ -126,7 +126,7 @@ class CudaDevice:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self.call("cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, row_bytes, rows, kind, self._stream)
 
-    def load_engine(self, path: Path) -> CudaEngine:
+    def load_engine(self, path: Path) -> Engine:
         data = np.memmap(path, np.uint8, "r")  # pages of the file, no copy in anonymous memory
         self._log.take()
         self.call("cudaGetDevice")  # the thread's current device is the one that the engine goes to
