@@ -2,135 +2,97 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import onnx
-
-from dmtd_export.build.engine_graph import engine_graph
+from dmtd_export.build.options import BuildOptions
+from dmtd_export.build.run import build_engines
 from dmtd_runtime import contract
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.backends.tensorrt import TensorRtBackend
+from dmtd_runtime.cycle import CyclePlan
+from dmtd_runtime.device.base import Device
 from dmtd_runtime.device.host import HostDevice
-from dmtd_runtime.engine_record import (
-    BuildFacts,
-    EngineFile,
-    EngineRecord,
-    InputRange,
-    ProfileInfo,
-    content_hash,
-)
-from dmtd_runtime.manifest import Manifest, sha256_of
+from dmtd_runtime.engine_record import EngineFile, EngineRecord
+from dmtd_runtime.generate import SequenceRun, TokenEvent, run_batch
+from dmtd_runtime.manifest import CycleInfo, Manifest
+from dmtd_runtime.sampler import Sampler
+from dmtd_runtime.sampling import SamplingParams
+from dmtd_runtime.stops import StopRules
 
-STAGED = (contract.THINKING, contract.LATE_DECODE)
+Engines = tuple[Path, EngineRecord]
 
 
-def make_engines(
+def host_engines(
     bundle: Path,
-    manifest: Manifest,
     *,
-    graphs: Sequence[contract.GraphName] = STAGED,
+    fused: bool = False,
     max_batch: int = 8,
-    capacity: int | None = None,
-    length_buckets: Sequence[int] = (),
-    prefill_chunk: int = 256,
-) -> tuple[Path, EngineRecord]:
-    """Write engine graphs as the host flavour holds them, and their record."""
-    key = f"host-{'-'.join(graphs)}-{capacity}-{'-'.join(map(str, length_buckets))}"
-    directory = bundle / contract.ENGINES_DIRECTORY / key
-    capacity = capacity or manifest.model.max_model_len + manifest.model.max_window
-    buckets = tuple(sorted({*length_buckets, capacity}))
-    directory.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(bundle / contract.WEIGHTS_FILE, directory / contract.WEIGHTS_FILE)
-    engines = []
-    for name in (*graphs, *contract.CHOICE_GRAPHS):
-        path = directory / f"{name}.onnx"
-        if name in contract.CHOICE_GRAPHS:
-            info = manifest.graph(name, contract.STANDARD)
-            shutil.copyfile(bundle / info.file, path)
-            inputs, outputs, tables, aliases = info.inputs, info.outputs, {}, {}
-        else:
-            graph = engine_graph(bundle, manifest, name, capacity)
-            onnx.save_model(graph.model, path)
-            inputs, outputs, tables, aliases = graph.inputs, graph.outputs, graph.tables, graph.aliases
-        engines.append(
-            EngineFile(
-                graph=name,
-                file=path.name,
-                bytes=path.stat().st_size,
-                sha256=sha256_of(path),
-                weight_bytes=0,
-                scratch_bytes=None,
-                inputs=inputs,
-                outputs=outputs,
-                tables=tables,
-                aliases=aliases,
-                profiles=_profiles(name, manifest.cycle.cycle_length, buckets, max_batch, prefill_chunk),
-            )
-        )
-    record = EngineRecord(
-        schema=1,
-        flavour="host",
-        version="0",
-        compute_capability="any",
-        gpu_name=None,
-        content_sha256=content_hash(manifest, graphs),
-        dtype=manifest.model.dtype,
-        full_pass="fused" if contract.FULL_PASS in graphs else "staged",
-        max_batch=max_batch,
-        max_model_len=capacity - manifest.model.max_window,
-        capacity=capacity,
-        prefill_chunk=prefill_chunk,
-        cycle_length=manifest.cycle.cycle_length,
-        sliced_limit=buckets[-2] if len(buckets) > 1 else 0,
-        batch_buckets=tuple(size for size in (1, 2, 4, 8) if size <= max_batch),
-        length_buckets=buckets,
-        engines=tuple(engines),
-        rebuild="dmtd build BUNDLE",
-        build=BuildFacts(seconds=0.0, peak_bytes=0, tools={}),
-    )
-    (directory / contract.ENGINE_RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
-    return directory, record
+    buckets: Sequence[int] = (),
+    max_model_len: int | None = None,
+) -> Engines:
+    """Engines of the host flavour; ``buckets``: lengths below the capacity, shorter than a build would make them."""
+    options = BuildOptions(flavour="host", fused=fused, max_batch=max_batch, max_model_len=max_model_len)
+    result = build_engines(bundle, options)
+    if not buckets:
+        return result.directory, result.record
+    engines = tuple(_with_buckets(engine, buckets) for engine in result.record.engines)
+    lengths = (*buckets, result.record.capacity)
+    return result.directory, replace(result.record, length_buckets=lengths, sliced_limit=buckets[-1], engines=engines)
 
 
-def _profiles(
-    name: contract.GraphName, tau: int, buckets: Sequence[int], max_batch: int, chunk: int
-) -> tuple[ProfileInfo, ...]:
-    kinds = [("prefill", chunk), ("step", 1) if name == contract.LATE_DECODE else ("refill", max(tau, 8))]
-    if name in contract.CHOICE_GRAPHS:
-        kinds = [("step", 1)]
-    bounds = [(True, buckets[-1], buckets[-1])]
-    if len(buckets) > 1:
-        bounds.insert(0, (False, 1, buckets[-2]))
-    made = []
-    for kind, rows in kinds:
-        for whole, low, high in bounds:
-            ids = InputRange(min=(1, 1), opt=(1, rows), max=(max_batch, rows))
-            made.append(
-                ProfileInfo(
-                    index=len(made),
-                    kind=kind,
-                    whole=whole,
-                    max_rows=rows,
-                    min_visible=low,
-                    max_visible=high,
-                    inputs={contract.INPUT_IDS: ids},
-                )
-            )
-    return tuple(made)
+def _with_buckets(engine: EngineFile, buckets: Sequence[int]) -> EngineFile:
+    if engine.graph in contract.CHOICE_GRAPHS:
+        return engine
+    whole = [profile for profile in engine.profiles if profile.whole]
+    cut = [
+        replace(profile, index=len(whole) + i, whole=False, min_visible=1, max_visible=buckets[-1])
+        for i, profile in enumerate(whole)
+    ]
+    return replace(engine, profiles=(*cut, *whole))
 
 
-def host_backend(
+def engine_backend(
     bundle: Path,
     manifest: Manifest,
-    engines: tuple[Path, EngineRecord],
+    engines: Engines,
     *,
+    cycle: CycleInfo | None = None,
     slots: int = 1,
     graphs: bool = True,
-    device: HostDevice | None = None,
-    max_model_len: int | None = None,
+    device: Device | None = None,
 ) -> TensorRtBackend:
+    """A backend over engines on the host device; ``cycle`` takes the place of the manifest's."""
     directory, record = engines
-    options = BackendOptions(max_batch=slots, cuda_graphs=graphs, threads=1, max_model_len=max_model_len)
+    options = BackendOptions(max_batch=slots, cuda_graphs=graphs, threads=1)
+    if cycle is not None:
+        manifest = replace(manifest, cycle=cycle)
     return TensorRtBackend(bundle, manifest, options, device=device or HostDevice(), directory=directory, record=record)
+
+
+def run_sequences(
+    backend: TensorRtBackend,
+    plan: CyclePlan,
+    vocab_size: int,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams],
+) -> list[list[TokenEvent]]:
+    """Run prompts as one static batch with the product's sampler; seeds are the places in the batch."""
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    told: list[list[TokenEvent]] = [[] for _ in prompts]
+    sequences = [
+        SequenceRun(
+            ids=list(ids),
+            sampler=Sampler(p, vocab_size=vocab_size, prompt_ids=ids, seed=seed),
+            stops=StopRules(p),
+            on_event=events.append,
+        )
+        for seed, (ids, p, events) in enumerate(zip(prompts, each, told, strict=True))
+    ]
+    run_batch(backend, plan, sequences)
+    return told
+
+
+def tokens_of(events: Sequence[TokenEvent]) -> list[int]:
+    return [event.choice.token_id for event in events if event.choice is not None]

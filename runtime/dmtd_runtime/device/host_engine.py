@@ -137,30 +137,30 @@ class HostContext:
                 continue
             block, span = spans[name]
             batch, _, capacity, _ = self._shapes[name]
-            group, rows = self._update_rows(cache.layer, name)
-            first_rows = self._numbers(contract.write_indices(group), spans)
             in_use = block.rows.setdefault(span.start, np.zeros(0, np.int64))
             if len(in_use) < batch:
                 in_use = np.concatenate([in_use, np.full(batch - len(in_use), 0 if block.fresh else capacity)])
-            for slot, first in enumerate(first_rows.tolist()):
-                if first < 0 or first + rows > capacity:
-                    raise SeamError(f"{name}: slot {slot} writes rows {first} to {first + rows - 1} of {capacity}")
-                if first > in_use[slot]:
-                    raise SeamError(
-                        f"{name}: slot {slot} writes from row {first}, rows from {in_use[slot]} are not written"
-                    )
-                in_use[slot] = first + rows
+            updates = self._updates()
+            for group, rows in updates:
+                for slot, first in enumerate(self._numbers(contract.write_indices(group), spans).tolist()):
+                    if first < 0 or first + rows > capacity:
+                        raise SeamError(f"{name}: slot {slot} writes rows {first} to {first + rows - 1} of {capacity}")
+                    if len(updates) == 1 and first > in_use[slot]:
+                        raise SeamError(
+                            f"{name}: slot {slot} writes from row {first}, rows from {in_use[slot]} are not written"
+                        )
+                    in_use[slot] = first + rows
             block.rows[span.start] = in_use
 
-    def _update_rows(self, layer: int, name: str) -> tuple[contract.Group, int]:
-        """The group that updates a layer's cache in this graph, and how many rows a run writes."""
+    def _updates(self) -> list[tuple[contract.Group, int]]:
+        """The groups that may update a cache in this graph, and the rows of a run; full_pass does not say which it is."""
         inputs = self._engine.tensors
-        both = contract.write_indices("late") in inputs and contract.write_indices("thinking") in inputs
-        if both:  # full_pass: D's layers are the last ones of the stack
-            raise SeamError(f"{name}: the host device judges staged engines only")
+        found: list[tuple[contract.Group, int]] = []
         if contract.write_indices("late") in inputs:
-            return "late", self._shapes[contract.GATE_HIDDEN][1]
-        return "thinking", self._shapes[contract.INPUT_IDS][1]
+            found.append(("late", self._shapes[contract.GATE_HIDDEN][1]))
+        if contract.write_indices("thinking") in inputs:
+            found.append(("thinking", self._shapes[contract.INPUT_IDS][1]))
+        return found
 
     def _numbers(self, name: str, spans: Mapping[str, tuple[Block, slice]]) -> Array:
         block, span = spans[name]
