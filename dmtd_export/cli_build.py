@@ -46,7 +46,7 @@ def build(
     fused: Annotated[
         bool,
         typer.Option(
-            "--fused", help="Build full_pass in place of thinking: one launch, D and the head twice in memory."
+            "--fused", help="Build full_pass too: one launch for a full pass, D and the head twice in memory."
         ),
     ] = _DEFAULT.fused,
     compute_capability: Annotated[

@@ -1,14 +1,22 @@
 """What a build will make: capacity, buckets, optimisation profiles, bytes. Pure numbers over manifest and options.
 
-**Lengths.** A cache has one fixed capacity (TensorRT updates it in place only so), and attention over it reads all of it. A
-shorter view of it is cut out, which TensorRT-RTX 1.7 does as a copy of keys and values (it plans exactly their bytes as
-scratch memory, for any GPU and for one, with a fixed or a changing length). So a step over a bucket of b rows moves 3 * b
-rows (read, write, read) in place of ``capacity`` rows read, and pays where b < capacity / 3. Cut to its whole length a cache
-is not copied (0 bytes of scratch), but only where the length is fixed. Hence: buckets of 256, 512, ... up to a third of the
-capacity, in profiles whose length may change, and the capacity itself in profiles of their own.
+**Lengths.** A cache has one fixed capacity (TensorRT updates it in place only so). Attention reads the first ``visible_len``
+rows, cut out of it. What TensorRT-RTX 1.7 makes of that was read from the scratch memory it plans (4 kv heads, 16 heads, head_dim
+64, 2 sequences, capacity 4096: keys and values are 4.2 MB each):
 
-    Qwen3-4B, bfloat16, 147 kB of cache a position, capacity 4352, context 200, one sequence, a plain step over 8.0 GB of
-    weights: bucket 256 moves 0.11 GB, the whole capacity 0.64 GB; at capacity 41216 it is 0.11 GB against 6.1 GB.
+| rows | visible_len | scratch | so it moves |
+|---|---|---|---|
+| 1 | the capacity, fixed | 0.01 MB | ``capacity`` rows, read in place |
+| 1 | 1024, changing or fixed | 2.1 MB | 3 x 1024 rows: the cut is a copy |
+| 4 | the capacity, fixed | 33.7 MB | 9 x ``capacity`` rows: copied, and repeated for each head of a group |
+| 4 | 1024, changing | 2.1 MB | 3 x 1024 rows |
+
+So late steps, which have one row, have two profiles: lengths up to a third of the capacity, where a copy moves less than the
+whole cache, and the whole capacity, fixed. Prefill and refill have one, with lengths up to the capacity. Buckets are 256,
+512, ... and the capacity.
+
+    Qwen3-4B, bfloat16, 147 kB of cache a position, one sequence, context 200, a plain step over 8.0 GB of weights: bucket 256
+    moves 0.11 GB. Without buckets it is 0.64 GB at capacity 4352 and 6.1 GB at 41216.
 
 **Rows.** Prefill takes chunks of up to ``prefill_chunk`` rows, a refill 1 to tau, a late step 1; batches are 1 to ``max_batch``.
 """
@@ -59,7 +67,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildPlan:
-    """Sizes of a build. ``length_buckets`` end with the capacity; ``sliced_limit`` is the one before it, or 0."""
+    """Sizes of a build. ``length_buckets`` end with the capacity."""
 
     graphs: tuple[GraphName, ...]
     max_batch: int
@@ -72,7 +80,8 @@ class BuildPlan:
 
     @property
     def sliced_limit(self) -> int:
-        return self.length_buckets[-2] if len(self.length_buckets) > 1 else 0
+        """The longest bucket that a late step cuts out of its cache rather than read the whole; 0 if it never does."""
+        return max((b for b in self.length_buckets if b * COPY_FACTOR <= self.capacity), default=0)
 
 
 def plan_build(manifest: Manifest, options: BuildOptions) -> BuildPlan:
@@ -93,9 +102,9 @@ def plan_build(manifest: Manifest, options: BuildOptions) -> BuildPlan:
         if not least <= got <= most:
             raise ExportError(f"{name}: got {got}, expected {least} to {most}; choose one in that range")
     capacity = math.ceil((max_model_len + options.prefill_chunk) / CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
-    passes: tuple[GraphName, ...] = (contract.FULL_PASS,) if options.fused else (contract.THINKING,)
+    fused: tuple[GraphName, ...] = (contract.FULL_PASS,) if options.fused else ()
     return BuildPlan(
-        graphs=(*passes, contract.LATE_DECODE),
+        graphs=(contract.THINKING, contract.LATE_DECODE, *fused),
         max_batch=options.max_batch,
         max_model_len=max_model_len,
         capacity=capacity,
@@ -107,9 +116,11 @@ def plan_build(manifest: Manifest, options: BuildOptions) -> BuildPlan:
 
 
 def length_buckets(capacity: int) -> tuple[int, ...]:
-    """256, 512, ... while a copied view is cheaper than the whole cache, and the capacity."""
-    count = max(0, int(math.log2(max(1, capacity // COPY_FACTOR) / SMALLEST_BUCKET)) + 1) if capacity else 0
-    sliced = [SMALLEST_BUCKET << i for i in range(count) if (SMALLEST_BUCKET << i) * COPY_FACTOR <= capacity]
+    """256, 512, ... and ``capacity``."""
+    sliced, bucket = [], SMALLEST_BUCKET
+    while bucket < capacity:
+        sliced.append(bucket)
+        bucket *= 2
     return (*sliced, capacity)
 
 
@@ -130,15 +141,12 @@ def profiles(plan: BuildPlan, name: GraphName, inputs: tuple[TensorInfo, ...]) -
             "late_len": (1, late, late),
             "num_logits": (1, 1, 1),
         }
-        lengths = [(plan.capacity, plan.capacity, plan.capacity)]
-        if plan.sliced_limit:
-            lengths.insert(0, (plan.length_buckets[0], plan.sliced_limit, plan.sliced_limit))
-        for length in lengths:
+        for length in _lengths(plan, rows):
             found.append(
                 ProfileInfo(
                     index=len(found),
                     kind=kind,
-                    whole=length[0] == plan.capacity,
+                    whole=length[0] == length[2],
                     max_rows=rows,
                     min_visible=length[0],
                     max_visible=length[2],
@@ -146,6 +154,15 @@ def profiles(plan: BuildPlan, name: GraphName, inputs: tuple[TensorInfo, ...]) -
                 )
             )
     return tuple(found)
+
+
+def _lengths(plan: BuildPlan, rows: int) -> list[tuple[int, int, int]]:
+    """Ranges (min, opt, max) of visible_len for passes of up to ``rows`` rows, the shorter first."""
+    shortest, capacity = plan.length_buckets[0], plan.capacity
+    whole = (capacity, capacity, capacity)
+    if rows > 1:
+        return [(shortest, capacity, capacity)]
+    return [(shortest, plan.sliced_limit, plan.sliced_limit), whole] if plan.sliced_limit else [whole]
 
 
 def choice_profile(plan: BuildPlan, inputs: tuple[TensorInfo, ...]) -> ProfileInfo:

@@ -277,7 +277,6 @@ def _record(
         gpu_name=target.gpu_name,
         content_sha256=content_hash(manifest, [engine.graph for engine in engines]),
         dtype=manifest.model.dtype,
-        full_pass="fused" if options.fused else "staged",
         max_batch=plan.max_batch,
         max_model_len=plan.max_model_len,
         capacity=plan.capacity,

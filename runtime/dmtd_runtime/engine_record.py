@@ -4,9 +4,9 @@ An engine fits one library version, one kind of GPU and one content of the bundl
 deserialised, if then. So the record says it, and :func:`choose_record` compares it with the machine first: what does not fit
 is an error of one line with the command that builds what would. No TensorRT, no onnx, no torch here.
 
-**Engines.** A staged record holds ``thinking`` and ``late_decode``, a fused one ``full_pass`` and ``late_decode``. They want all
-activation memory from their user (TensorRT-RTX: REQUIRE_USER_ALLOCATION), so that a run may be captured. Their inputs
-and outputs are those of the standard dialect (``dmtd_export.graphs``), with four differences:
+**Engines.** A record holds ``thinking`` and ``late_decode``, and ``full_pass`` where it was asked for. They want all activation
+memory from their user (TensorRT-RTX: REQUIRE_USER_ALLOCATION), so that a run may be captured. Their inputs and outputs are
+those of the standard dialect (``dmtd_export.graphs``), with four differences:
 
 1. ``embedding_table`` [vocab, hidden] in every engine, and ``lm_head_table`` [vocab, hidden] where the head is tied to it
    (an untied head stays a weight of late_decode): :attr:`EngineFile.tables` maps each such input to a tensor of the
@@ -25,19 +25,19 @@ and outputs are those of the standard dialect (``dmtd_export.graphs``), with fou
 
 | profile | engine | rows | visible_len |
 |---|---|---|---|
-| prefill, prefill_whole | all | 1 to ``prefill_chunk`` | up to ``sliced_limit``; exactly ``capacity`` |
-| refill, refill_whole | thinking, full_pass | 1 to ``cycle_length`` | the same |
-| step, step_whole | late_decode | 1 | the same |
+| prefill | all | 1 to ``prefill_chunk`` | any bucket |
+| refill | thinking, full_pass | 1 to ``cycle_length`` | any bucket |
+| step | late_decode | 1 | buckets up to ``sliced_limit`` |
+| step_whole | late_decode | 1 | exactly ``capacity`` |
 | choose | choose_token, ... | logits of one row a sequence | none |
 
 ``choose_token`` and what else chooses tokens from logits on the device are engines beside them, without tables or caches.
+(With a cycle length of 1 a refill has one row too, and then a refill_whole.)
 
-``length_buckets`` are the values of visible_len to use (any other in the range would run as well, but each costs a captured
-graph): the smallest that holds the longest sequence of the batch after the run. A bucket below the capacity is cut out of the
-cache before attention, which costs a copy: 3 * bucket rows are moved instead of ``capacity`` rows read. So there are no
-buckets between a third of the capacity and the capacity, and the whole capacity has profiles of its own, whose visible_len is
-fixed so that nothing is cut or copied. ``batch_buckets`` are the batch sizes to capture graphs for; every size up to
-``max_batch`` runs.
+``length_buckets`` are the values of visible_len to use (any other in a profile's range would run as well, but each costs a
+captured graph): the smallest that holds the longest sequence of the batch after the run, see :meth:`EngineRecord.bucket_for`; a
+profile that is ``whole`` takes the capacity in its place, see :meth:`ProfileInfo.visible_len`. Why: ``dmtd_export.build.plan``.
+``batch_buckets`` are the batch sizes to capture graphs for; every size up to ``max_batch`` runs.
 
 **Memory.** Device memory of a record is the tables once, the engines' ``weight_bytes``, one activation buffer of the largest
 ``scratch_bytes`` (once deserialised ``engine.device_memory_size_v2`` has the exact number: a library that compiles at load may
@@ -96,6 +96,10 @@ class ProfileInfo:
         """As the table of the module calls it."""
         return f"{self.kind}_whole" if self.whole else self.kind
 
+    def visible_len(self, bucket: int) -> int:
+        """The length of ``visible_rows`` to bind for a length bucket: the bucket, or the capacity where that is fixed."""
+        return max(bucket, self.min_visible)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFile:
@@ -116,7 +120,7 @@ class EngineFile:
     peak_bytes: int = 0  # anonymous memory that the build added at its highest
 
     def profile_for(self, kind: PassKind, *, batch: int, rows: int, visible_len: int) -> ProfileInfo:
-        """The profile that takes such a run.
+        """The profile that takes such a run; ``visible_len`` is a length bucket (0 for choose).
 
         Raises:
             RequestError: names the input that no profile takes, and its bounds.
@@ -130,18 +134,19 @@ class EngineFile:
         most_rows = max(profile.max_rows for profile in fitting)
         if not 1 <= rows <= most_rows:
             raise RequestError(f"{self.graph}, {kind}: got {rows} rows, expected 1 to {most_rows}")
-        most = max(profile.inputs[contract.INPUT_IDS].max[0] for profile in fitting)
+        first = self.inputs[0].name
+        most = max(profile.inputs[first].max[0] for profile in fitting)
         if not 1 <= batch <= most:
             raise RequestError(
-                f"{self.graph}, {contract.INPUT_IDS}: got a batch of {batch}, expected 1 to {most}; "
+                f"{self.graph}, {first}: got a batch of {batch}, expected 1 to {most}; "
                 f"build for more with: dmtd build BUNDLE --max-batch {batch}"
             )
         for profile in fitting:
-            if rows <= profile.max_rows and profile.min_visible <= visible_len <= profile.max_visible:
+            if visible_len <= profile.max_visible:
                 return profile
-        ranges = " or ".join(f"{profile.min_visible} to {profile.max_visible}" for profile in fitting)
         raise RequestError(
-            f"{self.graph}, {contract.VISIBLE_ROWS}: got a length of {visible_len}, expected {ranges}; "
+            f"{self.graph}, {contract.VISIBLE_ROWS}: got a length of {visible_len}, "
+            f"expected at most {fitting[-1].max_visible}; "
             "build for longer sequences with: dmtd build BUNDLE --max-model-len N"
         )
 
@@ -168,13 +173,12 @@ class EngineRecord:
     gpu_name: str | None  # tensorrt: the GPU that tactics were timed on
     content_sha256: str  # of the bundle's graphs and weights, see content_hash
     dtype: Literal["float32", "float16", "bfloat16"]
-    full_pass: FullPass
     max_batch: int
     max_model_len: int
     capacity: int
     prefill_chunk: int
     cycle_length: int
-    sliced_limit: int  # largest visible_len below the capacity, 0 where there is none
+    sliced_limit: int  # longest bucket that a late step cuts out of its cache; 0: it always reads the whole
     batch_buckets: tuple[int, ...]
     length_buckets: tuple[int, ...]
     engines: tuple[EngineFile, ...]
@@ -188,7 +192,7 @@ class EngineRecord:
             if engine.graph == graph:
                 return engine
         raise BundleError(
-            f"the engines are {self.full_pass} and hold no {graph}, only {', '.join(e.graph for e in self.engines)}; "
+            f"the engines hold no {graph}, only {', '.join(e.graph for e in self.engines)}; "
             f"build it with: dmtd build BUNDLE{' --fused' if graph == contract.FULL_PASS else ''}"
         )
 
@@ -206,15 +210,21 @@ class EngineRecord:
             "build for longer sequences with: dmtd build BUNDLE --max-model-len N"
         )
 
-    def device_bytes(self, manifest: Manifest, max_batch: int | None = None) -> int:
+    def engines_for(self, full_pass: FullPass) -> tuple[EngineFile, ...]:
+        """The engines that a runtime loads for one way of running full passes: all but thinking, or all but full_pass."""
+        other = contract.THINKING if full_pass == "fused" else contract.FULL_PASS
+        return tuple(engine for engine in self.engines if engine.graph != other)
+
+    def device_bytes(self, manifest: Manifest, full_pass: FullPass = "staged", max_batch: int | None = None) -> int:
         """Device memory that a runtime needs: weights, tables once, one activation buffer, caches of ``max_batch`` slots."""
-        tables = {tensor for engine in self.engines for tensor in engine.tables.values()}
-        caches = {name: info for e in self.engines for info in e.inputs if contract.cache_name(name := info.name)}
+        engines = self.engines_for(full_pass)
+        tables = {tensor for engine in engines for tensor in engine.tables.values()}
+        caches = {info.name: info for e in engines for info in e.inputs if contract.cache_name(info.name)}
         slots = self.max_batch if max_batch is None else max_batch
         return (
             sum(manifest.weights[name].length for name in tables)
-            + sum(engine.weight_bytes for engine in self.engines)
-            + max(engine.scratch_bytes or 0 for engine in self.engines)
+            + sum(engine.weight_bytes for engine in engines)
+            + max(engine.scratch_bytes or 0 for engine in engines)
             + sum(slots * _row_bytes(info) for info in caches.values())
         )
 
@@ -321,8 +331,9 @@ def mismatches(record: EngineRecord, manifest: Manifest, wish: EngineWish) -> li
         compare("compute capability", record.compute_capability, wish.compute_capability)
     if record.gpu_name is not None:
         compare("GPU", record.gpu_name, wish.gpu_name)
-    compare("full pass", record.full_pass, wish.full_pass)
     graphs = [engine.graph for engine in record.engines]
+    if wish.full_pass == "fused" and contract.FULL_PASS not in graphs:
+        found.append("full pass: built for staged only, asked for fused")
     if record.content_sha256 != content_hash(manifest, graphs):
         found.append("the bundle's graphs or weights have changed since")
     for what, limit, wanted in (
@@ -360,7 +371,7 @@ def _filled(wish: EngineWish, record: EngineRecord) -> EngineWish:
         version=wish.version,
         compute_capability=None if record.compute_capability == ANY_GPU else wish.compute_capability,
         gpu_name=wish.gpu_name,
-        full_pass=wish.full_pass or record.full_pass,
+        full_pass="fused" if any(e.graph == contract.FULL_PASS for e in record.engines) else wish.full_pass,
         max_batch=max(wish.max_batch or 1, record.max_batch),
         max_model_len=max(wish.max_model_len or 1, record.max_model_len),
     )
