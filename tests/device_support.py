@@ -45,12 +45,14 @@ def host_engines(
 def _with_buckets(engine: EngineFile, buckets: Sequence[int]) -> EngineFile:
     if engine.graph in contract.CHOICE_GRAPHS:
         return engine
-    whole = [profile for profile in engine.profiles if profile.whole]
     cut = [
-        replace(profile, index=len(whole) + i, whole=False, min_visible=1, max_visible=buckets[-1])
-        for i, profile in enumerate(whole)
+        replace(profile, whole=False, min_visible=1, max_visible=buckets[-1])
+        for profile in engine.profiles
+        if profile.whole
     ]
-    return replace(engine, profiles=(*cut, *whole))
+    others = [profile if profile.whole else replace(profile, min_visible=1) for profile in engine.profiles]
+    profiles = [replace(profile, index=index) for index, profile in enumerate((*cut, *others))]
+    return replace(engine, profiles=tuple(profiles))
 
 
 def engine_backend(
@@ -61,11 +63,12 @@ def engine_backend(
     cycle: CycleInfo | None = None,
     slots: int = 1,
     graphs: bool = True,
+    fused: bool = False,
     device: Device | None = None,
 ) -> TensorRtBackend:
     """A backend over engines on the host device; ``cycle`` takes the place of the manifest's."""
     directory, record = engines
-    options = BackendOptions(max_batch=slots, cuda_graphs=graphs, threads=1)
+    options = BackendOptions(max_batch=slots, cuda_graphs=graphs, threads=1, full_pass="fused" if fused else "staged")
     if cycle is not None:
         manifest = replace(manifest, cycle=cycle)
     return TensorRtBackend(bundle, manifest, options, device=device or HostDevice(), directory=directory, record=record)

@@ -129,8 +129,8 @@ def test_fused_engines_give_the_same_tokens(tiny: TinyBundles, engines: MakeEngi
         prompts = [random_prompt(i, length) for i, length in enumerate(PROMPT_LENS)]
         ran = []
         for fused in (False, True):
-            made = engines(encoding_layers, fused=fused)
-            backend = engine_backend(bundle.directory, bundle.manifest, made, slots=3)
+            made = engines(encoding_layers, fused=True)
+            backend = engine_backend(bundle.directory, bundle.manifest, made, slots=3, fused=fused)
             ran.append([tokens_of(e) for e in run_sequences(backend, plan, vocab_of(tiny), prompts, greedy(19))])
             backend.close()
         assert ran[0] == ran[1]

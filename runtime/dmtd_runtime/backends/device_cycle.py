@@ -107,7 +107,7 @@ class CycleProgram:
         self.has_run = False
         self._engines = engines
         self._control_base, self._results_base = control, results
-        self._fused = any(engine.graph == contract.FULL_PASS for engine in engines.record.engines)
+        self._fused = engines.has_engine(contract.FULL_PASS)
 
     @property
     def control_from(self) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from dmtd_runtime import contract
 from dmtd_runtime.contract import GraphName
 from dmtd_runtime.device.base import Address, Array, Device, Engine, EngineContext, check_room
-from dmtd_runtime.engine_record import EngineFile, EngineRecord, PassKind
+from dmtd_runtime.engine_record import EngineFile, EngineRecord, FullPass, PassKind, ProfileInfo
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.manifest import DTYPE_BYTES, Manifest, TensorInfo
 
@@ -36,6 +36,7 @@ class EngineSet:
         manifest: Manifest,
         record: EngineRecord,
         *,
+        full_pass: FullPass,
         max_batch: int,
         max_rows: int,
     ) -> None:
@@ -45,15 +46,16 @@ class EngineSet:
             BackendError: too little device memory, said before anything is allocated; or an engine that does not load.
         """
         self.device, self.record, self.max_batch = device, record, max_batch
+        self._files = record.engines_for(full_pass)
         self._manifest, self._max_rows = manifest, max_rows
         self._rebuild = record.rebuild_command(bundle)
-        self._infos = {info.name: info for engine in record.engines for info in (*engine.inputs, *engine.outputs)}
+        self._infos = {info.name: info for engine in self._files for info in (*engine.inputs, *engine.outputs)}
         self._buffers: dict[str, Address] = {}
         self._contexts: dict[tuple[GraphName, tuple[tuple[str, int], ...], PassKind], EngineContext] = {}
         check_room(device, self._needed_bytes(), _HINT)
         self._staging = [device.alloc_host(UPLOAD_BYTES) for _ in range(2)]
         self._engines: dict[GraphName, Engine] = {}
-        for engine in record.engines:
+        for engine in self._files:
             self._engines[engine.graph] = device.load_engine(directory / engine.file)
             _check_io(engine, self._engines[engine.graph], self._rebuild)
         self._scratch_bytes = max(engine.scratch_bytes for engine in self._engines.values())
@@ -69,6 +71,10 @@ class EngineSet:
     @property
     def vocab_size(self) -> int:
         return self._manifest.model.vocab_size
+
+    @property
+    def graphs(self) -> list[GraphName]:
+        return list(self._engines)
 
     def has_engine(self, graph: GraphName) -> bool:
         return graph in self._engines
@@ -96,7 +102,7 @@ class EngineSet:
         Args:
             graph: which engine.
             kind: what the run is for, which decides the profile.
-            sizes: batch, window_len, late_len, num_logits and visible_len, as far as the graph has them.
+            sizes: batch, window_len, late_len, num_logits and visible_len (a length bucket), as far as the graph has them.
 
         Raises:
             RequestError: no profile takes the sizes; names the input and its bounds.
@@ -104,8 +110,10 @@ class EngineSet:
         key = (graph, tuple(sorted(sizes.items())), kind)
         if key not in self._contexts:
             file = self.record.engine(graph)
+            profile = self._profile(file, kind, sizes)
+            sizes = {**sizes, "visible_len": profile.visible_len(sizes.get("visible_len", 0))}
             context = self._engines[graph].context(
-                self._profile(file, kind, sizes), _input_shapes(file, sizes), self._scratch, self._scratch_bytes
+                profile.index, _input_shapes(file, sizes), self._scratch, self._scratch_bytes
             )
             for info in (*file.inputs, *file.outputs):
                 if (address := self._constant(file, info.name)) is not None:
@@ -132,11 +140,10 @@ class EngineSet:
             slot_bytes = self._cache_strides(info)[2]
             self.device.zero(Address(self._buffers[name] + slot * slot_bytes), slot_bytes)
 
-    def _profile(self, file: EngineFile, kind: PassKind, sizes: Mapping[str, int]) -> int:
-        if file.graph in contract.CHOICE_GRAPHS:
-            return file.profiles[0].index if file.profiles else 0
-        rows = sizes["late_len"] if file.graph == contract.LATE_DECODE else sizes["window_len"]
-        return file.profile_for(kind, batch=sizes["batch"], rows=rows, visible_len=sizes["visible_len"]).index
+    def _profile(self, file: EngineFile, kind: PassKind, sizes: Mapping[str, int]) -> ProfileInfo:
+        rows = {contract.LATE_DECODE: "late_len", contract.THINKING: "window_len", contract.FULL_PASS: "window_len"}
+        num_rows = sizes[rows[file.graph]] if file.graph in rows else 1
+        return file.profile_for(kind, batch=sizes["batch"], rows=num_rows, visible_len=sizes.get("visible_len", 0))
 
     def _constant(self, file: EngineFile, name: str) -> Address | None:
         if name in file.tables:
@@ -147,7 +154,7 @@ class EngineSet:
 
     def _cache_infos(self) -> dict[str, TensorInfo]:
         """KV inputs by name, each once."""
-        aliased = {name for engine in self.record.engines for name in engine.aliases.values()}
+        aliased = {name for engine in self._files for name in engine.aliases.values()}
         return {name: self._infos[name] for name in sorted(aliased)}
 
     def _cache_strides(self, info: TensorInfo) -> tuple[int, int, int]:
@@ -160,7 +167,7 @@ class EngineSet:
         return row, capacity * row, heads * capacity * row
 
     def _table_names(self) -> set[str]:
-        return {tensor for engine in self.record.engines for tensor in engine.tables.values()}
+        return {tensor for engine in self._files for tensor in engine.tables.values()}
 
     def _buffer_bytes(self) -> dict[str, int]:
         """Bytes of every buffer but scratch, by name."""
@@ -184,10 +191,10 @@ class EngineSet:
         sizes = self._buffer_bytes()
         caches, tables = set(self._cache_infos()), self._table_names()
         return {
-            "engines": sum(engine.weight_bytes for engine in self.record.engines),
+            "engines": sum(engine.weight_bytes for engine in self._files),
             "tables": sum(sizes[name] for name in tables),
             f"caches of {self.max_batch} x {self.record.capacity} rows": sum(sizes[name] for name in caches),
-            "activations": max(engine.scratch_bytes or 0 for engine in self.record.engines),
+            "activations": max(engine.scratch_bytes or 0 for engine in self._files),
             "other buffers": sum(count for name, count in sizes.items() if name not in caches | tables),
         }
 
@@ -216,8 +223,7 @@ _HINT = "lower --max-batch or --max-model-len (dmtd build takes them too), or fr
 
 
 def _input_shapes(file: EngineFile, sizes: Mapping[str, int]) -> dict[str, Sequence[int]]:
-    sized = {**sizes, "batch": sizes["batch"]}
-    return {info.name: tuple(sized[dim] if isinstance(dim, str) else dim for dim in info.dims) for info in file.inputs}
+    return {info.name: tuple(sizes[dim] if isinstance(dim, str) else dim for dim in info.dims) for info in file.inputs}
 
 
 def _check_io(file: EngineFile, engine: Engine, rebuild: str) -> None:

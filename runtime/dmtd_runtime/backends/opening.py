@@ -28,7 +28,11 @@ def open_backend(directory: Path, manifest: Manifest, options: BackendOptions) -
         from dmtd_runtime.backends.onnxruntime import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(directory, manifest, options)
-    return _open_host(directory, manifest, options) if options.flavour == "host" else _open_gpu(directory, manifest, options)
+    return (
+        _open_host(directory, manifest, options)
+        if options.flavour == "host"
+        else _open_gpu(directory, manifest, options)
+    )
 
 
 def _open_host(bundle: Path, manifest: Manifest, options: BackendOptions) -> Backend:
@@ -62,13 +66,9 @@ def _open_gpu(bundle: Path, manifest: Manifest, options: BackendOptions) -> Back
         raise
 
 
-def _choose(
-    bundle: Path, manifest: Manifest, options: BackendOptions, wish: EngineWish
-) -> tuple[Path, EngineRecord]:
+def _choose(bundle: Path, manifest: Manifest, options: BackendOptions, wish: EngineWish) -> tuple[Path, EngineRecord]:
     """The engines that fit; their files are there, and unaltered the first time they are seen on this machine."""
-    wish = replace(
-        wish, full_pass=options.full_pass, max_batch=options.max_batch, max_model_len=options.max_model_len
-    )
+    wish = replace(wish, full_pass=options.full_pass, max_batch=options.max_batch, max_model_len=options.max_model_len)
     directory, record = choose_record(bundle, manifest, wish)
     record.check_files(directory, hashes=False)
     names = (contract.ENGINE_RECORD_FILE, *(engine.file for engine in record.engines), *record.files)

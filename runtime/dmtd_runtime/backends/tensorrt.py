@@ -102,7 +102,14 @@ class TensorRtBackend:
         self._tau = manifest.cycle.cycle_length
         self._vocab_size = manifest.model.vocab_size
         self._engines = EngineSet(
-            device, bundle, directory, manifest, record, max_batch=self.slots, max_rows=self.max_rows
+            device,
+            bundle,
+            directory,
+            manifest,
+            record,
+            full_pass=options.full_pass,
+            max_batch=self.slots,
+            max_rows=self.max_rows,
         )
         self._fed = [0] * self.slots
         self._layouts = {batch: RectangularLayout(batch, self.max_rows) for batch in range(1, self.slots + 1)}
@@ -278,7 +285,7 @@ class TensorRtBackend:
 
     def _step_layout(self, sizes: Mapping[str, int], graphs: Sequence[GraphName] | None = None) -> BlockLayout:
         """The inputs of single steps that change: those of each graph, by "graph:input"."""
-        wanted = graphs or [engine.graph for engine in self._record.engines]
+        wanted = graphs or self._engines.graphs
         return BlockLayout.of(
             (f"{graph}:{info.name}", [sizes[dim] if isinstance(dim, str) else dim for dim in info.dims], info.dtype)
             for graph in wanted
