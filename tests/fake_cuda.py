@@ -221,6 +221,31 @@ class Context:
         return True
 
 
+class RuntimeCache:
+    """IRuntimeCache; what it was given is in ``read``."""
+
+    read: list[bytes] = []  # noqa: RUF012 - shared on purpose
+
+    def deserialize(self, content: bytes) -> bool:
+        self.read.append(content)
+        return content == b"kernels"
+
+    def serialize(self) -> bytes:
+        return b"kernels"
+
+
+class RuntimeConfig:
+    """IRuntimeConfig."""
+
+    def set_execution_context_allocation_strategy(self, strategy: int) -> None: ...
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache()
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        return True
+
+
 class CudaEngine:
     """ICudaEngine."""
 
@@ -252,7 +277,7 @@ class CudaEngine:
         return [(1,), (1,), (2,)]
 
     def create_runtime_config(self) -> Any:
-        return SimpleNamespace(set_execution_context_allocation_strategy=lambda strategy: None)
+        return RuntimeConfig()
 
     def create_execution_context(self, config: Any) -> Context:
         return Context(self._engine)

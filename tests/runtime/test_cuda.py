@@ -76,6 +76,7 @@ def test_the_stream_is_one_that_default_stream_copies_wait_for(monkeypatch: pyte
         cudaSetDevice=lambda device: (made.append(f"device {device}"), (errors.cudaSuccess,))[1],
         cudaStreamCreate=lambda: (made.append("stream"), (errors.cudaSuccess, 41))[1],
     )
+    monkeypatch.setattr(ort_session, "check_cuda_provider", lambda ort: None)
     monkeypatch.setattr(ort_session, "import_cuda", lambda: cuda)
     assert shared_stream(3) == 41
     assert made == ["device 3", "stream"]

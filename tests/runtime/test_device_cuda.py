@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from device_support import Engines, engine_backend, host_engines, run_sequences, tokens_of
-from fake_cuda import Context, CudaEngine, CudaError, FakeCuda, FakeRtx
+from fake_cuda import Context, CudaEngine, CudaError, FakeCuda, FakeRtx, RuntimeCache, RuntimeConfig
 
 from dmtd_export.export import export_bundle
 from dmtd_export.options import ExportOptions
@@ -97,9 +97,14 @@ def test_every_call_is_one_that_cuda_bindings_have(fake: FakeCuda, bundle: tuple
 
 def test_every_name_is_one_that_tensorrt_rtx_has() -> None:
     trt = pytest.importorskip("tensorrt_rtx")
-    for ours, theirs in ((CudaEngine, trt.ICudaEngine), (Context, trt.IExecutionContext)):
+    for ours, theirs in (
+        (CudaEngine, trt.ICudaEngine),
+        (Context, trt.IExecutionContext),
+        (RuntimeConfig, trt.IRuntimeConfig),
+        (RuntimeCache, trt.IRuntimeCache),
+    ):
         for name in vars(ours):
-            if not name.startswith("_"):
+            if not name.startswith("_") and name != "read":
                 assert hasattr(theirs, name), name
     for name in ("device_memory_size_v2", "num_io_tensors"):
         assert hasattr(trt.ICudaEngine, name)
@@ -142,6 +147,22 @@ def test_a_damaged_engine_is_one_line_with_the_fix(fake: FakeCuda, tmp_path: Pat
         f"{tmp_path}/x.engine cannot be loaded on GPU 0 (Fake GPU): the header does not conform; "
         "build the engines again with: dmtd build BUNDLE --force"
     )
+
+
+def test_compiled_kernels_are_kept_for_the_next_time(
+    fake: FakeCuda, bundle: tuple[Path, Manifest, Engines], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(RuntimeCache, "read", [])
+    wanted = run(bundle, CudaDevice())
+    files = sorted((tmp_path / "dmtd" / "kernels").iterdir())
+    assert len(files) == 4  # thinking, late_decode and the two that choose
+    assert RuntimeCache.read == []
+    files[0].write_bytes(b"damaged")
+    assert run(bundle, CudaDevice()) == wanted
+    assert sorted(RuntimeCache.read) == [b"damaged", b"kernels", b"kernels", b"kernels"]
+    assert files[0].read_bytes() == b"kernels"
+    assert sorted((tmp_path / "dmtd" / "kernels").iterdir()) == files
 
 
 def test_errors_of_cuda_are_named(fake: FakeCuda) -> None:

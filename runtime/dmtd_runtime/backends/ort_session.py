@@ -60,12 +60,22 @@ def _is_installed(distribution: str) -> bool:
     return True
 
 
+def check_cuda_provider(ort: Any) -> None:
+    """BackendError with the fix where this ONNX Runtime cannot use a GPU at all."""
+    if CUDA_PROVIDER not in ort.get_available_providers():
+        raise BackendError(
+            f"this ONNX Runtime has no {CUDA_PROVIDER}, only {', '.join(ort.get_available_providers())}; "
+            'run: pip uninstall -y onnxruntime && pip install "dmtd[gpu]"'
+        )
+
+
 def shared_stream(device_id: int) -> int | None:
     """A CUDA stream for all sessions of a bundle; None without cuda-bindings: each session then has a stream of its own.
 
     It is an ordinary, blocking stream: ``OrtValue.update_inplace`` copies on the default stream, which waits for such ones
     and lets them wait, so an input is never overwritten under a run that still reads it. It lives as long as the process.
     """
+    check_cuda_provider(import_onnxruntime())
     try:
         runtime = import_cuda()
     except BackendError:
@@ -101,11 +111,7 @@ def open_session(path: Path, options: BackendOptions, *, stream: int | None = No
         settings.add_session_config_entry("session.disable_prepacking", "1")
     providers: list[Any] = [CPU_PROVIDER]
     if options.device == "cuda":
-        if CUDA_PROVIDER not in ort.get_available_providers():
-            raise BackendError(
-                f"this ONNX Runtime has no {CUDA_PROVIDER}, only {', '.join(ort.get_available_providers())}; "
-                'run: pip uninstall -y onnxruntime && pip install "dmtd[gpu]"'
-            )
+        check_cuda_provider(ort)
         providers = [(CUDA_PROVIDER, provider_options(options, stream=stream, graphs=graphs)), CPU_PROVIDER]
     try:
         session = ort.InferenceSession(str(path), settings, providers=providers)

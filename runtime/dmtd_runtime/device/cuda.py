@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from dmtd_runtime.device.base import Address, Array, Capture, Engine, EngineTensor, Mark
+from dmtd_runtime.device.kernel_cache import KernelCache
 from dmtd_runtime.device.libraries import CudaFlavour, GpuFacts, import_cuda, import_flavour, look_at_gpu
+from dmtd_runtime.device.library_log import make_log
 from dmtd_runtime.errors import BackendError
-
-logger = logging.getLogger("dmtd.cuda")
 
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
 REBUILD = "build the engines again with: dmtd build BUNDLE --force"
@@ -58,8 +57,9 @@ class CudaDevice:
         self._spare_events: list[Any] = []
         self._passed = 0
         self._graphs: dict[int, Any] = {}
-        self._log = _make_log(self._trt)
+        self._log = make_log(self._trt)
         self._runtime = self._trt.Runtime(self._log)
+        self._engines: list[CudaEngine] = []
         self._closed = False
 
     @property
@@ -133,7 +133,9 @@ class CudaDevice:
         engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BackendError(f"{path} cannot be loaded on {self.name}: {self._log.take()}; {REBUILD}")
-        return CudaEngine(self, self._trt, engine, path.name, self._log)
+        loaded = CudaEngine(self, self._trt, engine, path, self._log)
+        self._engines.append(loaded)
+        return loaded
 
     def capture(self, work: Callable[[], None]) -> Capture:
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
@@ -180,6 +182,8 @@ class CudaDevice:
         if self._closed:
             return
         self._closed = True
+        for engine in self._engines:
+            engine.keep_kernels()
         cuda = self._cuda
         # Nothing is raised here: an error of the work before it would come again from every call.
         cuda.cudaSetDevice(self.gpu.device_id)
@@ -211,9 +215,12 @@ class CudaDevice:
 class CudaEngine:
     """A deserialised engine. See :class:`dmtd_runtime.device.base.Engine`."""
 
-    def __init__(self, device: CudaDevice, trt: Any, engine: Any, file: str, log: Any) -> None:
+    def __init__(self, device: CudaDevice, trt: Any, engine: Any, path: Path, log: Any) -> None:
+        file = path.name
         self._device, self._trt, self._engine, self._file, self._log = device, trt, engine, file, log
         self.scratch_bytes = int(engine.device_memory_size_v2)
+        self._kernels: KernelCache | None = None
+        self._config = self._make_config(path) if device.flavour == "tensorrt-rtx" else None
         self.tensors: dict[str, EngineTensor] = {}
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
@@ -243,22 +250,29 @@ class CudaEngine:
                     f"{self._file}, {name}: got {list(shape)}, profile {profile} takes {list(low)} to {list(high)}; {REBUILD}"
                 )
         context.set_device_memory(scratch, scratch_bytes)
-        return CudaContext(self._device, context, self._file, self._log, checks_capture=self._is_rtx)
+        return CudaContext(self._device, context, self._file, self._log, checks_capture=self._config is not None)
 
-    @property
-    def _is_rtx(self) -> bool:
-        return self._device.flavour == "tensorrt-rtx"
+    def keep_kernels(self) -> None:
+        """Save what was compiled for this engine since it was loaded."""
+        if self._kernels is not None:
+            self._kernels.save()
+
+    def _make_config(self, path: Path) -> Any:
+        """How TensorRT-RTX runs the engine; it compiles kernels when contexts are made."""
+        trt, config = self._trt, self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        # Kernels for the shapes at once, not later on a thread of its own: a captured graph would keep the slower ones.
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # whole cycles are captured here instead
+        cache = config.create_runtime_cache()
+        self._kernels = KernelCache(cache, path, f"{self._device.gpu.name} {self._device.library_version}")
+        config.set_runtime_cache(cache)
+        return config
 
     def _create(self) -> Any:
-        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if not self._is_rtx:
-            return self._engine.create_execution_context(strategy)
-        config = self._engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(strategy)
-        # Kernels for the shapes at once, not later on a thread of its own: a captured graph would keep the slower ones.
-        config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.DISABLED  # whole cycles are captured here instead
-        return self._engine.create_execution_context(config)
+        if self._config is not None:
+            return self._engine.create_execution_context(self._config)
+        return self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
 
 
 class CudaContext:
@@ -278,26 +292,3 @@ class CudaContext:
             raise BackendError(f"{self._file} cannot be captured into a CUDA graph")
         if not self._context.execute_async_v3(stream):
             raise BackendError(f"{self._file}: the run was refused: {self._log.take()}")
-
-
-def _make_log(trt: Any) -> Any:
-    """A logger for the library: errors are kept for the next message of ours, everything goes to ``dmtd.cuda``."""
-    severity = trt.ILogger.Severity
-    levels = {severity.WARNING: logging.INFO, severity.INFO: logging.DEBUG, severity.VERBOSE: logging.NOTSET}
-
-    class Log(trt.ILogger):  # type: ignore[misc]  # the base is the library's
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self._last = ""
-
-        def log(self, level: Any, message: str) -> None:
-            if level in (severity.ERROR, severity.INTERNAL_ERROR):
-                self._last = " ".join(message.split())[:300]
-            logger.log(levels.get(level, logging.INFO), "%s", message)
-
-        def take(self) -> str:
-            """The last error since the last call."""
-            last, self._last = self._last, ""
-            return last or "the library gave no reason"
-
-    return Log()
