@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import shutil
 from collections.abc import Iterator
+from importlib.resources import files as resource_files
 from pathlib import Path
 
 from dmtd_export.errors import ExportError
@@ -49,11 +49,12 @@ def one_line_disk_errors(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def link_weights(bundle: Path, directory: Path, manifest: Manifest) -> dict[str, FileInfo]:
-    """The bundle's weights file beside graphs that refer to it: a hard link, or a copy where there are none."""
-    source, target = bundle / contract.WEIGHTS_FILE, directory / contract.WEIGHTS_FILE
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def copy_companions(bundle: Path, directory: Path, manifest: Manifest) -> dict[str, FileInfo]:
+    """What graphs of the host flavour need beside them: the weights file, and valid inputs for trying them by hand.
+
+    Copies, no links: onnx's checker takes a linked weights file for an attack, the bundle's own as well.
+    """
+    shutil.copyfile(bundle / contract.WEIGHTS_FILE, directory / contract.WEIGHTS_FILE)
+    loader = resource_files("dmtd_export").joinpath("bundle_data_loader.py").read_text(encoding="utf-8")
+    (directory / contract.DATA_LOADER_FILE).write_text(loader, encoding="utf-8")
     return {contract.WEIGHTS_FILE: manifest.files[contract.WEIGHTS_FILE]}

@@ -134,12 +134,12 @@ def _check_attentions(module: Any, layers: list[Any], graph: EngineGraph, dtype:
     for layer in found:
         attention = layer.attention
         name, mask = attention.name, attention.mask
+        if attention.causal or attention.causal_kind != module.CausalMaskKind.NONE:
+            _fail(name, f"is causal ({attention.causal_kind})", "only the graph's mask")
         if mask is None:
             _fail(name, "has no mask", "the graph's")
         if _dtype(mask) != "BOOL" or len(mask.shape) != 4:
             _fail(name, f"has a mask of {_dtype(mask)} {tuple(mask.shape)}", "bool [batch, 1, rows, keys]")
-        if attention.causal or attention.causal_kind != module.CausalMaskKind.NONE:
-            _fail(name, f"is causal ({attention.causal_kind})", "only the graph's mask")
         if attention.key_value_lengths is not None or attention.query_lengths is not None:
             _fail(name, "has lengths of its own", "only the graph's mask")
         padded = module.AttentionIOForm.PADDED_BHND

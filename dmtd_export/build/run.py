@@ -18,7 +18,7 @@ from pathlib import Path
 import onnx
 
 from dmtd_export.atomic import atomic_directory
-from dmtd_export.build.disk import check_disk, link_weights, one_line_disk_errors
+from dmtd_export.build.disk import check_disk, copy_companions, one_line_disk_errors
 from dmtd_export.build.engine_builder import BuiltEngine, build_engine
 from dmtd_export.build.engine_graph import EngineGraph, choice_graph, engine_graph, stored_weights
 from dmtd_export.build.flavour import Library, load_library, target_of
@@ -232,7 +232,7 @@ def _build_all(
         )
         peak = max(peak, built.peak_bytes)
         engines.append(_engine_file(part, file, built))
-    files = {} if library.module is not None else link_weights(seen.bundle, work, manifest)
+    files = {} if library.module is not None else copy_companions(seen.bundle, work, manifest)
     facts = BuildFacts(
         seconds=round(time.perf_counter() - started, 3),
         peak_bytes=peak,
