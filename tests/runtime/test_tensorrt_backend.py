@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.backends.tensorrt import TensorRtBackend
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.device.host import HostDevice
-from dmtd_runtime.errors import BackendError, RequestError
+from dmtd_runtime.errors import BackendError, BundleError, RequestError
 from dmtd_runtime.generate import SequenceRun, TokenEvent, run_batch
 from dmtd_runtime.sampler import Sampler
 from dmtd_runtime.sampling import SamplingParams
@@ -251,6 +252,13 @@ def test_limits_of_the_engines_are_told(tiny: TinyBundles, engines: MakeEngines)
             TensorRtBackend(
                 bundle.directory, bundle.manifest, options, device=HostDevice(), directory=directory, record=record
             )
+
+
+def test_engines_of_an_older_bundle_are_refused(tiny: TinyBundles, engines: MakeEngines) -> None:
+    bundle, (directory, record) = tiny.get(), engines()
+    older = replace(record, engines=tuple(e for e in record.engines if e.graph != "sample_token"))
+    with pytest.raises(BundleError, match=r"holds no sample_token engine, .*; export the bundle again, then build"):
+        engine_backend(bundle.directory, bundle.manifest, (directory, older))
 
 
 def test_too_little_memory_is_said_with_numbers_before_anything_is_allocated(

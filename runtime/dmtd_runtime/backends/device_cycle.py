@@ -122,32 +122,34 @@ class CycleProgram:
             arrays[f"{contract.GATE_HIDDEN}.{k}"][:] = True
         if self.shape.sampled:
             arrays[contract.REPETITION_PENALTY][:] = 1
+        window, own = self.shape.window_len, [s.slot for s in slots]
         for s in slots:
-            window = self.shape.window_len
             assert len(s.steps) == len(self.shape.full), f"{len(s.steps)} steps for a cycle of {len(self.shape.full)}"
             assert 1 <= len(s.steps[0].window) <= window, f"a window of {len(s.steps[0].window)} rows for {window}"
             arrays[WINDOW_IDS][s.slot, : len(s.ids)] = s.ids
-            arrays[HEAD_IDS][s.slot] = s.ids[-1] if s.ids else 0
-            self._fill_steps(arrays, s)
-            if self.shape.sampled:
-                for name, number in s.sampler.device_numbers().items():
-                    arrays[name][s.slot] = number
-                for k in range(len(s.steps)):
-                    for name, number in s.sampler.device_step(s.unseen + k).items():
-                        arrays[f"{name}.{k}"][s.slot] = number
+        arrays[HEAD_IDS][own, 0] = [s.ids[-1] if s.ids else 0 for s in slots]
+        for k, full in enumerate(self.shape.full):
+            steps = [s.steps[k] for s in slots]
+            late = np.array([step.late.start for step in steps])
+            arrays[f"{LATE_POSITIONS}.{k}"][own, 0] = arrays[f"{LATE_ROW}.{k}"][own] = late
+            arrays[f"{contract.GATE_HIDDEN}.{k}"][own] = [step.gate_hidden for step in steps]
+            arrays[f"{contract.GATE_THOUGHT}.{k}"][own] = [step.gate_thought for step in steps]
+            if full:
+                first = np.array([step.window.start for step in steps])
+                arrays[f"{WINDOW_POSITIONS}.{k}"][own] = first[:, None] + np.arange(self.shape.window_of(k))
+                arrays[f"{THINKING_ROWS}.{k}"][own] = first
+                arrays[f"{contract.LATE_ROWS}.{k}"][own, 0] = late - first
+        if self.shape.sampled:
+            self._fill_choice(arrays, slots)
 
-    def _fill_steps(self, arrays: Mapping[str, Array], s: SlotCycle) -> None:
-        for k, step in enumerate(s.steps):
-            if self.shape.full[k]:
-                first = step.window.start
-                rows = first + np.arange(self.shape.window_of(k))
-                arrays[f"{WINDOW_POSITIONS}.{k}"][s.slot] = rows
-                arrays[f"{THINKING_ROWS}.{k}"][s.slot] = first
-                arrays[f"{contract.LATE_ROWS}.{k}"][s.slot] = step.late.start - first
-            arrays[f"{LATE_POSITIONS}.{k}"][s.slot] = step.late.start
-            arrays[f"{LATE_ROW}.{k}"][s.slot] = step.late.start
-            arrays[f"{contract.GATE_HIDDEN}.{k}"][s.slot] = step.gate_hidden
-            arrays[f"{contract.GATE_THOUGHT}.{k}"][s.slot] = step.gate_thought
+    def _fill_choice(self, arrays: Mapping[str, Array], slots: Sequence[SlotCycle]) -> None:
+        """Numbers of the sampling graph: options of each sequence, and what differs from token to token."""
+        for s in slots:
+            for name, number in s.sampler.device_numbers().items():
+                arrays[name][s.slot] = number
+            for k in range(len(s.steps)):
+                for name, number in s.sampler.device_step(s.unseen + k).items():
+                    arrays[f"{name}.{k}"][s.slot] = number
 
     def enqueue(self) -> None:
         """Enqueue the whole cycle over the control block on the device."""

@@ -18,7 +18,7 @@ from dmtd_runtime import contract
 from dmtd_runtime.contract import GraphName
 from dmtd_runtime.device.base import Address, Array, Device, Engine, EngineContext, check_room
 from dmtd_runtime.engine_record import EngineFile, EngineRecord, FullPass, PassKind, ProfileInfo
-from dmtd_runtime.errors import BackendError
+from dmtd_runtime.errors import BackendError, BundleError
 from dmtd_runtime.manifest import DTYPE_BYTES, Manifest, TensorInfo
 
 TABLES = (contract.LOGIT_BIAS, contract.END_IDS, contract.PROMPT_SEEN, contract.OUTPUT_COUNTS)
@@ -43,6 +43,7 @@ class EngineSet:
         """Load everything. ``directory`` holds the engines; ``max_rows`` is the longest window of a run.
 
         Raises:
+            BundleError: engines of an older bundle, which does not choose tokens on the device.
             BackendError: too little device memory, said before anything is allocated; or an engine that does not load.
         """
         self.device, self.record, self.max_batch = device, record, max_batch
@@ -52,6 +53,12 @@ class EngineSet:
         self._infos = {info.name: info for engine in self._files for info in (*engine.inputs, *engine.outputs)}
         self._buffers: dict[str, Address] = {}
         self._contexts: dict[tuple[GraphName, tuple[tuple[str, int], ...], PassKind], EngineContext] = {}
+        for graph in contract.CHOICE_GRAPHS:
+            if all(file.graph != graph for file in self._files):
+                raise BundleError(
+                    f"{directory} holds no {graph} engine, which chooses tokens on the device; "
+                    f"export the bundle again, then build its engines with: {self._rebuild}"
+                )
         check_room(device, self._needed_bytes(), _HINT)
         self._staging = [device.alloc_host(UPLOAD_BYTES) for _ in range(2)]
         self._engines: dict[GraphName, Engine] = {}

@@ -191,6 +191,8 @@ class TensorRtBackend:
             last = self._under_way[-1]
             assert last.program.shape.batch == program.shape.batch, "a following cycle has the batch of the one before"
             assert last.slots == tuple(s.slot for s in slots), "a following cycle has the slots of the one before"
+            window = program.shape.window_len
+            assert all(len(s.steps[0].window) == window for s in slots), "a following window holds the cycle's tokens"
         if program.shape.sampled:
             self._update_tables(slots)
         staging = self._control_staging.take()
