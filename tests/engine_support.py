@@ -11,10 +11,12 @@ import pytest
 from dmtd_export.build.engine_graph import EngineGraph, engine_graph
 from dmtd_export.export import export_bundle
 from dmtd_export.options import ExportOptions
+from dmtd_models import smollm2
 from dmtd_models.testing import write_tiny_checkpoint
 from dmtd_runtime import contract
 
 CAPACITY = 320
+SMOLLM2_CACHE = smollm2.default_cache_dir()  # now, before a fixture gives the tests a cache directory of their own
 
 
 def rtx() -> Any:

@@ -29,6 +29,7 @@ from dmtd_runtime.errors import BackendError
 SAMPLE_S = 0.005
 OWN_MESSAGES = 200  # of the library's, kept
 _SCRATCH = re.compile(r"^Max Scratch Memory: (\d+) bytes")
+_TACTIC = re.compile(r"Chose Runner Type: (\S+) Tactic: (\S+)")
 _WEIGHTS = re.compile(r"^Total Weights Memory: (\d+) bytes")
 
 
@@ -42,6 +43,7 @@ class BuiltEngine:
     scratch_bytes: int | None
     peak_bytes: int  # anonymous memory above what the process had before
     seconds: float
+    tactics: tuple[str, ...]
     facts: NetworkFacts
 
 
@@ -52,12 +54,16 @@ class _Messages:
     problems: list[str] = field(default_factory=list)
     scratch_bytes: int | None = None
     weight_bytes: int | None = None
+    tactics: dict[str, int] = field(default_factory=dict)  # how often each was chosen
 
     def take(self, severity: int, worst: int, text: str) -> None:
         if found := _SCRATCH.match(text):
             self.scratch_bytes = max(self.scratch_bytes or 0, int(found[1]))
         elif found := _WEIGHTS.match(text):
             self.weight_bytes = int(found[1])
+        elif found := _TACTIC.search(text):
+            name = f"{found[1]} {found[2]}"
+            self.tactics[name] = self.tactics.get(name, 0) + 1
         # Without a driver every error is followed by one about the driver, which says nothing of its cause.
         elif severity <= worst and "cudaError" not in text and len(self.problems) < OWN_MESSAGES:
             self.problems.append(" ".join(text.split()))
@@ -89,14 +95,9 @@ def build_engine(
     module, messages, before, started = library.module, _Messages(), anonymous_bytes(), time.perf_counter()
     logger = _make_logger(module, messages)
     builder, network = _new_network(module, logger, library)
+    # The parser finds the weights beside this path; it holds references into what it maps until the build is done.
     parser = module.OnnxParser(network, logger)
-    if not parser.parse(
-        graph.model.SerializeToString(), str(bundle / contract.graph_file(graph.name, contract.STANDARD))
-    ):
-        reason = parser.get_error(0).desc() if parser.num_errors else messages.first()
-        raise ExportError(
-            f"{library.flavour} {library.version} cannot parse {graph.name}: {reason}; export the bundle again"
-        )
+    _parse(parser, graph, bundle, library, messages)
     facts = check_network(module, network, graph, dtype)
     allow_decomposition(module, network)
     steps = Steps(on_steps)
@@ -104,6 +105,9 @@ def build_engine(
     config = builder.create_builder_config()
     config.progress_monitor = monitor
     cache = configure(library, config, target, timing_cache)
+    if not graph.aliases:
+        # Graphs that choose tokens find NaN by x - x, which the builder would otherwise take for 0.
+        config.set_flag(module.BuilderFlag.STRICT_NANS)
     for profile in profiles:
         _add_profile(builder, config, profile, messages)
     writer = _make_writer(module, output)
@@ -121,6 +125,7 @@ def build_engine(
         scratch_bytes=messages.scratch_bytes,
         peak_bytes=max(0, peak - before),
         seconds=round(time.perf_counter() - started, 3),
+        tactics=tuple(f"{count} x {name}" for name, count in messages.tactics.items()),
         facts=facts,
     )
 
@@ -135,6 +140,15 @@ def _new_network(module: Any, logger: Any, library: Library) -> tuple[Any, Any]:
             "see `dmtd doctor`, or build without a GPU with: --flavour tensorrt-rtx"
         ) from error
     return builder, network
+
+
+def _parse(parser: Any, graph: EngineGraph, bundle: Path, library: Library, messages: _Messages) -> None:
+    place = bundle / contract.graph_file(graph.name, contract.STANDARD)
+    if not parser.parse(graph.model.SerializeToString(), str(place)):
+        reason = parser.get_error(0).desc() if parser.num_errors else messages.first()
+        raise ExportError(
+            f"{library.flavour} {library.version} cannot parse {graph.name}: {reason}; export the bundle again"
+        )
 
 
 def _add_profile(builder: Any, config: Any, profile: ProfileInfo, messages: _Messages) -> None:

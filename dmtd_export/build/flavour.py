@@ -94,7 +94,9 @@ def target_of(library: Library, compute_capability: str | None) -> Target:
                 f"--compute-capability: got {wanted}, TensorRT-RTX {library.version} builds for {', '.join(known)} or {ANY_GPU}; "
                 "for another GPU use --flavour tensorrt on a machine that has it"
             )
-        return Target(flavour=library.flavour, version=library.version, compute_capability=wanted)
+        return Target(
+            flavour=library.flavour, version=library.version, compute_capability=wanted, supported=tuple(known)
+        )
     if compute_capability is not None:
         raise BackendError(
             f"--compute-capability: got {compute_capability}, but the {library.flavour} flavour builds for the machine it "

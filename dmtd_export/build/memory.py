@@ -5,6 +5,9 @@ Anonymous memory is what counts: pages of the mapped weights file belong to the 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 from pathlib import Path
 
 from dmtd_export.errors import ExportError
@@ -36,6 +39,13 @@ def check_memory(needed: int, what: str) -> None:
             f"building {what} takes up to {human_bytes(needed)} of memory, {human_bytes(available)} are available; "
             "free some, or build on a larger machine: engines for --compute-capability, or any, may be copied"
         )
+
+
+def give_back() -> None:
+    """Return freed heap to the system, so that one build's leavings do not stand beside the next one's peak."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # a C library without it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def anonymous_bytes() -> int:

@@ -51,12 +51,13 @@ KINDS: dict[GraphName, tuple[PassKind, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What engines are for: library, and GPU as far as they are tied to one."""
+    """What engines are for: library, and GPU as far as they are tied to one. ``supported``: what "any" stands for."""
 
     flavour: Flavour
     version: str
     compute_capability: str = ANY_GPU
     gpu_name: str | None = None
+    supported: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:

@@ -23,7 +23,7 @@ from dmtd_export.build.engine_builder import BuiltEngine, build_engine
 from dmtd_export.build.engine_graph import EngineGraph, choice_graph, engine_graph, stored_weights
 from dmtd_export.build.flavour import Library, load_library, target_of
 from dmtd_export.build.host import write_host_engine
-from dmtd_export.build.memory import check_memory, expected_peak_bytes
+from dmtd_export.build.memory import check_memory, expected_peak_bytes, give_back
 from dmtd_export.build.options import BuildOptions
 from dmtd_export.build.plan import BuildPlan, Target, choice_profile, engine_key, plan_build, profiles
 from dmtd_export.build.standard_graphs import with_standard_graphs, write_standard_graphs
@@ -232,6 +232,7 @@ def _build_all(
         )
         peak = max(peak, built.peak_bytes)
         engines.append(_engine_file(part, file, built))
+        give_back()
     files = {} if library.module is not None else copy_companions(seen.bundle, work, manifest)
     facts = BuildFacts(
         seconds=round(time.perf_counter() - started, 3),
@@ -252,6 +253,7 @@ def _engine_file(part: Part, file: str, built: BuiltEngine) -> EngineFile:
         scratch_bytes=built.scratch_bytes,
         peak_bytes=built.peak_bytes,
         seconds=built.seconds,
+        tactics=built.tactics,
         inputs=part.graph.inputs,
         outputs=part.graph.outputs,
         tables=part.graph.tables,
@@ -289,6 +291,7 @@ def _record(
         build_arguments=_arguments(plan, target, options),
         build=facts,
         files=files,
+        supported=target.supported,
     )
 
 

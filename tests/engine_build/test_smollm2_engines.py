@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from engine_support import rtx
+from engine_support import SMOLLM2_CACHE, rtx
 
 from dmtd_export.build.options import BuildOptions
 from dmtd_export.build.run import build_engines
@@ -20,7 +20,7 @@ TABLE, LAYER, NORM = 49152 * 576, 576 * 576 * 2 + 192 * 576 * 2 + 3 * 1536 * 576
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_all_graphs_build(tmp_path: Path, dtype: str) -> None:
     rtx()
-    source = smollm2.fetch_smollm2(smollm2.default_cache_dir())
+    source = smollm2.fetch_smollm2(SMOLLM2_CACHE)
     export = ExportOptions(decoding_layers=8, cycle_length=4, target="tensorrt", dtype=dtype, max_model_len=256)
     export_bundle(source, tmp_path, export)
     record = build_engines(tmp_path, BuildOptions(flavour="tensorrt-rtx", max_batch=2, fused=True)).record
