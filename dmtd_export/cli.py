@@ -2,7 +2,7 @@
 
 A verb's module is imported when the verb runs or its own help is asked for, so that ``dmtd --help`` is quick and a machine
 with the runtime's dependencies alone has the verbs that need no more. The verbs stand in ``dmtd_runtime.cli`` (generate, chat,
-bench, inspect, doctor) and beside this module (export, build, verify). Exit codes: see ``dmtd_runtime.cli.common``.
+bench, inspect, doctor) and beside this module (the others). Exit codes: see ``dmtd_runtime.cli.common``.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ class Verb:
 
 
 VERBS: dict[str, Verb] = {
+    "finetune": Verb(
+        module="dmtd_export.cli_finetune",
+        function="finetune",
+        help="Train a model for DMTD; its plain self is the teacher.",
+    ),
     "export": Verb(
         module="dmtd_export.cli_export",
         function="export",
@@ -47,6 +52,11 @@ VERBS: dict[str, Verb] = {
         module="dmtd_export.cli_verify",
         function="verify",
         help="Check a bundle: files, graphs against each other, whole cycles against the reference.",
+    ),
+    "evaluate": Verb(
+        module="dmtd_export.cli_evaluate",
+        function="evaluate",
+        help="Measure what a DMTD model keeps of its plain base: perplexity, agreement, tasks.",
     ),
     "inspect": Verb(
         module="dmtd_runtime.cli.inspect",

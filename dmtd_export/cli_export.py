@@ -40,6 +40,9 @@ def export(
         Path | None,
         typer.Option("--output", "-o", help="Directory of the bundle; an older bundle there is replaced whole."),
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="A directory that `dmtd finetune` made of MODEL; it is merged into the weights.")
+    ] = None,
     encoding_layers: Annotated[
         int | None, _split("E: layers before the thinking layers; 0 for a plain checkpoint.")
     ] = (_DEFAULT.encoding_layers),
@@ -102,9 +105,14 @@ def export(
         if options.verify:
             from dmtd_export.verify import VerifyOptions, verify_hook
 
-            hook = verify_hook(VerifyOptions(), on_stage=display.counted)
+            hook = verify_hook(VerifyOptions(), on_stage=display.verified)
         manifest = export_bundle(
-            source, output, options, progress=Progress(stage=display.stage, advance=display.advance), verify=hook
+            source,
+            output,
+            options,
+            adapter=adapter,
+            progress=Progress(stage=display.stage, advance=display.advance),
+            verify=hook,
         )
     if json:
         typer.echo(json_text.dumps(_summary(output, manifest)))

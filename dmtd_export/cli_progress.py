@@ -40,7 +40,7 @@ class StageDisplay:
         self._bar.stop()
 
     def stage(self, name: str, total: int) -> None:
-        """A stage begins; ``total`` 0: its length is not known. Verification names its own parts (:meth:`counted`)."""
+        """A stage begins; ``total`` 0: its length is not known. Verification names its own parts (:meth:`verified`)."""
         if name == "verify":
             return
         self._finish()
@@ -55,9 +55,12 @@ class StageDisplay:
         if self._task is not None:
             self._bar.advance(self._task, count)
 
-    def counted(self, name: str, done: int, total: int) -> None:
+    def verified(self, name: str, done: int, total: int) -> None:
         """A part of verification: ``done`` of ``total`` steps."""
-        name = f"verify: {name}"
+        self.counted(f"verify: {name}", done, total)
+
+    def counted(self, name: str, done: int, total: int) -> None:
+        """``done`` of ``total`` steps of a stage, which begins with the first."""
         if name != self._name:
             self.stage(name, total)
         elif self._task is not None:
@@ -67,6 +70,10 @@ class StageDisplay:
         """``done`` of ``total`` steps of the stage, where both may grow."""
         if self._task is not None:
             self._bar.update(self._task, completed=done, total=total or None)
+
+    def line(self, text: str) -> None:
+        """One line that stays above the bars."""
+        self._console.print(text, markup=False)
 
     def _finish(self) -> None:
         if self._task is None:

@@ -34,6 +34,7 @@ def verify(
     checkpoint: Annotated[
         Path | None, typer.Option(help="The checkpoint it was made from: the weights are compared with it too.")
     ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="The adapter that was merged into the checkpoint.")] = None,
     level: Annotated[
         Literal["structure", "graphs", "oracle"] | None,
         typer.Option(help="How far to go; by default as far as this machine can."),
@@ -53,13 +54,15 @@ def verify(
     Exit code 1 if anything diverges; the first divergence is named.
     """
     directory = pick(bundle, model, "BUNDLE")
+    if adapter is not None and checkpoint is None:
+        raise typer.BadParameter("--adapter: give the checkpoint it was made of with --checkpoint")
     require("verify", LIBRARIES, '"dmtd[export]"')
     from dmtd_export.verify import LARGEST_BATCH, render, verify_bundle, verify_on_device
     from dmtd_models.checkpoint import open_checkpoint
 
     with logs_to_stderr(), contextlib.ExitStack() as opened:
         display = opened.enter_context(StageDisplay())
-        source = opened.enter_context(open_checkpoint(checkpoint)) if checkpoint is not None else None
+        source = opened.enter_context(open_checkpoint(checkpoint, adapter)) if checkpoint is not None else None
         if backend == "tensorrt" or device == "cuda":
             from dmtd_runtime.backends.base import BackendOptions
 
@@ -75,9 +78,9 @@ def verify(
                 full_pass=full_pass,
                 max_batch=max_batch or LARGEST_BATCH,
             )
-            report = verify_on_device(directory, options, on_stage=display.counted)
+            report = verify_on_device(directory, options, on_stage=display.verified)
         else:
-            report = verify_bundle(directory, checkpoint=source, level=level, on_stage=display.counted)
+            report = verify_bundle(directory, checkpoint=source, level=level, on_stage=display.verified)
     if json:
         typer.echo(json_text.dumps({"schema": 1, **report.to_json()}))
     else:

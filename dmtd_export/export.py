@@ -45,16 +45,18 @@ def export_bundle(
     output: Path,
     options: ExportOptions,
     *,
+    adapter: Path | None = None,
     progress: Progress | None = None,
     verify: VerifyHook | None = None,
 ) -> Manifest:
     """Export the checkpoint at ``model`` (a Hugging Face directory or a GGUF file) into the bundle ``output``.
 
+    ``adapter`` is a directory that ``dmtd finetune`` made of that checkpoint; its difference is added to the weights.
     ``verify`` is called with the finished but not yet placed bundle and the open checkpoint; it returns the record for the
     manifest and raises to refuse the bundle. Raises ExportError, dmtd_models' ModelError, or what ``verify`` raises.
     """
     progress = progress or Progress()
-    with one_line_os_errors(output), open_checkpoint(model) as checkpoint:
+    with one_line_os_errors(output), open_checkpoint(model, adapter) as checkpoint:
         check_target(output)
         spec = resolve(checkpoint, options)
         max_model_len = _max_model_len(checkpoint.config, options)

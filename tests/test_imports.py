@@ -149,13 +149,17 @@ def test_importing_the_runtime_loads_no_heavy_library() -> None:
 
 
 def test_export_imports_without_torch() -> None:
-    """Export needs no torch: one module is the bridge to the oracle, and nothing imports it before it is called for."""
-    bridge = "dmtd_export.verify.reference"
-    names = [name for name in modules_of("dmtd_export") if name != bridge]
-    assert len(names) == len(modules_of("dmtd_export")) - 1
-    report = import_in_fresh_interpreter({"torch", "transformers"}, names)
+    """Export needs no torch: a few modules are bridges to it, and nothing imports them before they are called for."""
+    bridges = {
+        "dmtd_export.verify.reference",
+        "dmtd_export.evaluate.torch_scorer",
+        "dmtd_export.evaluate.lm_eval_adapter",  # the harness brings its own libraries
+    }
+    names = [name for name in modules_of("dmtd_export") if name not in bridges]
+    assert len(names) == len(modules_of("dmtd_export")) - len(bridges)
+    report = import_in_fresh_interpreter({"torch", "transformers", "lm_eval", "matplotlib"}, names)
     assert report["failures"] == []
-    assert bridge not in report["loaded"]
+    assert not bridges & set(report["loaded"])
 
 
 def test_the_package_imports_without_onnx() -> None:

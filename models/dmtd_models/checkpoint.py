@@ -7,6 +7,7 @@ none that would change the output is left over.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -73,16 +74,25 @@ class Checkpoint(Protocol):
     ) -> None: ...
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
     """Open and check a checkpoint.
 
     Args:
         path: a directory with config.json and safetensors, or a .gguf file.
+        adapter: a directory that ``dmtd finetune`` made of this checkpoint; its difference is added to the weights.
 
     Raises:
         CheckpointError: nothing readable there, or tensors missing, left over or of the wrong shape.
         ConfigError: an architecture that is not supported.
     """
+    if adapter is not None:
+        from dmtd_models.adapter import AdaptedCheckpoint
+
+        with contextlib.ExitStack() as on_error:
+            base = on_error.enter_context(open_checkpoint(path))
+            adapted = AdaptedCheckpoint(base, adapter)
+            on_error.pop_all()
+        return adapted
     if path.is_dir():
         from dmtd_models.hf_checkpoint import HuggingFaceCheckpoint
 

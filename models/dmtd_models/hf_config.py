@@ -1,13 +1,13 @@
 """Writing config.json: the inverse of ``config.read_config``, in the form of transformers 4, which version 5 reads too.
 
-Used where a checkpoint has no config.json of its own (GGUF) and by the tiny test checkpoints.
+Used where a checkpoint has no config.json of its own (GGUF), by fine-tuning, and by the tiny test checkpoints.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict
 
-from dmtd_models.config import ModelConfig, Rope
+from dmtd_models.config import DmtdSpec, ModelConfig, Rope
 from dmtd_models.families import FAMILIES
 
 _ROPE_NAMES = {"kind": "rope_type", "original_max_positions": "original_max_position_embeddings"}
@@ -43,6 +43,26 @@ def to_hugging_face(config: ModelConfig) -> dict[str, object]:
     if family.reads_mlp_bias:
         raw["mlp_bias"] = config.mlp_bias
     return raw
+
+
+def with_dmtd_fields(raw: dict[str, object], spec: DmtdSpec | None, family: str) -> dict[str, object]:
+    """A config.json's contents with the published DMTD fields and model type, and our two fields of the convention.
+
+    Without ``spec`` every value is None: the names alone.
+    """
+    known = FAMILIES[family]
+    kind = known.dmtd_types[0]
+    return {
+        **raw,
+        "architectures": None if spec is None else [kind.removesuffix(known.name).upper() + known.architecture],
+        "model_type": None if spec is None else kind,
+        "num_encoding_layers": None if spec is None else spec.encoding_layers,
+        "num_thinking_layers": None if spec is None else spec.thinking_layers,
+        "num_decoding_layers": None if spec is None else spec.decoding_layers,
+        "mtp_horizon": None if spec is None else spec.cycle_length,
+        "cycle_origin": None if spec is None else spec.cycle_origin,
+        "prompt_input": None if spec is None else spec.prompt_input,
+    }
 
 
 def rope_fields(rope: Rope) -> dict[str, object]:

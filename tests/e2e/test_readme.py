@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -30,6 +31,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with ``model/``, and ``bundle/`` made by the README's own first command."""
     directory = tmp_path_factory.mktemp("readme")
     write_tiny_checkpoint(directory / "model", family="llama", layers=12, tokenizer=True)
+    chat = {
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, how are you today?"}]
+    }
+    (directory / "chats.jsonl").write_text(f"{json.dumps(chat)}\n" * 40, encoding="utf-8")
     run(COMMANDS[0], directory)
     return directory
 

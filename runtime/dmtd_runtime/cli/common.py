@@ -124,7 +124,8 @@ def friendly_errors() -> Iterator[None]:
             ) from error
         raise
     except ValueError as error:
-        if type(error).__module__ != "dmtd_models.errors":
+        # By name and with its subclasses, wherever they stand: this package must not import that one.
+        if not any(kind.__module__ == "dmtd_models.errors" for kind in type(error).__mro__):
             raise
         raise _fail(str(error)) from error
 

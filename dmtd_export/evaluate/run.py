@@ -1,0 +1,299 @@
+"""One evaluation from beginning to end: model and base opened, texts and tasks read, everything measured, one report.
+
+EvaluateOptions --> evaluate() --> EvaluationReport (report.py renders it, plots.py draws it)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from dmtd_export.evaluate import generation, multiple_choice
+from dmtd_export.evaluate.conventions import ConventionResult, measure_conventions
+from dmtd_export.evaluate.errors import EvaluateError
+from dmtd_export.evaluate.fluency import FluencyResult, everyday_items, measure_fluency
+from dmtd_export.evaluate.generation import GenerationResult, GenerationRun
+from dmtd_export.evaluate.lm_eval_run import HarnessResult, run_harness
+from dmtd_export.evaluate.multiple_choice import ChoiceResult
+from dmtd_export.evaluate.options import MIN_SCORED, EvaluateOptions
+from dmtd_export.evaluate.report import EvaluationReport, TaskResult, scores_of
+from dmtd_export.evaluate.run_lengths import CHAT, TEXT, RunLengths, draw_prefixes, measure_run_lengths
+from dmtd_export.evaluate.statistics import Bootstrap, retention
+from dmtd_export.evaluate.subject import Subject, open_subject
+from dmtd_export.evaluate.tasks import Items, read_task
+from dmtd_export.evaluate.text_metrics import TextResult, measure_text
+from dmtd_export.evaluate.texts import TextWindow, WindowPlan, collect_windows
+from dmtd_models.text.items import GenerationItem, MultipleChoiceItem
+from dmtd_models.text.packages import default_cache_dir
+from dmtd_runtime.chat_template import ChatTemplate
+
+OnProgress = Callable[[str, int, int], None]  # stage, done, total
+
+
+def evaluate(
+    model: Path,
+    base: Path | None,
+    options: EvaluateOptions,
+    on_progress: OnProgress = lambda stage, done, total: None,
+) -> EvaluationReport:
+    """Measure ``model`` against the plain ``base`` (None: the model itself in plain mode).
+
+    Raises:
+        DmtdError, ModelError: something cannot be opened, read or compared; one line says what.
+    """
+    if not (options.texts or options.tasks or options.harness.tasks or options.fluency):
+        raise EvaluateError(
+            "nothing to evaluate on: give --text NAME|FILE, --task NAME|FILE, --fluency or --lm-eval TASKS"
+        )
+    for kind, names in (("text", options.texts), ("task", options.tasks)):
+        stems = [Path(name).stem for name in names]
+        for name, stem in zip(names, stems, strict=True):
+            if stems.count(stem) > 1:
+                raise EvaluateError(f"--{kind} {name}: given twice, or two files of one name; results go by name")
+    cache = options.cache_dir or default_cache_dir()
+    tasks = [
+        read_task(name, cache, options.limit, options.seed, run_unsafe_code=options.run_unsafe_code)
+        for name in options.tasks
+    ]
+    with contextlib.ExitStack() as opened:
+        on_progress("open", 0, 0)
+        subject = opened.enter_context(open_subject(model, options.open))
+        against = subject
+        if base is not None:
+            against = opened.enter_context(open_subject(base, options.base_open, plain_only=True))
+        run = _Run(subject=subject, base=against, options=options, on_progress=on_progress)
+        windows = run.windows()
+        run.check_base(windows, tasks)
+        conventions = run.conventions(windows)
+        text, runs = run.text(windows), run.run_lengths(windows, tasks)
+        measured: list[TaskResult] = [run.task(items) for items in tasks]
+        fluency = run.fluency()
+        harness, unscored = run.harness()
+        measured += harness
+    bootstrap = run.bootstrap
+    return EvaluationReport(
+        model=model,
+        model_kind=subject.kind,
+        base=base,
+        base_kind=against.kind,
+        cycle=subject.cycle,
+        convention_recorded=subject.convention_recorded,
+        text=text,
+        runs=runs,
+        tasks=tuple(measured),
+        fluency=fluency,
+        retention=retention([scores_of(result) for result in measured], bootstrap) if measured else None,
+        conventions=conventions,
+        bootstrap=bootstrap,
+        context_len=options.context_len,
+        notes=(
+            *_notes(subject, base),
+            *(f"{name} of lm-eval scores no single items; run the harness itself for it" for name in unscored),
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """What the parts of one evaluation share."""
+
+    subject: Subject
+    base: Subject
+    options: EvaluateOptions
+    on_progress: OnProgress
+
+    @property
+    def bootstrap(self) -> Bootstrap:
+        return Bootstrap(resamples=self.options.resamples, seed=self.options.seed)
+
+    def windows(self) -> tuple[TextWindow, ...]:
+        """Held-out text as both models can take it."""
+        options = self.options
+        if not options.texts:
+            return ()
+        longest = min(options.window_len, self.subject.scorer.max_len, self.base.scorer.max_len)
+        if longest < options.context_len + 2 * MIN_SCORED:
+            raise EvaluateError(
+                f"the model takes {longest} tokens, the context of {options.context_len} leaves nothing to score; lower "
+                "--context-len"
+            )
+        self.on_progress("read text", 0, 0)
+        plan = WindowPlan(
+            window_len=longest,
+            context_len=options.context_len,
+            max_windows=max(1, options.max_tokens // longest),
+            seed=options.seed,
+        )
+        return collect_windows(
+            options.texts, self.subject.encode, self.subject.chats, plan, options.cache_dir or default_cache_dir()
+        )
+
+    def check_base(self, windows: Sequence[TextWindow], tasks: Sequence[Items]) -> None:
+        """The base must read the same tokens: its numbers mean nothing otherwise.
+
+        Raises:
+            EvaluateError: another vocabulary.
+        """
+        subject, base = self.subject, self.base
+        if subject is base:
+            return
+        if subject.scorer.vocab_size != base.scorer.vocab_size:
+            raise EvaluateError(
+                f"--base {base.path}: has a vocabulary of {base.scorer.vocab_size}, {subject.path} one of "
+                f"{subject.scorer.vocab_size}; give the model that it was trained from"
+            )
+        if base.tokenizer is None:
+            return
+        samples = [_PROBE, *(item.prompt for items in tasks for item in items if isinstance(item, MultipleChoiceItem))]
+        for sample in samples[:20]:
+            if subject.encode(sample) != base.encode(sample):
+                raise EvaluateError(
+                    f"--base {base.path}: its tokenizer reads {sample[:40]!r} otherwise than that of {subject.path}; give "
+                    "the model that it was trained from"
+                )
+
+    def conventions(self, windows: Sequence[TextWindow]) -> ConventionResult | None:
+        """Every legal convention on the same rows, if asked for."""
+        if not self.options.compare_conventions:
+            return None
+        if not windows:
+            raise EvaluateError("--compare-conventions measures perplexity: give --text")
+        return measure_conventions(
+            self.subject,
+            windows,
+            bootstrap=self.bootstrap,
+            on_done=self._counter("conventions", 3 * len(windows)),
+        )
+
+    def text(self, windows: Sequence[TextWindow]) -> TextResult | None:
+        if not windows:
+            return None
+        return measure_text(
+            self.subject.scorer,
+            self.base.scorer,
+            windows,
+            bootstrap=self.bootstrap,
+            on_done=self._counter("perplexity", len(windows)),
+        )
+
+    def run_lengths(self, windows: Sequence[TextWindow], tasks: Sequence[Items]) -> dict[str, RunLengths]:
+        """From beginnings of text, and from the questions of generation tasks."""
+        options = self.options
+        room = min(self.subject.scorer.max_len, self.base.scorer.max_len)
+        prefixes = {
+            TEXT: draw_prefixes(windows, options.prefixes, options.seed) if windows else [],
+            CHAT: self._questions(tasks, room // 2)[: options.prefixes],
+        }
+        return {
+            kind: measure_run_lengths(
+                self.subject.scorer,
+                self.base.scorer,
+                some,
+                most=max(1, min(options.max_run, room - max(map(len, some)))),
+                bootstrap=self.bootstrap,
+                on_done=self._counter(f"run lengths: {kind}", len(some)),
+            )
+            for kind, some in prefixes.items()
+            if some
+        }
+
+    def _questions(self, tasks: Sequence[Items], longest: int) -> list[tuple[int, ...]]:
+        """Token ids of the generation tasks' rendered questions; none without a template, which generation itself reports."""
+        items = [item for items in tasks for item in items if isinstance(item, GenerationItem)]
+        template = ChatTemplate.from_directory(self.subject.assets) if items else None
+        tokenizer = self.subject.tokenizer
+        if template is None or tokenizer is None:
+            return []
+        rendered = (template.render(list(item.messages), add_generation_prompt=True) for item in items)
+        ids = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in rendered]
+        return [one for one in ids if len(one) <= longest]
+
+    def task(self, items: Items) -> ChoiceResult | GenerationResult:
+        """One task with model and base."""
+        name = items[0].task
+        if isinstance(items[0], MultipleChoiceItem):
+            choices = cast("Sequence[MultipleChoiceItem]", items)
+            return multiple_choice.measure_choices(
+                self.subject.scorer,
+                self.base.scorer,
+                choices,
+                self.subject.encode,
+                on_done=self._counter(name, len(choices)),
+            )
+        questions = cast("Sequence[GenerationItem]", items)
+        counter = self._counter(name, 2 * len(questions))
+        answers = []
+        for subject, plain in ((self.subject, False), (self.base, True)):
+            run = self._generation(subject, plain=plain)
+            answers.append(generation.write_answers(run, questions, counter))
+        return generation.compare_answers(questions, *answers)
+
+    def harness(self) -> tuple[list[HarnessResult], list[str]]:
+        """Tasks of lm-eval, if asked for."""
+        options = self.options
+        if not options.harness.tasks:
+            return [], []
+        return run_harness(
+            (self.subject, options.open),
+            (self.base, options.base_open if self.base is not self.subject else options.open),
+            options.harness,
+            limit=options.limit,
+            seed=options.seed,
+            run_unsafe_code=options.run_unsafe_code,
+            on_done=self._counter("lm-eval", 2),
+        )
+
+    def fluency(self) -> FluencyResult | None:
+        """Texts on the everyday prompts, if asked for."""
+        if not self.options.fluency:
+            return None
+        return measure_fluency(
+            self._generation(self.subject, plain=False),
+            self._generation(self.base, plain=True),
+            self.base.scorer,
+            self.bootstrap,
+            self._counter("fluency", 2 * len(everyday_items())),
+        )
+
+    def _generation(self, subject: Subject, *, plain: bool) -> GenerationRun:
+        opening = self.options.open if subject is self.subject else self.options.base_open
+        return GenerationRun(
+            bundle=subject.generation_bundle(), plain=plain, device=opening.device, threads=opening.threads
+        )
+
+    def _counter(self, stage: str, total: int) -> Callable[[int], None]:
+        done = 0
+        self.on_progress(stage, 0, total)
+
+        def count(more: int) -> None:
+            nonlocal done
+            done += more
+            self.on_progress(stage, done, total)
+
+        return count
+
+
+_PROBE = "The 3 quick brown foxes (aged 12) didn't jump:\n\tnaïve = café + 北京 # 😀\n"
+
+
+def _notes(subject: Subject, base: Path | None) -> list[str]:
+    notes = []
+    cycle = subject.cycle
+    if base is None and cycle.dmtd_trained:
+        notes.append(
+            "the baseline is the model itself in plain mode: with weights trained for DMTD that is no quality baseline; "
+            "give --base with the model that it was trained from"
+        )
+    elif base is None:
+        notes.append("the baseline is the model itself in plain mode; its weights record no DMTD training")
+    if not subject.convention_recorded:
+        notes.append(
+            f"the checkpoint records no convention: {cycle.cycle_origin} + {cycle.prompt_input} is assumed; "
+            "--compare-conventions measures the others"
+        )
+    if subject.kind == "checkpoint":
+        notes.append("generation tasks of a checkpoint run through a temporary float32 bundle")
+    return notes

@@ -1,0 +1,168 @@
+"""What is evaluated: a checkpoint or a bundle behind one face, with its scorer, its tokenizer and a bundle to generate from.
+
+A checkpoint generates through a temporary bundle, exported on demand in float32 for ONNX Runtime, so that generation
+always runs the real runtime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from dmtd_export.evaluate.errors import EvaluateError
+from dmtd_export.evaluate.options import OpenOptions
+from dmtd_export.evaluate.scorer import Scorer
+from dmtd_export.options import ExportOptions
+from dmtd_models.text.chat import TextTokenizer
+from dmtd_runtime import contract
+from dmtd_runtime.manifest import CycleInfo
+from dmtd_runtime.tokenizer import Tokenizer
+
+GENERATION_BATCH = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """One opened model. ``generation_bundle`` exports a checkpoint the first time it is called."""
+
+    path: Path
+    kind: Literal["checkpoint", "bundle"]
+    scorer: Scorer
+    tokenizer: Tokenizer | None
+    assets: Path  # the directory of tokenizer and chat template
+    convention_recorded: bool
+    generation_bundle: Callable[[], Path]
+
+    def chats(self) -> TextTokenizer:
+        """Training's tokenizer, which knows the tokens of a prompt from those of its answer."""
+        files = {
+            name: (self.assets / name).read_bytes() for name in contract.ASSET_FILES if (self.assets / name).is_file()
+        }
+        return TextTokenizer(files, vocab_size=self.scorer.vocab_size)
+
+    @property
+    def cycle(self) -> CycleInfo:
+        """The split and convention in force."""
+        return self.scorer.cycle
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the tokens that the tokenizer puts before every text.
+
+        Raises:
+            EvaluateError: there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise EvaluateError(f"{self.path}: has no tokenizer.json, which evaluation needs; add it to the checkpoint")
+        return self.tokenizer.encode(text)
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a path is a bundle rather than a checkpoint."""
+    return (path / contract.MANIFEST_FILE).is_file()
+
+
+@contextlib.contextmanager
+def open_subject(path: Path, options: OpenOptions, *, plain_only: bool = False) -> Iterator[Subject]:
+    """Open a checkpoint or a bundle. ``plain_only``: a base model, whose split does not matter.
+
+    Raises:
+        DmtdError, ModelError: it cannot be opened, or its split is unknown.
+    """
+    with contextlib.ExitStack() as opened:
+        yield (
+            _open_bundle(path, options, opened)
+            if is_bundle(path)
+            else _open_checkpoint(path, options, plain_only, opened)
+        )
+
+
+def _open_bundle(path: Path, options: OpenOptions, opened: contextlib.ExitStack) -> Subject:
+    from dmtd_export.evaluate.bundle_scorer import BundleScorer
+
+    if options.adapter is not None:
+        raise EvaluateError(f"{path} is a bundle, an adapter is merged into a checkpoint; give --adapter with its base")
+    if _gives_split(options.split):
+        raise EvaluateError(
+            f"{path} is a bundle, whose split is fixed; leave the split options out, or give its checkpoint"
+        )
+    scorer = opened.enter_context(BundleScorer(path, device=options.device, threads=options.threads))
+    return Subject(
+        path=path,
+        kind="bundle",
+        scorer=scorer,
+        tokenizer=Tokenizer.from_directory(path),
+        assets=path,
+        convention_recorded=True,
+        generation_bundle=lambda: path,
+    )
+
+
+def _open_checkpoint(path: Path, options: OpenOptions, plain_only: bool, opened: contextlib.ExitStack) -> Subject:
+    from dmtd_export.evaluate.torch_scorer import TorchScorer, use_threads
+    from dmtd_models.checkpoint import open_checkpoint
+    from dmtd_models.config import resolve_dmtd
+
+    checkpoint = opened.enter_context(open_checkpoint(path, options.adapter))
+    split = options.split
+    if plain_only:
+        # In plain mode every split computes the same: any that is legal will do where none is recorded.
+        split = ExportOptions() if checkpoint.dmtd else ExportOptions(decoding_layers=1, cycle_length=1)
+    spec = resolve_dmtd(
+        checkpoint.config,
+        checkpoint.dmtd,
+        encoding_layers=split.encoding_layers,
+        thinking_layers=split.thinking_layers,
+        decoding_layers=split.decoding_layers,
+        cycle_length=split.cycle_length,
+        cycle_origin=split.cycle_origin,
+        prompt_input=split.prompt_input,
+    )
+    use_threads(options.threads)
+    scorer = opened.enter_context(TorchScorer.open(checkpoint, spec, dtype=options.dtype, device=options.device))
+    scratch = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="dmtd-evaluate-")))
+    assets = scratch / "assets"
+    assets.mkdir()
+    for name, content in checkpoint.assets().items():
+        (assets / name).write_bytes(content)
+
+    def generation_bundle() -> Path:
+        bundle = scratch / "bundle"
+        if not is_bundle(bundle):
+            from dmtd_export.export import GQA_HEAD_MULTIPLE, export_bundle
+
+            target: Literal["tensorrt", "onnxruntime"] = (
+                "tensorrt" if checkpoint.config.head_dim % GQA_HEAD_MULTIPLE else "onnxruntime"
+            )
+            export_bundle(
+                path,
+                bundle,
+                replace(split, target=target, dtype="float32", max_batch=GENERATION_BATCH, verify=False),
+                adapter=options.adapter,
+            )
+        return bundle
+
+    return Subject(
+        path=path,
+        kind="checkpoint",
+        scorer=scorer,
+        tokenizer=Tokenizer.from_directory(assets),
+        assets=assets,
+        convention_recorded=spec.convention_recorded,
+        generation_bundle=generation_bundle,
+    )
+
+
+def _gives_split(split: ExportOptions) -> bool:
+    names = (
+        "encoding_layers",
+        "thinking_layers",
+        "decoding_layers",
+        "cycle_length",
+        "cycle_origin",
+        "prompt_input",
+    )
+    return any(getattr(split, name) is not None for name in names)

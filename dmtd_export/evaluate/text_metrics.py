@@ -1,0 +1,108 @@
+"""Perplexity and top-1 agreement over text, by phase, against the plain base model on the same rows.
+
+TextWindow --> score_pair --> sums a document --> TextResult
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dmtd_export.evaluate.scorer import Scorer, ScoreRequest, phase_name, phases, score_pair
+from dmtd_export.evaluate.statistics import Array, Bootstrap, Estimate
+from dmtd_export.evaluate.texts import TextWindow
+
+MIN_DOCUMENTS = 10  # with fewer, windows are the units of the bootstrap
+
+# Sums kept for every unit and phase.
+MODEL_NLL, BASE_NLL, TOKENS, AGREED = range(4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseResult:
+    """Over the rows of one phase, or all rows."""
+
+    tokens: int
+    perplexity: Estimate
+    base_perplexity: Estimate
+    ratio: Estimate
+    agreement: Estimate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextResult:
+    """``by_phase`` by phase name, ``by_source`` by corpus; ``unit`` is what the bootstrap draws."""
+
+    overall: PhaseResult
+    by_phase: Mapping[str, PhaseResult]
+    by_source: Mapping[str, PhaseResult]
+    windows: int
+    documents: int
+    unit: str
+
+
+def measure_text(
+    model: Scorer,
+    base: Scorer,
+    windows: Sequence[TextWindow],
+    *,
+    bootstrap: Bootstrap,
+    on_done: Callable[[int], None] = lambda count: None,
+) -> TextResult:
+    """Score every window; the first tokens of each are its prompt, and their rows are not counted."""
+    sums = np.zeros((len(windows), 4, model.cycle.cycle_length))
+    step = max(1, min(model.batch_hint, base.batch_hint))
+    for start in range(0, len(windows), step):
+        part = windows[start : start + step]
+        requests = [
+            ScoreRequest(token_ids=w.token_ids, prompt_len=w.context_len, plain=False, first_row=w.context_len)
+            for w in part
+        ]
+        ours, theirs = score_pair(model, base, requests)
+        for at, (mine, plain) in enumerate(zip(ours, theirs, strict=True), start):
+            rows, context_len = len(mine.target_logprobs), windows[at].context_len
+            phase = phases(model.cycle, prompt_len=context_len, num_rows=context_len + rows)[context_len:]
+            values = (-mine.target_logprobs, -plain.target_logprobs, np.ones(rows), mine.top1 == plain.top1)
+            for kind, value in enumerate(values):
+                np.add.at(sums[at, kind], phase, value[:rows])
+        on_done(len(part))
+    return summarise(sums, windows, bootstrap)
+
+
+def summarise(sums: Array, windows: Sequence[TextWindow], bootstrap: Bootstrap) -> TextResult:
+    """Sums [windows, 4, phases] as estimates."""
+    documents = {(w.source, w.text_id): i for i, w in enumerate({(w.source, w.text_id): w for w in windows}.values())}
+    by_document = len(documents) >= MIN_DOCUMENTS
+    units = _grouped(sums, [documents[w.source, w.text_id] for w in windows]) if by_document else sums
+    sources = tuple(dict.fromkeys(w.source for w in windows))
+    return TextResult(
+        overall=_result(units.sum(-1), bootstrap),
+        by_phase={phase_name(p): _result(units[..., p], bootstrap) for p in range(sums.shape[-1])},
+        by_source={s: _result(sums[[w.source == s for w in windows]].sum(-1), bootstrap) for s in sources},
+        windows=len(windows),
+        documents=len(documents),
+        unit="document" if by_document else "window",
+    )
+
+
+def _grouped(sums: Array, group: Sequence[int]) -> Array:
+    made = np.zeros((max(group) + 1, *sums.shape[1:]))
+    np.add.at(made, np.asarray(group), sums)
+    return made
+
+
+def _result(units: Array, bootstrap: Bootstrap) -> PhaseResult:
+    """Estimates of units [n, 4]."""
+
+    def of(statistic: Callable[[Array], Array]) -> Estimate:
+        return bootstrap.estimate(units, statistic)
+
+    return PhaseResult(
+        tokens=int(units[:, TOKENS].sum()),
+        perplexity=of(lambda s: np.exp(s[..., MODEL_NLL] / s[..., TOKENS])),
+        base_perplexity=of(lambda s: np.exp(s[..., BASE_NLL] / s[..., TOKENS])),
+        ratio=of(lambda s: np.exp((s[..., MODEL_NLL] - s[..., BASE_NLL]) / s[..., TOKENS])),
+        agreement=of(lambda s: s[..., AGREED] / s[..., TOKENS]),
+    )

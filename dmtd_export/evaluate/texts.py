@@ -1,0 +1,198 @@
+"""Held-out text as windows of token ids, and where text comes from: a registered corpus by name, or a file.
+
+--text NAME | FILE --> TextItem --> TextWindow --> perplexity, run lengths
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dmtd_export.evaluate.errors import EvaluateError
+from dmtd_export.evaluate.options import MIN_SCORED
+from dmtd_models.errors import ModelError
+from dmtd_models.text import corpora
+from dmtd_models.text.chat import TextTokenizer
+from dmtd_models.text.examples import Examples, form_of
+from dmtd_models.text.items import TextItem
+from dmtd_models.text.rows import read_rows
+
+CANDIDATES = 8  # windows made for each one that is taken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextWindow:
+    """A run of a document's tokens, behind the tokens that the tokenizer puts before every text; or a chat with its answer.
+
+    The first ``context_len`` tokens are fed and not scored: they are the prompt where cycles count from its end.
+    """
+
+    source: str
+    text_id: str
+    token_ids: tuple[int, ...]
+    context_len: int
+
+
+def read_texts(name: str, cache_dir: Path) -> Iterator[TextItem]:
+    """Held-out documents of a registered corpus, or those of a file (.jsonl: an object with ``text`` a line; else one text).
+
+    Chats are ``chat_windows``'s business.
+
+    Raises:
+        EvaluateError: neither a corpus nor a readable file, or a package that cannot be had.
+    """
+    path = Path(name)
+    if path.is_file():
+        yield from _read_file(path)
+        return
+    if name not in corpora.corpus_names():
+        known = ", ".join(corpora.corpus_names())
+        raise EvaluateError(f"--text: got {name}, expected a file or a registered corpus ({known})")
+    try:
+        yield from corpora.load_text(name, split="held_out", cache_dir=cache_dir)
+    except ModelError as error:
+        raise EvaluateError(f"--text {name}: {error}") from error
+
+
+def _read_file(path: Path) -> Iterator[TextItem]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluateError(f"{path}: cannot be read as UTF-8 text ({error}); give a text or .jsonl file") from None
+    if path.suffix != ".jsonl":
+        yield TextItem(source=path.name, text_id=path.name, text=text)
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise EvaluateError(f"{path}:{number}: not JSON ({error}); expected an object with text") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
+            raise EvaluateError(f"{path}:{number}: expected an object whose text is a string")
+        yield TextItem(source=path.name, text_id=str(entry.get("id", number)), text=entry["text"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowPlan:
+    """How text is cut, and how many tokens of a window are its context. The context of a chat is its prompt."""
+
+    window_len: int
+    context_len: int
+    max_windows: int
+    seed: int
+
+
+def cut_windows(
+    texts: Iterable[TextItem], encode: Callable[[str], list[int]], plan: WindowPlan
+) -> tuple[TextWindow, ...]:
+    """Windows of at most ``window_len`` tokens, a seeded choice of ``max_windows`` of them in their order.
+
+    ``encode`` adds the tokens that the tokenizer puts before a text; every window gets them.
+    """
+    prefix = encode("")
+    room = plan.window_len - len(prefix)
+    assert room > plan.context_len + MIN_SCORED, f"window of {plan.window_len} leaves nothing to score"
+    return _chosen(_windows(texts, encode, prefix, room, plan), plan)
+
+
+def _chosen(windows: Iterable[TextWindow], plan: WindowPlan) -> tuple[TextWindow, ...]:
+    candidates = list(itertools.islice(windows, CANDIDATES * plan.max_windows))
+    if len(candidates) <= plan.max_windows:
+        return tuple(candidates)
+    taken = np.random.default_rng(plan.seed).choice(len(candidates), plan.max_windows, replace=False)
+    return tuple(candidates[i] for i in sorted(taken.tolist()))
+
+
+def _windows(
+    texts: Iterable[TextItem],
+    encode: Callable[[str], list[int]],
+    prefix: Sequence[int],
+    room: int,
+    plan: WindowPlan,
+) -> Iterator[TextWindow]:
+    for item in texts:
+        ids = encode(item.text)[len(prefix) :]
+        for start in range(0, len(ids), room):
+            piece = ids[start : start + room]
+            if len(piece) >= plan.context_len + MIN_SCORED:
+                yield TextWindow(
+                    source=item.source,
+                    text_id=item.text_id,
+                    token_ids=(*prefix, *piece),
+                    context_len=plan.context_len,
+                )
+
+
+def is_chats(name: str) -> bool:
+    """Whether a --text is a file of chats (``messages``, or ``prompt_ids`` with ``answer_ids``): its first line tells."""
+    path = Path(name)
+    if path.suffix != ".jsonl" or not path.is_file():
+        return False
+    row = next(read_rows(path), None)
+    return row is not None and form_of(row) != "text"
+
+
+def chat_windows(name: str, tokenizer: TextTokenizer, plan: WindowPlan) -> tuple[TextWindow, ...]:
+    """The answers of a file of chats, each behind its prompt; a longer chat than ``window_len`` loses its end.
+
+    Raises:
+        EvaluateError: a record that is no chat.
+    """
+    examples = Examples(tokenizer=tokenizer, max_length=plan.window_len, whole_chats=False)
+    source = Path(name).name
+    try:
+        return _chosen(
+            (
+                TextWindow(
+                    source=source,
+                    text_id=row.where,
+                    token_ids=tuple(int(token) for token in example.input_ids),
+                    context_len=example.prompt_len,
+                )
+                for row in read_rows(Path(name))
+                for example in examples.of_row(row)
+                if len(example.input_ids) >= example.prompt_len + MIN_SCORED
+            ),
+            plan,
+        )
+    except ModelError as error:
+        raise EvaluateError(f"--text {error}") from error
+
+
+def collect_windows(
+    names: Sequence[str],
+    encode: Callable[[str], list[int]],
+    chats: Callable[[], TextTokenizer],
+    plan: WindowPlan,
+    cache_dir: Path,
+) -> tuple[TextWindow, ...]:
+    """Windows of several texts, the budget shared evenly. ``chats`` gives the tokenizer with its chat template.
+
+    Raises:
+        EvaluateError: a text of which nothing is long enough, or that is not there.
+    """
+    found: list[TextWindow] = []
+    for name in names:
+        share = WindowPlan(
+            window_len=plan.window_len,
+            context_len=plan.context_len,
+            max_windows=max(1, plan.max_windows // len(names)),
+            seed=plan.seed,
+        )
+        if is_chats(name):
+            windows = chat_windows(name, chats(), share)
+        else:
+            windows = cut_windows(read_texts(name, cache_dir), encode, share)
+        if not windows:
+            raise EvaluateError(
+                f"--text {name}: no document has {plan.context_len + MIN_SCORED} tokens; give a longer text"
+            )
+        found += windows
+    return tuple(found)

@@ -1,0 +1,84 @@
+"""The text of a run: sources read and joined, a held-out share set apart, what evaluation asks taken out.
+
+Stands between ``dmtd_models.text``, which reads single sources, and ``run``. Nothing here tokenises or packs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import concatenate_datasets
+
+from dmtd_models.errors import ModelError
+from dmtd_models.text.chat import TextTokenizer
+from dmtd_models.text.overlap import OverlapIndex, Probe, drop_leaks
+from dmtd_models.text.read_data import ReadOptions, read_training_data
+
+_MAX_HELD_OUT = 128
+_HELD_OUT_SHARE = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunText:
+    """What a run learns from, and how it came about."""
+
+    train: Any  # datasets.Dataset with input_ids and prompt_len
+    held_out: Any  # the same
+    notes: tuple[str, ...]  # one line for each source, and for what was taken out
+
+
+def read_run_text(
+    sources: Sequence[str],
+    held_out: Sequence[str],
+    tokenizer: TextTokenizer,
+    options: ReadOptions,
+    cache_dir: Path,
+    *,
+    probes: Sequence[Probe] = (),
+    seed: int = 0,
+) -> RunText:
+    """Read training and held-out text.
+
+    Args:
+        sources: files, directories or corpus names.
+        held_out: the same, for evaluation during training; without any, a seeded 2% of the documents (at most 128).
+        tokenizer: the model's.
+        options: lengths, and the form of examples.
+        cache_dir: of packages and tokenised text.
+        probes: evaluation items; documents in which one occurs are left out.
+        seed: of the held-out choice.
+
+    Raises:
+        DataError: a source that cannot be used.
+        ModelError: nothing is left to train on.
+    """
+    notes = []
+    parts = []
+    for source in sources:
+        data = read_training_data(source, tokenizer, options, cache_dir)
+        parts.append(data.dataset)
+        notes.append(f"{source}: {data.counts.summary()}")
+    if not parts:
+        raise ModelError("training text: got no source; give --data FILE, DIRECTORY or a corpus, or --answer-tokens")
+    whole = concatenate_datasets(parts)
+    if probes:
+        before = len(whole)
+        whole, _ = drop_leaks(whole, OverlapIndex(probes), tokenizer)
+        notes.append(f"{before - len(whole)} documents left out: evaluation items occur in them")
+    if held_out:
+        kept = [read_training_data(source, tokenizer, options, cache_dir).dataset for source in held_out]
+        evaluation = concatenate_datasets(kept)
+        evaluation = evaluation.select(range(min(_MAX_HELD_OUT, len(evaluation))))
+        train = whole
+    else:
+        count = min(_MAX_HELD_OUT, int(len(whole) * _HELD_OUT_SHARE))
+        order = np.random.default_rng(seed).permutation(len(whole))
+        evaluation = whole.select(np.sort(order[:count]))
+        train = whole.select(np.sort(order[count:]))
+    if not len(train):
+        raise ModelError("training text: nothing is left to train on; give more --data")
+    return RunText(train=train, held_out=evaluation, notes=tuple(notes))

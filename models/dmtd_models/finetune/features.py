@@ -1,0 +1,220 @@
+"""What frozen layers compute, stored once and read in every epoch: thoughts, and the plain model's likeliest tokens.
+
+Where only late layers train, E and T and the whole plain model give the same numbers for a text each time. They are computed in
+one pass over the data and kept in plain memory-mapped files, addressed by a token's place among all tokens of the data set:
+
+    thought.bin        bfloat16 [tokens, hidden]       (if the trunk is frozen)
+    target_ids.bin     int32 [tokens, k]
+    target_logs.bin    float16 [tokens, k]             logarithms of probabilities at temperature 1
+    features.json      what the numbers belong to, and how many tokens are done
+
+The pass goes on where it was interrupted. Files of other weights or another text are refused by their key, and made anew.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmtd_models.dmtd import DmtdModel
+from dmtd_models.errors import ModelError
+from dmtd_models.finetune.batches import Batch, Document, Documents
+from dmtd_models.finetune.packed import make_layout
+from dmtd_models.finetune.student import head_weight, likeliest_tokens, plain_rows, trunk
+from dmtd_models.saving import make_directory, write_json
+
+_RECORD, _THOUGHT, _IDS, _LOGS = "features.json", "thought.bin", "target_ids.bin", "target_logs.bin"
+_SAVE_EVERY_TOKENS = 200_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureKey:
+    """What stored features belong to."""
+
+    weights: str  # digest of the plain model's weights and configuration
+    documents: str  # digest of all token ids
+    trunk_layers: int
+    top_k: int
+
+
+class FeatureStore:
+    """Stored features of one data set, read by place."""
+
+    def __init__(
+        self, directory: Path, tokens: int, hidden: int, top_k: int, with_thought: bool, mode: str = "r"
+    ) -> None:
+        self._thought = _open(directory / _THOUGHT, np.int16, (tokens, hidden), mode) if with_thought else None
+        self._ids = _open(directory / _IDS, np.int32, (tokens, top_k), mode)
+        self._logs = _open(directory / _LOGS, np.float16, (tokens, top_k), mode)
+
+    def add_to(self, batch: Batch) -> None:
+        """Put the features of a batch's rows into it: ``thought`` [n, hidden], ``target_ids``, ``target_log_probs`` [r, k]."""
+        rows = batch["rows"].numpy()
+        learnt = rows[batch["loss_rows"].numpy()]
+        if self._thought is not None:
+            batch["thought"] = torch.from_numpy(self._thought[rows]).view(torch.bfloat16)
+        batch["target_ids"] = torch.from_numpy(self._ids[learnt].astype(np.int64))
+        batch["target_log_probs"] = torch.from_numpy(self._logs[learnt].astype(np.float32))
+
+    def write(self, first: int, thought: Tensor | None, ids: Tensor, logs: Tensor) -> None:
+        """Store the rows from place ``first`` on."""
+        rows = slice(first, first + len(ids))
+        if self._thought is not None and thought is not None:
+            self._thought[rows] = thought.to(torch.bfloat16).cpu().view(torch.int16).numpy()
+        self._ids[rows] = ids.cpu().numpy()
+        self._logs[rows] = logs.cpu().clamp(min=-6e4).numpy()
+
+    def save(self, directory: Path, key: FeatureKey, done: int) -> None:
+        """Let the files hold what was written, then note that the first ``done`` tokens are there."""
+        for array in (self._thought, self._ids, self._logs):
+            if isinstance(array, np.memmap):
+                array.flush()
+        write_json(directory / _RECORD, {"key": asdict(key), "tokens_done": done})
+
+
+def _file_sizes(tokens: int, hidden: int, top_k: int, with_thought: bool) -> dict[str, int]:
+    """Bytes of each file."""
+    sizes = {_IDS: 4 * tokens * top_k, _LOGS: 2 * tokens * top_k}
+    return {_THOUGHT: 2 * tokens * hidden, **sizes} if with_thought else sizes
+
+
+def _size(file: Path) -> int | None:
+    return file.stat().st_size if file.is_file() else None
+
+
+def documents_digest(documents: Documents) -> str:
+    """A digest of all token ids and prompt lengths, in order."""
+    digest = hashlib.sha256()
+    for index in range(len(documents)):
+        document = documents[index]
+        digest.update(document.prompt_len.to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(document.token_ids, dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def store_features(
+    base: DmtdModel,
+    documents: Documents,
+    directory: Path,
+    key: FeatureKey,
+    *,
+    with_thought: bool,
+    row_len: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> FeatureStore:
+    """Compute what is missing and return the store.
+
+    Args:
+        base: the plain model; its device and type are used.
+        documents: in the order of their ``first_row``, without gaps.
+        directory: of the files; made, or continued, or made anew if its key differs.
+        key: what the features belong to.
+        with_thought: store thoughts too.
+        row_len: tokens of a forward pass.
+        autocast: context of the forward passes.
+        on_progress: called with (tokens done, tokens in all).
+
+    Raises:
+        ModelError: not enough room on the disk.
+    """
+    last = documents[len(documents) - 1]
+    tokens, hidden = last.first_row + len(last.token_ids), base.config.hidden_size
+    done = _done_tokens(directory, key)
+    sizes = _file_sizes(tokens, hidden, key.top_k, with_thought)
+    if done is None or any(_size(directory / name) != size for name, size in sizes.items()):
+        _make_files(directory, sizes)
+        done = 0
+    store = FeatureStore(directory, tokens, hidden, key.top_k, with_thought, "r+")
+    saved = done
+    try:
+        for first, group in _groups(documents, row_len, done):
+            with torch.no_grad(), autocast():
+                thought, ids, logs = _compute(base, group, key.top_k)
+            store.write(first, thought, ids, logs)
+            done = first + len(ids)
+            if done - saved >= _SAVE_EVERY_TOKENS:
+                store.save(directory, key, done)
+                saved = done
+            on_progress(done, tokens)
+    finally:
+        if done > saved:  # at the end, or when an error or Ctrl-C ends the pass
+            store.save(directory, key, done)
+    return FeatureStore(directory, tokens, hidden, key.top_k, with_thought)
+
+
+def _compute(base: DmtdModel, group: list[Document], top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    device = base.model.norm.weight.device
+    ids = torch.from_numpy(np.concatenate([document.token_ids for document in group])).to(device)
+    lengths = [len(document.token_ids) for document in group]
+    positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
+    starts = tuple(np.concatenate(([0], np.cumsum(lengths))).tolist())
+    layout = make_layout(base.config, starts, positions, torch.float32)
+    thought = trunk(base, ids, layout)
+    rows = plain_rows(base, ids, thought, layout, torch.arange(len(ids), device=device))
+    target_ids, logs = likeliest_tokens(rows, head_weight(base), top_k, 256)
+    return thought, target_ids, logs
+
+
+def _groups(documents: Documents, row_len: int, done: int) -> Iterator[tuple[int, list[Document]]]:
+    """Documents in order, about ``row_len`` tokens at a time, from the first that is not done."""
+    group: list[Document] = []
+    for index in range(len(documents)):
+        document = documents[index]
+        if document.first_row < done:
+            continue
+        if group and sum(len(entry.token_ids) for entry in group) + len(document.token_ids) > row_len:
+            yield group[0].first_row, group
+            group = []
+        group.append(document)
+    if group:
+        yield group[0].first_row, group
+
+
+def _done_tokens(directory: Path, key: FeatureKey) -> int | None:
+    try:
+        record = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(record, dict) or record.get("key") != asdict(key):
+        return None
+    done = record.get("tokens_done")
+    return done if isinstance(done, int) else None
+
+
+def _make_files(directory: Path, sizes: Mapping[str, int]) -> None:
+    """Empty files whose room is taken at once: a mapped page without room would end the process when it is written."""
+    make_directory(directory)
+    # Only what is ours: the directory is the user's, and may hold other things.
+    for name in (_RECORD, _THOUGHT, _IDS, _LOGS):
+        (directory / name).unlink(missing_ok=True)
+    needed, free = sum(sizes.values()), shutil.disk_usage(directory).free
+    try:
+        if needed > 0.95 * free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        for name, size in sizes.items():
+            with (directory / name).open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        for name in sizes:
+            (directory / name).unlink(missing_ok=True)
+        raise ModelError(
+            f"stored features: need {needed / 1e9:.1f} GB in {directory}, {free / 1e9:.1f} GB are free ({error.strerror}); "
+            "give another directory with --cache-dir, or train with --no-cache"
+        ) from error
+
+
+def _open(file: Path, dtype: type[np.generic], shape: tuple[int, ...], mode: str) -> Any:
+    return np.memmap(file, dtype=dtype, mode=mode, shape=shape)  # type: ignore[call-overload]

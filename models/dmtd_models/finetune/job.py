@@ -1,0 +1,278 @@
+"""One ``dmtd finetune`` from its options to its result: text, training, what is kept. The command line's and a script's entry.
+
+    base + sources -> documents -> ``run.finetune`` -> checkpoint or adapter, curves, summary
+
+The output directory:
+
+    training/          job.json, log.jsonl, states to go on from, stored features, curves.png
+    summary.json       what was trained and how it went
+    config.json ...    the checkpoint, or adapter_config.json and adapter_model.safetensors
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from accelerate import PartialState
+
+from dmtd_models.checkpoint import Checkpoint, open_checkpoint
+from dmtd_models.config import CycleOrigin, DmtdSpec, PromptInput, resolve_dmtd
+from dmtd_models.errors import ConfigError
+from dmtd_models.finetune.curves import draw_curves, read_log
+from dmtd_models.finetune.data import RunText, read_run_text
+from dmtd_models.finetune.options import TrainOptions, check_options
+from dmtd_models.finetune.record import recorded_options, require_same_run, write_record
+from dmtd_models.finetune.result import save_adapter, save_checkpoint
+from dmtd_models.finetune.run import Hooks, RunResult, checkpoint_digest, finetune
+from dmtd_models.finetune.trainer import LOG
+from dmtd_models.saving import make_directory, write_json
+from dmtd_models.smollm2 import default_cache_dir
+from dmtd_models.text.chat import TextTokenizer
+from dmtd_models.text.facts import everyday_prompts
+from dmtd_models.text.overlap import Probe, probes_of, prompt_probes
+from dmtd_models.text.read_data import ReadOptions
+from dmtd_models.text.tasks import load_task
+
+TRAINING, SUMMARY = "training", "summary.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What to train from, on what, and what to keep."""
+
+    base: Path
+    output: Path
+    encoding_layers: int | None = None
+    thinking_layers: int | None = None
+    decoding_layers: int | None = None
+    cycle_length: int | None = None
+    cycle_origin: CycleOrigin = "prompt"
+    prompt_input: PromptInput | None = None
+    initial: Path | None = None  # an adapter of an earlier run to go on from
+    data: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
+    answer_tokens: int = 0
+    max_length: int = 1024
+    save: Literal["checkpoint", "adapter", "both"] = "checkpoint"
+    device: str | None = None
+    feature_dir: Path | None = None
+    train: TrainOptions = field(default_factory=TrainOptions)
+
+
+class Display(Protocol):
+    """Where a job shows what it does."""
+
+    def stage(self, name: str, total: int) -> None:
+        """A stage begins; ``total`` 0: its length is not known."""
+
+    def counted(self, name: str, done: int, total: int) -> None:
+        """``done`` of ``total`` of a stage."""
+
+    def line(self, text: str) -> None:
+        """One line that stays."""
+
+
+def run_job(job: Job, display: Display) -> dict[str, Any]:
+    """Do it all; returns what summary.json holds (empty in processes beside the first).
+
+    Raises:
+        ModelError: anything wrong with base, options, text, memory or the course of training, in one line.
+    """
+    _require_own_output(job)
+    training = job.output / TRAINING
+    with contextlib.ExitStack() as opened:
+        checkpoint = opened.enter_context(open_checkpoint(job.base))
+        spec = _spec(checkpoint, job)
+        check_options(job.train, spec)
+        processes = PartialState(cpu=job.device == "cpu" or not torch.cuda.is_available())
+        record = _record(checkpoint, spec, job, processes.num_processes)
+        require_same_run(training, record)
+        tokenizer = TextTokenizer.of_checkpoint(checkpoint)
+        # One process writes and tokenises, the others find it done.
+        with processes.main_process_first():
+            text = _text(checkpoint, tokenizer, job, display)
+            record["documents"] = [len(text.train), len(text.held_out)]
+            require_same_run(training, record)
+            if processes.is_main_process:
+                make_directory(training)
+                write_record(training, record)
+        for note in text.notes:
+            display.line(note)
+        initial = None
+        if job.initial is not None:
+            initial = opened.enter_context(open_checkpoint(job.base, job.initial))
+        result = finetune(
+            checkpoint,
+            spec,
+            text.train,
+            text.held_out,
+            training,
+            job.train,
+            initial=initial,
+            cache_dir=job.feature_dir,
+            device=job.device,
+            hooks=_hooks(display),
+        )
+        if not processes.is_main_process:
+            return {}
+        display.stage("saving", 0)
+        error = _save(checkpoint, spec, result, job)
+    summary = _summary(job, spec, text, result, error)
+    write_json(job.output / SUMMARY, summary)
+    draw_curves(read_log(training / LOG), training / "curves.png")
+    return summary
+
+
+def _require_own_output(job: Job) -> None:
+    """Refuse to write over a model that is not this command's."""
+    if job.output.resolve() == job.base.resolve():
+        raise ConfigError(f"-o: {job.output} is the base itself, which would be lost; give another directory")
+    if job.output.is_file():
+        raise ConfigError(f"-o: {job.output} is a file, expected a directory; give another place")
+    if (job.output / "config.json").is_file() and not (job.output / TRAINING).is_dir():
+        raise ConfigError(f"-o: {job.output} holds a model that dmtd finetune did not make; give another directory")
+
+
+def _record(checkpoint: Checkpoint, spec: DmtdSpec, job: Job, processes: int) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "base": checkpoint_digest(checkpoint, "any precision"),
+        "initial": None if job.initial is None else str(job.initial.resolve()),
+        "split": asdict(spec),
+        "data": list(job.data),
+        "held_out": list(job.held_out),
+        "answer_tokens": job.answer_tokens,
+        "max_length": job.max_length,
+        "train": recorded_options(asdict(job.train)),
+        "processes": processes,
+    }
+
+
+def _spec(checkpoint: Checkpoint, job: Job) -> DmtdSpec:
+    if checkpoint.dmtd is not None:
+        raise ConfigError(f"{job.base}: is a DMTD checkpoint already; fine-tuning starts from the plain model")
+    if job.initial is not None and job.train.trained == "lora":
+        raise ConfigError("--initial: an adapter's factors are made anew in a lora run; use --train late or full")
+    prompt_input = job.prompt_input or ("cyclical" if job.cycle_origin == "absolute" else "thinking")
+    return resolve_dmtd(
+        checkpoint.config,
+        None,
+        encoding_layers=job.encoding_layers,
+        thinking_layers=job.thinking_layers,
+        decoding_layers=job.decoding_layers,
+        cycle_length=job.cycle_length,
+        cycle_origin=job.cycle_origin,
+        prompt_input=prompt_input,
+    )
+
+
+def _text(checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display: Display) -> RunText:
+    cache = default_cache_dir()
+    sources = list(job.data)
+    if job.answer_tokens:
+        sources.append(str(_answers(checkpoint, tokenizer, job, display)))
+    display.stage("reading text", 0)
+    probes: list[Probe] = [*probes_of(load_task("facts", cache)), *prompt_probes("everyday", everyday_prompts())]
+    options = ReadOptions(
+        max_length=min(job.max_length, job.train.tokens_per_step, checkpoint.config.max_positions),
+        cycle_origin=job.cycle_origin,
+    )
+    return read_run_text(
+        sources,
+        job.held_out,
+        tokenizer,
+        options,
+        cache,
+        probes=probes,
+        seed=job.train.seed,
+    )
+
+
+def _answers(checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display: Display) -> Path:
+    """Chats that the base model writes, gone on with if some are there."""
+    from tokenizers import Tokenizer
+
+    from dmtd_models.dmtd import DmtdModel
+    from dmtd_models.finetune.answers import AnswerOptions, write_answers
+    from dmtd_models.finetune.questions import Mix, mixed_prompts
+
+    directory = job.output / TRAINING / "answers"
+    plain = resolve_dmtd(checkpoint.config, None, decoding_layers=1, cycle_length=1)
+    device = job.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = DmtdModel.from_reader(checkpoint.config, plain, checkpoint.read, torch.bfloat16).to(device)
+    seed = job.train.seed
+    write_answers(
+        model,
+        Tokenizer.from_str(checkpoint.assets()["tokenizer.json"].decode()),
+        lambda question: tokenizer.render([{"role": "user", "content": question}], add_generation_prompt=True),
+        mixed_prompts(seed=seed, mix=Mix()),
+        directory,
+        AnswerOptions(answer_tokens=job.answer_tokens, seed=seed),
+        progress=lambda shard: display.counted("answers of the base", shard.answer_tokens, job.answer_tokens),
+    )
+    return directory
+
+
+def _hooks(display: Display) -> Hooks:
+    def progress(values: Mapping[str, Any]) -> None:
+        if "tokens" in values and "divergence" in values:
+            display.counted("training", int(values["step"]), int(values["steps"]))
+        if "eval_divergence" in values:
+            display.line(_evaluation_line(values))
+
+    return Hooks(
+        stage=lambda words: display.stage(words, 0),
+        features=lambda done, total: display.counted("frozen layers", done, total),
+        progress=progress,
+    )
+
+
+def _evaluation_line(values: Mapping[str, Any]) -> str:
+    def shown(name: str, form: str) -> str:
+        return " / ".join("-" if value is None else format(value, form) for value in values.get(name, []))
+
+    return (
+        f"{values['eval_tokens'] / 1e6:.2f} M tokens: held-out divergence by phase {shown('eval_divergence_by_phase', '.3f')}, "
+        f"agreement {shown('eval_agreement_by_phase', '.1%') or 'not measured'}"
+    )
+
+
+def _save(checkpoint: Checkpoint, spec: DmtdSpec, result: RunResult, job: Job) -> float | None:
+    error = None
+    if job.save in ("adapter", "both"):
+        error = save_adapter(checkpoint, spec, result.student, job.output)
+    if job.save in ("checkpoint", "both"):
+        save_checkpoint(checkpoint, spec, result.student, job.output)
+    return error
+
+
+def _summary(job: Job, spec: DmtdSpec, text: RunText, result: RunResult, error: float | None) -> dict[str, Any]:
+    evaluations = [line for line in result.log if "eval_divergence" in line]
+    training = [line for line in result.log if "tokens_per_s" in line]
+    rates = sorted(line["tokens_per_s"] for line in training)
+    return {
+        "schema": 1,
+        "base": str(job.base),
+        "initial": str(job.initial) if job.initial else None,
+        "output": str(job.output),
+        "saved": job.save,
+        "split": asdict(spec),
+        "options": asdict(job.train),
+        "text": list(text.notes),
+        "documents": {"train": len(text.train), "held_out": len(text.held_out)},
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "seconds": round(result.seconds, 1),
+        "tokens_per_s": rates[len(rates) // 2] if rates else None,
+        "matmul_peak_flops": result.peak_flops,
+        "matmul_share": sorted(line["matmul_share"] for line in training)[len(training) // 2] if training else None,
+        "evaluation": {key: value for key, value in evaluations[-1].items() if key.startswith("eval_")}
+        if evaluations
+        else None,
+        "adapter_relative_error": error,
+    }

@@ -1,0 +1,90 @@
+"""What ``dmtd finetune`` may be told, in one frozen description of a run. These are the defaults of command and library."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dmtd_models.config import DmtdSpec
+from dmtd_models.errors import ConfigError
+from dmtd_models.finetune.batches import BatchOptions
+from dmtd_models.finetune.student import LossOptions, Trained
+
+Schedule = Literal["linear", "cosine", "warmup_stable_decay"]
+Precision = Literal["bfloat16", "float32"]
+LoraLayers = Literal["late", "all"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions:
+    """A run: what is trained, on how many tokens, how fast it learns. Token counts are of documents, prompts included."""
+
+    trained: Trained = "late"
+    train_embedding: bool = False
+    lora_rank: int = 32
+    lora_layers: LoraLayers = "all"
+    epochs: float = 1.0
+    max_tokens: int | None = None  # ends the run earlier (or, with more epochs, later); the schedule ends there too
+    tokens_per_step: int = 4096  # of one process; documents are packed into rows of so many tokens
+    accumulate: int = 1  # rows of one process before the optimiser steps
+    learning_rate: float = 6e-4
+    schedule: Schedule = "warmup_stable_decay"
+    warmup: float = 0.03  # share of all steps
+    decay: float = 0.3  # share of all steps, of warmup_stable_decay
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    precision: Precision = "bfloat16"
+    gradient_checkpointing: bool = False
+    cache_features: bool | None = None  # store what frozen layers compute; by default on a CPU with frozen E and T
+    curriculum: tuple[tuple[int, float], ...] = ()  # (cycle length, share of the run until which it holds), in order
+    eval_every_tokens: int = 500_000
+    save_every_s: float = 300.0
+    log_every_steps: int = 5
+    seed: int = 0
+    loss: LossOptions = field(default_factory=LossOptions)
+    batch: BatchOptions = field(default_factory=BatchOptions)
+
+    @property
+    def trunk_frozen(self) -> bool:
+        """Whether E and T (and the embedding) stay as they are."""
+        return not self.train_embedding and (
+            self.trained == "late" or (self.trained == "lora" and self.lora_layers == "late")
+        )
+
+
+def check_options(options: TrainOptions, spec: DmtdSpec) -> None:
+    """Refuse options that contradict each other.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    loss = options.loss
+    ranges = {
+        "distill": (loss.distill, 0.0, 1.0),
+        "temperature": (loss.temperature, 0.1, 100.0),
+        "learning-rate": (options.learning_rate, 1e-9, 1.0),
+        "warmup": (options.warmup, 0.0, 1.0),
+    }
+    for name, (value, low, high) in ranges.items():
+        if not low <= value <= high:
+            raise ConfigError(f"--{name}: got {value}, expected {low} to {high}")
+    if 0 < loss.distill < 1 and loss.top_k == 0:
+        raise ConfigError(
+            "--distill: a share between 0 and 1 needs --top-k 1 or more (the whole vocabulary: --distill 1)"
+        )
+    if options.train_embedding and options.trained == "lora":
+        raise ConfigError("--train-embedding: factors leave the embedding alone; give --train late or full with it")
+    if options.tokens_per_step < 16:
+        raise ConfigError(f"--tokens-per-step: got {options.tokens_per_step}, expected 16 or more")
+    if not (math.isfinite(options.epochs) and options.epochs > 0) and options.max_tokens is None:
+        raise ConfigError(f"--epochs: got {options.epochs}, expected more than 0")
+    last = 0.0
+    for cycle_length, until in options.curriculum:
+        if cycle_length < 1 or not last < until <= 1:
+            raise ConfigError(
+                "--curriculum: expected cycle lengths of 1 or more, each until a growing share up to 1, as 2:0.3,3:0.6"
+            )
+        last = until
+    if options.curriculum and spec.cycle_length < max(cycle for cycle, _ in options.curriculum):
+        raise ConfigError(f"--curriculum: goes above the cycle length {spec.cycle_length} that the run ends with")

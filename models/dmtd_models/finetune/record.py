@@ -1,0 +1,74 @@
+"""Which run a directory belongs to: its options in ``job.json``, so that another run never goes on from its states.
+
+Stands between ``job``, which knows the options, and the states that ``run`` goes on from. Options that change no weight (where
+to save, how often to report) are not recorded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dmtd_models.errors import ConfigError
+from dmtd_models.finetune.states import latest_checkpoint
+from dmtd_models.saving import write_json
+
+RECORD = "job.json"
+_FREE = ("cache_features", "eval_every_tokens", "log_every_steps", "save_every_s")
+_OPTIONS = {
+    "base": "BASE",
+    "trained": "--train",
+    "documents": "--data (documents read)",
+    "processes": "number of processes",
+}
+
+
+def recorded_options(train_options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of training that decide what weights come out."""
+    return {name: value for name, value in train_options.items() if name not in _FREE}
+
+
+def require_same_run(directory: Path, record: Mapping[str, Any]) -> None:
+    """Refuse to go on from the states in ``directory`` if they are of a run with other options.
+
+    Args:
+        directory: of the run's states and its record.
+        record: options of the run that is to be; what it lacks is not compared.
+
+    Raises:
+        ConfigError: names the option and both values.
+    """
+    file = directory / RECORD
+    if latest_checkpoint(directory) is None or not file.is_file():
+        return
+    try:
+        before = dict(_flat(json.loads(file.read_text(encoding="utf-8"))))
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{file}: not a record of a run ({error}); give another -o") from error
+    for name, value in _flat(json.loads(json.dumps(record))):
+        if name in before and before[name] != value:
+            option = name.rpartition(".")[2]
+            raise ConfigError(
+                f"{_OPTIONS.get(option, '--' + option.replace('_', '-'))}: got {_shown(value)}, but the run in {directory} "
+                f"has {_shown(before[name])}; give the same options to go on with it, or another -o"
+            )
+
+
+def write_record(directory: Path, record: Mapping[str, Any]) -> None:
+    """Note whose states these are going to be."""
+    write_json(directory / RECORD, dict(record))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,362 @@
+"""A fine-tuning run from a checkpoint and documents to trained weights: the library's entry, `finetune`.
+
+    checkpoint -> plain model (frozen) and student -> stored features -> Trainer -> trained weights
+
+What text becomes documents is ``dmtd_models.text``'s business, what form the result is kept in is ``result``'s. Runs on a
+CPU, one GPU, or several processes started by ``accelerate launch``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dmtd_models.checkpoint import Checkpoint
+from dmtd_models.config import DmtdSpec
+from dmtd_models.dmtd import DmtdModel
+from dmtd_models.errors import ConfigError, ModelError
+from dmtd_models.finetune.batches import Batch, BatchOptions, Collator, Document, PackedRows, make_batch, pack
+from dmtd_models.finetune.endings import ending_with_a_state, named_memory_errors
+from dmtd_models.finetune.features import FeatureKey, FeatureStore, documents_digest, store_features
+from dmtd_models.finetune.options import TrainOptions, check_options
+from dmtd_models.finetune.states import latest_checkpoint, remove_states, step_of
+from dmtd_models.finetune.student import Student, trainable_model
+from dmtd_models.finetune.trainer import DmtdTrainer, Guard, set_length, training_arguments
+from dmtd_models.layers import DecoderLayer
+from dmtd_models.saving import make_directory
+
+_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hooks:
+    """Where a run tells what it does; the default says nothing."""
+
+    stage: Callable[[str], None] = lambda words: None
+    features: Callable[[int, int], None] = lambda done, total: None  # tokens
+    progress: Callable[[Mapping[str, Any]], None] = lambda values: None  # lines of the log
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """A finished run."""
+
+    student: Student
+    steps: int
+    tokens: int  # trained on, in all epochs and processes
+    seconds: float  # of this process's training, without what came before a restart
+    peak_flops: float  # measured, of one process
+    log: list[dict[str, Any]]
+
+
+class DocumentTable:
+    """Documents of a data set with ``input_ids`` and ``prompt_len``, each with its place among all tokens."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset.with_format("numpy")
+        self.lengths, self.prompt_lens = _lengths(dataset)
+        self._first_rows = np.concatenate(([0], np.cumsum(self.lengths))).tolist()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Document:
+        ids = np.asarray(self._dataset[index]["input_ids"], dtype=np.int64)
+        return Document(token_ids=ids, prompt_len=self.prompt_lens[index], first_row=self._first_rows[index])
+
+    @property
+    def tokens(self) -> int:
+        """Of all documents."""
+        return int(self._first_rows[-1])
+
+
+def _lengths(dataset: Any) -> tuple[list[int], list[int]]:
+    """Tokens, and tokens of the prompt, of each document; token ids stay in the file."""
+    import pyarrow.compute
+
+    lengths: list[int] = []
+    prompt_lens: list[int] = []
+    for table in dataset.with_format("arrow").iter(batch_size=10_000):
+        lengths += pyarrow.compute.list_value_length(table["input_ids"]).to_pylist()
+        prompt_lens += table["prompt_len"].to_pylist()
+    return lengths, prompt_lens
+
+
+def finetune(
+    checkpoint: Checkpoint,
+    spec: DmtdSpec,
+    train: Any,
+    held_out: Any,
+    output: Path,
+    options: TrainOptions,
+    *,
+    initial: Checkpoint | None = None,
+    cache_dir: Path | None = None,
+    device: str | None = None,
+    hooks: Hooks = Hooks(),
+) -> RunResult:
+    """Train the late layers, all layers or an adapter; go on from the newest state in ``output`` if there is one.
+
+    Args:
+        checkpoint: the plain model.
+        spec: split, cycle length and convention to train for.
+        train: a ``datasets.Dataset`` with ``input_ids`` (at most ``options.tokens_per_step`` each) and ``prompt_len``.
+        held_out: the same, for evaluation during training; may be empty.
+        output: directory of log and states.
+        options: how to train.
+        initial: where the trained weights start; the plain model's own by default. It stays the teacher.
+        cache_dir: of stored features, ``output/features`` by default.
+        device: cpu or cuda; by default cuda where there is one.
+        hooks: told of stages and progress.
+
+    Raises:
+        ModelError: contradictory options, no text, no room, a loss that is no number, too little memory.
+    """
+    check_options(options, spec)
+    if options.loss.top_k > checkpoint.config.vocab_size:
+        raise ConfigError(
+            f"--top-k: got {options.loss.top_k}, expected at most {checkpoint.config.vocab_size} (the vocabulary)"
+        )
+    use_cpu = (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu"
+    if use_cpu:
+        _keep_large_blocks()
+    documents = DocumentTable(train)
+    if not len(documents):
+        raise ModelError("training text: got no documents; give other --data or a greater --max-length")
+    with named_memory_errors():
+        return _finetune(
+            checkpoint,
+            initial or checkpoint,
+            spec,
+            documents,
+            held_out,
+            output,
+            options,
+            cache_dir,
+            use_cpu=use_cpu,
+            hooks=hooks,
+        )
+
+
+def _finetune(
+    checkpoint: Checkpoint,
+    initial: Checkpoint,
+    spec: DmtdSpec,
+    documents: DocumentTable,
+    held_out: Any,
+    output: Path,
+    options: TrainOptions,
+    cache_dir: Path | None,
+    *,
+    use_cpu: bool,
+    hooks: Hooks,
+) -> RunResult:
+    hooks.stage("loading the model")
+    base = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, _DTYPES[options.precision]).requires_grad_(
+        False
+    )
+    student = _student(initial, base, options)
+    rows = pack(documents.lengths, options.tokens_per_step, options.seed)
+    make_directory(output)
+    # The arguments also start the processes of accelerate: nothing is shared between them before.
+    arguments = training_arguments(options, output, use_cpu=use_cpu)
+    steps, steps_per_evaluation = _steps(documents, rows, options, arguments.world_size)
+    set_length(arguments, options, steps)
+    evaluation = _held_out(held_out, spec, options)
+    store = None
+    if options.cache_features if options.cache_features is not None else (use_cpu and options.trunk_frozen):
+        hooks.stage("computing what frozen layers give")
+        with arguments.main_process_first():
+            store = _features(
+                checkpoint, base.to(arguments.device), documents, cache_dir or output / "features", options, hooks
+            )
+    collator = Collator(spec, options.batch, options.seed, store.add_to if store else lambda batch: None)
+    peak = _matmul_peak(_DTYPES[options.precision], arguments.device)
+    guard = Guard(options, collator.set_cycle_length, spec.cycle_length, steps_per_evaluation if evaluation else 0)
+    trainer = DmtdTrainer(
+        student=student,
+        options=options,
+        arguments=arguments,
+        rows=PackedRows(documents, rows),
+        collate=collator,
+        phases=spec.cycle_length,
+        held_out=evaluation,
+        flops_per_token=_flops_per_token(base, options, stored=store is not None),
+        peak_flops=peak,
+        on_progress=hooks.progress,
+    )
+    guard.trainer = trainer
+    trainer.add_callback(guard)
+    last = latest_checkpoint(output)
+    if arguments.should_save:
+        remove_states(output, keep=2)  # among them what a kill left half written
+    hooks.stage("training" if last is None else f"training, from {last.name} on")
+    started = time.monotonic()
+    if last is not None and step_of(last) >= steps:
+        trainer.take_finished(last)  # the trainer would take one step more
+    else:
+        with ending_with_a_state(guard, arguments.world_size):
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+    return RunResult(
+        student=student,
+        steps=trainer.state.global_step,
+        tokens=trainer.tokens,
+        seconds=time.monotonic() - started,
+        peak_flops=peak,
+        log=list(trainer.state.log_history),
+    )
+
+
+def _student(initial: Checkpoint, base: DmtdModel, options: TrainOptions) -> Student:
+    model: nn.Module = trainable_model(base, initial.read, options.trained, train_embedding=options.train_embedding)
+    if options.trained == "lora":
+        import peft
+
+        first = base.spec.encoding_layers + base.spec.thinking_layers if options.lora_layers == "late" else 0
+        settings = peft.LoraConfig(
+            r=options.lora_rank,
+            lora_alpha=2 * options.lora_rank,
+            target_modules=list(_LORA_TARGETS),
+            layers_to_transform=list(range(first, base.config.num_layers)),
+            layers_pattern="layers",
+        )
+        with torch.random.fork_rng(devices=[]):  # the first factors are drawn from torch's own generator
+            torch.manual_seed(options.seed)
+            model = peft.get_peft_model(model, settings, autocast_adapter_dtype=True)
+    return Student(
+        model,
+        base,
+        options.loss,
+        trunk_frozen=options.trunk_frozen,
+        gradient_checkpointing=options.gradient_checkpointing,
+        seed=options.seed,
+    )
+
+
+def _steps(documents: DocumentTable, rows: list[list[int]], options: TrainOptions, world: int) -> tuple[int, int]:
+    """Steps of the run, and from one evaluation to the next (0: none)."""
+    per_step = documents.tokens / len(rows) * options.accumulate * world
+    steps = options.epochs * len(rows) / (options.accumulate * world)
+    if options.max_tokens is not None:
+        steps = options.max_tokens / per_step
+    every = round(options.eval_every_tokens / per_step) if options.eval_every_tokens else 0
+    return max(1, math.ceil(steps)), max(1, every) if options.eval_every_tokens else 0
+
+
+def _held_out(dataset: Any, spec: DmtdSpec, options: TrainOptions) -> list[Batch]:
+    """Held-out batches, the same at every evaluation: phases are not moved."""
+    documents = DocumentTable(dataset)
+    still = BatchOptions(learn_prompt=options.batch.learn_prompt, vary_phase=False)
+    batches = []
+    for row in pack(documents.lengths, options.tokens_per_step, options.seed):
+        batch = make_batch([documents[index] for index in row], spec, still, np.random.default_rng(options.seed))
+        batches.append(batch)
+    return batches
+
+
+def _features(
+    checkpoint: Checkpoint,
+    base: DmtdModel,
+    documents: DocumentTable,
+    directory: Path,
+    options: TrainOptions,
+    hooks: Hooks,
+) -> FeatureStore:
+    spec = base.spec
+    key = FeatureKey(
+        weights=checkpoint_digest(checkpoint, options.precision),
+        documents=documents_digest(documents),
+        trunk_layers=spec.encoding_layers + spec.thinking_layers,
+        top_k=max(options.loss.top_k, 1),
+    )
+    device = base.model.norm.weight.device.type
+
+    def autocast() -> AbstractContextManager[Any]:
+        return torch.autocast(device, torch.bfloat16, enabled=options.precision == "bfloat16")
+
+    return store_features(
+        base,
+        documents,
+        directory,
+        key,
+        with_thought=options.trunk_frozen,
+        row_len=min(4096, options.tokens_per_step),
+        autocast=autocast,
+        on_progress=hooks.features,
+    )
+
+
+def checkpoint_digest(checkpoint: Checkpoint, precision: str) -> str:
+    """A digest of a checkpoint's architecture, files and the precision it is computed in."""
+    digest = hashlib.sha256(repr((asdict(checkpoint.config), precision)).encode())
+    path = checkpoint.path
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _flops_per_token(base: DmtdModel, options: TrainOptions, *, stored: bool) -> float:
+    """Matrix-product operations of one trained token, attention over its document left out.
+
+    A trained layer costs three forward passes (forward, gradient of the input, gradient of the weights), a layer that only passes
+    gradients on two, a frozen one below it one.
+    """
+    spec, layers = base.spec, base.model.layers
+    one_layer = 2.0 * sum(p.numel() for p in _linear_weights(layers[0]))
+    trunk_layers = spec.encoding_layers + spec.thinking_layers
+    trained = 2.0 if options.trained == "lora" else 3.0
+    total = spec.decoding_layers * trained * one_layer
+    if not options.trunk_frozen:
+        total += trunk_layers * trained * one_layer
+    elif not stored:
+        total += trunk_layers * one_layer
+    if not stored and options.loss.distill > 0:
+        total += (spec.decoding_layers + (0 if options.trunk_frozen else trunk_layers)) * one_layer
+    head = 2.0 * base.config.vocab_size * base.config.hidden_size
+    sampled = options.loss.sampled_on(base.model.norm.weight.device)
+    return total + 2 * head * (0.5 if sampled else 1.0)  # about half of the columns, with 32 targets a row
+
+
+def _linear_weights(layer: DecoderLayer) -> list[torch.Tensor]:
+    return [module.weight for module in layer.modules() if isinstance(module, nn.Linear)]
+
+
+def _matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second of this device's matrix product at a favourable shape, measured for a moment."""
+    size = 2048 if device.type == "cpu" else 8192
+    left, right = torch.ones(size, 1024, dtype=dtype, device=device), torch.ones(1024, size, dtype=dtype, device=device)
+    best = math.inf
+    for _ in range(6):
+        _wait(device)
+        started = time.perf_counter()
+        left @ right
+        _wait(device)
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size * size * 1024 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _keep_large_blocks() -> None:
+    """Let glibc keep large freed blocks: a step allocates the same ones again, and fresh pages cost a tenth of its time."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

@@ -1,0 +1,50 @@
+"""What corpora and tasks are made of: multiple-choice items, generation items and documents. Data only, no torch.
+
+``tasks.py`` makes the first two, ``corpora.py`` the third; evaluation and fine-tuning read them. Nothing here loads,
+renders or scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MultipleChoiceItem:
+    """One question whose answer is the likeliest of several continuations."""
+
+    task: str
+    """For example "hellaswag"."""
+    item_id: str
+    prompt: str
+    """Plain text before the continuation (not chat)."""
+    choices: tuple[str, ...]
+    """The continuations, with their leading space."""
+    answer: int
+    """Index of the right choice."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationItem:
+    """One question whose answer the model writes and a program checks."""
+
+    task: str
+    """For example "facts", "reasoning_gym/chain_sum"."""
+    item_id: str
+    messages: tuple[dict[str, str], ...]
+    """Chat messages; rendered with the model's template."""
+    max_new_tokens: int
+    score: Callable[[str], float]
+    """Answer text -> 0..1."""
+    chance: float
+    """Score of a guess, 0 for open answers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextItem:
+    """A document of prose or documentation."""
+
+    source: str
+    text_id: str
+    text: str

@@ -1,0 +1,336 @@
+"""``dmtd finetune`` as a user meets it: its result, its machine-readable form, and one clear line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from typer.testing import CliRunner, Result
+
+from dmtd_export.cli import VERBS, _LazyCommand, app
+from dmtd_models.checkpoint import open_checkpoint
+from dmtd_models.testing import write_tiny_checkpoint
+
+SPLIT = ("--decoding-layers", "2", "--cycle-length", "3")
+QUICK = (*SPLIT, "--precision", "float32", "--tokens-per-step", "128", "--top-k", "4", "--device", "cpu")
+SUMMARY_KEYS = {
+    "schema",
+    "base",
+    "initial",
+    "output",
+    "saved",
+    "split",
+    "options",
+    "text",
+    "documents",
+    "steps",
+    "tokens",
+    "seconds",
+    "tokens_per_s",
+    "matmul_peak_flops",
+    "matmul_share",
+    "evaluation",
+    "adapter_relative_error",
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_world(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setattr("dmtd_models.finetune.run._matmul_peak", lambda dtype, device: 1e12)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_checkpoint(tmp_path_factory.mktemp("base") / "base", tokenizer=True, layers=4))
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    with file.open("w") as stream:
+        for number in range(12):
+            messages = [
+                {"role": "user", "content": f"Say {number}."},
+                {"role": "assistant", "content": f"It is {number * number}, more or less."},
+            ]
+            stream.write(json.dumps({"messages": messages}) + "\n")
+    return str(file)
+
+
+def dmtd(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments, prog_name="dmtd")
+
+
+def finetune(base: str, output: Path, data: str | None, *more: str, quick: tuple[str, ...] = QUICK) -> Result:
+    return dmtd("finetune", base, "-o", str(output), *(("--data", data) if data else ()), *quick, *more)
+
+
+def error_line(result: Result, code: int = 1) -> str:
+    assert result.exit_code == code, (result.output, result.exception)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.output
+    return lines[0]
+
+
+def test_defaults_are_those_of_the_library() -> None:
+    from dmtd_models.finetune.job import Job
+    from dmtd_models.finetune.options import TrainOptions
+
+    given = {
+        parameter.name: parameter.default for parameter in _LazyCommand("finetune", VERBS["finetune"]).load().params
+    }
+    names = {"train": "trained", "cache": "cache_features", "save_every": "save_every_s"}
+    names |= {"eval_every": "eval_every_tokens", "cache_dir": "feature_dir"}
+    train, job = TrainOptions(), Job(base=Path(), output=Path())
+    library = {
+        **{field.name: getattr(job, field.name) for field in fields(Job)},
+        **{field.name: getattr(train, field.name) for field in fields(TrainOptions)},
+        **{field.name: getattr(train.loss, field.name) for field in fields(train.loss)},
+        **{field.name: getattr(train.batch, field.name) for field in fields(train.batch)},
+    }
+    compared = 0
+    for name, default in given.items():
+        key = names.get(name, name)
+        if key in library and name not in ("output", "curriculum", "data", "held_out"):
+            assert library[key] == default, name
+            compared += 1
+    assert compared >= 28
+
+
+@pytest.fixture(scope="module")
+def finished(base: str, chats: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run with everything kept: directory and what ``--json`` told."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        result = finetune(base, output, chats, "--held-out", chats, "--save", "both", "--epochs", "2", "--json")
+    assert result.exit_code == 0, (result.output, result.exception)
+    return output, json.loads(result.stdout)
+
+
+def test_what_a_run_leaves(finished: tuple[Path, dict[str, Any]], base: str, chats: str) -> None:
+    output, told = finished
+    assert told.keys() == SUMMARY_KEYS and told["schema"] == 1
+    assert told == json.loads((output / "summary.json").read_text())
+    assert told["base"] == base and told["output"] == str(output) and told["saved"] == "both"
+    split = ("encoding_layers", "thinking_layers", "decoding_layers", "cycle_length", "cycle_origin", "prompt_input")
+    assert [told["split"][name] for name in split] == [0, 2, 2, 3, "prompt", "thinking"]
+    assert told["documents"] == {"train": 12, "held_out": 12}
+    assert told["options"]["tokens_per_step"] == 128 and told["options"]["loss"]["top_k"] == 4
+    assert len(told["evaluation"]["eval_divergence_by_phase"]) == 3
+    assert len(told["evaluation"]["eval_agreement_by_phase"]) == 3
+    assert 0 < told["adapter_relative_error"] < 0.05 and told["tokens_per_s"] > 0
+    training = output / "training"
+    assert (training / "curves.png").read_bytes().startswith(b"\x89PNG")
+    log = [json.loads(line) for line in (training / "log.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in log) == told["steps"]
+    assert any(chats in note for note in told["text"])
+
+
+def test_the_result_is_a_checkpoint_and_an_adapter(finished: tuple[Path, dict[str, Any]], base: str) -> None:
+    output, _ = finished
+    raw = json.loads((output / "config.json").read_text())
+    assert raw["model_type"] == "mtpqwen3" and raw["mtp_horizon"] == 3
+    with open_checkpoint(output) as tuned, open_checkpoint(Path(base), output) as adapted:
+        assert tuned.dmtd == adapted.dmtd
+        name = "model.layers.3.mlp.up_proj.weight"
+        one, other, plain = (np.asarray(source.read(name)) for source in (tuned, adapted, adapted._base))
+        change = np.abs(one - plain).max()
+        assert change > 0 and np.abs(one - other).max() < 0.02 * change
+
+
+def test_the_result_exports(finished: tuple[Path, dict[str, Any]], base: str, tmp_path: Path) -> None:
+    output, _ = finished
+    options = ("--max-batch", "1", "--max-model-len", "64", "--no-verify", "--json")
+    result = dmtd("export", str(output), "-o", str(tmp_path / "b"), *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["dmtd_trained"] is True
+    assert "warning" not in result.stderr
+
+
+def test_a_run_for_people(base: str, chats: str, tmp_path: Path) -> None:
+    result = finetune(base, tmp_path / "out", chats, "--save", "adapter", "--max-tokens", "200")
+    assert result.exit_code == 0, (result.output, result.exception)
+    words = " ".join(result.stdout.split())
+    assert "E0 T2 D2, cycle of 3" in words
+    assert "--adapter" in words and "dmtd export" in words
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.fixture
+def at_forward(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Any]], None]:
+    """Lets something happen in the n-th forward pass of the student."""
+    from dmtd_models.finetune.student import Student
+
+    whole = Student.forward
+
+    def install(call: int, act: Callable[[], Any]) -> None:
+        calls: list[int] = []
+
+        def forward(self: Student, *args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == call:
+                act()
+            return whole(self, *args, **kwargs)
+
+        monkeypatch.setattr(Student, "forward", forward)
+
+    return install
+
+
+def weights(output: Path) -> dict[str, np.ndarray]:
+    return load_file(output / "model.safetensors")
+
+
+def test_ctrl_c_and_the_same_command_again(
+    base: str, chats: str, tmp_path: Path, at_forward: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("--epochs", "3", "--eval-every", "0")
+    whole = finetune(base, tmp_path / "whole", chats, *command)
+    assert whole.exit_code == 0, (whole.output, whole.exception)
+    at_forward(3, lambda: signal.raise_signal(signal.SIGINT))
+    result = finetune(base, tmp_path / "out", chats, *command)
+    assert result.exit_code == 130, (result.output, result.exception)
+    assert "interrupted" in result.stderr and "Traceback" not in result.output
+    assert (tmp_path / "out" / "training" / "checkpoint-3" / "complete.json").is_file()
+    assert not (tmp_path / "out" / "config.json").exists()
+
+    refused = finetune(base, tmp_path / "out", chats, *command, "--learning-rate", "0.001")
+    line = error_line(refused)
+    assert "--learning-rate: got 0.001" in line and "0.0006" in line and "another -o" in line
+    assert "--cycle-length" in error_line(
+        finetune(base, tmp_path / "out", chats, *command, quick=(*QUICK, "--cycle-length", "2"))
+    )
+    assert "--data" in error_line(finetune(base, tmp_path / "out", chats, *command, "--data", chats))
+
+    result = finetune(base, tmp_path / "out", chats, *command)
+    assert result.exit_code == 0, (result.output, result.exception)
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "out")
+    assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+    # What changes no weight may change: a finished run is saved in another form without training again.
+    again = finetune(base, tmp_path / "out", chats, *command, "--save", "adapter", "--eval-every", "1000")
+    assert again.exit_code == 0, (again.output, again.exception)
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+
+
+def test_other_options_before_any_state_are_welcome(base: str, chats: str, tmp_path: Path, at_forward: Any) -> None:
+    def exhausted() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    at_forward(1, exhausted)
+    line = error_line(finetune(base, tmp_path / "out", chats))
+    assert "out of memory" in line and "--tokens-per-step" in line
+    result = finetune(base, tmp_path / "out", chats, "--max-tokens", "100", "--accumulate", "2")
+    assert result.exit_code == 0, (result.output, result.exception)
+
+
+def test_a_loss_that_is_no_number_is_one_line(base: str, chats: str, tmp_path: Path, at_forward: Any) -> None:
+    from dmtd_models.finetune.trainer import DivergedError
+
+    def diverge() -> None:
+        raise DivergedError("training: the loss is not a number at step 3")
+
+    at_forward(2, diverge)
+    assert "not a number" in error_line(finetune(base, tmp_path / "out", chats))
+
+
+@pytest.mark.parametrize(
+    ("quick", "words"),
+    [
+        (("--cycle-length", "3"), "--decoding-layers"),
+        (("--decoding-layers", "2"), "--cycle-length"),
+        (("--decoding-layers", "4", "--cycle-length", "3"), "DMTD split"),
+        (("--decoding-layers", "9", "--cycle-length", "3"), "DMTD split"),
+        (("--decoding-layers", "0", "--cycle-length", "3"), "DMTD split"),
+        (("--decoding-layers", "2", "--cycle-length", "0"), "cycle length: got 0, expected 1 or more"),
+        ((*SPLIT, "--prompt-input", "cyclical"), "undefined"),
+        ((*SPLIT, "--curriculum", "3:0.9,2:0.1"), "--curriculum"),
+        ((*SPLIT, "--curriculum", "4:0.5"), "--curriculum: goes above"),
+        ((*SPLIT, "--temperature", "0"), "--temperature"),
+        ((*SPLIT, "--train", "lora", "--train-embedding"), "--train-embedding"),
+    ],
+)
+def test_options_that_cannot_be_are_one_line(
+    base: str, chats: str, tmp_path: Path, quick: tuple[str, ...], words: str
+) -> None:
+    assert words in error_line(finetune(base, tmp_path / "out", chats, quick=(*quick, "--device", "cpu")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_usage(base: str, chats: str, tmp_path: Path) -> None:
+    result = finetune(base, tmp_path / "out", chats, "--curriculum", "two:half")
+    assert result.exit_code == 2 and "LENGTH:SHARE" in result.stderr
+    result = dmtd("finetune", base, *SPLIT)
+    assert result.exit_code == 2 and "--output" in result.stderr
+
+
+def test_a_base_that_is_dmtd_already(chats: str, tmp_path: Path) -> None:
+    fields_of = {"num_encoding_layers": 0, "num_thinking_layers": 2, "num_decoding_layers": 2, "mtp_horizon": 3}
+    base = write_tiny_checkpoint(tmp_path / "base", tokenizer=True, dmtd=fields_of)
+    assert "DMTD checkpoint already" in error_line(finetune(str(base), tmp_path / "out", chats))
+
+
+def test_the_base_is_never_written_over(base: str, chats: str, tmp_path: Path) -> None:
+    before = (Path(base) / "model.safetensors").read_bytes()
+    assert "is the base itself" in error_line(finetune(base, Path(base), chats))
+    link = tmp_path / "link"
+    link.symlink_to(base)
+    assert "is the base itself" in error_line(finetune(base, link, chats))
+    other = write_tiny_checkpoint(tmp_path / "other", seed=9)
+    assert "did not make" in error_line(finetune(base, other, chats))
+    (tmp_path / "file").write_text("x")
+    assert "is a file" in error_line(finetune(base, tmp_path / "file", chats))
+    assert (Path(base) / "model.safetensors").read_bytes() == before
+
+
+def write_lines(file: Path, *values: object) -> str:
+    file.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return str(file)
+
+
+USER, ANSWER = {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello there."}
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], "no data"),
+        ([{"messages": [USER]}], "got no assistant message, expected a chat with both sides"),
+        ([{"messages": [USER, ANSWER]}, {"messages": [ANSWER]}], "d.jsonl:2: messages: got no user message"),
+        ([{"words": "Hi."}], "expected one of `messages`, `text`"),
+        ([{"prompt_ids": [1, 2], "answer_ids": [9999]}], "9999"),
+    ],
+)
+def test_data_that_cannot_be_used_is_one_line(base: str, tmp_path: Path, rows: list[Any], words: str) -> None:
+    assert words in error_line(finetune(base, tmp_path / "out", write_lines(tmp_path / "d.jsonl", *rows)))
+
+
+def test_no_data_at_all(base: str, tmp_path: Path) -> None:
+    assert "--data" in error_line(finetune(base, tmp_path / "out", None))
+    assert "no such file" in error_line(finetune(base, tmp_path / "out", str(tmp_path / "none.jsonl")))
+
+
+def test_an_output_that_cannot_be_written(base: str, chats: str, tmp_path: Path, monkeypatch: Any) -> None:
+    from pathlib import Path as AnyPath
+
+    whole = AnyPath.mkdir
+
+    def refusing(self: Path, *args: Any, **kwargs: Any) -> None:
+        if self.is_relative_to(tmp_path / "out"):
+            raise PermissionError(13, os.strerror(13), str(self))
+        whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(AnyPath, "mkdir", refusing)
+    assert "Permission denied" in error_line(finetune(base, tmp_path / "out", chats))

@@ -1,0 +1,117 @@
+"""Windows of text: lengths, prefixes, budgets; files that cannot be read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dmtd_export.evaluate.errors import EvaluateError
+from dmtd_export.evaluate.texts import WindowPlan, collect_windows, cut_windows, is_chats, read_texts
+from dmtd_models.checkpoint import open_checkpoint
+from dmtd_models.testing import TOKENIZER_VOCAB_SIZE, write_tiny_checkpoint
+from dmtd_models.text.chat import TextTokenizer
+from dmtd_models.text.items import TextItem
+
+
+def no_chats():
+    raise AssertionError("plain text needs no chat template")
+
+
+PLAN = WindowPlan(window_len=30, context_len=4, max_windows=100, seed=0)
+BOS = 999
+
+
+def encode(text: str) -> list[int]:
+    """A number a word, behind a BOS."""
+    return [BOS, *map(int, text.split())]
+
+
+def document(name: str, length: int) -> TextItem:
+    return TextItem(source="s", text_id=name, text=" ".join(map(str, range(length))))
+
+
+def test_every_window_begins_with_the_tokenizer_s_prefix_and_nothing_is_lost() -> None:
+    found = cut_windows([document("a", 70)], encode, PLAN)
+    assert [len(w.token_ids) for w in found] == [30, 30, 13]
+    assert all(w.token_ids[0] == BOS for w in found)
+    assert [t for w in found for t in w.token_ids[1:]] == list(range(70))
+
+
+def test_pieces_too_short_to_score_are_dropped() -> None:
+    # 12 tokens are needed: a context of 4 and 8 to score.
+    found = cut_windows([document("a", 11), document("b", 12), document("c", 29 + 11)], encode, PLAN)
+    assert [(w.text_id, len(w.token_ids)) for w in found] == [("b", 13), ("c", 30)]
+
+
+def test_a_seeded_choice_within_the_budget() -> None:
+    def chosen(seed: int) -> list[str]:
+        plan = WindowPlan(window_len=30, context_len=4, max_windows=10, seed=seed)
+        return [w.text_id for w in cut_windows([document(f"{i:03}", 25) for i in range(60)], encode, plan)]
+
+    assert len(chosen(0)) == 10
+    assert chosen(0) == sorted(chosen(0)) == chosen(0)
+    assert chosen(0) != chosen(1)
+
+
+def test_the_budget_is_shared(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(" ".join(["1"] * 29 * 20))
+    plan = WindowPlan(window_len=30, context_len=4, max_windows=8, seed=0)
+    found = collect_windows([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], encode, no_chats, plan, tmp_path)
+    assert [w.source for w in found] == ["a.txt"] * 4 + ["b.txt"] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "1 2"}\nnot json\n', r"a.jsonl:2: not JSON"),
+        ("a.jsonl", b'{"words": "1 2"}\n', r"a.jsonl:1: expected an object whose text is a string"),
+        ("a.txt", b"\xff\xfe\x00", "cannot be read as UTF-8"),
+    ],
+)
+def test_files_that_are_no_text(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(EvaluateError, match=message):
+        list(read_texts(str(tmp_path / name), tmp_path))
+
+
+def test_a_name_that_is_nothing(tmp_path: Path) -> None:
+    with pytest.raises(EvaluateError, match="got no-such-corpus, expected a file or a registered corpus"):
+        list(read_texts("no-such-corpus", tmp_path))
+
+
+def test_a_text_too_short_is_named(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("1 2 3")
+    with pytest.raises(EvaluateError, match=r"short.txt: no document has 12 tokens"):
+        collect_windows([str(tmp_path / "short.txt")], encode, no_chats, PLAN, tmp_path)
+
+
+def test_chats_are_scored_behind_their_prompts(tmp_path):
+    """The rendered prompt is the context: known strings, tokenised by the checkpoint's own byte tokenizer."""
+    directory = write_tiny_checkpoint(tmp_path / "model", vocab_size=TOKENIZER_VOCAB_SIZE, tokenizer=True)
+    chats = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello to you"}]},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]},  # too short to score
+    ]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    with open_checkpoint(directory) as checkpoint:
+        tokenizer = TextTokenizer.of_checkpoint(checkpoint)
+        [window] = collect_windows([str(file)], no_encode, lambda: tokenizer, PLAN_OF_CHATS, tmp_path)
+        decode = tokenizer.tokenizer.decode
+        assert decode(list(window.token_ids[: window.context_len]), skip_special_tokens=False) == (
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        )
+        assert (
+            decode(list(window.token_ids[window.context_len :]), skip_special_tokens=False) == "Hello to you<|im_end|>"
+        )
+    assert is_chats(str(file)) and not is_chats("austen")
+
+
+def no_encode(text):
+    raise AssertionError("chats are not read as plain text")
+
+
+PLAN_OF_CHATS = WindowPlan(window_len=200, context_len=4, max_windows=10, seed=0)

@@ -1,0 +1,98 @@
+"""Runs in processes of their own: one that is killed, two that train together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from finetune_support import run_options, run_tiny, write_base
+from safetensors.torch import load_file
+
+from dmtd_models.finetune.student import LossOptions
+
+ROOT = Path(__file__).resolve().parents[3]
+ENVIRON = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "runtime", "models", "tests")),
+    "OMP_NUM_THREADS": "1",
+}
+
+# Killed while the optimiser's state of step 4 is being written: the weights lie there, complete.json does not.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from finetune_support import run_options, run_tiny
+torch.set_num_threads(1)
+save = torch.save
+def killing(value, file, *rest, **more):
+    if "checkpoint-4" in str(file):
+        Path(file).write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(value, file, *rest, **more)
+torch.save = killing
+run_tiny(Path(sys.argv[1]), Path(sys.argv[2]), run_options())
+"""
+
+TOGETHER = """
+import sys
+from pathlib import Path
+import torch
+from dmtd_models.finetune import run
+from dmtd_models.finetune.student import LossOptions
+from finetune_support import run_options, run_tiny
+torch.set_num_threads(1)
+run._matmul_peak = lambda dtype, device: 1e12
+options = run_options(max_tokens=int(sys.argv[3]), loss=LossOptions(top_k=2, vocab_sample=0))
+run_tiny(Path(sys.argv[1]), Path(sys.argv[2]), options)
+"""
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    command = [sys.executable, "-c", KILLED, str(base), str(tmp_path / "killed")]
+    done = subprocess.run(command, env=ENVIRON, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    half = tmp_path / "killed" / "checkpoint-4"
+    assert (half / "model.safetensors").is_file() and not (half / "complete.json").exists()
+    result = run_tiny(base, tmp_path / "killed", run_options())
+    expected = run_tiny(base, tmp_path / "whole", run_options())
+    assert result.steps == expected.steps
+    for (name, one), (_, other) in zip(
+        result.student.named_parameters(), expected.student.named_parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_twice_the_rows(tmp_path: Path) -> None:
+    """Rows 2k and 2k + 1 of each step, their gradients averaged: float32 sums in another order, nothing else."""
+    base, script = write_base(tmp_path / "base"), tmp_path / "script.py"
+    script.write_text(TOGETHER)
+    loss = LossOptions(top_k=2, vocab_sample=0)
+    alone = run_tiny(base, tmp_path / "alone", run_options(max_tokens=900, accumulate=2, loss=loss))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    command = [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", str(script), str(base)]
+    done = subprocess.run(
+        [*command, str(tmp_path / "two"), "900"], env=ENVIRON, capture_output=True, text=True, timeout=1200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    name = f"checkpoint-{alone.steps}"
+    one, other = (load_file(tmp_path / place / name / "model.safetensors") for place in ("alone", "two"))
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(value, other[key], rtol=1e-3, atol=1e-4, msg=key)

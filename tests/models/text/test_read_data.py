@@ -1,0 +1,296 @@
+"""A user's data: every form it may have, what is cut, dropped and counted, and one clear line for whatever is wrong."""
+
+import json
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from dmtd_models.text import corpora, read_data
+from dmtd_models.text.errors import DataError
+from dmtd_models.text.read_data import ReadOptions, read_training_data
+
+ASK = {"role": "user", "content": "Hi?"}
+ANSWER = {"role": "assistant", "content": "Yes."}
+CHAT = {"messages": [ASK, ANSWER]}
+PROMPT_TEXT = "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
+# Each byte is a token and so is each mark: <|im_start|>, user, line feed, Hi?, <|im_end|>, line feed, ...
+PROMPT_LEN = 1 + 4 + 1 + 3 + 1 + 1 + 1 + 9 + 1
+
+
+def lines(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture
+def read(tokenizer, tmp_path):
+    def read(source, tokenizer=tokenizer, **options):
+        return read_training_data(source, tokenizer, ReadOptions(**options), tmp_path / "cache")
+
+    return read
+
+
+def text_of(tokenizer, row):
+    return tokenizer.tokenizer.decode(row["input_ids"], skip_special_tokens=False)
+
+
+def test_a_chat(read, tokenizer, tmp_path):
+    data = read(lines(tmp_path / "a.jsonl", CHAT))
+    assert data.dataset.features["input_ids"].feature.dtype == "int32"
+    [row] = data.dataset
+    assert text_of(tokenizer, row) == PROMPT_TEXT + "Yes.<|im_end|>"
+    assert row["prompt_len"] == PROMPT_LEN
+    counts = data.counts
+    assert (counts.form, counts.records, counts.examples, counts.tokens) == ("messages", 1, 1, PROMPT_LEN + 5)
+    assert (counts.answer_tokens, counts.cut_answers, counts.dropped_prompts) == (5, 0, 0)
+    assert counts.summary() == f"1 records, 1 examples, {PROMPT_LEN + 5} tokens (5 answer)"
+
+
+def test_several_turns(read, tokenizer, tmp_path):
+    more = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    system = {"role": "system", "content": "Be kind."}
+    source = lines(tmp_path / "a.jsonl", {"messages": [system, ASK, ANSWER, *more, {"role": "user", "content": "Bye"}]})
+    head = "<|im_start|>system\nBe kind.<|im_end|>\n" + PROMPT_TEXT
+    second = head + "Yes.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    rows = list(read(source).dataset)
+    assert [text_of(tokenizer, row) for row in rows] == [head + "Yes.<|im_end|>", second + "So.<|im_end|>"]
+    prompts = [
+        tokenizer.tokenizer.decode(row["input_ids"][: row["prompt_len"]], skip_special_tokens=False) for row in rows
+    ]
+    assert prompts == [head, second]
+
+    [whole] = read(source, cycle_origin="absolute").dataset
+    assert text_of(tokenizer, whole) == second + "So.<|im_end|>"
+    assert tokenizer.tokenizer.decode(whole["input_ids"][: whole["prompt_len"]], skip_special_tokens=False) == head
+
+
+def test_documents_are_cut_into_pieces(read, tmp_path):
+    data = read(lines(tmp_path / "a.jsonl", {"text": "abcdefgh" * 2 + "x"}, {"text": "short"}), max_length=8)
+    assert [len(row["input_ids"]) for row in data.dataset] == [8, 8, 5]
+    assert set(data.dataset["prompt_len"]) == {0}
+    counts = data.counts
+    assert (counts.records, counts.examples, counts.cut_texts, counts.dropped_short) == (2, 3, 1, 1)
+    assert "1 documents cut into pieces" in counts.summary()
+
+
+def test_long_chats_are_cut_or_dropped(read, tmp_path):
+    asked = {"messages": [{"role": "user", "content": "x" * 30}, ANSWER]}
+    data = read(lines(tmp_path / "a.jsonl", CHAT, asked), max_length=PROMPT_LEN + 2)
+    [row] = data.dataset
+    assert (len(row["input_ids"]), row["prompt_len"]) == (PROMPT_LEN + 2, PROMPT_LEN)
+    assert (data.counts.cut_answers, data.counts.dropped_prompts) == (1, 1)
+    # A prompt that leaves no room for a token of the answer is dropped as well.
+    with pytest.raises(
+        DataError, match=r"none of 1 records gives an example of at most \d+ tokens \(1 prompts too long"
+    ):
+        read(lines(tmp_path / "b.jsonl", CHAT), max_length=PROMPT_LEN)
+
+
+def test_tokens(read, tmp_path):
+    record = {"prompt_ids": [1, 2, 3], "answer_ids": [4, 5], "kind": "self"}
+    [row] = read(lines(tmp_path / "a.jsonl", record)).dataset
+    assert row == {"input_ids": [1, 2, 3, 4, 5], "prompt_len": 3}
+
+
+def test_a_template_in_tokenizer_config(tmp_path, make_tokenizer):
+    from dmtd_models.text.chat import TextTokenizer
+
+    files = {"tokenizer.json": make_tokenizer().tokenizer.to_str().encode()}
+    config = {
+        "chat_template": [{"name": "default", "template": "{{ bos_token }}{{ messages[0].content }}"}],
+        "bos_token": "<s>",
+    }
+    made = TextTokenizer(files | {"tokenizer_config.json": json.dumps(config).encode()}, vocab_size=300)
+    assert made.render([ASK], add_generation_prompt=True) == "<s>Hi?"
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "json lines", "parquet", "folder", "saved", "saved dict"])
+def test_files(read, tmp_path, form):
+    records = [{"text": f"document {number}"} for number in range(5)]
+    path = tmp_path / "data"
+    if form == "jsonl":
+        path = tmp_path / "a.jsonl"
+        lines(path, *records)
+    elif form == "json":
+        path = tmp_path / "a.json"
+        path.write_text("\ufeff " + json.dumps(records, indent=1))
+    elif form == "json lines":
+        path = tmp_path / "a.json"
+        lines(path, *records)
+    elif form == "parquet":
+        path = tmp_path / "a.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    elif form == "folder":
+        (path / "data").mkdir(parents=True)
+        (path / "README.md").write_text("no data")
+        (path / "data" / "train_info.json").write_text('{"options": {}}')
+        lines(path / "data" / "train-0.jsonl", *records[:2])
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records[2:]), path / "data" / "train-1.parquet")
+        lines(path / "data" / "test-0.jsonl", {"text": "never trained on"})
+    elif form == "saved":
+        datasets.Dataset.from_list(records).save_to_disk(path)
+    else:
+        both = {"train": datasets.Dataset.from_list(records), "test": datasets.Dataset.from_list([{"text": "no"}])}
+        datasets.DatasetDict(both).save_to_disk(path)
+    data = read(str(path))
+    assert [bytes(row["input_ids"][-1:])[0] - data.dataset[0]["input_ids"][-1] for row in data.dataset] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert data.counts.records == 5
+
+
+def test_chats_in_parquet(read, tmp_path):
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"text": None, "messages": [ASK, ANSWER]}]), tmp_path / "a.parquet"
+    )
+    assert read(str(tmp_path / "a.parquet")).dataset[0]["prompt_len"] == PROMPT_LEN
+
+
+def test_text_parts_of_content(read, tokenizer, tmp_path):
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "?"}]
+    source = lines(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": parts}, ANSWER]})
+    assert "user\nHi\n?<|im_end|>" in text_of(tokenizer, read(source).dataset[0])
+
+
+def test_the_cache_knows_its_source(read, tmp_path, make_tokenizer, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    first = read(lines(path, CHAT))
+    with monkeypatch.context() as patch:
+        patch.setattr(read_data, "_write", None)  # a second call must not come to it
+        assert read(str(path)).counts == first.counts
+    assert read(str(path), max_length=PROMPT_LEN + 2).counts.cut_answers == 1
+    other = make_tokenizer(
+        "{{ messages[0].content }}" + "{% if messages|length > 1 %}{{ messages[1].content }}{% endif %}"
+    )
+    assert read(str(path), tokenizer=other).counts.tokens == len("Hi?Yes.")
+    lines(path, CHAT, CHAT)
+    assert read(str(path)).counts.records == 2
+    assert not list((tmp_path / "cache" / "tokenized").glob(".*"))
+
+
+def test_a_corpus_by_name(read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(corpora, "_library", None)
+    entry = corpora.Corpus(title="t", licence="MIT", package=None, read=lambda _: iter([("a", "x" * 300)]))
+    monkeypatch.setitem(corpora._CORPORA, "stdlib", entry)
+    split = "held_out" if corpora.is_held_out("stdlib", "a") else "train"
+    data = read("stdlib", max_length=100, split=split)
+    assert (data.counts.form, data.counts.records, data.counts.examples) == ("text", 1, 3)
+    lines(tmp_path / "stdlib", CHAT)
+    with pytest.raises(DataError, match="nameless file"):  # a path of that name goes first
+        read("stdlib")
+
+
+USER_ONLY = {"messages": [ASK]}
+BAD_RECORDS = [
+    ([CHAT, USER_ONLY], r"a\.jsonl:2: messages: got no assistant message, expected a chat with both sides"),
+    ([{"messages": [ANSWER]}], r"a\.jsonl:1: messages: got no user message"),
+    ([{"messages": [ANSWER, ASK]}], "an answer before any user message"),
+    ([{"messages": []}], "got no user message"),
+    ([{"messages": "Hi"}], "messages: got str, expected a list"),
+    ([{"messages": ["Hi"]}], r"messages\[0\]: got str"),
+    (
+        [{"messages": [{"role": "bot", "content": "x"}]}],
+        r"messages\[0\]\.role: got 'bot', expected one of system, user",
+    ),
+    ([{"messages": [{"role": "user"}]}], r"messages\[0\]\.content: got NoneType"),
+    ([{"messages": [{"role": "user", "content": [{"type": "image"}]}]}], "a part that is not text"),
+    ([{"messages": [ASK, {"role": "assistant", "content": " \n"}]}], r"messages\[1\]\.content: got empty text"),
+    ([{"text": "fine"}, {"text": " "}], r"a\.jsonl:2: text: got empty text"),
+    ([{"text": 5}], "text: got int"),
+    ([CHAT, {"text": "x y"}], r"a\.jsonl:2: got a record with `text` after records with `messages`"),
+    ([{"text": "x", "messages": [ASK, ANSWER]}], "got `messages`, `text` in one record"),
+    ([{"conversations": []}], "got `conversations`, expected one of `messages`, `text`"),
+    ([{}], "got an empty object"),
+    ([["a"]], r"a\.jsonl:1: got list, expected a JSON object"),
+    ([{"prompt_ids": [1]}], "got no answer_ids"),
+    ([{"prompt_ids": [1], "answer_ids": []}], "answer_ids: got no tokens"),
+    ([{"prompt_ids": [1], "answer_ids": [259]}], "answer_ids: got 259, expected ids from 0 to 258"),
+    ([{"prompt_ids": [True], "answer_ids": [2]}], "prompt_ids: got True"),
+    ([{"prompt_ids": "12", "answer_ids": [2]}], "prompt_ids: got str"),
+    ([], r"no data: got 0 records"),
+]
+
+
+@pytest.mark.parametrize(("records", "says"), BAD_RECORDS, ids=range(len(BAD_RECORDS)))
+def test_bad_records_are_one_clear_line(read, tmp_path, records, says):
+    with pytest.raises(DataError, match=says) as caught:
+        read(lines(tmp_path / "a.jsonl", *records))
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+    assert not list((tmp_path / "cache").rglob(".*"))
+
+
+def test_malformed_lines_and_files(read, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(CHAT) + '\n\n{"messages": [\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:3: not JSON"):
+        read(str(tmp_path / "a.jsonl"))
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "\xff\xfe"}\n')
+    with pytest.raises(DataError, match=r"b\.jsonl:1: not JSON"):
+        read(str(tmp_path / "b.jsonl"))
+    (tmp_path / "c.json").write_text('[{"text": "x"}')
+    with pytest.raises(DataError, match=r"c\.json: not JSON"):
+        read(str(tmp_path / "c.json"))
+    (tmp_path / "d.parquet").write_bytes(b"PAR1 cut")
+    with pytest.raises(DataError, match=r"d\.parquet: not a whole parquet file"):
+        read(str(tmp_path / "d.parquet"))
+
+
+def test_missing_and_empty_sources(read, tmp_path):
+    with pytest.raises(DataError, match=r"no such file or directory.*or one of the corpora shakespeare"):
+        read(str(tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no data in this directory"):
+        read(str(tmp_path / "empty"))
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(DataError, match=r"got a \.csv file, expected"):
+        read(str(tmp_path / "a.csv"))
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    with pytest.raises(DataError, match="not a whole saved dataset"):
+        read(str(tmp_path / "saved"))
+
+
+def test_splits_without_train(read, tmp_path):
+    one = datasets.Dataset.from_list([{"text": "a b"}])
+    datasets.DatasetDict({"dev": one, "test": one}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="got splits dev, test, expected one named train"):
+        read(str(tmp_path / "saved"))
+
+
+def test_templates_that_cannot_be_used(read, tmp_path, make_tokenizer):
+    source = lines(tmp_path / "a.jsonl", CHAT)
+    with pytest.raises(DataError, match=r"a\.jsonl:1: chat template: the checkpoint has none"):
+        read(source, tokenizer=make_tokenizer(None))
+    with pytest.raises(DataError, match=r"a\.jsonl:1: chat template: refuses this chat \(no users\)"):
+        read(source, tokenizer=make_tokenizer("{{ raise_exception('no users') }}"))
+    with pytest.raises(DataError, match="not the beginning of the rendered chat"):
+        read(source, tokenizer=make_tokenizer("{{ messages|length }}{{ messages[0].content }}"))
+
+
+def test_options_and_tokenizers_that_do_not_fit(read, tmp_path, make_tokenizer):
+    from dmtd_models.text.chat import TextTokenizer
+
+    with pytest.raises(DataError, match="max_length: got 4"):
+        ReadOptions(max_length=4)
+    with pytest.raises(DataError, match="expected ids below the model's 5"):
+        read(lines(tmp_path / "a.jsonl", {"text": "xyz"}), tokenizer=make_tokenizer(vocab_size=5))
+    with pytest.raises(DataError, match="tokenizer: an unknown pre-tokenizer; put"):
+        TextTokenizer({}, vocab_size=5, problem="an unknown pre-tokenizer")
+    with pytest.raises(DataError, match="tokenizer: cannot be read"):
+        TextTokenizer({"tokenizer.json": b"{}"}, vocab_size=5)
+
+
+def test_a_full_disk_is_one_line(read, tmp_path, monkeypatch):
+    def full(path, examples):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(read_data, "_write_arrow", full)
+    with pytest.raises(DataError, match=r"cannot be written.*No space left on device.*make room"):
+        read(lines(tmp_path / "a.jsonl", CHAT))
