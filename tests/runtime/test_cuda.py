@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,3 +90,12 @@ def test_the_stream_is_one_that_default_stream_copies_wait_for(monkeypatch: pyte
 
     monkeypatch.setattr(ort_session, "import_cuda", missing)
     assert shared_stream(0) is None
+
+
+def test_ctrl_c_within_the_import_of_onnxruntime_is_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its C++ side raises ImportError from the KeyboardInterrupt."""
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('initialization failed') from KeyboardInterrupt()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "onnxruntime")
+    with pytest.raises(KeyboardInterrupt):
+        import_onnxruntime()

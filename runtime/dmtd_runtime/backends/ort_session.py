@@ -48,6 +48,8 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # Ctrl-C within the import, which its C++ side dresses up
+            raise KeyboardInterrupt from None
         raise BackendError(f"ONNX Runtime cannot be imported ({error}); {INSTALL_HINT}") from None
     return onnxruntime
 
