@@ -2,8 +2,7 @@
 
 A verb's module is imported when the verb runs or its own help is asked for, so that ``dmtd --help`` is quick and a machine
 with the runtime's dependencies alone has the verbs that need no more. The verbs stand in ``dmtd_runtime.cli`` (generate, chat,
-bench, inspect, doctor) and beside this module (finetune, evaluate, export, build, verify). Exit codes: see
-``dmtd_runtime.cli.common``.
+bench, inspect, doctor) and beside this module (the others). Exit codes: see ``dmtd_runtime.cli.common``.
 """
 
 from __future__ import annotations

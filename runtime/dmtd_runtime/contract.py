@@ -1,6 +1,6 @@
 """Every name that a graph, the manifest and a runtime share, spelled once. Pure strings, no imports of the product.
 
-Three graphs hold layers, and exist in two dialects (a fourth, choose_token, holds none):
+Three graphs hold layers, and exist in two dialects (choose_token and sample_token hold none):
 
 - ``standard``: ONNX opset 24 only; rectangular, ``[batch, window_len]``, padding on the right; one KV buffer a
   layer for the whole batch.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple
 
-GraphName = Literal["full_pass", "thinking", "late_decode", "choose_token"]
+GraphName = Literal["full_pass", "thinking", "late_decode", "choose_token", "sample_token"]
 Dialect = Literal["standard", "onnxruntime"]
 Group = Literal["thinking", "late"]
 Kind = Literal["key", "value"]
@@ -24,6 +24,8 @@ FULL_PASS: GraphName = "full_pass"
 THINKING: GraphName = "thinking"
 LATE_DECODE: GraphName = "late_decode"
 CHOOSE_TOKEN: GraphName = "choose_token"  # arg-max of logits, for backends whose logits stay on a device
+SAMPLE_TOKEN: GraphName = "sample_token"  # the sampler's rules, for the same backends
+CHOICE_GRAPHS: tuple[GraphName, ...] = (CHOOSE_TOKEN, SAMPLE_TOKEN)
 DECODER_GRAPHS: tuple[GraphName, ...] = (FULL_PASS, THINKING, LATE_DECODE)
 
 STANDARD: Dialect = "standard"
@@ -55,6 +57,22 @@ THOUGHT = "thought"
 LOGITS = "logits"
 TOKEN_IDS = "token_ids"
 IS_FINITE = "is_finite"
+# sample_token (dmtd_export.choose_graphs has the table).
+TEMPERATURE = "temperature"
+TOP_K = "top_k"
+TOP_P = "top_p"
+MIN_P = "min_p"
+UNIFORMS = "uniforms"
+REPETITION_PENALTY = "repetition_penalty"
+FREQUENCY_PENALTY = "frequency_penalty"
+PRESENCE_PENALTY = "presence_penalty"
+LOGIT_BIAS = "logit_bias"
+MASK_ENDS = "mask_ends"
+END_IDS = "end_ids"
+PROMPT_SEEN = "prompt_seen"
+OUTPUT_COUNTS = "output_counts"
+NEXT_OUTPUT_COUNTS = "next_output_counts"
+HAS_CHOICE = "has_choice"
 
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "model.onnx.data"

@@ -138,8 +138,8 @@ class Manifest:
 
     @property
     def decoder_graphs(self) -> tuple[GraphInfo, ...]:
-        """The graphs that hold layers: all but choose_token."""
-        return tuple(graph for graph in self.graphs if graph.name != contract.CHOOSE_TOKEN)
+        """The graphs that hold layers: all but those that choose tokens."""
+        return tuple(graph for graph in self.graphs if graph.name not in contract.CHOICE_GRAPHS)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
