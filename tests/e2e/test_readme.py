@@ -26,6 +26,10 @@ COMMANDS = [
 SCRIPTS = [text for language, text in BLOCKS if language == "python"]
 
 
+# The commands build on one another: one worker runs them all, in order.
+pytestmark = pytest.mark.xdist_group("readme")
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with ``model/``, and ``bundle/`` made by the README's own first command."""
