@@ -26,7 +26,7 @@ from dmtd_export.verify import (
     verify_bundle,
     verify_hook,
 )
-from dmtd_export.verify.cycles import Case, Variant, _Comparison, make_cases, make_variants
+from dmtd_export.verify.cycles import Case, Comparison, Variant, make_cases, make_variants
 from dmtd_export.verify.margins import FLOAT32, Margin, top_two_gap, worst_difference
 from dmtd_models.checkpoint import open_checkpoint
 from dmtd_models.config import Rope
@@ -299,7 +299,7 @@ def test_a_failed_verification_keeps_no_bundle(checkpoint: Path, tmp_path: Path)
 
 def comparison(margin: Margin, expected: list[float], got: list[float]) -> Any:
     variant = Variant(dialect="standard", full_pass="staged", batch=1, chunk=1)
-    found = _Comparison(variant=variant, margin=margin)
+    found = Comparison(variant=variant, margin=margin)
     found.add(Case(prompt=(1,), plain=False, num_new=1), np.array([expected], np.float32), np.array([got], np.float32))
     return found.check("x", "oracle")
 
