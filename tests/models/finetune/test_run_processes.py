@@ -76,22 +76,20 @@ def test_two_processes_train_as_one_with_twice_the_rows(tmp_path: Path) -> None:
     script.write_text(TOGETHER)
     loss = LossOptions(top_k=2, vocab_sample=0)
     alone = run_tiny(base, tmp_path / "alone", run_options(max_tokens=900, accumulate=2, loss=loss))
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    command = [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", str(script), str(base)]
+    # What `accelerate launch` starts for several GPUs; for CPUs it knows MPI only.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     done = subprocess.run(
-        [*command, str(tmp_path / "two"), "900"], env=ENVIRON, capture_output=True, text=True, timeout=1200, check=False
+        [*launch, str(base), str(tmp_path / "two"), "900"],
+        env={**ENVIRON, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     name = f"checkpoint-{alone.steps}"
+    states = sorted(path.name for path in (tmp_path / "two" / name).glob("rng_state*"))
+    assert states == ["rng_state_0.pth", "rng_state_1.pth"], "two processes, not one"
     one, other = (load_file(tmp_path / place / name / "model.safetensors") for place in ("alone", "two"))
     assert one.keys() == other.keys()
     for key, value in one.items():
