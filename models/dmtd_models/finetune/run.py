@@ -209,7 +209,7 @@ def _finetune(
     if last is not None and step_of(last) >= steps:
         trainer.take_finished(last)  # the trainer would take one step more
     else:
-        with ending_with_a_state(guard, arguments.world_size):
+        with ending_with_a_state(guard):
             trainer.train(resume_from_checkpoint=str(last) if last else None)
     return RunResult(
         student=student,
