@@ -11,11 +11,13 @@ from rich.console import Console
 
 from dmtd_export.cli_export import LIBRARIES
 from dmtd_export.cli_progress import StageDisplay
+from dmtd_export.evaluate import EvaluateOptions, HarnessOptions, OpenOptions
 from dmtd_export.options import ExportOptions
 from dmtd_runtime.cli.common import DeviceOption, JsonOption, ThreadsOption, logs_to_stderr, note, pick, require
 
 _SPLIT = "Split and convention of a checkpoint (by default as it records them)"
 _WHAT, _HOW = "What is measured", "How much, and where"
+_DEFAULT = EvaluateOptions()
 _INSTALL = '"dmtd[evaluate]"'
 
 
@@ -54,6 +56,10 @@ def evaluate(
     task: Annotated[
         list[str] | None, _what("--task", text="A registered task or a .jsonl file of items. May be repeated.")
     ] = None,
+    fluency: Annotated[
+        bool,
+        _what("--fluency", text="Let model and base answer twenty everyday prompts; the base reads both."),
+    ] = False,
     compare_conventions: Annotated[
         bool, _what("--compare-conventions", text="Measure every legal convention of a checkpoint; name the best.")
     ] = False,
@@ -82,17 +88,19 @@ def evaluate(
     prompt_input: Annotated[
         Literal["cyclical", "thinking", "sum"] | None, _split("What prompt positions feed to the late layers.")
     ] = None,
-    max_tokens: Annotated[int, _how(text="Tokens of text, all texts together.")] = 20_000,
-    window_len: Annotated[int, _how(text="Tokens of a window of text.")] = 512,
-    context_len: Annotated[int, _how(text="Tokens of a window that are fed as the prompt and not scored.")] = 32,
-    limit: Annotated[int, _how(text="Items of each task.")] = 100,
-    prefixes: Annotated[int, _how(text="Prefixes continued for run lengths; 0: none.")] = 64,
-    max_run: Annotated[int, _how(text="Where a run length is cut off.")] = 32,
-    seed: Annotated[int, _how(text="Of every draw: windows, prefixes, items, bootstrap.")] = 0,
+    max_tokens: Annotated[int, _how(text="Tokens of text, all texts together.")] = _DEFAULT.max_tokens,
+    window_len: Annotated[int, _how(text="Tokens of a window of text.")] = _DEFAULT.window_len,
+    context_len: Annotated[
+        int, _how(text="Tokens of a window that are fed as the prompt and not scored.")
+    ] = _DEFAULT.context_len,
+    limit: Annotated[int, _how(text="Items of each task.")] = _DEFAULT.limit,
+    prefixes: Annotated[int, _how(text="Prefixes continued for run lengths; 0: none.")] = _DEFAULT.prefixes,
+    max_run: Annotated[int, _how(text="Where a run length is cut off.")] = _DEFAULT.max_run,
+    seed: Annotated[int, _how(text="Of every draw: windows, prefixes, items, bootstrap.")] = _DEFAULT.seed,
     dtype: Annotated[
         Literal["float32", "bfloat16"], _how(text="Type of a checkpoint in memory; a bundle has its own.")
-    ] = "float32",
-    device: DeviceOption = "cpu",
+    ] = _DEFAULT.open.dtype,
+    device: DeviceOption = _DEFAULT.open.device,
     threads: ThreadsOption = None,
     cache_dir: Annotated[
         Path | None, _how("--cache-dir", text="Where downloaded texts and tasks are kept; by default the user's cache.")
@@ -108,15 +116,13 @@ def evaluate(
     checkpoint is scored in PyTorch, a bundle by its own graphs; both give the same numbers.
     """
     path = pick(target, model, "MODEL_OR_BUNDLE")
-    require("evaluate", LIBRARIES, _INSTALL)
-    from dmtd_export.evaluate import EvaluateOptions, OpenOptions
+    require("evaluate", ("numpy",), _INSTALL)
     from dmtd_export.evaluate import evaluate as run
-    from dmtd_export.evaluate.lm_eval_run import HarnessOptions
     from dmtd_export.evaluate.subject import is_bundle
     from dmtd_export.evaluate.table import render
 
     if not is_bundle(path) or (base is not None and not is_bundle(base)):
-        require("evaluate", ("torch",), _INSTALL)
+        require("evaluate", (*LIBRARIES, "torch"), _INSTALL)
     if output is not None:
         require("evaluate -o", ("matplotlib",), _INSTALL)
     if lm_eval is not None:
@@ -142,6 +148,7 @@ def evaluate(
         max_run=max_run,
         seed=seed,
         cache_dir=cache_dir,
+        fluency=fluency,
         compare_conventions=compare_conventions,
         harness=HarnessOptions(
             tasks=tuple(name.strip() for name in (lm_eval or "").split(",") if name.strip()),

@@ -7,8 +7,8 @@ intervals, retention                statistics
 """
 
 from dmtd_export.evaluate.errors import EvaluateError
+from dmtd_export.evaluate.options import EvaluateOptions, HarnessOptions, OpenOptions
 from dmtd_export.evaluate.report import EvaluationReport
-from dmtd_export.evaluate.run import EvaluateOptions, evaluate
-from dmtd_export.evaluate.subject import OpenOptions
+from dmtd_export.evaluate.run import evaluate
 
-__all__ = ["EvaluateError", "EvaluateOptions", "EvaluationReport", "OpenOptions", "evaluate"]
+__all__ = ["EvaluateError", "EvaluateOptions", "EvaluationReport", "HarnessOptions", "OpenOptions", "evaluate"]

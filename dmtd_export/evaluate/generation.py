@@ -32,6 +32,15 @@ class GenerationRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What was asked, as tokens, and what was written; ``token_ids`` ends with the stop token if one was chosen."""
+
+    text: str
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationResult:
     """``same_text``: share of the answers that equal the base's word for word."""
 
@@ -42,7 +51,7 @@ class GenerationResult:
 
 def write_answers(
     run: GenerationRun, items: Sequence[GenerationItem], on_done: Callable[[int], None] = lambda count: None
-) -> list[str]:
+) -> list[Answer]:
     """The greedy answer to every item, in order.
 
     Raises:
@@ -56,17 +65,21 @@ def write_answers(
             raise EvaluateError(
                 f"{run.bundle}: generation tasks need a tokenizer and a chat template; add them to the checkpoint"
             )
-        answers: list[str] = []
+        answers: list[Answer] = []
         for start in range(0, len(items), batch):
             part = items[start : start + batch]
             prompts = [llm.tokenizer.encode(llm.render_chat(i.messages), add_special_tokens=False) for i in part]
             params = [SamplingParams(temperature=0, max_tokens=item.max_new_tokens) for item in part]
-            answers += [output.outputs[0].text for output in llm.generate(prompts, params)]
+            for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
+                [written] = output.outputs
+                answers.append(Answer(text=written.text, prompt_ids=tuple(prompt), token_ids=tuple(written.token_ids)))
             on_done(len(part))
     return answers
 
 
-def compare_answers(items: Sequence[GenerationItem], model: Sequence[str], base: Sequence[str]) -> GenerationResult:
+def compare_answers(
+    items: Sequence[GenerationItem], model: Sequence[Answer], base: Sequence[Answer]
+) -> GenerationResult:
     """Check both sides' answers to the items."""
     return GenerationResult(
         scores=PairedScores(
@@ -75,12 +88,12 @@ def compare_answers(items: Sequence[GenerationItem], model: Sequence[str], base:
             base=_checked(items, base),
             chance=np.array([item.chance for item in items], dtype=np.float64),
         ),
-        same_text=float(np.mean([mine == plain for mine, plain in zip(model, base, strict=True)])),
+        same_text=float(np.mean([mine.text == plain.text for mine, plain in zip(model, base, strict=True)])),
         items=len(items),
     )
 
 
 def _checked(
-    items: Sequence[GenerationItem], answers: Sequence[str]
+    items: Sequence[GenerationItem], answers: Sequence[Answer]
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    return np.array([item.score(answer) for item, answer in zip(items, answers, strict=True)], dtype=np.float64)
+    return np.array([item.score(answer.text) for item, answer in zip(items, answers, strict=True)], dtype=np.float64)

@@ -21,8 +21,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from dmtd_export.evaluate.errors import EvaluateError
+from dmtd_export.evaluate.options import OpenOptions
 from dmtd_export.evaluate.scorer import ScoreRequest
-from dmtd_export.evaluate.subject import OpenOptions, Subject, open_subject
+from dmtd_export.evaluate.subject import Subject, open_subject
 from dmtd_export.options import ExportOptions
 from dmtd_runtime import LLM, SamplingParams
 from dmtd_runtime.manifest import load_manifest

@@ -9,26 +9,17 @@ import contextlib
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dmtd_export.evaluate.errors import EvaluateError
+from dmtd_export.evaluate.options import HarnessOptions, OpenOptions
 from dmtd_export.evaluate.statistics import PairedScores
-from dmtd_export.evaluate.subject import OpenOptions, Subject
+from dmtd_export.evaluate.subject import Subject
 
 # The metric of an item that counts, the first that a task has.
 METRICS = ("acc_norm", "exact_match", "pass@1", "pass_at_1", "acc", "f1", "em")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HarnessOptions:
-    """``tasks`` by the harness's names; ``include`` a directory of further task files."""
-
-    tasks: tuple[str, ...] = ()
-    include: Path | None = None
-    chat: bool = False  # render prompts with the model's chat template
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dmtd_export.evaluate.conventions import ConventionResult
+from dmtd_export.evaluate.fluency import FluencyResult, Voice
 from dmtd_export.evaluate.generation import GenerationResult
 from dmtd_export.evaluate.lm_eval_run import HarnessResult
 from dmtd_export.evaluate.multiple_choice import ChoiceResult
@@ -36,6 +37,7 @@ class EvaluationReport:
     text: TextResult | None
     runs: Mapping[str, RunLengths]  # by kind of prefix
     tasks: tuple[TaskResult, ...]
+    fluency: FluencyResult | None
     retention: Retention | None
     conventions: ConventionResult | None
     bootstrap: Bootstrap
@@ -64,6 +66,7 @@ class EvaluationReport:
             },
             "retention": kept and _retention(kept),
             "tasks": {name: self._task(task) for name, task in tasks.items()},
+            "fluency": self.fluency and _fluency(self.fluency),
             "conventions": self.conventions
             and {
                 "best": " + ".join(self.conventions.best),
@@ -91,6 +94,8 @@ class EvaluationReport:
             "run_lengths": {kind: runs.mean.interval() for kind, runs in self.runs.items()},
             "retention": kept and kept.plain and kept.plain.interval(),
             "retention_chance_corrected": kept and kept.chance_corrected and kept.chance_corrected.interval(),
+            "fluency": self.fluency
+            and {"model": self.fluency.model.nll.interval(), "plain": self.fluency.base.nll.interval()},
             "tasks": {
                 scores_of(task).name: {
                     name: estimate.interval()
@@ -160,6 +165,13 @@ def _perplexity(text: TextResult) -> dict[str, Any]:
         "by_phase": {name: of(result) for name, result in text.by_phase.items()},
         "by_source": {name: of(result) for name, result in text.by_source.items()},
     }
+
+
+def _fluency(found: FluencyResult) -> dict[str, Any]:
+    def of(voice: Voice) -> dict[str, Any]:
+        return {"nll": voice.nll.value, "distinct_3grams": voice.distinct_3grams, "texts": list(voice.texts)}
+
+    return {"prompts": list(found.prompts), "model": of(found.model), "plain": of(found.base)}
 
 
 def _retention(kept: Retention) -> dict[str, Any]:

@@ -7,61 +7,30 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from dmtd_export.evaluate import generation, multiple_choice
 from dmtd_export.evaluate.conventions import ConventionResult, measure_conventions
 from dmtd_export.evaluate.errors import EvaluateError
+from dmtd_export.evaluate.fluency import FluencyResult, everyday_items, measure_fluency
 from dmtd_export.evaluate.generation import GenerationResult, GenerationRun
-from dmtd_export.evaluate.lm_eval_run import HarnessOptions, HarnessResult, run_harness
+from dmtd_export.evaluate.lm_eval_run import HarnessResult, run_harness
 from dmtd_export.evaluate.multiple_choice import ChoiceResult
+from dmtd_export.evaluate.options import MIN_SCORED, EvaluateOptions
 from dmtd_export.evaluate.report import EvaluationReport, TaskResult, scores_of
 from dmtd_export.evaluate.run_lengths import CHAT, TEXT, RunLengths, draw_prefixes, measure_run_lengths
 from dmtd_export.evaluate.statistics import Bootstrap, retention
-from dmtd_export.evaluate.subject import OpenOptions, Subject, open_subject
+from dmtd_export.evaluate.subject import Subject, open_subject
 from dmtd_export.evaluate.tasks import Items, read_task
 from dmtd_export.evaluate.text_metrics import TextResult, measure_text
-from dmtd_export.evaluate.texts import MIN_SCORED, TextWindow, WindowPlan, collect_windows
+from dmtd_export.evaluate.texts import TextWindow, WindowPlan, collect_windows
 from dmtd_models.text.items import GenerationItem, MultipleChoiceItem
 from dmtd_models.text.packages import default_cache_dir
 from dmtd_runtime.chat_template import ChatTemplate
 
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluateOptions:
-    """What to measure and how. The command line takes its defaults from here."""
-
-    texts: tuple[str, ...] = ()  # corpora or files
-    tasks: tuple[str, ...] = ()  # task names or files
-    max_tokens: int = 20_000  # of text, all texts together
-    window_len: int = 512
-    context_len: int = 32  # tokens of a window that are fed and not scored
-    limit: int = 100  # items of a task
-    prefixes: int = 64  # run lengths: how many of each kind
-    max_run: int = 32  # run lengths: how far
-    resamples: int = 1000
-    seed: int = 0
-    cache_dir: Path | None = None  # where packages of texts and tasks are kept; None: the user's cache directory
-    compare_conventions: bool = False
-    run_unsafe_code: bool = False  # tasks like HumanEval and MBPP execute what the models write
-    harness: HarnessOptions = field(default_factory=HarnessOptions)
-    open: OpenOptions = field(default_factory=OpenOptions)
-    base_open: OpenOptions = field(default_factory=OpenOptions)
-
-    def __post_init__(self) -> None:
-        lowest = {"max_tokens": 1, "limit": 1, "prefixes": 0, "max_run": 1, "resamples": 100, "context_len": 1}
-        for name, least in lowest.items():
-            if (value := getattr(self, name)) < least:
-                raise EvaluateError(f"--{name.replace('_', '-')}: got {value}, expected {least} or more")
-        if self.window_len < self.context_len + 2 * MIN_SCORED:
-            raise EvaluateError(
-                f"--window-len: got {self.window_len}, expected {self.context_len + 2 * MIN_SCORED} or more: the context "
-                f"of {self.context_len} tokens is not scored"
-            )
 
 
 def evaluate(
@@ -75,8 +44,10 @@ def evaluate(
     Raises:
         DmtdError, ModelError: something cannot be opened, read or compared; one line says what.
     """
-    if not (options.texts or options.tasks or options.harness.tasks):
-        raise EvaluateError("nothing to evaluate on: give --text NAME|FILE, --task NAME|FILE or --lm-eval TASKS")
+    if not (options.texts or options.tasks or options.harness.tasks or options.fluency):
+        raise EvaluateError(
+            "nothing to evaluate on: give --text NAME|FILE, --task NAME|FILE, --fluency or --lm-eval TASKS"
+        )
     for kind, names in (("text", options.texts), ("task", options.tasks)):
         stems = [Path(name).stem for name in names]
         for name, stem in zip(names, stems, strict=True):
@@ -99,6 +70,7 @@ def evaluate(
         conventions = run.conventions(windows)
         text, runs = run.text(windows), run.run_lengths(windows, tasks)
         measured: list[TaskResult] = [run.task(items) for items in tasks]
+        fluency = run.fluency()
         harness, unscored = run.harness()
         measured += harness
     bootstrap = run.bootstrap
@@ -112,6 +84,7 @@ def evaluate(
         text=text,
         runs=runs,
         tasks=tuple(measured),
+        fluency=fluency,
         retention=retention([scores_of(result) for result in measured], bootstrap) if measured else None,
         conventions=conventions,
         bootstrap=bootstrap,
@@ -254,9 +227,7 @@ class _Run:
         counter = self._counter(name, 2 * len(questions))
         answers = []
         for subject, plain in ((self.subject, False), (self.base, True)):
-            opening = self.options.open if subject is self.subject else self.options.base_open
-            bundle = subject.generation_bundle()
-            run = GenerationRun(bundle=bundle, plain=plain, device=opening.device, threads=opening.threads)
+            run = self._generation(subject, plain=plain)
             answers.append(generation.write_answers(run, questions, counter))
         return generation.compare_answers(questions, *answers)
 
@@ -273,6 +244,24 @@ class _Run:
             seed=options.seed,
             run_unsafe_code=options.run_unsafe_code,
             on_done=self._counter("lm-eval", 2),
+        )
+
+    def fluency(self) -> FluencyResult | None:
+        """Texts on the everyday prompts, if asked for."""
+        if not self.options.fluency:
+            return None
+        return measure_fluency(
+            self._generation(self.subject, plain=False),
+            self._generation(self.base, plain=True),
+            self.base.scorer,
+            self.bootstrap,
+            self._counter("fluency", 2 * len(everyday_items())),
+        )
+
+    def _generation(self, subject: Subject, *, plain: bool) -> GenerationRun:
+        opening = self.options.open if subject is self.subject else self.options.base_open
+        return GenerationRun(
+            bundle=subject.generation_bundle(), plain=plain, device=opening.device, threads=opening.threads
         )
 
     def _counter(self, stage: str, total: int) -> Callable[[int], None]:

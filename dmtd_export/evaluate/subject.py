@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from dmtd_export.evaluate.errors import EvaluateError
+from dmtd_export.evaluate.options import OpenOptions
 from dmtd_export.evaluate.scorer import Scorer
 from dmtd_export.options import ExportOptions
 from dmtd_models.text.chat import TextTokenizer
@@ -21,20 +22,7 @@ from dmtd_runtime import contract
 from dmtd_runtime.manifest import CycleInfo
 from dmtd_runtime.tokenizer import Tokenizer
 
-Device = Literal["cpu", "cuda"]
-ScoreDtype = Literal["float32", "bfloat16"]
 GENERATION_BATCH = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpenOptions:
-    """How to open a subject. ``split`` applies to checkpoints; ``dtype`` is a checkpoint's in memory, a bundle has its own."""
-
-    split: ExportOptions = field(default_factory=ExportOptions)
-    adapter: Path | None = None  # of a checkpoint
-    device: Device = "cpu"
-    dtype: ScoreDtype = "float32"
-    threads: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,11 @@ from dmtd_export.evaluate.statistics import Estimate
 def render(report: EvaluationReport) -> RenderableType:
     """Headline first: perplexity ratio and agreement by phase; then run lengths, tasks, retention, notes."""
     parts: list[RenderableType] = [_head(report)]
-    parts += [part for part in (_conventions(report), _text(report), _runs(report), _tasks(report)) if part is not None]
+    parts += [
+        part
+        for part in (_conventions(report), _text(report), _runs(report), _tasks(report), _fluency(report))
+        if part is not None
+    ]
     parts += [Text(f"note: {note}", style="yellow") for note in report.notes]
     return Group(*parts)
 
@@ -87,9 +91,7 @@ def _phase(name: str) -> str:
 def _runs(report: EvaluationReport) -> Table | None:
     if not report.runs:
         return None
-    table = _grid(
-        "\nrun length: greedy tokens in a row that equal plain decoding", ("from", "prefixes", "mean", "", "all")
-    )
+    table = _grid("\nrun length: tokens that equal plain greedy", ("from", "prefixes", "mean", "", "all"))
     for kind, runs in report.runs.items():
         longest = f"{runs.counts[-1]} reach {runs.most}"
         table.add_row(kind, str(runs.prefixes), number(runs.mean.value), _range(runs.mean), longest)
@@ -111,7 +113,7 @@ def _tasks(report: EvaluationReport) -> Group | None:
             percent(float(scores.chance.mean())),
             percent(found["retention"].value),
             _percents(found["retention"]),
-            "yes" if scores.above_chance else "no: plain is at chance",
+            "yes" if scores.above_chance else "no: chance",
         )
     lines: list[RenderableType] = [table]
     for task in report.tasks:
@@ -137,6 +139,16 @@ def _tasks(report: EvaluationReport) -> Group | None:
     else:
         lines.append(Text("\nretention: none, for plain is above chance on no task"))
     return Group(*lines)
+
+
+def _fluency(report: EvaluationReport) -> Table | None:
+    found = report.fluency
+    if found is None:
+        return None
+    table = _grid("\nfluency on everyday prompts", ("written by", "nats a token under plain", "", "distinct 3-grams"))
+    for name, voice in (("model", found.model), ("plain", found.base)):
+        table.add_row(name, number(voice.nll.value), _range(voice.nll), percent(voice.distinct_3grams))
+    return table
 
 
 def _conventions(report: EvaluationReport) -> Table | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from dmtd_export.evaluate.errors import EvaluateError
+from dmtd_export.evaluate.options import MIN_SCORED
 from dmtd_models.errors import ModelError
 from dmtd_models.text import corpora
 from dmtd_models.text.chat import TextTokenizer
@@ -21,7 +22,6 @@ from dmtd_models.text.examples import Examples, form_of
 from dmtd_models.text.items import TextItem
 from dmtd_models.text.rows import read_rows
 
-MIN_SCORED = 8  # rows behind the context that a window must have
 CANDIDATES = 8  # windows made for each one that is taken
 
 

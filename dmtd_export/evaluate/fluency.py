@@ -1,0 +1,90 @@
+"""Fluency: how likely the plain base finds what the model writes, and how varied it is, on the fixed everyday prompts.
+
+    prompts --> greedy answers of model and base through the runtime --> base's log-probabilities --> FluencyResult
+
+A mean negative log-likelihood near the base's own means text as the base would write it; a low share of distinct 3-grams
+means loops, which are likely too. There is no right answer to check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dmtd_export.evaluate.generation import Answer, GenerationRun, write_answers
+from dmtd_export.evaluate.scorer import Scorer, ScoreRequest
+from dmtd_export.evaluate.statistics import Bootstrap, Estimate
+from dmtd_models.text.facts import everyday_prompts
+from dmtd_models.text.items import GenerationItem
+
+MAX_NEW_TOKENS = 96
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Voice:
+    """What one model wrote. ``nll`` in nats a token under the plain base; ``distinct_3grams`` the mean share of each text."""
+
+    texts: tuple[str, ...]
+    nll: Estimate
+    distinct_3grams: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FluencyResult:
+    """The model under its cycles, and the plain base on the same prompts."""
+
+    prompts: tuple[str, ...]
+    model: Voice
+    base: Voice
+
+
+def everyday_items() -> list[GenerationItem]:
+    """The fixed prompts as items without a right answer."""
+    return [
+        GenerationItem(
+            task="everyday",
+            item_id=str(number),
+            messages=({"role": "user", "content": prompt},),
+            max_new_tokens=MAX_NEW_TOKENS,
+            score=lambda text: float(bool(text.strip())),
+            chance=0.0,
+        )
+        for number, prompt in enumerate(everyday_prompts())
+    ]
+
+
+def measure_fluency(
+    model: GenerationRun,
+    base: GenerationRun,
+    scorer: Scorer,
+    bootstrap: Bootstrap,
+    on_done: Callable[[int], None] = lambda count: None,
+) -> FluencyResult:
+    """Let both write, and the base's ``scorer`` read."""
+    items = everyday_items()
+    ours, theirs = (_voice(write_answers(run, items, on_done), scorer, bootstrap) for run in (model, base))
+    return FluencyResult(prompts=everyday_prompts(), model=ours, base=theirs)
+
+
+def distinct_share(ids: Sequence[int], n: int = 3) -> float:
+    """Distinct n-grams over all n-grams; 1 for a text that has none."""
+    grams = [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def _voice(answers: Sequence[Answer], scorer: Scorer, bootstrap: Bootstrap) -> Voice:
+    sums = []
+    for answer in answers:
+        n = len(answer.prompt_ids)
+        request = ScoreRequest(
+            token_ids=(*answer.prompt_ids, *answer.token_ids), prompt_len=n, plain=True, first_row=n - 1
+        )
+        [scores] = scorer.score([request])
+        sums.append((-float(scores.target_logprobs.sum()), len(answer.token_ids)))
+    return Voice(
+        texts=tuple(answer.text for answer in answers),
+        nll=bootstrap.estimate(np.array(sums, dtype=np.float64), lambda s: s[..., 0] / s[..., 1]),
+        distinct_3grams=float(np.mean([distinct_share(answer.token_ids) for answer in answers])),
+    )

@@ -1,0 +1,69 @@
+"""What `dmtd evaluate` can be told. The command line takes its defaults from here, so that CLI and API cannot differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from dmtd_export.evaluate.errors import EvaluateError
+from dmtd_export.options import ExportOptions
+
+Device = Literal["cpu", "cuda"]
+ScoreDtype = Literal["float32", "bfloat16"]
+
+MIN_SCORED = 8  # rows behind the context that a window of text must have
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenOptions:
+    """How to open a subject. ``split`` applies to checkpoints; ``dtype`` is a checkpoint's in memory, a bundle has its own."""
+
+    split: ExportOptions = field(default_factory=ExportOptions)
+    adapter: Path | None = None  # of a checkpoint
+    device: Device = "cpu"
+    dtype: ScoreDtype = "float32"
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HarnessOptions:
+    """``tasks`` by the harness's names; ``include`` a directory of further task files."""
+
+    tasks: tuple[str, ...] = ()
+    include: Path | None = None
+    chat: bool = False  # render prompts with the model's chat template
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateOptions:
+    """What to measure and how."""
+
+    texts: tuple[str, ...] = ()  # corpora or files
+    tasks: tuple[str, ...] = ()  # task names or files
+    max_tokens: int = 20_000  # of text, all texts together
+    window_len: int = 512
+    context_len: int = 32  # tokens of a window that are fed and not scored
+    limit: int = 100  # items of a task
+    prefixes: int = 64  # run lengths: how many of each kind
+    max_run: int = 32  # run lengths: how far
+    resamples: int = 1000
+    seed: int = 0
+    cache_dir: Path | None = None  # where packages of texts and tasks are kept; None: the user's cache directory
+    fluency: bool = False  # texts on the everyday prompts
+    compare_conventions: bool = False
+    run_unsafe_code: bool = False  # tasks like HumanEval and MBPP execute what the models write
+    harness: HarnessOptions = field(default_factory=HarnessOptions)
+    open: OpenOptions = field(default_factory=OpenOptions)
+    base_open: OpenOptions = field(default_factory=OpenOptions)
+
+    def __post_init__(self) -> None:
+        lowest = {"max_tokens": 1, "limit": 1, "prefixes": 0, "max_run": 1, "resamples": 100, "context_len": 1}
+        for name, least in lowest.items():
+            if (value := getattr(self, name)) < least:
+                raise EvaluateError(f"--{name.replace('_', '-')}: got {value}, expected {least} or more")
+        if self.window_len < self.context_len + 2 * MIN_SCORED:
+            raise EvaluateError(
+                f"--window-len: got {self.window_len}, expected {self.context_len + 2 * MIN_SCORED} or more: the context "
+                f"of {self.context_len} tokens is not scored"
+            )
