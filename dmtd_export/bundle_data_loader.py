@@ -1,10 +1,11 @@
-"""Valid inputs for the graphs of this bundle, for Polygraphy and for trying a graph by hand. Needs numpy only.
+"""Valid inputs for the graphs of this directory, for Polygraphy and for trying a graph by hand. Needs numpy only.
 
     polygraphy run thinking.ort.onnx --onnxrt --data-loader-script polygraphy_data.py
 
 Random inputs are not valid ones: lengths, row indices and write indices must fit one another. ``load_data`` takes the
 graph from the command line (a file name of this bundle among the arguments) or from the variable DMTD_GRAPH. An input's
-values depend on its name alone, so that both dialects of a graph get the same tokens, caches and gates.
+values depend on its name alone, so that both dialects of a graph get the same tokens, caches and gates. The directory is a
+bundle, or one that `dmtd build --flavour host` made (engine.json): its graphs have caches of fixed capacity, as TensorRT wants.
 """
 
 import json
@@ -25,7 +26,7 @@ ROWS = 4  # rows of the window
 
 def load_data() -> Iterator[dict[str, Any]]:
     """Yield one feed dictionary, name -> array, for the graph that the command line names."""
-    manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
+    manifest = _manifest()
     graphs = {graph["file"]: graph for graph in manifest["graphs"]}
     wanted = [os.environ.get("DMTD_GRAPH", ""), *sys.argv[1:]]
     found = [graphs[Path(word).name] for word in wanted if Path(word).name in graphs]
@@ -34,20 +35,39 @@ def load_data() -> Iterator[dict[str, Any]]:
     yield feed(manifest, found[0])
 
 
+def _manifest() -> dict[str, Any]:
+    """The bundle's manifest, or as much of it as a record of engines tells."""
+    record = HERE / "engine.json"
+    if not record.is_file():
+        loaded: dict[str, Any] = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
+        return loaded
+    engines = json.loads(record.read_text(encoding="utf-8"))["engines"]
+    tables = [item for engine in engines for item in engine["inputs"] if item["name"] == "embedding_table"]
+    graphs = [engine | {"name": engine["graph"], "slots": 1} for engine in engines]
+    return {"graphs": graphs, "model": {"vocab_size": tables[0]["dims"][0]}}
+
+
 def feed(manifest: dict[str, Any], graph: dict[str, Any], seed: int = 0) -> dict[str, Any]:
     """One valid feed of ``graph``: a window of ROWS over COMMITTED rows, the last row goes to the late layers.
 
     A graph for several slots serves slot 0; every other slot gets one padding row of its own.
     """
     rows = 1 if graph["name"] == "late_decode" else ROWS
-    sizes = {"batch": 1, "window_len": rows, "late_len": 1, "num_logits": 1, "capacity": CAPACITY}
+    sizes = {
+        "batch": 1,
+        "window_len": rows,
+        "late_len": 1,
+        "num_logits": 1,
+        "capacity": CAPACITY,
+        "visible_len": CAPACITY,
+    }
     return {item["name"]: _value(item, manifest, sizes, rows, graph["slots"], seed) for item in graph["inputs"]}
 
 
 def _value(
     item: dict[str, Any], manifest: dict[str, Any], sizes: dict[str, int], rows: int, slots: int, seed: int
 ) -> Any:
-    name = item["name"]
+    name = "embedding_table" if item["name"] == "lm_head_table" else item["name"]  # one tensor
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     dims = [sizes.get(dim, dim) for dim in item["dims"]]
     group_rows = 1 if name.startswith("late_") else rows
@@ -55,6 +75,8 @@ def _value(
     used = np.arange(max(dims[0], 1)) == 0  # of several slots the first one
     if name == "input_ids":
         return rng.integers(0, manifest["model"]["vocab_size"], dims)
+    if name == "visible_rows":
+        return np.arange(dims[0])
     if name == "position_ids":
         return np.arange(COMMITTED, stop)[None].repeat(dims[0], 0)
     if name.endswith("_write_indices"):

@@ -2,7 +2,7 @@
 
 A verb's module is imported when the verb runs or its own help is asked for, so that ``dmtd --help`` is quick and a machine
 with the runtime's dependencies alone has the verbs that need no more. The verbs stand in ``dmtd_runtime.cli`` (generate, chat,
-bench, inspect, doctor) and beside this module (export, verify, evaluate). Exit codes: see ``dmtd_runtime.cli.common``.
+bench, inspect, doctor) and beside this module (the others). Exit codes: see ``dmtd_runtime.cli.common``.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ VERBS: dict[str, Verb] = {
         module="dmtd_export.cli_export",
         function="export",
         help="Make a bundle of ONNX graphs from a checkpoint, and verify it.",
+    ),
+    "build": Verb(
+        module="dmtd_export.cli_build",
+        function="build",
+        help="Build TensorRT engines from a bundle; TensorRT-RTX needs no GPU for it.",
     ),
     "verify": Verb(
         module="dmtd_export.cli_verify",

@@ -70,6 +70,11 @@ class StageDisplay:
         """One line that stays above the bars."""
         self._console.print(text, markup=False)
 
+    def progress(self, done: int, total: int) -> None:
+        """``done`` of ``total`` steps of the stage, where both may grow."""
+        if self._task is not None:
+            self._bar.update(self._task, completed=done, total=total or None)
+
     def _finish(self) -> None:
         if self._task is None:
             return

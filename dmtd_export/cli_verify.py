@@ -14,8 +14,12 @@ from dmtd_export.cli_export import LIBRARIES
 from dmtd_export.cli_progress import StageDisplay
 from dmtd_runtime.cli.common import (
     EXIT_ERROR,
+    BackendOption,
     BundleArgument,
     BundleOption,
+    DeviceOption,
+    FlavourOption,
+    FullPassOption,
     JsonOption,
     logs_to_stderr,
     note,
@@ -35,9 +39,17 @@ def verify(
         Literal["structure", "graphs", "oracle"] | None,
         typer.Option(help="How far to go; by default as far as this machine can."),
     ] = None,
+    backend: BackendOption = "onnxruntime",
+    flavour: FlavourOption = None,
+    device: DeviceOption = "cpu",
+    device_id: Annotated[int, typer.Option(help="Which GPU.")] = 0,
+    full_pass: FullPassOption = "staged",
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Of a device: the largest batch to check.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Check a bundle: files, graphs against each other, whole cycles against the PyTorch reference.
+
+    With --backend tensorrt or --device cuda: what that device computes, against the reference.
 
     Exit code 1 if anything diverges; the first divergence is named.
     """
@@ -45,13 +57,30 @@ def verify(
     if adapter is not None and checkpoint is None:
         raise typer.BadParameter("--adapter: give the checkpoint it was made of with --checkpoint")
     require("verify", LIBRARIES, '"dmtd[export]"')
-    from dmtd_export.verify import render, verify_bundle
+    from dmtd_export.verify import LARGEST_BATCH, render, verify_bundle, verify_on_device
     from dmtd_models.checkpoint import open_checkpoint
 
     with logs_to_stderr(), contextlib.ExitStack() as opened:
-        source = opened.enter_context(open_checkpoint(checkpoint, adapter)) if checkpoint is not None else None
         display = opened.enter_context(StageDisplay())
-        report = verify_bundle(directory, checkpoint=source, level=level, on_stage=display.verified)
+        source = opened.enter_context(open_checkpoint(checkpoint, adapter)) if checkpoint is not None else None
+        if backend == "tensorrt" or device == "cuda":
+            from dmtd_runtime.backends.base import BackendOptions
+
+            if checkpoint is not None or level is not None:
+                raise typer.BadParameter(
+                    "--checkpoint and --level are for the bundle, not for a device; leave them out"
+                )
+            options = BackendOptions(
+                backend=backend,
+                flavour=flavour,
+                device=device,
+                device_id=device_id,
+                full_pass=full_pass,
+                max_batch=max_batch or LARGEST_BATCH,
+            )
+            report = verify_on_device(directory, options, on_stage=display.verified)
+        else:
+            report = verify_bundle(directory, checkpoint=source, level=level, on_stage=display.verified)
     if json:
         typer.echo(json_text.dumps({"schema": 1, **report.to_json()}))
     else:

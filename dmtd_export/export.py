@@ -180,7 +180,7 @@ def wanted_graphs(options: ExportOptions) -> list[tuple[contract.GraphName, cont
         for name in contract.DECODER_GRAPHS
         if slots == 1 or name != contract.LATE_DECODE
     ]
-    return [*decoder, (contract.CHOOSE_TOKEN, contract.STANDARD, 1)]
+    return [*decoder, *((name, contract.STANDARD, 1) for name in contract.CHOICE_GRAPHS)]
 
 
 def _model_info(config: ModelConfig, options: ExportOptions, max_model_len: int) -> ModelInfo:

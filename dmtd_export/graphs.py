@@ -4,7 +4,7 @@
     thinking     input_ids -> E -> T -> thought (late rows only)
     late_decode  input_ids, thought -> E -> D -> norm -> lm_head -> logits
 
-and beside them choose_token, logits -> token_ids, for a device that keeps its logits (standard ONNX, serves both dialects).
+and beside them choose_token and sample_token, logits -> token_ids, for a device that keeps its logits (``choose_graphs``).
 
 Inputs and outputs (standard dialect; the onnxruntime dialect differs in its rows, see ``contract``):
 
@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 import onnx
 
+from dmtd_export.choose_graphs import write_choose_token, write_sample_token
 from dmtd_export.graph_writer import ONNX_DTYPES, GraphWriter
 from dmtd_export.layers import State, decoder_layer, linear, sum_state
 from dmtd_export.ort_dialect import OrtDialect
@@ -37,6 +38,7 @@ from dmtd_models.config import DmtdSpec, ModelConfig
 from dmtd_runtime import contract
 from dmtd_runtime.contract import Dialect, GraphName, Group
 from dmtd_runtime.manifest import GraphInfo, WeightInfo
+from dmtd_runtime.sampler import MAX_CANDIDATES
 from dmtd_runtime.version import __version__
 
 EMBED, FINAL_NORM, LM_HEAD = "model.embed_tokens", "model.norm", "lm_head"
@@ -57,8 +59,11 @@ def build_graph(
 ) -> tuple[onnx.ModelProto, GraphInfo]:
     """Build one graph. Returns the protobuf (no weights inside) and its record for the manifest."""
     writer = GraphWriter(name, spec.weights)
-    if name == contract.CHOOSE_TOKEN:
-        _write_choose_token(writer, spec)
+    if name in contract.CHOICE_GRAPHS:
+        if name == contract.CHOOSE_TOKEN:
+            write_choose_token(writer, spec.config.vocab_size)
+        else:
+            write_sample_token(writer, spec.config.vocab_size, MAX_CANDIDATES)
         return writer.finish(__version__, name), _graph_info(writer, name, dialect, slots)
     shape: _StandardRows | _OrtRows
     shape = _StandardRows(writer, spec) if dialect == contract.STANDARD else _OrtRows(writer, spec, slots)
@@ -76,22 +81,6 @@ def _graph_info(writer: GraphWriter, name: GraphName, dialect: Dialect, slots: i
         inputs=tuple(writer.inputs),
         outputs=tuple(writer.outputs),
     )
-
-
-def _write_choose_token(writer: GraphWriter, spec: GraphSpec) -> None:
-    """token_ids int64 [batch, num_logits] = arg-max; is_finite bool, False where a row holds NaN or infinity."""
-    rows: list[int | str] = ["batch", "num_logits"]
-    logits = writer.input(contract.LOGITS, [*rows, spec.config.vocab_size], "float32")
-    attrs = {"axis": -1, "keepdims": 0}
-    token_ids = writer.output(contract.TOKEN_IDS, rows, "int64")
-    writer.op("ArgMax", [logits], "/choose_token", output=token_ids, attrs=attrs)
-    # x - x is 0 where x is finite and NaN elsewhere, and a sum with a NaN in it is NaN, which equals nothing.
-    difference = writer.op("Sub", [logits, logits], "/choose_token/difference")
-    total = writer.op(
-        "ReduceSum", [difference, writer.constant([-1], "int64")], "/choose_token/total", attrs={"keepdims": 0}
-    )
-    finite = writer.output(contract.IS_FINITE, rows, "bool")
-    writer.op("Equal", [total, total], "/choose_token/is_finite", output=finite)
 
 
 def _write(writer: GraphWriter, spec: GraphSpec, name: GraphName, shape: _StandardRows | _OrtRows) -> None:

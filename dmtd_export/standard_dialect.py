@@ -3,7 +3,8 @@
 The mask is an explicit boolean input of Attention, built in the graph: TensorRT's parser silently drops
 ``nonpad_kv_seqlen`` and reads ``is_causal`` as upper-left, which is wrong over a past. Row r of sequence b may see the
 cache rows up to ``write_indices[b] + r``, so rows that pad a window on the right are never seen by valid ones.
-In half precision norms are computed in float32 through casts, and softmax by ``softmax_precision``.
+In half precision norms are computed in float32 through casts. The softmax's type is left to the kernel, because TensorRT refuses
+``softmax_precision``: its fused attention and ONNX Runtime's CUDA kernels accumulate in float32 whatever the attribute says.
 """
 
 from __future__ import annotations
@@ -91,8 +92,7 @@ class StandardDialect:
                 y = w.op("RotaryEmbedding", [y, w.weight(COS), w.weight(SIN), rows.positions], f"{path}/{kind}_rotary")
             heads[kind] = y
         caches = [self._update_cache(layer, kind, heads[kind[0]], rows, path) for kind in KINDS]
-        attrs = {} if self._dtype == "float32" else {"softmax_precision": ONNX_DTYPES["float32"]}
-        y = w.op("Attention", [heads["q"], *caches, rows.mask], path, attrs=attrs)
+        y = w.op("Attention", [heads["q"], *caches, rows.mask], path)
         y = w.op("Transpose", [y], f"{path}/merge_heads", attrs={"perm": [0, 2, 1, 3]})
         return w.op(
             "Reshape", [y, w.constant([-1, config.num_heads * config.head_dim], "int64")], f"{path}/merge_heads"

@@ -1,9 +1,11 @@
 """`dmtd verify`: a bundle against itself and against the PyTorch reference. See ``run`` for the levels."""
 
+from dmtd_export.verify.on_device import LARGEST_BATCH, verify_on_device
 from dmtd_export.verify.report import Check, Divergence, Level, VerificationError, VerifyReport, record, render
 from dmtd_export.verify.run import VerifyOptions, verify_bundle, verify_hook
 
 __all__ = [
+    "LARGEST_BATCH",
     "Check",
     "Divergence",
     "Level",
@@ -14,4 +16,5 @@ __all__ = [
     "render",
     "verify_bundle",
     "verify_hook",
+    "verify_on_device",
 ]

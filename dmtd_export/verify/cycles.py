@@ -17,7 +17,7 @@ import numpy as np
 from dmtd_export.verify.margins import FLOAT32, HALF_TOP1_AGREEMENT, Margin, top_two_gap, worst_difference
 from dmtd_export.verify.report import Check, Divergence, Level
 from dmtd_runtime import contract
-from dmtd_runtime.backends.base import BackendOptions, FullPass, SlotStep
+from dmtd_runtime.backends.base import Backend, BackendOptions, FullPass, SlotStep
 from dmtd_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dmtd_runtime.cycle import CyclePlan, Position
 from dmtd_runtime.errors import BackendError, BundleError
@@ -140,7 +140,7 @@ def check_cycles(
         got = own_logits or list(run_variant(directory, manifest, variant, [cases[i] for i in picked]))
     except (BackendError, BundleError) as error:
         return _failed(name, variant, expected.level, str(error))
-    found = _Comparison(variant=variant, margin=margin)
+    found = Comparison(variant=variant, margin=margin)
     for i, rows in zip(picked, got, strict=True):
         found.add(cases[i], expected.logits[i], rows)
     return found.check(name, expected.level)
@@ -163,9 +163,8 @@ def run_variant(directory: Path, manifest: Manifest, variant: Variant, cases: Se
             wanted = [i for i, case in enumerate(cases) if case.plain == plain]
             for start in range(0, len(wanted), variant.batch):
                 group = wanted[start : start + variant.batch]
-                rows = _run_group(
-                    backend, CyclePlan(cycle=manifest.cycle, plain=plain), variant, [cases[i] for i in group]
-                )
+                plan = CyclePlan(cycle=manifest.cycle, plain=plain)
+                rows = run_group(backend, plan, variant.chunk, [cases[i] for i in group])
                 results.update(zip(group, rows, strict=True))
     finally:
         backend.close()
@@ -176,15 +175,15 @@ def _picked(count: int, variant: Variant) -> list[int]:
     return list(range(0, count, variant.case_step))
 
 
-def _run_group(backend: OnnxRuntimeBackend, plan: CyclePlan, variant: Variant, cases: Sequence[Case]) -> list[Array]:
-    """Run some cases as one batch, each in its own slot; a finished one leaves its slot idle."""
+def run_group(backend: Backend, plan: CyclePlan, chunk: int, cases: Sequence[Case]) -> list[Array]:
+    """Logits [num_new, vocab] of some cases, run as one batch, each in its own slot; a finished one leaves its slot idle."""
     at = [Position(prompt_len=len(case.prompt)) for case in cases]
     ids = [list(case.prompt) for case in cases]
     rows: list[list[Array]] = [[] for _ in cases]
     for slot in range(len(cases)):
         backend.reset(slot)
     while running := [i for i, case in enumerate(cases) if len(rows[i]) < case.num_new]:
-        planned = plan.next_steps([at[i] for i in running], min(variant.chunk, backend.max_rows))
+        planned = plan.next_steps([at[i] for i in running], min(chunk, backend.max_rows))
         steps = [
             SlotStep(slot=running[i], step=step, ids=ids[running[i]][(step.window or step.late).start : step.late.stop])
             for i, step in planned
@@ -205,7 +204,7 @@ def _failed(name: str, variant: Variant, level: Level, detail: str) -> Check:
     return Check(name=name, level=level, ok=False, detail=detail, divergence=found)
 
 
-class _Comparison:
+class Comparison:
     """Collects worst error, near-ties and the first divergence of a variant."""
 
     def __init__(self, *, variant: Variant, margin: Margin) -> None:

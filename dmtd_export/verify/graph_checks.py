@@ -58,42 +58,6 @@ def check_graphs(
     return checks
 
 
-def check_choose_token(directory: Path, manifest: Manifest, level: Level) -> list[Check]:
-    """The arg-max graph on logits with equal values, infinities and NaN; nothing where the bundle has no such graph."""
-    graph = next((graph for graph in manifest.graphs if graph.name == contract.CHOOSE_TOKEN), None)
-    if graph is None:
-        return []
-    logits = np.random.default_rng(2).standard_normal((5, 2, manifest.model.vocab_size)).astype(np.float32)
-    logits[1, 0, [1, -1]] = 9.0  # the first of equal values
-    logits[2, 1, 0] = np.nan
-    logits[3, 0, -1] = np.inf
-    logits[4, 1, 0] = -np.inf
-    finite: Array = np.logical_and.reduce(np.isfinite(logits), axis=-1)
-    found: Divergence | None = None
-    try:
-        session = open_onnxruntime(directory / graph.file)
-        tokens, is_finite = session.run([contract.TOKEN_IDS, contract.IS_FINITE], {contract.LOGITS: logits})
-        wrong: Array = np.not_equal(is_finite, finite) | (finite & np.not_equal(tokens, logits.argmax(-1)))
-        if wrong.any():
-            at = np.unravel_index(int(wrong.argmax()), wrong.shape)
-            got = f"token {tokens[at]}, finite {is_finite[at]}"
-            expected = f"token {logits[at].argmax()}, finite {finite[at]}"
-            found = Divergence(graph=graph.file, dialect=graph.dialect, expected=expected, got=got, detail="arg-max")
-    except Exception as error:  # noqa: BLE001 - ONNX Runtime raises its own kinds
-        detail = f"{graph.file}: cannot be run: {str(error).strip().splitlines()[0][:300]}"
-        found = Divergence(graph=graph.file, dialect=graph.dialect, detail=detail)
-    return [
-        Check(
-            name=f"{graph.file} against arg-max",
-            level=level,
-            ok=found is None,
-            cases=finite.size,
-            detail=str(found or ""),
-            divergence=found,
-        )
-    ]
-
-
 def graphs_as_expected(directory: Path, manifest: Manifest, scenario: Scenario) -> Outcome:
     """What the first thinking + late_decode pair computes: the expected numbers where there is no reference."""
     outcomes: dict[str, Outcome] = {}

@@ -71,7 +71,7 @@ def least_bytes(manifest: Manifest) -> int:
 def _limits(directory: Path, manifest: Manifest, config: ModelConfig | None) -> list[tuple[Level, str]]:
     """Every (ceiling, reason) that holds here, the lowest ceiling first."""
     limits: list[tuple[Level, str]] = []
-    if not _installed("onnxruntime"):
+    if not installed("onnxruntime"):
         limits.append(("structure", 'ONNX Runtime is not installed; pip install "dmtd[cpu]"'))
     memory, least = available_bytes(), least_bytes(manifest)
     if memory is not None and memory < least:
@@ -82,7 +82,7 @@ def _limits(directory: Path, manifest: Manifest, config: ModelConfig | None) -> 
         if free < needed + (64 << 20):
             reason = f"its float32 cast needs {needed / 1e9:.1f} GB in {scratch}, {free / 1e9:.1f} GB are free"
             limits.append(("structure", reason))
-    if not _installed("torch"):
+    if not installed("torch"):
         limits.append(("graphs", 'PyTorch is not installed; pip install "dmtd[oracle]"'))
     if config is None:
         limits.append(
@@ -114,5 +114,5 @@ def _finish(manifest: Manifest, level: Level, note: str) -> Plan:
     return Plan(level=level, note=note, cycles=cycles, prepack=prepack, notes=tuple(notes))
 
 
-def _installed(module: str) -> bool:
+def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None

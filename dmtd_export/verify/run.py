@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from dmtd_export.atomic import work_directory
 from dmtd_export.verify import cycles
-from dmtd_export.verify.graph_checks import check_choose_token, check_graphs, graphs_as_expected, ordered
+from dmtd_export.verify.choice_checks import check_choose_token, check_sample_token
+from dmtd_export.verify.graph_checks import check_graphs, graphs_as_expected, ordered
 from dmtd_export.verify.graph_runs import OpenSession, open_evaluator, open_onnxruntime
 from dmtd_export.verify.half import float32_twin
 from dmtd_export.verify.levels import Plan, float32_bytes, make_plan, scratch_directory
@@ -222,6 +223,7 @@ class _Run:
         with self._counting("graphs", len(ordered(manifest)) + len(ordered(as_is))) as done:
             checks = check_graphs(directory, manifest, scenario, expected, plan.level, label=label, on_done=done)
             checks += check_choose_token(directory, manifest, plan.level)
+            checks += check_sample_token(directory, manifest, plan.level)
             if ordered(as_is):
                 half = half_margin(as_is.model.dtype, as_is.model.num_layers)
                 checks += check_graphs(

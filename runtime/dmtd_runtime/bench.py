@@ -16,7 +16,7 @@ import gc
 import importlib.metadata
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -24,8 +24,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dmtd_runtime.backends.base import BackendOptions, FullPass
-from dmtd_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from dmtd_runtime.backends.base import Backend, BackendOptions, FullPass
+from dmtd_runtime.backends.opening import open_backend
 from dmtd_runtime.bench_run import RunRecord, private_bytes, run_once
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.errors import RequestError
@@ -59,7 +59,8 @@ class BatchReport:
     """The medians of one batch size; ``runs`` are the repeats behind them, in the order they ran.
 
     ``ratio`` is the median over pairs of repeats. ``ratio_of_steps`` is what the median times of single steps make of a
-    cycle: bursts of other work on the machine move it less.
+    cycle: bursts of other work on the machine move it less. Where whole cycles run on a device, cycles are timed, and not
+    their steps; ``host_ms_per_cycle`` is then how long the device waited for the host.
     """
 
     batch: int
@@ -68,14 +69,16 @@ class BatchReport:
     ratio: float
     bound: float
     ratio_of_bound: float
-    ratio_of_steps: float
+    ratio_of_steps: float | None
     outside_share: float
     plain_outside_share: float
     prefill_tok_per_s: float
     first_token_ms: float
-    plain_step_ms: float
-    full_pass_ms: float
+    plain_step_ms: float | None
+    full_pass_ms: float | None
     late_step_ms: float | None
+    cycle_ms: float | None
+    host_ms_per_cycle: float | None
     full_passes_per_token: float
     refill_rows: int
     plain_gb_per_s: float
@@ -191,8 +194,8 @@ def _bench_batch(
     records: dict[Mode, list[RunRecord]] = {"plain": [], "dmtd": []}
     with contextlib.ExitStack() as opened:
 
-        def open_backend(full_pass: FullPass) -> OnnxRuntimeBackend:
-            backend = OnnxRuntimeBackend(directory, manifest, replace(backend_options, full_pass=full_pass))
+        def open_one(full_pass: FullPass) -> Backend:
+            backend = open_backend(directory, manifest, replace(backend_options, full_pass=full_pass))
             opened.callback(backend.close)
             return backend
 
@@ -208,13 +211,13 @@ def _bench_batch(
                 options.max_tokens,
             )
 
-        shared = open_backend(backend_options.full_pass)
-        backends: dict[Mode, OnnxRuntimeBackend] = {"plain": shared, "dmtd": shared}
+        shared = open_one(backend_options.full_pass)
+        backends: dict[Mode, Backend] = {"plain": shared, "dmtd": shared}
         for mode in list(backends) * options.warmup:
             run(mode, ", warm-up")
         private = private_bytes()
         if options.whole_model:  # opened only now: its weights are not the bundle's way of running
-            backends["whole_model"] = open_backend("fused")
+            backends["whole_model"] = open_one("fused")
             records["whole_model"] = []
             for _ in range(options.warmup):
                 run("whole_model", ", warm-up")
@@ -241,7 +244,8 @@ def _summary(
     rates = {mode: median(run.decode_tok_per_s for run in runs) for mode, runs in records.items()}
     ratio, bound = median(ratios), split.bound(context, batch)
     late = [run.late_step_ms for run in dmtd if run.late_step_ms is not None]
-    plain_ms, full_ms = (median(run.full_pass_ms for run in runs) for runs in (plain, dmtd))
+    plain_ms, full_ms = (_median([run.full_pass_ms for run in runs]) for runs in (plain, dmtd))
+    cycle_ms, plain_cycle_ms = (_median([run.cycle_ms for run in runs]) for runs in (dmtd, plain))
     late_ms = median(late) if late else None
     steps = dmtd[0].full_passes + dmtd[0].late_steps
     tau = manifest.cycle.cycle_length
@@ -252,14 +256,16 @@ def _summary(
         ratio=ratio,
         bound=bound,
         ratio_of_bound=ratio / bound,
-        ratio_of_steps=tau * plain_ms / (full_ms + (tau - 1) * (late_ms or 0.0)),
+        ratio_of_steps=_ratio_of_steps(tau, plain_ms, full_ms, late_ms, plain_cycle_ms, cycle_ms),
         outside_share=median(run.outside_share for run in dmtd),
         plain_outside_share=median(run.outside_share for run in plain),
         prefill_tok_per_s=median(run.prefill_tok_per_s for run in dmtd),
         first_token_ms=median(run.first_token_ms for run in dmtd),
-        plain_step_ms=plain_ms,
+        plain_step_ms=plain_ms if plain_cycle_ms is None else plain_cycle_ms / tau,
         full_pass_ms=full_ms,
         late_step_ms=late_ms,
+        cycle_ms=cycle_ms,
+        host_ms_per_cycle=_median([run.host_ms_per_cycle for run in dmtd]),
         full_passes_per_token=dmtd[0].full_passes / steps,
         refill_rows=dmtd[0].refill_rows,
         plain_gb_per_s=split.plain_step(context, batch) / batch * rates["plain"] / 1e9,
@@ -278,6 +284,28 @@ def _summary(
     )
 
 
+def _median(values: Sequence[float | None]) -> float | None:
+    """Of the values that were measured."""
+    measured = [value for value in values if value is not None]
+    return median(measured) if measured else None
+
+
+def _ratio_of_steps(
+    tau: int,
+    plain_ms: float | None,
+    full_ms: float | None,
+    late_ms: float | None,
+    plain_cycle_ms: float | None,
+    cycle_ms: float | None,
+) -> float | None:
+    """How much faster the median cycle is than as many plain steps, whatever lies between them."""
+    if cycle_ms is not None and plain_cycle_ms is not None:
+        return plain_cycle_ms / cycle_ms
+    if plain_ms is None or full_ms is None:
+        return None
+    return tau * plain_ms / (full_ms + (tau - 1) * (late_ms or 0.0))
+
+
 def _conditions(
     directory: Path, manifest: Manifest, options: BenchOptions, backend: BackendOptions, load: float | None
 ) -> dict[str, Any]:
@@ -290,6 +318,7 @@ def _conditions(
         "cycle_origin": cycle.cycle_origin,
         "prompt_input": cycle.prompt_input,
         "dtype": manifest.model.dtype,
+        "backend": backend.backend,
         "device": backend.device,
         "dialect": backend.dialect or manifest.default_dialect,
         "full_pass": backend.full_pass,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
-from dmtd_runtime.backends.base import Array, Backend, SlotStep
+from dmtd_runtime.backends.base import Array, Backend, SlotCycle, SlotStep
 from dmtd_runtime.cycle import CyclePlan, StepKind
 from dmtd_runtime.generate import SequenceRun, TokenEvent, run_batch
 from dmtd_runtime.sampler import Sampler
@@ -23,8 +25,10 @@ class RunRecord:
     prefill_tok_per_s: float
     decode_tok_per_s: float
     first_token_ms: float
-    full_pass_ms: float
+    full_pass_ms: float | None  # None where whole cycles ran, and no step of its own
     late_step_ms: float | None
+    cycle_ms: float | None  # of as many steps as a cycle has, in plain mode too; None where steps ran one by one
+    host_ms_per_cycle: float | None  # of it, the time that the device waited for the host
     outside_share: float
     full_passes: int
     late_steps: int
@@ -37,12 +41,24 @@ class _StepClock:
     def __init__(self, backend: Backend) -> None:
         self.slots, self.capacity, self.max_rows = backend.slots, backend.capacity, backend.max_rows
         self.stats, self.chooses_tokens = backend.stats, backend.chooses_tokens
-        self.marks: list[tuple[StepKind, float, float]] = []
+        self.max_model_len = backend.max_model_len
+        self.runs_cycles = backend.runs_cycles
+        self.marks: list[tuple[StepKind | Literal["cycle"], float, float]] = []
+        self.cycle_ends: list[float] = []
         self._backend = backend
 
     def run(self, steps: Sequence[SlotStep], *, greedy: bool = False) -> Array:
         self.marks.append((steps[0].step.kind, time.perf_counter(), self.stats.session_seconds))
         return self._backend.run(steps, greedy=greedy)
+
+    def start_cycle(self, slots: Sequence[SlotCycle], *, follows: bool = False) -> None:
+        self.marks.append(("cycle", time.perf_counter(), self.stats.session_seconds))
+        self._backend.start_cycle(slots, follows=follows)
+
+    def finish_cycle(self) -> Array:
+        tokens = self._backend.finish_cycle()
+        self.cycle_ends.append(time.perf_counter())
+        return tokens
 
     def reset(self, slot: int, *, clear: bool = False) -> None:
         self._backend.reset(slot, clear=clear)
@@ -60,12 +76,12 @@ def run_once(
     """Generate ``max_tokens`` tokens for each prompt, greedily, and take the times."""
     params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=max_tokens)
     clock = _StepClock(backend)
-    ends: list[tuple[float, float]] = []
+    told: list[tuple[float, float]] = []
 
     def on_event(event: TokenEvent) -> None:
         if event.error is not None:
             raise event.error
-        ends.append((time.perf_counter(), backend.stats.session_seconds))
+        told.append((time.perf_counter(), backend.stats.session_seconds))
 
     sequences = [
         SequenceRun(
@@ -76,26 +92,31 @@ def run_once(
         )
         for prompt in prompts
     ]
-    refilled = backend.stats.refill_rows
+    before = replace(backend.stats)
     start = time.perf_counter()
     run_batch(clock, plan, sequences)
-    (end, end_session), batch = ends[-1], len(prompts)
+    (end, end_session), batch = told[-1], len(prompts)
     decode = [mark for mark in clock.marks if mark[0] != "prefill"]
     stops = [*(at for _, at, _ in decode[1:]), end]
     steps_ms = [(kind, (stop - at) * 1e3) for (kind, at, _), stop in zip(decode, stops, strict=True)]
     full, late = ([ms for kind, ms in steps_ms if kind == wanted] for wanted in ("full", "late"))
+    ends, stats = clock.cycle_ends, backend.stats
+    cycles_ms = [(stop - at) * 1e3 for at, stop in itertools.pairwise(ends)]
+    cycles, waited_s = stats.cycles - before.cycles, stats.host_seconds - before.host_seconds
     _, decode_start, decode_session = decode[0]
     seconds = end - decode_start
     return RunRecord(
         prefill_tok_per_s=sum(map(len, prompts)) / (decode_start - start),
         decode_tok_per_s=batch * (max_tokens - 1) / seconds,
-        first_token_ms=(ends[0][0] - start) * 1e3,
-        full_pass_ms=median(full),
-        late_step_ms=median(late) if late else None,
+        first_token_ms=(told[0][0] - start) * 1e3,
+        full_pass_ms=median(full) if full and not cycles else None,
+        late_step_ms=median(late) if late and not cycles else None,
+        cycle_ms=median(cycles_ms) if cycles_ms else None,
+        host_ms_per_cycle=waited_s / cycles * 1e3 if cycles else None,
         outside_share=1 - (end_session - decode_session) / seconds,
-        full_passes=len(full),
-        late_steps=len(late),
-        refill_rows=backend.stats.refill_rows - refilled,
+        full_passes=stats.full_passes - before.full_passes - (stats.prefill_passes - before.prefill_passes),
+        late_steps=stats.late_steps - before.late_steps,
+        refill_rows=stats.refill_rows - before.refill_rows,
     )
 
 

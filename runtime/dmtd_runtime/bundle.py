@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,22 @@ def open_bundle(directory: Path) -> Manifest:
     """
     manifest = load_manifest(directory)
     manifest.check_files(directory, hashes=False)
-    state = _state(directory, manifest)
-    if not _is_remembered(state):
-        manifest.check_files(directory, hashes=True)
-        # A cache that cannot be written costs a check the next time, no more.
-        with contextlib.suppress(OSError, RuntimeError):
-            mark = cache_directory() / "checked" / state
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.touch()
+    names = (contract.MANIFEST_FILE, *manifest.files)
+    checked_once(directory, names, lambda: manifest.check_files(directory, hashes=True))
     return manifest
+
+
+def checked_once(directory: Path, names: Sequence[str], check: Callable[[], None]) -> None:
+    """Call ``check``, which reads whole files, unless it passed before on files that look the same from outside."""
+    state = _state(directory, names)
+    if _is_remembered(state):
+        return
+    check()
+    # A cache that cannot be written costs a check the next time, no more.
+    with contextlib.suppress(OSError, RuntimeError):
+        mark = cache_directory() / "checked" / state
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
 
 
 def read_generation_config(directory: Path) -> dict[str, Any]:
@@ -56,10 +64,10 @@ def _is_remembered(state: str) -> bool:
         return False
 
 
-def _state(directory: Path, manifest: Manifest) -> str:
-    """A name for what the bundle's files look like from outside."""
+def _state(directory: Path, names: Sequence[str]) -> str:
+    """A name for what files look like from outside."""
     state: list[Any] = [str(directory.resolve())]
-    for name in (contract.MANIFEST_FILE, *sorted(manifest.files)):
+    for name in sorted(names):
         stat = (directory / name).stat()
         state.append([name, stat.st_size, stat.st_mtime_ns, stat.st_ino])
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()

@@ -1,6 +1,6 @@
 """Every name that a graph, the manifest and a runtime share, spelled once. Pure strings, no imports of the product.
 
-Three graphs hold layers, and exist in two dialects (a fourth, choose_token, holds none):
+Three graphs hold layers, and exist in two dialects (choose_token and sample_token hold none):
 
 - ``standard``: ONNX opset 24 only; rectangular, ``[batch, window_len]``, padding on the right; one KV buffer a
   layer for the whole batch.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple
 
-GraphName = Literal["full_pass", "thinking", "late_decode", "choose_token"]
+GraphName = Literal["full_pass", "thinking", "late_decode", "choose_token", "sample_token"]
 Dialect = Literal["standard", "onnxruntime"]
 Group = Literal["thinking", "late"]
 Kind = Literal["key", "value"]
@@ -24,6 +24,8 @@ FULL_PASS: GraphName = "full_pass"
 THINKING: GraphName = "thinking"
 LATE_DECODE: GraphName = "late_decode"
 CHOOSE_TOKEN: GraphName = "choose_token"  # arg-max of logits, for backends whose logits stay on a device
+SAMPLE_TOKEN: GraphName = "sample_token"  # the sampler's rules, for the same backends
+CHOICE_GRAPHS: tuple[GraphName, ...] = (CHOOSE_TOKEN, SAMPLE_TOKEN)
 DECODER_GRAPHS: tuple[GraphName, ...] = (FULL_PASS, THINKING, LATE_DECODE)
 
 STANDARD: Dialect = "standard"
@@ -38,6 +40,13 @@ GATE_THOUGHT = "gate_thought"
 LOGIT_ROWS = "logit_rows"
 # Standard dialect.
 POSITION_IDS = "position_ids"
+# Engine graphs: the standard graphs as TensorRT builds them (dmtd_export.build.engine_graph). The embedding table, and the
+# head's where it is tied, are inputs bound to one device buffer. They are two inputs because a table that is both gathered
+# from and multiplied by is copied in every run (measured: TensorRT-RTX 1.7 then plans its bytes as scratch memory; for two
+# inputs it does not). ``visible_rows`` is int64 [visible_len] = 0, 1, 2, ...: attention sees so many cache rows and no more.
+EMBEDDING_INPUT = "embedding_table"
+LM_HEAD_INPUT = "lm_head_table"
+VISIBLE_ROWS = "visible_rows"
 # ONNX Runtime dialect, graphs made for several slots: int64 [slots], how many packed rows each attention node takes, never
 # 0, because GroupQueryAttention refuses an empty sequence; and int64 [1], how many zero rows the graph appends before
 # attention and drops behind it, one for each slot behind the last one that takes part.
@@ -48,10 +57,28 @@ THOUGHT = "thought"
 LOGITS = "logits"
 TOKEN_IDS = "token_ids"
 IS_FINITE = "is_finite"
+# sample_token (dmtd_export.choose_graphs has the table).
+TEMPERATURE = "temperature"
+TOP_K = "top_k"
+TOP_P = "top_p"
+MIN_P = "min_p"
+UNIFORMS = "uniforms"
+REPETITION_PENALTY = "repetition_penalty"
+FREQUENCY_PENALTY = "frequency_penalty"
+PRESENCE_PENALTY = "presence_penalty"
+LOGIT_BIAS = "logit_bias"
+MASK_ENDS = "mask_ends"
+END_IDS = "end_ids"
+PROMPT_SEEN = "prompt_seen"
+OUTPUT_COUNTS = "output_counts"
+NEXT_OUTPUT_COUNTS = "next_output_counts"
+HAS_CHOICE = "has_choice"
 
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "model.onnx.data"
 DATA_LOADER_FILE = "polygraphy_data.py"
+ENGINES_DIRECTORY = "engines"
+ENGINE_RECORD_FILE = "engine.json"
 # Files of the checkpoint that a runtime reads: they count only where the manifest lists them.
 ASSET_FILES = (
     "tokenizer.json",

@@ -13,7 +13,7 @@ The oracle in dmtd_models has rules of its own, and a test holds the two against
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dmtd_runtime.errors import BundleError
@@ -111,6 +111,24 @@ class CyclePlan:
             gate_thought=(gate_thought,),
             wants_logits=True,
         )
+
+    def next_cycle(self, batch: Sequence[Position]) -> list[list[Step]] | None:
+        """The steps of a whole cycle for each sequence, if all stand at a head: then it can run without anybody looking.
+
+        Every step feeds the token that the step before it chose, so nothing but tokens is unknown when the cycle starts. In
+        plain mode every position is a head, and a "cycle" is as many full passes. None while a sequence is in its prompt or
+        inside a cycle.
+        """
+        if any(at.in_prefill or not self.is_head(at.fed, at.prompt_len) for at in batch):
+            return None
+        cycles = []
+        for at in batch:
+            ahead, steps = replace(at), []
+            for _ in range(self.cycle.cycle_length):
+                steps.append(self.next_step(ahead, 1))
+                ahead.commit(steps[-1])
+            cycles.append(steps)
+        return cycles
 
     def next_steps(self, batch: Sequence[Position], max_rows: int) -> list[tuple[int, Step]]:
         """The next run of a batch: (index, step) of those that take part, all of one kind.

@@ -21,6 +21,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from dmtd_runtime.device.libraries import CUDA_FLAVOURS, CUDA_MAJOR, INSTALL, MAJOR_VERSIONS
 from dmtd_runtime.machine import Gpu, Machine, look_at_gpus, look_at_machine
 from dmtd_runtime.version import __version__
 
@@ -118,7 +119,11 @@ def collect(
         gpus=gpus,
         nvidia_driver=driver,
         thread_environment={name: environ[name] for name in THREAD_VARIABLES if name in environ},
-        problems=(*_onnxruntime_problems(runtime, has_gpu=bool(gpus)), *_component_problems(components)),
+        problems=(
+            *_onnxruntime_problems(runtime, has_gpu=bool(gpus)),
+            *_component_problems(components),
+            *_engine_problems(components, has_gpu=bool(gpus)),
+        ),
     )
 
 
@@ -252,6 +257,28 @@ def _component_problems(components: tuple[Component, ...]) -> tuple[str, ...]:
         elif part.version is not None and limit is not None and _older(part.version, limit):
             problems.append(f"{part.name}: got {part.version}, expected {limit} or newer; run: {part.install}")
     return tuple(problems)
+
+
+def _engine_problems(components: tuple[Component, ...], *, has_gpu: bool) -> tuple[str, ...]:
+    """What keeps an installed TensorRT library from running engines; building them needs no GPU and no driver."""
+    versions = {part.name: part.version for part in components}
+    problems, installed = [], [flavour for flavour in CUDA_FLAVOURS if versions[flavour] is not None]
+    for flavour in installed:
+        if _major(str(versions[flavour])) != MAJOR_VERSIONS[flavour]:
+            problems.append(
+                f"{flavour}: got {versions[flavour]}, expected {MAJOR_VERSIONS[flavour]}.x; run: {INSTALL[flavour]}"
+            )
+    bindings, fix = versions["cuda-bindings"], f'pip install "cuda-bindings>={CUDA_MAJOR},<{CUDA_MAJOR + 1}"'
+    if installed and has_gpu and bindings is None:
+        problems.append(f"cuda-bindings: not installed, but {installed[0]} needs it to run engines; run: {fix}")
+    elif bindings is not None and _major(bindings) != CUDA_MAJOR:
+        problems.append(f"cuda-bindings: got {bindings}, expected {CUDA_MAJOR}.x; run: {fix}")
+    return tuple(problems)
+
+
+def _major(version: str) -> int:
+    found = re.match(r"\d+", version)
+    return int(found[0]) if found else 0
 
 
 def _older(version: str, limit: str) -> bool:

@@ -1,16 +1,20 @@
 """One static batch, from prompts to finished sequences: plan -> run -> commit -> choose, until all are done.
 
+Where the backend runs cycles, and every sequence stands at a head, whole cycles are enqueued, the next one before the tokens
+of this one are looked at. Ends are then found when a cycle is over: what it chose behind the end is dropped unseen.
+
 No threads and no requests here: ``engine.py`` forms batches of :class:`SequenceRun` and is told of every token.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dmtd_runtime.backends.base import Array, Backend, SlotStep
+from dmtd_runtime.backends.base import Array, Backend, SlotCycle, SlotStep
 from dmtd_runtime.cycle import CyclePlan, Position, Step
 from dmtd_runtime.errors import DmtdError
 from dmtd_runtime.sampler import Choice, Sampler
@@ -86,6 +90,12 @@ def run_batch(
         _end_cancelled(backend, active)
         if not active:
             return
+        if backend.runs_cycles and not any(sequence.sampler.wants_logprobs for sequence in active):
+            ran, finished = _run_cycles(backend, plan, active, between_steps)
+            for sequence in reversed(finished):
+                _leave(backend, active, sequence)
+            if ran:
+                continue
         steps = plan.next_steps([sequence.position for sequence in active], backend.max_rows)
         taking_part = [(active[index], step) for index, step in steps]
         slot_steps = [_slot_step(sequence, step) for sequence, step in taking_part]
@@ -97,6 +107,59 @@ def run_batch(
         # From the last slot down: what moves into a gap is then alive, and NaN of a failed sequence is never carried along.
         for sequence in reversed(finished):
             _leave(backend, active, sequence)
+
+
+def _run_cycles(
+    backend: Backend, plan: CyclePlan, active: Sequence[SequenceRun], between_cycles: Callable[[], None]
+) -> tuple[bool, list[SequenceRun]]:
+    """Run whole cycles until a sequence ends; (whether any ran, the sequences that ended).
+
+    The cycle after the one under way is enqueued before that one's tokens are known, unless a sequence is certain to end.
+    """
+    if not _start_cycle(backend, plan, active, 0):
+        return False, []
+    under_way, finished = deque([plan.cycle.cycle_length]), [False] * len(active)
+    while under_way:
+        if not any(finished) and len(under_way) == 1 and _goes_on(active, under_way[0]):
+            _start_cycle(backend, plan, active, under_way[0])
+            under_way.append(plan.cycle.cycle_length)
+        tokens = backend.finish_cycle()
+        for step in range(under_way.popleft()):
+            for index, sequence in enumerate(active):
+                if not sequence.ended:
+                    sequence.tell(_choose(sequence, tokens[step, index]))
+        between_cycles()
+        for sequence in active:
+            if not sequence.ended:
+                sequence.end_from_outside()
+        finished = [sequence.ended for sequence in active]
+    return True, [sequence for sequence in active if sequence.ended]
+
+
+def _start_cycle(backend: Backend, plan: CyclePlan, active: Sequence[SequenceRun], unseen: int) -> bool:
+    """Enqueue the next cycle of all sequences and take its steps as done; False where they do not all stand at a head.
+
+    ``unseen``: tokens of a cycle under way, which this one follows.
+    """
+    cycles = plan.next_cycle([sequence.position for sequence in active])
+    if cycles is None:
+        return False
+    slots = []
+    for sequence, steps in zip(active, cycles, strict=True):
+        window = steps[0].window
+        ids = () if unseen else sequence.ids[window.start : window.stop]
+        slots.append(SlotCycle(slot=sequence.slot, steps=steps, ids=ids, sampler=sequence.sampler, unseen=unseen))
+    backend.start_cycle(slots, follows=unseen > 0)
+    for sequence, steps in zip(active, cycles, strict=True):
+        for step in steps:
+            sequence.position.commit(step)
+    return True
+
+
+def _goes_on(active: Sequence[SequenceRun], tokens: int) -> bool:
+    """Whether no sequence is certain to end within so many tokens."""
+    left = [sequence.stops.remaining for sequence in active]
+    return all(remaining is None or remaining > tokens for remaining in left)
 
 
 def _slot_step(sequence: SequenceRun, step: Step) -> SlotStep:

@@ -22,8 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from dmtd_runtime.backends.base import BackendOptions, FullPass
-from dmtd_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from dmtd_runtime.backends.base import BackendName, BackendOptions, Flavour, FullPass
+from dmtd_runtime.backends.opening import open_backend
 from dmtd_runtime.bundle import open_bundle, read_generation_config
 from dmtd_runtime.chat_template import ChatTemplate
 from dmtd_runtime.cycle import CyclePlan
@@ -46,6 +46,10 @@ class LLM:
 
     Args:
         bundle: directory made by `dmtd export`.
+        backend: ``onnxruntime``, or ``tensorrt`` for engines that `dmtd build` made of the bundle.
+        flavour: of the engines: ``tensorrt``, ``tensorrt-rtx``, or ``host``, which runs engine graphs on the CPU; None takes
+            the library that is installed.
+        cuda_graphs: with engines, replay every cycle as one captured graph.
         device: ``cpu``, or ``cuda`` for ONNX Runtime's CUDA provider (a float16 or bfloat16 bundle).
         device_id: which GPU.
         dialect: which graphs; None takes ONNX Runtime's own where the bundle has them.
@@ -65,6 +69,9 @@ class LLM:
         self,
         bundle: str | os.PathLike[str],
         *,
+        backend: BackendName = "onnxruntime",
+        flavour: Flavour | None = None,
+        cuda_graphs: bool = True,
         device: Literal["cpu", "cuda"] = "cpu",
         device_id: int = 0,
         dialect: Literal["standard", "onnxruntime"] | None = None,
@@ -83,6 +90,9 @@ class LLM:
         self._template = ChatTemplate.from_directory(directory) if self.tokenizer else None
         plan = CyclePlan(cycle=self.manifest.cycle, plain=plain)
         options = BackendOptions(
+            backend=backend,
+            flavour=flavour,
+            cuda_graphs=cuda_graphs,
             device=device,
             device_id=device_id,
             dialect=dialect,
@@ -91,15 +101,15 @@ class LLM:
             max_model_len=max_model_len,
             threads=threads,
         )
-        backend = OnnxRuntimeBackend(directory, self.manifest, options)
-        self.max_model_len = backend.max_model_len
-        self._at_limit = backend.max_model_len == self.manifest.model.max_model_len
-        self.stats = backend.stats
+        opened = open_backend(directory, self.manifest, options)
+        self.max_model_len = opened.max_model_len
+        self._at_limit = opened.max_model_len == self.manifest.model.max_model_len
+        self.stats = opened.stats
         tokenizer_eos = self.tokenizer.eos_token_ids if self.tokenizer else ()
         self._eos = tuple(dict.fromkeys((*self.manifest.model.eos_token_ids, *tokenizer_eos)))
         self._ids = itertools.count()
         self._requests: dict[str, Request] = {}
-        self._engine = Engine(backend, plan)
+        self._engine = Engine(opened, plan)
         self._close = weakref.finalize(self, Engine.close, self._engine)
         if not self.manifest.cycle.dmtd_trained and not plain:
             logger.info("%s: weights not trained for DMTD; its late steps choose poor words", directory)

@@ -138,8 +138,8 @@ class Manifest:
 
     @property
     def decoder_graphs(self) -> tuple[GraphInfo, ...]:
-        """The graphs that hold layers: all but choose_token."""
-        return tuple(graph for graph in self.graphs if graph.name != contract.CHOOSE_TOKEN)
+        """The graphs that hold layers: all but those that choose tokens."""
+        return tuple(graph for graph in self.graphs if graph.name not in contract.CHOICE_GRAPHS)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
@@ -224,7 +224,7 @@ def load_manifest(directory: Path) -> Manifest:
             "upgrade with: pip install -U dmtd"
         )
     try:
-        manifest: Manifest = _decode(Manifest, raw, "manifest")
+        manifest: Manifest = decode(Manifest, raw, "manifest")
     except (TypeError, ValueError) as error:
         raise BundleError(f"{path}: {error}; export the bundle again") from None
     _check_consistency(manifest, path)
@@ -272,7 +272,7 @@ def _check_consistency(manifest: Manifest, path: Path) -> None:
             raise BundleError(f"{path}: graph file {graph.file} is not in the list of files; export the bundle again")
 
 
-def _decode(kind: Any, raw: Any, where: str) -> Any:
+def decode(kind: Any, raw: Any, where: str) -> Any:
     """Build ``kind`` (dataclasses, tuples, mappings, literals, scalars) from JSON; ValueError names the place."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
@@ -289,15 +289,15 @@ def _decode(kind: Any, raw: Any, where: str) -> Any:
         ]
         if missing:
             raise ValueError(f"{where} lacks {', '.join(missing)}")
-        return kind(**{name: _decode(hints[name], raw[name], f"{where}.{name}") for name in known if name in raw})
+        return kind(**{name: decode(hints[name], raw[name], f"{where}.{name}") for name in known if name in raw})
     if origin is tuple:
         if not isinstance(raw, list):
             raise ValueError(f"{where} is {type(raw).__name__}, expected a list")
-        return tuple(_decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(raw))
+        return tuple(decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(raw))
     if isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(raw, dict):
             raise ValueError(f"{where} is {type(raw).__name__}, expected an object")
-        return {name: _decode(args[1], item, f"{where}.{name}") for name, item in raw.items()}
+        return {name: decode(args[1], item, f"{where}.{name}") for name, item in raw.items()}
     if origin is Literal:
         if raw not in args:
             raise ValueError(f"{where} is {raw!r}, expected one of {', '.join(map(str, args))}")

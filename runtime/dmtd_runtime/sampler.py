@@ -17,15 +17,17 @@ The rules, in order:
 8. One uniform number, ``uniform(seed, sequence, token_index)``, picks from the cumulative sum in descending order.
 
 Log probabilities are those of the model itself: log-softmax of the logits as they came in, before rule 1.
-It does not decide when to stop and knows no text.
+The graph ``sample_token`` (dmtd_export.choose_graphs) follows the same rules on a device, over numbers and tables that
+``Sampler`` hands out. It does not decide when to stop and knows no text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dmtd_runtime import contract
 from dmtd_runtime.errors import BackendError, RequestError
 from dmtd_runtime.sampling import SamplingParams
 
@@ -35,6 +37,10 @@ _WORD = (1 << 64) - 1
 _PHILOX_ROUNDS = 10
 _PHILOX_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 _PHILOX_KEY_STEPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+
+NOT_FINITE, NO_CHOICE = -1, -2
+"""What a device says instead of a token id: its logits were not finite, or the options left nothing to choose from."""
+BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
 
 Logits = NDArray[np.float32]
 
@@ -154,28 +160,72 @@ class Sampler:
         else:
             token_id = self._draw(adjusted)
         if adjusted is not logits and not np.isfinite(adjusted[token_id]):
-            raise BackendError(
-                f"logits: the options leave nothing to choose from for token {self._num_chosen} of sequence "
-                f"{self._sequence}; lower min_tokens, or check stop_token_ids, logit_bias and the penalties"
-            )
+            raise self._no_choice()
         choice = self._described(token_id, logits)
         self.observe(token_id)
         return choice
 
     def take(self, token_id: int) -> Choice:
-        """Counts the arg-max that a device chose; allowed while ``needs_logits`` is False.
+        """Counts what a device chose; allowed where no log probabilities are asked.
 
         Args:
-            token_id: The token; negative where the logits were not finite.
+            token_id: The token, or NOT_FINITE or NO_CHOICE.
 
         Raises:
-            BackendError: The logits held NaN or infinity.
+            BackendError: The logits held NaN or infinity, or every token is masked.
         """
-        assert not self.needs_logits, "the options want more than an arg-max"
+        assert not self.wants_logprobs, "log probabilities need logits"
         if token_id < 0:
-            raise self._not_finite()
+            raise self._no_choice() if token_id == NO_CHOICE else self._not_finite()
         self.observe(token_id)
         return Choice(token_id=token_id)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the logits are needed here, wherever the token is chosen."""
+        return self._params.logprobs is not None
+
+    def device_numbers(self) -> Mapping[str, float]:
+        """The options that are one number, by the names of sample_token's inputs."""
+        params = self._params
+        return {
+            contract.TEMPERATURE: 0.0 if params.greedy else params.temperature,
+            contract.TOP_K: max(params.top_k, 0),
+            contract.TOP_P: params.top_p,
+            contract.MIN_P: params.min_p,
+            contract.REPETITION_PENALTY: params.repetition_penalty,
+            contract.FREQUENCY_PENALTY: params.frequency_penalty,
+            contract.PRESENCE_PENALTY: params.presence_penalty,
+        }
+
+    def device_step(self, ahead: int) -> Mapping[str, float]:
+        """What differs from token to token, ``ahead`` of them after the next one: the uniform number, the ends' mask."""
+        index = self._num_chosen + ahead
+        return {
+            # float32 would round the largest numbers up to 1.
+            contract.UNIFORMS: min(uniform(self._seed, self._sequence, index), BELOW_ONE),
+            contract.MASK_ENDS: index < self._params.min_tokens,
+        }
+
+    def fill_tables(self, tables: "Mapping[str, NDArray[np.generic]]") -> None:
+        """Write what sample_token reads for every token id.
+
+        Args:
+            tables: [vocab] each, by the names of the graph's inputs: logit_bias and output_counts float32, end_ids and
+                prompt_seen bool. Overwritten whole.
+        """
+        for table in tables.values():
+            table[:] = 0
+        tables[contract.LOGIT_BIAS][self._bias_ids] = self._bias
+        tables[contract.END_IDS][self._end_ids] = True
+        if self._penalties is not None:
+            self._penalties.fill(tables[contract.PROMPT_SEEN], tables[contract.OUTPUT_COUNTS])
+
+    def _no_choice(self) -> BackendError:
+        return BackendError(
+            f"logits: the options leave nothing to choose from for token {self._num_chosen} of sequence "
+            f"{self._sequence}; lower min_tokens, or check stop_token_ids, logit_bias and the penalties"
+        )
 
     def _not_finite(self) -> BackendError:
         return BackendError(
@@ -267,6 +317,11 @@ class _Penalties:
         self._counts[token_id] += 1
         self._output.add(token_id)
         self._all.add(token_id)
+
+    def fill(self, seen: NDArray[np.generic], counts: NDArray[np.generic]) -> None:
+        """Write what was seen (prompt and output) and how often it was generated, both [vocab]."""
+        seen[self._all.ids] = True
+        counts[:] = self._counts
 
     def apply(self, logits: Logits) -> None:
         """Rule 3, in place."""

@@ -91,6 +91,11 @@ class StopRules:
         return self._num_tokens
 
     @property
+    def remaining(self) -> int | None:
+        """Tokens that may still follow; None where nothing limits them."""
+        return None if self._limit is None else self._limit - self._num_tokens
+
+    @property
     def finished(self) -> bool:
         """Whether the sequence has ended."""
         return self._finished

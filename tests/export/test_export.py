@@ -20,7 +20,7 @@ from dmtd_models.testing import write_tiny_checkpoint
 from dmtd_runtime import LLM, RequestError, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-CHOICE = {"choose_token.onnx"}  # of every target: the token choice on a device
+CHOICE = {"choose_token.onnx", "sample_token.onnx"}  # of every target: the token choice on a device
 STANDARD = {"full_pass.onnx", "thinking.onnx", "late_decode.onnx"}
 ORT = {"full_pass.ort.onnx", "thinking.ort.onnx", "late_decode.ort.onnx"}
 ORT_BATCH = {f"{graph}.ort.batch{slots}.onnx" for graph in ("full_pass", "thinking") for slots in (2, 4, 8)}

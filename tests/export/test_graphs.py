@@ -78,7 +78,7 @@ def test_no_weight_stands_in_a_graph(bundle: Path, manifest: Manifest) -> None:
 
 def test_node_names_keep_the_module_path_and_are_unique(bundle: Path, manifest: Manifest) -> None:
     for graph in manifest.graphs:
-        if graph.name == "choose_token":
+        if graph.name in ("choose_token", "sample_token"):
             continue
         nodes = onnx.load(bundle / graph.file, load_external_data=False).graph.node
         names = [node.name for node in nodes]

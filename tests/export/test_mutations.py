@@ -320,13 +320,16 @@ def test_an_edited_graph_is_caught_without_a_reference(bundle: Path, file: str, 
     assert not verify(bundle, level="graphs").ok
 
 
-def test_an_edited_arg_max_is_caught(bundle: Path) -> None:
-    with edited_graph(bundle, "choose_token.onnx") as model:
-        nodes_of(model, "ArgMax")[0].op_type = "ArgMin"
+@pytest.mark.parametrize(
+    ("file", "op", "other"), [("choose_token.onnx", "ArgMax", "ArgMin"), ("sample_token.onnx", "Exp", "Sigmoid")]
+)
+def test_an_edited_token_choice_is_caught(bundle: Path, file: str, op: str, other: str) -> None:
+    with edited_graph(bundle, file) as model:
+        nodes_of(model, op)[0].op_type = other
     reseal(bundle)
     first = verify(bundle).first_divergence
     assert first is not None
-    assert first.graph == "choose_token.onnx"
+    assert first.graph == file
 
 
 # --- structure -----------------------------------------------------------------------------------------------------

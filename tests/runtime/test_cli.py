@@ -78,7 +78,17 @@ def options_of(verb: str) -> dict[str, Any]:
 def test_defaults_are_those_of_the_dataclasses(verb: str) -> None:
     options = options_of(verb)
     backend = BackendOptions()
-    shared = {"device", "device_id", "dialect", "full_pass", "max_model_len", "threads"}
+    shared = {
+        "device",
+        "device_id",
+        "dialect",
+        "full_pass",
+        "max_model_len",
+        "threads",
+        "backend",
+        "flavour",
+        "cuda_graphs",
+    }
     assert {name: options[name].default for name in shared} == {name: getattr(backend, name) for name in shared}
     if verb == "bench":
         bench = BenchOptions()

@@ -270,3 +270,29 @@ def test_this_machine() -> None:
     assert report.onnxruntime.version == importlib.import_module("onnxruntime").__version__
     numpy = next(part for part in report.components if part.name == "numpy")
     assert numpy.version == importlib.import_module("numpy").__version__
+
+
+@pytest.mark.parametrize(
+    ("versions", "has_gpu", "problem"),
+    [
+        ({"tensorrt-rtx": "1.7.1", "cuda-bindings": "13.5.0"}, True, None),
+        ({"tensorrt-rtx": "1.7.1"}, False, None),  # building needs no GPU and no bindings
+        ({"tensorrt-rtx": "1.7.1"}, True, 'cuda-bindings: not installed, .*run: pip install "cuda-bindings>=13,<14"'),
+        (
+            {"tensorrt-cu13": "10.14.1"},
+            False,
+            r'tensorrt: got 10\.14\.1, expected 11\.x; run: pip install "dmtd\[tensorrt\]"',
+        ),
+        ({"cuda-bindings": "12.9.0"}, False, r"cuda-bindings: got 12\.9\.0, expected 13\.x"),
+    ],
+)
+def test_what_keeps_engines_from_running_is_a_problem(
+    tmp_path: Path, onnxruntime_is, versions: dict[str, str], has_gpu: bool, problem: str | None
+) -> None:
+    root = write(tmp_path, gpu_files()) if has_gpu else tmp_path
+    problems = report_of(root, {**HEALTHY, **versions}).problems
+    if problem is None:
+        assert problems == ()
+    else:
+        [line] = problems
+        assert re.match(problem, line)

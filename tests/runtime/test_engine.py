@@ -15,7 +15,7 @@ import pytest
 from runtime_support import TinyBundle, TinyBundles, poisoned_bundle
 
 from dmtd_runtime import LLM, AbortedError, BackendError, SamplingParams
-from dmtd_runtime.backends.base import Array, RunStats, SlotStep
+from dmtd_runtime.backends.base import Array, RunStats, SlotStep, StepwiseBackend
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.engine import Engine
 from dmtd_runtime.errors import DmtdError
@@ -40,10 +40,10 @@ CYCLE = CycleInfo(
 )
 
 
-class ScriptedBackend:
+class ScriptedBackend(StepwiseBackend):
     """A backend without a model: the next token is the last one plus 1. Keeps what it was asked."""
 
-    capacity = 1 << 20
+    capacity = max_model_len = 1 << 20
     max_rows = 64
     chooses_tokens = False
 

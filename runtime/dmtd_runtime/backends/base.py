@@ -10,10 +10,14 @@ import numpy as np
 
 from dmtd_runtime import contract
 from dmtd_runtime.cycle import Step
+from dmtd_runtime.engine_record import FLAVOURS
+from dmtd_runtime.engine_record import Flavour as Flavour
+from dmtd_runtime.engine_record import FullPass as FullPass
 from dmtd_runtime.errors import RequestError
+from dmtd_runtime.sampler import Sampler
 
 Array = np.ndarray[Any, np.dtype[Any]]
-FullPass = Literal["staged", "fused"]
+BackendName = Literal["onnxruntime", "tensorrt"]
 PREFILL_ROUNDING = (16, 32, 64, 128, contract.MIN_WINDOW)
 
 
@@ -25,6 +29,8 @@ class BackendOptions:
     late_decode: every weight in memory once) or ``fused`` (one graph; its weights come on top of late_decode's).
     """
 
+    backend: BackendName = "onnxruntime"
+    flavour: Flavour | None = None  # tensorrt: whose engines; None: of the library that is installed
     device: Literal["cpu", "cuda"] = "cpu"
     device_id: int = 0
     dialect: Literal["standard", "onnxruntime"] | None = None  # None: onnxruntime where the bundle has it
@@ -32,11 +38,18 @@ class BackendOptions:
     max_batch: int = 1
     max_model_len: int | None = None  # None: the bundle's
     choose_on_device: bool | None = None  # arg-max by the bundle's choose_token graph; None: on a GPU only
+    cuda_graphs: bool = True  # TensorRT: replay every cycle as one captured graph
     threads: int | None = None  # None: one for each core this process may use
     prepack: bool = True  # False: weights stay in the page cache, slower; for models that hardly fit into memory
 
     def __post_init__(self) -> None:
-        allowed = {"device": ("cpu", "cuda"), "dialect": (None, *contract.DIALECTS), "full_pass": ("staged", "fused")}
+        allowed: dict[str, tuple[str | None, ...]] = {
+            "backend": ("onnxruntime", "tensorrt"),
+            "flavour": (None, *FLAVOURS),
+            "device": ("cpu", "cuda"),
+            "dialect": (None, *contract.DIALECTS),
+            "full_pass": ("staged", "fused"),
+        }
         for name, values in allowed.items():
             if (value := getattr(self, name)) not in values:
                 raise RequestError(f"{name}: got {value!r}, expected one of {', '.join(map(str, values))}")
@@ -55,9 +68,36 @@ class SlotStep:
         return self.ids[len(self.ids) - len(self.step.late) :]
 
 
+class StepwiseBackend:
+    """The part of the protocol that a backend lacks whose every step needs the host."""
+
+    runs_cycles = False
+
+    def start_cycle(self, slots: Sequence[SlotCycle], *, follows: bool = False) -> None:
+        raise NotImplementedError("this backend runs step by step")
+
+    def finish_cycle(self) -> Array:
+        raise NotImplementedError("this backend runs step by step")
+
+
 def rounded_rows(rows: int) -> int:
     """What a prompt's chunk is padded to: few shapes, so few bindings and buffers, whatever lengths prompts have."""
     return next((size for size in PREFILL_ROUNDING if size >= rows), rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotCycle:
+    """A whole cycle of the sequence in ``slot``.
+
+    ``ids`` are the tokens of the first step's window; every later step feeds what the step before it chose. The sampler says
+    how to choose, and is told of the tokens by whoever asked for the cycle; ``unseen`` of them are still under way to it.
+    """
+
+    slot: int
+    steps: Sequence[Step]
+    ids: Sequence[int]
+    sampler: Sampler
+    unseen: int = 0
 
 
 @dataclass(slots=True)
@@ -69,22 +109,41 @@ class RunStats:
     late_steps: int = 0
     refill_rows: int = 0
     session_seconds: float = 0.0
+    cycles: int = 0  # that ran whole, without the host
+    host_seconds: float = 0.0  # of them, that the device had nothing to do
 
 
 class Backend(Protocol):
     """One open bundle on one device. Not thread-safe: one engine drives it."""
 
     slots: int
+    max_model_len: int
     capacity: int
     max_rows: int
     stats: RunStats
     chooses_tokens: bool  # logits stay on a device, where the arg-max can be taken
+    runs_cycles: bool  # start_cycle and finish_cycle work; elsewhere nobody calls them
 
     def run(self, steps: Sequence[SlotStep], *, greedy: bool = False) -> Array:
         """Run one step of one kind for the named slots.
 
         Returns logits, float32 [n, vocab], a row for each step that wants them, in order; valid until the next call. With
         ``greedy`` a backend that ``chooses_tokens`` returns the arg-max of each row instead, int64 [n].
+        """
+        ...
+
+    def start_cycle(self, slots: Sequence[SlotCycle], *, follows: bool = False) -> None:
+        """Enqueue one cycle of the named slots, and return without waiting for it.
+
+        With ``follows`` it goes on where the cycle before it, of the same slots, ends: ``ids`` are not read, the device has
+        them. At most two cycles may be under way.
+        """
+        ...
+
+    def finish_cycle(self) -> Array:
+        """Wait for the earliest cycle under way: the tokens it chose, int64 [steps, slots] in the order of its slots.
+
+        A negative entry is one of sampler.NOT_FINITE and NO_CHOICE.
         """
         ...
 

@@ -15,8 +15,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from dmtd_runtime import contract
-from dmtd_runtime.backends.base import Array, BackendOptions, RunStats, SlotStep
-from dmtd_runtime.backends.ort_session import Binding, Buffer, device_buffer, host_buffer, open_session
+from dmtd_runtime.backends.base import Array, BackendOptions, RunStats, SlotStep, StepwiseBackend
+from dmtd_runtime.backends.ort_session import (
+    Binding,
+    Buffer,
+    device_buffer,
+    host_buffer,
+    open_session,
+    shared_stream,
+)
 from dmtd_runtime.backends.packed import PackedLayout
 from dmtd_runtime.backends.rectangular import RectangularLayout
 from dmtd_runtime.errors import BackendError, RequestError
@@ -50,7 +57,7 @@ class Layout(Protocol):
         ...
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(StepwiseBackend):
     """Runs a bundle in ONNX Runtime. See :class:`dmtd_runtime.backends.base.Backend`."""
 
     def __init__(self, directory: Path, manifest: Manifest, options: BackendOptions) -> None:
@@ -85,7 +92,18 @@ class OnnxRuntimeBackend:
         self.chooses_tokens = on_gpu if options.choose_on_device is None else options.choose_on_device
         if self.chooses_tokens:
             self._graphs[contract.CHOOSE_TOKEN] = manifest.graph(contract.CHOOSE_TOKEN, contract.STANDARD)
-        self._sessions = {name: open_session(directory / graph.file, options) for name, graph in self._graphs.items()}
+        # A graph that reads lengths on the host cannot be replayed with others: only the standard dialect's are captured.
+        self._captures = on_gpu and options.cuda_graphs and not packed
+        self._stream = shared_stream(options.device_id) if on_gpu else None
+        self._sessions = {
+            name: open_session(
+                directory / graph.file,
+                options,
+                stream=self._stream,
+                graphs=self._captures and name != contract.CHOOSE_TOKEN,
+            )
+            for name, graph in self._graphs.items()
+        }
 
     def run(self, steps: Sequence[SlotStep], *, greedy: bool = False) -> Array:
         parts = self._layout.split(steps)
@@ -122,7 +140,7 @@ class OnnxRuntimeBackend:
         """Run the graphs of one step; returns logits [n, vocab], or with ``greedy`` what the device chose, int64 [n]."""
         late, fused = steps[0].step.kind == "late", self._options.full_pass == "fused"
         if not late and not fused:
-            self._run_graph(contract.THINKING, steps)
+            self._run_graph(contract.THINKING, steps, wait=self._stream is None)
         last = contract.LATE_DECODE if late or not fused else contract.FULL_PASS
         sizes = self._run_graph(last, steps)
         if late:
@@ -142,15 +160,17 @@ class OnnxRuntimeBackend:
             rows = (logits.owner.numpy() if logits.array is None else logits.array)[wanted]
         return rows
 
-    def _run_graph(self, name: contract.GraphName, steps: Sequence[SlotStep]) -> Mapping[str, int]:
+    def _run_graph(
+        self, name: contract.GraphName, steps: Sequence[SlotStep], *, wait: bool = True
+    ) -> Mapping[str, int]:
         """Fill and run a graph; returns the sizes of its symbolic dimensions."""
         sizes, slots = self._layout.sizes(name, steps), self._layout.batch_slots(steps)
         key = (name, slots, tuple(sizes.items()))
         binding = self._bindings.get(key)
         if binding is None:
-            binding = self._bindings[key] = self._bind(name, sizes, slots)
+            binding = self._bindings[key] = self._bind(name, sizes, slots, steps[0].step.kind == "prefill")
         self._layout.fill(name, binding.arrays, steps, self._fed)
-        binding.run(self.stats)
+        binding.run(self.stats, wait=wait)
         return sizes
 
     def _choose(self, logits: Buffer) -> Array:
@@ -166,7 +186,7 @@ class OnnxRuntimeBackend:
         chosen: Array = np.where(is_finite, ids, -1)
         return chosen
 
-    def _bind(self, name: contract.GraphName, sizes: Mapping[str, int], slots: range) -> Binding:
+    def _bind(self, name: contract.GraphName, sizes: Mapping[str, int], slots: range, prefill: bool) -> Binding:
         graph = self._graphs[name]
         buffers: dict[str, Buffer] = {}
         for info in (*graph.inputs, *graph.outputs):
@@ -174,7 +194,11 @@ class OnnxRuntimeBackend:
                 buffers[info.name] = self._cache_buffer(cache, info.dims[0], slots)
             elif info.name in (contract.THOUGHT, contract.LOGITS):
                 buffers[info.name] = self._output_buffer(name, info.name, sizes)
-        return Binding(self._sessions[name], graph, {**sizes, "capacity": self.capacity}, buffers, self._options)
+        graph_id = None
+        if self._captures:  # prompts have too many shapes to keep a graph for each
+            graph_id = -1 if prefill else len(self._bindings)
+        sizes = {**sizes, "capacity": self.capacity}
+        return Binding(self._sessions[name], graph, sizes, buffers, self._options, graph_id=graph_id)
 
     def _output_buffer(self, name: contract.GraphName, output: str, sizes: Mapping[str, int]) -> Buffer:
         """The buffer of thought or logits of this shape, one for both sessions."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from dmtd_runtime import contract
 from dmtd_runtime.backends.base import Array, BackendOptions, RunStats
+from dmtd_runtime.device.libraries import import_cuda
 from dmtd_runtime.errors import BackendError, BundleError
 from dmtd_runtime.machine import default_threads
 from dmtd_runtime.manifest import DTYPE_BYTES, GraphInfo
@@ -47,6 +48,8 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # Ctrl-C within the import, which its C++ side dresses up
+            raise KeyboardInterrupt from None
         raise BackendError(f"ONNX Runtime cannot be imported ({error}); {INSTALL_HINT}") from None
     return onnxruntime
 
@@ -59,8 +62,46 @@ def _is_installed(distribution: str) -> bool:
     return True
 
 
-def open_session(path: Path, options: BackendOptions) -> Any:
-    """An InferenceSession whose first provider is the one asked for."""
+def check_cuda_provider(ort: Any) -> None:
+    """BackendError with the fix where this ONNX Runtime cannot use a GPU at all."""
+    if CUDA_PROVIDER not in ort.get_available_providers():
+        raise BackendError(
+            f"this ONNX Runtime has no {CUDA_PROVIDER}, only {', '.join(ort.get_available_providers())}; "
+            'run: pip uninstall -y onnxruntime && pip install "dmtd[gpu]"'
+        )
+
+
+def shared_stream(device_id: int) -> int | None:
+    """A CUDA stream for all sessions of a bundle; None without cuda-bindings: each session then has a stream of its own.
+
+    It is an ordinary, blocking stream: ``OrtValue.update_inplace`` copies on the default stream, which waits for such ones
+    and lets them wait, so an input is never overwritten under a run that still reads it. It lives as long as the process.
+    """
+    check_cuda_provider(import_onnxruntime())
+    try:
+        runtime = import_cuda()
+    except BackendError:
+        return None
+    error = runtime.cudaSetDevice(device_id)[0]
+    if error == runtime.cudaError_t.cudaSuccess:
+        error, stream = runtime.cudaStreamCreate()
+    if error != runtime.cudaError_t.cudaSuccess:
+        raise BackendError(f"--device cuda: GPU {device_id} cannot be used ({error.name}); see `dmtd doctor`")
+    return int(stream)
+
+
+def provider_options(options: BackendOptions, *, stream: int | None, graphs: bool) -> dict[str, str]:
+    """Options of the CUDA provider."""
+    chosen = {"device_id": str(options.device_id)}
+    if stream is not None:
+        chosen["user_compute_stream"] = str(stream)
+    if graphs:
+        chosen["enable_cuda_graph"] = "1"
+    return chosen
+
+
+def open_session(path: Path, options: BackendOptions, *, stream: int | None = None, graphs: bool = False) -> Any:
+    """An InferenceSession whose first provider is the one asked for; ``stream`` and ``graphs`` are of CUDA."""
     ort = import_onnxruntime()
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads or default_threads()
@@ -72,12 +113,8 @@ def open_session(path: Path, options: BackendOptions) -> Any:
         settings.add_session_config_entry("session.disable_prepacking", "1")
     providers: list[Any] = [CPU_PROVIDER]
     if options.device == "cuda":
-        if CUDA_PROVIDER not in ort.get_available_providers():
-            raise BackendError(
-                f"this ONNX Runtime has no {CUDA_PROVIDER}, only {', '.join(ort.get_available_providers())}; "
-                'run: pip uninstall -y onnxruntime && pip install "dmtd[gpu]"'
-            )
-        providers = [(CUDA_PROVIDER, {"device_id": options.device_id}), CPU_PROVIDER]
+        check_cuda_provider(ort)
+        providers = [(CUDA_PROVIDER, provider_options(options, stream=stream, graphs=graphs)), CPU_PROVIDER]
     try:
         session = ort.InferenceSession(str(path), settings, providers=providers)
     except Exception as error:
@@ -144,9 +181,21 @@ class Binding:
         sizes: Mapping[str, int],
         buffers: Mapping[str, Buffer],
         options: BackendOptions,
+        *,
+        graph_id: int | None = None,
     ) -> None:
-        """``buffers`` are caches, thought and logits by input or output name; ``sizes`` resolves symbolic dimensions."""
+        """``buffers`` are caches, thought and logits by input or output name; ``sizes`` resolves symbolic dimensions.
+
+        ``graph_id``: in a session with CUDA graphs, the one that these runs are captured into; -1 for none. None elsewhere.
+        """
         ort = import_onnxruntime()
+        self._run_options: tuple[Any, Any] = (None, None)  # of a run that is waited for, and of one that is not
+        if options.device == "cuda":
+            self._run_options = (ort.RunOptions(), ort.RunOptions())
+            self._run_options[1].add_run_config_entry("disable_synchronize_execution_providers", "1")
+            for run_options in self._run_options if graph_id is not None else ():
+                run_options.add_run_config_entry("gpu_graph_id", str(graph_id))
+        self._graph_id = graph_id
         self.arrays: dict[str, Array] = {}
         self._session = session
         self._binding = session.io_binding()
@@ -168,15 +217,19 @@ class Binding:
         for info in graph.outputs:
             self._bind(self._binding.bind_output, info.name, buffers[info.name])
 
-    def run(self, stats: RunStats) -> None:
-        """Run the graph over what stands in ``arrays``; errors of ONNX Runtime become BackendError."""
+    def run(self, stats: RunStats, *, wait: bool = True) -> None:
+        """Run the graph over what stands in ``arrays``; errors of ONNX Runtime become BackendError.
+
+        Without ``wait`` a GPU may still be at it on return: only for what the same stream goes on with.
+        """
         start = time.perf_counter()
         for value, array in self._pushed:
             value.update_inplace(array)
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(self._binding, self._run_options[not wait])
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed: {_first_line(error)}") from error
+            hint = "; try --no-cuda-graphs" if self._graph_id not in (None, -1) else ""
+            raise BackendError(f"ONNX Runtime failed: {_first_line(error)}{hint}") from error
         stats.session_seconds += time.perf_counter() - start
 
     def _bind(self, bind: Callable[..., None], name: str, buffer: Buffer) -> None:

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from dmtd_runtime import contract
-from dmtd_runtime.backends.base import Array, SlotStep, rounded_rows
+from dmtd_runtime.backends.base import PREFILL_ROUNDING, Array, SlotStep, rounded_rows
 
 
 class RectangularLayout:
     """Fills standard graphs for ``slots`` sequences, the batch of every run."""
 
-    def __init__(self, slots: int) -> None:
-        self._slots = slots
+    def __init__(self, slots: int, max_rows: int = PREFILL_ROUNDING[-1]) -> None:
+        """``max_rows``: no chunk is padded beyond."""
+        self._slots, self._max_rows = slots, max_rows
 
     def split(self, steps: Sequence[SlotStep]) -> Sequence[Sequence[SlotStep]]:
         return [steps]
@@ -29,7 +30,7 @@ class RectangularLayout:
     def sizes(self, graph: contract.GraphName, steps: Sequence[SlotStep]) -> Mapping[str, int]:
         window, late = max(len(s.step.window) for s in steps), max(len(s.step.late) for s in steps)
         if steps[0].step.kind == "prefill":
-            window = late = rounded_rows(window)
+            window = late = max(window, min(rounded_rows(window), self._max_rows))
         if graph == contract.THINKING:
             return {"batch": self._slots, "window_len": window, "late_len": late}
         if graph == contract.LATE_DECODE:

@@ -18,10 +18,13 @@ from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.bench import BatchReport, BenchOptions, BenchReport, Mode, OnRun, check_options, run_bench
 from dmtd_runtime.bundle import open_bundle
 from dmtd_runtime.cli.common import (
+    BackendOption,
     BundleArgument,
     BundleOption,
+    CudaGraphsOption,
     DeviceOption,
     DialectOption,
+    FlavourOption,
     FullPassOption,
     JsonOption,
     MaxModelLenOption,
@@ -52,6 +55,9 @@ def bench(
     whole_model: Annotated[
         bool, typer.Option("--whole-model", help="Also measure plain decoding over one graph of the whole model.")
     ] = _BENCH.whole_model,
+    backend: BackendOption = _BACKEND.backend,
+    flavour: FlavourOption = _BACKEND.flavour,
+    cuda_graphs: CudaGraphsOption = _BACKEND.cuda_graphs,
     full_pass: FullPassOption = _BACKEND.full_pass,
     device: DeviceOption = _BACKEND.device,
     device_id: Annotated[int, typer.Option(help="Which GPU.")] = _BACKEND.device_id,
@@ -74,7 +80,10 @@ def bench(
         seed=seed,
         whole_model=whole_model,
     )
-    backend = BackendOptions(
+    backend_options = BackendOptions(
+        backend=backend,
+        flavour=flavour,
+        cuda_graphs=cuda_graphs,
         device=device,
         device_id=device_id,
         dialect=dialect,
@@ -83,12 +92,12 @@ def bench(
         threads=threads,
     )
     manifest = open_bundle(directory)
-    check_options(options, manifest, backend)
+    check_options(options, manifest, backend_options)
     console = Console(highlight=False)
     if not json:
-        console.print(_card(manifest, split_bytes(manifest), options, backend))
+        console.print(_card(manifest, split_bytes(manifest), options, backend_options))
     with _progress() as on_run:
-        report = run_bench(directory, manifest, options, backend, on_run=on_run)
+        report = run_bench(directory, manifest, options, backend_options, on_run=on_run)
     if json:
         typer.echo(json_text.dumps(report.to_json()))
     else:
@@ -145,11 +154,17 @@ def _card(manifest: Manifest, split: SplitBytes, options: BenchOptions, backend:
     card.add_row(
         "run",
         f"batch {', '.join(map(str, options.batches))}; prompt {options.prompt_len}, {options.max_tokens} new tokens; "
-        f"{options.repeats} repeats; {backend.device}, {backend.full_pass} full pass",
+        f"{options.repeats} repeats; {_where(backend)}, {backend.full_pass} full pass",
     )
     if backend.full_pass == "fused":
         card.add_row("fused", f"its graph repeats D and the head: {human_bytes(split.fused_extra)} more memory")
     return card
+
+
+def _where(backend: BackendOptions) -> str:
+    if backend.backend == "onnxruntime":
+        return backend.device
+    return f"engines{f' of {backend.flavour}' if backend.flavour else ''}"
 
 
 def _table(report: BenchReport) -> Table:
@@ -176,12 +191,14 @@ def _rows(report: BenchReport) -> list[tuple[str, Cell]]:
         ("  lowest-highest", lambda b: f"{min(b.ratios):.2f}-{max(b.ratios):.2f}"),
         ("bound of the bytes", lambda b: f"{b.bound:.2f}x"),
         ("ratio of the bound", lambda b: f"{b.ratio_of_bound:.0%}"),
-        ("ratio of median steps", lambda b: f"{b.ratio_of_steps:.2f}x"),
+        ("ratio of median steps", lambda b: "-" if b.ratio_of_steps is None else f"{b.ratio_of_steps:.2f}x"),
         ("prefill, tok/s", lambda b: f"{b.prefill_tok_per_s:.0f}"),
         ("first token, ms", lambda b: f"{b.first_token_ms:.0f}"),
-        ("plain step, ms", lambda b: f"{b.plain_step_ms:.2f}"),
-        ("full pass, ms", lambda b: f"{b.full_pass_ms:.2f}"),
-        ("late step, ms", lambda b: "-" if b.late_step_ms is None else f"{b.late_step_ms:.2f}"),
+        ("plain step, ms", lambda b: _ms(b.plain_step_ms)),
+        ("full pass, ms", lambda b: _ms(b.full_pass_ms)),
+        ("late step, ms", lambda b: _ms(b.late_step_ms)),
+        ("cycle, ms", lambda b: _ms(b.cycle_ms)),
+        ("  waiting for the host", lambda b: _ms(b.host_ms_per_cycle)),
         ("full passes a token", lambda b: f"{b.full_passes_per_token:.3f}"),
         ("refilled rows a run", lambda b: str(b.refill_rows)),
         ("outside the sessions", lambda b: f"{b.outside_share:.1%}"),
@@ -199,6 +216,10 @@ def _rows(report: BenchReport) -> list[tuple[str, Cell]]:
             ("plain / one whole graph", lambda b: f"{b.plain_over_whole_model:.3f}"),
         ]
     return rows
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _range(batch: BatchReport, mode: Mode) -> str:

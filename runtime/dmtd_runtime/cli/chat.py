@@ -18,10 +18,13 @@ import typer
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.cli import sampling_options as opt
 from dmtd_runtime.cli.common import (
+    BackendOption,
     BundleArgument,
     BundleOption,
+    CudaGraphsOption,
     DeviceOption,
     DialectOption,
+    FlavourOption,
     FullPassOption,
     MaxModelLenOption,
     ThreadsOption,
@@ -81,6 +84,9 @@ def chat(
     seed: opt.SeedOption = None,
     max_tokens: opt.MaxTokensOption = None,
     stop: opt.StopOption = None,
+    backend: BackendOption = _BACKEND.backend,
+    flavour: FlavourOption = _BACKEND.flavour,
+    cuda_graphs: CudaGraphsOption = _BACKEND.cuda_graphs,
     full_pass: FullPassOption = _BACKEND.full_pass,
     device: DeviceOption = _BACKEND.device,
     device_id: Annotated[int, typer.Option(help="Which GPU.")] = _BACKEND.device_id,
@@ -94,6 +100,9 @@ def chat(
     """
     directory = pick(bundle, model, "BUNDLE")
     options = BackendOptions(
+        backend=backend,
+        flavour=flavour,
+        cuda_graphs=cuda_graphs,
         device=device,
         device_id=device_id,
         dialect=dialect,

@@ -40,6 +40,17 @@ class MissingExtraError(DmtdError):
 
 # The values of backends.base.BackendOptions, spelled again because that module needs numpy; a test compares them.
 FullPass = Literal["staged", "fused"]
+BackendOption = Annotated[
+    Literal["onnxruntime", "tensorrt"],
+    typer.Option(help="tensorrt runs the engines that `dmtd build` made of the bundle."),
+]
+FlavourOption = Annotated[
+    Literal["tensorrt", "tensorrt-rtx", "host"] | None,
+    typer.Option(help="Of the engines; by default that of the library installed. host runs them on the CPU."),
+]
+CudaGraphsOption = Annotated[
+    bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="With engines: replay every cycle as one graph.")
+]
 DeviceOption = Annotated[
     Literal["cpu", "cuda"], typer.Option(help="Where to run; cuda takes a float16 or bfloat16 bundle.")
 ]

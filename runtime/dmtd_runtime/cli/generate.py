@@ -14,10 +14,13 @@ import typer
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.cli import sampling_options as opt
 from dmtd_runtime.cli.common import (
+    BackendOption,
     BundleArgument,
     BundleOption,
+    CudaGraphsOption,
     DeviceOption,
     DialectOption,
+    FlavourOption,
     FullPassOption,
     JsonOption,
     MaxModelLenOption,
@@ -91,6 +94,9 @@ def generate(
     ignore_eos: opt.IgnoreEosOption = False,
     logit_bias: opt.LogitBiasOption = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds after which the answer is cut.")] = None,
+    backend: BackendOption = _BACKEND.backend,
+    flavour: FlavourOption = _BACKEND.flavour,
+    cuda_graphs: CudaGraphsOption = _BACKEND.cuda_graphs,
     full_pass: FullPassOption = _BACKEND.full_pass,
     device: DeviceOption = _BACKEND.device,
     device_id: Annotated[int, typer.Option(help="Which GPU.")] = _BACKEND.device_id,
@@ -122,6 +128,9 @@ def generate(
         "logit_bias": opt.parse_logit_bias(logit_bias),
     }
     options = BackendOptions(
+        backend=backend,
+        flavour=flavour,
+        cuda_graphs=cuda_graphs,
         device=device,
         device_id=device_id,
         dialect=dialect,

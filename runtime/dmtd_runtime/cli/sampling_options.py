@@ -97,6 +97,9 @@ def open_llm(bundle: Path, options: BackendOptions, *, plain: bool, max_num_seqs
         logs_to_stderr(without="not trained for DMTD"),
         LLM(
             bundle,
+            backend=options.backend,
+            flavour=options.flavour,
+            cuda_graphs=options.cuda_graphs,
             device=options.device,
             device_id=options.device_id,
             dialect=options.dialect,

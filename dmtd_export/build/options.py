@@ -1,0 +1,29 @@
+"""What `dmtd build` can be told. The command line takes its defaults from here, so that CLI and API cannot differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dmtd_runtime import contract
+from dmtd_runtime.engine_record import Flavour
+
+DEFAULT_MODEL_LEN = 4096  # of a bundle that allows more: caches are allocated whole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOptions:
+    """Options of a build.
+
+    ``max_model_len`` None: the bundle's, at most DEFAULT_MODEL_LEN. ``compute_capability`` is of the tensorrt-rtx flavour:
+    "8.9" for one kind of GPU, None for any that the library knows. ``timing_cache`` is of the tensorrt flavour.
+    """
+
+    flavour: Flavour | None = None  # None: what is installed
+    fused: bool = False  # full_pass besides thinking
+    max_batch: int = 8
+    max_model_len: int | None = None
+    prefill_chunk: int = contract.MIN_WINDOW
+    compute_capability: str | None = None
+    timing_cache: Path | None = None
+    force: bool = False  # build even what stands there already

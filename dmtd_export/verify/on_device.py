@@ -1,0 +1,208 @@
+"""`dmtd verify --backend tensorrt | --device cuda`: a bundle as a device runs it, against the float32 oracle.
+
+1. Step by step, batch 1 and the largest: every row of logits, teacher-forced, within the margin of the type (ULP), and the
+   share of rows that choose the oracle's token.
+2. Whole cycles as they are generated, captured and replayed: the tokens that came out are fed to the oracle, and each must be
+   its arg-max, or closer to it than the margin. What diverges first is named.
+
+The backend comes from ``dmtd_runtime``; the structure and the CPU's numbers are ``run``'s.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dmtd_export.errors import ExportError
+from dmtd_export.verify.cycles import Array, Case, Comparison, Variant, make_cases, run_group
+from dmtd_export.verify.levels import installed
+from dmtd_export.verify.margins import FLOAT32, HALF_TOP1_AGREEMENT, Margin, half_margin
+from dmtd_export.verify.report import Check, VerifyReport
+from dmtd_export.verify.structure import model_config, split_of
+from dmtd_runtime import contract
+from dmtd_runtime.backends.base import Backend, BackendOptions
+from dmtd_runtime.backends.opening import open_backend
+from dmtd_runtime.bundle import open_bundle
+from dmtd_runtime.cycle import CyclePlan
+from dmtd_runtime.generate import SequenceRun, TokenEvent, run_batch
+from dmtd_runtime.manifest import Manifest
+from dmtd_runtime.sampler import Sampler
+from dmtd_runtime.sampling import SamplingParams
+from dmtd_runtime.stops import StopRules
+
+if TYPE_CHECKING:
+    from dmtd_export.verify.reference import Reference
+
+CYCLES_GENERATED = 4  # of each case: the first runs call by call, the second is captured, the others are replays
+LARGEST_BATCH = 8
+
+
+def verify_on_device(
+    directory: Path,
+    options: BackendOptions,
+    *,
+    quick: bool = False,
+    on_stage: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> VerifyReport:
+    """Hold a bundle, run as ``options`` say, to the oracle over the bundle's own weights.
+
+    Args:
+        directory: the bundle.
+        options: backend and device; ``max_batch`` is the largest batch that is checked.
+        quick: fewer prompts.
+        on_stage: told (stage, steps done, steps of the stage).
+
+    Raises:
+        ExportError: PyTorch is missing, or the bundle's weights are not a model that it knows.
+        BundleError, BackendError, RequestError: the bundle or the device cannot be used.
+    """
+    start, manifest = time.monotonic(), open_bundle(directory)
+    reference = _reference(directory, manifest)
+    dtype, layers = manifest.model.dtype, manifest.model.num_layers
+    margin = FLOAT32 if dtype == "float32" else half_margin(dtype, layers)
+    cases = make_cases(manifest, quick)
+    checks, done = [], 0
+    for batch in sorted({1, options.max_batch}):
+        backend = open_backend(directory, manifest, replace(options, max_batch=batch))
+        try:
+            for run in (_steps, _generations):
+                on_stage("device", done, 4)
+                checks.append(run(backend, manifest, reference, cases, margin, options, batch))
+                done += 1
+        finally:
+            backend.close()
+    margins = {"float32_of_max": FLOAT32.limit}
+    if dtype != "float32":
+        margins = {"half_ulp": margin.limit, "half_top1_agreement": HALF_TOP1_AGREEMENT}
+    return VerifyReport(
+        level="oracle",
+        level_note="",
+        notes=(f"run by {_name(options)}; the bundle itself is checked by dmtd verify without options",),
+        checks=tuple(checks),
+        seconds=time.monotonic() - start,
+        margins=margins,
+    )
+
+
+def _reference(directory: Path, manifest: Manifest) -> Reference:
+    if not installed("torch"):
+        raise ExportError('verifying a device needs PyTorch, its reference; run: pip install "dmtd[oracle]"')
+    from dmtd_export.verify.reference import Reference
+
+    config = model_config(directory)
+    if config is None:
+        raise ExportError(f"{directory}: config.json does not describe the model; export the bundle again")
+    return Reference(config, split_of(manifest), directory, manifest, None)
+
+
+def _name(options: BackendOptions) -> str:
+    if options.backend == "tensorrt":
+        return f"engines{f' of {options.flavour}' if options.flavour else ''}"
+    return f"ONNX Runtime on {options.device}"
+
+
+def _variant(options: BackendOptions, manifest: Manifest, batch: int) -> Variant:
+    dialect = contract.STANDARD if options.backend == "tensorrt" else options.dialect or manifest.default_dialect
+    return Variant(dialect=dialect, full_pass=options.full_pass, batch=batch, chunk=manifest.model.max_window)
+
+
+def _groups(cases: Sequence[Case], batch: int) -> list[tuple[bool, list[Case]]]:
+    """Cases of one mode that run together."""
+    groups = []
+    for plain in (False, True):
+        wanted = [case for case in cases if case.plain == plain]
+        groups += [(plain, wanted[i : i + batch]) for i in range(0, len(wanted), batch)]
+    return groups
+
+
+def _steps(
+    backend: Backend,
+    manifest: Manifest,
+    reference: Reference,
+    cases: Sequence[Case],
+    margin: Margin,
+    options: BackendOptions,
+    batch: int,
+) -> Check:
+    """Every row of logits, the device's own tokens fed back to both."""
+    found = Comparison(variant=_variant(options, manifest, batch), margin=margin)
+    for plain, group in _groups(cases, batch):
+        plan = CyclePlan(cycle=manifest.cycle, plain=plain)
+        for case, rows in zip(group, run_group(backend, plan, backend.max_rows, group), strict=True):
+            chosen = replace(case, continuation=tuple(int(token) for token in rows.argmax(-1)))
+            found.add(chosen, _expected(reference, chosen), rows)
+    return found.check(f"step by step: {_name(options)}, {options.full_pass}, batch {batch}", "oracle")
+
+
+def _generations(
+    backend: Backend,
+    manifest: Manifest,
+    reference: Reference,
+    cases: Sequence[Case],
+    margin: Margin,
+    options: BackendOptions,
+    batch: int,
+) -> Check:
+    """The tokens of free greedy generation: one row of the oracle for each, its chosen token raised to its best."""
+    variant = _variant(options, manifest, batch)
+    agreed, total, near, first = 0, 0, 0, ""
+    cycles = backend.stats.cycles
+    for plain, group in _groups(cases, batch):
+        plan = CyclePlan(cycle=manifest.cycle, plain=plain)
+        for case, tokens in zip(group, _generate(backend, plan, manifest, group), strict=True):
+            chosen = replace(case, continuation=tokens)
+            rows = _expected(reference, chosen)
+            scale = margin.scale(float(np.abs(rows).max()))
+            for step, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+                total, best = total + 1, int(row.argmax())
+                agreed += token == best
+                gap = float(row[best] - row[token]) / scale
+                # Within the margin a row can move its best down and another one up, each by the limit.
+                near += 0 < gap <= 2 * margin.limit
+                if gap > 2 * margin.limit and not first:
+                    first = (
+                        f"{'plain' if plain else 'dmtd'} mode, prompt of {len(case.prompt)}, token {step}: expected {best}, "
+                        f"got {token}, {gap:.3g} {margin.unit} below"
+                    )
+    cycles = backend.stats.cycles - cycles
+    detail = f"top-1 agreement {agreed}/{total}, {cycles} whole cycles" + (f"; {first}" if first else "")
+    ok = not first and (margin.ulp_bits is None or agreed >= HALF_TOP1_AGREEMENT * total)
+    return Check(
+        name=f"generated: {_name(options)}, {variant.full_pass}, batch {batch}",
+        level="oracle",
+        ok=ok,
+        margin=margin.limit,
+        unit=margin.unit,
+        cases=total,
+        detail=detail,
+        near_ties=near,
+    )
+
+
+def _expected(reference: Reference, case: Case) -> Array:
+    """The oracle's logits [new, vocab] behind the prompt and each token but the last."""
+    [rows] = reference.teacher_forced([case.sequence], [len(case.prompt)], [case.plain])
+    return rows[len(case.prompt) - 1 :]
+
+
+def _generate(backend: Backend, plan: CyclePlan, manifest: Manifest, cases: Sequence[Case]) -> list[tuple[int, ...]]:
+    """Greedy tokens of a batch through the product's own loop."""
+    told: list[list[TokenEvent]] = [[] for _ in cases]
+    wanted = CYCLES_GENERATED * manifest.cycle.cycle_length + 1
+    sequences = []
+    for case, events in zip(cases, told, strict=True):
+        room = backend.max_model_len - len(case.prompt)
+        params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=max(1, min(wanted, room)))
+        sampler = Sampler(params, vocab_size=manifest.model.vocab_size, prompt_ids=case.prompt, seed=0)
+        run = SequenceRun(ids=list(case.prompt), sampler=sampler, stops=StopRules(params), on_event=events.append)
+        sequences.append(run)
+    run_batch(backend, plan, sequences)
+    for events in told:
+        if events[-1].error is not None:
+            raise events[-1].error
+    return [tuple(event.choice.token_id for event in events if event.choice) for events in told]

@@ -1,0 +1,76 @@
+"""From options to an open backend: ONNX Runtime's over the bundle's graphs, or the engine backend over what `dmtd build` made.
+
+For engines: library, driver and GPU first, then the record that fits them, its files, and only then memory and engines; each
+step refuses in one line with the command that mends it. A device is closed again where a later step fails.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from dmtd_runtime import contract
+from dmtd_runtime.backends.base import Backend, BackendOptions
+from dmtd_runtime.bundle import checked_once
+from dmtd_runtime.engine_record import EngineRecord, EngineWish, choose_record
+from dmtd_runtime.manifest import Manifest
+
+
+def open_backend(directory: Path, manifest: Manifest, options: BackendOptions) -> Backend:
+    """The backend that ``options`` ask for.
+
+    Raises:
+        BackendError: a library, driver, GPU, engine or memory is missing or unfit.
+        RequestError: an option out of range.
+        BundleError: a file of the bundle is damaged.
+    """
+    if options.backend == "onnxruntime":
+        from dmtd_runtime.backends.onnxruntime import OnnxRuntimeBackend
+
+        return OnnxRuntimeBackend(directory, manifest, options)
+    return (
+        _open_host(directory, manifest, options)
+        if options.flavour == "host"
+        else _open_gpu(directory, manifest, options)
+    )
+
+
+def _open_host(bundle: Path, manifest: Manifest, options: BackendOptions) -> Backend:
+    from dmtd_runtime.backends.tensorrt import TensorRtBackend
+    from dmtd_runtime.device.host import HostDevice
+
+    directory, record = _choose(bundle, manifest, options, EngineWish(flavour="host"))
+    device = HostDevice(threads=options.threads or 1)
+    return TensorRtBackend(bundle, manifest, options, device=device, directory=directory, record=record)
+
+
+def _open_gpu(bundle: Path, manifest: Manifest, options: BackendOptions) -> Backend:
+    from dmtd_runtime.backends.tensorrt import TensorRtBackend
+    from dmtd_runtime.device.cuda import CudaDevice
+
+    device = CudaDevice(
+        flavour=None if options.flavour is None or options.flavour == "host" else options.flavour,
+        device_id=options.device_id,
+    )
+    try:
+        wish = EngineWish(
+            flavour=device.flavour,
+            version=device.library_version,
+            compute_capability=device.gpu.compute_capability,
+            gpu_name=device.gpu.name,
+        )
+        directory, record = _choose(bundle, manifest, options, wish)
+        return TensorRtBackend(bundle, manifest, options, device=device, directory=directory, record=record)
+    except BaseException:
+        device.close()
+        raise
+
+
+def _choose(bundle: Path, manifest: Manifest, options: BackendOptions, wish: EngineWish) -> tuple[Path, EngineRecord]:
+    """The engines that fit; their files are there, and unaltered the first time they are seen on this machine."""
+    wish = replace(wish, full_pass=options.full_pass, max_batch=options.max_batch, max_model_len=options.max_model_len)
+    directory, record = choose_record(bundle, manifest, wish)
+    record.check_files(directory, hashes=False)
+    names = (contract.ENGINE_RECORD_FILE, *(engine.file for engine in record.engines), *record.files)
+    checked_once(directory, names, lambda: record.check_files(directory, hashes=True))
+    return directory, record

@@ -1,0 +1,110 @@
+"""Finding what a GPU run needs before anything is loaded: cuda-bindings, a driver, a GPU, and one of the TensorRT libraries.
+
+Everything missing or unfit is one :class:`BackendError` with the command that mends it. It allocates nothing on a device.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dmtd_runtime.errors import BackendError
+
+CudaFlavour = Literal["tensorrt", "tensorrt-rtx"]
+CUDA_FLAVOURS: tuple[CudaFlavour, ...] = ("tensorrt", "tensorrt-rtx")
+MODULES: dict[CudaFlavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+# The major versions whose API this code speaks.
+MAJOR_VERSIONS: dict[CudaFlavour, int] = {"tensorrt": 11, "tensorrt-rtx": 1}
+INSTALL: dict[CudaFlavour, str] = {
+    "tensorrt": 'pip install "dmtd[tensorrt]"',
+    "tensorrt-rtx": 'pip install "dmtd[tensorrt-rtx]"',
+}
+CUDA_MAJOR = 13  # of cuda-bindings and both libraries' wheels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuFacts:
+    """The GPU that a run would use."""
+
+    device_id: int
+    name: str
+    compute_capability: str  # "8.9"
+
+
+def import_flavour(flavour: CudaFlavour | None) -> tuple[CudaFlavour, Any]:
+    """The library asked for, or the first one installed: TensorRT, then TensorRT-RTX.
+
+    Raises:
+        BackendError: none is installed, it cannot be imported, or it is of another major version.
+    """
+    problems = []
+    for name in (flavour,) if flavour is not None else CUDA_FLAVOURS:
+        try:
+            module = importlib.import_module(MODULES[name])
+        except ImportError as error:
+            problems.append(f"{name} cannot be imported ({_one_line(error)}); install it with: {INSTALL[name]}")
+            continue
+        version = str(getattr(module, "__version__", "0"))
+        if version.partition(".")[0] == str(MAJOR_VERSIONS[name]):
+            return name, module
+        problems.append(f"{name} is {version}, expected {MAJOR_VERSIONS[name]}.x; install it with: {INSTALL[name]}")
+    raise BackendError("; or ".join(problems))
+
+
+def import_cuda() -> Any:
+    """The module ``cuda.bindings.runtime``. BackendError where cuda-bindings is missing or of another CUDA release."""
+    fix = f'pip install "cuda-bindings>={CUDA_MAJOR},<{CUDA_MAJOR + 1}"'
+    try:
+        version = str(importlib.import_module("cuda.bindings").__version__)
+        runtime = importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise BackendError(f"cuda-bindings cannot be imported ({_one_line(error)}); run: {fix}") from None
+    if version.partition(".")[0] != str(CUDA_MAJOR):
+        raise BackendError(f"cuda-bindings is {version}, expected {CUDA_MAJOR}.x; run: {fix}")
+    return runtime
+
+
+def look_at_gpu(runtime: Any, device_id: int) -> GpuFacts:
+    """The GPU ``device_id``, looked at through the CUDA runtime.
+
+    Raises:
+        BackendError: no driver, one that is too old, no GPU, or no such GPU.
+    """
+    error, driver = runtime.cudaDriverGetVersion()
+    if error != runtime.cudaError_t.cudaSuccess or not driver:
+        raise BackendError(
+            "no NVIDIA driver on this machine; install one (https://www.nvidia.com/drivers), give the container the GPU "
+            "(docker run --gpus all), or run on the CPU with: --backend onnxruntime"
+        )
+    error, count = runtime.cudaGetDeviceCount()
+    if error == runtime.cudaError_t.cudaErrorInsufficientDriver or driver < CUDA_MAJOR * 1000:
+        raise BackendError(
+            f"the NVIDIA driver supports CUDA {driver // 1000}.{driver % 1000 // 10}, expected at least {CUDA_MAJOR}.0; "
+            "update the driver"
+        )
+    if error != runtime.cudaError_t.cudaSuccess or not count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        hidden = f" (CUDA_VISIBLE_DEVICES is {visible!r})" if visible is not None else ""
+        raise BackendError(f"no NVIDIA GPU can be used{hidden}: {_name(runtime, error)}; see `nvidia-smi`")
+    if not 0 <= device_id < count:
+        raise BackendError(f"device_id: got {device_id}, expected 0 to {count - 1}, the GPUs of this machine")
+    error, properties = runtime.cudaGetDeviceProperties(device_id)
+    if error != runtime.cudaError_t.cudaSuccess:
+        raise BackendError(f"GPU {device_id} cannot be used: {_name(runtime, error)}; see `nvidia-smi`")
+    return GpuFacts(
+        device_id=device_id,
+        name=properties.name.decode().rstrip("\0"),
+        compute_capability=f"{properties.major}.{properties.minor}",
+    )
+
+
+def _name(runtime: Any, error: Any) -> str:
+    _, name = runtime.cudaGetErrorName(error)
+    _, text = runtime.cudaGetErrorString(error)
+    return f"{name.decode()}, {text.decode()}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,101 @@
+"""Engines of the host flavour for tiny bundles, and backends over them: what the tests of the device runtime share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dmtd_export.build.options import BuildOptions
+from dmtd_export.build.run import build_engines
+from dmtd_runtime import contract
+from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.backends.tensorrt import TensorRtBackend
+from dmtd_runtime.cycle import CyclePlan
+from dmtd_runtime.device.base import Device
+from dmtd_runtime.device.host import HostDevice
+from dmtd_runtime.engine_record import EngineFile, EngineRecord
+from dmtd_runtime.generate import SequenceRun, TokenEvent, run_batch
+from dmtd_runtime.manifest import CycleInfo, Manifest
+from dmtd_runtime.sampler import Sampler
+from dmtd_runtime.sampling import SamplingParams
+from dmtd_runtime.stops import StopRules
+
+Engines = tuple[Path, EngineRecord]
+
+
+def host_engines(
+    bundle: Path,
+    *,
+    fused: bool = False,
+    max_batch: int = 8,
+    buckets: Sequence[int] = (),
+    max_model_len: int | None = None,
+) -> Engines:
+    """Engines of the host flavour; ``buckets``: lengths below the capacity, shorter than a build would make them."""
+    options = BuildOptions(flavour="host", fused=fused, max_batch=max_batch, max_model_len=max_model_len)
+    result = build_engines(bundle, options)
+    if not buckets:
+        return result.directory, result.record
+    engines = tuple(_with_buckets(engine, buckets) for engine in result.record.engines)
+    lengths = (*buckets, result.record.capacity)
+    return result.directory, replace(result.record, length_buckets=lengths, sliced_limit=buckets[-1], engines=engines)
+
+
+def _with_buckets(engine: EngineFile, buckets: Sequence[int]) -> EngineFile:
+    if engine.graph in contract.CHOICE_GRAPHS:
+        return engine
+    cut = [
+        replace(profile, whole=False, min_visible=1, max_visible=buckets[-1])
+        for profile in engine.profiles
+        if profile.whole
+    ]
+    others = [profile if profile.whole else replace(profile, min_visible=1) for profile in engine.profiles]
+    profiles = [replace(profile, index=index) for index, profile in enumerate((*cut, *others))]
+    return replace(engine, profiles=tuple(profiles))
+
+
+def engine_backend(
+    bundle: Path,
+    manifest: Manifest,
+    engines: Engines,
+    *,
+    cycle: CycleInfo | None = None,
+    slots: int = 1,
+    graphs: bool = True,
+    fused: bool = False,
+    device: Device | None = None,
+) -> TensorRtBackend:
+    """A backend over engines on the host device; ``cycle`` takes the place of the manifest's."""
+    directory, record = engines
+    options = BackendOptions(max_batch=slots, cuda_graphs=graphs, threads=1, full_pass="fused" if fused else "staged")
+    if cycle is not None:
+        manifest = replace(manifest, cycle=cycle)
+    return TensorRtBackend(bundle, manifest, options, device=device or HostDevice(), directory=directory, record=record)
+
+
+def run_sequences(
+    backend: TensorRtBackend,
+    plan: CyclePlan,
+    vocab_size: int,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams],
+) -> list[list[TokenEvent]]:
+    """Run prompts as one static batch with the product's sampler; seeds are the places in the batch."""
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    told: list[list[TokenEvent]] = [[] for _ in prompts]
+    sequences = [
+        SequenceRun(
+            ids=list(ids),
+            sampler=Sampler(p, vocab_size=vocab_size, prompt_ids=ids, seed=seed),
+            stops=StopRules(p),
+            on_event=events.append,
+        )
+        for seed, (ids, p, events) in enumerate(zip(prompts, each, told, strict=True))
+    ]
+    run_batch(backend, plan, sequences)
+    return told
+
+
+def tokens_of(events: Sequence[TokenEvent]) -> list[int]:
+    return [event.choice.token_id for event in events if event.choice is not None]

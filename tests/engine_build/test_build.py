@@ -1,0 +1,251 @@
+"""Real engines from tiny bundles, built by TensorRT-RTX on the CPU; what is cached, refused, interrupted or left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+from engine_support import make_bundle, rtx
+from export_support import snapshot
+
+from dmtd_export.build import engine_builder, memory, run
+from dmtd_export.build.options import BuildOptions
+from dmtd_export.build.run import BuildProgress, build_engines, preview
+from dmtd_export.errors import ExportError
+from dmtd_runtime.engine_record import read_record
+from dmtd_runtime.errors import BackendError, BundleError
+from dmtd_runtime.manifest import load_manifest
+
+SMALL = BuildOptions(flavour="tensorrt-rtx", max_batch=2, max_model_len=64)
+
+
+@pytest.fixture
+def bundle(bundles: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy that a test may write into."""
+    shutil.copytree(bundles(family="llama", encoding=0, tie=True, dtype="float16"), tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+@pytest.mark.parametrize(
+    ("family", "encoding", "dtype"),
+    [
+        ("qwen3", 0, "bfloat16"),
+        ("qwen3", 2, "float16"),
+        ("qwen2", 0, "float16"),
+        ("qwen2", 2, "bfloat16"),
+        ("llama", 0, "float32"),
+        ("llama", 2, "bfloat16"),
+    ],
+)
+def test_every_family_builds(tmp_path: Path, family: str, encoding: int, dtype: str) -> None:
+    rtx()
+    bundle = make_bundle(tmp_path, family=family, encoding=encoding, tie=family == "qwen3", dtype=dtype)
+    stages, counts = [], []
+    progress = BuildProgress(stage=stages.append, steps=lambda done, total: counts.append((done, total)))
+    result = build_engines(bundle, SMALL, progress=progress)
+    record = result.record
+    assert result.built and read_record(result.directory) == record
+    record.check_files(result.directory, hashes=True)
+    graphs = ["thinking", "late_decode", *(g.name for g in load_manifest(bundle).graphs if g.name.endswith("_token"))]
+    assert stages == [engine.graph for engine in record.engines] == graphs
+    assert counts and all(0 <= done <= total for done, total in counts)
+    assert (record.flavour, record.compute_capability, record.dtype) == ("tensorrt-rtx", "any", dtype)
+    assert record.build.seconds > 0 and record.build.peak_bytes > 0
+    manifest = load_manifest(bundle)
+    layers = {"thinking": 3, "late_decode": 1 + encoding}
+    for engine in record.engines[:2]:
+        # The builder's own count of the weights it keeps: each layer once, no table but an untied head.
+        head = 0 if family == "qwen3" or engine.graph == "thinking" else manifest.weights["lm_head.weight"].length
+        sizes = [info.length for name, info in manifest.weights.items() if name.startswith("model.layers.0.")]
+        assert 0 <= engine.weight_bytes - head - layers[engine.graph] * sum(sizes) < 60_000
+        assert engine.scratch_bytes is not None and engine.scratch_bytes > 0 and engine.tactics
+        assert engine.bytes == (result.directory / engine.file).stat().st_size > engine.weight_bytes
+
+
+def test_extra_bytes_are_what_stands_in_two_engines(bundles: Callable[..., Path]) -> None:
+    """With E = 0 the rotary tables alone; with E = 2 two layers, and with full_pass everything but the tables again."""
+    rotary = 2 * 2 * 320 * 8
+    for encoding in (0, 2):
+        bundle = bundles(family="llama", encoding=encoding, tie=True, dtype="float16")
+        layer = 2 * (64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 96 * 64 + 2 * 64)
+        host = BuildOptions(flavour="host", max_model_len=64)
+        assert preview(bundle, host).extra_bytes == rotary + encoding * layer
+        fused = preview(bundle, BuildOptions(flavour="host", max_model_len=64, fused=True))
+        assert fused.extra_bytes == 2 * rotary + (4 + encoding) * layer + 2 * 64
+
+
+def test_device_weights_are_the_models_bytes_once(tmp_path: Path) -> None:
+    """E = 0, staged: what the two engines keep and the table are at most 1.02 times the stored tensors."""
+    rtx()
+    # Wide enough that the few kilobytes of small constants do not count.
+    from dmtd_export.export import export_bundle
+    from dmtd_export.options import ExportOptions
+    from dmtd_models.testing import write_tiny_checkpoint
+
+    source = write_tiny_checkpoint(
+        tmp_path / "m", layers=3, tie=True, hidden_size=256, intermediate_size=1024, vocab_size=4096
+    )
+    export_bundle(
+        source,
+        tmp_path / "b",
+        ExportOptions(decoding_layers=1, cycle_length=3, target="tensorrt", dtype="float16", max_model_len=64),
+    )
+    record = build_engines(tmp_path / "b", SMALL).record
+    weights = load_manifest(tmp_path / "b").weights
+    stored = sum(info.length for info in weights.values())
+    on_device = sum(engine.weight_bytes for engine in record.engines) + weights["model.embed_tokens.weight"].length
+    assert stored * 0.999 <= on_device <= stored * 1.02
+
+
+def test_engines_that_stand_there_are_kept_until_forced_or_damaged(bundle: Path) -> None:
+    first = build_engines(bundle, BuildOptions(flavour="host", max_model_len=64))
+    again = build_engines(bundle, BuildOptions(flavour="host", max_model_len=64))
+    assert (first.built, again.built, again.directory) == (True, False, first.directory)
+    assert build_engines(bundle, BuildOptions(flavour="host", max_model_len=64, force=True)).built
+    (first.directory / "thinking.onnx").write_bytes(b"")
+    assert build_engines(bundle, BuildOptions(flavour="host", max_model_len=64)).built
+    other = build_engines(bundle, BuildOptions(flavour="host", max_model_len=64, max_batch=2))
+    assert other.built and other.directory != first.directory and first.directory.is_dir()
+
+
+def test_a_dry_run_writes_nothing_and_names_the_place(bundle: Path) -> None:
+    before = snapshot(bundle)
+    options = BuildOptions(flavour="host", max_model_len=64)
+    seen = preview(bundle, options)
+    assert not seen.exists and snapshot(bundle) == before
+    assert build_engines(bundle, options).directory == seen.directory
+    assert preview(bundle, options).exists
+
+
+def test_a_bundle_without_standard_graphs_gets_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bundle = make_bundle(tmp_path / "a", target="onnxruntime", dtype="float32")
+    whole = make_bundle(tmp_path / "b", target="all", dtype="float32")
+    before = snapshot(bundle)
+    options = BuildOptions(flavour="host", max_model_len=64)
+    seen = preview(bundle, options)
+    assert snapshot(bundle) == before
+    result = build_engines(bundle, options)
+    assert result.directory == seen.directory
+    assert "no standard graphs; making full_pass.onnx, thinking.onnx, late_decode.onnx" in caplog.text
+    for name in ("thinking.onnx", "late_decode.onnx", "full_pass.onnx"):
+        assert (bundle / name).read_bytes() == (whole / name).read_bytes()
+    manifest = load_manifest(bundle)
+    manifest.check_files(bundle, hashes=True)
+    assert not list(bundle.glob(".*"))
+    (bundle / "model.onnx.data").write_bytes((bundle / "model.onnx.data").read_bytes())
+    assert not build_engines(bundle, options).built
+
+
+def test_without_a_config_missing_graphs_are_refused(tmp_path: Path) -> None:
+    import dataclasses
+
+    bundle = make_bundle(tmp_path, target="onnxruntime", dtype="float32")
+    manifest = load_manifest(bundle)
+    files = {name: info for name, info in manifest.files.items() if name != "config.json"}
+    (bundle / "manifest.json").write_text(dataclasses.replace(manifest, files=files).to_json())
+    (bundle / "config.json").unlink()
+    with pytest.raises(
+        ExportError, match=r"no config\.json to make them from; export the bundle again with --target tensorrt"
+    ):
+        build_engines(bundle, BuildOptions(flavour="host", max_model_len=64))
+
+
+def test_too_little_memory_is_refused_before_anything_is_written(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rtx()
+    monkeypatch.setattr(memory, "memory_bytes", lambda: (1 << 40, 100_000_000))
+    with pytest.raises(ExportError, match=r"takes up to \d+ MB of memory, 100 MB are available; free some"):
+        build_engines(bundle, SMALL)
+    assert not (bundle / "engines").exists()
+
+
+def test_too_little_disk_is_refused_before_anything_is_written(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 9, 1_000_000))
+    with pytest.raises(ExportError, match=r"has 0.00 GB free, the engines need up to"):
+        build_engines(bundle, BuildOptions(flavour="host", max_model_len=64))
+    assert not (bundle / "engines").exists()
+
+
+def test_a_full_disk_during_the_build_leaves_nothing(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **words: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "write_host_engine", full)
+    with pytest.raises(ExportError, match=r"no space left while writing .*; nothing was kept"):
+        build_engines(bundle, BuildOptions(flavour="host", max_model_len=64))
+    assert not list((bundle / "engines").iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_fills_under_the_library_is_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rtx()
+    real = engine_builder._make_writer
+    monkeypatch.setattr(engine_builder, "_make_writer", lambda module, path: real(module, Path("/dev/full")))
+    with pytest.raises(
+        ExportError, match=r"no space left while writing .*: free some and build again; nothing was kept"
+    ):
+        build_engines(bundle, SMALL)
+    assert not list((bundle / "engines").iterdir())
+
+
+def test_an_altered_bundle_is_refused(bundle: Path) -> None:
+    (bundle / "thinking.onnx").write_bytes(b"x")
+    with pytest.raises(BundleError, match=r"thinking\.onnx has 1 bytes"):
+        build_engines(bundle, BuildOptions(flavour="host", max_model_len=64))
+
+
+def test_a_graph_that_the_parser_refuses_is_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rtx()
+    load = onnx.load
+
+    def softcapped(path: Path, **words: bool) -> onnx.ModelProto:
+        model = load(path, **words)
+        for node in model.graph.node:
+            if node.op_type == "Attention":
+                node.attribute.append(onnx.helper.make_attribute("softcap", 30.0))
+        return model
+
+    monkeypatch.setattr(run.onnx, "load", softcapped)
+    with pytest.raises(ExportError, match=r"tensorrt-rtx 1\.\S+ cannot parse thinking: .*export the bundle again"):
+        build_engines(bundle, SMALL)
+    assert not list((bundle / "engines").iterdir())
+
+
+def test_a_library_that_cannot_start_is_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = rtx()
+
+    def broken(logger: object) -> None:
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(trt, "Builder", broken)
+    with pytest.raises(BackendError, match=r"cannot start here .*no usable GPU or driver"):
+        build_engines(bundle, SMALL)
+
+
+def test_ctrl_c_during_a_build_keeps_nothing(bundle: Path, repo_root: Path, tmp_path: Path) -> None:
+    rtx()
+    path = os.pathsep.join(str(repo_root / part) for part in (".", "runtime", "models"))
+    command = [sys.executable, "-m", "dmtd_export.cli", "build", str(bundle), "--flavour", "tensorrt-rtx"]
+    command += ["--max-batch", "2", "--max-model-len", "64"]
+    before = snapshot(bundle)
+    child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True)
+    assert child.stderr is not None
+    try:
+        while "thinking" not in (line := child.stderr.readline()):
+            assert line, "the build ended before it began"
+        time.sleep(0.3)  # into the library's own code
+        child.send_signal(signal.SIGINT)
+        _, rest = child.communicate(timeout=240)
+    finally:
+        child.kill()
+    assert child.returncode == 130, rest
+    assert "interrupted" in rest and "Traceback" not in rest
+    assert snapshot(bundle) == before
+    assert not list((bundle / "engines").iterdir())

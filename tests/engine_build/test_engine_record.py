@@ -1,0 +1,237 @@
+"""engine.json: what is read back, what is refused, and which engines a runtime gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dmtd_export.build.options import BuildOptions
+from dmtd_export.build.run import build_engines
+from dmtd_runtime.engine_record import (
+    EngineRecord,
+    EngineWish,
+    choose_record,
+    content_hash,
+    mismatches,
+    read_record,
+    records,
+)
+from dmtd_runtime.errors import BackendError, BundleError, RequestError
+from dmtd_runtime.manifest import load_manifest
+
+
+@pytest.fixture(scope="module")
+def built(bundles: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with engines of the host flavour, which takes no library."""
+    bundle = tmp_path_factory.mktemp("built") / "bundle"
+    shutil.copytree(bundles(family="qwen3", encoding=0, tie=True, dtype="float16"), bundle)
+    build_engines(bundle, BuildOptions(flavour="host", max_batch=4, fused=True))
+    return bundle
+
+
+@pytest.fixture
+def bundle(built: Path, tmp_path: Path) -> Path:
+    shutil.copytree(built, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+@pytest.fixture
+def record(built: Path) -> EngineRecord:
+    [(_, record)] = records(built)
+    return record
+
+
+def test_a_record_is_read_as_it_was_written(built: Path, record: EngineRecord) -> None:
+    [(directory, _)] = records(built)
+    assert json.loads(record.to_json()) == json.loads((directory / "engine.json").read_text())
+    assert read_record(directory) == record
+    record.check_files(directory, hashes=True)
+    assert [engine.graph for engine in record.engines][:4] == ["thinking", "late_decode", "full_pass", "choose_token"]
+
+
+def test_buckets_and_profiles_of_a_run(record: EngineRecord) -> None:
+    assert [record.bucket_for(n) for n in (1, 256, 257, 320)] == [256, 256, 320, 320]
+    late = record.engine("late_decode")
+    profile = late.profile_for("step", batch=4, rows=1, visible_len=256)
+    assert (profile.name, profile.visible_len(256)) == ("step_whole", 320)
+    assert late.profile_for("prefill", batch=1, rows=256, visible_len=256).visible_len(256) == 256
+    assert record.engine("choose_token").profile_for("choose", batch=4, rows=1, visible_len=0).index == 0
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({"kind": "refill"}, "late_decode: no refill profile, only prefill, step_whole"),
+        ({"batch": 5}, "late_decode, input_ids: got a batch of 5, expected 1 to 4; build for more with: dmtd build"),
+        ({"batch": 0}, "got a batch of 0"),
+        ({"rows": 2}, "late_decode, step: got 2 rows, expected 1 to 1"),
+        ({"visible_len": 321}, "late_decode, visible_rows: got a length of 321, expected at most 320"),
+    ],
+)
+def test_a_run_outside_every_profile_names_input_and_bound(record: EngineRecord, run: dict, message: str) -> None:
+    asked = {"kind": "step", "batch": 1, "rows": 1, "visible_len": 256} | run
+    with pytest.raises(RequestError, match=message):
+        record.engine("late_decode").profile_for(**asked)
+
+
+def test_too_long_a_sequence_names_the_bound(record: EngineRecord) -> None:
+    with pytest.raises(RequestError, match="got 321 cache rows, the engines hold 320; build for longer"):
+        record.bucket_for(321)
+
+
+def test_device_memory_counts_tables_once(built: Path, record: EngineRecord) -> None:
+    manifest = load_manifest(built)
+    layer = 2 * (64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 96 * 64 + 2 * 64 + 2 * 16)
+    rotary, table, norm = 2 * 2 * 320 * 8, 2 * 128 * 64, 2 * 64
+    caches = 4 * 4 * 2 * 2 * 320 * 16 * 2  # slots, layers, keys and values, heads, capacity, head_dim, bytes
+    staged = table + 4 * layer + norm + 2 * rotary + caches
+    assert record.device_bytes(manifest) == staged
+    assert record.device_bytes(manifest, "fused") == staged + layer + norm
+    assert record.device_bytes(manifest, max_batch=1) == staged - caches * 3 // 4
+
+
+def test_engines_that_fit_are_found(built: Path, record: EngineRecord) -> None:
+    manifest = load_manifest(built)
+    wish = EngineWish(flavour="host", version="1", compute_capability="8.9", full_pass="fused", max_batch=4)
+    assert choose_record(built, manifest, wish)[1] == record
+    assert choose_record(built, manifest, EngineWish())[1] == record
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        (
+            EngineWish(version="2"),
+            r"host version: built for 1, here 2; build engines that do with: dmtd build .* --flavour host",
+        ),
+        (EngineWish(flavour="tensorrt-rtx"), "flavour: built for host, here tensorrt-rtx"),
+        (EngineWish(max_batch=8), r"batch: built for up to 4, asked for 8; .* --max-batch 8 --max-model-len 64"),
+        (
+            EngineWish(max_model_len=65),
+            r"max-model-len: built for up to 64, asked for 65; .* --max-batch 4 --max-model-len 65",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_told_with_the_command(built: Path, wish: EngineWish, message: str) -> None:
+    with pytest.raises(BackendError, match=message):
+        choose_record(built, load_manifest(built), wish)
+
+
+def test_the_gpu_counts_where_the_engine_is_tied_to_one(built: Path, record: EngineRecord) -> None:
+    manifest = load_manifest(built)
+    tied = dataclasses.replace(record, flavour="tensorrt", compute_capability="9.0", gpu_name="NVIDIA H200")
+    here = EngineWish(compute_capability="9.0", gpu_name="NVIDIA H200")
+    assert mismatches(tied, manifest, here) == []
+    other = EngineWish(compute_capability="8.9", gpu_name="NVIDIA L40S")
+    assert mismatches(tied, manifest, other) == [
+        "compute capability: built for 9.0, here 8.9",
+        "GPU: built for NVIDIA H200, here NVIDIA L40S",
+    ]
+    assert mismatches(record, manifest, other) == []  # any
+
+
+def test_any_gpu_means_those_that_the_library_knows(built: Path, record: EngineRecord) -> None:
+    rtx = dataclasses.replace(record, flavour="tensorrt-rtx", supported=("8.9", "12.0"))
+    manifest = load_manifest(built)
+    assert mismatches(rtx, manifest, EngineWish(compute_capability="8.9")) == []
+    assert mismatches(rtx, manifest, EngineWish(compute_capability="9.0")) == [
+        "compute capability: built for 8.9, 12.0, here 9.0"
+    ]
+
+
+def test_for_an_unknown_gpu_the_other_flavour_is_named(bundle: Path) -> None:
+    [(directory, record)] = records(bundle)
+    rtx = dataclasses.replace(record, flavour="tensorrt-rtx", supported=("8.9",))
+    (directory / "engine.json").write_text(rtx.to_json())
+    with pytest.raises(
+        BackendError, match=r"here 9.0; build engines that do with: dmtd build \S+ --flavour tensorrt --fused"
+    ):
+        choose_record(bundle, load_manifest(bundle), EngineWish(compute_capability="9.0"))
+
+
+def test_staged_engines_do_not_serve_fused(built: Path, record: EngineRecord) -> None:
+    manifest, engines = load_manifest(built), record.engines_for("staged")
+    content = content_hash(manifest, [engine.graph for engine in engines])
+    staged = dataclasses.replace(record, engines=engines, content_sha256=content)
+    assert mismatches(staged, manifest, EngineWish(full_pass="fused")) == [
+        "full pass: built for staged only, asked for fused"
+    ]
+    with pytest.raises(BundleError, match=r"hold no full_pass, .* dmtd build BUNDLE --fused"):
+        staged.engine("full_pass")
+
+
+def test_a_changed_bundle_is_noticed(bundle: Path) -> None:
+    manifest = load_manifest(bundle)
+    changed = dataclasses.replace(manifest.files["thinking.onnx"], sha256="0" * 64)
+    other = dataclasses.replace(manifest, files={**manifest.files, "thinking.onnx": changed})
+    with pytest.raises(BackendError, match="the bundle's graphs or weights have changed since"):
+        choose_record(bundle, other, EngineWish())
+
+
+def test_a_bundle_without_engines_says_how_to_build_them(bundles: Callable[..., Path]) -> None:
+    plain = bundles(family="qwen3", encoding=0, tie=True, dtype="float16")
+    wish = EngineWish(flavour="tensorrt-rtx", compute_capability="8.9", full_pass="fused", max_batch=2)
+    expected = f"{plain} has no engines; build them with: dmtd build {plain} --flavour tensorrt-rtx "
+    with pytest.raises(BackendError, match=f"^{expected}--compute-capability 8.9 --fused --max-batch 2$"):
+        choose_record(plain, load_manifest(plain), wish)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            "truncate",
+            "has .* bytes, its record says .*: truncated or altered; build it again with: dmtd build .* --force",
+        ),
+        ("alter", "has SHA-256 .*: altered; build it again with"),
+        ("remove", "is missing, its record lists it; build it again with"),
+    ],
+)
+def test_damaged_engines_are_refused(bundle: Path, damage: str, message: str) -> None:
+    [(directory, record)] = records(bundle)
+    path = directory / "late_decode.onnx"
+    content = bytearray(path.read_bytes())
+    if damage == "truncate":
+        path.write_bytes(content[:-1])
+    elif damage == "alter":
+        content[100] ^= 1
+        path.write_bytes(content)
+    else:
+        path.unlink()
+    with pytest.raises(BundleError, match=message):
+        record.check_files(directory, hashes=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 99}, "has schema 99, this version reads 1"),
+        ({"max_batch": "4"}, "engine.max_batch is '4', expected int"),
+        ({"engines": []}, "no engines, or length buckets"),
+        ({"length_buckets": [256]}, "no engines, or length buckets that do not end at the capacity"),
+    ],
+)
+def test_a_damaged_record_is_one_line(bundle: Path, change: dict, message: str) -> None:
+    [(directory, _)] = records(bundle)
+    path = directory / "engine.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(BundleError, match=message):
+        read_record(directory)
+    path.write_text("{")
+    with pytest.raises(BundleError, match="cannot be read as JSON"):
+        records(bundle)
+
+
+def test_a_record_cannot_name_files_outside(bundle: Path) -> None:
+    [(directory, _)] = records(bundle)
+    path = directory / "engine.json"
+    raw = json.loads(path.read_text())
+    raw["engines"][0]["file"] = "../../manifest.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(BundleError, match="expected a path inside the bundle"):
+        read_record(directory)

@@ -1,0 +1,48 @@
+"""What the tests of engines share: tiny bundles by family and E, and the skip where TensorRT-RTX's wheel is not installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from dmtd_export.build.engine_graph import EngineGraph, engine_graph
+from dmtd_export.export import export_bundle
+from dmtd_export.options import ExportOptions
+from dmtd_models import smollm2
+from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_runtime import contract
+
+CAPACITY = 320
+SMOLLM2_CACHE = smollm2.default_cache_dir()  # now, before a fixture gives the tests a cache directory of their own
+
+
+def rtx() -> Any:
+    """The library, or a skip."""
+    return pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX's wheel: pip install 'dmtd[tensorrt-rtx]'")
+
+
+def make_bundle(
+    directory: Path, *, family: str = "qwen3", encoding: int = 0, tie: bool = False, **options: Any
+) -> Path:
+    """Four layers of random weights: E ``encoding``, T the rest, D 1, cycle of 3, up to 64 tokens, standard graphs only."""
+    source = write_tiny_checkpoint(directory / "model", family=family, layers=4, tie=tie, qkv_bias=family == "qwen2")
+    settings: dict[str, Any] = {"dtype": "float16", "target": "tensorrt", "max_model_len": 64}
+    export_bundle(
+        source,
+        directory / "bundle",
+        ExportOptions(
+            encoding_layers=encoding,
+            thinking_layers=3 - encoding,
+            decoding_layers=1,
+            cycle_length=3,
+            **settings | options,
+        ),
+    )
+    return directory / "bundle"
+
+
+def load_engine_graph(bundle: Path, name: contract.GraphName, capacity: int = CAPACITY) -> EngineGraph:
+    return engine_graph(name, onnx.load(bundle / f"{name}.onnx", load_external_data=False), capacity)

@@ -1,0 +1,76 @@
+"""Verification of what a device computes, on the host device: a good bundle passes, a wrong one is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dmtd_export.build.options import BuildOptions
+from dmtd_export.build.run import build_engines
+from dmtd_export.cli import app
+from dmtd_export.export import export_bundle
+from dmtd_export.options import ExportOptions
+from dmtd_export.verify import verify_on_device
+from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.engine_record import read_record
+from dmtd_runtime.manifest import sha256_of
+
+HOST = BackendOptions(backend="tensorrt", flavour="host", max_batch=3, threads=1)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("on_device")
+    source = write_tiny_checkpoint(root / "model", layers=4, max_positions=96)
+    options = ExportOptions(decoding_layers=2, cycle_length=3, cycle_origin="absolute", prompt_input="cyclical")
+    export_bundle(source, root / "bundle", options)
+    build_engines(root / "bundle", BuildOptions(flavour="host", max_batch=3))
+    return root / "bundle"
+
+
+def test_a_good_bundle_passes_step_by_step_and_in_whole_cycles(bundle: Path) -> None:
+    report = verify_on_device(bundle, HOST, quick=True)
+    assert report.ok
+    assert [check.name.split(":")[0] for check in report.checks] == ["step by step", "generated"] * 2
+    assert all(check.cases > 0 for check in report.checks)
+    assert "whole cycles" in report.checks[1].detail
+    assert " 0 whole cycles" not in report.checks[1].detail
+
+
+def test_a_wrong_engine_is_named(bundle: Path, tmp_path: Path) -> None:
+    """The weights beside the engines are other ones; the record agrees with them, as after a build gone wrong."""
+    shutil.copytree(bundle, tmp_path / "bundle")
+    [directory] = (tmp_path / "bundle" / "engines").iterdir()
+    data = directory / "model.onnx.data"
+    content = np.fromfile(data, np.float32)
+    data.unlink()  # a link to the bundle's
+    content[len(content) // 2 : len(content) // 2 + 4000] *= -1
+    content.tofile(data)
+    record = read_record(directory)
+    info = replace(record.files[data.name], sha256=sha256_of(data))
+    (directory / "engine.json").write_text(replace(record, files={data.name: info}).to_json())
+    report = verify_on_device(tmp_path / "bundle", HOST, quick=True)
+    assert not report.ok
+    steps, generated = report.checks[:2]
+    assert "of max in the logits; dmtd mode" in steps.detail
+    assert "token" in generated.detail and "expected" in generated.detail
+
+
+def test_the_verb_takes_a_backend(bundle: Path) -> None:
+    arguments = ["verify", str(bundle), "--backend", "tensorrt", "--flavour", "host", "--max-batch", "2", "--json"]
+    result = CliRunner().invoke(app, arguments, prog_name="dmtd")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["ok"] is True
+    assert len(report["checks"]) == 4
+    result = CliRunner().invoke(app, [*arguments, "--level", "graphs"], prog_name="dmtd")
+    assert result.exit_code == 2

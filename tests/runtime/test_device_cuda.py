@@ -1,0 +1,254 @@
+"""The CUDA device without a GPU: its calls held against the installed libraries, its lines run over the host device."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from device_support import Engines, engine_backend, host_engines, run_sequences, tokens_of
+from fake_cuda import Context, CudaEngine, CudaError, FakeCuda, FakeRtx, RuntimeCache, RuntimeConfig
+
+from dmtd_export.export import export_bundle
+from dmtd_export.options import ExportOptions
+from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_runtime.cycle import CyclePlan
+from dmtd_runtime.device.base import Address
+from dmtd_runtime.device.cuda import CudaDevice
+from dmtd_runtime.device.host import HostDevice
+from dmtd_runtime.device.libraries import import_cuda, import_flavour, look_at_gpu
+from dmtd_runtime.errors import BackendError
+from dmtd_runtime.manifest import Manifest, load_manifest
+from dmtd_runtime.sampling import SamplingParams
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    host = HostDevice()
+    cuda = FakeCuda(host)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(__version__="13.5.0"))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "tensorrt", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", FakeRtx(host))  # type: ignore[arg-type]
+    monkeypatch.setattr(FakeRtx, "capturable", True)
+    monkeypatch.setattr(FakeRtx, "__version__", "1.7.1.116")
+    return cuda
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, Engines]:
+    root = tmp_path_factory.mktemp("cuda")
+    source = write_tiny_checkpoint(root / "model", layers=3, max_positions=64)
+    options = ExportOptions(
+        decoding_layers=1, cycle_length=3, cycle_origin="prompt", prompt_input="thinking", target="tensorrt"
+    )
+    export_bundle(source, root / "bundle", options)
+    return root / "bundle", load_manifest(root / "bundle"), host_engines(root / "bundle", max_batch=2, buckets=(16,))
+
+
+PARAMS = [SamplingParams(temperature=0.0, max_tokens=24), SamplingParams(temperature=0.8, top_k=9, max_tokens=13)]
+
+
+def run(bundle: tuple[Path, Manifest, Engines], device: Any) -> list[list[int]]:
+    directory, manifest, engines = bundle
+    backend = engine_backend(directory, manifest, engines, slots=2, device=device)
+    plan, vocab = CyclePlan(cycle=manifest.cycle), manifest.model.vocab_size
+    told = run_sequences(backend, plan, vocab, [[1, 2, 3], [4, 5]], PARAMS)
+    backend.close()
+    return [tokens_of(events) for events in told]
+
+
+def test_the_cuda_device_runs_the_backend_as_the_host_device_does(
+    fake: FakeCuda, bundle: tuple[Path, Manifest, Engines]
+) -> None:
+    assert run(bundle, CudaDevice()) == run(bundle, HostDevice())
+    called = {name for name, _ in fake.calls}
+    for name in ("cudaGraphLaunch", "cudaMemcpy2DAsync", "cudaEventSynchronize", "cudaStreamDestroy", "cudaSetDevice"):
+        assert name in called
+
+
+def test_every_call_is_one_that_cuda_bindings_have(fake: FakeCuda, bundle: tuple[Path, Manifest, Engines]) -> None:
+    run(bundle, CudaDevice())
+    calls, fakes = set(fake.calls), dict(sys.modules)
+    for name in ("cuda.bindings", "cuda.bindings.runtime"):
+        del sys.modules[name]
+    real = pytest.importorskip("cuda.bindings.runtime")
+    sys.modules.update({name: fakes[name] for name in ("cuda.bindings", "cuda.bindings.runtime")})
+    for name, count in calls:
+        signature = (getattr(real, name).__doc__ or "").strip().splitlines()[0]
+        found = re.fullmatch(rf"{name}\((.*)\)", signature)
+        assert found, signature
+        assert len([p for p in found[1].split(",") if p.strip()]) == count, signature
+    for enum, member in (
+        ("cudaError_t", "cudaErrorInsufficientDriver"),
+        ("cudaMemcpyKind", "cudaMemcpyDeviceToDevice"),
+        ("cudaStreamCaptureMode", "cudaStreamCaptureModeThreadLocal"),
+    ):
+        assert hasattr(getattr(real, enum), member)
+    for number in ("cudaStreamNonBlocking", "cudaHostAllocDefault", "cudaEventDisableTiming"):
+        assert getattr(real, number) == getattr(FakeCuda, number)
+
+
+def test_every_name_is_one_that_tensorrt_rtx_has() -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    for ours, theirs in (
+        (CudaEngine, trt.ICudaEngine),
+        (Context, trt.IExecutionContext),
+        (RuntimeConfig, trt.IRuntimeConfig),
+        (RuntimeCache, trt.IRuntimeCache),
+    ):
+        for name in vars(ours):
+            if not name.startswith("_") and name != "read":
+                assert hasattr(theirs, name), name
+    for name in ("device_memory_size_v2", "num_io_tensors"):
+        assert hasattr(trt.ICudaEngine, name)
+    for name, member in (
+        ("TensorLocation", "DEVICE"),
+        ("TensorIOMode", "INPUT"),
+        ("ExecutionContextAllocationStrategy", "USER_MANAGED"),
+        ("DynamicShapesKernelSpecializationStrategy", "EAGER"),
+        ("CudaGraphStrategy", "DISABLED"),
+    ):
+        assert hasattr(getattr(trt, name), member)
+    for name in (
+        "set_execution_context_allocation_strategy",
+        "dynamic_shapes_kernel_specialization_strategy",
+        "cuda_graph_strategy",
+    ):
+        assert hasattr(trt.IRuntimeConfig, name)
+    for dtype in ("FLOAT", "HALF", "BF16", "INT64", "INT32", "BOOL"):
+        assert hasattr(trt.DataType, dtype)
+
+
+def test_engines_that_cannot_be_captured_run_without_graphs(
+    fake: FakeCuda,
+    bundle: tuple[Path, Manifest, Engines],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    wanted = run(bundle, HostDevice())
+    monkeypatch.setattr(FakeRtx, "capturable", False)
+    assert run(bundle, CudaDevice()) == wanted
+    assert "cycles run without CUDA graphs: thinking.onnx cannot be captured" in caplog.text
+    assert fake.host._recording is None
+
+
+def test_a_damaged_engine_is_one_line_with_the_fix(fake: FakeCuda, tmp_path: Path) -> None:
+    (tmp_path / "x.engine").write_bytes(b"damaged engine")
+    with pytest.raises(BackendError) as refused:
+        CudaDevice().load_engine(tmp_path / "x.engine")
+    assert str(refused.value) == (
+        f"{tmp_path}/x.engine cannot be loaded on GPU 0 (Fake GPU): the header does not conform; "
+        "build the engines again with: dmtd build BUNDLE --force"
+    )
+
+
+def test_compiled_kernels_are_kept_for_the_next_time(
+    fake: FakeCuda, bundle: tuple[Path, Manifest, Engines], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(RuntimeCache, "read", [])
+    wanted = run(bundle, CudaDevice())
+    files = sorted((tmp_path / "dmtd" / "kernels").iterdir())
+    assert len(files) == 4  # thinking, late_decode and the two that choose
+    assert RuntimeCache.read == []
+    files[0].write_bytes(b"damaged")
+    assert run(bundle, CudaDevice()) == wanted
+    assert sorted(RuntimeCache.read) == [b"damaged", b"kernels", b"kernels", b"kernels"]
+    assert files[0].read_bytes() == b"kernels"
+    assert sorted((tmp_path / "dmtd" / "kernels").iterdir()) == files
+
+
+def test_errors_of_cuda_are_named(fake: FakeCuda) -> None:
+    device = CudaDevice()
+    fake.failing["cudaMalloc"] = CudaError.cudaErrorMemoryAllocation
+    with pytest.raises(
+        BackendError, match=r"GPU 0 \(Fake GPU\): no memory for caches, 3.00 GB: .*cudaErrorMemoryAllocation"
+    ):
+        device.alloc(3_000_000_000, "caches")
+
+
+def test_marks_may_be_waited_for_in_any_order_and_twice(fake: FakeCuda) -> None:
+    device = CudaDevice()
+    address, staging = device.alloc(4, "x"), device.alloc_host(4)
+    staging[:] = 9
+    first = device.mark()
+    device.upload(Address(address), staging)
+    second = device.mark()
+    for mark in (second, first, second):
+        device.wait(mark)
+    back = device.alloc_host(4)
+    device.download(back, address)
+    device.wait(device.mark())
+    assert back.tolist() == [9, 9, 9, 9]
+    device.close()
+    device.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"driver": 0}, "no NVIDIA driver on this machine; install one .* --backend onnxruntime"),
+        ({"driver": 12080}, r"the NVIDIA driver supports CUDA 12\.8, expected at least 13\.0; update the driver"),
+        ({"count": 0}, "no NVIDIA GPU can be used"),
+        ({"count": 1, "device_id": 3}, r"device_id: got 3, expected 0 to 0"),
+    ],
+)
+def test_what_a_machine_lacks_is_told(fake: FakeCuda, change: dict[str, int], message: str) -> None:
+    device_id = change.pop("device_id", 0)
+    for name, value in change.items():
+        setattr(fake, name, value)
+    with pytest.raises(BackendError, match=message):
+        CudaDevice(device_id=device_id)
+
+
+def test_libraries_of_another_version_or_none_are_told(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert import_flavour(None)[0] == "tensorrt-rtx"
+    with pytest.raises(BackendError, match=r'tensorrt cannot be imported .*pip install "dmtd\[tensorrt\]"'):
+        import_flavour("tensorrt")
+    monkeypatch.setattr(FakeRtx, "__version__", "2.0.1")
+    with pytest.raises(BackendError, match=r"tensorrt-rtx is 2\.0\.1, expected 1\.x; install it with: pip install"):
+        import_flavour("tensorrt-rtx")
+    with pytest.raises(BackendError, match=r"tensorrt cannot be imported .*; or tensorrt-rtx is 2\.0\.1"):
+        import_flavour(None)
+    monkeypatch.setattr(sys.modules["cuda.bindings"], "__version__", "12.9.0")
+    with pytest.raises(BackendError, match=r"cuda-bindings is 12\.9\.0, expected 13\.x; run: pip install"):
+        import_cuda()
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)  # type: ignore[arg-type]
+    with pytest.raises(BackendError, match="cuda-bindings cannot be imported"):
+        import_cuda()
+
+
+def test_this_machine_without_a_gpu_gets_one_line() -> None:
+    """The real libraries, where there is no driver."""
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("there is a driver")
+    with pytest.raises(BackendError, match="no NVIDIA driver on this machine"):
+        look_at_gpu(runtime, 0)
+
+
+@pytest.mark.gpu
+def test_memory_copies_and_capture_on_a_gpu() -> None:
+    importlib.import_module("cuda.bindings.runtime")
+    device = CudaDevice()
+    staging, back = device.alloc_host(1024), device.alloc_host(1024)
+    staging[:] = np.arange(1024) % 251
+    one, two = device.alloc(1024, "one"), device.alloc(1024, "two")
+    device.upload(one, staging)
+    device.zero(two, 1024)
+    device.wait(device.mark())
+    captured = device.capture(lambda: device.copy(two, one, row_bytes=8, rows=16, target_pitch=16, source_pitch=8))
+    device.replay(captured)
+    device.download(back, two)
+    device.wait(device.mark())
+    rows = back[:256].reshape(16, 16)
+    assert rows[:, :8].ravel().tolist() == (np.arange(128) % 251).tolist()
+    assert not rows[:, 8:].any()
+    device.close()

@@ -1,0 +1,199 @@
+"""`--backend tensorrt` from the command line and the API: text as ONNX Runtime gives it, and what is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bundles import make_bundle
+from fake_cuda import FakeCuda, FakeRtx
+from typer.testing import CliRunner, Result
+
+from dmtd_export.build.options import BuildOptions
+from dmtd_export.build.run import build_engines
+from dmtd_export.cli import app
+from dmtd_runtime import LLM, BackendError, BundleError, RequestError, SamplingParams
+from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.device.host import HostDevice
+from dmtd_runtime.engine_record import read_record
+
+HOST = ("--backend", "tensorrt", "--flavour", "host")
+
+
+def dmtd(*arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, arguments, input=stdin, prog_name="dmtd")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = make_bundle(tmp_path_factory.mktemp("opening"))
+    build_engines(made, BuildOptions(flavour="host", max_batch=2))
+    return made
+
+
+@pytest.fixture
+def copied(bundle: Path, tmp_path: Path) -> Path:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def engine_directory(bundle: Path) -> Path:
+    [directory] = (bundle / "engines").iterdir()
+    return directory
+
+
+def test_generate_prints_what_onnxruntime_prints(bundle: Path) -> None:
+    for options in (("--greedy",), ("--seed", "5", "--temperature", "0.9", "--repetition-penalty", "1.2")):
+        arguments = ("generate", str(bundle), "-p", "Hello there", "--max-tokens", "21", "--json", *options)
+        wanted, got = (json.loads(dmtd(*arguments, *more).stdout) for more in ((), HOST))
+        assert got["token_ids"] == wanted["token_ids"]
+        assert got["text"] == wanted["text"]
+        assert got["full_passes"] > 0
+
+
+def test_chat_answers(bundle: Path) -> None:
+    result = dmtd("chat", str(bundle), "--greedy", "--max-tokens", "9", *HOST, stdin="Hi\n")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == dmtd("chat", str(bundle), "--greedy", "--max-tokens", "9", stdin="Hi\n").stdout
+
+
+@pytest.mark.parametrize("graphs", ["--cuda-graphs", "--no-cuda-graphs"])
+def test_bench_times_whole_cycles(bundle: Path, graphs: str) -> None:
+    result = dmtd(
+        *("bench", str(bundle), "--batch", "1,2", "--prompt-len", "5", "--max-tokens", "20"),
+        *("--repeats", "1", "--warmup", "0", "--json", graphs, *HOST),
+    )
+    assert result.exit_code == 0, result.output
+    report: dict[str, Any] = json.loads(result.stdout)
+    assert report["conditions"]["backend"] == "tensorrt"
+    for batch in report["batches"]:
+        assert batch["cycle_ms"] > 0
+        assert batch["full_pass_ms"] is None
+        assert batch["runs"]["dmtd"][0]["full_passes"] == 7  # 19 tokens behind the prompt's, in cycles of 3
+        assert batch["runs"]["plain"][0]["late_steps"] == 0
+    shown = dmtd(
+        *("bench", str(bundle), "--batch", "1", "--prompt-len", "5", "--max-tokens", "20"),
+        *("--repeats", "1", "--warmup", "0", *HOST),
+    )
+    assert "cycle, ms" in shown.stdout
+
+
+def test_several_requests_share_batches_and_stop_strings_are_never_shown(bundle: Path) -> None:
+    params = SamplingParams(temperature=0, max_tokens=30)
+    with LLM(bundle, max_num_seqs=2) as llm:
+        wanted = [output.outputs[0].text for output in llm.generate(["one", "two", "three"], params)]
+    with LLM(bundle, backend="tensorrt", flavour="host", max_num_seqs=2) as llm:
+        got = [output.outputs[0].text for output in llm.generate(["one", "two", "three"], params)]
+        assert got == wanted
+        for text, prompt in zip(wanted, ("one", "two", "three"), strict=True):
+            stop = text[4:7]
+            stopping = SamplingParams(temperature=0, max_tokens=30, stop=stop)
+            [output] = llm.generate(prompt, stopping)
+            assert output.outputs[0].text == text[: text.index(stop)]
+            assert output.outputs[0].finish_reason == "stop"
+            streamed = "".join(
+                delta.text for delta in llm.stream(prompt, SamplingParams(temperature=0, max_tokens=30, stop=stop))
+            )
+            assert streamed == output.outputs[0].text
+
+
+def one_line(result: Result, *parts: str) -> None:
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("error: "), result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    for part in parts:
+        assert part in result.stderr
+
+
+def generate(bundle: Path, *options: str) -> Result:
+    return dmtd("generate", str(bundle), "-p", "x", "--max-tokens", "3", *options)
+
+
+def test_a_bundle_without_engines_names_the_build_command(copied: Path) -> None:
+    shutil.rmtree(copied / "engines")
+    one_line(generate(copied, *HOST), "has no engines; build them with: dmtd build", "--flavour host")
+
+
+def test_engines_of_other_weights_are_refused(copied: Path) -> None:
+    path = engine_directory(copied) / "engine.json"
+    record = read_record(path.parent)
+    path.write_text(replace(record, content_sha256="0" * 64).to_json())
+    one_line(generate(copied, *HOST), "graphs or weights have changed since", "dmtd build")
+
+
+def test_a_damaged_engine_is_found_before_it_is_loaded(copied: Path) -> None:
+    engine = engine_directory(copied) / "thinking.onnx"
+    content = bytearray(engine.read_bytes())
+    content[len(content) // 2] ^= 1
+    engine.write_bytes(content)
+    one_line(generate(copied, *HOST), "altered; build it again with: dmtd build")
+    engine.write_bytes(content[:100])
+    one_line(generate(copied, *HOST), "has 100 bytes", "truncated or altered; build it again")
+
+
+def test_more_than_the_engines_were_built_for_is_refused(bundle: Path) -> None:
+    with pytest.raises(BackendError, match=r"batch: built for up to 2, asked for 3; .*dmtd build .*--max-batch 3"):
+        LLM(bundle, backend="tensorrt", flavour="host", max_num_seqs=3)
+    with pytest.raises(BackendError, match="max-model-len: built for up to"):
+        LLM(bundle, backend="tensorrt", flavour="host", max_model_len=1000)
+    with pytest.raises(RequestError, match="flavour: got 'cuda', expected one of None, tensorrt, tensorrt-rtx, host"):
+        BackendOptions(flavour="cuda")  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    from types import SimpleNamespace
+
+    host = HostDevice()
+    cuda = FakeCuda(host)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(__version__="13.5.0"))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "tensorrt", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", FakeRtx(host))  # type: ignore[arg-type]
+    return cuda
+
+
+def as_rtx(bundle: Path, **changes: Any) -> None:
+    """The host flavour's engines, said to be TensorRT-RTX's."""
+    path = engine_directory(bundle) / "engine.json"
+    record = replace(read_record(path.parent), flavour="tensorrt-rtx", version=FakeRtx.__version__, **changes)
+    path.write_text(record.to_json())
+
+
+def test_the_whole_way_over_the_cuda_device(fake: FakeCuda, copied: Path) -> None:
+    wanted = generate(copied, *HOST, "--greedy").stdout
+    as_rtx(copied)
+    result = generate(copied, "--backend", "tensorrt", "--greedy")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == wanted
+
+
+def test_engines_of_another_machine_are_refused_before_they_are_loaded(fake: FakeCuda, copied: Path) -> None:
+    as_rtx(copied, compute_capability="12.0")
+    one_line(
+        generate(copied, "--backend", "tensorrt"),
+        "compute capability: built for 12.0, here 8.9",
+        "--compute-capability 8.9",
+    )
+    as_rtx(copied, compute_capability="any", max_batch=2)
+    path = engine_directory(copied) / "engine.json"
+    path.write_text(replace(read_record(path.parent), version="1.6.0").to_json())
+    one_line(generate(copied, "--backend", "tensorrt"), "version: built for 1.6.0, here 1.7.1.116", "dmtd build")
+
+
+def test_no_driver_and_no_library_are_one_line(fake: FakeCuda, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.driver = 0
+    one_line(generate(copied, "--backend", "tensorrt"), "no NVIDIA driver on this machine")
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)  # type: ignore[arg-type]
+    one_line(generate(copied, "--backend", "tensorrt"), 'pip install "dmtd[tensorrt-rtx]"')
+
+
+def test_a_record_that_is_no_record_is_one_line(copied: Path) -> None:
+    (engine_directory(copied) / "engine.json").write_text("{")
+    with pytest.raises(BundleError, match=r"engine\.json cannot be read as JSON"):
+        LLM(copied, backend="tensorrt", flavour="host")
