@@ -86,6 +86,11 @@ class AdaptedCheckpoint:
     def tokenizer_problem(self) -> str | None:
         return self._base.tokenizer_problem
 
+    @property
+    def changed(self) -> frozenset[str]:
+        """Names of the tensors that the adapter changes."""
+        return self._changed
+
     def names(self) -> list[str]:
         return self._base.names()
 

@@ -204,6 +204,7 @@ def test_ctrl_c_and_the_same_command_again(
     result = finetune(base, tmp_path / "out", chats, *command)
     assert result.exit_code == 130, (result.output, result.exception)
     assert "interrupted" in result.stderr and "Traceback" not in result.output
+    assert "checkpoint-3;thesamecommandgoesonfromthere" in "".join(result.stderr.split()), "lines are wrapped"
     assert (tmp_path / "out" / "training" / "checkpoint-3" / "complete.json").is_file()
     assert not (tmp_path / "out" / "config.json").exists()
 

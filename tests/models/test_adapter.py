@@ -269,3 +269,23 @@ def test_the_adapter_owns_its_base(made: Made) -> None:
     with AdaptedCheckpoint(base, made.adapter) as adapted:
         assert adapted.path == made.base
         assert adapted.tokenizer_problem is None
+
+
+@pytest.mark.parametrize("trained", ["late", "full"])
+def test_a_run_begins_where_an_adapter_ended(tmp_path: Path, trained: str) -> None:
+    made = Made(tmp_path, "delta")
+    spec, expected = spec_of(thinking=2), made.read()
+    with open_checkpoint(made.base) as plain, open_checkpoint(made.base, made.adapter) as adapted:
+        base = DmtdModel.from_reader(plain.config, spec, plain.read, torch.float32).requires_grad_(False)
+        student = _student(adapted, base, TrainOptions(precision="float32", trained=trained))
+        found = {name.removeprefix("model."): value.detach().numpy() for name, value in student.named_parameters()}
+        assert all(np.array_equal(found[name], value) for name, value in expected.items())
+        assert all(np.array_equal(value.numpy(), made.plain[name]) for name, value in base.state_dict().items())
+
+
+def test_a_run_that_would_lose_part_of_an_adapter_is_refused(tmp_path: Path) -> None:
+    made, spec = Made(tmp_path, "delta"), spec_of(thinking=3, decoding=1)
+    with open_checkpoint(made.base) as plain, open_checkpoint(made.base, made.adapter) as adapted:
+        base = DmtdModel.from_reader(plain.config, spec, plain.read, torch.float32).requires_grad_(False)
+        with pytest.raises(ModelError, match=r"--initial: it changes model\.layers\.2\..* \(and 10 more\)"):
+            _student(adapted, base, TrainOptions(precision="float32"))

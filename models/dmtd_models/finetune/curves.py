@@ -9,13 +9,20 @@ from typing import Any
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """The lines of log.jsonl; a line cut short by a kill is passed over."""
-    lines = []
+    """The lines of log.jsonl. A line cut short by a kill is passed over, and so is what a restart has done again."""
+    lines: list[dict[str, Any]] = []
     for text in file.read_text(encoding="utf-8").splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             continue
+        if not isinstance(line, dict):
+            continue
+        while lines and lines[-1].get("step", 0) > line.get("step", 0):
+            lines.pop()
+        if lines and lines[-1].get("step") == line.get("step") and lines[-1].keys() == line.keys():
+            lines.pop()
+        lines.append(line)
     return lines
 
 

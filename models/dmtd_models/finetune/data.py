@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import concatenate_datasets
 
 from dmtd_models.errors import ModelError
 from dmtd_models.text.chat import TextTokenizer
@@ -56,6 +55,8 @@ def read_run_text(
         DataError: a source that cannot be used.
         ModelError: nothing is left to train on.
     """
+    from datasets import concatenate_datasets
+
     notes = []
     parts = []
     for source in sources:

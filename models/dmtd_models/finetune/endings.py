@@ -29,12 +29,12 @@ def named_memory_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ending_with_a_state(guard: Guard, world_size: int) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the run after the step at work, its state saved. A second one ends it at once.
+def ending_with_a_state(guard: Guard) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the run, in all its processes, after the step at work, its state saved.
 
-    Several processes would have to agree on the step: there the states saved by the clock must do.
+    A second Ctrl-C ends it at once.
     """
-    if world_size > 1 or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
@@ -48,7 +48,7 @@ def ending_with_a_state(guard: Guard, world_size: int) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if guard.stop_signal == signal.SIGINT:
-        raise KeyboardInterrupt
-    if guard.stop_signal is not None:
+    if guard.stop_signal == signal.SIGTERM:
         raise SystemExit(128 + guard.stop_signal)
+    if guard.stopped or guard.stop_signal is not None:
+        raise KeyboardInterrupt

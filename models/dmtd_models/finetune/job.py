@@ -12,7 +12,7 @@ The output directory:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -29,6 +29,7 @@ from dmtd_models.finetune.options import TrainOptions, check_options
 from dmtd_models.finetune.record import recorded_options, require_same_run, write_record
 from dmtd_models.finetune.result import save_adapter, save_checkpoint
 from dmtd_models.finetune.run import Hooks, RunResult, checkpoint_digest, finetune
+from dmtd_models.finetune.states import latest_checkpoint
 from dmtd_models.finetune.trainer import LOG
 from dmtd_models.saving import make_directory, write_json
 from dmtd_models.smollm2 import default_cache_dir
@@ -106,18 +107,19 @@ def run_job(job: Job, display: Display) -> dict[str, Any]:
         initial = None
         if job.initial is not None:
             initial = opened.enter_context(open_checkpoint(job.base, job.initial))
-        result = finetune(
-            checkpoint,
-            spec,
-            text.train,
-            text.held_out,
-            training,
-            job.train,
-            initial=initial,
-            cache_dir=job.feature_dir,
-            device=job.device,
-            hooks=_hooks(display),
-        )
+        with _telling_where_to_go_on(training, display):
+            result = finetune(
+                checkpoint,
+                spec,
+                text.train,
+                text.held_out,
+                training,
+                job.train,
+                initial=initial,
+                cache_dir=job.feature_dir,
+                device=job.device,
+                hooks=_hooks(display),
+            )
         if not processes.is_main_process:
             return {}
         display.stage("saving", 0)
@@ -126,6 +128,17 @@ def run_job(job: Job, display: Display) -> dict[str, Any]:
     write_json(job.output / SUMMARY, summary)
     draw_curves(read_log(training / LOG), training / "curves.png")
     return summary
+
+
+@contextlib.contextmanager
+def _telling_where_to_go_on(training: Path, display: Display) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        last = latest_checkpoint(training)
+        if last is not None:
+            display.line(f"saved: {last}; the same command goes on from there")
+        raise
 
 
 def _require_own_output(job: Job) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dmtd_models.adapter import AdaptedCheckpoint
 from dmtd_models.checkpoint import Checkpoint
 from dmtd_models.config import DmtdSpec
 from dmtd_models.dmtd import DmtdModel
@@ -208,7 +209,7 @@ def _finetune(
     if last is not None and step_of(last) >= steps:
         trainer.take_finished(last)  # the trainer would take one step more
     else:
-        with ending_with_a_state(guard, arguments.world_size):
+        with ending_with_a_state(guard):
             trainer.train(resume_from_checkpoint=str(last) if last else None)
     return RunResult(
         student=student,
@@ -222,6 +223,7 @@ def _finetune(
 
 def _student(initial: Checkpoint, base: DmtdModel, options: TrainOptions) -> Student:
     model: nn.Module = trainable_model(base, initial.read, options.trained, train_embedding=options.train_embedding)
+    _require_used(initial, model)
     if options.trained == "lora":
         import peft
 
@@ -244,6 +246,19 @@ def _student(initial: Checkpoint, base: DmtdModel, options: TrainOptions) -> Stu
         gradient_checkpointing=options.gradient_checkpointing,
         seed=options.seed,
     )
+
+
+def _require_used(initial: Checkpoint, model: nn.Module) -> None:
+    """Refuse to begin with an adapter part of which would be lost: what is not trained is the base's."""
+    if not isinstance(initial, AdaptedCheckpoint):
+        return
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    lost = sorted(initial.changed - trained)
+    if lost:
+        raise ConfigError(
+            f"--initial: it changes {lost[0]} (and {len(lost) - 1} more), which this run would leave as the base has them; "
+            "train what it trained: its --decoding-layers, --train full, --train-embedding"
+        )
 
 
 def _steps(documents: DocumentTable, rows: list[list[int]], options: TrainOptions, world: int) -> tuple[int, int]:

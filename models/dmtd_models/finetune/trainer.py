@@ -103,6 +103,13 @@ class DmtdTrainer(Trainer):
         """Let what a step draws at random hang on its number alone, so that a resumed run draws the same."""
         self.accelerator.unwrap_model(self.model).seed_sampling(step)
 
+    def agreed(self, *wishes: bool) -> list[bool]:
+        """Each wish, if any process has it: saving takes all of them, and their clocks differ."""
+        if self.args.world_size == 1:
+            return list(wishes)
+        told = torch.tensor(wishes, dtype=torch.float32, device=self.args.device)
+        return [value > 0 for value in self.accelerator.reduce(told, reduction="sum").tolist()]
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Make the batch where it is used: the loader reads ahead, past the step at which a curriculum moves on."""
         return super()._prepare_inputs(self._collate(inputs["rows_of_step"]) if "rows_of_step" in inputs else inputs)
@@ -232,6 +239,7 @@ class Guard(TrainerCallback):
         self._saved_at = time.monotonic()
         self.trainer: DmtdTrainer | None = None
         self.stop_signal: int | None = None  # set by a handler: save after this step, and end
+        self.stopped = False  # it did, in this process or another
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.trainer is not None, "the guard is given its trainer before training starts"
@@ -257,9 +265,11 @@ class Guard(TrainerCallback):
         at_end = state.global_step >= state.max_steps
         every = self._steps_per_evaluation
         control.should_evaluate = bool(every) and (at_end or state.global_step % every == 0)
-        stop = self.stop_signal is not None
-        control.should_save = at_end or stop or time.monotonic() - self._saved_at >= self._options.save_every_s
-        control.should_training_stop = control.should_training_stop or stop
+        assert self.trainer is not None, "the guard is given its trainer before training starts"
+        late = time.monotonic() - self._saved_at >= self._options.save_every_s
+        late, self.stopped = self.trainer.agreed(late, self.stop_signal is not None)
+        control.should_save = at_end or self.stopped or late
+        control.should_training_stop = control.should_training_stop or self.stopped
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_evaluate = control.should_save = False

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from finetune_support import interrupted_at, run_options, run_tiny, write_base
+from finetune_support import RUN_LENGTHS, interrupted_at, run_options, run_tiny, write_base
 from safetensors.numpy import load_file
 from torch import Tensor
 
@@ -25,7 +25,14 @@ from dmtd_models.finetune.trainer import DivergedError
 
 KINDS: dict[str, dict[str, Any]] = {
     "late, stored features": {},
-    "factors, two rows a step": {"trained": "lora", "lora_rank": 2, "accumulate": 2, "epochs": 3.0},
+    "factors, two rows a step, bfloat16, layers computed twice": {
+        "trained": "lora",
+        "lora_rank": 2,
+        "accumulate": 2,
+        "epochs": 3.0,
+        "precision": "bfloat16",
+        "gradient_checkpointing": True,
+    },
     "full, curriculum": {"trained": "full", "curriculum": ((1, 0.3), (2, 0.7))},
 }
 
@@ -62,8 +69,9 @@ def whole_runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     return run
 
 
-def test_it_learns(base: Path, tmp_path: Path) -> None:
-    options = run_options(epochs=12.0, eval_every_tokens=400, save_every_s=1e9)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_it_learns(base: Path, tmp_path: Path, precision: str) -> None:
+    options = run_options(epochs=12.0, eval_every_tokens=400, save_every_s=1e9, precision=precision)
     result = run_tiny(base, tmp_path, options)
     found = lines(tmp_path)
     held_out = [line["eval_divergence"] for line in found if "eval_divergence" in line]
@@ -72,9 +80,8 @@ def test_it_learns(base: Path, tmp_path: Path) -> None:
     assert np.mean(training[-5:]) < 0.6 * np.mean(training[:3]), "the tiny model learns its own documents"
     last = next(line for line in reversed(found) if "eval_divergence" in line)
     assert len(last["eval_divergence_by_phase"]) == 3 and len(last["eval_agreement_by_phase"]) == 3
-    assert result.tokens == found[-1].get("tokens", training and [x for x in found if "tokens" in x][-1]["tokens"])
-    per_epoch = sum(8 + 5 * n % 23 for n in range(24))
-    assert result.tokens == 12 * per_epoch
+    per_epoch = sum(length for length, _ in RUN_LENGTHS)
+    assert result.tokens == 12 * per_epoch == [line["tokens"] for line in found if "tokens" in line][-1]
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{result.steps}"]
 
 
