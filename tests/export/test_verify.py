@@ -142,7 +142,7 @@ def test_a_level_that_is_asked_for_is_not_exceeded(bundle: Path) -> None:
 def test_a_missing_library_lowers_the_level_with_one_line(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, missing: str, level: str, words: str
 ) -> None:
-    monkeypatch.setattr(levels, "_installed", lambda module: module != missing)
+    monkeypatch.setattr(levels, "installed", lambda module: module != missing)
     report = verify_bundle(bundle, quick=True)
     assert report.ok
     assert report.level == level
