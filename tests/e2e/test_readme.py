@@ -16,18 +16,12 @@ from dmtd_models.testing import write_tiny_checkpoint
 ROOT = Path(__file__).resolve().parents[2]
 MARKED = re.compile(r"<!-- tested[^>]*-->\n```(\w+)\n(.*?)```", re.DOTALL)
 BLOCKS = MARKED.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-COMMANDS = [
-    line.removeprefix("$ ")
+CONSOLES = [
+    [line.removeprefix("$ ") for line in text.splitlines() if line.startswith("$ ")]
     for language, text in BLOCKS
     if language == "console"
-    for line in text.splitlines()
-    if line.startswith("$ ")
 ]
 SCRIPTS = [text for language, text in BLOCKS if language == "python"]
-
-
-# The commands build on one another: one worker runs them all, in order.
-pytestmark = pytest.mark.xdist_group("readme")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, how are you today?"}]
     }
     (directory / "chats.jsonl").write_text(f"{json.dumps(chat)}\n" * 40, encoding="utf-8")
-    run(COMMANDS[0], directory)
+    run(CONSOLES[0][0], directory)
     return directory
 
 
@@ -57,14 +51,16 @@ def run(command: str, directory: Path) -> str:
 
 
 def test_the_readme_has_marked_blocks() -> None:
-    assert COMMANDS[0].startswith("dmtd export model -o bundle")
-    assert {shlex.split(command)[0] for command in COMMANDS} == {"dmtd", "polygraphy"}
+    assert CONSOLES[0][0].startswith("dmtd export model -o bundle")
+    assert {shlex.split(command)[0] for block in CONSOLES for command in block} == {"dmtd", "polygraphy"}
     assert SCRIPTS
 
 
-@pytest.mark.parametrize("command", COMMANDS[1:])
-def test_commands_run(place: Path, command: str) -> None:
-    assert run(command, place).strip()
+@pytest.mark.parametrize("commands", CONSOLES, ids=lambda commands: " ".join(commands[0].split()[:2]))
+def test_commands_run(place: Path, commands: list[str]) -> None:
+    """Those of one block in order: they build on one another."""
+    for command in commands:
+        assert command == CONSOLES[0][0] or run(command, place).strip(), command
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
