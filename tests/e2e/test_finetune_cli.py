@@ -128,6 +128,7 @@ def test_what_a_run_leaves(finished: tuple[Path, dict[str, Any]], base: str, cha
     split = ("encoding_layers", "thinking_layers", "decoding_layers", "cycle_length", "cycle_origin", "prompt_input")
     assert [told["split"][name] for name in split] == [0, 2, 2, 3, "prompt", "thinking"]
     assert told["documents"] == {"train": 12, "held_out": 12}
+    assert told["options"]["learning_rate"] == 1e-3, "what was used, though it was not given"
     assert told["options"]["tokens_per_step"] == 128 and told["options"]["loss"]["top_k"] == 4
     assert len(told["evaluation"]["eval_divergence_by_phase"]) == 3
     assert len(told["evaluation"]["eval_agreement_by_phase"]) == 3
@@ -208,15 +209,15 @@ def test_ctrl_c_and_the_same_command_again(
     assert (tmp_path / "out" / "training" / "checkpoint-3" / "complete.json").is_file()
     assert not (tmp_path / "out" / "config.json").exists()
 
-    refused = finetune(base, tmp_path / "out", chats, *command, "--learning-rate", "0.001")
+    refused = finetune(base, tmp_path / "out", chats, *command, "--learning-rate", "0.0006")
     line = error_line(refused)
-    assert "--learning-rate: got 0.001" in line and "0.0006" in line and "another -o" in line
+    assert "--learning-rate: got 0.0006" in line and "0.001" in line and "another -o" in line
     assert "--cycle-length" in error_line(
         finetune(base, tmp_path / "out", chats, *command, quick=(*QUICK, "--cycle-length", "2"))
     )
     assert "--data" in error_line(finetune(base, tmp_path / "out", chats, *command, "--data", chats))
 
-    result = finetune(base, tmp_path / "out", chats, *command)
+    result = finetune(base, tmp_path / "out", chats, *command, "--learning-rate", "0.001")  # the default, by name
     assert result.exit_code == 0, (result.output, result.exception)
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "out")
     assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)

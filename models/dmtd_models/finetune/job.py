@@ -161,7 +161,7 @@ def _record(checkpoint: Checkpoint, spec: DmtdSpec, job: Job, processes: int) ->
         "held_out": list(job.held_out),
         "answer_tokens": job.answer_tokens,
         "max_length": job.max_length,
-        "train": recorded_options(asdict(job.train)),
+        "train": recorded_options(asdict(job.train)) | {"learning_rate": job.train.peak_learning_rate},
         "processes": processes,
     }
 
@@ -275,7 +275,7 @@ def _summary(job: Job, spec: DmtdSpec, text: RunText, result: RunResult, error: 
         "output": str(job.output),
         "saved": job.save,
         "split": asdict(spec),
-        "options": asdict(job.train),
+        "options": asdict(job.train) | {"learning_rate": job.train.peak_learning_rate},
         "text": list(text.notes),
         "documents": {"train": len(text.train), "held_out": len(text.held_out)},
         "steps": result.steps,

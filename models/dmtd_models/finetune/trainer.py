@@ -287,7 +287,7 @@ def training_arguments(options: TrainOptions, output: Path, *, use_cpu: bool) ->
         output_dir=str(output),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=options.accumulate,
-        learning_rate=options.learning_rate,
+        learning_rate=options.peak_learning_rate,
         lr_scheduler_type=options.schedule,
         weight_decay=options.weight_decay,
         adam_beta1=0.9,
