@@ -79,7 +79,9 @@ def finetune(
     max_tokens: Annotated[int | None, _option(_RUN, "Length of the run in tokens, instead of epochs.", min=1)] = None,
     tokens_per_step: Annotated[int, _option(_RUN, "Tokens of a forward pass, of one process.")] = 4096,
     accumulate: Annotated[int, _option(_RUN, "Forward passes before the optimiser steps.", min=1)] = 1,
-    learning_rate: Annotated[float, _option(_RUN, "Largest learning rate.")] = 6e-4,
+    learning_rate: Annotated[
+        float | None, _option(_RUN, "The largest; by default 1e-3 for late and lora, 3e-4 for full.")
+    ] = None,
     schedule: Annotated[
         Literal["warmup_stable_decay", "linear", "cosine"], _option(_RUN, "How the learning rate moves.")
     ] = "warmup_stable_decay",

@@ -19,6 +19,8 @@ from typer.testing import CliRunner, Result
 from dmtd_export.cli import VERBS, _LazyCommand, app
 from dmtd_models.checkpoint import open_checkpoint
 from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.text.errors import PackageError
+from dmtd_models.text.items import GenerationItem
 
 SPLIT = ("--decoding-layers", "2", "--cycle-length", "3")
 QUICK = (*SPLIT, "--precision", "float32", "--tokens-per-step", "128", "--top-k", "4", "--device", "cpu")
@@ -48,6 +50,11 @@ def _small_world(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     torch.set_num_threads(1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setattr("dmtd_models.finetune.run._matmul_peak", lambda dtype, device: 1e12)
+    monkeypatch.setattr("dmtd_models.text.tasks.fetch", no_network)
+
+
+def no_network(package: Any, cache_dir: Path) -> Any:
+    raise PackageError(f"{package.name}: no network")
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +122,7 @@ def finished(base: str, chats: str, tmp_path_factory: pytest.TempPathFactory) ->
     output = tmp_path_factory.mktemp("finished") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.setattr("dmtd_models.text.tasks.fetch", no_network)
         result = finetune(base, output, chats, "--held-out", chats, "--save", "both", "--epochs", "2", "--json")
     assert result.exit_code == 0, (result.output, result.exception)
     return output, json.loads(result.stdout)
@@ -128,6 +136,7 @@ def test_what_a_run_leaves(finished: tuple[Path, dict[str, Any]], base: str, cha
     split = ("encoding_layers", "thinking_layers", "decoding_layers", "cycle_length", "cycle_origin", "prompt_input")
     assert [told["split"][name] for name in split] == [0, 2, 2, 3, "prompt", "thinking"]
     assert told["documents"] == {"train": 12, "held_out": 12}
+    assert told["options"]["learning_rate"] == 1e-3, "what was used, though it was not given"
     assert told["options"]["tokens_per_step"] == 128 and told["options"]["loss"]["top_k"] == 4
     assert len(told["evaluation"]["eval_divergence_by_phase"]) == 3
     assert len(told["evaluation"]["eval_agreement_by_phase"]) == 3
@@ -208,15 +217,15 @@ def test_ctrl_c_and_the_same_command_again(
     assert (tmp_path / "out" / "training" / "checkpoint-3" / "complete.json").is_file()
     assert not (tmp_path / "out" / "config.json").exists()
 
-    refused = finetune(base, tmp_path / "out", chats, *command, "--learning-rate", "0.001")
+    refused = finetune(base, tmp_path / "out", chats, *command, "--learning-rate", "0.0006")
     line = error_line(refused)
-    assert "--learning-rate: got 0.001" in line and "0.0006" in line and "another -o" in line
+    assert "--learning-rate: got 0.0006" in line and "0.001" in line and "another -o" in line
     assert "--cycle-length" in error_line(
         finetune(base, tmp_path / "out", chats, *command, quick=(*QUICK, "--cycle-length", "2"))
     )
     assert "--data" in error_line(finetune(base, tmp_path / "out", chats, *command, "--data", chats))
 
-    result = finetune(base, tmp_path / "out", chats, *command)
+    result = finetune(base, tmp_path / "out", chats, *command, "--learning-rate", "0.001")  # the default, by name
     assert result.exit_code == 0, (result.output, result.exception)
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "out")
     assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
@@ -335,3 +344,35 @@ def test_an_output_that_cannot_be_written(base: str, chats: str, tmp_path: Path,
 
     monkeypatch.setattr(AnyPath, "mkdir", refusing)
     assert "Permission denied" in error_line(finetune(base, tmp_path / "out", chats))
+
+
+def test_what_evaluation_asks_is_not_learnt(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_forward: Any
+) -> None:
+    question = "A farmer has twelve sheep and sells five of them; how many are left?"
+    item = GenerationItem(
+        task="gsm8k",
+        item_id="1",
+        messages=({"role": "user", "content": question},),
+        max_new_tokens=8,
+        score=lambda text: 0.0,
+        chance=0.0,
+    )
+    asked = [{"role": "user", "content": question}, ANSWER]
+    chats = [{"messages": [{"role": "user", "content": f"Say {number}."}, ANSWER]} for number in range(30)]
+    data = write_lines(tmp_path / "d.jsonl", {"messages": asked}, *chats)
+    command = ("--max-tokens", "600", "--eval-every", "0", "--json")
+    monkeypatch.setattr("dmtd_models.text.tasks._LOADERS", {"facts": lambda cache: [], "gsm8k": lambda cache: [item]})
+    at_forward(2, lambda: signal.raise_signal(signal.SIGINT))
+    assert finetune(base, tmp_path / "out", data, *command).exit_code == 130
+    record = json.loads((tmp_path / "out" / "training" / "job.json").read_text())
+    assert record["documents"] == [30, 0] and "gsm8k" in record["probed"]
+    # What a run began with holds when it goes on, though now there is more to look for.
+    more = {"new": lambda cache: [item], "facts": lambda cache: [], "gsm8k": lambda cache: [item]}
+    monkeypatch.setattr("dmtd_models.text.tasks._LOADERS", more)
+    result = finetune(base, tmp_path / "out", data, *command)
+    assert result.exit_code == 0, (result.output, result.exception)
+    text = json.loads(result.stdout)["text"]
+    assert "1 documents left out: evaluation items occur in them" in text
+    assert any("looked for: everyday, facts, gsm8k, 12 of reasoning_gym/*" in line for line in text)
+    assert not any("new" in line for line in text)

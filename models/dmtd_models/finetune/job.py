@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,6 +26,7 @@ from dmtd_models.errors import ConfigError
 from dmtd_models.finetune.curves import draw_curves, read_log
 from dmtd_models.finetune.data import RunText, read_run_text
 from dmtd_models.finetune.options import TrainOptions, check_options
+from dmtd_models.finetune.probes import PROBED, EvaluationProbes, evaluation_probes, probed_before
 from dmtd_models.finetune.record import recorded_options, require_same_run, write_record
 from dmtd_models.finetune.result import save_adapter, save_checkpoint
 from dmtd_models.finetune.run import Hooks, RunResult, checkpoint_digest, finetune
@@ -34,10 +35,7 @@ from dmtd_models.finetune.trainer import LOG
 from dmtd_models.saving import make_directory, write_json
 from dmtd_models.smollm2 import default_cache_dir
 from dmtd_models.text.chat import TextTokenizer
-from dmtd_models.text.facts import everyday_prompts
-from dmtd_models.text.overlap import Probe, probes_of, prompt_probes
 from dmtd_models.text.read_data import ReadOptions
-from dmtd_models.text.tasks import load_task
 
 TRAINING, SUMMARY = "training", "summary.json"
 
@@ -96,7 +94,10 @@ def run_job(job: Job, display: Display) -> dict[str, Any]:
         tokenizer = TextTokenizer.of_checkpoint(checkpoint)
         # One process writes and tokenises, the others find it done.
         with processes.main_process_first():
-            text = _text(checkpoint, tokenizer, job, display)
+            display.stage("reading evaluation items", 0)
+            kept_out = evaluation_probes(default_cache_dir(), probed_before(training))
+            text = _text(checkpoint, tokenizer, job, kept_out, display)
+            record[PROBED] = list(kept_out.tasks)
             record["documents"] = [len(text.train), len(text.held_out)]
             require_same_run(training, record)
             if processes.is_main_process:
@@ -161,7 +162,7 @@ def _record(checkpoint: Checkpoint, spec: DmtdSpec, job: Job, processes: int) ->
         "held_out": list(job.held_out),
         "answer_tokens": job.answer_tokens,
         "max_length": job.max_length,
-        "train": recorded_options(asdict(job.train)),
+        "train": recorded_options(asdict(job.train)) | {"learning_rate": job.train.peak_learning_rate},
         "processes": processes,
     }
 
@@ -184,26 +185,28 @@ def _spec(checkpoint: Checkpoint, job: Job) -> DmtdSpec:
     )
 
 
-def _text(checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display: Display) -> RunText:
+def _text(
+    checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, kept_out: EvaluationProbes, display: Display
+) -> RunText:
     cache = default_cache_dir()
     sources = list(job.data)
     if job.answer_tokens:
         sources.append(str(_answers(checkpoint, tokenizer, job, display)))
     display.stage("reading text", 0)
-    probes: list[Probe] = [*probes_of(load_task("facts", cache)), *prompt_probes("everyday", everyday_prompts())]
     options = ReadOptions(
         max_length=min(job.max_length, job.train.tokens_per_step, checkpoint.config.max_positions),
         cycle_origin=job.cycle_origin,
     )
-    return read_run_text(
+    text = read_run_text(
         sources,
         job.held_out,
         tokenizer,
         options,
         cache,
-        probes=probes,
+        probes=kept_out.probes,
         seed=job.train.seed,
     )
+    return replace(text, notes=(*text.notes, *kept_out.notes))
 
 
 def _answers(checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display: Display) -> Path:
@@ -275,7 +278,7 @@ def _summary(job: Job, spec: DmtdSpec, text: RunText, result: RunResult, error: 
         "output": str(job.output),
         "saved": job.save,
         "split": asdict(spec),
-        "options": asdict(job.train),
+        "options": asdict(job.train) | {"learning_rate": job.train.peak_learning_rate},
         "text": list(text.notes),
         "documents": {"train": len(text.train), "held_out": len(text.held_out)},
         "steps": result.steps,

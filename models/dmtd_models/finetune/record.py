@@ -22,6 +22,7 @@ _OPTIONS = {
     "trained": "--train",
     "documents": "--data (documents read)",
     "processes": "number of processes",
+    "probed": "evaluation tasks kept out of the text",
 }
 
 

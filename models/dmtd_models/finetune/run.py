@@ -8,10 +8,8 @@ CPU, one GPU, or several processes started by ``accelerate launch``.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import math
-import platform
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -31,6 +29,7 @@ from dmtd_models.errors import ConfigError, ModelError
 from dmtd_models.finetune.batches import Batch, BatchOptions, Collator, Document, PackedRows, make_batch, pack
 from dmtd_models.finetune.endings import ending_with_a_state, named_memory_errors
 from dmtd_models.finetune.features import FeatureKey, FeatureStore, documents_digest, store_features
+from dmtd_models.finetune.heap import keep_large_blocks
 from dmtd_models.finetune.options import TrainOptions, check_options
 from dmtd_models.finetune.states import latest_checkpoint, remove_states, step_of
 from dmtd_models.finetune.student import Student, trainable_model
@@ -133,7 +132,7 @@ def finetune(
         )
     use_cpu = (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu"
     if use_cpu:
-        _keep_large_blocks()
+        keep_large_blocks()
     documents = DocumentTable(train)
     if not len(documents):
         raise ModelError("training text: got no documents; give other --data or a greater --max-length")
@@ -367,11 +366,3 @@ def _matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _keep_large_blocks() -> None:
-    """Let glibc keep large freed blocks: a step allocates the same ones again, and fresh pages cost a tenth of its time."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

@@ -24,6 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from dmtd_models.errors import CheckpointError, ModelError
 from dmtd_models.finetune.batches import Batch
+from dmtd_models.finetune.heap import GIVE_BACK_EVERY_STEPS, give_back
 from dmtd_models.finetune.options import TrainOptions
 from dmtd_models.finetune.states import COMPLETE, latest_checkpoint, remove_states
 from dmtd_models.finetune.student import StepResult, Student
@@ -270,6 +271,8 @@ class Guard(TrainerCallback):
         late, self.stopped = self.trainer.agreed(late, self.stop_signal is not None)
         control.should_save = at_end or self.stopped or late
         control.should_training_stop = control.should_training_stop or self.stopped
+        if self.trainer.args.device.type == "cpu" and state.global_step % GIVE_BACK_EVERY_STEPS == 0:
+            give_back()
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_evaluate = control.should_save = False
@@ -284,7 +287,7 @@ def training_arguments(options: TrainOptions, output: Path, *, use_cpu: bool) ->
         output_dir=str(output),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=options.accumulate,
-        learning_rate=options.learning_rate,
+        learning_rate=options.peak_learning_rate,
         lr_scheduler_type=options.schedule,
         weight_decay=options.weight_decay,
         adam_beta1=0.9,

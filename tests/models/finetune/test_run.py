@@ -345,3 +345,10 @@ def test_options_that_contradict_each_other(base: Path, tmp_path: Path, given: d
     with pytest.raises(ConfigError, match=words):
         run_tiny(base, tmp_path / "run", run_options(**given))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("trained", "rate"), [("late", 1e-3), ("full", 3e-4), ("lora", 1e-3)])
+def test_learning_rate_by_kind(base: Path, tmp_path: Path, trained: str, rate: float) -> None:
+    options = run_options(trained=trained, learning_rate=None, lora_rank=2, schedule="linear", warmup=0.0)
+    run_tiny(base, tmp_path, options)
+    assert lines(tmp_path)[0]["learning_rate"] == pytest.approx(rate, rel=1e-6), "the first step's, before it falls"
