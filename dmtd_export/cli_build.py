@@ -12,9 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from dmtd_export.build.options import DEFAULT_MODEL_LEN, BuildOptions
+from dmtd_export.cli_export import LIBRARIES
 from dmtd_export.cli_progress import StageDisplay
 from dmtd_export.options import MAX_BATCH_LIMIT
 from dmtd_runtime.cli.common import (
+    EXIT_ERROR,
     BundleArgument,
     BundleOption,
     JsonOption,
@@ -24,12 +26,11 @@ from dmtd_runtime.cli.common import (
     pick,
     require,
 )
-from dmtd_runtime.engine_record import Flavour
+from dmtd_runtime.engine_record import EngineRecord, Flavour
 
 if TYPE_CHECKING:
     from dmtd_export.build.run import BuildResult, Preview
 
-LIBRARIES = ("numpy", "onnx", "ml_dtypes")
 _DEFAULT = BuildOptions()
 _SIZES = "Sizes"
 
@@ -70,6 +71,13 @@ def build(
         Path | None, typer.Option(help="tensorrt: file that remembers timings; by default under the user's cache.")
     ] = _DEFAULT.timing_cache,
     force: Annotated[bool, typer.Option("--force", help="Build again what stands there already.")] = _DEFAULT.force,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Verify on this machine's device, if it has one, before the engines take their place.",
+        ),
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built, and what it takes.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -80,6 +88,7 @@ def build(
     directory = pick(bundle, model, "BUNDLE")
     require("build", LIBRARIES, '"dmtd[export]"')
     from dmtd_export.build.run import BuildProgress, build_engines, preview
+    from dmtd_export.verify import FAILED, SKIPPED, engines_hook
 
     options = BuildOptions(
         flavour=flavour,
@@ -106,11 +115,18 @@ def build(
             stage=lambda name: display.stage(name, 0),
             steps=display.progress,
         )
-        result = build_engines(directory, options, progress=progress)
+        hook = engines_hook(on_stage=display.verified) if verify else None
+        result = build_engines(directory, options, progress=progress, verify=hook)
+    found = result.record.verification if result.built else {}
+    if reason := found.get(SKIPPED):
+        note(f"not verified: {reason}; where it can be done run: {_verify_command(directory, result.record)}")
     if json:
         typer.echo(json_text.dumps(_result_json(result)))
     else:
         console.print(_result_table(result))
+    if reason := found.get(FAILED):
+        note(f"error: built, but verification did not run to its end: {reason}")
+        raise typer.Exit(EXIT_ERROR)
 
 
 def _statement(seen: Preview) -> str:
@@ -198,6 +214,7 @@ def _result_json(result: BuildResult) -> dict[str, Any]:
             }
             for engine in record.engines
         ],
+        "verification": dict(record.verification),
         "peak_bytes": record.build.peak_bytes,
         "seconds": record.build.seconds,
     }
@@ -215,9 +232,18 @@ def _result_table(result: BuildResult) -> Table:
         weights = f"{human_bytes(engine.weight_bytes)} of weights"
         _row(table, engine.graph, f"{human_bytes(engine.bytes)}, {weights}{scratch}; {engine.seconds:.1f} s")
     _row(table, "took", f"{record.build.seconds:.1f} s, {human_bytes(record.build.peak_bytes)} of memory")
+    if record.verification.get("ok"):
+        checks = record.verification["checks"]
+        _row(table, "verified", f"{len(checks)} checks against the float32 oracle", "green")
+    else:
+        _row(table, "verified", f"no; check them with: {_verify_command(result.bundle, record)}", "yellow")
     if record.flavour == "host":
         _row(table, "", "graphs for ONNX Runtime on the CPU: no engine, no speed", "yellow")
     return table
+
+
+def _verify_command(bundle: Path, record: EngineRecord) -> str:
+    return f"dmtd verify {bundle} --backend tensorrt --flavour {record.flavour}"
 
 
 def _gpu(compute_capability: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +16,16 @@ from pathlib import Path
 from dmtd_export.errors import ExportError
 from dmtd_runtime import contract
 
+logger = logging.getLogger("dmtd.export")
+
 DISK_SLACK_BYTES = 64 << 20  # graphs, tokenizer, manifest
 NOT_LOST = frozenset({"__pycache__"})  # Polygraphy makes it beside the bundle's data loader
 
 
 def check_target(output: Path) -> None:
     """Refuse a target that is neither free nor a bundle, or that holds files besides the bundle.
+
+    Engines were built from the bundle that is replaced and fit no other: they go with it, and a warning says so.
 
     Raises:
         ExportError: with what is in the way.
@@ -33,12 +38,21 @@ def check_target(output: Path) -> None:
     own = _bundle_files(output)
     if own is None:
         raise ExportError(f"{output} exists and is not a bundle; name another directory with -o, or remove it")
-    foreign = sorted(names - own - NOT_LOST)
+    engines = _engines(output)
+    foreign = sorted(names - own - NOT_LOST - ({contract.ENGINES_DIRECTORY} if engines is not None else set()))
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise ExportError(
             f"{output} holds {foreign[0]}{more} besides its bundle, which a new bundle would replace whole; "
             "move that away, or name another directory with -o"
+        )
+    if engines:
+        logger.warning(
+            "%s: the engines of the bundle that is replaced go with it, they fit no other (%s); "
+            "build new ones afterwards with: dmtd build %s",
+            output / contract.ENGINES_DIRECTORY,
+            ", ".join(engines),
+            output,
         )
 
 
@@ -74,6 +88,18 @@ def one_line_os_errors(output: Path) -> Iterator[None]:
         raise ExportError(
             f"{error.filename or output}: {error.strerror}; mend that, or name another directory with -o; nothing was kept"
         ) from error
+
+
+def _engines(output: Path) -> list[str] | None:
+    """Names of what `dmtd build` put into the bundle; None where there is nothing, or something else as well."""
+    place = output / contract.ENGINES_DIRECTORY
+    if place.is_symlink() or not place.is_dir():
+        return None
+    # What a build that was killed left behind begins with a dot and holds nothing that anybody could use.
+    inside = sorted(path for path in place.iterdir() if not (path.name.startswith(".") and ".partial-" in path.name))
+    if not all((path / contract.ENGINE_RECORD_FILE).is_file() for path in inside):
+        return None
+    return [path.name for path in inside]
 
 
 def _bundle_files(directory: Path) -> set[str] | None:

@@ -11,9 +11,10 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -103,6 +104,7 @@ class BuildProgress:
 class BuildResult:
     """Where the engines stand, and whether they were built now."""
 
+    bundle: Path
     directory: Path
     record: EngineRecord
     built: bool
@@ -118,13 +120,21 @@ def preview(bundle: Path, options: BuildOptions) -> Preview:
     return _preview(bundle, manifest, contents, options, load_library(options.flavour))
 
 
-def build_engines(bundle: Path, options: BuildOptions, *, progress: BuildProgress | None = None) -> BuildResult:
+def build_engines(
+    bundle: Path,
+    options: BuildOptions,
+    *,
+    progress: BuildProgress | None = None,
+    verify: Callable[[Path, Path, EngineRecord], Mapping[str, Any]] | None = None,
+) -> BuildResult:
     """Build the engines that ``options`` ask for into ``bundle/engines/<key>/``, unless they stand there already.
 
-    A bundle without standard graphs gets them first.
+    A bundle without standard graphs gets them first. ``verify`` is called with the bundle, the directory of the new engines and
+    their record, before they take their place; what it returns stands in the record, and what it raises keeps them out.
 
     Raises:
         BundleError, BackendError, ExportError: in one line what is wrong; nothing was written.
+        VerificationError: from ``verify``; nothing was written.
         KeyboardInterrupt: nothing was written.
     """
     progress = progress or BuildProgress()
@@ -132,7 +142,7 @@ def build_engines(bundle: Path, options: BuildOptions, *, progress: BuildProgres
     manifest, contents = with_standard_graphs(bundle, open_bundle(bundle))
     seen = _preview(bundle, manifest, contents, options, library)
     if seen.exists and not options.force:
-        return BuildResult(directory=seen.directory, record=read_record(seen.directory), built=False)
+        return BuildResult(bundle=bundle, directory=seen.directory, record=read_record(seen.directory), built=False)
     if library.module is not None:
         check_memory(seen.peak_bytes, f"engines for {seen.target.label}")
     progress.ready(seen)
@@ -143,8 +153,11 @@ def build_engines(bundle: Path, options: BuildOptions, *, progress: BuildProgres
             write_standard_graphs(bundle, manifest, contents)
         with atomic_directory(seen.directory) as work:
             record = _build_all(work, manifest, seen, library, options, progress)
-            (work / contract.ENGINE_RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
-    return BuildResult(directory=seen.directory, record=record, built=True)
+            _write(work, record)
+            if verify is not None:
+                record = replace(record, verification=dict(verify(bundle, work, record)))
+                _write(work, record)
+    return BuildResult(bundle=bundle, directory=seen.directory, record=record, built=True)
 
 
 def _preview(
@@ -206,6 +219,10 @@ def _stands(directory: Path) -> bool:
     except BundleError:
         return False
     return True
+
+
+def _write(work: Path, record: EngineRecord) -> None:
+    (work / contract.ENGINE_RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
 
 
 def _build_all(

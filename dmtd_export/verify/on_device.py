@@ -47,6 +47,7 @@ def verify_on_device(
     options: BackendOptions,
     *,
     quick: bool = False,
+    engines: Path | None = None,
     on_stage: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> VerifyReport:
     """Hold a bundle, run as ``options`` say, to the oracle over the bundle's own weights.
@@ -55,6 +56,7 @@ def verify_on_device(
         directory: the bundle.
         options: backend and device; ``max_batch`` is the largest batch that is checked.
         quick: fewer prompts.
+        engines: the directory of the engines to run; by default those of the bundle that fit.
         on_stage: told (stage, steps done, steps of the stage).
 
     Raises:
@@ -68,7 +70,7 @@ def verify_on_device(
     cases = make_cases(manifest, quick)
     checks, done = [], 0
     for batch in sorted({1, options.max_batch}):
-        backend = open_backend(directory, manifest, replace(options, max_batch=batch))
+        backend = open_backend(directory, manifest, replace(options, max_batch=batch), engines=engines)
         try:
             for run in (_steps, _generations):
                 on_stage("device", done, 4)

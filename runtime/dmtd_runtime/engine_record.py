@@ -188,6 +188,7 @@ class EngineRecord:
     build_arguments: str  # of the `dmtd build BUNDLE` that builds these engines again
     build: BuildFacts
     files: Mapping[str, FileInfo] = field(default_factory=dict)  # others in the directory
+    verification: Mapping[str, Any] = field(default_factory=dict)  # empty: not asked for
     supported: tuple[str, ...] = ()  # what "any" means: the capabilities that the library knows; empty: no limit
 
     def engine(self, graph: GraphName) -> EngineFile:
@@ -381,6 +382,15 @@ def choose_record(bundle: Path, manifest: Manifest, wish: EngineWish) -> tuple[P
     command = build_command(bundle, _filled(wish, record))
     others = f" (and {len(candidates) - 1} more that do not fit)" if len(candidates) > 1 else ""
     raise BackendError(f"{path}{others} does not fit: {'; '.join(why)}; build engines that do with: {command}")
+
+
+def require_fit(bundle: Path, directory: Path, manifest: Manifest, wish: EngineWish) -> EngineRecord:
+    """The record of one directory. BackendError where its engines do not serve the wish; BundleError as in read_record."""
+    record = read_record(directory)
+    if why := mismatches(record, manifest, wish):
+        command = build_command(bundle, _filled(wish, record))
+        raise BackendError(f"{directory} does not fit: {'; '.join(why)}; build engines that do with: {command}")
+    return record
 
 
 def _filled(wish: EngineWish, record: EngineRecord) -> EngineWish:

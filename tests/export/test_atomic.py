@@ -373,6 +373,26 @@ def test_an_empty_directory_and_an_older_bundle_used_by_polygraphy_are_replaced(
         assert_whole(place, weights_of)
 
 
+def test_engines_go_with_the_bundle_that_they_were_built_from(
+    target: Path, sources: list[Path], weights_of: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (target / "engines/any-host-1-0123").mkdir(parents=True)
+    (target / "engines/any-host-1-0123/engine.json").write_text("{}")
+    (target / "engines/.any-host-1-4567.partial-abcd").mkdir()
+    (target / "engines/mine.txt").write_text("mine")
+    with pytest.raises(ExportError, match="holds engines besides its bundle"):
+        export(sources[1], target)
+    (target / "engines/mine.txt").unlink()
+    export(sources[1], target)
+    assert_whole(target, weights_of)
+    assert not (target / "engines").exists()
+    [line] = [record.getMessage() for record in caplog.records if "go with it" in record.getMessage()]
+    assert line == (
+        f"{target}/engines: the engines of the bundle that is replaced go with it, they fit no other (any-host-1-0123); "
+        f"build new ones afterwards with: dmtd build {target}"
+    )
+
+
 def test_a_parent_that_is_a_file(tmp_path: Path, sources: list[Path]) -> None:
     (tmp_path / "file").write_text("mine")
     for output in (tmp_path / "file/b", tmp_path / "file/deeper/b"):

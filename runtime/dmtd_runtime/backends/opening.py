@@ -12,12 +12,16 @@ from pathlib import Path
 from dmtd_runtime import contract
 from dmtd_runtime.backends.base import Backend, BackendOptions
 from dmtd_runtime.bundle import checked_once
-from dmtd_runtime.engine_record import EngineRecord, EngineWish, choose_record
+from dmtd_runtime.engine_record import EngineRecord, EngineWish, choose_record, require_fit
 from dmtd_runtime.manifest import Manifest
 
 
-def open_backend(directory: Path, manifest: Manifest, options: BackendOptions) -> Backend:
+def open_backend(
+    directory: Path, manifest: Manifest, options: BackendOptions, *, engines: Path | None = None
+) -> Backend:
     """The backend that ``options`` ask for.
+
+    ``engines``: the directory of the engines to take; by default those of the bundle that fit.
 
     Raises:
         BackendError: a library, driver, GPU, engine or memory is missing or unfit.
@@ -29,22 +33,22 @@ def open_backend(directory: Path, manifest: Manifest, options: BackendOptions) -
 
         return OnnxRuntimeBackend(directory, manifest, options)
     return (
-        _open_host(directory, manifest, options)
+        _open_host(directory, manifest, options, engines)
         if options.flavour == "host"
-        else _open_gpu(directory, manifest, options)
+        else _open_gpu(directory, manifest, options, engines)
     )
 
 
-def _open_host(bundle: Path, manifest: Manifest, options: BackendOptions) -> Backend:
+def _open_host(bundle: Path, manifest: Manifest, options: BackendOptions, engines: Path | None) -> Backend:
     from dmtd_runtime.backends.tensorrt import TensorRtBackend
     from dmtd_runtime.device.host import HostDevice
 
-    directory, record = _choose(bundle, manifest, options, EngineWish(flavour="host"))
+    directory, record = _choose(bundle, manifest, options, EngineWish(flavour="host"), engines)
     device = HostDevice(threads=options.threads or 1)
     return TensorRtBackend(bundle, manifest, options, device=device, directory=directory, record=record)
 
 
-def _open_gpu(bundle: Path, manifest: Manifest, options: BackendOptions) -> Backend:
+def _open_gpu(bundle: Path, manifest: Manifest, options: BackendOptions, engines: Path | None) -> Backend:
     from dmtd_runtime.backends.tensorrt import TensorRtBackend
     from dmtd_runtime.device.cuda import CudaDevice
 
@@ -59,18 +63,25 @@ def _open_gpu(bundle: Path, manifest: Manifest, options: BackendOptions) -> Back
             compute_capability=device.gpu.compute_capability,
             gpu_name=device.gpu.name,
         )
-        directory, record = _choose(bundle, manifest, options, wish)
+        directory, record = _choose(bundle, manifest, options, wish, engines)
         return TensorRtBackend(bundle, manifest, options, device=device, directory=directory, record=record)
     except BaseException:
         device.close()
         raise
 
 
-def _choose(bundle: Path, manifest: Manifest, options: BackendOptions, wish: EngineWish) -> tuple[Path, EngineRecord]:
+def _choose(
+    bundle: Path, manifest: Manifest, options: BackendOptions, wish: EngineWish, engines: Path | None
+) -> tuple[Path, EngineRecord]:
     """The engines that fit; their files are there, and unaltered the first time they are seen on this machine."""
     wish = replace(wish, full_pass=options.full_pass, max_batch=options.max_batch, max_model_len=options.max_model_len)
-    directory, record = choose_record(bundle, manifest, wish)
-    record.check_files(directory, hashes=False)
+    if engines is None:
+        directory, record = choose_record(bundle, manifest, wish)
+        record.check_files(directory, hashes=False)
+    else:
+        record = require_fit(bundle, engines, manifest, wish)
+        record.check_files(engines, hashes=False)
+        return engines, record
     names = (contract.ENGINE_RECORD_FILE, *(engine.file for engine in record.engines), *record.files)
     checked_once(directory, names, lambda: record.check_files(directory, hashes=True))
     return directory, record

@@ -21,9 +21,15 @@ class KernelCache:
     """An ``IRuntimeCache`` of the library and its file."""
 
     def __init__(self, cache: Any, engine: Path, machine: str) -> None:
-        """``machine`` names GPU and library version; ``engine`` is told apart by path, size and time."""
+        """Read the file, if it is there.
+
+        Args:
+            cache: the library's.
+            engine: told apart by name, size and time, which moving its directory keeps.
+            machine: names GPU and library version.
+        """
         stat = engine.stat()
-        key = f"{engine.resolve()} {stat.st_size} {stat.st_mtime_ns} {machine}"
+        key = f"{engine.name} {stat.st_size} {stat.st_mtime_ns} {machine}"
         self._cache, self._saved = cache, b""
         self._path: Path | None = None
         with contextlib.suppress(OSError, RuntimeError):  # no home directory

@@ -1,0 +1,79 @@
+"""The verification at the end of `dmtd build`: new engines, on this machine's device, before they take their place.
+
+Engines that compute something else raise and are not placed. What cannot be verified here (no GPU, one that they are not for,
+no PyTorch, a device that fails) is no reason to throw a build away: the record says why, in one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dmtd_export.verify.levels import LARGE_BYTES, float32_bytes, installed
+from dmtd_export.verify.on_device import LARGEST_BATCH, verify_on_device
+from dmtd_export.verify.report import VerificationError, VerifyReport, record
+from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.engine_record import ANY_GPU, EngineRecord
+from dmtd_runtime.errors import DmtdError
+from dmtd_runtime.machine import look_at_gpus
+from dmtd_runtime.manifest import load_manifest
+
+SKIPPED, FAILED = (
+    "skipped",
+    "failed",
+)  # keys of a reason in the record's verification: not tried, and did not run to its end
+
+Hook = Callable[[Path, Path, EngineRecord], dict[str, Any]]
+
+
+def engines_hook(
+    *,
+    on_stage: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    on_report: Callable[[VerifyReport], None] | None = None,
+) -> Hook:
+    """The hook for ``build_engines``: (bundle, directory of the engines, their record) -> what the record keeps of it.
+
+    The hook raises VerificationError, which names the first divergence, where the engines compute something else.
+    """
+
+    def hook(bundle: Path, engines: Path, built: EngineRecord) -> dict[str, Any]:
+        if reason := why_not_here(built):
+            return {SKIPPED: reason}
+        options = BackendOptions(
+            backend="tensorrt",
+            flavour=built.flavour,
+            full_pass="fused" if any(engine.graph == "full_pass" for engine in built.engines) else "staged",
+            max_batch=min(LARGEST_BATCH, built.max_batch),
+        )
+        quick = float32_bytes(load_manifest(bundle)) > LARGE_BYTES
+        try:
+            report = verify_on_device(bundle, options, quick=quick, engines=engines, on_stage=on_stage)
+        except DmtdError as error:
+            return {FAILED: str(error)}
+        if on_report is not None:
+            on_report(report)
+        if not report.ok:
+            raise VerificationError(
+                f"the engines compute something else than the model: {report.first_divergence}; nothing was kept; "
+                "to keep them and look into it, build with --no-verify, then run dmtd verify --backend tensorrt"
+            )
+        return record(report)
+
+    return hook
+
+
+def why_not_here(built: EngineRecord) -> str:
+    """Why engines cannot be verified on this machine; empty where they can."""
+    if not installed("torch"):
+        return 'PyTorch, the reference, is not installed; run: pip install "dmtd[oracle]"'
+    if built.flavour == "host":
+        return "ONNX Runtime has no bfloat16 kernels for the CPU" if built.dtype == "bfloat16" else ""
+    gpus, _ = look_at_gpus()
+    if not gpus:
+        return "no GPU on this machine"
+    here = gpus[0].compute_capability
+    known = built.supported if built.compute_capability == ANY_GPU else (built.compute_capability,)
+    if here is not None and known and here not in known:
+        return f"the engines are for compute capability {', '.join(known)}, this machine's {gpus[0].name} has {here}"
+    return ""

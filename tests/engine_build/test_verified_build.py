@@ -1,0 +1,128 @@
+"""The verification at the end of `dmtd build`, on the host device; and the one line where there is nothing to run it on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine_support import rtx
+from typer.testing import CliRunner, Result
+
+from dmtd_export.build import run as build_run
+from dmtd_export.cli import app
+from dmtd_export.verify import built, engines_hook
+from dmtd_runtime.engine_record import read_record
+from dmtd_runtime.errors import BackendError
+from dmtd_runtime.machine import Gpu
+from dmtd_runtime.manifest import FileInfo, sha256_of
+
+HOST = ("--flavour", "host", "--max-model-len", "64", "--max-batch", "2")
+
+
+def dmtd(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def bundle(bundles: Callable[..., Path], tmp_path: Path) -> Path:
+    torch.set_num_threads(1)
+    shutil.copytree(bundles(family="llama", encoding=2, tie=True, dtype="float16"), tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def directory_of(bundle: Path) -> Path:
+    [directory] = (bundle / "engines").iterdir()
+    return directory
+
+
+@pytest.fixture
+def wrong_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build gone wrong: the engines hold other weights than the bundle, and the record agrees with them."""
+    real = build_run.copy_companions
+
+    def altered(bundle: Path, directory: Path, manifest: Any) -> dict[str, FileInfo]:
+        files = real(bundle, directory, manifest)
+        path = directory / "model.onnx.data"
+        content = np.fromfile(path, np.float16)
+        content[len(content) // 2 : len(content) // 2 + 4000] *= -1
+        content.tofile(path)
+        return {**files, path.name: FileInfo(bytes=path.stat().st_size, sha256=sha256_of(path))}
+
+    monkeypatch.setattr(build_run, "copy_companions", altered)
+
+
+def test_a_build_ends_with_verification(bundle: Path) -> None:
+    done = dmtd("build", bundle, *HOST, "--fused", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)["verification"]
+    assert found["ok"] is True and found["level"] == "oracle"
+    kinds = ("step by step", "generated")
+    assert [check["name"] for check in found["checks"]] == [
+        f"{kind}: engines of host, fused, batch {batch}" for batch in (1, 2) for kind in kinds
+    ]
+    assert all(check["cases"] > 0 for check in found["checks"])
+    assert read_record(directory_of(bundle)).verification == found
+    again = dmtd("build", bundle, *HOST, "--fused")
+    assert "4 checks against the float32 oracle" in again.stdout
+
+
+def test_wrong_engines_do_not_take_the_place_of_those_that_stood_there(
+    bundle: Path, request: pytest.FixtureRequest
+) -> None:
+    assert dmtd("build", bundle, *HOST, "--no-verify").exit_code == 0
+    before = (directory_of(bundle) / "engine.json").read_bytes()
+    request.getfixturevalue("wrong_weights")
+    done = dmtd("build", bundle, *HOST, "--force")
+    assert done.exit_code == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: the engines compute something else than the model: whole cycles (standard dialect)")
+    assert "batch 1" in last
+    assert "nothing was kept" in last and "--no-verify" in last
+    assert (directory_of(bundle) / "engine.json").read_bytes() == before
+
+
+def test_no_verify_builds_alone(bundle: Path, wrong_weights: None) -> None:
+    done = dmtd("build", bundle, *HOST, "--no-verify")
+    assert done.exit_code == 0, done.output
+    assert "not verified" not in done.stderr
+    assert "no; check them with: dmtd verify" in " ".join(done.stdout.split())
+    assert read_record(directory_of(bundle)).verification == {}
+
+
+def test_a_device_that_fails_does_not_cost_the_build(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: object, **words: object) -> None:
+        raise BackendError("host device: 9.00 GB needed")
+
+    monkeypatch.setattr(built, "verify_on_device", failing)
+    done = dmtd("build", bundle, *HOST)
+    assert done.exit_code == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == "error: built, but verification did not run to its end: host device: 9.00 GB needed"
+    assert read_record(directory_of(bundle)).verification == {"failed": "host device: 9.00 GB needed"}
+
+
+def test_without_a_gpu_one_line_says_so(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rtx()
+    monkeypatch.setattr(built, "look_at_gpus", lambda: ((), None))
+    done = dmtd("build", bundle, "--flavour", "tensorrt-rtx", "--max-model-len", "64", "--max-batch", "1")
+    assert done.exit_code == 0, done.output
+    [line] = [line for line in done.stderr.splitlines() if "verif" in line]
+    assert line == (
+        "not verified: no GPU on this machine; where it can be done run: "
+        f"dmtd verify {bundle} --backend tensorrt --flavour tensorrt-rtx"
+    )
+    record = read_record(directory_of(bundle))
+    assert record.verification == {"skipped": "no GPU on this machine"}
+    other = (Gpu(name="H200", memory_mib=None, compute_capability="9.0"),)
+    monkeypatch.setattr(built, "look_at_gpus", lambda: (other, "580.1"))
+    assert engines_hook()(bundle, directory_of(bundle), record) == {
+        "skipped": f"the engines are for compute capability {', '.join(record.supported)}, this machine's H200 has 9.0"
+    }
+    monkeypatch.setattr(built, "installed", lambda module: module != "torch")
+    assert 'pip install "dmtd[oracle]"' in built.why_not_here(record)
