@@ -174,7 +174,7 @@ def _preview_table(seen: Preview) -> Table:
     _row(
         table,
         "for",
-        f"{seen.target.flavour} {seen.target.version}, GPU {_gpu(seen.target.compute_capability)}, {seen.dtype}",
+        f"{seen.target.flavour} {seen.target.version}, {_gpu(seen.target.flavour, seen.target.compute_capability)}, {seen.dtype}",
     )
     _row(table, "sizes", _sizes(seen.plan.max_batch, seen.plan.max_model_len, seen.plan.length_buckets))
     for part in seen.parts:
@@ -225,7 +225,11 @@ def _result_table(result: BuildResult) -> Table:
     _row(table, "engines", str(result.directory))
     if not result.built:
         _row(table, "", "stood there already; --force builds them again", "yellow")
-    _row(table, "for", f"{record.flavour} {record.version}, GPU {_gpu(record.compute_capability)}, {record.dtype}")
+    _row(
+        table,
+        "for",
+        f"{record.flavour} {record.version}, {_gpu(record.flavour, record.compute_capability)}, {record.dtype}",
+    )
     _row(table, "sizes", _sizes(record.max_batch, record.max_model_len, record.length_buckets))
     for engine in record.engines:
         scratch = "" if engine.scratch_bytes is None else f", {human_bytes(engine.scratch_bytes)} of activations"
@@ -243,11 +247,14 @@ def _result_table(result: BuildResult) -> Table:
 
 
 def _verify_command(bundle: Path, record: EngineRecord) -> str:
-    return f"dmtd verify {bundle} --backend tensorrt --flavour {record.flavour}"
+    fewer = f" --max-batch {record.max_batch}" if record.max_batch < BuildOptions().max_batch else ""
+    return f"dmtd verify {bundle} --backend tensorrt --flavour {record.flavour}{fewer}"
 
 
-def _gpu(compute_capability: str) -> str:
-    return "any that the library knows" if compute_capability == "any" else compute_capability
+def _gpu(flavour: Flavour, compute_capability: str) -> str:
+    if flavour == "host":
+        return "the CPU"
+    return "any GPU that the library knows" if compute_capability == "any" else f"GPU {compute_capability}"
 
 
 def _sizes(max_batch: int, max_model_len: int, buckets: tuple[int, ...]) -> str:

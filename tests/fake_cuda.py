@@ -302,6 +302,7 @@ class FakeRtx:
         def deserialize(data: Any) -> CudaEngine | None:
             if bytes(data[:7]) == b"damaged":
                 log.log(ILogger.Severity.ERROR, "the header\n does not conform")
+                log.log(ILogger.Severity.ERROR, "[checkMacros.cpp::catchCudaError::250] Error Code 1: Cuda Runtime")
                 return None
             return CudaEngine(self._host.load_engine(Path(data.filename)))
 

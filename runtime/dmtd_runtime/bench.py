@@ -30,7 +30,7 @@ from dmtd_runtime.bench_run import RunRecord, private_bytes, run_once
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.kv_cache import kv_bytes
-from dmtd_runtime.machine import default_threads, look_at_machine
+from dmtd_runtime.machine import default_threads, look_at_gpus, look_at_machine
 from dmtd_runtime.manifest import Manifest
 from dmtd_runtime.speed_bound import SplitBytes, mean_context, split_bytes
 from dmtd_runtime.version import __version__
@@ -310,6 +310,9 @@ def _conditions(
     directory: Path, manifest: Manifest, options: BenchOptions, backend: BackendOptions, load: float | None
 ) -> dict[str, Any]:
     machine, cycle = look_at_machine(), manifest.cycle
+    engines = backend.backend == "tensorrt"
+    on_gpu = backend.device == "cuda" or (engines and backend.flavour != "host")
+    gpus, driver = look_at_gpus() if on_gpu else ((), None)
     return {
         "bundle": str(directory),
         "family": manifest.model.family,
@@ -320,7 +323,8 @@ def _conditions(
         "dtype": manifest.model.dtype,
         "backend": backend.backend,
         "device": backend.device,
-        "dialect": backend.dialect or manifest.default_dialect,
+        "flavour": backend.flavour,
+        "dialect": "standard" if engines else backend.dialect or manifest.default_dialect,
         "full_pass": backend.full_pass,
         "max_model_len": backend.max_model_len or manifest.model.max_model_len,
         "batches": list(options.batches),
@@ -337,9 +341,21 @@ def _conditions(
         "platform": machine.platform,
         "python": machine.python,
         "onnxruntime": _version_of("onnxruntime", "onnxruntime-gpu"),
+        "tensorrt": _tensorrt_of(backend) if engines else None,
+        "gpu": gpus[backend.device_id].name if on_gpu and backend.device_id < len(gpus) else None,
+        "driver": driver if on_gpu else None,
         "dmtd": __version__,
         "commit": _commit(),
     }
+
+
+def _tensorrt_of(backend: BackendOptions) -> str | None:
+    """The library that runs engines, as the device chooses it."""
+    if backend.flavour == "host":
+        return "host flavour"
+    names = {"tensorrt": ("tensorrt-cu13", "tensorrt"), "tensorrt-rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx")}
+    chosen = [names[backend.flavour]] if backend.flavour is not None else list(names.values())
+    return _version_of(*(name for each in chosen for name in each))
 
 
 def _version_of(*distributions: str) -> str | None:

@@ -64,12 +64,15 @@ def test_a_build_ends_with_verification(bundle: Path) -> None:
     assert found["ok"] is True and found["level"] == "oracle"
     kinds = ("step by step", "generated")
     assert [check["name"] for check in found["checks"]] == [
-        f"{kind}: engines of host, fused, batch {batch}" for batch in (1, 2) for kind in kinds
+        f"{kind}: engines of host, {way}, batch {batch}"
+        for way in ("staged", "fused")
+        for batch in (1, 2)
+        for kind in kinds
     ]
     assert all(check["cases"] > 0 for check in found["checks"])
     assert read_record(directory_of(bundle)).verification == found
     again = dmtd("build", bundle, *HOST, "--fused")
-    assert "4 checks against the float32 oracle" in again.stdout
+    assert "8 checks against the float32 oracle" in again.stdout
 
 
 def test_wrong_engines_do_not_take_the_place_of_those_that_stood_there(
@@ -115,7 +118,7 @@ def test_without_a_gpu_one_line_says_so(bundle: Path, monkeypatch: pytest.Monkey
     [line] = [line for line in done.stderr.splitlines() if "verif" in line]
     assert line == (
         "not verified: no GPU on this machine; where it can be done run: "
-        f"dmtd verify {bundle} --backend tensorrt --flavour tensorrt-rtx"
+        f"dmtd verify {bundle} --backend tensorrt --flavour tensorrt-rtx --max-batch 1"
     )
     record = read_record(directory_of(bundle))
     assert record.verification == {"skipped": "no GPU on this machine"}

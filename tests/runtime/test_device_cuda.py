@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import re
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,6 +139,48 @@ def test_engines_that_cannot_be_captured_run_without_graphs(
     assert run(bundle, CudaDevice()) == wanted
     assert "cycles run without CUDA graphs: thinking.onnx cannot be captured" in caplog.text
     assert fake.host._recording is None
+
+
+def test_closing_frees_engines_and_contexts_at_once(
+    fake: FakeCuda, bundle: tuple[Path, Manifest, Engines], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not when garbage is collected: the next device may need the memory of their weights."""
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    for kind in (CudaEngine, Context):
+        monkeypatch.setattr(kind, "__init__", _counted(kind.__init__, alive))
+    directory, manifest, engines = bundle
+    gc.collect()
+    gc.disable()
+    try:
+        backend = engine_backend(directory, manifest, engines, slots=2, device=CudaDevice())
+        run_sequences(backend, CyclePlan(cycle=manifest.cycle), manifest.model.vocab_size, [[1, 2, 3]], PARAMS[0])
+        contexts = [each for each in alive if isinstance(each, Context)]
+        # Single steps: two of the prefill, one that chooses. Cycles: thinking, late_decode and the choice, for each bucket.
+        assert len(alive) - len(contexts) == 4
+        assert len(contexts) == len({id(each) for each in contexts}) >= 6
+        del contexts
+        backend.close()
+        assert not list(alive)
+    finally:
+        gc.enable()
+
+
+def _counted(init: Any, alive: weakref.WeakSet[Any]) -> Any:
+    def wrapped(self: Any, *arguments: Any) -> None:
+        init(self, *arguments)
+        alive.add(self)
+
+    return wrapped
+
+
+def test_a_library_that_cannot_start_is_one_line(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: FakeRtx, log: Any) -> None:
+        raise TypeError("factory function returned nullptr")
+
+    monkeypatch.setattr(FakeRtx, "Runtime", broken)
+    with pytest.raises(BackendError, match=r"tensorrt-rtx cannot start on GPU 0 \(Fake GPU\): .*`dmtd doctor`"):
+        CudaDevice()
+    assert ("cudaStreamDestroy", 1) in fake.calls
 
 
 def test_a_damaged_engine_is_one_line_with_the_fix(fake: FakeCuda, tmp_path: Path) -> None:

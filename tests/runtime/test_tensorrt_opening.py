@@ -81,6 +81,9 @@ def test_bench_times_whole_cycles(bundle: Path, graphs: str) -> None:
         *("--repeats", "1", "--warmup", "0", *HOST),
     )
     assert "cycle, ms" in shown.stdout
+    assert "standard dialect" in " ".join(shown.stdout.split())
+    conditions = report["conditions"]
+    assert (conditions["flavour"], conditions["tensorrt"], conditions["gpu"]) == ("host", "host flavour", None)
 
 
 def test_several_requests_share_batches_and_stop_strings_are_never_shown(bundle: Path) -> None:
@@ -139,7 +142,7 @@ def test_a_damaged_engine_is_found_before_it_is_loaded(copied: Path) -> None:
 def test_more_than_the_engines_were_built_for_is_refused(bundle: Path) -> None:
     with pytest.raises(BackendError, match=r"batch: built for up to 2, asked for 3; .*dmtd build .*--max-batch 3"):
         LLM(bundle, backend="tensorrt", flavour="host", max_num_seqs=3)
-    with pytest.raises(BackendError, match="max-model-len: built for up to"):
+    with pytest.raises(RequestError, match=r"max_model_len: got 1000, expected 1 to \d+, the bundle's limit"):
         LLM(bundle, backend="tensorrt", flavour="host", max_model_len=1000)
     with pytest.raises(RequestError, match="flavour: got 'cuda', expected one of None, tensorrt, tensorrt-rtx, host"):
         BackendOptions(flavour="cuda")  # type: ignore[arg-type]

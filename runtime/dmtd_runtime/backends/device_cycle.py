@@ -194,7 +194,7 @@ class CycleProgram:
         if graph != contract.THINKING:
             sizes["num_logits"] = 1
         kind: PassKind = "step" if late else "refill"
-        context = self._engines.context(graph, kind, sizes)
+        context = self._engines.context(graph, kind, sizes, shape)
         for name, address in self._step_inputs(late, k):
             if self._engines.has_input(graph, name):
                 context.set_address(name, address)
@@ -215,9 +215,10 @@ class CycleProgram:
         """Enqueue the token choice of step ``k``, and let it count the token where counts are kept."""
         sampled, batch = self.shape.sampled, self.shape.batch
         if not sampled:
-            context = self._engines.context(contract.CHOOSE_TOKEN, "choose", {"batch": batch, "num_logits": 1})
+            sizes = {"batch": batch, "num_logits": 1}
+            context = self._engines.context(contract.CHOOSE_TOKEN, "choose", sizes, self.shape)
         else:
-            context = self._engines.context(contract.SAMPLE_TOKEN, "choose", {"batch": batch})
+            context = self._engines.context(contract.SAMPLE_TOKEN, "choose", {"batch": batch}, self.shape)
             for name in NUMBERS:
                 context.set_address(name, self._input(name))
             for name in STEP_NUMBERS:

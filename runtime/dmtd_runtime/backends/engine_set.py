@@ -9,7 +9,7 @@ It plans no cycles and chooses no tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +52,7 @@ class EngineSet:
         self._rebuild = record.rebuild_command(bundle)
         self._infos = {info.name: info for engine in self._files for info in (*engine.inputs, *engine.outputs)}
         self._buffers: dict[str, Address] = {}
-        self._contexts: dict[tuple[GraphName, tuple[tuple[str, int], ...], PassKind], EngineContext] = {}
+        self._contexts: dict[tuple[GraphName, tuple[tuple[str, int], ...], PassKind, Hashable], EngineContext] = {}
         for graph in contract.CHOICE_GRAPHS:
             if all(file.graph != graph for file in self._files):
                 raise BundleError(
@@ -103,18 +103,23 @@ class EngineSet:
         """A buffer that is always at the same address: thought, logits, a cache, a table of the token choice."""
         return self._buffers[name]
 
-    def context(self, graph: GraphName, kind: PassKind, sizes: Mapping[str, int]) -> EngineContext:
+    def context(
+        self, graph: GraphName, kind: PassKind, sizes: Mapping[str, int], owner: Hashable = None
+    ) -> EngineContext:
         """The context of an engine for one set of sizes, its constant addresses bound.
+
+        A captured graph goes on using what its contexts hold, so it has contexts of its own. All share weights and activations.
 
         Args:
             graph: which engine.
             kind: what the run is for, which decides the profile.
             sizes: batch, window_len, late_len, num_logits and visible_len (a length bucket), as far as the graph has them.
+            owner: who else uses it: the shape of the cycle that is captured, None for single steps.
 
         Raises:
             RequestError: no profile takes the sizes; names the input and its bounds.
         """
-        key = (graph, tuple(sorted(sizes.items())), kind)
+        key = (graph, tuple(sorted(sizes.items())), kind, owner)
         if key not in self._contexts:
             file = self.record.engine(graph)
             profile = self._profile(file, kind, sizes)

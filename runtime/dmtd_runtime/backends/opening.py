@@ -13,6 +13,7 @@ from dmtd_runtime import contract
 from dmtd_runtime.backends.base import Backend, BackendOptions
 from dmtd_runtime.bundle import checked_once
 from dmtd_runtime.engine_record import EngineRecord, EngineWish, choose_record, require_fit
+from dmtd_runtime.errors import RequestError
 from dmtd_runtime.manifest import Manifest
 
 
@@ -74,6 +75,9 @@ def _choose(
     bundle: Path, manifest: Manifest, options: BackendOptions, wish: EngineWish, engines: Path | None
 ) -> tuple[Path, EngineRecord]:
     """The engines that fit; their files are there, and unaltered the first time they are seen on this machine."""
+    limit = manifest.model.max_model_len
+    if options.max_model_len is not None and not 1 <= options.max_model_len <= limit:
+        raise RequestError(f"max_model_len: got {options.max_model_len}, expected 1 to {limit}, the bundle's limit")
     wish = replace(wish, full_pass=options.full_pass, max_batch=options.max_batch, max_model_len=options.max_model_len)
     if engines is None:
         directory, record = choose_record(bundle, manifest, wish)

@@ -231,8 +231,10 @@ def _footer(report: BenchReport) -> Text:
     facts = report.conditions
     load = facts["load_average"]
     commit = f", commit {facts['commit']}" if facts["commit"] else ""
+    gpu = f"{facts['gpu']}, driver {facts['driver']}; " if facts["gpu"] else ""
+    library = facts["onnxruntime"] if facts["tensorrt"] in (None, "host flavour") else facts["tensorrt"]
     lines = [
-        f"{facts['cpu']}, {facts['cores']:g} cores, {facts['threads']} threads; {facts['onnxruntime']}, "
+        f"{gpu}{facts['cpu']}, {facts['cores']:g} cores, {facts['threads']} threads; {library}, "
         f"{facts['dialect']} dialect; dmtd {facts['dmtd']}{commit}",
         f"medians of {facts['repeats']} interleaved repeats",
     ]

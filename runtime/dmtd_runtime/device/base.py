@@ -80,11 +80,7 @@ class Device(Protocol):
         ...
 
     def alloc(self, num_bytes: int, what: str) -> Address:
-        """Memory of undefined content, aligned to ``ALIGNMENT``; ``what`` names it in errors."""
-        ...
-
-    def free(self, address: Address) -> None:
-        """Give back what :meth:`alloc` gave; nothing in the stream may use it any more."""
+        """Memory of undefined content, aligned to ``ALIGNMENT``, until :meth:`close`; ``what`` names it in errors."""
         ...
 
     def alloc_host(self, num_bytes: int) -> Array:

@@ -43,28 +43,27 @@ class CudaDevice:
 
     def __init__(self, *, flavour: CudaFlavour | None = None, device_id: int = 0) -> None:
         self.flavour, self._trt = import_flavour(flavour)
+        self.library_version = str(self._trt.__version__)
         self._cuda = import_cuda()
         self.gpu: GpuFacts = look_at_gpu(self._cuda, device_id)
         self.name = f"GPU {device_id} ({self.gpu.name})"
-        self._thread = -1
+        self._thread, self._closed = -1, False
         self._stream = self.call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
         self.stream = int(self._stream)
         self.capturing = False
-        self._blocks: list[int] = []
-        self._host_blocks: list[int] = []
+        self._blocks, self._host_blocks = list[int](), list[int]()
         self._numbers = itertools.count(1)
-        self._events: dict[int, Any] = {}
-        self._spare_events: list[Any] = []
-        self._passed = 0
+        self._events, self._spare_events, self._passed = dict[int, Any](), list[Any](), 0
         self._graphs: dict[int, Any] = {}
         self._log = make_log(self._trt)
-        self._runtime = self._trt.Runtime(self._log)
+        try:
+            self._runtime = self._trt.Runtime(self._log)
+        except (TypeError, RuntimeError):  # pybind's words for a null pointer
+            self.call("cudaStreamDestroy", self._stream)
+            raise BackendError(
+                f"{self.flavour} cannot start on {self.name}: {self._log.take()}; see `dmtd doctor`"
+            ) from None
         self._engines: list[CudaEngine] = []
-        self._closed = False
-
-    @property
-    def library_version(self) -> str:
-        return str(self._trt.__version__)
 
     def call(self, name: str, *args: Any) -> Any:
         """A function of the CUDA runtime; its result without the error code, which is raised as BackendError."""
@@ -86,10 +85,6 @@ class CudaDevice:
             raise BackendError(f"{self.name}: no memory for {what}, {num_bytes / 1e9:.2f} GB: {error}") from None
         self._blocks.append(address)
         return Address(address)
-
-    def free(self, address: Address) -> None:
-        self._blocks.remove(address)
-        self.call("cudaFree", address)
 
     def alloc_host(self, num_bytes: int) -> Array:
         size = max(num_bytes, 1)
@@ -123,8 +118,8 @@ class CudaDevice:
         if rows == 1:
             self._copy(target, source, row_bytes, "cudaMemcpyDeviceToDevice")
             return
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        self.call("cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, row_bytes, rows, kind, self._stream)
+        kind, stream = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice, self._stream
+        self.call("cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, row_bytes, rows, kind, stream)
 
     def load_engine(self, path: Path) -> Engine:
         data = np.memmap(path, np.uint8, "r")  # pages of the file, no copy in anonymous memory
@@ -144,8 +139,10 @@ class CudaDevice:
         try:
             work()
         except BaseException:
-            # The stream must leave the capture, whose graph is void; the error of the work is the one to tell.
-            self._cuda.cudaStreamEndCapture(self._stream)
+            # The stream must leave the capture; the error of the work is the one to tell.
+            error, graph = self._cuda.cudaStreamEndCapture(self._stream)
+            if error == self._cuda.cudaError_t.cudaSuccess:
+                self._cuda.cudaGraphDestroy(graph)
             raise
         finally:
             self.capturing = False
@@ -154,17 +151,17 @@ class CudaDevice:
             executable = self.call("cudaGraphInstantiate", graph, 0)
         finally:
             self.call("cudaGraphDestroy", graph)
-        self.call("cudaGraphUpload", executable, self._stream)
         capture = Capture(next(self._numbers))
         self._graphs[capture] = executable
+        self.call("cudaGraphUpload", executable, self._stream)
         return capture
 
     def replay(self, capture: Capture) -> None:
         self.call("cudaGraphLaunch", self._graphs[capture], self._stream)
 
     def mark(self) -> Mark:
-        spare = self._spare_events
-        event = spare.pop() if spare else self.call("cudaEventCreateWithFlags", self._cuda.cudaEventDisableTiming)
+        flags, spare = self._cuda.cudaEventDisableTiming, self._spare_events
+        event = spare.pop() if spare else self.call("cudaEventCreateWithFlags", flags)
         self.call("cudaEventRecord", event, self._stream)
         mark = Mark(next(self._numbers))
         self._events[mark] = event
@@ -182,14 +179,15 @@ class CudaDevice:
         if self._closed:
             return
         self._closed = True
-        for engine in self._engines:
-            engine.keep_kernels()
         cuda = self._cuda
         # Nothing is raised here: an error of the work before it would come again from every call.
         cuda.cudaSetDevice(self.gpu.device_id)
         cuda.cudaStreamSynchronize(self._stream)
         for executable in self._graphs.values():
             cuda.cudaGraphExecDestroy(executable)
+        for engine in self._engines:  # their weights go now, not when somebody collects garbage
+            engine.release()
+        self._runtime = None
         for event in (*self._events.values(), *self._spare_events):
             cuda.cudaEventDestroy(event)
         for address in self._blocks:
@@ -206,9 +204,7 @@ class CudaDevice:
     def _raise_for(self, what: str, error: Any) -> None:
         if error == self._cuda.cudaError_t.cudaSuccess:
             return
-        name, text = (
-            getter(error)[1].decode() for getter in (self._cuda.cudaGetErrorName, self._cuda.cudaGetErrorString)
-        )
+        name, text = (get(error)[1].decode() for get in (self._cuda.cudaGetErrorName, self._cuda.cudaGetErrorString))
         raise BackendError(f"{self.name}: {what} failed: {name}, {text}")
 
 
@@ -216,16 +212,17 @@ class CudaEngine:
     """A deserialised engine. See :class:`dmtd_runtime.device.base.Engine`."""
 
     def __init__(self, device: CudaDevice, trt: Any, engine: Any, path: Path, log: Any) -> None:
-        file = path.name
-        self._device, self._trt, self._engine, self._file, self._log = device, trt, engine, file, log
+        self.device, self.file, self.log = device, path.name, log
+        self._trt, self._engine = trt, engine
         self.scratch_bytes = int(engine.device_memory_size_v2)
+        self._contexts: list[CudaContext] = []
         self._kernels: KernelCache | None = None
         self._config = self._make_config(path) if device.flavour == "tensorrt-rtx" else None
         self.tensors: dict[str, EngineTensor] = {}
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
             if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
-                raise BackendError(f"{file}, {name}: lies on the host, expected the device; {REBUILD}")
+                raise BackendError(f"{self.file}, {name}: lies on the host, expected the device; {REBUILD}")
             self.tensors[name] = EngineTensor(
                 name=name,
                 dims=tuple(engine.get_tensor_shape(name)),
@@ -239,23 +236,28 @@ class CudaEngine:
     ) -> CudaContext:
         context = self._create()
         if context is None:
-            raise BackendError(f"{self._file}: no execution context: {self._log.take()}")
-        if not context.set_optimization_profile_async(profile, self._device.stream):
-            raise BackendError(f"{self._file}: no profile {profile}: {self._log.take()}; {REBUILD}")
-        self._device.wait(self._device.mark())
+            raise BackendError(f"{self.file}: no execution context: {self.log.take()}")
+        if not context.set_optimization_profile_async(profile, self.device.stream):
+            raise BackendError(f"{self.file}: no profile {profile}: {self.log.take()}; {REBUILD}")
+        self.device.wait(self.device.mark())
         for name, shape in shapes.items():
             if not context.set_input_shape(name, tuple(shape)):
                 low, _, high = self._engine.get_tensor_profile_shape(name, profile)
                 raise BackendError(
-                    f"{self._file}, {name}: got {list(shape)}, profile {profile} takes {list(low)} to {list(high)}; {REBUILD}"
+                    f"{self.file}, {name}: got {list(shape)}, profile {profile} takes {list(low)} to {list(high)}; {REBUILD}"
                 )
         context.set_device_memory(scratch, scratch_bytes)
-        return CudaContext(self._device, context, self._file, self._log, checks_capture=self._config is not None)
+        self._contexts.append(CudaContext(self, context, checks_capture=self._config is not None))
+        return self._contexts[-1]
 
-    def keep_kernels(self) -> None:
-        """Save what was compiled for this engine since it was loaded."""
+    def release(self) -> None:
+        """Save what was compiled since it was loaded, and free contexts and weights, in this order; nothing runs any more."""
         if self._kernels is not None:
             self._kernels.save()
+        for context in self._contexts:
+            context.release()
+        self._contexts.clear()
+        self._kernels = self._config = self._engine = None
 
     def _make_config(self, path: Path) -> Any:
         """How TensorRT-RTX runs the engine; it compiles kernels when contexts are made."""
@@ -265,7 +267,7 @@ class CudaEngine:
         config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # whole cycles are captured here instead
         cache = config.create_runtime_cache()
-        self._kernels = KernelCache(cache, path, f"{self._device.gpu.name} {self._device.library_version}")
+        self._kernels = KernelCache(cache, path, f"{self.device.gpu.name} {self.device.library_version}")
         config.set_runtime_cache(cache)
         return config
 
@@ -278,17 +280,19 @@ class CudaEngine:
 class CudaContext:
     """An execution context. See :class:`dmtd_runtime.device.base.EngineContext`."""
 
-    def __init__(self, device: CudaDevice, context: Any, file: str, log: Any, *, checks_capture: bool) -> None:
-        self._device, self._context, self._file, self._log = device, context, file, log
-        self._checks_capture = checks_capture
+    def __init__(self, engine: CudaEngine, context: Any, *, checks_capture: bool) -> None:
+        self._engine, self._context, self._checks_capture = engine, context, checks_capture
+
+    def release(self) -> None:
+        self._context = None
 
     def set_address(self, name: str, address: Address) -> None:
         if not self._context.set_tensor_address(name, address):
-            raise BackendError(f"{self._file}, {name}: address refused: {self._log.take()}")
+            raise BackendError(f"{self._engine.file}, {name}: address refused: {self._engine.log.take()}")
 
     def enqueue(self) -> None:
-        stream = self._device.stream
-        if self._checks_capture and self._device.capturing and not self._context.is_stream_capturable(stream):
-            raise BackendError(f"{self._file} cannot be captured into a CUDA graph")
-        if not self._context.execute_async_v3(stream):
-            raise BackendError(f"{self._file}: the run was refused: {self._log.take()}")
+        device = self._engine.device
+        if self._checks_capture and device.capturing and not self._context.is_stream_capturable(device.stream):
+            raise BackendError(f"{self._engine.file} cannot be captured into a CUDA graph")
+        if not self._context.execute_async_v3(device.stream):
+            raise BackendError(f"{self._engine.file}: the run was refused: {self._engine.log.take()}")

@@ -71,6 +71,7 @@ class HostDevice:
         return Address(block.address)
 
     def free(self, address: Address) -> None:
+        """Give back an allocation: whatever in the stream still uses it breaks rule 1."""
         if self._blocks.pop(address, None) is None:
             raise SeamError(f"free: {address:#x} is no allocation")
 

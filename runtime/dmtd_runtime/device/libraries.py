@@ -43,7 +43,7 @@ def import_flavour(flavour: CudaFlavour | None) -> tuple[CudaFlavour, Any]:
     for name in (flavour,) if flavour is not None else CUDA_FLAVOURS:
         try:
             module = importlib.import_module(MODULES[name])
-        except ImportError as error:
+        except (ImportError, OSError) as error:  # OSError: the wheel is there, a library that it loads is not
             problems.append(f"{name} cannot be imported ({_one_line(error)}); install it with: {INSTALL[name]}")
             continue
         version = str(getattr(module, "__version__", "0"))
@@ -59,7 +59,7 @@ def import_cuda() -> Any:
     try:
         version = str(importlib.import_module("cuda.bindings").__version__)
         runtime = importlib.import_module("cuda.bindings.runtime")
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise BackendError(f"cuda-bindings cannot be imported ({_one_line(error)}); run: {fix}") from None
     if version.partition(".")[0] != str(CUDA_MAJOR):
         raise BackendError(f"cuda-bindings is {version}, expected {CUDA_MAJOR}.x; run: {fix}")

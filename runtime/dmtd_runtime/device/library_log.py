@@ -19,7 +19,8 @@ def make_log(trt: Any) -> Any:
             self._last = ""
 
         def log(self, level: Any, message: str) -> None:
-            if level in (severity.ERROR, severity.INTERNAL_ERROR):
+            # An error is followed by a second one that only says where it was caught.
+            if level in (severity.ERROR, severity.INTERNAL_ERROR) and "catchCudaError" not in message:
                 self._last = " ".join(message.split())[:300]
             logger.log(levels.get(level, logging.INFO), "%s", message)
 
