@@ -7,11 +7,13 @@ step, and nothing is kept) and watch the memory. The library's own messages are 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import threading
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from dmtd_runtime.engine_record import ProfileInfo
 from dmtd_runtime.errors import BackendError
 
 SAMPLE_S = 0.005
+SETTLE_S = 10.0  # that the library's threads get to end after a build that failed
 OWN_MESSAGES = 200  # of the library's, kept
 _SCRATCH = re.compile(r"^Max Scratch Memory: (\d+) bytes")
 _TACTIC = re.compile(r"Chose Runner Type: (\S+) Tactic: (\S+)")
@@ -92,7 +95,51 @@ def build_engine(
         OSError: the file cannot be written.
         KeyboardInterrupt: Ctrl-C; the library has ended its work.
     """
-    module, messages, before, started = library.module, _Messages(), anonymous_bytes(), time.perf_counter()
+    steps, made = Steps(on_steps), list[BuiltEngine]()
+    threads, before = _native_threads(), anonymous_bytes()
+
+    def work() -> None:
+        made.append(
+            _build(
+                library,
+                target,
+                graph,
+                profiles,
+                steps,
+                bundle=bundle,
+                dtype=dtype,
+                output=output,
+                timing_cache=timing_cache,
+            )
+        )
+
+    try:
+        peak = _run(work, steps)
+    except BaseException as error:
+        # The library logs through Python, from threads of its own that outlive a build that was stopped, and when its objects go.
+        # Both must be over before the interpreter is on its way out, which aborts the process.
+        traceback.clear_frames(error.__traceback__)
+        deadline = time.monotonic() + SETTLE_S
+        while _native_threads() > threads and time.monotonic() < deadline:
+            time.sleep(SAMPLE_S)
+        raise
+    return replace(made[0], peak_bytes=max(0, peak - before))
+
+
+def _build(
+    library: Library,
+    target: Target,
+    graph: EngineGraph,
+    profiles: tuple[ProfileInfo, ...],
+    steps: Steps,
+    *,
+    bundle: Path,
+    dtype: str,
+    output: Path,
+    timing_cache: Path | None,
+) -> BuiltEngine:
+    """Everything that calls the library: never in the main thread, or Ctrl-C would be raised in a callback, and lost there."""
+    module, messages, started = library.module, _Messages(), time.perf_counter()
     logger = _make_logger(module, messages)
     builder, network = _new_network(module, logger, library)
     # The parser finds the weights beside this path; it holds references into what it maps until the build is done.
@@ -100,7 +147,6 @@ def build_engine(
     _parse(parser, graph, bundle, library, messages)
     facts = check_network(module, network, graph, dtype)
     allow_decomposition(module, network)
-    steps = Steps(on_steps)
     monitor = make_monitor(module, steps)
     config = builder.create_builder_config()
     config.progress_monitor = monitor
@@ -111,10 +157,9 @@ def build_engine(
     for profile in profiles:
         _add_profile(builder, config, profile, messages)
     writer = _make_writer(module, output)
-    built: list[bool] = []
-    peak = _run(lambda: built.append(bool(builder.build_serialized_network_to_stream(network, config, writer))), steps)
+    built = not steps.cancelled.is_set() and builder.build_serialized_network_to_stream(network, config, writer)
     writer.finish()
-    if not built or not built[0]:
+    if not built:
         raise ExportError(f"{library.flavour} {library.version} cannot build {graph.name}: {messages.first()}")
     if cache is not None and timing_cache is not None:
         _save(timing_cache, bytes(config.get_timing_cache().serialize()))
@@ -123,11 +168,19 @@ def build_engine(
         sha256=writer.digest.hexdigest(),
         weight_bytes=facts.constant_bytes if messages.weight_bytes is None else messages.weight_bytes,
         scratch_bytes=messages.scratch_bytes,
-        peak_bytes=max(0, peak - before),
+        peak_bytes=0,  # known when the thread is over
         seconds=round(time.perf_counter() - started, 3),
         tactics=tuple(f"{count} x {name}" for name, count in messages.tactics.items()),
         facts=facts,
     )
+
+
+def _native_threads() -> int:
+    """Threads of this process, the libraries' own included; 0 where the system does not tell."""
+    try:
+        return len(os.listdir("/proc/self/task"))  # noqa: PTH208 - names are enough
+    except OSError:
+        return 0
 
 
 def _new_network(module: Any, logger: Any, library: Library) -> tuple[Any, Any]:
@@ -173,10 +226,12 @@ def _run(work: Callable[[], None], steps: Steps) -> int:
     peak, interrupted = anonymous_bytes(), False
     thread = threading.Thread(target=guarded, name="dmtd-build", daemon=True)
     thread.start()
-    while thread.is_alive():
+    running = True
+    while running:
         try:
-            thread.join(SAMPLE_S)
-            peak = max(peak, anonymous_bytes())
+            while running := thread.is_alive():
+                thread.join(SAMPLE_S)
+                peak = max(peak, anonymous_bytes())
         except KeyboardInterrupt:
             steps.cancelled.set()
             interrupted = True

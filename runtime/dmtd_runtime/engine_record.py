@@ -43,7 +43,7 @@ profile that is ``whole`` takes the capacity in its place, see :meth:`ProfileInf
 ``scratch_bytes`` (once deserialised ``engine.device_memory_size_v2`` has the exact number: a library that compiles at load may
 choose otherwise), and the caches: :meth:`EngineRecord.device_bytes` adds them up for the refusal before allocating.
 
-**Loading.** TensorRT-RTX compiles an engine for the GPU when it is loaded; :func:`runtime_cache_file` is where to keep that.
+**Loading.** TensorRT-RTX compiles an engine for the GPU when it is loaded; ``device/kernel_cache.py`` keeps what it compiled.
 
 The flavour ``host`` holds engine graphs as ONNX (``file`` ends in .onnx, weights beside it) for a runtime that executes them in
 ONNX Runtime on the CPU; everything else in the record is as for the others.
@@ -60,7 +60,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dmtd_runtime import contract
-from dmtd_runtime.bundle import cache_directory
 from dmtd_runtime.contract import GraphName
 from dmtd_runtime.errors import BackendError, BundleError, RequestError
 from dmtd_runtime.manifest import DTYPE_BYTES, FileInfo, Manifest, TensorInfo, decode, safe_relative, sha256_of
@@ -286,14 +285,6 @@ def content_hash(manifest: Manifest, graphs: Iterable[GraphName]) -> str:
 def engine_directory(bundle: Path, key: str) -> Path:
     """Where the engines of ``key`` stand."""
     return bundle / contract.ENGINES_DIRECTORY / key
-
-
-def runtime_cache_file(directory: Path, compute_capability: str) -> Path:
-    """Where TensorRT-RTX keeps what it compiles when it loads these engines on such a GPU; in the user's cache directory.
-
-    RuntimeError for a user without a home directory.
-    """
-    return cache_directory() / "tensorrt-rtx" / f"{directory.name}-sm{compute_capability.replace('.', '')}.cache"
 
 
 def read_record(directory: Path) -> EngineRecord:

@@ -229,7 +229,8 @@ def test_a_library_that_cannot_start_is_one_line(bundle: Path, monkeypatch: pyte
         build_engines(bundle, SMALL)
 
 
-def test_ctrl_c_during_a_build_keeps_nothing(bundle: Path, repo_root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seconds", [0.05, 0.3])  # into parsing, and into the library's own threads
+def test_ctrl_c_during_a_build_keeps_nothing(bundle: Path, repo_root: Path, seconds: float) -> None:
     rtx()
     path = os.pathsep.join(str(repo_root / part) for part in (".", "runtime", "models"))
     command = [sys.executable, "-m", "dmtd_export.cli", "build", str(bundle), "--flavour", "tensorrt-rtx"]
@@ -240,7 +241,7 @@ def test_ctrl_c_during_a_build_keeps_nothing(bundle: Path, repo_root: Path, tmp_
     try:
         while "thinking" not in (line := child.stderr.readline()):
             assert line, "the build ended before it began"
-        time.sleep(0.3)  # into the library's own code
+        time.sleep(seconds)
         child.send_signal(signal.SIGINT)
         _, rest = child.communicate(timeout=240)
     finally:
