@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dmtd_models.config import DmtdSpec, ModelConfig
 from dmtd_models.dmtd import DmtdModel, Read, to_torch
+from dmtd_models.finetune.decode import largest
 from dmtd_models.finetune.loss import DenseTargets, SparseTargets, Targets, chunked_loss, sample_columns
 from dmtd_models.finetune.packed import Layout, layer_forward, make_layout
 from dmtd_models.layers import DecoderLayer, RMSNorm
@@ -253,15 +254,25 @@ def trunk(base: DmtdModel, input_ids: Tensor, layout: Layout) -> Tensor:
 
 @torch.no_grad()
 def likeliest_tokens(rows: Tensor, head: Tensor, k: int, chunk_rows: int) -> tuple[Tensor, Tensor]:
-    """Ids int64 and log-probabilities float32, [r, k] each, likeliest first."""
+    """Ids int64 and log-probabilities float32, [r, k] each, likeliest first; of several likeliest, that of the lowest id."""
     ids, log_probs = [], []
     for part in rows.split(chunk_rows):
         logits = part @ head.t()
         total = logits.logsumexp(-1, keepdim=True).float()
-        values, places = logits.topk(k, dim=-1)
-        ids.append(places)
-        log_probs.append(values.float() - total)
+        values, places = largest(logits, k)
+        ids.append(_lowest_first(values, places))
+        log_probs.append(values - total)
     return torch.cat(ids), torch.cat(log_probs)
+
+
+def _lowest_first(values: Tensor, ids: Tensor) -> Tensor:
+    """Ids of sorted rows, in front the lowest of those with the largest value, as arg-max has it: bfloat16 has many ties."""
+    candidates = torch.where(values == values[:, :1], ids, torch.iinfo(ids.dtype).max)
+    place = candidates.argmin(-1, keepdim=True)
+    front = ids.gather(-1, place)
+    ids = ids.scatter(-1, place, ids[:, :1])
+    ids[:, :1] = front
+    return ids
 
 
 def trainable_model(base: DmtdModel, read: Read, trained: Trained, *, train_embedding: bool = False) -> DmtdModel:
