@@ -373,6 +373,6 @@ def test_what_evaluation_asks_is_not_learnt(
     result = finetune(base, tmp_path / "out", data, *command)
     assert result.exit_code == 0, (result.output, result.exception)
     text = json.loads(result.stdout)["text"]
-    assert "1 documents left out: evaluation items occur in them" in text
+    assert "documents left out because evaluation items occur in them: 1 of 31" in text
     assert any("looked for: everyday, facts, gsm8k, 12 of reasoning_gym/*" in line for line in text)
     assert not any("new" in line for line in text)

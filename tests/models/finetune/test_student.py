@@ -307,6 +307,18 @@ def test_the_padded_view_of_a_gpu_gives_the_same(setting: Any, monkeypatch: pyte
         torch.testing.assert_close(one, other, rtol=2e-4, atol=1e-6)
 
 
+def test_held_out_divergences_compare_across_objectives(setting: Any) -> None:
+    objectives = (LossOptions(distill=0), LossOptions(top_k=0), LossOptions(top_k=3, distill=0.4, temperature=2.0))
+    results = [setting(loss=loss).run(report_agreement=True, comparable=True).divergence for loss in objectives]
+    made = setting()
+    plain, student = made.logits(plain=True), made.logits()
+    teacher, ids = plain.topk(32, dim=-1)
+    log_q = torch.log_softmax(teacher, -1)
+    expected = (log_q.exp() * (log_q - torch.log_softmax(student, -1).gather(-1, ids))).sum(-1)
+    for found in results:
+        torch.testing.assert_close(found, expected.float(), **TOLERANCE)
+
+
 @pytest.mark.parametrize("block", [1, 4, 5])
 def test_blocks_of_queries_give_the_same(setting: Any, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     results = []
