@@ -83,6 +83,10 @@ def run_job(job: Job, display: Display) -> dict[str, Any]:
         ModelError: anything wrong with base, options, text, memory or the course of training, in one line.
     """
     _require_own_output(job)
+    if job.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "--device: got cuda, but torch finds no GPU; give --device cpu, or install torch's CUDA build"
+        )
     training = job.output / TRAINING
     with contextlib.ExitStack() as opened:
         checkpoint = opened.enter_context(open_checkpoint(job.base))

@@ -324,7 +324,7 @@ def training_arguments(options: TrainOptions, output: Path, *, use_cpu: bool) ->
 def set_length(arguments: TrainingArguments, options: TrainOptions, steps: int) -> None:
     """Set the number of steps, and what of the schedule hangs on it."""
     arguments.max_steps = steps
-    arguments.warmup_steps = math.ceil(options.warmup * steps)
+    arguments.warmup_steps = min(math.ceil(options.warmup * steps), steps - 1)  # the first has rate 0: not the only one
     if options.schedule == "warmup_stable_decay":
         arguments.lr_scheduler_kwargs = {"num_decay_steps": math.ceil(options.decay * steps), "decay_type": "1-sqrt"}
 

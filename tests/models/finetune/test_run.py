@@ -339,6 +339,7 @@ def test_a_full_disk_keeps_the_state_before(base: Path, tmp_path: Path, whole_ru
         ({"trained": "lora", "train_embedding": True}, "--train-embedding"),
         ({"tokens_per_step": 8}, "--tokens-per-step"),
         ({"epochs": 0.0}, "--epochs: got 0.0"),
+        ({"seed": -1}, "--seed: got -1, expected 0 or more"),
     ],
 )
 def test_options_that_contradict_each_other(base: Path, tmp_path: Path, given: dict[str, Any], words: str) -> None:
@@ -352,6 +353,11 @@ def test_learning_rate_by_kind(base: Path, tmp_path: Path, trained: str, rate: f
     options = run_options(trained=trained, learning_rate=None, lora_rank=2, schedule="linear", warmup=0.0)
     run_tiny(base, tmp_path, options)
     assert lines(tmp_path)[0]["learning_rate"] == pytest.approx(rate, rel=1e-6), "the first step's, before it falls"
+
+
+def test_a_run_of_one_step_learns(base: Path, tmp_path: Path) -> None:
+    result = run_tiny(base, tmp_path, run_options(max_tokens=10, learning_rate=1e-3))
+    assert result.steps == 1 and lines(tmp_path)[0]["learning_rate"] == pytest.approx(1e-3)
 
 
 def test_matrix_products_of_a_token(base: Path) -> None:
