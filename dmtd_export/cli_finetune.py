@@ -16,9 +16,12 @@ from dmtd_runtime.cli.common import JsonOption, logs_to_stderr, pick, require
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "matplotlib")
 _SPLIT, _TEXT, _LEARN, _RUN = "Split and convention", "Text", "What is learnt", "Run"
+_STORED = "What frozen layers compute"
 
 
 def _option(panel: str, text: str, *names: str, **limits: Any) -> Any:
+    if "min" in limits:
+        limits = {"metavar": "N", **limits}  # typer's own word for a range leaves no room in 80 columns
     return typer.Option(*names, help=text, rich_help_panel=panel, **limits)
 
 
@@ -83,30 +86,35 @@ def finetune(
         float | None, _option(_RUN, "The largest; by default 1e-3 for late and lora, 3e-4 for full.")
     ] = None,
     schedule: Annotated[
-        Literal["warmup_stable_decay", "linear", "cosine"], _option(_RUN, "How the learning rate moves.")
+        Literal["warmup_stable_decay", "linear", "cosine"],
+        _option(
+            _RUN,
+            "How the learning rate moves: warmup_stable_decay (the default), linear or cosine.",
+            metavar="NAME",
+            show_default=False,
+        ),
     ] = "warmup_stable_decay",
     warmup: Annotated[float, _option(_RUN, "Share of the run.")] = 0.03,
     precision: Annotated[
-        Literal["bfloat16", "float32"], _option(_RUN, "Of matrix products and frozen weights.")
+        Literal["bfloat16", "float32"],
+        _option(_RUN, "Of matrix products and frozen weights: bfloat16 or float32.", metavar="TYPE"),
     ] = "bfloat16",
     gradient_checkpointing: Annotated[
         bool, _option(_RUN, "Less memory, a third more work.", "--gradient-checkpointing")
     ] = False,
     cache: Annotated[
         bool | None,
-        _option(
-            _RUN, "Store what frozen layers compute; by default on a CPU that trains late layers.", "--cache/--no-cache"
-        ),
+        _option(_STORED, "Store it; by default on a CPU that trains late layers.", "--cache/--no-cache"),
     ] = None,
-    cache_dir: Annotated[Path | None, _option(_RUN, "Of stored features; by default in the output.")] = None,
+    cache_dir: Annotated[Path | None, _option(_STORED, "Where; by default in the output.")] = None,
     eval_every: Annotated[int, _option(_RUN, "Tokens between evaluations; 0: none.", min=0)] = 500_000,
     save_every: Annotated[float, _option(_RUN, "Seconds between saved states.", min=1)] = 300.0,
     device: Annotated[Literal["cpu", "cuda"] | None, _option(_RUN, "By default cuda where there is one.")] = None,
     threads: Annotated[int | None, _option(_RUN, "CPU threads.", min=1)] = None,
-    seed: Annotated[int, _option(_RUN, "Of data order, phases and factors.")] = 0,
+    seed: Annotated[int, _option(_RUN, "Of data order, phases and factors.", min=0)] = 0,
     save: Annotated[
         Literal["checkpoint", "adapter", "both"],
-        _option(_RUN, "A whole checkpoint, or the small difference to the base."),
+        _option(_RUN, "checkpoint: a whole one; adapter: the small difference to the base; both.", metavar="FORM"),
     ] = "checkpoint",
     json: JsonOption = False,
 ) -> None:

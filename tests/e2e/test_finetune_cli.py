@@ -373,6 +373,19 @@ def test_what_evaluation_asks_is_not_learnt(
     result = finetune(base, tmp_path / "out", data, *command)
     assert result.exit_code == 0, (result.output, result.exception)
     text = json.loads(result.stdout)["text"]
-    assert "1 documents left out: evaluation items occur in them" in text
+    assert "documents left out because evaluation items occur in them: 1 of 31" in text
     assert any("looked for: everyday, facts, gsm8k, 12 of reasoning_gym/*" in line for line in text)
     assert not any("new" in line for line in text)
+
+
+def test_help_names_every_option_whole_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    told = dmtd("finetune", "--help").stdout
+    assert "…" not in told
+    assert "--gradient-checkpointing" in told and "warmup_stable_decay" in told and "bfloat16" in told
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is one")
+def test_a_gpu_that_is_not_there(base: str, chats: str, tmp_path: Path) -> None:
+    line = error_line(finetune(base, tmp_path / "out", chats, "--device", "cuda"))
+    assert "--device: got cuda" in line and "--device cpu" in line

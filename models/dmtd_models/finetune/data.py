@@ -69,7 +69,7 @@ def read_run_text(
     if probes:
         before = len(whole)
         whole, _ = drop_leaks(whole, OverlapIndex(probes), tokenizer)
-        notes.append(f"{before - len(whole)} documents left out: evaluation items occur in them")
+        notes.append(f"documents left out because evaluation items occur in them: {before - len(whole)} of {before}")
     if held_out:
         kept = [read_training_data(source, tokenizer, options, cache_dir).dataset for source in held_out]
         evaluation = concatenate_datasets(kept)

@@ -263,8 +263,8 @@ def largest(logits: Tensor, count: int, *, block: int = 16) -> tuple[Tensor, Ten
     rows, vocab = logits.shape
     columns = vocab // block
     if vocab % block or columns < count:
-        plain = logits.float().topk(count)
-        return plain.values, plain.indices
+        plain = logits.topk(count)
+        return plain.values.float(), plain.indices
     grid = logits.view(rows, block, columns)
     best = grid.amax(1).topk(count, sorted=False).indices
     candidates = grid.gather(2, best[:, None].expand(-1, block, -1)).reshape(rows, -1).float()

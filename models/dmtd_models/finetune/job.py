@@ -83,6 +83,10 @@ def run_job(job: Job, display: Display) -> dict[str, Any]:
         ModelError: anything wrong with base, options, text, memory or the course of training, in one line.
     """
     _require_own_output(job)
+    if job.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "--device: got cuda, but torch finds no GPU; give --device cpu, or install torch's CUDA build"
+        )
     training = job.output / TRAINING
     with contextlib.ExitStack() as opened:
         checkpoint = opened.enter_context(open_checkpoint(job.base))
@@ -222,13 +226,19 @@ def _answers(checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display
     device = job.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = DmtdModel.from_reader(checkpoint.config, plain, checkpoint.read, torch.bfloat16).to(device)
     seed = job.train.seed
+    usual = AnswerOptions(answer_tokens=job.answer_tokens, seed=seed)
+    room = min(checkpoint.config.max_positions, job.max_length)  # what is longer would be cut
     write_answers(
         model,
         Tokenizer.from_str(checkpoint.assets()["tokenizer.json"].decode()),
         lambda question: tokenizer.render([{"role": "user", "content": question}], add_generation_prompt=True),
         mixed_prompts(seed=seed, mix=Mix()),
         directory,
-        AnswerOptions(answer_tokens=job.answer_tokens, seed=seed),
+        replace(
+            usual,
+            max_answer_len=min(usual.max_answer_len, room // 2),
+            max_question_len=min(usual.max_question_len, room // 4),
+        ),
         progress=lambda shard: display.counted("answers of the base", shard.answer_tokens, job.answer_tokens),
     )
     return directory
@@ -253,7 +263,7 @@ def _evaluation_line(values: Mapping[str, Any]) -> str:
         return " / ".join("-" if value is None else format(value, form) for value in values.get(name, []))
 
     return (
-        f"{values['eval_tokens'] / 1e6:.2f} M tokens: held-out divergence by phase {shown('eval_divergence_by_phase', '.3f')}, "
+        f"{values['eval_tokens']:,} tokens: held-out divergence by phase {shown('eval_divergence_by_phase', '.3f')}, "
         f"agreement {shown('eval_agreement_by_phase', '.1%') or 'not measured'}"
     )
 

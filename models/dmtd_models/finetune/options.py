@@ -86,6 +86,8 @@ def check_options(options: TrainOptions, spec: DmtdSpec) -> None:
         )
     if options.train_embedding and options.trained == "lora":
         raise ConfigError("--train-embedding: factors leave the embedding alone; give --train late or full with it")
+    if options.seed < 0:
+        raise ConfigError(f"--seed: got {options.seed}, expected 0 or more")
     if options.tokens_per_step < 16:
         raise ConfigError(f"--tokens-per-step: got {options.tokens_per_step}, expected 16 or more")
     if not (math.isfinite(options.epochs) and options.epochs > 0) and options.max_tokens is None:

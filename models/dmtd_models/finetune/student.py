@@ -20,12 +20,14 @@ from torch.utils.checkpoint import checkpoint
 
 from dmtd_models.config import DmtdSpec, ModelConfig
 from dmtd_models.dmtd import DmtdModel, Read, to_torch
+from dmtd_models.finetune.decode import largest
 from dmtd_models.finetune.loss import DenseTargets, SparseTargets, Targets, chunked_loss, sample_columns
 from dmtd_models.finetune.packed import Layout, layer_forward, make_layout
 from dmtd_models.layers import DecoderLayer, RMSNorm
 from dmtd_models.tensors import EMBEDDING, FINAL_NORM, layer_prefix, layer_shapes
 
 Trained = Literal["full", "late", "lora"]
+_MEASURED_TOP_K = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +83,9 @@ class Student(nn.Module):
         self.model = model
         self.trunk_frozen = trunk_frozen
         self.options = options
+        self._measured = replace(
+            options, distill=1.0, temperature=1.0, top_k=min(_MEASURED_TOP_K, base.config.vocab_size)
+        )
         self._gradient_checkpointing = gradient_checkpointing
         self._base = (base,)
         self._seed = seed
@@ -108,10 +113,13 @@ class Student(nn.Module):
         target_ids: Tensor | None = None,
         target_log_probs: Tensor | None = None,
         report_agreement: bool = False,
+        comparable: bool = False,
     ) -> StepResult:
         """Loss of one batch (``batches``). ``thought`` [n, hidden] and the plain model's likeliest tokens [r, k] with their
-        logarithms may be given; what is not given is computed.
+        logarithms may be given; what is not given is computed. With ``comparable`` the divergence is from the plain model's 32
+        likeliest tokens whatever the run learns, for runs of different objectives to be compared by.
         """
+        options = self._measured if comparable else self.options
         inner = self.model.base_model.model if hasattr(self.model, "peft_config") else self.model
         spec: DmtdSpec = inner.spec
         late_start = spec.encoding_layers + spec.thinking_layers
@@ -122,19 +130,19 @@ class Student(nn.Module):
             if thought is None:
                 thought = self._run(inner, hidden, spec.encoding_layers, late_start, layout)
             thought = thought.float()
-        plain = self._plain_rows(input_ids, thought, layout, loss_rows, target_ids, report_agreement)
-        targets = self._targets(plain, labels, target_ids, target_log_probs)
+        plain = self._plain_rows(input_ids, thought, layout, loss_rows, target_ids, options, report_agreement)
+        targets = self._targets(plain, labels, target_ids, target_log_probs, options)
         late = torch.where(gate_hidden.bool()[:, None], hidden, 0.0) + torch.where(
             gate_thought.bool()[:, None], thought, 0.0
         )
         late = self._run(inner, late, late_start, inner.config.num_layers, layout)
         rows = inner.model.norm(late[loss_rows])
-        result, likeliest = self._loss(rows, head_weight(inner), targets, labels, report_agreement)
+        result, likeliest = self._loss(rows, head_weight(inner), targets, labels, options, report_agreement)
         if likeliest is None:
             return result
         if target_ids is None:
             assert plain is not None, "the plain model's rows were computed for the report"
-            target_ids, _ = likeliest_tokens(plain, head_weight(self.base), 1, self.options.rows_on(plain.device))
+            target_ids, _ = likeliest_tokens(plain, head_weight(self.base), 1, options.rows_on(plain.device))
         return replace(result, agrees=(likeliest == target_ids[:, 0]).float())
 
     def _run(self, inner: DmtdModel, x: Tensor, first: int, end: int, layout: Layout) -> Tensor:
@@ -146,9 +154,14 @@ class Student(nn.Module):
         return x
 
     def _loss(
-        self, rows: Tensor, head: Tensor, targets: Targets, labels: Tensor, with_likeliest: bool
+        self,
+        rows: Tensor,
+        head: Tensor,
+        targets: Targets,
+        labels: Tensor,
+        options: LossOptions,
+        with_likeliest: bool,
     ) -> tuple[StepResult, Tensor | None]:
-        options = self.options
         columns = None
         sample = options.sampled_on(rows.device)
         if sample and self.training and isinstance(targets, SparseTargets):
@@ -180,20 +193,25 @@ class Student(nn.Module):
         layout: Layout,
         loss_rows: Tensor,
         target_ids: Tensor | None,
+        options: LossOptions,
         report_agreement: bool,
     ) -> Tensor | None:
         """The plain model's rows [r, hidden], where targets or the report need them and they are not stored."""
-        stored = target_ids is not None and self.options.top_k > 0
-        if stored or (self.options.distill == 0 and not report_agreement):
+        stored = target_ids is not None and options.top_k > 0
+        if stored or (options.distill == 0 and not report_agreement):
             return None
         base = self._base_on(input_ids.device)
         return plain_rows(base, input_ids, thought.detach() if self.trunk_frozen else None, layout, loss_rows)
 
     @torch.no_grad()
     def _targets(
-        self, plain: Tensor | None, labels: Tensor, target_ids: Tensor | None, target_log_probs: Tensor | None
+        self,
+        plain: Tensor | None,
+        labels: Tensor,
+        target_ids: Tensor | None,
+        target_log_probs: Tensor | None,
+        options: LossOptions,
     ) -> Targets:
-        options = self.options
         if options.distill == 0:
             return SparseTargets(
                 ids=labels[:, None], probabilities=torch.ones_like(labels[:, None], dtype=torch.float32)
@@ -253,15 +271,25 @@ def trunk(base: DmtdModel, input_ids: Tensor, layout: Layout) -> Tensor:
 
 @torch.no_grad()
 def likeliest_tokens(rows: Tensor, head: Tensor, k: int, chunk_rows: int) -> tuple[Tensor, Tensor]:
-    """Ids int64 and log-probabilities float32, [r, k] each, likeliest first."""
+    """Ids int64 and log-probabilities float32, [r, k] each, likeliest first; of several likeliest, that of the lowest id."""
     ids, log_probs = [], []
     for part in rows.split(chunk_rows):
         logits = part @ head.t()
         total = logits.logsumexp(-1, keepdim=True).float()
-        values, places = logits.topk(k, dim=-1)
-        ids.append(places)
-        log_probs.append(values.float() - total)
+        values, places = largest(logits, k)
+        ids.append(_lowest_first(values, places))
+        log_probs.append(values - total)
     return torch.cat(ids), torch.cat(log_probs)
+
+
+def _lowest_first(values: Tensor, ids: Tensor) -> Tensor:
+    """Ids of sorted rows, in front the lowest of those with the largest value, as arg-max has it: bfloat16 has many ties."""
+    candidates = torch.where(values == values[:, :1], ids, torch.iinfo(ids.dtype).max)
+    place = candidates.argmin(-1, keepdim=True)
+    front = ids.gather(-1, place)
+    ids = ids.scatter(-1, place, ids[:, :1])
+    ids[:, :1] = front
+    return ids
 
 
 def trainable_model(base: DmtdModel, read: Read, trained: Trained, *, train_embedding: bool = False) -> DmtdModel:

@@ -118,7 +118,7 @@ class DmtdTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Any:
-        result, phase = _forward(model, inputs, report_agreement=False)
+        result, phase = _forward(model, inputs, held_out=False)
         if not bool(torch.isfinite(result.loss)):
             raise DivergedError(self.diverged("the loss"))
         self._means.add("divergence", result.divergence, phase, self._phases)
@@ -147,12 +147,16 @@ class DmtdTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, Any]:
-        """Means over the held-out batches, by phase. They are few: each process computes them all, and none waits."""
+        """Means over the held-out batches, by phase. They are few: each process computes them all, and none waits.
+
+        Their divergence is from the plain model's 32 likeliest tokens under every objective; that in the lines of training is
+        from what the run learns, and compares with runs of the same objective alone.
+        """
         self.model.eval()
         means = PhaseMeans()
         for batch in self._held_out:
             with self.compute_loss_context_manager():
-                result, phase = _forward(self.model, self._prepare_inputs(dict(batch)), report_agreement=True)
+                result, phase = _forward(self.model, self._prepare_inputs(dict(batch)), held_out=True)
             means.add("divergence", result.divergence, phase, self._phases)
             means.add("label_loss", result.label_loss, phase, self._phases)
             if result.agrees is not None:
@@ -320,7 +324,7 @@ def training_arguments(options: TrainOptions, output: Path, *, use_cpu: bool) ->
 def set_length(arguments: TrainingArguments, options: TrainOptions, steps: int) -> None:
     """Set the number of steps, and what of the schedule hangs on it."""
     arguments.max_steps = steps
-    arguments.warmup_steps = math.ceil(options.warmup * steps)
+    arguments.warmup_steps = min(math.ceil(options.warmup * steps), steps - 1)  # the first has rate 0: not the only one
     if options.schedule == "warmup_stable_decay":
         arguments.lr_scheduler_kwargs = {"num_decay_steps": math.ceil(options.decay * steps), "decay_type": "1-sqrt"}
 
@@ -355,8 +359,8 @@ def _as_they_are(rows: Sequence[Any]) -> dict[str, Any]:
     return {"rows_of_step": list(rows)}
 
 
-def _forward(model: Any, inputs: Batch, *, report_agreement: bool) -> tuple[StepResult, Tensor]:
+def _forward(model: Any, inputs: Batch, *, held_out: bool) -> tuple[StepResult, Tensor]:
     inputs = dict(inputs)
     phase = inputs.pop("phase")
     inputs.pop("rows", None)
-    return model(**inputs, report_agreement=report_agreement), phase
+    return model(**inputs, report_agreement=held_out, comparable=held_out), phase

@@ -339,6 +339,7 @@ def test_a_full_disk_keeps_the_state_before(base: Path, tmp_path: Path, whole_ru
         ({"trained": "lora", "train_embedding": True}, "--train-embedding"),
         ({"tokens_per_step": 8}, "--tokens-per-step"),
         ({"epochs": 0.0}, "--epochs: got 0.0"),
+        ({"seed": -1}, "--seed: got -1, expected 0 or more"),
     ],
 )
 def test_options_that_contradict_each_other(base: Path, tmp_path: Path, given: dict[str, Any], words: str) -> None:
@@ -352,3 +353,34 @@ def test_learning_rate_by_kind(base: Path, tmp_path: Path, trained: str, rate: f
     options = run_options(trained=trained, learning_rate=None, lora_rank=2, schedule="linear", warmup=0.0)
     run_tiny(base, tmp_path, options)
     assert lines(tmp_path)[0]["learning_rate"] == pytest.approx(rate, rel=1e-6), "the first step's, before it falls"
+
+
+def test_a_run_of_one_step_learns(base: Path, tmp_path: Path) -> None:
+    result = run_tiny(base, tmp_path, run_options(max_tokens=10, learning_rate=1e-3))
+    assert result.steps == 1 and lines(tmp_path)[0]["learning_rate"] == pytest.approx(1e-3)
+
+
+def test_matrix_products_of_a_token(base: Path) -> None:
+    """By hand: hidden 64, so many weights a layer; the head only for rows with a loss."""
+    from finetune_support import opened
+
+    from dmtd_models.dmtd import DmtdModel
+    from dmtd_models.finetune.run import _flops_per_token
+
+    with opened(base, decoding_layers=2, cycle_length=3) as (checkpoint, spec):
+        model = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, torch.float32)
+    config = checkpoint.config
+    hidden, head = config.hidden_size, config.head_dim
+    layer = 2 * hidden * (2 * config.num_heads * head + 2 * config.num_kv_heads * head + 3 * config.intermediate_size)
+    vocab = 2 * 600 * hidden
+    whole = LossOptions(top_k=2, vocab_sample=0)
+    late = run_options(loss=whole)
+    assert _flops_per_token(model, late, stored=True, learnt=0.25) == 3 * 2 * layer + 0.25 * 2 * vocab
+    not_stored = (
+        2 * layer + 3 * 2 * layer + 2 * layer + 0.5 * 3 * vocab
+    )  # trunk, student, teacher; the teacher's head too
+    assert _flops_per_token(model, late, stored=False, learnt=0.5) == not_stored
+    entropy = run_options(loss=LossOptions(distill=0, vocab_sample=0), trained="full")
+    assert _flops_per_token(model, entropy, stored=False, learnt=1.0) == 3 * 4 * layer + 2 * vocab
+    embedding = run_options(loss=LossOptions(distill=0, vocab_sample=0), trained="full", train_embedding=True)
+    assert _flops_per_token(model, embedding, stored=False, learnt=1.0) == 3 * 4 * layer + 3 * vocab

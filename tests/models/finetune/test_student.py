@@ -20,7 +20,7 @@ from dmtd_models.finetune import packed
 from dmtd_models.finetune.batches import Batch, BatchOptions, Document, make_batch
 from dmtd_models.finetune.options import TrainOptions
 from dmtd_models.finetune.run import _student
-from dmtd_models.finetune.student import LossOptions, Student
+from dmtd_models.finetune.student import LossOptions, Student, likeliest_tokens
 from dmtd_models.oracle import teacher_forced
 from dmtd_models.testing import write_tiny_checkpoint
 
@@ -305,6 +305,44 @@ def test_the_padded_view_of_a_gpu_gives_the_same(setting: Any, monkeypatch: pyte
     torch.testing.assert_close(results[0][0], results[1][0], **TOLERANCE)
     for one, other in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(one, other, rtol=2e-4, atol=1e-6)
+
+
+def test_held_out_divergences_compare_across_objectives(setting: Any) -> None:
+    objectives = (LossOptions(distill=0), LossOptions(top_k=0), LossOptions(top_k=3, distill=0.4, temperature=2.0))
+    results = [setting(loss=loss).run(report_agreement=True, comparable=True).divergence for loss in objectives]
+    made = setting()
+    plain, student = made.logits(plain=True), made.logits()
+    teacher, ids = plain.topk(32, dim=-1)
+    log_q = torch.log_softmax(teacher, -1)
+    expected = (log_q.exp() * (log_q - torch.log_softmax(student, -1).gather(-1, ids))).sum(-1)
+    for found in results:
+        torch.testing.assert_close(found, expected.float(), **TOLERANCE)
+
+
+@pytest.mark.parametrize("block", [1, 4, 5])
+def test_blocks_of_queries_give_the_same(setting: Any, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    results = []
+    made = setting(trained="full", loss=LossOptions(distill=0))
+    for rows in (100, block):
+        monkeypatch.setattr(packed, "_QUERY_BLOCK", rows)
+        made.student.zero_grad()
+        result = made.run()
+        result.loss.backward()
+        results.append((result.label_loss, [p.grad.clone() for p in made.student.parameters() if p.grad is not None]))
+    torch.testing.assert_close(results[0][0], results[1][0], **TOLERANCE)
+    for one, other in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-4, atol=1e-6)
+
+
+def test_of_several_likeliest_tokens_the_lowest_comes_first() -> None:
+    head = torch.randn(96, 8, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    head[[70, 33, 9]] = head[(rows @ head.t()).argmax(-1)[0]].clone()
+    logits = rows @ head.t()
+    ids, logs = likeliest_tokens(rows, head, 5, 3)
+    assert ids[:, 0].tolist() == logits.argmax(-1).tolist()
+    assert {9, 33, 70} < set(ids[0].tolist()) and all(len(set(row)) == 5 for row in ids.tolist())
+    torch.testing.assert_close(logs, torch.log_softmax(logits, -1).gather(-1, ids), rtol=1e-5, atol=1e-6)
 
 
 def test_a_document_is_blind_to_its_neighbours(setting: Any) -> None:
