@@ -32,7 +32,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chat = {
         "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, how are you today?"}]
     }
-    (directory / "chats.jsonl").write_text(f"{json.dumps(chat)}\n" * 40, encoding="utf-8")
+    for name in ("chats.jsonl", "held_out.jsonl"):
+        (directory / name).write_text(f"{json.dumps(chat)}\n" * 40, encoding="utf-8")
     run(CONSOLES[0][0], directory)
     return directory
 
