@@ -17,12 +17,13 @@ from dmtd_export.atomic import atomic_directory
 from dmtd_export.errors import ExportError as ExportError
 from dmtd_export.graphs import GraphSpec, build_graph
 from dmtd_export.options import MAX_BATCH_LIMIT, MAX_WINDOW, ExportOptions
+from dmtd_export.split import cycle_of
 from dmtd_export.target import check_disk, check_target, one_line_os_errors
 from dmtd_export.weights import stored_bytes, write_weights
 from dmtd_models.checkpoint import Checkpoint, open_checkpoint
 from dmtd_models.config import DmtdSpec, ModelConfig, resolve_dmtd
 from dmtd_runtime import contract
-from dmtd_runtime.manifest import CycleInfo, FileInfo, GraphInfo, Manifest, ModelInfo, sha256_of
+from dmtd_runtime.manifest import FileInfo, GraphInfo, Manifest, ModelInfo, sha256_of
 from dmtd_runtime.version import __version__
 
 logger = logging.getLogger("dmtd.export")
@@ -151,7 +152,7 @@ def _write_bundle(
     manifest = Manifest(
         schema=contract.SCHEMA_VERSION,
         model=_model_info(config, options, max_model_len),
-        cycle=_cycle_info(spec),
+        cycle=cycle_of(spec),
         graphs=tuple(graphs),
         weights=weights,
         files=listed,
@@ -199,18 +200,6 @@ def _model_info(config: ModelConfig, options: ExportOptions, max_model_len: int)
         max_window=MAX_WINDOW,
         bos_token_id=config.bos_token_id,
         eos_token_ids=config.eos_token_ids,
-    )
-
-
-def _cycle_info(spec: DmtdSpec) -> CycleInfo:
-    return CycleInfo(
-        encoding_layers=spec.encoding_layers,
-        thinking_layers=spec.thinking_layers,
-        decoding_layers=spec.decoding_layers,
-        cycle_length=spec.cycle_length,
-        cycle_origin=spec.cycle_origin,
-        prompt_input=spec.prompt_input,
-        dmtd_trained=spec.trained,
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.scorer import ScoreRequest, TokenScores, check_request
+from dmtd_export.split import cycle_of, spec_of
 from dmtd_models.checkpoint import Checkpoint
 from dmtd_models.config import DmtdSpec
 from dmtd_models.dmtd import DmtdModel
@@ -155,33 +156,6 @@ class TorchScorer:
         return TokenScores(
             target_logprobs=torch.cat(logprobs)[:-1].numpy().copy(), top1=torch.cat(top1).numpy().astype(np.int64)
         )
-
-
-def cycle_of(spec: DmtdSpec) -> CycleInfo:
-    """The checkpoint's split in the manifest's form."""
-    return CycleInfo(
-        encoding_layers=spec.encoding_layers,
-        thinking_layers=spec.thinking_layers,
-        decoding_layers=spec.decoding_layers,
-        cycle_length=spec.cycle_length,
-        cycle_origin=spec.cycle_origin,
-        prompt_input=spec.prompt_input,
-        dmtd_trained=spec.trained,
-    )
-
-
-def spec_of(cycle: CycleInfo) -> DmtdSpec:
-    """The way back."""
-    return DmtdSpec(
-        encoding_layers=cycle.encoding_layers,
-        thinking_layers=cycle.thinking_layers,
-        decoding_layers=cycle.decoding_layers,
-        cycle_length=cycle.cycle_length,
-        cycle_origin=cycle.cycle_origin,
-        prompt_input=cycle.prompt_input,
-        trained=cycle.dmtd_trained,
-        convention_recorded=True,
-    )
 
 
 def _batches(sequences: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:

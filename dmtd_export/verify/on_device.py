@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dmtd_export.errors import ExportError
+from dmtd_export.split import spec_of
 from dmtd_export.verify.cycles import Array, Case, Comparison, Variant, make_cases, run_group
 from dmtd_export.verify.levels import installed
 from dmtd_export.verify.margins import FLOAT32, HALF_TOP1_AGREEMENT, Margin, half_margin
 from dmtd_export.verify.report import Check, VerifyReport
-from dmtd_export.verify.structure import model_config, split_of
+from dmtd_export.verify.structure import model_config
 from dmtd_runtime import contract
 from dmtd_runtime.backends.base import Backend, BackendOptions
 from dmtd_runtime.backends.opening import open_backend
@@ -99,7 +100,7 @@ def _reference(directory: Path, manifest: Manifest) -> Reference:
     config = model_config(directory)
     if config is None:
         raise ExportError(f"{directory}: config.json does not describe the model; export the bundle again")
-    return Reference(config, split_of(manifest), directory, manifest, None)
+    return Reference(config, spec_of(manifest.cycle), directory, manifest, None)
 
 
 def _name(options: BackendOptions) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmtd_export.atomic import work_directory
+from dmtd_export.split import spec_of
 from dmtd_export.verify import cycles
 from dmtd_export.verify.choice_checks import check_choose_token, check_sample_token
 from dmtd_export.verify.graph_checks import check_graphs, graphs_as_expected, ordered
@@ -26,7 +27,7 @@ from dmtd_export.verify.levels import Plan, float32_bytes, make_plan, scratch_di
 from dmtd_export.verify.margins import FLOAT32, FLOAT32_MARGIN, HALF_TOP1_AGREEMENT, half_margin
 from dmtd_export.verify.report import Check, Divergence, Level, VerificationError, VerifyReport, record
 from dmtd_export.verify.scenario import Outcome, Scenario, make_scenario
-from dmtd_export.verify.structure import check_structure, model_config, split_of, steps
+from dmtd_export.verify.structure import check_structure, model_config, steps
 from dmtd_export.verify.weights_check import check_architecture, check_rotary, check_source
 from dmtd_models.checkpoint import Checkpoint
 from dmtd_models.config import ModelConfig
@@ -203,7 +204,7 @@ class _Run:
         from dmtd_export.verify.reference import Reference
 
         assert self.config is not None, "the plan lowers the level where there is no config"
-        return Reference(self.config, split_of(self._manifest), self._directory, self._manifest, self._source)
+        return Reference(self.config, spec_of(self._manifest.cycle), self._directory, self._manifest, self._source)
 
     @contextmanager
     def _float32(self) -> Iterator[tuple[Path, Manifest]]:

@@ -20,9 +20,10 @@ import onnx
 from dmtd_export.graph_writer import CONTRIB_DOMAIN, IR_VERSION, ONNX_DTYPES, OPSET
 from dmtd_export.graphs import GraphSpec, build_graph
 from dmtd_export.layers import COS, SIN
+from dmtd_export.split import spec_of
 from dmtd_export.verify.report import Check, Divergence
 from dmtd_export.weights import PROBE_RTOL, Fingerprint, fingerprint_of, map_tensor
-from dmtd_models.config import DmtdSpec, ModelConfig, Rope, read_config
+from dmtd_models.config import ModelConfig, Rope, read_config
 from dmtd_models.errors import ModelError
 from dmtd_models.tensors import tensor_shapes
 from dmtd_runtime import contract
@@ -60,21 +61,6 @@ def model_config(directory: Path) -> ModelConfig | None:
         return read_config(json.loads(path.read_text(encoding="utf-8")))[0] if path.is_file() else None
     except (ModelError, ValueError):
         return None
-
-
-def split_of(manifest: Manifest) -> DmtdSpec:
-    """The manifest's split and convention as the model package has it."""
-    cycle = manifest.cycle
-    return DmtdSpec(
-        encoding_layers=cycle.encoding_layers,
-        thinking_layers=cycle.thinking_layers,
-        decoding_layers=cycle.decoding_layers,
-        cycle_length=cycle.cycle_length,
-        cycle_origin=cycle.cycle_origin,
-        prompt_input=cycle.prompt_input,
-        trained=cycle.dmtd_trained,
-        convention_recorded=True,
-    )
 
 
 def layer_of(weight: str) -> int | None:
@@ -175,7 +161,7 @@ def _graphs(directory: Path, manifest: Manifest, on_done: OnDone) -> Iterator[Di
     by_offset = {info.offset: (name, info) for name, info in manifest.weights.items()}
     spec = GraphSpec(
         config=model_config(directory) or _config_of(manifest),
-        dmtd=split_of(manifest),
+        dmtd=spec_of(manifest.cycle),
         dtype=manifest.model.dtype,
         weights=manifest.weights,
     )
