@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -141,8 +141,11 @@ def store_features(
     saved = done
     try:
         for first, group in _groups(documents, row_len, done):
+            token_ids = torch.from_numpy(np.concatenate([document.token_ids for document in group]))
+            lengths = [len(document.token_ids) for document in group]
+            rows = torch.arange(len(token_ids))
             with torch.no_grad(), autocast():
-                thought, ids, logs = _compute(base, group, key.top_k)
+                thought, ids, logs = _compute(base, token_ids, lengths, rows, key.top_k)
             store.write(first, thought, ids, logs)
             done = first + len(ids)
             if done - saved >= _SAVE_EVERY_TOKENS:
@@ -155,16 +158,35 @@ def store_features(
     return FeatureStore(directory, tokens, hidden, key.top_k, with_thought)
 
 
-def _compute(base: DmtdModel, group: list[Document], top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+def add_computed(
+    base: DmtdModel,
+    batch: Batch,
+    top_k: int,
+    *,
+    with_thought: bool,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> None:
+    """Put into a batch that is used many times what ``FeatureStore.add_to`` would have read for it."""
+    lengths = torch.diff(batch["starts"]).tolist()
+    with torch.no_grad(), autocast():
+        thought, ids, logs = _compute(base, batch["input_ids"], lengths, batch["loss_rows"], top_k)
+    if with_thought:
+        batch["thought"] = thought.to(torch.bfloat16).cpu()
+    batch["target_ids"], batch["target_log_probs"] = ids.cpu(), logs.float().cpu()
+
+
+def _compute(
+    base: DmtdModel, token_ids: Tensor, lengths: Sequence[int], rows: Tensor, top_k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Thoughts of all packed tokens; the plain model's likeliest tokens, with their logarithms, at ``rows``."""
     device = base.model.norm.weight.device
-    ids = torch.from_numpy(np.concatenate([document.token_ids for document in group])).to(device)
-    lengths = [len(document.token_ids) for document in group]
+    ids = token_ids.to(device)
     positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
     starts = tuple(np.concatenate(([0], np.cumsum(lengths))).tolist())
     layout = make_layout(base.config, starts, positions, torch.float32)
     thought = trunk(base, ids, layout)
-    rows = plain_rows(base, ids, thought, layout, torch.arange(len(ids), device=device))
-    target_ids, logs = likeliest_tokens(rows, head_weight(base), top_k, 256)
+    plain = plain_rows(base, ids, thought, layout, rows.to(device))
+    target_ids, logs = likeliest_tokens(plain, head_weight(base), top_k, 256)
     return thought, target_ids, logs
 
 

@@ -28,7 +28,7 @@ from dmtd_models.dmtd import DmtdModel
 from dmtd_models.errors import ConfigError, ModelError
 from dmtd_models.finetune.batches import Batch, BatchOptions, Collator, Document, PackedRows, make_batch, pack
 from dmtd_models.finetune.endings import ending_with_a_state, named_memory_errors
-from dmtd_models.finetune.features import FeatureKey, FeatureStore, documents_digest, store_features
+from dmtd_models.finetune.features import FeatureKey, FeatureStore, add_computed, documents_digest, store_features
 from dmtd_models.finetune.heap import keep_large_blocks
 from dmtd_models.finetune.options import TrainOptions, check_options
 from dmtd_models.finetune.states import latest_checkpoint, remove_states, step_of
@@ -100,6 +100,16 @@ def _lengths(dataset: Any) -> tuple[list[int], list[int]]:
     return lengths, prompt_lens
 
 
+def _reached(dataset: Any, options: TrainOptions) -> Any:
+    """The documents that a run of ``max_tokens`` reads: of more, a seeded choice, so that nothing is computed for the others."""
+    if options.max_tokens is None:
+        return dataset
+    lengths = np.asarray(_lengths(dataset)[0], dtype=np.int64)
+    order = np.random.default_rng(options.seed).permutation(len(lengths))
+    count = int(np.searchsorted(np.cumsum(lengths[order]), options.max_tokens)) + 1
+    return dataset if count >= len(lengths) else dataset.select(np.sort(order[:count]))
+
+
 def finetune(
     checkpoint: Checkpoint,
     spec: DmtdSpec,
@@ -138,7 +148,7 @@ def finetune(
     use_cpu = (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu"
     if use_cpu:
         keep_large_blocks()
-    documents = DocumentTable(train)
+    documents = DocumentTable(_reached(train, options))
     if not len(documents):
         raise ModelError("training text: got no documents; give other --data or a greater --max-length")
     with named_memory_errors():
@@ -180,14 +190,13 @@ def _finetune(
     arguments = training_arguments(options, output, use_cpu=use_cpu)
     steps, steps_per_evaluation = _steps(documents, rows, options, arguments.world_size)
     set_length(arguments, options, steps)
-    evaluation = _held_out(held_out, spec, options)
+    hooks.stage("computing what the plain model gives for held-out text")
+    evaluation = _held_out(held_out, base.to(arguments.device), student.measured_top_k, options)
     store = None
     if options.cache_features if options.cache_features is not None else (use_cpu and options.trunk_frozen):
         hooks.stage("computing what frozen layers give")
         with arguments.main_process_first():
-            store = _features(
-                checkpoint, base.to(arguments.device), documents, cache_dir or output / "features", options, hooks
-            )
+            store = _features(checkpoint, base, documents, cache_dir or output / "features", options, hooks)
     collator = Collator(spec, options.batch, options.seed, store.add_to if store else lambda batch: None)
     peak = _matmul_peak(_DTYPES[options.precision], arguments.device)
     guard = Guard(options, collator.set_cycle_length, spec.cycle_length, steps_per_evaluation if evaluation else 0)
@@ -277,13 +286,14 @@ def _steps(documents: DocumentTable, rows: list[list[int]], options: TrainOption
     return max(1, math.ceil(steps)), max(1, every) if options.eval_every_tokens else 0
 
 
-def _held_out(dataset: Any, spec: DmtdSpec, options: TrainOptions) -> list[Batch]:
-    """Held-out batches, the same at every evaluation: phases are not moved."""
+def _held_out(dataset: Any, base: DmtdModel, top_k: int, options: TrainOptions) -> list[Batch]:
+    """Held-out batches, the same at every evaluation: phases are not moved, and what frozen layers give is computed once."""
     documents = DocumentTable(dataset)
     still = BatchOptions(learn_prompt=options.batch.learn_prompt, vary_phase=False)
     batches = []
     for row in pack(documents.lengths, options.tokens_per_step, options.seed):
-        batch = make_batch([documents[index] for index in row], spec, still, np.random.default_rng(options.seed))
+        batch = make_batch([documents[index] for index in row], base.spec, still, np.random.default_rng(options.seed))
+        add_computed(base, batch, top_k, with_thought=options.trunk_frozen, autocast=_autocast(base, options))
         batches.append(batch)
     return batches
 
@@ -303,11 +313,6 @@ def _features(
         trunk_layers=spec.encoding_layers + spec.thinking_layers,
         top_k=max(options.loss.top_k, 1),
     )
-    device = base.model.norm.weight.device.type
-
-    def autocast() -> AbstractContextManager[Any]:
-        return torch.autocast(device, torch.bfloat16, enabled=options.precision == "bfloat16")
-
     return store_features(
         base,
         documents,
@@ -315,9 +320,14 @@ def _features(
         key,
         with_thought=options.trunk_frozen,
         row_len=min(4096, options.tokens_per_step),
-        autocast=autocast,
+        autocast=_autocast(base, options),
         on_progress=hooks.features,
     )
+
+
+def _autocast(base: DmtdModel, options: TrainOptions) -> Callable[[], AbstractContextManager[Any]]:
+    device = base.model.norm.weight.device.type
+    return lambda: torch.autocast(device, torch.bfloat16, enabled=options.precision == "bfloat16")
 
 
 def checkpoint_digest(checkpoint: Checkpoint, precision: str) -> str:

@@ -83,9 +83,8 @@ class Student(nn.Module):
         self.model = model
         self.trunk_frozen = trunk_frozen
         self.options = options
-        self._measured = replace(
-            options, distill=1.0, temperature=1.0, top_k=min(_MEASURED_TOP_K, base.config.vocab_size)
-        )
+        self.measured_top_k = min(_MEASURED_TOP_K, base.config.vocab_size)
+        self._measured = replace(options, distill=1.0, temperature=1.0, top_k=self.measured_top_k)
         self._gradient_checkpointing = gradient_checkpointing
         self._base = (base,)
         self._seed = seed

@@ -18,7 +18,7 @@ from dmtd_models.dmtd import DmtdModel
 from dmtd_models.errors import ModelError
 from dmtd_models.finetune import features
 from dmtd_models.finetune.batches import BatchOptions, make_batch
-from dmtd_models.finetune.features import FeatureKey, FeatureStore, documents_digest, store_features
+from dmtd_models.finetune.features import FeatureKey, FeatureStore, add_computed, documents_digest, store_features
 from dmtd_models.oracle import gates
 from dmtd_models.testing import write_tiny_checkpoint
 
@@ -38,11 +38,11 @@ class Stored:
         self.fail_at: int | None = None
         whole = features._compute
 
-        def counted(model: DmtdModel, group: Any, top_k: int) -> Any:
+        def counted(model: DmtdModel, token_ids: torch.Tensor, *arguments: Any) -> Any:
             if self.fail_at is not None and len(self.computed) == self.fail_at:
                 raise KeyboardInterrupt
-            self.computed.append(sum(len(document.token_ids) for document in group))
-            return whole(model, group, top_k)
+            self.computed.append(len(token_ids))
+            return whole(model, token_ids, *arguments)
 
         monkeypatch.setattr(features, "_compute", counted)
 
@@ -102,6 +102,18 @@ def test_stored_is_what_the_plain_model_computes(stored: Stored) -> None:
         torch.testing.assert_close(batch["target_log_probs"][rows], logs, rtol=2**-10, atol=1e-4)  # float16: 11 bits
         first, learnt = first + n, learnt + n - document.prompt_len
     assert first == len(batch["thought"]) and learnt == len(batch["target_ids"])
+
+
+def test_a_batch_used_many_times_gets_the_same(stored: Stored) -> None:
+    store = stored.store()
+    read, computed = stored.batch(store), stored.batch(store)
+    for name in ("thought", "target_ids", "target_log_probs"):
+        del computed[name]
+    add_computed(stored.base, computed, TOP_K, with_thought=True, autocast=nullcontext)
+    assert computed.keys() == read.keys()
+    assert torch.equal(computed["target_ids"], read["target_ids"])
+    for name in ("thought", "target_log_probs"):  # other documents beside them: another order of sums
+        torch.testing.assert_close(computed[name].float(), read[name].float(), rtol=2**-7, atol=1e-4)
 
 
 def test_a_second_run_reads_what_is_there(stored: Stored) -> None:

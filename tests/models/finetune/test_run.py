@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dmtd_models.errors import ConfigError, ModelError
 from dmtd_models.finetune.batches import Collator
+from dmtd_models.finetune.run import Hooks
 from dmtd_models.finetune.states import latest_checkpoint
 from dmtd_models.finetune.student import LossOptions, Student
 from dmtd_models.finetune.trainer import DivergedError
@@ -141,6 +142,15 @@ def test_a_half_written_state_is_passed_over(base: Path, tmp_path: Path, whole_r
     assert same(weights(result.student), expected)
     names = {path.name for path in tmp_path.glob("checkpoint-*")}
     assert names == {f"checkpoint-{result.steps - 1}", f"checkpoint-{result.steps}"}
+
+
+def test_nothing_is_computed_for_text_that_a_short_run_never_reads(base: Path, tmp_path: Path) -> None:
+    totals = set()
+    hooks = Hooks(features=lambda done, total: totals.add(total))
+    result = run_tiny(base, tmp_path, run_options(max_tokens=300, cache_features=True), hooks=hooks)
+    [total] = totals
+    assert result.tokens >= 300
+    assert 300 <= total < 300 + max(length for length, _ in RUN_LENGTHS)
 
 
 def test_a_finished_run_is_finished(base: Path, tmp_path: Path) -> None:
