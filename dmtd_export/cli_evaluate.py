@@ -63,6 +63,9 @@ def evaluate(
     compare_conventions: Annotated[
         bool, _what("--compare-conventions", text="Measure every legal convention of a checkpoint; name the best.")
     ] = False,
+    offsets: Annotated[
+        bool, _what("--offsets", text="Score the text with the first head at every place of a cycle.")
+    ] = False,
     lm_eval: Annotated[
         str | None, _what("--lm-eval", text="Tasks of the lm-eval harness, with commas between: arc_easy,gsm8k.")
     ] = None,
@@ -150,6 +153,7 @@ def evaluate(
         cache_dir=cache_dir,
         fluency=fluency,
         compare_conventions=compare_conventions,
+        offsets=offsets,
         harness=HarnessOptions(
             tasks=tuple(name.strip() for name in (lm_eval or "").split(",") if name.strip()),
             include=lm_eval_include,

@@ -62,6 +62,12 @@ def finetune(
     learn_prompt: Annotated[
         bool, _option(_TEXT, "Learn prompts too, not the answers alone.", "--learn-prompt/--learn-answers")
     ] = False,
+    vary_phase: Annotated[
+        bool,
+        _option(
+            _TEXT, "Begin an answer's first cycle up to a cycle later, anew each epoch.", "--vary-phase/--fixed-phase"
+        ),
+    ] = True,
     train: Annotated[
         Literal["late", "full", "lora"], _option(_LEARN, "late: the decoding layers; full: all; lora: factors.")
     ] = "late",
@@ -157,7 +163,7 @@ def finetune(
         save_every_s=save_every,
         seed=seed,
         loss=LossOptions(distill=distill, top_k=top_k, temperature=temperature),
-        batch=BatchOptions(learn_prompt=learn_prompt),
+        batch=BatchOptions(learn_prompt=learn_prompt, vary_phase=vary_phase),
     )
     job = Job(
         base=source,

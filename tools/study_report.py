@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 Result = dict[str, Any]
 _PARTS = {"summary": "summary.json", "evaluation": "evaluation/report.json", "bench": "bench.json"}
 
@@ -19,7 +21,7 @@ def write_report(work: Path, output: Path, command: str) -> None:
         raise SystemExit(f"{work}: no setting is done yet")
     output.mkdir(parents=True, exist_ok=True)
     kept = [{key: value for key, value in result.items() if key != "log"} for result in results]
-    fits = {result["name"]: fit_loss(result["log"]) for result in results}
+    fits = {result["name"]: fit_loss(result["log"], _decay(result)) for result in results}
     (output / "results.json").write_text(
         json.dumps({"command": command, "settings": kept, "fits": fits}, indent=1) + "\n", encoding="utf-8"
     )
@@ -43,27 +45,35 @@ def read_result(directory: Path) -> Result:
     return result
 
 
-def fit_loss(log: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
-    """Held-out divergence = a + b ln(tokens) by least squares over the last nine tenths; and that at ten times the tokens."""
+def _decay(result: Result) -> float:
+    options = result["summary"]["options"]
+    return float(options["decay"]) if options["schedule"] == "warmup_stable_decay" else 0.0
+
+
+def fit_loss(log: Sequence[Mapping[str, Any]], decay: float) -> dict[str, float] | None:
+    """Held-out divergence = a + b ln(tokens), by least squares over what lies before the learning rate falls (the last share
+    ``decay`` of the run) and behind the first tenth. Ten times the tokens are told from the run's end with the same slope.
+    """
     points = [(line["eval_tokens"], line["eval_divergence"]) for line in log if "eval_divergence" in line]
-    points = [point for point in points if point[0] >= points[-1][0] / 10]
-    if len(points) < 3:
+    if not points:
         return None
-    x, y = [math.log(tokens) for tokens, _ in points], [loss for _, loss in points]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
-    last = points[-1]
+    last_tokens, end = points[-1]
+    steady = [point for point in points if last_tokens / 10 <= point[0] <= (1 - decay) * last_tokens]
+    if len(steady) < 3:
+        return None
+    slope, intercept = np.polyfit(np.log([tokens for tokens, _ in steady]), [value for _, value in steady], 1).tolist()
     return {
         "slope_per_efold": slope,
-        "intercept": mean_y - slope * mean_x,
-        "tokens": last[0],
-        "divergence": last[1],
-        "at_ten_times": max(0.0, mean_y + slope * (math.log(10 * last[0]) - mean_x)),
+        "intercept": intercept,
+        "until": steady[-1][0],
+        "tokens": last_tokens,
+        "divergence": end,
+        "at_ten_times": max(0.0, end + slope * math.log(10)),
     }
 
 
 def tables(results: Sequence[Result], fits: Mapping[str, Mapping[str, float] | None]) -> str:
-    """Two tables: quality against speed, and what was spent."""
+    """Quality against speed, what was spent, and the same tokens at every place of a cycle."""
     rows = [
         "| setting | tau | perplexity ratio (95%) | agreement by phase | run length | retention (95%) | speed ratio |",
         "|---|---|---|---|---|---|---|",
@@ -80,7 +90,28 @@ def tables(results: Sequence[Result], fits: Mapping[str, Mapping[str, float] | N
             f"| {result['name']} | {summary['tokens'] / 1e6:.2f} M | {summary['seconds'] / 60:.0f} min | "
             f"{summary['tokens_per_s']:.0f} | {end} |"
         )
-    return "\n".join([*rows, "", *spent, ""])
+    return "\n".join([*rows, "", *spent, "", *_offset_rows(results)])
+
+
+def _offset_rows(results: Sequence[Result]) -> list[str]:
+    measured = [result for result in results if result["evaluation"] and result["evaluation"].get("offsets")]
+    if not measured:
+        return []
+    rows = ["| setting | the same tokens | perplexity ratio (95%) | agreement (95%) |", "|---|---|---|---|"]
+    for result in measured:
+        offsets = result["evaluation"]["offsets"]
+        lines = [(f"first head {name} later", value) for name, value in offsets["by_offset"].items()]
+        lines += [
+            ("at a head" if name == "0" else f"late {name}", value) for name, value in offsets["by_phase"].items()
+        ]
+        for words, value in lines:
+            low, high = value["ratio_ci95"]
+            least, most = value["agreement_ci95"]
+            rows.append(
+                f"| {result['name']} | {words} | {value['ratio']:.3f} ({low:.3f}-{high:.3f}) | "
+                f"{value['agreement']:.1%} ({least:.1%}-{most:.1%}) |"
+            )
+    return [*rows, ""]
 
 
 def _quality(found: Mapping[str, Any] | None) -> str:
@@ -135,7 +166,7 @@ def draw_quality(results: Sequence[Result], picture: Path) -> None:
 
 
 def draw_loss(results: Sequence[Result], fits: Mapping[str, Mapping[str, float] | None], picture: Path) -> None:
-    """Held-out divergence over tokens, with the fit drawn on to ten times the data."""
+    """Held-out divergence over tokens; dotted, the fit before the learning rate falls, and its slope from the end on."""
     figure, axis = _figure()
     for result in results:
         points = [(line["eval_tokens"], line["eval_divergence"]) for line in result["log"] if "eval_divergence" in line]
@@ -144,9 +175,15 @@ def draw_loss(results: Sequence[Result], fits: Mapping[str, Mapping[str, float] 
         [line] = axis.plot(*zip(*points, strict=True), "o-", ms=3, label=result["name"])
         fit = fits[result["name"]]
         if fit is not None:
-            ends = [points[-1][0] / 10, points[-1][0] * 10]
-            values = [fit["intercept"] + fit["slope_per_efold"] * math.log(tokens) for tokens in ends]
-            axis.plot(ends, values, ":", color=line.get_color())
+            steady = [fit["tokens"] / 10, fit["until"]]
+            values = [fit["intercept"] + fit["slope_per_efold"] * math.log(tokens) for tokens in steady]
+            axis.plot(steady, values, ":", color=line.get_color())
+            axis.plot(
+                [fit["tokens"], 10 * fit["tokens"]],
+                [fit["divergence"], fit["at_ten_times"]],
+                ":",
+                color=line.get_color(),
+            )
     axis.set(
         xscale="log",
         xlabel="tokens",

@@ -52,6 +52,7 @@ class EvaluateOptions:
     cache_dir: Path | None = None  # where packages of texts and tasks are kept; None: the user's cache directory
     fluency: bool = False  # texts on the everyday prompts
     compare_conventions: bool = False
+    offsets: bool = False  # texts with the first head at every place of a cycle
     run_unsafe_code: bool = False  # tasks like HumanEval and MBPP execute what the models write
     harness: HarnessOptions = field(default_factory=HarnessOptions)
     open: OpenOptions = field(default_factory=OpenOptions)

@@ -14,6 +14,7 @@ from dmtd_export.evaluate.fluency import FluencyResult, Voice
 from dmtd_export.evaluate.generation import GenerationResult
 from dmtd_export.evaluate.lm_eval_run import HarnessResult
 from dmtd_export.evaluate.multiple_choice import ChoiceResult
+from dmtd_export.evaluate.offsets import OffsetResult
 from dmtd_export.evaluate.run_lengths import RunLengths
 from dmtd_export.evaluate.statistics import Bootstrap, Estimate, PairedScores, Retention, retained
 from dmtd_export.evaluate.text_metrics import PhaseResult, TextResult
@@ -40,6 +41,7 @@ class EvaluationReport:
     fluency: FluencyResult | None
     retention: Retention | None
     conventions: ConventionResult | None
+    offsets: OffsetResult | None
     bootstrap: Bootstrap
     context_len: int
     notes: tuple[str, ...]
@@ -72,6 +74,7 @@ class EvaluationReport:
                 "best": " + ".join(self.conventions.best),
                 "perplexity": {" + ".join(k): r.perplexity.value for k, r in self.conventions.results.items()},
             },
+            "offsets": self.offsets and _offsets(self.offsets),
             "ci95": self._intervals(),
             "counts": {
                 "tokens": text.overall.tokens if text else 0,
@@ -152,18 +155,30 @@ def _phases(text: TextResult) -> Iterator[tuple[str, PhaseResult]]:
 
 
 def _perplexity(text: TextResult) -> dict[str, Any]:
-    def of(result: PhaseResult) -> dict[str, float]:
-        return {
-            "model": result.perplexity.value,
-            "plain": result.base_perplexity.value,
-            "ratio": result.ratio.value,
-            "tokens": result.tokens,
-        }
+    return {
+        **_sides(text.overall),
+        "by_phase": {name: _sides(result) for name, result in text.by_phase.items()},
+        "by_source": {name: _sides(result) for name, result in text.by_source.items()},
+    }
+
+
+def _sides(result: PhaseResult) -> dict[str, float]:
+    return {
+        "model": result.perplexity.value,
+        "plain": result.base_perplexity.value,
+        "ratio": result.ratio.value,
+        "tokens": result.tokens,
+    }
+
+
+def _offsets(found: OffsetResult) -> dict[str, Any]:
+    def of(result: PhaseResult) -> dict[str, Any]:
+        intervals = {"ratio_ci95": result.ratio.interval(), "agreement_ci95": result.agreement.interval()}
+        return {**_sides(result), "agreement": result.agreement.value, **intervals}
 
     return {
-        **of(text.overall),
-        "by_phase": {name: of(result) for name, result in text.by_phase.items()},
-        "by_source": {name: of(result) for name, result in text.by_source.items()},
+        "by_offset": {name: of(result) for name, result in found.by_offset.items()},
+        "by_phase": {name: of(result) for name, result in found.by_phase.items()},
     }
 
 

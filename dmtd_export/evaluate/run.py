@@ -18,6 +18,7 @@ from dmtd_export.evaluate.fluency import FluencyResult, everyday_items, measure_
 from dmtd_export.evaluate.generation import GenerationResult, GenerationRun
 from dmtd_export.evaluate.lm_eval_run import HarnessResult, run_harness
 from dmtd_export.evaluate.multiple_choice import ChoiceResult
+from dmtd_export.evaluate.offsets import OffsetResult, measure_offsets
 from dmtd_export.evaluate.options import MIN_SCORED, EvaluateOptions
 from dmtd_export.evaluate.report import EvaluationReport, TaskResult, scores_of
 from dmtd_export.evaluate.run_lengths import CHAT, TEXT, RunLengths, draw_prefixes, measure_run_lengths
@@ -68,6 +69,7 @@ def evaluate(
         windows = run.windows()
         run.check_base(windows, tasks)
         conventions = run.conventions(windows)
+        offsets = run.offsets(windows)
         text, runs = run.text(windows), run.run_lengths(windows, tasks)
         measured: list[TaskResult] = [run.task(items) for items in tasks]
         fluency = run.fluency()
@@ -87,6 +89,7 @@ def evaluate(
         fluency=fluency,
         retention=retention([scores_of(result) for result in measured], bootstrap) if measured else None,
         conventions=conventions,
+        offsets=offsets,
         bootstrap=bootstrap,
         context_len=options.context_len,
         notes=(
@@ -166,6 +169,20 @@ class _Run:
             windows,
             bootstrap=self.bootstrap,
             on_done=self._counter("conventions", 3 * len(windows)),
+        )
+
+    def offsets(self, windows: Sequence[TextWindow]) -> OffsetResult | None:
+        """The first head at every place of a cycle, if asked for."""
+        if not self.options.offsets:
+            return None
+        if not windows:
+            raise EvaluateError("--offsets measures perplexity: give --text")
+        return measure_offsets(
+            self.subject.scorer,
+            self.base.scorer,
+            windows,
+            bootstrap=self.bootstrap,
+            on_done=self._counter("offsets", len(windows)),
         )
 
     def text(self, windows: Sequence[TextWindow]) -> TextResult | None:

@@ -20,8 +20,8 @@ def render(report: EvaluationReport) -> RenderableType:
     parts: list[RenderableType] = [_head(report)]
     parts += [
         part
-        for part in (_conventions(report), _text(report), _runs(report), _tasks(report), _fluency(report))
-        if part is not None
+        for shown in (_conventions, _text, _offsets, _runs, _tasks, _fluency)
+        if (part := shown(report)) is not None
     ]
     parts += [Text(f"note: {note}", style="yellow") for note in report.notes]
     return Group(*parts)
@@ -86,6 +86,25 @@ def _text(report: EvaluationReport) -> Table | None:
 
 def _phase(name: str) -> str:
     return "0, head" if name == "0" else name
+
+
+def _offsets(report: EvaluationReport) -> Table | None:
+    found = report.offsets
+    if found is None:
+        return None
+    table = _grid("\nthe first head at every place", ("", "tokens", "ratio", "", "agreement", ""))
+    rows = [(f"head {name} tokens later", result) for name, result in found.by_offset.items()]
+    rows += [(f"the same tokens at {_phase(name)}", result) for name, result in found.by_phase.items()]
+    for name, result in rows:
+        table.add_row(
+            name,
+            str(result.tokens),
+            number(result.ratio.value),
+            _range(result.ratio),
+            percent(result.agreement.value),
+            _percents(result.agreement),
+        )
+    return table
 
 
 def _runs(report: EvaluationReport) -> Table | None:

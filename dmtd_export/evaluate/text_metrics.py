@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dmtd_export.evaluate.scorer import Scorer, ScoreRequest, phase_name, phases, score_pair
+from dmtd_export.evaluate.scorer import Scorer, ScoreRequest, TokenScores, phase_name, phases, score_pair
 from dmtd_export.evaluate.statistics import Array, Bootstrap, Estimate
 from dmtd_export.evaluate.texts import TextWindow
 
@@ -64,36 +64,45 @@ def measure_text(
         for at, (mine, plain) in enumerate(zip(ours, theirs, strict=True), start):
             rows, context_len = len(mine.target_logprobs), windows[at].context_len
             phase = phases(model.cycle, prompt_len=context_len, num_rows=context_len + rows)[context_len:]
-            values = (-mine.target_logprobs, -plain.target_logprobs, np.ones(rows), mine.top1 == plain.top1)
-            for kind, value in enumerate(values):
-                np.add.at(sums[at, kind], phase, value[:rows])
+            add_rows(sums[at], phase, mine, plain)
         on_done(len(part))
     return summarise(sums, windows, bootstrap)
 
 
 def summarise(sums: Array, windows: Sequence[TextWindow], bootstrap: Bootstrap) -> TextResult:
     """Sums [windows, 4, phases] as estimates."""
-    documents = {(w.source, w.text_id): i for i, w in enumerate({(w.source, w.text_id): w for w in windows}.values())}
-    by_document = len(documents) >= MIN_DOCUMENTS
-    units = _grouped(sums, [documents[w.source, w.text_id] for w in windows]) if by_document else sums
+    units, by_document = by_unit(sums, windows)
     sources = tuple(dict.fromkeys(w.source for w in windows))
     return TextResult(
-        overall=_result(units.sum(-1), bootstrap),
-        by_phase={phase_name(p): _result(units[..., p], bootstrap) for p in range(sums.shape[-1])},
-        by_source={s: _result(sums[[w.source == s for w in windows]].sum(-1), bootstrap) for s in sources},
+        overall=phase_result(units.sum(-1), bootstrap),
+        by_phase={phase_name(p): phase_result(units[..., p], bootstrap) for p in range(sums.shape[-1])},
+        by_source={s: phase_result(sums[[w.source == s for w in windows]].sum(-1), bootstrap) for s in sources},
         windows=len(windows),
-        documents=len(documents),
+        documents=len({(w.source, w.text_id) for w in windows}),
         unit="document" if by_document else "window",
     )
 
 
-def _grouped(sums: Array, group: Sequence[int]) -> Array:
-    made = np.zeros((max(group) + 1, *sums.shape[1:]))
-    np.add.at(made, np.asarray(group), sums)
-    return made
+def add_rows(sums: Array, phase: Array, mine: TokenScores, plain: TokenScores) -> None:
+    """Add the rows of a sequence that have a target to ``sums`` [4, phases]; ``phase`` of each of them."""
+    rows = len(mine.target_logprobs)
+    values = (-mine.target_logprobs, -plain.target_logprobs, np.ones(rows), mine.top1 == plain.top1)
+    for kind, value in enumerate(values):
+        np.add.at(sums[kind], phase[:rows], value[:rows])
 
 
-def _result(units: Array, bootstrap: Bootstrap) -> PhaseResult:
+def by_unit(sums: Array, windows: Sequence[TextWindow]) -> tuple[Array, bool]:
+    """Sums [windows, ...] as those of the bootstrap's units, and whether these are documents: where there are enough."""
+    documents = list(dict.fromkeys((w.source, w.text_id) for w in windows))
+    if len(documents) < MIN_DOCUMENTS:
+        return sums, False
+    place = {document: index for index, document in enumerate(documents)}
+    made = np.zeros((len(documents), *sums.shape[1:]))
+    np.add.at(made, [place[w.source, w.text_id] for w in windows], sums)
+    return made, True
+
+
+def phase_result(units: Array, bootstrap: Bootstrap) -> PhaseResult:
     """Estimates of units [n, 4]."""
 
     def of(statistic: Callable[[Array], Array]) -> Estimate:

@@ -162,6 +162,21 @@ def test_conventions_are_compared_and_the_best_is_named(
     assert "is a bundle, which has one convention" in err
 
 
+def test_offsets_of_checkpoint_and_bundle_agree(
+    checkpoint: Path, bundle: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--text", data / "prose.txt", "--prefixes", "0", "--offsets"]
+    of_checkpoint, of_bundle = (report_of(capsys, path, *arguments)["offsets"] for path in (checkpoint, bundle))
+    assert of_checkpoint["by_offset"].keys() == of_checkpoint["by_phase"].keys() == of_bundle["by_phase"].keys()
+    for kind in ("by_offset", "by_phase"):
+        for name, found in of_checkpoint[kind].items():
+            assert found["ratio"] == pytest.approx(of_bundle[kind][name]["ratio"], rel=1e-4)
+    assert len({round(found["plain"], 6) for found in of_checkpoint["by_phase"].values()}) == 1
+    code, out, err = run(capsys, checkpoint, *arguments, *QUICK)
+    assert code == 0, err
+    assert "the same tokens at 0, head" in out and max(map(len, out.splitlines())) <= 80
+
+
 def test_table_and_plots(checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--text", data / "prose.txt", "--task", data / "choices.jsonl", "-o", tmp_path / "out"]
     code, out, err = run(capsys, checkpoint, *arguments, "--compare-conventions", *QUICK)

@@ -7,6 +7,8 @@ import math
 import pytest
 from evaluate_support import FakeScorer, cycle
 
+from dmtd_export.evaluate.errors import EvaluateError
+from dmtd_export.evaluate.offsets import measure_offsets
 from dmtd_export.evaluate.run_lengths import PREFIX_LENS, draw_prefixes, measure_run_lengths
 from dmtd_export.evaluate.scorer import ScoreRequest
 from dmtd_export.evaluate.statistics import Bootstrap
@@ -104,3 +106,36 @@ def test_prefixes_vary_in_length_and_serve_again() -> None:
     assert len({len(p) % 4 for p in made}) == 4
     assert made == draw_prefixes(windows(5, 100), 40, seed=0)
     assert made != draw_prefixes(windows(5, 100), 40, seed=1)
+
+
+def test_every_token_stands_once_at_every_place() -> None:
+    """The model loses its phase in bits, and one more where the head stands on an odd position; the base always loses one."""
+
+    def row(request: ScoreRequest, position: int) -> tuple[float, int]:
+        if request.plain:
+            return -math.log(2), 7
+        phase = (position - request.prompt_len) % 2
+        return -math.log(2) * (1 + phase + request.prompt_len % 2), 7 if phase == 0 else 8
+
+    scorer = FakeScorer(row, cycle(2, "prompt", "thinking"))
+    found = measure_offsets(scorer, scorer, windows(12, 26, context=4), bootstrap=BOOTSTRAP)
+    # Rows 5 .. 24 have a target and a cycle at both offsets: 20 of them, 10 at each place.
+    assert {name: result.tokens for name, result in found.by_offset.items()} == {"0": 240, "1": 240}
+    assert {name: result.tokens for name, result in found.by_phase.items()} == {"0": 240, "1": 240}
+    assert [found.by_offset[k].ratio.value for k in "01"] == pytest.approx([2**0.5, 2**1.5])
+    assert [found.by_phase[p].ratio.value for p in "01"] == pytest.approx([2**0.5, 2**1.5])
+    assert [found.by_phase[p].agreement.value for p in "01"] == [1, 0]
+    assert [found.by_phase[p].base_perplexity.value for p in "01"] == pytest.approx([2, 2])
+    assert found.by_offset["0"].agreement.value == 0.5
+
+
+def test_heads_of_an_absolute_cycle_stay() -> None:
+    scorer = FakeScorer(lambda request, position: (-1.0, 0), cycle(3, "absolute", "cyclical"))
+    with pytest.raises(EvaluateError, match=r"--offsets: cycles of origin absolute"):
+        measure_offsets(scorer, scorer, windows(2), bootstrap=BOOTSTRAP)
+
+
+def test_text_shorter_than_a_cycle_has_no_offsets() -> None:
+    scorer = FakeScorer(lambda request, position: (-1.0, 0), cycle(3, "prompt", "thinking"))
+    with pytest.raises(EvaluateError, match="no window of the text has more than a cycle of 3"):
+        measure_offsets(scorer, scorer, windows(2, length=8), bootstrap=BOOTSTRAP)
