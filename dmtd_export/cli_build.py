@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -248,7 +249,7 @@ def _result_table(result: BuildResult) -> Table:
 
 def _verify_command(bundle: Path, record: EngineRecord) -> str:
     fewer = f" --max-batch {record.max_batch}" if record.max_batch < BuildOptions().max_batch else ""
-    return f"dmtd verify {bundle} --backend tensorrt --flavour {record.flavour}{fewer}"
+    return f"dmtd verify {shlex.quote(str(bundle))} --backend tensorrt --flavour {record.flavour}{fewer}"
 
 
 def _gpu(flavour: Flavour, compute_capability: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -166,12 +167,12 @@ def _table(output: Path, manifest: Manifest) -> Table:
         if record.get("level_note"):
             row("", str(record["level_note"]), "dim")
     else:
-        row("verified", f"no; check it with: dmtd verify {output}", "yellow")
+        row("verified", f"no; check it with: dmtd verify {shlex.quote(str(output))}", "yellow")
     chat = "chat_template.jinja" in manifest.files
     has_text = "tokenizer.json" in manifest.files
     row(
         "next",
-        f"dmtd {'chat' if chat else 'generate'} {output}"
+        f"dmtd {'chat' if chat else 'generate'} {shlex.quote(str(output))}"
         + ("" if chat else " -p TEXT" if has_text else " --token-ids 1,2,3")
         + (" --device cuda" if model.dtype == "bfloat16" else ""),
     )

@@ -54,6 +54,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +72,8 @@ PassKind = Literal["prefill", "refill", "step", "choose"]
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx", "host")
 ANY_GPU = "any"
 RECORD_SCHEMA = 1
+
+logger = logging.getLogger("dmtd.engines")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,7 +206,7 @@ class EngineRecord:
 
     def rebuild_command(self, bundle: Path) -> str:
         """The command that builds these engines again."""
-        return f"dmtd build {bundle} {self.build_arguments} --force"
+        return f"dmtd build {shlex.quote(str(bundle))} {self.build_arguments} --force"
 
     def bucket_for(self, length: int) -> int:
         """The smallest length bucket that holds ``length`` cache rows. RequestError where none does."""
@@ -290,7 +294,8 @@ def engine_directory(bundle: Path, key: str) -> Path:
 def read_record(directory: Path) -> EngineRecord:
     """Read ``directory``/engine.json; BundleError in one line for whatever is wrong with it."""
     path = directory / contract.ENGINE_RECORD_FILE
-    again = "build the engines again with: dmtd build BUNDLE --force"
+    bundle = shlex.quote(str(directory.parent.parent))
+    again = f"remove {shlex.quote(str(directory))} and build its engines again with: dmtd build {bundle}"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
@@ -309,8 +314,12 @@ def read_record(directory: Path) -> EngineRecord:
     return record
 
 
-def records(bundle: Path) -> list[tuple[Path, EngineRecord]]:
-    """All engine directories of a bundle that hold a record, newest first. BundleError for a record that cannot be read."""
+def records(bundle: Path, *, damaged: list[BundleError] | None = None) -> list[tuple[Path, EngineRecord]]:
+    """All engine directories of a bundle that hold a record, newest first.
+
+    Raises:
+        BundleError: a record cannot be read, where there is no list ``damaged`` to take the error.
+    """
     root = bundle / contract.ENGINES_DIRECTORY
     if not root.is_dir():
         return []
@@ -318,7 +327,15 @@ def records(bundle: Path) -> list[tuple[Path, EngineRecord]]:
         path.parent for path in root.glob(f"*/{contract.ENGINE_RECORD_FILE}") if not path.parent.name.startswith(".")
     ]
     found.sort(key=lambda path: (-(path / contract.ENGINE_RECORD_FILE).stat().st_mtime_ns, path.name))
-    return [(path, read_record(path)) for path in found]
+    read = []
+    for path in found:
+        try:
+            read.append((path, read_record(path)))
+        except BundleError as error:
+            if damaged is None:
+                raise
+            damaged.append(error)
+    return read
 
 
 def mismatches(record: EngineRecord, manifest: Manifest, wish: EngineWish) -> list[str]:
@@ -361,9 +378,16 @@ def choose_record(bundle: Path, manifest: Manifest, wish: EngineWish) -> tuple[P
 
     Raises:
         BackendError: none does; says what is wrong with the closest, and the command that builds fitting ones.
-        BundleError: a record cannot be read.
+        BundleError: no record can be read. One that cannot be, beside others that can, is passed over with a warning.
     """
-    candidates = [(mismatches(record, manifest, wish), path, record) for path, record in records(bundle)]
+    damaged: list[BundleError] = []
+    candidates = [
+        (mismatches(record, manifest, wish), path, record) for path, record in records(bundle, damaged=damaged)
+    ]
+    if damaged and not candidates:
+        raise damaged[0]
+    for error in damaged:
+        logger.warning("passed over: %s", error)
     fitting = [(path, record) for why, path, record in candidates if not why]
     if fitting:
         return min(fitting, key=lambda item: item[1].compute_capability == ANY_GPU)
@@ -399,7 +423,7 @@ def _filled(wish: EngineWish, record: EngineRecord) -> EngineWish:
 
 def build_command(bundle: Path, wish: EngineWish) -> str:
     """The `dmtd build` command for a wish."""
-    words = [f"dmtd build {bundle}"]
+    words = [f"dmtd build {shlex.quote(str(bundle))}"]
     if wish.flavour is not None:
         words.append(f"--flavour {wish.flavour}")
     if wish.compute_capability is not None and wish.flavour == "tensorrt-rtx":

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import shlex
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -203,7 +204,9 @@ def load_manifest(directory: Path) -> Manifest:
     """Read and check ``directory``/manifest.json. Raises BundleError in one line for whatever is wrong with it."""
     path = directory / contract.MANIFEST_FILE
     if not directory.is_dir():
-        raise BundleError(f"{directory} is not a directory; make a bundle with: dmtd export MODEL -o {directory}")
+        raise BundleError(
+            f"{directory} is not a directory; make a bundle with: dmtd export MODEL -o {shlex.quote(str(directory))}"
+        )
     if not path.is_file():
         raise BundleError(
             f"{directory} has no manifest.json, so it is not a bundle; make one with: dmtd export MODEL -o OUT"

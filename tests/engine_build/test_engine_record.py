@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from dmtd_export.build.run import build_engines
 from dmtd_runtime.engine_record import (
     EngineRecord,
     EngineWish,
+    build_command,
     choose_record,
     content_hash,
     mismatches,
@@ -225,6 +227,33 @@ def test_a_damaged_record_is_one_line(bundle: Path, change: dict, message: str) 
     path.write_text("{")
     with pytest.raises(BundleError, match="cannot be read as JSON"):
         records(bundle)
+
+
+def test_a_damaged_record_does_not_hide_the_engines_beside_it(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Left by another version, or by hand: what stands beside it serves, and the line says what to remove."""
+    [(directory, record)] = records(bundle)
+    other = directory.with_name("any-tensorrt-rtx-9")
+    other.mkdir()
+    (other / "engine.json").write_text('{"schema": 99}')
+    manifest = load_manifest(bundle)
+    assert choose_record(bundle, manifest, EngineWish(flavour="host")) == (directory, record)
+    remedy = f"remove {other} and build its engines again with: dmtd build {bundle}"
+    assert f"passed over: {other}/engine.json has schema 99" in caplog.text and remedy in caplog.text
+    with pytest.raises(BackendError, match="flavour: built for host, here tensorrt"):
+        choose_record(bundle, manifest, EngineWish(flavour="tensorrt"))
+    shutil.rmtree(directory)
+    with pytest.raises(BundleError, match="has schema 99"):
+        choose_record(bundle, manifest, EngineWish(flavour="host"))
+
+
+def test_commands_may_be_pasted_whatever_the_path(built: Path, record: EngineRecord) -> None:
+    place = Path("my models/one's bundle")
+    for command in (record.rebuild_command(place), build_command(place, EngineWish(max_batch=2))):
+        assert shlex.split(command)[:3] == ["dmtd", "build", str(place)]
+    with pytest.raises(BundleError, match="cannot be read") as caught:
+        read_record(place / "engines" / "key")
+    words = shlex.split(str(caught.value).partition("; remove ")[2])
+    assert words[0] == f"{place}/engines/key" and words[-1] == str(place)
 
 
 def test_a_record_cannot_name_files_outside(bundle: Path) -> None:
