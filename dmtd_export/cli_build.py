@@ -132,10 +132,12 @@ def build(
 
 def _statement(seen: Preview) -> str:
     """One line before a build: what it takes."""
-    return (
-        f"building {len(seen.parts)} engines for {seen.target.label}: up to {human_bytes(seen.peak_bytes)} of memory, "
-        f"{human_bytes(seen.disk_bytes)} of disk"
-    )
+    return f"building {len(seen.parts)} engines for {seen.target.label}: {_takes(seen)}"
+
+
+def _takes(seen: Preview) -> str:
+    memory = f"{human_bytes(seen.peak_bytes)} of memory, " if seen.peak_bytes else ""
+    return f"up to {memory}{human_bytes(seen.disk_bytes)} of disk"
 
 
 def _preview_json(seen: Preview) -> dict[str, Any]:
@@ -184,7 +186,7 @@ def _preview_table(seen: Preview) -> Table:
     _row(table, "on the device", f"{human_bytes(seen.tables_bytes)} of tables beside the engines, held once")
     if seen.extra_bytes:
         _row(table, "", f"{human_bytes(seen.extra_bytes)} of weights stand in more than one engine")
-    _row(table, "takes", f"up to {human_bytes(seen.peak_bytes)} of memory, {human_bytes(seen.disk_bytes)} of disk")
+    _row(table, "takes", _takes(seen))
     return table
 
 

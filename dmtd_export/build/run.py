@@ -57,13 +57,16 @@ class Part:
     profiles: tuple[ProfileInfo, ...]
     weight_bytes: int
     layers: int
+    compiled: bool  # False: the host flavour's, the graph as it is
 
     @property
     def expected_peak_bytes(self) -> int:
-        return expected_peak_bytes(self.weight_bytes, self.layers, len(self.profiles))
+        return expected_peak_bytes(self.weight_bytes, self.layers, len(self.profiles)) if self.compiled else 0
 
     @property
     def expected_engine_bytes(self) -> int:
+        if not self.compiled:
+            return int(self.graph.model.ByteSize())
         return self.weight_bytes + self.layers * len(self.profiles) * ENGINE_CODE_BYTES
 
 
@@ -79,16 +82,17 @@ class Preview:
     dtype: str
     tables_bytes: int
     extra_bytes: int  # weights that stand in more than one engine
+    copied_bytes: int  # host: of the weights file that stands beside the graphs
     exists: bool  # fitting engines stand there already
 
     @property
     def peak_bytes(self) -> int:
-        """Largest anonymous memory of the engines, built one after another."""
+        """Largest anonymous memory of the engines, built one after another; the host flavour's graphs take none."""
         return max(part.expected_peak_bytes for part in self.parts)
 
     @property
     def disk_bytes(self) -> int:
-        return sum(part.expected_engine_bytes for part in self.parts)
+        return sum(part.expected_engine_bytes for part in self.parts) + self.copied_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +170,8 @@ def _preview(
     plan = plan_build(manifest, options)
     target = target_of(library, options.compute_capability)
     models = {info: _load(bundle, info, contents) for info in _wanted(manifest, plan)}
-    parts = tuple(_part(info, model, plan) for info, model in models.items())
+    compiled = library.module is not None
+    parts = tuple(_part(info, model, plan, compiled=compiled) for info, model in models.items())
     stored = [weights for part in parts for weights in stored_weights(part.graph.model).items()]
     directory = engine_directory(bundle, engine_key(plan, target, manifest))
     return Preview(
@@ -178,6 +183,7 @@ def _preview(
         dtype=manifest.model.dtype,
         tables_bytes=sum(manifest.weights[name].length for name in {t for p in parts for t in p.graph.tables.values()}),
         extra_bytes=sum(length for _, length in stored) - sum(dict(stored).values()),
+        copied_bytes=0 if compiled else manifest.files[contract.WEIGHTS_FILE].bytes,
         exists=_stands(directory),
     )
 
@@ -199,16 +205,18 @@ def _load(bundle: Path, info: GraphInfo, contents: Mapping[str, bytes]) -> onnx.
     return onnx.load(bundle / info.file, load_external_data=False)
 
 
-def _part(info: GraphInfo, model: onnx.ModelProto, plan: BuildPlan) -> Part:
+def _part(info: GraphInfo, model: onnx.ModelProto, plan: BuildPlan, *, compiled: bool) -> Part:
     if info.name not in contract.DECODER_GRAPHS:
         chosen = choice_graph(info.name, model)
-        return Part(graph=chosen, profiles=(choice_profile(plan, chosen.inputs),), weight_bytes=0, layers=1)
+        profile = choice_profile(plan, chosen.inputs)
+        return Part(graph=chosen, profiles=(profile,), weight_bytes=0, layers=1, compiled=compiled)
     graph = engine_graph(info.name, model, plan.capacity)
     return Part(
         graph=graph,
         profiles=profiles(plan, info.name, graph.inputs),
         weight_bytes=sum(stored_weights(graph.model).values()),
         layers=len(graph.aliases) // 2,
+        compiled=compiled,
     )
 
 

@@ -125,6 +125,15 @@ def test_a_dry_run_writes_nothing_and_names_the_place(bundle: Path) -> None:
     assert preview(bundle, options).exists
 
 
+def test_the_host_flavour_takes_its_graphs_and_a_copy_of_the_weights(bundle: Path) -> None:
+    """No library builds, so what one would take is not asked for; the weights file holds the tables too."""
+    options = BuildOptions(flavour="host", max_model_len=64, fused=True)
+    seen = preview(bundle, options)
+    record = build_engines(bundle, options).record
+    written = sum(engine.bytes for engine in record.engines) + sum(info.bytes for info in record.files.values())
+    assert (seen.peak_bytes, seen.disk_bytes) == (0, written)
+
+
 def test_a_bundle_without_standard_graphs_gets_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bundle = make_bundle(tmp_path / "a", target="onnxruntime", dtype="float32")
     whole = make_bundle(tmp_path / "b", target="all", dtype="float32")
