@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dmtd_export.build.plan import Target
+from dmtd_runtime.device.libraries import pass_interrupt_on
 from dmtd_runtime.engine_record import ANY_GPU, Flavour
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.machine import look_at_gpus
@@ -65,6 +66,7 @@ def _import(flavour: Flavour) -> Library:
     try:
         module = importlib.import_module(package.module)
     except (ImportError, OSError) as error:
+        pass_interrupt_on(error)
         raise BackendError(
             f"{package.module} cannot be imported ({_first_line(error)}); run: pip install {package.install}"
         ) from None

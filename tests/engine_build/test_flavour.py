@@ -11,6 +11,7 @@ import pytest
 from dmtd_export.build import flavour
 from dmtd_export.build.flavour import Library, configure, load_library, target_of
 from dmtd_export.build.plan import Target
+from dmtd_runtime.device.libraries import import_cuda, import_flavour
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.machine import Gpu
 
@@ -33,6 +34,20 @@ def install(patch: pytest.MonkeyPatch, **versions: str | None) -> None:
 
 def gpus(patch: pytest.MonkeyPatch, *found: Gpu) -> None:
     patch.setattr(flavour, "look_at_gpus", lambda: (found, None))
+
+
+def test_ctrl_c_while_a_library_starts_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of C++ tells it as an ImportError, which once sent people to pip."""
+
+    def interrupted(name: str) -> types.ModuleType:
+        raise ImportError("initialization failed") from KeyboardInterrupt()
+
+    monkeypatch.setattr("importlib.import_module", interrupted)
+    for call in (load_library, import_flavour):
+        with pytest.raises(KeyboardInterrupt):
+            call("tensorrt-rtx")
+    with pytest.raises(KeyboardInterrupt):
+        import_cuda()
 
 
 def test_without_a_gpu_rtx_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:

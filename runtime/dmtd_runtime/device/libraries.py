@@ -44,6 +44,7 @@ def import_flavour(flavour: CudaFlavour | None) -> tuple[CudaFlavour, Any]:
         try:
             module = importlib.import_module(MODULES[name])
         except (ImportError, OSError) as error:  # OSError: the wheel is there, a library that it loads is not
+            pass_interrupt_on(error)
             problems.append(f"{name} cannot be imported ({_one_line(error)}); install it with: {INSTALL[name]}")
             continue
         version = str(getattr(module, "__version__", "0"))
@@ -53,6 +54,15 @@ def import_flavour(flavour: CudaFlavour | None) -> tuple[CudaFlavour, Any]:
     raise BackendError("; or ".join(problems))
 
 
+def pass_interrupt_on(error: BaseException) -> None:
+    """Raise KeyboardInterrupt where it caused ``error``: Ctrl-C in a module of C++ that starts is told as an ImportError."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        cause = cause.__cause__ or cause.__context__
+
+
 def import_cuda() -> Any:
     """The module ``cuda.bindings.runtime``. BackendError where cuda-bindings is missing or of another CUDA release."""
     fix = f'pip install "cuda-bindings>={CUDA_MAJOR},<{CUDA_MAJOR + 1}"'
@@ -60,6 +70,7 @@ def import_cuda() -> Any:
         version = str(importlib.import_module("cuda.bindings").__version__)
         runtime = importlib.import_module("cuda.bindings.runtime")
     except (ImportError, OSError) as error:
+        pass_interrupt_on(error)
         raise BackendError(f"cuda-bindings cannot be imported ({_one_line(error)}); run: {fix}") from None
     if version.partition(".")[0] != str(CUDA_MAJOR):
         raise BackendError(f"cuda-bindings is {version}, expected {CUDA_MAJOR}.x; run: {fix}")
