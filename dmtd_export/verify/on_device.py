@@ -69,16 +69,20 @@ def verify_on_device(
     dtype, layers = manifest.model.dtype, manifest.model.num_layers
     margin = FLOAT32 if dtype == "float32" else half_margin(dtype, layers)
     cases = make_cases(manifest, quick)
-    checks, done = [], 0
-    for batch in sorted({1, options.max_batch}):
+    checks: list[Check] = []
+    done = 0
+    # The largest first: what the engines or the device do not take is then said before any work is done.
+    for batch in sorted({1, options.max_batch}, reverse=True):
         backend = open_backend(directory, manifest, replace(options, max_batch=batch), engines=engines)
+        found = []
         try:
             for run in (_steps, _generations):
                 on_stage("device", done, 4)
-                checks.append(run(backend, manifest, reference, cases, margin, options, batch))
+                found.append(run(backend, manifest, reference, cases, margin, options, batch))
                 done += 1
         finally:
             backend.close()
+        checks = [*found, *checks]  # told from batch 1 on, where a divergence is simplest
     margins = {"float32_of_max": FLOAT32.limit}
     if dtype != "float32":
         margins = {"half_ulp": margin.limit, "half_top1_agreement": HALF_TOP1_AGREEMENT}

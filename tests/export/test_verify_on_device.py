@@ -21,6 +21,7 @@ from dmtd_export.verify import verify_on_device
 from dmtd_models.testing import write_tiny_checkpoint
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.engine_record import read_record
+from dmtd_runtime.errors import BackendError
 from dmtd_runtime.manifest import sha256_of
 
 HOST = BackendOptions(backend="tensorrt", flavour="host", max_batch=3, threads=1)
@@ -44,6 +45,16 @@ def test_a_good_bundle_passes_step_by_step_and_in_whole_cycles(bundle: Path) -> 
     assert all(check.cases > 0 for check in report.checks)
     assert "whole cycles" in report.checks[1].detail
     assert " 0 whole cycles" not in report.checks[1].detail
+
+
+def test_what_the_engines_do_not_take_is_said_before_any_work(bundle: Path) -> None:
+    """Batch 1 would run; it is not worked through first."""
+    begun: list[str] = []
+    with pytest.raises(BackendError, match="batch: built for up to 3, asked for 8"):
+        verify_on_device(
+            bundle, replace(HOST, max_batch=8), quick=True, on_stage=lambda stage, done, total: begun.append(stage)
+        )
+    assert not begun
 
 
 def test_a_wrong_engine_is_named(bundle: Path, tmp_path: Path) -> None:
