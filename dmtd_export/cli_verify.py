@@ -56,6 +56,16 @@ def verify(
     directory = pick(bundle, model, "BUNDLE")
     if adapter is not None and checkpoint is None:
         raise typer.BadParameter("--adapter: give the checkpoint it was made of with --checkpoint")
+    on_device = backend == "tensorrt" or device == "cuda"
+    given = {
+        "--flavour": flavour,
+        "--max-batch": max_batch,
+        "--full-pass": full_pass if full_pass != "staged" else None,
+    }
+    if (names := [name for name, value in given.items() if value is not None]) and not on_device:
+        raise typer.BadParameter(
+            f"{', '.join(names)}: for a device, not for the bundle; say which: --backend tensorrt or --device cuda"
+        )
     require("verify", LIBRARIES, '"dmtd[export]"')
     from dmtd_export.verify import LARGEST_BATCH, render, verify_bundle, verify_on_device
     from dmtd_models.checkpoint import open_checkpoint
@@ -63,7 +73,7 @@ def verify(
     with logs_to_stderr(), contextlib.ExitStack() as opened:
         display = opened.enter_context(StageDisplay())
         source = opened.enter_context(open_checkpoint(checkpoint, adapter)) if checkpoint is not None else None
-        if backend == "tensorrt" or device == "cuda":
+        if on_device:
             from dmtd_runtime.backends.base import BackendOptions
 
             if checkpoint is not None or level is not None:

@@ -85,3 +85,11 @@ def test_the_verb_takes_a_backend(bundle: Path) -> None:
     assert len(report["checks"]) == 4
     result = CliRunner().invoke(app, [*arguments, "--level", "graphs"], prog_name="dmtd")
     assert result.exit_code == 2
+
+
+@pytest.mark.parametrize("option", [("--flavour", "host"), ("--max-batch", "2"), ("--full-pass", "fused")])
+def test_what_is_for_a_device_is_not_ignored_without_one(bundle: Path, option: tuple[str, str]) -> None:
+    """It would say of engines that were never run that all is well."""
+    result = CliRunner().invoke(app, ["verify", str(bundle), *option], prog_name="dmtd")
+    assert result.exit_code == 2
+    assert option[0] in result.output and "--backend tensorrt" in result.output

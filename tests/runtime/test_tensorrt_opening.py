@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import make_bundle
+from bundles import make_bundle, make_checkpoint
 from fake_cuda import FakeCuda, FakeRtx
 from typer.testing import CliRunner, Result
 
 from dmtd_export.build.options import BuildOptions
 from dmtd_export.build.run import build_engines
 from dmtd_export.cli import app
+from dmtd_export.export import export_bundle
+from dmtd_export.options import ExportOptions
 from dmtd_runtime import LLM, BackendError, BundleError, RequestError, SamplingParams
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.device.host import HostDevice
@@ -146,6 +148,37 @@ def test_more_than_the_engines_were_built_for_is_refused(bundle: Path) -> None:
         LLM(bundle, backend="tensorrt", flavour="host", max_model_len=1000)
     with pytest.raises(RequestError, match="flavour: got 'cuda', expected one of None, tensorrt, tensorrt-rtx, host"):
         BackendOptions(flavour="cuda")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_num_seqs": 0}, "max_batch: got 0, expected at least 1$"),
+        ({"max_num_seqs": "2"}, "max_batch: got '2', expected a whole number"),
+        ({"max_model_len": 2.5}, "max_model_len: got 2.5, expected a whole number"),
+        ({"threads": 0}, "threads: got 0, expected at least 1"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(bundle: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        LLM(bundle, backend="tensorrt", flavour="host", **options)
+
+
+@pytest.mark.parametrize("verb", [("generate", "-p", "x"), ("bench", "--prompt-len", "4", "--max-tokens", "4")])
+def test_a_flavour_without_the_backend_is_not_ignored(bundle: Path, verb: tuple[str, ...]) -> None:
+    """It would show ONNX Runtime's answer or speed to somebody who asked for engines."""
+    result = dmtd(verb[0], str(bundle), *verb[1:], "--flavour", "host")
+    one_line(result, "flavour: got 'host' with the backend onnxruntime", "--backend tensorrt")
+
+
+def test_a_bfloat16_bundle_is_refused_by_the_host_flavour(tmp_path: Path) -> None:
+    """Building its graphs is not: they may be looked at."""
+    options = ExportOptions(decoding_layers=2, cycle_length=3, dtype="bfloat16", verify=False)
+    export_bundle(make_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", options)
+    build_engines(tmp_path / "bundle", BuildOptions(flavour="host", max_batch=1))
+    one_line(
+        generate(tmp_path / "bundle", *HOST), "bfloat16, which ONNX Runtime cannot run on the CPU", "--dtype float32"
+    )
 
 
 @pytest.fixture

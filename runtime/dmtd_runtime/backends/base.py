@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -53,6 +54,19 @@ class BackendOptions:
         for name, values in allowed.items():
             if (value := getattr(self, name)) not in values:
                 raise RequestError(f"{name}: got {value!r}, expected one of {', '.join(map(str, values))}")
+        for name in ("max_batch", "max_model_len", "threads"):
+            if (count := getattr(self, name)) is not None and (
+                not isinstance(count, Integral) or isinstance(count, bool)
+            ):
+                raise RequestError(f"{name}: got {count!r}, expected a whole number")
+        for name, most in (("max_batch", self.max_batch), ("threads", self.threads)):
+            if most is not None and most < 1:
+                raise RequestError(f"{name}: got {most}, expected at least 1")
+        if self.flavour is not None and self.backend != "tensorrt":
+            raise RequestError(
+                f"flavour: got {self.flavour!r} with the backend {self.backend}, which runs no engines; "
+                "ask for the backend tensorrt too (--backend tensorrt), or leave the flavour out"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,7 +62,6 @@ class OnnxRuntimeBackend(StepwiseBackend):
 
     def __init__(self, directory: Path, manifest: Manifest, options: BackendOptions) -> None:
         _check_dtype(manifest, options)
-        _check_counts(options)
         self._manifest = manifest
         self._options = options
         dialect = options.dialect or manifest.default_dialect
@@ -246,12 +245,6 @@ def _max_model_len(manifest: Manifest, options: BackendOptions) -> int:
     if options.max_model_len is not None and not 1 <= options.max_model_len <= limit:
         raise RequestError(f"max_model_len: got {options.max_model_len}, expected 1 to {limit}, the bundle's limit")
     return options.max_model_len or limit
-
-
-def _check_counts(options: BackendOptions) -> None:
-    for name, count in (("max_batch", options.max_batch), ("threads", options.threads)):
-        if count is not None and count < 1:
-            raise RequestError(f"{name}: got {count}, expected at least 1")
 
 
 def _check_dtype(manifest: Manifest, options: BackendOptions) -> None:

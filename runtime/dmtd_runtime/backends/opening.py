@@ -13,7 +13,7 @@ from dmtd_runtime import contract
 from dmtd_runtime.backends.base import Backend, BackendOptions
 from dmtd_runtime.bundle import checked_once
 from dmtd_runtime.engine_record import EngineRecord, EngineWish, choose_record, require_fit
-from dmtd_runtime.errors import RequestError
+from dmtd_runtime.errors import BackendError, RequestError
 from dmtd_runtime.manifest import Manifest
 
 
@@ -44,6 +44,11 @@ def _open_host(bundle: Path, manifest: Manifest, options: BackendOptions, engine
     from dmtd_runtime.backends.tensorrt import TensorRtBackend
     from dmtd_runtime.device.host import HostDevice
 
+    if manifest.model.dtype == "bfloat16":
+        raise BackendError(
+            "this bundle is bfloat16, which ONNX Runtime cannot run on the CPU, nor the host flavour therefore; "
+            "export it with --dtype float32 or float16, or run engines for a GPU"
+        )
     directory, record = _choose(bundle, manifest, options, EngineWish(flavour="host"), engines)
     device = HostDevice(threads=options.threads or 1)
     return TensorRtBackend(bundle, manifest, options, device=device, directory=directory, record=record)
