@@ -6,9 +6,12 @@ renamed, the manifest last, so that a bundle is the old one or the new one at an
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from dmtd_export.errors import ExportError
 from dmtd_export.graphs import GraphSpec, build_graph
 from dmtd_models.config import DmtdSpec, read_config
 from dmtd_runtime import contract
-from dmtd_runtime.manifest import FileInfo, GraphInfo, Manifest
+from dmtd_runtime.manifest import FileInfo, GraphInfo, Manifest, load_manifest
 
 CONFIG_FILE = "config.json"
 
@@ -51,16 +54,31 @@ def with_standard_graphs(bundle: Path, manifest: Manifest) -> tuple[Manifest, di
 
 
 def write_standard_graphs(bundle: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> None:
-    """Put the files of :func:`with_standard_graphs` into the bundle, the manifest last."""
-    for file, content in {**contents, contract.MANIFEST_FILE: manifest.to_json().encode()}.items():
-        partial = bundle / f".{file}.partial"
-        try:
-            partial.write_bytes(content)
-            if file != contract.MANIFEST_FILE:
-                onnx.checker.check_model(partial, full_check=True)
-            partial.replace(bundle / file)
-        finally:
-            partial.unlink(missing_ok=True)
+    """Put the files of :func:`with_standard_graphs` into the bundle, the manifest last; nothing if another build just did."""
+    with _locked(bundle):
+        if not missing_graphs(load_manifest(bundle)):
+            return
+        for file, content in {**contents, contract.MANIFEST_FILE: manifest.to_json().encode()}.items():
+            partial = bundle / f".{file}.partial"
+            try:
+                partial.write_bytes(content)
+                if file != contract.MANIFEST_FILE:
+                    onnx.checker.check_model(partial, full_check=True)
+                partial.replace(bundle / file)
+            finally:
+                partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One build at a time, as far as the file system has locks."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _graph_spec(bundle: Path, manifest: Manifest) -> GraphSpec:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnx
@@ -19,6 +20,7 @@ from export_support import snapshot
 from dmtd_export.build import engine_builder, memory, run
 from dmtd_export.build.options import BuildOptions
 from dmtd_export.build.run import BuildProgress, build_engines, preview
+from dmtd_export.build.standard_graphs import with_standard_graphs, write_standard_graphs
 from dmtd_export.errors import ExportError
 from dmtd_runtime.engine_record import read_record
 from dmtd_runtime.errors import BackendError, BundleError
@@ -151,6 +153,18 @@ def test_a_bundle_without_standard_graphs_gets_them(tmp_path: Path, caplog: pyte
     assert not list(bundle.glob(".*"))
     (bundle / "model.onnx.data").write_bytes((bundle / "model.onnx.data").read_bytes())
     assert not build_engines(bundle, options).built
+
+
+def test_builds_at_the_same_time_may_all_add_the_graphs(tmp_path: Path) -> None:
+    """They once took each other's half-written files for their own."""
+    bundle = make_bundle(tmp_path, target="onnxruntime", dtype="float32")
+    manifest, contents = with_standard_graphs(bundle, load_manifest(bundle))
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(write_standard_graphs, bundle, manifest, contents) for _ in range(4)]:
+            done.result()
+    assert load_manifest(bundle) == manifest
+    manifest.check_files(bundle, hashes=True)
+    assert not list(bundle.glob(".*"))
 
 
 def test_without_a_config_missing_graphs_are_refused(tmp_path: Path) -> None:
