@@ -307,11 +307,28 @@ def read_record(directory: Path) -> EngineRecord:
         record: EngineRecord = decode(EngineRecord, raw, "engine")
         for name in (*(engine.file for engine in record.engines), *record.files):
             safe_relative(name)
+        for engine in record.engines:
+            _check_names(engine)
     except (TypeError, ValueError) as error:
         raise BundleError(f"{path}: {error}; {again}") from None
     if not record.engines or not record.length_buckets or record.length_buckets[-1] != record.capacity:
         raise BundleError(f"{path}: no engines, or length buckets that do not end at the capacity; {again}")
     return record
+
+
+def _check_names(engine: EngineFile) -> None:
+    """Raise ValueError where tables, aliases or profiles name what is no input or output of the engine."""
+    inputs, outputs = ({info.name for info in infos} for infos in (engine.inputs, engine.outputs))
+    ranged = {name for profile in engine.profiles for name in profile.inputs}
+    for what, named, known in (
+        ("input", {*engine.tables, *engine.aliases.values(), *ranged}, inputs),
+        ("output", set(engine.aliases), outputs),
+    ):
+        if unknown := sorted(named - known):
+            raise ValueError(f"{engine.graph} has no {what} {unknown[0]}")
+    first = engine.inputs[0].name if engine.inputs else ""
+    if not engine.profiles or any(first not in profile.inputs for profile in engine.profiles):
+        raise ValueError(f"{engine.graph} has no profile, or one without the input {first}")
 
 
 def records(bundle: Path, *, damaged: list[BundleError] | None = None) -> list[tuple[Path, EngineRecord]]:

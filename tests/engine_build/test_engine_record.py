@@ -229,6 +229,25 @@ def test_a_damaged_record_is_one_line(bundle: Path, change: dict, message: str) 
         records(bundle)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": []}, r"late_decode has no input \w+"),
+        ({"outputs": []}, r"late_decode has no output present"),
+        ({"tables": {"nothing": "x"}}, "late_decode has no input nothing"),
+        ({"profiles": []}, "late_decode has no profile"),
+    ],
+)
+def test_a_record_that_names_what_is_not_there_is_one_line(bundle: Path, change: dict, message: str) -> None:
+    [(directory, _)] = records(bundle)
+    path = directory / "engine.json"
+    raw = json.loads(path.read_text())
+    raw["engines"][1] |= change
+    path.write_text(json.dumps(raw))
+    with pytest.raises(BundleError, match=message):
+        read_record(directory)
+
+
 def test_a_damaged_record_does_not_hide_the_engines_beside_it(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Left by another version, or by hand: what stands beside it serves, and the line says what to remove."""
     [(directory, record)] = records(bundle)
