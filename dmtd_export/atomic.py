@@ -83,6 +83,13 @@ def _locked_directory(target: Path) -> tuple[Path, int]:
         os.close(descriptor)
 
 
+def remove_all_leftovers(parent: Path) -> None:
+    """Remove what dead processes left in ``parent``, whatever their targets were."""
+    for work in list(parent.glob(".*.partial-*")):
+        name = work.name[1:].rpartition(".partial-")[0]
+        _remove_leftovers(parent / name)
+
+
 def _remove_leftovers(target: Path) -> None:
     """Remove work directories that no process holds; the old target goes back first if it was on its way out."""
     for work in target.parent.glob(_glob_escape(_prefix(target)) + "*"):

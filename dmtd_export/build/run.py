@@ -18,7 +18,7 @@ from typing import Any
 
 import onnx
 
-from dmtd_export.atomic import atomic_directory
+from dmtd_export.atomic import atomic_directory, remove_all_leftovers
 from dmtd_export.build.disk import check_disk, copy_companions, one_line_disk_errors
 from dmtd_export.build.engine_builder import BuiltEngine, build_engine
 from dmtd_export.build.engine_graph import EngineGraph, choice_graph, engine_graph, stored_weights
@@ -151,6 +151,7 @@ def build_engines(
         check_memory(seen.peak_bytes, f"engines for {seen.target.label}")
     progress.ready(seen)
     with one_line_disk_errors(seen.directory):
+        remove_all_leftovers(seen.directory.parent)  # gigabytes, of builds with other sizes too
         check_disk(seen.directory, seen.disk_bytes)
         if contents:
             logger.warning("the bundle has no standard graphs; making %s from its weights", ", ".join(contents))

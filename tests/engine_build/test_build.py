@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -216,6 +217,22 @@ def test_a_disk_that_fills_under_the_library_is_one_line(bundle: Path, monkeypat
     ):
         build_engines(bundle, SMALL)
     assert not list((bundle / "engines").iterdir())
+
+
+def test_what_a_killed_build_left_goes_with_the_next_of_any_sizes(bundle: Path) -> None:
+    """What a build that is still at work holds stays."""
+    engines = bundle / "engines"
+    dead, at_work = engines / ".any-host-1-abc.partial-xyz", engines / ".any-host-1-def.partial-xyz"
+    for place in (dead, at_work):
+        (place / "new").mkdir(parents=True)
+        (place / "new" / "thinking.engine").write_bytes(b"x")
+    held = os.open(at_work, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        built = build_engines(bundle, BuildOptions(flavour="host", max_model_len=64)).directory
+    finally:
+        os.close(held)
+    assert sorted(engines.iterdir()) == [at_work, built]
 
 
 def test_an_altered_bundle_is_refused(bundle: Path) -> None:
