@@ -40,9 +40,9 @@ COMPONENTS = (
     ("torch", "oracle of verify", "2.6", "dmtd[oracle]"),
     ("transformers", "tests", "5.17", "dmtd[dev]"),
     ("polygraphy", "inspecting graphs", "0.53.6", "dmtd[dev]"),
-    ("tensorrt", "TensorRT engines", None, "tensorrt-cu13"),
-    ("tensorrt-rtx", "TensorRT-RTX engines", None, "tensorrt-rtx-cu13"),
-    ("cuda-bindings", "CUDA without torch", None, "cuda-bindings"),
+    ("tensorrt", "TensorRT engines", None, "dmtd[tensorrt]"),
+    ("tensorrt-rtx", "TensorRT-RTX engines", None, "dmtd[tensorrt-rtx]"),
+    ("cuda-bindings", "CUDA without torch", None, f"cuda-bindings>={CUDA_MAJOR},<{CUDA_MAJOR + 1}"),
 )
 # TensorRT's distributions carry the CUDA release in their name.
 ALIASES = {
@@ -188,7 +188,7 @@ def _gib(num_bytes: int | None) -> str:
 
 
 def _pip_line(argument: str) -> str:
-    return f'pip install "{argument}"' if "[" in argument else f"pip install {argument}"
+    return f'pip install "{argument}"' if set("[<>") & set(argument) else f"pip install {argument}"
 
 
 def _installed_version(name: str) -> str | None:
