@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import logging
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,7 @@ def check_target(output: Path) -> None:
             "build new ones afterwards with: dmtd build %s",
             output / contract.ENGINES_DIRECTORY,
             ", ".join(engines),
-            output,
+            shlex.quote(str(output)),
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -391,6 +392,18 @@ def test_engines_go_with_the_bundle_that_they_were_built_from(
         f"{target}/engines: the engines of the bundle that is replaced go with it, they fit no other (any-host-1-0123); "
         f"build new ones afterwards with: dmtd build {target}"
     )
+
+
+def test_the_build_command_may_be_pasted_whatever_the_path(
+    sources: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = tmp_path / "my bundle"
+    export(sources[1], place)
+    (place / "engines/any-host-1-0123").mkdir(parents=True)
+    (place / "engines/any-host-1-0123/engine.json").write_text("{}")
+    export(sources[1], place)
+    [line] = [record.getMessage() for record in caplog.records if "go with it" in record.getMessage()]
+    assert shlex.split(line.rpartition("with: ")[2]) == ["dmtd", "build", str(place)]
 
 
 def test_a_parent_that_is_a_file(tmp_path: Path, sources: list[Path]) -> None:
