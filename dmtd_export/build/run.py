@@ -137,9 +137,10 @@ def build_engines(
     their record, before they take their place; what it returns stands in the record, and what it raises keeps them out.
 
     Raises:
-        BundleError, BackendError, ExportError: in one line what is wrong; nothing was written.
-        VerificationError: from ``verify``; nothing was written.
-        KeyboardInterrupt: nothing was written.
+        BundleError, BackendError, ExportError: in one line what is wrong.
+        VerificationError: from ``verify``.
+        KeyboardInterrupt: Ctrl-C.
+        Whatever is raised, engines that stood there stand, and nothing of the new ones; standard graphs that were added stay.
     """
     progress = progress or BuildProgress()
     library = load_library(options.flavour)

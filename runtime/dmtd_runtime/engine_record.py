@@ -391,7 +391,8 @@ def _unsupported(record: EngineRecord, wish: EngineWish) -> bool:
 
 
 def choose_record(bundle: Path, manifest: Manifest, wish: EngineWish) -> tuple[Path, EngineRecord]:
-    """The newest engines of the bundle that serve the wish, one built for this very GPU before one for any.
+    """The newest engines of the bundle that serve the wish, one built for this very GPU before one for any; where no length is
+    asked for, those of the greatest, so that a later, shorter build does not refuse what ran before.
 
     Raises:
         BackendError: none does; says what is wrong with the closest, and the command that builds fitting ones.
@@ -407,7 +408,8 @@ def choose_record(bundle: Path, manifest: Manifest, wish: EngineWish) -> tuple[P
         logger.warning("passed over: %s", error)
     fitting = [(path, record) for why, path, record in candidates if not why]
     if fitting:
-        return min(fitting, key=lambda item: item[1].compute_capability == ANY_GPU)
+        length = 0 if wish.max_model_len is not None else 1
+        return min(fitting, key=lambda item: (item[1].compute_capability == ANY_GPU, -length * item[1].max_model_len))
     if not candidates:
         raise BackendError(f"{bundle} has no engines; build them with: {build_command(bundle, wish)}")
     why, path, record = min(candidates, key=lambda item: len(item[0]))

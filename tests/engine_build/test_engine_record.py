@@ -283,3 +283,15 @@ def test_a_record_cannot_name_files_outside(bundle: Path) -> None:
     path.write_text(json.dumps(raw))
     with pytest.raises(BundleError, match="expected a path inside the bundle"):
         read_record(directory)
+
+
+def test_a_later_shorter_build_does_not_take_over_unasked(bundle: Path) -> None:
+    [(directory, record)] = records(bundle)
+    shorter = directory.with_name(directory.name + "-short")
+    shutil.copytree(directory, shorter)
+    raw = json.loads((shorter / "engine.json").read_text())
+    (shorter / "engine.json").write_text(json.dumps(raw | {"max_model_len": record.max_model_len // 2}))
+    manifest = load_manifest(bundle)
+    assert [path for path, _ in records(bundle)] == [shorter, directory], "newest first"
+    assert choose_record(bundle, manifest, EngineWish(flavour="host"))[0] == directory
+    assert choose_record(bundle, manifest, EngineWish(flavour="host", max_model_len=16))[0] == shorter

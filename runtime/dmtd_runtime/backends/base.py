@@ -54,6 +54,9 @@ class BackendOptions:
         for name, values in allowed.items():
             if (value := getattr(self, name)) not in values:
                 raise RequestError(f"{name}: got {value!r}, expected one of {', '.join(map(str, values))}")
+        for name in ("cuda_graphs", "prepack"):
+            if not isinstance(flag := getattr(self, name), bool):
+                raise RequestError(f"{name}: got {flag!r}, expected True or False")
         for name in ("max_batch", "max_model_len", "threads"):
             if (count := getattr(self, name)) is not None and (
                 not isinstance(count, Integral) or isinstance(count, bool)
