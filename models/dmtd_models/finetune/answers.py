@@ -41,7 +41,7 @@ _SPACES = "\u0120\u2581"  # how byte-level and sentence-piece vocabularies write
 class Prompt:
     """What a document starts from."""
 
-    kind: str  # self, template, gym: carried into the document
+    kind: str  # self, template, fact, gym: carried into the document
     question: str | None  # None: the model writes the question, too
 
 

@@ -234,11 +234,47 @@ WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "a child; a ten-year-old; a beginner; a friend; my grandmother; a student; someone in a hurry"
         ),
         "few": _list("two; three; four; five; six; seven"),
+        "painting": _list(
+            "The Starry Night; The Scream; Guernica; Girl with a Pearl Earring; The Birth of Venus; The Night Watch; "
+            "Sunflowers; The Last Supper; The Kiss; Water Lilies; The Persistence of Memory; American Gothic"
+        ),
+        "superlative": _list(
+            "longest river in the world; largest desert in the world; largest country by area; smallest country; "
+            "fastest land animal; largest animal in the world; largest continent; smallest continent; deepest lake; "
+            "coldest continent; hottest planet; smallest planet; largest island; hardest natural material; "
+            "tallest building in the world; most spoken language; lightest gas; largest bird; slowest animal; "
+            "longest wall in the world; largest moon of Saturn; highest waterfall; largest organ of the body"
+        ),
+        "element": _list(
+            "gold; silver; iron; oxygen; hydrogen; carbon; sodium; helium; copper; lead; nitrogen; calcium; zinc; tin; "
+            "potassium; mercury; aluminum; sulfur; chlorine; neon; table salt; carbon dioxide"
+        ),
+        "product": _list(
+            "bread; glass; cheese; paper; wine; chocolate; butter; leather; steel; silk; soap; concrete; yogurt; pasta; "
+            "a pencil; a candle; a brick; bronze; tofu; sugar; rubber; cotton cloth; a tire; snow; popcorn; beer"
+        ),
+        "animal_product": _list("milk; eggs; silk; leather; feathers; pearls; bacon; beef; cashmere; beeswax"),
+        "body_part": _list(
+            "the lungs; the stomach; the kidneys; the brain; the liver; the eyes; the ears; the skin; the bones; the nose; "
+            "the tongue; the muscles; the teeth; the blood; the nerves; the spine"
+        ),
+        "called": _list(
+            "a person who flies an airplane; a person who bakes bread; a person who writes books; a doctor for animals; "
+            "a place where books are lent; a place where airplanes land; a shape with three sides; a group of wolves; "
+            "a shape with four equal sides; a group of fish; water that falls from clouds; a story about one's own life; "
+            "the father of your father; the sister of your mother; a word with the same meaning; a house made of snow; "
+            "a scientist who studies stars; someone who cuts hair; a vehicle with two wheels; melted rock; solid carbon"
+        ),
+        "event": _list(
+            "did the Second World War end; did the First World War begin; did people first land on the Moon; "
+            "did the Berlin Wall fall; was the Declaration of Independence signed; did the Titanic sink; is Christmas; "
+            "is Halloween; is New Year's Day; does summer begin; does a leap year happen; is Valentine's Day"
+        ),
     }
 )
 
-PATTERNS: tuple[str, ...] = (
-    # facts
+# Questions with a short answer: what is known about a thing, and small sums.
+FACT_PATTERNS: tuple[str, ...] = (
     *("What is the capital of {country}?", "Which city is the capital of {country}?", "Where is {country}?"),
     *("What language do people speak in {country}?", "Which continent is {country} in?", "Which country is {city} in?"),
     *("What is the currency of {country}?", "What is {country} famous for?", "What is {city} known for?"),
@@ -278,6 +314,13 @@ PATTERNS: tuple[str, ...] = (
     ),
     "I have {number} apples and give away {small}. How many are left?",
     "A ticket costs {small} dollars. How much do {number} tickets cost?",
+    *("Who painted {painting}?", "What is the {superlative}?", "What is the chemical symbol for {element}?"),
+    *("What is {product} made of?", "Which animal gives us {animal_product}?", "What do {body_part} do?"),
+    *("What do you call {called}?", "When {event}?", "What is {element} used for?"),
+)
+
+PATTERNS: tuple[str, ...] = (
+    *FACT_PATTERNS,
     # explanations
     *("What is {concept}?", "What is {concept}?", "Explain {concept}.", "Explain {concept} to {audience}."),
     *("Explain {concept} in simple words.", "Explain {concept} in one sentence.", "Why is {concept} important?"),

@@ -29,14 +29,25 @@ def test_questions_are_varied_and_clean():
 
 
 def test_mix():
-    prompts = mixed_prompts(seed=1, mix=Mix(self_asked=3, template=1, gym=0))
+    prompts = mixed_prompts(seed=1, mix=Mix(self_asked=3, template=1, fact=0, gym=0))
     made = [prompts(index) for index in range(2000)]
     kinds = Counter(prompt.kind for prompt in made)
     assert kinds.keys() == {"self", "template"}
     assert 1400 < kinds["self"] < 1600  # 1500 expected, 19 the standard deviation
     assert all((prompt.question is None) == (prompt.kind == "self") for prompt in made)
     assert made[17] == prompts(17)
-    assert made != [mixed_prompts(seed=2, mix=Mix(self_asked=3, template=1, gym=0))(index) for index in range(2000)]
+    assert made != [
+        mixed_prompts(seed=2, mix=Mix(self_asked=3, template=1, fact=0, gym=0))(index) for index in range(2000)
+    ]
+
+
+def test_facts_are_a_kind_of_their_own():
+    prompts = mixed_prompts(seed=4, mix=Mix(self_asked=0, template=0, fact=1, gym=0))
+    made = [prompts(index) for index in range(1000)]
+    assert {prompt.kind for prompt in made} == {"fact"}
+    questions = {prompt.question for prompt in made}
+    assert len(questions) > 700 and all(len(question) < 120 for question in questions)
+    assert not any(question.startswith(("Write", "Tell me a story", "Summarize")) for question in questions)
 
 
 def test_exercises():
@@ -53,4 +64,4 @@ def test_exercises_without_their_package_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(AnswersError, match="pip install reasoning-gym"):
         mixed_prompts(seed=1, mix=Mix())
-    assert mixed_prompts(seed=1, mix=Mix(gym=0))(0).kind in ("self", "template")
+    assert mixed_prompts(seed=1, mix=Mix(gym=0))(0).kind in ("self", "template", "fact")
