@@ -156,6 +156,7 @@ def test_more_than_the_engines_were_built_for_is_refused(bundle: Path) -> None:
         ({"max_num_seqs": 0}, "max_batch: got 0, expected at least 1$"),
         ({"max_num_seqs": "2"}, "max_batch: got '2', expected a whole number"),
         ({"max_model_len": 2.5}, "max_model_len: got 2.5, expected a whole number"),
+        ({"dialect": "standard"}, "dialect: got 'standard' with the backend tensorrt"),
         ({"cuda_graphs": "no"}, "cuda_graphs: got 'no', expected True or False"),
         ({"threads": 0}, "threads: got 0, expected at least 1"),
     ],

@@ -65,6 +65,10 @@ class BackendOptions:
         for name, most in (("max_batch", self.max_batch), ("threads", self.threads)):
             if most is not None and most < 1:
                 raise RequestError(f"{name}: got {most}, expected at least 1")
+        if self.dialect is not None and self.backend == "tensorrt":
+            raise RequestError(
+                f"dialect: got {self.dialect!r} with the backend tensorrt, which runs engines; leave the dialect out"
+            )
         if self.flavour is not None and self.backend != "tensorrt":
             raise RequestError(
                 f"flavour: got {self.flavour!r} with the backend {self.backend}, which runs no engines; "
