@@ -24,7 +24,7 @@ from dmtd_export.build.engine_builder import BuiltEngine, build_engine
 from dmtd_export.build.engine_graph import EngineGraph, choice_graph, engine_graph, stored_weights
 from dmtd_export.build.flavour import Library, load_library, target_of
 from dmtd_export.build.host import write_host_engine
-from dmtd_export.build.memory import check_memory, expected_peak_bytes, give_back
+from dmtd_export.build.memory import check_memory, expected_peak_bytes, give_back, tight_heap
 from dmtd_export.build.options import BuildOptions
 from dmtd_export.build.plan import BuildPlan, Target, choice_profile, engine_key, plan_build, profiles
 from dmtd_export.build.standard_graphs import with_standard_graphs, write_standard_graphs
@@ -246,17 +246,18 @@ def _build_all(
             engines.append(write_host_engine(work, part.graph, part.profiles))
             continue
         file = f"{part.graph.name}.engine"
-        built = build_engine(
-            library,
-            seen.target,
-            part.graph,
-            part.profiles,
-            bundle=seen.bundle,
-            dtype=seen.dtype,
-            output=work / file,
-            timing_cache=cache,
-            on_steps=progress.steps,
-        )
+        with tight_heap():
+            built = build_engine(
+                library,
+                seen.target,
+                part.graph,
+                part.profiles,
+                bundle=seen.bundle,
+                dtype=seen.dtype,
+                output=work / file,
+                timing_cache=cache,
+                on_steps=progress.steps,
+            )
         peak = max(peak, built.peak_bytes)
         engines.append(_engine_file(part, file, built))
         give_back()

@@ -32,4 +32,4 @@ def test_all_graphs_build(tmp_path: Path, dtype: str) -> None:
     stored = sum(info.length for info in load_manifest(tmp_path).weights.values())
     assert stored == 2 * (TABLE + 30 * LAYER + NORM + rotary)
     assert sizes["thinking"] + sizes["late_decode"] + 2 * TABLE <= 1.02 * stored
-    assert record.build.peak_bytes < 1_200_000_000
+    assert record.build.peak_bytes <= 2.3 * sum(engine.bytes for engine in record.engines)
