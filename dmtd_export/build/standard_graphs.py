@@ -19,7 +19,8 @@ import onnx
 
 from dmtd_export.errors import ExportError
 from dmtd_export.graphs import GraphSpec, build_graph
-from dmtd_models.config import DmtdSpec, read_config
+from dmtd_export.split import spec_of
+from dmtd_models.config import read_config
 from dmtd_runtime import contract
 from dmtd_runtime.manifest import FileInfo, GraphInfo, Manifest, load_manifest
 
@@ -86,21 +87,11 @@ def _graph_spec(bundle: Path, manifest: Manifest) -> GraphSpec:
     if CONFIG_FILE not in manifest.files:
         raise ExportError(f"{bundle} has no standard graphs, and no {CONFIG_FILE} to make them from; {again}")
     config, _ = read_config(json.loads((bundle / CONFIG_FILE).read_text(encoding="utf-8")))
-    model, cycle = manifest.model, manifest.cycle
+    model = manifest.model
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
     for name in sizes:
         if getattr(config, name) != getattr(model, name):
             raise ExportError(
                 f"{bundle / CONFIG_FILE}: {name} is {getattr(config, name)}, the manifest says {getattr(model, name)}; {again}"
             )
-    spec = DmtdSpec(
-        encoding_layers=cycle.encoding_layers,
-        thinking_layers=cycle.thinking_layers,
-        decoding_layers=cycle.decoding_layers,
-        cycle_length=cycle.cycle_length,
-        cycle_origin=cycle.cycle_origin,
-        prompt_input=cycle.prompt_input,
-        trained=cycle.dmtd_trained,
-        convention_recorded=True,
-    )
-    return GraphSpec(config=config, dmtd=spec, dtype=model.dtype, weights=manifest.weights)
+    return GraphSpec(config=config, dmtd=spec_of(manifest.cycle), dtype=model.dtype, weights=manifest.weights)
