@@ -72,8 +72,10 @@ def finetune(
         Literal["late", "full", "lora"], _option(_LEARN, "late: the decoding layers; full: all; lora: factors.")
     ] = "late",
     train_embedding: Annotated[bool, _option(_LEARN, "Train embedding and head too.", "--train-embedding")] = False,
+    last_layers: Annotated[
+        int | None, _option(_LEARN, "Of full and lora: train so many last layers, not all.", min=1)
+    ] = None,
     lora_rank: Annotated[int, _option(_LEARN, "Rank of the factors.", min=1, max=1024)] = 32,
-    lora_layers: Annotated[Literal["late", "all"], _option(_LEARN, "Which layers get factors.")] = "all",
     distill: Annotated[
         float, _option(_LEARN, "1: learn the base's distribution; 0: next tokens; between: both.", min=0, max=1)
     ] = 1.0,
@@ -110,7 +112,7 @@ def finetune(
     ] = False,
     cache: Annotated[
         bool | None,
-        _option(_STORED, "Store it; by default on a CPU that trains late layers.", "--cache/--no-cache"),
+        _option(_STORED, "Store it; by default on a CPU where layers are frozen.", "--cache/--no-cache"),
     ] = None,
     cache_dir: Annotated[Path | None, _option(_STORED, "Where; by default in the output.")] = None,
     eval_every: Annotated[int, _option(_RUN, "Tokens between evaluations; 0: none.", min=0)] = 500_000,
@@ -146,8 +148,8 @@ def finetune(
     options = TrainOptions(
         trained=train,
         train_embedding=train_embedding,
+        last_layers=last_layers,
         lora_rank=lora_rank,
-        lora_layers=lora_layers,
         epochs=epochs,
         max_tokens=max_tokens,
         tokens_per_step=tokens_per_step,

@@ -1,9 +1,9 @@
-"""What frozen layers compute, stored once and read in every epoch: thoughts, and the plain model's likeliest tokens.
+"""What frozen layers compute, stored once and read in every epoch: the trunk, and the plain model's likeliest tokens.
 
-Where only late layers train, E and T and the whole plain model give the same numbers for a text each time. They are computed in
-one pass over the data and kept in plain memory-mapped files, addressed by a token's place among all tokens of the data set:
+Frozen layers and the whole plain model give the same numbers for a text each time. They are computed in one pass over the data
+and kept in plain memory-mapped files, addressed by a token's place among all tokens of the data set:
 
-    thought.bin        bfloat16 [tokens, hidden]       (if the trunk is frozen)
+    trunk.bin          bfloat16 [tokens, hidden]       after the last frozen layer, if there is one
     target_ids.bin     int32 [tokens, k]
     target_logs.bin    float16 [tokens, k]             logarithms of probabilities at temperature 1
     features.json      what the numbers belong to, and how many tokens are done
@@ -32,10 +32,10 @@ from dmtd_models.dmtd import DmtdModel
 from dmtd_models.errors import ModelError
 from dmtd_models.finetune.batches import Batch, Document, Documents
 from dmtd_models.finetune.packed import make_layout
-from dmtd_models.finetune.student import head_weight, likeliest_tokens, plain_rows, trunk
+from dmtd_models.finetune.student import head_weight, likeliest_tokens, plain_rows, plain_trunk
 from dmtd_models.saving import make_directory, write_json
 
-_RECORD, _THOUGHT, _IDS, _LOGS = "features.json", "thought.bin", "target_ids.bin", "target_logs.bin"
+_RECORD, _TRUNK, _IDS, _LOGS = "features.json", "trunk.bin", "target_ids.bin", "target_logs.bin"
 _SAVE_EVERY_TOKENS = 200_000
 
 
@@ -45,49 +45,47 @@ class FeatureKey:
 
     weights: str  # digest of the plain model's weights and configuration
     documents: str  # digest of all token ids
-    trunk_layers: int
+    frozen_layers: int
     top_k: int
 
 
 class FeatureStore:
     """Stored features of one data set, read by place."""
 
-    def __init__(
-        self, directory: Path, tokens: int, hidden: int, top_k: int, with_thought: bool, mode: str = "r"
-    ) -> None:
-        self._thought = _open(directory / _THOUGHT, np.int16, (tokens, hidden), mode) if with_thought else None
-        self._ids = _open(directory / _IDS, np.int32, (tokens, top_k), mode)
-        self._logs = _open(directory / _LOGS, np.float16, (tokens, top_k), mode)
+    def __init__(self, directory: Path, tokens: int, hidden: int, key: FeatureKey, mode: str = "r") -> None:
+        self._trunk = _open(directory / _TRUNK, np.int16, (tokens, hidden), mode) if key.frozen_layers else None
+        self._ids = _open(directory / _IDS, np.int32, (tokens, key.top_k), mode)
+        self._logs = _open(directory / _LOGS, np.float16, (tokens, key.top_k), mode)
 
     def add_to(self, batch: Batch) -> None:
-        """Put the features of a batch's rows into it: ``thought`` [n, hidden], ``target_ids``, ``target_log_probs`` [r, k]."""
+        """Put the features of a batch's rows into it: ``trunk`` [n, hidden], ``target_ids``, ``target_log_probs`` [r, k]."""
         rows = batch["rows"].numpy()
         learnt = rows[batch["loss_rows"].numpy()]
-        if self._thought is not None:
-            batch["thought"] = torch.from_numpy(self._thought[rows]).view(torch.bfloat16)
+        if self._trunk is not None:
+            batch["trunk"] = torch.from_numpy(self._trunk[rows]).view(torch.bfloat16)
         batch["target_ids"] = torch.from_numpy(self._ids[learnt].astype(np.int64))
         batch["target_log_probs"] = torch.from_numpy(self._logs[learnt].astype(np.float32))
 
-    def write(self, first: int, thought: Tensor | None, ids: Tensor, logs: Tensor) -> None:
+    def write(self, first: int, trunk: Tensor | None, ids: Tensor, logs: Tensor) -> None:
         """Store the rows from place ``first`` on."""
         rows = slice(first, first + len(ids))
-        if self._thought is not None and thought is not None:
-            self._thought[rows] = thought.to(torch.bfloat16).cpu().view(torch.int16).numpy()
+        if self._trunk is not None and trunk is not None:
+            self._trunk[rows] = trunk.to(torch.bfloat16).cpu().view(torch.int16).numpy()
         self._ids[rows] = ids.cpu().numpy()
         self._logs[rows] = logs.cpu().clamp(min=-6e4).numpy()
 
     def save(self, directory: Path, key: FeatureKey, done: int) -> None:
         """Let the files hold what was written, then note that the first ``done`` tokens are there."""
-        for array in (self._thought, self._ids, self._logs):
+        for array in (self._trunk, self._ids, self._logs):
             if isinstance(array, np.memmap):
                 array.flush()
         write_json(directory / _RECORD, {"key": asdict(key), "tokens_done": done})
 
 
-def _file_sizes(tokens: int, hidden: int, top_k: int, with_thought: bool) -> dict[str, int]:
+def _file_sizes(tokens: int, hidden: int, key: FeatureKey) -> dict[str, int]:
     """Bytes of each file."""
-    sizes = {_IDS: 4 * tokens * top_k, _LOGS: 2 * tokens * top_k}
-    return {_THOUGHT: 2 * tokens * hidden, **sizes} if with_thought else sizes
+    sizes = {_IDS: 4 * tokens * key.top_k, _LOGS: 2 * tokens * key.top_k}
+    return {_TRUNK: 2 * tokens * hidden, **sizes} if key.frozen_layers else sizes
 
 
 def _size(file: Path) -> int | None:
@@ -110,7 +108,6 @@ def store_features(
     directory: Path,
     key: FeatureKey,
     *,
-    with_thought: bool,
     row_len: int,
     autocast: Callable[[], AbstractContextManager[Any]],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -122,7 +119,6 @@ def store_features(
         documents: in the order of their ``first_row``, without gaps.
         directory: of the files; made, or continued, or made anew if its key differs.
         key: what the features belong to.
-        with_thought: store thoughts too.
         row_len: tokens of a forward pass.
         autocast: context of the forward passes.
         on_progress: called with (tokens done, tokens in all).
@@ -133,11 +129,11 @@ def store_features(
     last = documents[len(documents) - 1]
     tokens, hidden = last.first_row + len(last.token_ids), base.config.hidden_size
     done = _done_tokens(directory, key)
-    sizes = _file_sizes(tokens, hidden, key.top_k, with_thought)
+    sizes = _file_sizes(tokens, hidden, key)
     if done is None or any(_size(directory / name) != size for name, size in sizes.items()):
         _make_files(directory, sizes)
         done = 0
-    store = FeatureStore(directory, tokens, hidden, key.top_k, with_thought, "r+")
+    store = FeatureStore(directory, tokens, hidden, key, "r+")
     saved = done
     try:
         for first, group in _groups(documents, row_len, done):
@@ -145,8 +141,8 @@ def store_features(
             lengths = [len(document.token_ids) for document in group]
             rows = torch.arange(len(token_ids))
             with torch.no_grad(), autocast():
-                thought, ids, logs = _compute(base, token_ids, lengths, rows, key.top_k)
-            store.write(first, thought, ids, logs)
+                trunk, ids, logs = _compute(base, key.frozen_layers, token_ids, lengths, rows, key.top_k)
+            store.write(first, trunk, ids, logs)
             done = first + len(ids)
             if done - saved >= _SAVE_EVERY_TOKENS:
                 store.save(directory, key, done)
@@ -155,39 +151,39 @@ def store_features(
     finally:
         if done > saved:  # at the end, or when an error or Ctrl-C ends the pass
             store.save(directory, key, done)
-    return FeatureStore(directory, tokens, hidden, key.top_k, with_thought)
+    return FeatureStore(directory, tokens, hidden, key)
 
 
 def add_computed(
     base: DmtdModel,
     batch: Batch,
-    top_k: int,
     *,
-    with_thought: bool,
+    frozen_layers: int,
+    top_k: int,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> None:
     """Put into a batch that is used many times what ``FeatureStore.add_to`` would have read for it."""
     lengths = torch.diff(batch["starts"]).tolist()
     with torch.no_grad(), autocast():
-        thought, ids, logs = _compute(base, batch["input_ids"], lengths, batch["loss_rows"], top_k)
-    if with_thought:
-        batch["thought"] = thought.to(torch.bfloat16).cpu()
+        trunk, ids, logs = _compute(base, frozen_layers, batch["input_ids"], lengths, batch["loss_rows"], top_k)
+    if frozen_layers:
+        batch["trunk"] = trunk.to(torch.bfloat16).cpu()
     batch["target_ids"], batch["target_log_probs"] = ids.cpu(), logs.float().cpu()
 
 
 def _compute(
-    base: DmtdModel, token_ids: Tensor, lengths: Sequence[int], rows: Tensor, top_k: int
+    base: DmtdModel, frozen_layers: int, token_ids: Tensor, lengths: Sequence[int], rows: Tensor, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Thoughts of all packed tokens; the plain model's likeliest tokens, with their logarithms, at ``rows``."""
+    """The trunk of all packed tokens; the plain model's likeliest tokens, with their logarithms, at ``rows``."""
     device = base.model.norm.weight.device
     ids = token_ids.to(device)
     positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
     starts = tuple(np.concatenate(([0], np.cumsum(lengths))).tolist())
     layout = make_layout(base.config, starts, positions, torch.float32)
-    thought = trunk(base, ids, layout)
-    plain = plain_rows(base, ids, thought, layout, rows.to(device))
+    trunk = plain_trunk(base, ids, frozen_layers, layout)
+    plain = plain_rows(base, trunk, frozen_layers, layout, rows.to(device))
     target_ids, logs = likeliest_tokens(plain, head_weight(base), top_k, 256)
-    return thought, target_ids, logs
+    return trunk, target_ids, logs
 
 
 def _groups(documents: Documents, row_len: int, done: int) -> Iterator[tuple[int, list[Document]]]:
@@ -220,7 +216,7 @@ def _make_files(directory: Path, sizes: Mapping[str, int]) -> None:
     """Empty files whose room is taken at once: a mapped page without room would end the process when it is written."""
     make_directory(directory)
     # Only what is ours: the directory is the user's, and may hold other things.
-    for name in (_RECORD, _THOUGHT, _IDS, _LOGS):
+    for name in (_RECORD, _TRUNK, _IDS, _LOGS):
         (directory / name).unlink(missing_ok=True)
     needed, free = sum(sizes.values()), shutil.disk_usage(directory).free
     try:

@@ -15,7 +15,6 @@ from dmtd_models.finetune.student import LossOptions, Trained
 
 Schedule = Literal["linear", "cosine", "warmup_stable_decay"]
 Precision = Literal["bfloat16", "float32"]
-LoraLayers = Literal["late", "all"]
 # Measured for late on SmolLM2-135M, D 8, tau 4: after 120,000 tokens 6e-4 / 1.5e-3 / 3e-3 gave held-out divergences of
 # 2.85 / 2.64 / 2.73; over 2 M tokens (0.92 M different ones) 1.5e-3 was a little high, held-out stalled while training fell.
 # full and lora are not measured.
@@ -28,8 +27,8 @@ class TrainOptions:
 
     trained: Trained = "late"
     train_embedding: bool = False
+    last_layers: int | None = None  # so many layers are trained; by default D for late, all for full and lora
     lora_rank: int = 32
-    lora_layers: LoraLayers = "all"
     epochs: float = 1.0
     max_tokens: int | None = None  # ends the run earlier (or, with more epochs, later); the schedule ends there too
     tokens_per_step: int = 4096  # of one process; documents are packed into rows of so many tokens
@@ -42,7 +41,7 @@ class TrainOptions:
     clip: float = 1.0
     precision: Precision = "bfloat16"
     gradient_checkpointing: bool = False
-    cache_features: bool | None = None  # store what frozen layers compute; by default on a CPU with frozen E and T
+    cache_features: bool | None = None  # store what frozen layers compute; by default on a CPU where a layer is frozen
     curriculum: tuple[tuple[int, float], ...] = ()  # (cycle length, share of the run until which it holds), in order
     eval_every_tokens: int = 500_000
     save_every_s: float = 300.0
@@ -56,12 +55,16 @@ class TrainOptions:
         """The largest learning rate: the one given, or the usual one of what is trained."""
         return LEARNING_RATES[self.trained] if self.learning_rate is None else self.learning_rate
 
-    @property
-    def trunk_frozen(self) -> bool:
-        """Whether E and T (and the embedding) stay as they are."""
-        return not self.train_embedding and (
-            self.trained == "late" or (self.trained == "lora" and self.lora_layers == "late")
-        )
+    def first_trained_layer(self, spec: DmtdSpec) -> int:
+        """The layers from this one on are trained."""
+        late_start = spec.encoding_layers + spec.thinking_layers
+        if self.last_layers is not None:
+            return late_start + spec.decoding_layers - self.last_layers
+        return late_start if self.trained == "late" else 0
+
+    def frozen_layers(self, spec: DmtdSpec) -> int:
+        """How many layers, from the first on, always give the same for a text: none where the embedding is trained."""
+        return 0 if self.train_embedding else self.first_trained_layer(spec)
 
 
 def check_options(options: TrainOptions, spec: DmtdSpec) -> None:
@@ -86,6 +89,8 @@ def check_options(options: TrainOptions, spec: DmtdSpec) -> None:
         )
     if options.train_embedding and options.trained == "lora":
         raise ConfigError("--train-embedding: factors leave the embedding alone; give --train late or full with it")
+    if options.last_layers is not None:
+        _check_last_layers(options, options.last_layers, spec)
     if options.seed < 0:
         raise ConfigError(f"--seed: got {options.seed}, expected 0 or more")
     if options.tokens_per_step < 16:
@@ -101,3 +106,15 @@ def check_options(options: TrainOptions, spec: DmtdSpec) -> None:
         last = until
     if options.curriculum and spec.cycle_length < max(cycle for cycle, _ in options.curriculum):
         raise ConfigError(f"--curriculum: goes above the cycle length {spec.cycle_length} that the run ends with")
+
+
+def _check_last_layers(options: TrainOptions, last_layers: int, spec: DmtdSpec) -> None:
+    late, reading = spec.decoding_layers, spec.thinking_layers + spec.decoding_layers
+    layers = spec.encoding_layers + reading
+    if options.trained == "late" and last_layers != late:
+        raise ConfigError(
+            f"--last-layers: got {last_layers}, --train late trains the {late} decoding layers; give --train full"
+        )
+    if not late <= last_layers <= reading and last_layers != layers:
+        whole = f", or {layers} for all" if layers != reading else ""
+        raise ConfigError(f"--last-layers: got {last_layers}, expected {late} (D) to {reading} (T + D){whole}")

@@ -193,7 +193,7 @@ def _finetune(
     hooks.stage("computing what the plain model gives for held-out text")
     evaluation = _held_out(held_out, base.to(arguments.device), student.measured_top_k, options)
     store = None
-    if options.cache_features if options.cache_features is not None else (use_cpu and options.trunk_frozen):
+    if options.cache_features if options.cache_features is not None else use_cpu and bool(options.frozen_layers(spec)):
         hooks.stage("computing what frozen layers give")
         with arguments.main_process_first():
             store = _features(checkpoint, base, documents, cache_dir or output / "features", options, hooks)
@@ -237,12 +237,14 @@ def _finetune(
 
 
 def _student(initial: Checkpoint, base: DmtdModel, options: TrainOptions) -> Student:
-    model: nn.Module = trainable_model(base, initial.read, options.trained, train_embedding=options.train_embedding)
+    first = options.first_trained_layer(base.spec)
+    model: nn.Module = trainable_model(
+        base, initial.read, options.trained, first, train_embedding=options.train_embedding
+    )
     _require_used(initial, model)
     if options.trained == "lora":
         import peft
 
-        first = base.spec.encoding_layers + base.spec.thinking_layers if options.lora_layers == "late" else 0
         settings = peft.LoraConfig(
             r=options.lora_rank,
             lora_alpha=2 * options.lora_rank,
@@ -257,7 +259,7 @@ def _student(initial: Checkpoint, base: DmtdModel, options: TrainOptions) -> Stu
         model,
         base,
         options.loss,
-        trunk_frozen=options.trunk_frozen,
+        frozen_layers=options.frozen_layers(base.spec),
         gradient_checkpointing=options.gradient_checkpointing,
         seed=options.seed,
     )
@@ -272,7 +274,7 @@ def _require_used(initial: Checkpoint, model: nn.Module) -> None:
     if lost:
         raise ConfigError(
             f"--initial: it changes {lost[0]} (and {len(lost) - 1} more), which this run would leave as the base has them; "
-            "train what it trained: its --decoding-layers, --train full, --train-embedding"
+            "train what it trained: its --decoding-layers, --train full with its --last-layers, --train-embedding"
         )
 
 
@@ -293,7 +295,13 @@ def _held_out(dataset: Any, base: DmtdModel, top_k: int, options: TrainOptions) 
     batches = []
     for row in pack(documents.lengths, options.tokens_per_step, options.seed):
         batch = make_batch([documents[index] for index in row], base.spec, still, np.random.default_rng(options.seed))
-        add_computed(base, batch, top_k, with_thought=options.trunk_frozen, autocast=_autocast(base, options))
+        add_computed(
+            base,
+            batch,
+            frozen_layers=options.frozen_layers(base.spec),
+            top_k=top_k,
+            autocast=_autocast(base, options),
+        )
         batches.append(batch)
     return batches
 
@@ -306,11 +314,10 @@ def _features(
     options: TrainOptions,
     hooks: Hooks,
 ) -> FeatureStore:
-    spec = base.spec
     key = FeatureKey(
         weights=checkpoint_digest(checkpoint, options.precision),
         documents=documents_digest(documents),
-        trunk_layers=spec.encoding_layers + spec.thinking_layers,
+        frozen_layers=options.frozen_layers(base.spec),
         top_k=max(options.loss.top_k, 1),
     )
     return store_features(
@@ -318,7 +325,6 @@ def _features(
         documents,
         directory,
         key,
-        with_thought=options.trunk_frozen,
         row_len=min(4096, options.tokens_per_step),
         autocast=_autocast(base, options),
         on_progress=hooks.features,
@@ -346,17 +352,15 @@ def _flops_per_token(base: DmtdModel, options: TrainOptions, *, stored: bool, le
     A trained layer costs three forward passes (forward, gradient of the input, gradient of the weights), a layer that only passes
     gradients on two, a frozen one below it one. The head works on the share ``learnt`` of rows alone, those that carry a loss.
     """
-    spec, layers = base.spec, base.model.layers
+    layers = base.model.layers
     one_layer = 2.0 * sum(p.numel() for p in _linear_weights(layers[0]))
-    trunk_layers = spec.encoding_layers + spec.thinking_layers
-    trained = 2.0 if options.trained == "lora" else 3.0
-    total = spec.decoding_layers * trained * one_layer
-    if not options.trunk_frozen:
-        total += trunk_layers * trained * one_layer
-    elif not stored:
-        total += trunk_layers * one_layer
-    if not stored and options.loss.distill > 0:
-        total += (spec.decoding_layers + (0 if options.trunk_frozen else trunk_layers)) * one_layer
+    frozen = options.frozen_layers(base.spec)
+    above = len(layers) - frozen
+    total = above * (2.0 if options.trained == "lora" else 3.0) * one_layer
+    if not stored:
+        total += frozen * one_layer
+        if options.loss.distill > 0:
+            total += above * one_layer  # the teacher's
     head = learnt * 2.0 * base.config.vocab_size * base.config.hidden_size
     sparse = options.loss.distill == 0 or options.loss.top_k > 0
     sampled = sparse and options.loss.sampled_on(base.model.norm.weight.device) > 0

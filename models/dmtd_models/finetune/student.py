@@ -1,10 +1,11 @@
 """What fine-tuning trains: the DMTD model over packed documents, with its loss, and the plain model as its teacher.
 
-    frozen trunk (E and T, unless they are trained) -> thought        may come from ``features`` instead
+    frozen layers, from the first on                -> trunk          may come from ``features`` instead
+    the rest of E and T                             -> hidden, thought
     late layers over select(gates, hidden, thought) -> rows with loss -> chunked loss against the targets
-    plain late layers over thought alone            -> the plain model's distribution at the same rows
+    plain layers over the trunk                     -> the plain model's distribution at the same rows
 
-The plain model is the starting weights: where the trunk is frozen, student and teacher share its pass. Nothing here steps an
+The plain model is the starting weights: student and teacher share what the frozen layers give, the trunk. Nothing here steps an
 optimiser or reads a file.
 """
 
@@ -75,13 +76,13 @@ class Student(nn.Module):
         base: DmtdModel,
         options: LossOptions,
         *,
-        trunk_frozen: bool,
+        frozen_layers: int,
         gradient_checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
-        self.trunk_frozen = trunk_frozen
+        self.frozen_layers = frozen_layers
         self.options = options
         self.measured_top_k = min(_MEASURED_TOP_K, base.config.vocab_size)
         self._measured = replace(options, distill=1.0, temperature=1.0, top_k=self.measured_top_k)
@@ -108,28 +109,32 @@ class Student(nn.Module):
         starts: Tensor,
         loss_rows: Tensor,
         labels: Tensor,
-        thought: Tensor | None = None,
+        trunk: Tensor | None = None,
         target_ids: Tensor | None = None,
         target_log_probs: Tensor | None = None,
         report_agreement: bool = False,
         comparable: bool = False,
     ) -> StepResult:
-        """Loss of one batch (``batches``). ``thought`` [n, hidden] and the plain model's likeliest tokens [r, k] with their
-        logarithms may be given; what is not given is computed. With ``comparable`` the divergence is from the plain model's 32
-        likeliest tokens whatever the run learns, for runs of different objectives to be compared by.
+        """Loss of one batch (``batches``).
+
+        What the frozen layers give, ``trunk`` [n, hidden], and the plain model's likeliest tokens [r, k] with their logarithms
+        may be given; what is not given is computed. With ``comparable`` the divergence is from the plain model's 32 likeliest
+        tokens whatever the run learns, for runs of different objectives to be compared by.
         """
         options = self._measured if comparable else self.options
         inner = self.model.base_model.model if hasattr(self.model, "peft_config") else self.model
         spec: DmtdSpec = inner.spec
         late_start = spec.encoding_layers + spec.thinking_layers
         layout = make_layout(inner.config, tuple(starts.tolist()), positions, torch.float32)
-        with torch.no_grad() if self.trunk_frozen else nullcontext():
+        first = max(self.frozen_layers, spec.encoding_layers)
+        with torch.no_grad() if self.frozen_layers else nullcontext():
             hidden = inner.model.embed_tokens(input_ids).float()
             hidden = self._run(inner, hidden, 0, spec.encoding_layers, layout)
-            if thought is None:
-                thought = self._run(inner, hidden, spec.encoding_layers, late_start, layout)
-            thought = thought.float()
-        plain = self._plain_rows(input_ids, thought, layout, loss_rows, target_ids, options, report_agreement)
+            if trunk is None:
+                trunk = self._run(inner, hidden, spec.encoding_layers, first, layout)
+            trunk = trunk.float()
+        thought = self._run(inner, trunk, first, late_start, layout)
+        plain = self._plain_rows(input_ids, trunk, layout, loss_rows, target_ids, options, report_agreement)
         targets = self._targets(plain, labels, target_ids, target_log_probs, options)
         late = torch.where(gate_hidden.bool()[:, None], hidden, 0.0) + torch.where(
             gate_thought.bool()[:, None], thought, 0.0
@@ -188,7 +193,7 @@ class Student(nn.Module):
     def _plain_rows(
         self,
         input_ids: Tensor,
-        thought: Tensor,
+        trunk: Tensor,
         layout: Layout,
         loss_rows: Tensor,
         target_ids: Tensor | None,
@@ -200,7 +205,9 @@ class Student(nn.Module):
         if stored or (options.distill == 0 and not report_agreement):
             return None
         base = self._base_on(input_ids.device)
-        return plain_rows(base, input_ids, thought.detach() if self.trunk_frozen else None, layout, loss_rows)
+        if not self.frozen_layers:
+            trunk = base.model.embed_tokens(input_ids).float()
+        return plain_rows(base, trunk, self.frozen_layers, layout, loss_rows)
 
     @torch.no_grad()
     def _targets(
@@ -247,23 +254,19 @@ def head_weight(model: DmtdModel) -> Tensor:
 
 
 @torch.no_grad()
-def plain_rows(base: DmtdModel, input_ids: Tensor, thought: Tensor | None, layout: Layout, rows: Tensor) -> Tensor:
-    """The plain model's rows [r, hidden] before its head, in the type of its weights; ``thought`` [n, hidden] if it is known."""
-    spec, layers = base.spec, base.model.layers
-    late_start = spec.encoding_layers + spec.thinking_layers
-    x = thought
-    if x is None:
-        x = trunk(base, input_ids, layout)
-    for layer in layers[late_start:]:
+def plain_rows(base: DmtdModel, trunk: Tensor, layers: int, layout: Layout, rows: Tensor) -> Tensor:
+    """The plain model's rows [r, hidden] before its head, in the type of its weights, from what its first ``layers`` gave."""
+    x = trunk
+    for layer in base.model.layers[layers:]:
         x = layer_forward(layer, x, layout)
     return base.model.norm(x[rows]).to(head_weight(base).dtype)
 
 
 @torch.no_grad()
-def trunk(base: DmtdModel, input_ids: Tensor, layout: Layout) -> Tensor:
-    """The thought [n, hidden] float32 of the plain model's encoding and thinking layers."""
+def plain_trunk(base: DmtdModel, input_ids: Tensor, layers: int, layout: Layout) -> Tensor:
+    """What the plain model's first ``layers`` give, float32 [n, hidden]; the embedding for 0."""
     x = base.model.embed_tokens(input_ids).float()
-    for layer in base.model.layers[: base.spec.encoding_layers + base.spec.thinking_layers]:
+    for layer in base.model.layers[:layers]:
         x = layer_forward(layer, x, layout)
     return x
 
@@ -291,24 +294,25 @@ def _lowest_first(values: Tensor, ids: Tensor) -> Tensor:
     return ids
 
 
-def trainable_model(base: DmtdModel, read: Read, trained: Trained, *, train_embedding: bool = False) -> DmtdModel:
-    """A model that shares ``base``'s frozen weights and has float32 weights of its own where it is trained.
+def trainable_model(
+    base: DmtdModel, read: Read, trained: Trained, first_trained: int, *, train_embedding: bool = False
+) -> DmtdModel:
+    """A model that shares ``base``'s frozen weights and has float32 weights of its own where it is trained: from a layer on.
 
     For ``lora`` every layer is a module of its own over shared weights, for an adapter library to wrap.
     """
     config, spec = base.config, base.spec
     with torch.device("meta"):
         model = DmtdModel(config, spec)
-    late_start = spec.encoding_layers + spec.thinking_layers
     model.model.embed_tokens = base.model.embed_tokens
     model.lm_head = base.lm_head
     model.model.norm = base.model.norm
     for index, layer in enumerate(base.model.layers):
-        if trained == "full" or (trained == "late" and index >= late_start):
-            model.model.layers[index] = _own_layer(config, read, index)
-        elif trained == "lora":
+        if trained == "lora":
             model.model.layers[index].load_state_dict(layer.state_dict(), assign=True)
             model.model.layers[index].requires_grad_(False)
+        elif index >= first_trained:
+            model.model.layers[index] = _own_layer(config, read, index)
         else:
             model.model.layers[index] = layer
     if trained != "lora":

@@ -19,13 +19,14 @@ from dmtd_models.errors import ModelError
 from dmtd_models.finetune import features
 from dmtd_models.finetune.batches import BatchOptions, make_batch
 from dmtd_models.finetune.features import FeatureKey, FeatureStore, add_computed, documents_digest, store_features
+from dmtd_models.finetune.packed import layer_forward, make_layout
 from dmtd_models.oracle import gates
 from dmtd_models.testing import write_tiny_checkpoint
 
 TOP_K = 5
 LENGTHS = [(12, 3), (30, 4), (7, 2), (25, 9), (40, 1)]
 TOKENS = sum(length for length, _ in LENGTHS)
-FILES = {"thought.bin", "target_ids.bin", "target_logs.bin", "features.json"}
+FILES = {"trunk.bin", "target_ids.bin", "target_logs.bin", "features.json"}
 
 
 class Stored:
@@ -38,26 +39,25 @@ class Stored:
         self.fail_at: int | None = None
         whole = features._compute
 
-        def counted(model: DmtdModel, token_ids: torch.Tensor, *arguments: Any) -> Any:
+        def counted(model: DmtdModel, frozen: int, token_ids: torch.Tensor, *arguments: Any) -> Any:
             if self.fail_at is not None and len(self.computed) == self.fail_at:
                 raise KeyboardInterrupt
             self.computed.append(len(token_ids))
-            return whole(model, token_ids, *arguments)
+            return whole(model, frozen, token_ids, *arguments)
 
         monkeypatch.setattr(features, "_compute", counted)
 
     @property
     def key(self) -> FeatureKey:
-        return FeatureKey(weights="w", documents=documents_digest(self.documents), trunk_layers=2, top_k=TOP_K)
+        return FeatureKey(weights="w", documents=documents_digest(self.documents), frozen_layers=2, top_k=TOP_K)
 
-    def store(self, key: FeatureKey | None = None, *, with_thought: bool = True) -> FeatureStore:
+    def store(self, key: FeatureKey | None = None) -> FeatureStore:
         self.computed.clear()
         return store_features(
             self.base,
             self.documents,
             self.directory,
             key or self.key,
-            with_thought=with_thought,
             row_len=40,
             autocast=nullcontext,
         )
@@ -94,25 +94,25 @@ def test_stored_is_what_the_plain_model_computes(stored: Stored) -> None:
                 torch.from_numpy(gate_thought)[None],
             )
         # bfloat16 keeps 8 bits: half a unit of the last place is 2^-9 of the value.
-        torch.testing.assert_close(batch["thought"][first : first + n].float(), run.thought[0], rtol=2**-8, atol=1e-5)
-        assert not torch.equal(batch["thought"][first : first + n].float(), run.thought[0])
+        torch.testing.assert_close(batch["trunk"][first : first + n].float(), run.thought[0], rtol=2**-8, atol=1e-5)
+        assert not torch.equal(batch["trunk"][first : first + n].float(), run.thought[0])
         logs, ids = torch.log_softmax(run.logits[0, document.prompt_len - 1 : n - 1], -1).topk(TOP_K, dim=-1)
         rows = slice(learnt, learnt + n - document.prompt_len)
         assert batch["target_ids"][rows].tolist() == ids.tolist()
         torch.testing.assert_close(batch["target_log_probs"][rows], logs, rtol=2**-10, atol=1e-4)  # float16: 11 bits
         first, learnt = first + n, learnt + n - document.prompt_len
-    assert first == len(batch["thought"]) and learnt == len(batch["target_ids"])
+    assert first == len(batch["trunk"]) and learnt == len(batch["target_ids"])
 
 
 def test_a_batch_used_many_times_gets_the_same(stored: Stored) -> None:
     store = stored.store()
     read, computed = stored.batch(store), stored.batch(store)
-    for name in ("thought", "target_ids", "target_log_probs"):
+    for name in ("trunk", "target_ids", "target_log_probs"):
         del computed[name]
-    add_computed(stored.base, computed, TOP_K, with_thought=True, autocast=nullcontext)
+    add_computed(stored.base, computed, frozen_layers=2, top_k=TOP_K, autocast=nullcontext)
     assert computed.keys() == read.keys()
     assert torch.equal(computed["target_ids"], read["target_ids"])
-    for name in ("thought", "target_log_probs"):  # other documents beside them: another order of sums
+    for name in ("trunk", "target_log_probs"):  # other documents beside them: another order of sums
         torch.testing.assert_close(computed[name].float(), read[name].float(), rtol=2**-7, atol=1e-4)
 
 
@@ -148,7 +148,7 @@ def test_features_of_another_model_or_text_are_made_anew_and_nothing_else_goes(s
 def test_damaged_files_are_made_anew(stored: Stored, damage: str) -> None:
     expected = stored.batch(stored.store())
     if damage == "missing":
-        (stored.directory / "thought.bin").unlink()
+        (stored.directory / "trunk.bin").unlink()
     elif damage == "short":
         (stored.directory / "target_ids.bin").write_bytes(b"\0" * 8)
     else:
@@ -158,10 +158,20 @@ def test_damaged_files_are_made_anew(stored: Stored, damage: str) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_thoughts_wanted_later_are_computed(stored: Stored) -> None:
-    assert "thought" not in stored.batch(stored.store(with_thought=False))
-    assert "thought" in stored.batch(stored.store())
-    assert sum(stored.computed) == TOKENS
+@pytest.mark.parametrize("frozen", [0, 1, 3])
+def test_the_trunk_ends_with_the_last_frozen_layer(stored: Stored, frozen: int) -> None:
+    """Targets are the same wherever it ends; where nothing is frozen there is none."""
+    expected = stored.batch(stored.store())
+    found = stored.batch(stored.store(replace(stored.key, frozen_layers=frozen)))
+    assert sum(stored.computed) == TOKENS and ("trunk" in found) == (frozen > 0)
+    assert torch.equal(found["target_ids"], expected["target_ids"])
+    if frozen:
+        token_ids = torch.from_numpy(stored.documents[3].token_ids)
+        layout = make_layout(stored.base.config, (0, len(token_ids)), torch.arange(len(token_ids)), torch.float32)
+        x = stored.base.model.embed_tokens(token_ids)
+        for layer in stored.base.model.layers[:frozen]:
+            x = layer_forward(layer, x, layout)
+        torch.testing.assert_close(found["trunk"][: len(x)].float(), x.detach(), rtol=2**-8, atol=1e-5)
 
 
 def test_too_little_room_is_said_before_anything_is_computed(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,4 +185,4 @@ def test_too_little_room_is_said_before_anything_is_computed(stored: Stored, mon
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2 * needed))
     stored.store()
     taken = {file.name: file.stat().st_size for file in stored.directory.iterdir()}
-    assert taken["thought.bin"] + taken["target_ids.bin"] + taken["target_logs.bin"] == needed
+    assert taken["trunk.bin"] + taken["target_ids.bin"] + taken["target_logs.bin"] == needed

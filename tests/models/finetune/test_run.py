@@ -347,6 +347,9 @@ def test_a_full_disk_keeps_the_state_before(base: Path, tmp_path: Path, whole_ru
         ({"loss": LossOptions(distill=0.5, top_k=0)}, "--distill"),
         ({"loss": LossOptions(top_k=601)}, "--top-k: got 601, expected at most 600"),
         ({"trained": "lora", "train_embedding": True}, "--train-embedding"),
+        ({"last_layers": 3}, "--last-layers: got 3, --train late trains the 2 decoding layers; give --train full"),
+        ({"trained": "full", "last_layers": 1}, r"--last-layers: got 1, expected 2 \(D\) to 4 \(T \+ D\)"),
+        ({"trained": "lora", "last_layers": 5}, "--last-layers: got 5"),
         ({"tokens_per_step": 8}, "--tokens-per-step"),
         ({"epochs": 0.0}, "--epochs: got 0.0"),
         ({"seed": -1}, "--seed: got -1, expected 0 or more"),
@@ -390,6 +393,11 @@ def test_matrix_products_of_a_token(base: Path) -> None:
         2 * layer + 3 * 2 * layer + 2 * layer + 0.5 * 3 * vocab
     )  # trunk, student, teacher; the teacher's head too
     assert _flops_per_token(model, late, stored=False, learnt=0.5) == not_stored
+    last = run_options(loss=whole, trained="full", last_layers=3)
+    assert _flops_per_token(model, last, stored=True, learnt=0.25) == 3 * 3 * layer + 0.25 * 2 * vocab
+    assert (
+        _flops_per_token(model, last, stored=False, learnt=0.5) == layer + 3 * 3 * layer + 3 * layer + 0.5 * 3 * vocab
+    )
     entropy = run_options(loss=LossOptions(distill=0, vocab_sample=0), trained="full")
     assert _flops_per_token(model, entropy, stored=False, learnt=1.0) == 3 * 4 * layer + 2 * vocab
     embedding = run_options(loss=LossOptions(distill=0, vocab_sample=0), trained="full", train_embedding=True)

@@ -102,12 +102,21 @@ def test_next_token_loss_is_the_oracles(
         torch.testing.assert_close(result.divergence, result.label_loss)
 
 
-@pytest.mark.parametrize("trained", ["late", "full", "lora"])
+TRAINED: dict[str, dict[str, Any]] = {
+    "late": {"trained": "late"},
+    "full": {"trained": "full"},
+    "last": {"trained": "full", "last_layers": 3},  # of two late layers
+    "lora": {"trained": "lora"},
+    "lora-last": {"trained": "lora", "last_layers": 4},
+}
+
+
+@pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("convention", CONVENTIONS, ids="+".join)
 def test_distillation_is_the_divergence_from_the_plain_oracle(
     setting: Any, convention: tuple[str, str], trained: str
 ) -> None:
-    made = setting(spec_of(convention, thinking=3), trained=trained, loss=LossOptions(top_k=0))
+    made = setting(spec_of(convention, thinking=3), **TRAINED[trained], loss=LossOptions(top_k=0))
     result = made.run(report_agreement=True)
     student, teacher = (torch.log_softmax(logits, -1) for logits in (made.logits(), made.logits(plain=True)))
     expected = (teacher.exp() * (teacher - student)).sum(-1)
@@ -150,7 +159,7 @@ def test_before_training_the_plain_gates_give_the_teacher(setting: Any, distill:
     assert made.run().divergence.mean() > 0.05
 
 
-def test_given_thoughts_and_targets_are_used(setting: Any) -> None:
+def test_a_given_trunk_and_targets_are_used(setting: Any) -> None:
     made = setting(loss=LossOptions(top_k=6, vocab_sample=0))
     ids = made.logits(plain=True).topk(6, dim=-1)[1]
     logs = torch.log_softmax(made.logits(plain=True), -1).gather(-1, ids).float()
@@ -159,7 +168,7 @@ def test_given_thoughts_and_targets_are_used(setting: Any) -> None:
     torch.testing.assert_close(computed.loss, given.loss, **TOLERANCE)
     other = made.run({**made.batch, "target_ids": ids.flip(-1), "target_log_probs": logs})
     assert abs(float((other.loss - given.loss).detach())) > 1e-3
-    zero = made.run({**made.batch, "thought": torch.zeros(made.batch["input_ids"].shape[0], 64, dtype=torch.bfloat16)})
+    zero = made.run({**made.batch, "trunk": torch.zeros(made.batch["input_ids"].shape[0], 64, dtype=torch.bfloat16)})
     assert abs(float((zero.loss - given.loss).detach())) > 1e-3
 
 
@@ -194,6 +203,12 @@ LAYER = {
     [
         ({"trained": "late"}, (3, 4), {"norm.weight"}),
         ({"trained": "full"}, (0, 1, 2, 3, 4), {"norm.weight"}),
+        ({"trained": "full", "last_layers": 3}, (2, 3, 4), {"norm.weight"}),
+        (
+            {"trained": "full", "last_layers": 3, "train_embedding": True},
+            (2, 3, 4),
+            {"norm.weight", "embed_tokens.weight"},
+        ),
         ({"trained": "late", "train_embedding": True}, (3, 4), {"norm.weight", "embed_tokens.weight"}),
     ],
 )
@@ -203,9 +218,9 @@ def test_what_trains(setting: Any, options: dict[str, Any], layers: tuple[int, .
     assert names(made.student) == {f"model.model.{name}" for name in expected}
 
 
-@pytest.mark.parametrize(("lora_layers", "layers"), [("late", (3, 4)), ("all", (0, 1, 2, 3, 4))])
-def test_what_trains_of_a_lora(setting: Any, lora_layers: str, layers: tuple[int, ...]) -> None:
-    made = setting(trained="lora", lora_layers=lora_layers, lora_rank=4)
+@pytest.mark.parametrize(("last_layers", "layers"), [(2, (3, 4)), (4, (1, 2, 3, 4)), (None, (0, 1, 2, 3, 4))])
+def test_what_trains_of_a_lora(setting: Any, last_layers: int | None, layers: tuple[int, ...]) -> None:
+    made = setting(trained="lora", last_layers=last_layers, lora_rank=4)
     found = names(made.student)
     assert {name.split("layers.")[1].split(".")[0] for name in found} == {str(layer) for layer in layers}
     assert len(found) == len(layers) * 7 * 2 and all(".lora_A." in name or ".lora_B." in name for name in found)
@@ -240,10 +255,10 @@ def test_frozen_weights_are_the_bases_own_memory_and_never_change(setting: Any, 
         assert torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize("trained", ["late", "full", "lora"])
+@pytest.mark.parametrize("trained", TRAINED)
 def test_gradients_are_those_of_the_reference(setting: Any, trained: str) -> None:
     """Autograd through the plain reference, document by document, with its own loss."""
-    made = setting(trained=trained, loss=LossOptions(distill=0))
+    made = setting(**TRAINED[trained], loss=LossOptions(distill=0))
     made.run().loss.backward()
     total = len(made.batch["labels"])
     for document, start in zip(made.documents, made.batch["starts"].tolist()[:-1], strict=True):
