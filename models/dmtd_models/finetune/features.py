@@ -8,7 +8,8 @@ and kept in plain memory-mapped files, addressed by a token's place among all to
     target_logs.bin    float16 [tokens, k]             logarithms of probabilities at temperature 1
     features.json      what the numbers belong to, and how many tokens are done
 
-The pass goes on where it was interrupted. Files of other weights or another text are refused by their key, and made anew.
+They stand in a directory named by what they belong to, so that runs over other weights, text or layers keep theirs beside
+them. The pass goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ class FeatureKey:
     documents: str  # digest of all token ids
     frozen_layers: int
     top_k: int
+
+    @property
+    def name(self) -> str:
+        """Of the directory."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
 
 
 class FeatureStore:
@@ -117,7 +123,7 @@ def store_features(
     Args:
         base: the plain model; its device and type are used.
         documents: in the order of their ``first_row``, without gaps.
-        directory: of the files; made, or continued, or made anew if its key differs.
+        directory: of stores, this one in a directory of its own there; it is made, or continued.
         key: what the features belong to.
         row_len: tokens of a forward pass.
         autocast: context of the forward passes.
@@ -128,6 +134,7 @@ def store_features(
     """
     last = documents[len(documents) - 1]
     tokens, hidden = last.first_row + len(last.token_ids), base.config.hidden_size
+    directory = directory / key.name
     done = _done_tokens(directory, key)
     sizes = _file_sizes(tokens, hidden, key)
     if done is None or any(_size(directory / name) != size for name, size in sizes.items()):
@@ -215,7 +222,6 @@ def _done_tokens(directory: Path, key: FeatureKey) -> int | None:
 def _make_files(directory: Path, sizes: Mapping[str, int]) -> None:
     """Empty files whose room is taken at once: a mapped page without room would end the process when it is written."""
     make_directory(directory)
-    # Only what is ours: the directory is the user's, and may hold other things.
     for name in (_RECORD, _TRUNK, _IDS, _LOGS):
         (directory / name).unlink(missing_ok=True)
     needed, free = sum(sizes.values()), shutil.disk_usage(directory).free

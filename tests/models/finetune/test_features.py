@@ -33,7 +33,7 @@ class Stored:
     """A tiny model, documents, and calls of ``store_features`` counted by the groups of documents they compute."""
 
     def __init__(self, base: DmtdModel, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.base, self.directory = base, directory
+        self.base, self.root = base, directory
         self.documents = documents_of(LENGTHS, seed=8)
         self.computed: list[int] = []
         self.fail_at: int | None = None
@@ -51,12 +51,16 @@ class Stored:
     def key(self) -> FeatureKey:
         return FeatureKey(weights="w", documents=documents_digest(self.documents), frozen_layers=2, top_k=TOP_K)
 
+    @property
+    def directory(self) -> Path:
+        return self.root / self.key.name
+
     def store(self, key: FeatureKey | None = None) -> FeatureStore:
         self.computed.clear()
         return store_features(
             self.base,
             self.documents,
-            self.directory,
+            self.root,
             key or self.key,
             row_len=40,
             autocast=nullcontext,
@@ -136,12 +140,13 @@ def test_an_interrupted_pass_goes_on(stored: Stored) -> None:
 
 
 @pytest.mark.parametrize("field", ["weights", "documents"])
-def test_features_of_another_model_or_text_are_made_anew_and_nothing_else_goes(stored: Stored, field: str) -> None:
-    stored.store()
-    (stored.directory / "mine.txt").write_text("not a feature")
+def test_features_of_another_model_or_text_stand_beside_these(stored: Stored, field: str) -> None:
+    before = stored.batch(stored.store())
     stored.store(replace(stored.key, **{field: "other"}))
     assert sum(stored.computed) == TOKENS
-    assert (stored.directory / "mine.txt").read_text() == "not a feature"
+    after = stored.batch(stored.store())
+    assert stored.computed == [] and len(list(stored.root.iterdir())) == 2
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "record"])
@@ -176,7 +181,7 @@ def test_the_trunk_ends_with_the_last_frozen_layer(stored: Stored, frozen: int) 
 
 def test_too_little_room_is_said_before_anything_is_computed(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = TOKENS * (2 * 64 + 6 * TOP_K)
-    usage = shutil.disk_usage(stored.directory.parent)
+    usage = shutil.disk_usage(stored.root.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
     with pytest.raises(ModelError, match=r"stored features: need 0\.0 GB in .* are free .*--cache-dir") as error:
         stored.store()
