@@ -124,6 +124,9 @@ def finetune(
         Literal["checkpoint", "adapter", "both"],
         _option(_RUN, "checkpoint: a whole one; adapter: the small difference to the base; both.", metavar="FORM"),
     ] = "checkpoint",
+    adapter_bits: Annotated[
+        int, _option(_RUN, "Of a weight's difference in an adapter, lora's factors apart.", min=3, max=8)
+    ] = 8,
     json: JsonOption = False,
 ) -> None:
     """Train a model for DMTD with the cyclical mask: its plain self teaches it to decode in cycles.
@@ -182,6 +185,7 @@ def finetune(
         answer_tokens=answer_tokens,
         max_length=max_length,
         save=save,
+        adapter_bits=adapter_bits,
         device=device,
         feature_dir=cache_dir,
         train=options,
@@ -226,7 +230,10 @@ def _table(summary: Mapping[str, Any]) -> Table:
         table.add_row("divergence", _phases(found.get("eval_divergence_by_phase"), "{:.3f}"))
         table.add_row("agreement", _phases(found.get("eval_agreement_by_phase"), "{:.1%}"))
     if summary["adapter_relative_error"]:
-        table.add_row("adapter", f"cut to 8 bits: {summary['adapter_relative_error']:.2%} of the difference is lost")
+        table.add_row(
+            "adapter",
+            f"cut to {summary['adapter_bits']} bits: {summary['adapter_relative_error']:.2%} of the difference is lost",
+        )
     adapter = summary["saved"] == "adapter"
     target = f"{summary['base']} --adapter {summary['output']}" if adapter else summary["output"]
     table.add_row("next", f"dmtd export {target} -o BUNDLE")

@@ -3,8 +3,7 @@
 A directory with ``adapter_config.json`` and ``adapter_model.safetensors``, of one of two kinds:
 
 - ``lora``: two factors a matrix, named and described as the peft library writes them; W + (alpha / r) B A;
-- ``delta``: for each trained matrix ``<name>.delta`` int8 [out, in] and ``<name>.scale`` float32 [out, 1], W + scale * delta;
-  for each trained vector ``<name>.delta`` float32.
+- ``delta``: for each trained tensor its difference, in 8 bits or fewer (``delta``).
 
 ``AdaptedCheckpoint`` is the base with the difference added: it reads, exports and verifies as any checkpoint. The
 configuration carries the published DMTD fields and a fingerprint of the base's weights, so that an adapter is never added
@@ -28,6 +27,7 @@ from safetensors.numpy import save_file
 
 from dmtd_models.checkpoint import AnyArray, Checkpoint
 from dmtd_models.config import DmtdSpec, ModelConfig, read_config
+from dmtd_models.delta import delta_difference, misfit
 from dmtd_models.errors import CheckpointError
 from dmtd_models.hf_config import with_dmtd_fields
 from dmtd_models.saving import make_directory, replacing, write_json
@@ -105,7 +105,7 @@ class AdaptedCheckpoint:
         if self._settings.kind == "lora":
             difference = lora_difference(self._tensors, name, self._settings.scaling)
         else:
-            difference = delta_difference(self._tensors, name)
+            difference = delta_difference(self._tensors, name, self._base.shape(name))
         return np.asarray(array, dtype=np.float32) + difference
 
     def assets(self) -> dict[str, bytes]:
@@ -132,36 +132,6 @@ def lora_difference(tensors: Mapping[str, AnyArray], name: str, scaling: float) 
     down, up = tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"]
     product: Float32 = np.float32(scaling) * (np.asarray(up, dtype=np.float32) @ np.asarray(down, dtype=np.float32))
     return product
-
-
-def delta_difference(tensors: Mapping[str, AnyArray], name: str) -> Float32:
-    """The stored difference of one tensor, float32 and of its shape."""
-    delta = np.asarray(tensors[f"{name}.delta"], dtype=np.float32)
-    scale = tensors.get(f"{name}.scale")
-    return delta if scale is None else np.multiply(delta, np.asarray(scale, dtype=np.float32))
-
-
-def quantised_delta(name: str, difference: AnyArray) -> dict[str, AnyArray]:
-    """The tensors that stand for a difference: int8 with a scale for each row of a matrix, a vector as it is.
-
-    The scale of a row is the one of 20 shrunken ranges that leaves the least squared error: few values are near the largest.
-    """
-    if difference.ndim != 2:
-        return {f"{name}.delta": np.asarray(difference, dtype=np.float32)}
-    wide = np.asarray(difference, dtype=np.float32)
-    largest = np.maximum(np.abs(wide).max(axis=1, keepdims=True), 1e-12)
-    best_error = np.full_like(largest, np.inf)
-    best = np.zeros_like(wide, dtype=np.int8)
-    scale = largest / 127
-    for shrink in np.linspace(1.0, 0.62, 20, dtype=np.float32):
-        step = largest * shrink / 127
-        rounded = np.clip(np.round(wide / step), -127, 127)
-        error = np.square(rounded * step - wide).sum(axis=1, keepdims=True)
-        better = error < best_error
-        best_error = np.where(better, error, best_error)
-        best = np.where(better, rounded.astype(np.int8), best)
-        scale = np.where(better, step, scale)
-    return {f"{name}.delta": best, f"{name}.scale": scale.astype(np.float32)}
 
 
 def write_adapter(directory: Path, settings: Mapping[str, object], tensors: Mapping[str, AnyArray]) -> None:
@@ -293,16 +263,14 @@ def _changed_names(
             f"{adapter}: tensor {unknown[0] if unknown else 'none'} does not fit the model; give its own base"
         )
     for name in changed:
-        difference = lora_shape(tensors, name) if settings.kind == "lora" else tensors[f"{name}.delta"].shape
-        if tuple(difference) != base.shape(name):
-            raise CheckpointError(
-                f"{adapter}: {name}: got {list(difference)}, expected {list(base.shape(name))}; give its own base"
-            )
-        scale = tensors.get(f"{name}.scale")
-        if scale is not None and scale.shape != (difference[0], 1):
-            raise CheckpointError(
-                f"{adapter}: {name}.scale: got {list(scale.shape)}, expected {[difference[0], 1]}; restore the adapter"
-            )
+        shape = base.shape(name)
+        if settings.kind == "lora":
+            made = lora_shape(tensors, name)
+            problem = None if made == shape else f"{name}: got {list(made)}, expected {list(shape)}"
+        else:
+            problem = misfit(tensors, name, shape)
+        if problem is not None:
+            raise CheckpointError(f"{adapter}: {problem}; give its own base")
     return frozenset(changed)
 
 

@@ -22,6 +22,7 @@ from accelerate import PartialState
 
 from dmtd_models.checkpoint import Checkpoint, open_checkpoint
 from dmtd_models.config import CycleOrigin, DmtdSpec, PromptInput, resolve_dmtd
+from dmtd_models.delta import MOST_BITS
 from dmtd_models.errors import ConfigError
 from dmtd_models.finetune.curves import draw_curves, read_log
 from dmtd_models.finetune.data import RunText, read_run_text
@@ -58,6 +59,7 @@ class Job:
     answer_tokens: int = 0
     max_length: int = 1024
     save: Literal["checkpoint", "adapter", "both"] = "checkpoint"
+    adapter_bits: int = MOST_BITS  # of a trained weight's difference, where it is not a lora
     device: str | None = None
     feature_dir: Path | None = None
     train: TrainOptions = field(default_factory=TrainOptions)
@@ -271,7 +273,7 @@ def _evaluation_line(values: Mapping[str, Any]) -> str:
 def _save(checkpoint: Checkpoint, spec: DmtdSpec, result: RunResult, job: Job) -> float | None:
     error = None
     if job.save in ("adapter", "both"):
-        error = save_adapter(checkpoint, spec, result.student, job.output)
+        error = save_adapter(checkpoint, spec, result.student, job.output, job.adapter_bits)
     if job.save in ("checkpoint", "both"):
         save_checkpoint(checkpoint, spec, result.student, job.output)
     return error
@@ -287,6 +289,7 @@ def _summary(job: Job, spec: DmtdSpec, text: RunText, result: RunResult, error: 
         "initial": str(job.initial) if job.initial else None,
         "output": str(job.output),
         "saved": job.save,
+        "adapter_bits": job.adapter_bits if error else None,
         "split": asdict(spec),
         "options": asdict(job.train) | {"learning_rate": job.train.peak_learning_rate},
         "text": list(text.notes),

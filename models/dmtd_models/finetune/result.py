@@ -16,15 +16,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dmtd_models.adapter import (
-    delta_difference,
-    delta_settings,
-    quantised_delta,
-    weights_fingerprint,
-    write_adapter,
-)
+from dmtd_models.adapter import delta_settings, weights_fingerprint, write_adapter
 from dmtd_models.checkpoint import AnyArray, Checkpoint
 from dmtd_models.config import DmtdSpec
+from dmtd_models.delta import MOST_BITS, delta_difference, quantised_delta
 from dmtd_models.dmtd import to_torch
 from dmtd_models.finetune.student import Student
 from dmtd_models.hf_config import with_dmtd_fields
@@ -62,11 +57,13 @@ def save_checkpoint(checkpoint: Checkpoint, spec: DmtdSpec, student: Student, ou
     write_json(output / "config.json", raw)
 
 
-def save_adapter(checkpoint: Checkpoint, spec: DmtdSpec, student: Student, output: Path) -> float:
-    """Write the difference to the base: peft's factors for a lora, else int8 deltas.
+def save_adapter(
+    checkpoint: Checkpoint, spec: DmtdSpec, student: Student, output: Path, bits: int = MOST_BITS
+) -> float:
+    """Write the difference to the base: peft's factors for a lora, else deltas of so many bits.
 
     Returns:
-        How much of the difference the cut to 8 bits lost: the norm of the error over the norm of the difference.
+        How much of the difference the cut lost: the norm of the error over the norm of the difference.
     """
     fingerprint = weights_fingerprint(checkpoint)
     if hasattr(student.model, "peft_config"):
@@ -75,9 +72,9 @@ def save_adapter(checkpoint: Checkpoint, spec: DmtdSpec, student: Student, outpu
     lost = whole = 0.0
     for name, value in trained_weights(student).items():
         difference = value.numpy() - np.asarray(checkpoint.read(name), dtype=np.float32)
-        cut = quantised_delta(name, difference)
+        cut = quantised_delta(name, difference, bits)
         tensors |= cut
-        lost += float(np.square(delta_difference(cut, name) - difference, dtype=np.float64).sum())
+        lost += float(np.square(delta_difference(cut, name, difference.shape) - difference, dtype=np.float64).sum())
         whole += float(np.square(difference, dtype=np.float64).sum())
     write_adapter(output, delta_settings(spec, checkpoint.config.family, fingerprint), tensors)
     return (lost / whole) ** 0.5 if whole else 0.0
