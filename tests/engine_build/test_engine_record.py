@@ -13,16 +13,8 @@ import pytest
 
 from dmtd_export.build.options import BuildOptions
 from dmtd_export.build.run import build_engines
-from dmtd_runtime.engine_record import (
-    EngineRecord,
-    EngineWish,
-    build_command,
-    choose_record,
-    content_hash,
-    mismatches,
-    read_record,
-    records,
-)
+from dmtd_runtime.engine_choice import EngineWish, build_command, choose_record, mismatches
+from dmtd_runtime.engine_record import EngineRecord, content_hash, read_record, records
 from dmtd_runtime.errors import BackendError, BundleError, RequestError
 from dmtd_runtime.manifest import load_manifest
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from dmtd_runtime import contract
 from dmtd_runtime.backends.base import Backend, BackendOptions
 from dmtd_runtime.bundle import checked_once
-from dmtd_runtime.engine_record import EngineRecord, EngineWish, choose_record, require_fit
+from dmtd_runtime.engine_choice import EngineWish, choose_record, require_fit
+from dmtd_runtime.engine_record import EngineRecord
 from dmtd_runtime.errors import BackendError, RequestError
 from dmtd_runtime.manifest import Manifest
 
