@@ -30,6 +30,7 @@ class EngineWish:
     full_pass: FullPass | None = None
     max_batch: int | None = None
     max_model_len: int | None = None
+    prefill_chunk: int | None = None  # of engines to build; any serves
 
 
 def mismatches(record: EngineRecord, manifest: Manifest, wish: EngineWish) -> list[str]:
@@ -114,6 +115,7 @@ def _filled(wish: EngineWish, record: EngineRecord) -> EngineWish:
         full_pass="fused" if any(e.graph == contract.FULL_PASS for e in record.engines) else wish.full_pass,
         max_batch=max(wish.max_batch or 1, record.max_batch),
         max_model_len=max(wish.max_model_len or 1, record.max_model_len),
+        prefill_chunk=record.prefill_chunk,
     )
 
 
@@ -130,4 +132,6 @@ def build_command(bundle: Path, wish: EngineWish) -> str:
         words.append(f"--max-batch {wish.max_batch}")
     if wish.max_model_len is not None:
         words.append(f"--max-model-len {wish.max_model_len}")
+    if wish.prefill_chunk not in (None, contract.MIN_WINDOW):
+        words.append(f"--prefill-chunk {wish.prefill_chunk}")
     return " ".join(words)

@@ -267,6 +267,18 @@ def test_commands_may_be_pasted_whatever_the_path(built: Path, record: EngineRec
     assert words[0] == f"{place}/engines/key" and words[-1] == str(place)
 
 
+def test_the_suggested_build_keeps_what_the_engines_served(bundle: Path) -> None:
+    [(directory, record)] = records(bundle)
+    raw = json.loads((directory / "engine.json").read_text())
+    (directory / "engine.json").write_text(json.dumps(raw | {"prefill_chunk": 512}))
+    with pytest.raises(BackendError) as caught:
+        choose_record(bundle, load_manifest(bundle), EngineWish(flavour="host", max_batch=64))
+    words = shlex.split(str(caught.value).partition("with: ")[2])
+    options = {word: words[place + 1] for place, word in enumerate(words[:-1]) if word.startswith("--")}
+    assert options["--prefill-chunk"] == "512" and options["--max-batch"] == "64"
+    assert options["--max-model-len"] == str(record.max_model_len)
+
+
 def test_a_record_cannot_name_files_outside(bundle: Path) -> None:
     [(directory, _)] = records(bundle)
     path = directory / "engine.json"
