@@ -116,6 +116,7 @@ class EvaluationReport:
             "chance": float(scores.chance.mean()),
             "plain_above_chance": scores.above_chance,
             **{name: estimate.value for name, estimate in task_estimates(scores, self.bootstrap).items()},
+            **dict(zip(("plain_solves", "both_solve"), scores.solved, strict=True)),
         }
         if isinstance(task, ChoiceResult):
             return {

@@ -100,6 +100,12 @@ class PairedScores:
         return bool(float(excess.mean()) > CHANCE_ERRORS * error and excess.mean() > 0)
 
     @property
+    def solved(self) -> tuple[int, int]:
+        """How many items the base solves (score 1), and how many of these the model solves too."""
+        known = self.base == 1
+        return int(known.sum()), int((self.model[known] == 1).sum())
+
+    @property
     def table(self) -> Array:
         """float64 [n, 3]: model, base, chance."""
         return np.stack([self.model, self.base, self.chance], axis=-1).astype(np.float64)

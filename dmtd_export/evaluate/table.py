@@ -142,8 +142,13 @@ def _tasks(report: EvaluationReport) -> Group | None:
                 Text(f"{task.acc.name}: {task.skipped} items skipped; scored tokens by phase: {shares}", "dim")
             )
         elif isinstance(task, GenerationResult):
+            known, both = task.scores.solved
             lines.append(
-                Text(f"{task.scores.name}: {percent(task.same_text)} of the answers are plain's word for word", "dim")
+                Text(
+                    f"{task.scores.name}: of the {known} items that plain solves {both} are solved; "
+                    f"{percent(task.same_text)} of the answers are plain's word for word",
+                    "dim",
+                )
             )
     kept = report.retention
     if kept is not None and kept.plain is not None and kept.chance_corrected is not None:

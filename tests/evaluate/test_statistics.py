@@ -77,6 +77,12 @@ def test_one_item_is_never_above_chance() -> None:
     assert not scores("task", 1, 1, 1).above_chance
 
 
+def test_solved_counts_the_items_of_the_base() -> None:
+    given = {"model": [1, 1, 0, 0.5, 1], "base": [1, 0, 1, 1, 0.5]}
+    paired = PairedScores(name="a", chance=np.zeros(5), **{name: np.array(value) for name, value in given.items()})
+    assert paired.solved == (3, 1)
+
+
 def test_retention_is_the_mean_of_ratios_over_tasks_above_chance() -> None:
     tasks = [
         scores("a", 180, 200, 400, chance=0.25),  # 0.9; chance-corrected (0.45 - 0.25) / (0.5 - 0.25) = 0.8
