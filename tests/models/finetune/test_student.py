@@ -301,25 +301,39 @@ def test_gradient_checkpointing_changes_no_gradient(setting: Any, trained: str) 
         torch.testing.assert_close(gradient, found[1][name], rtol=1e-6, atol=1e-8, msg=name)
 
 
-def test_the_padded_view_of_a_gpu_gives_the_same(setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = []
-    made = setting(trained="full", loss=LossOptions(distill=0))
+class Trained:
+    """A student of all layers, and what its loss and gradients were before something else computes them."""
 
+    def __init__(self, made: Any) -> None:
+        self.made = made
+        self.loss, self.gradients = self.run()
+
+    def run(self) -> tuple[Tensor, list[Tensor]]:
+        self.made.student.zero_grad()
+        result = self.made.run()
+        result.loss.backward()
+        return result.label_loss, [p.grad.clone() for p in self.made.student.parameters() if p.grad is not None]
+
+    def assert_same(self) -> None:
+        loss, gradients = self.run()
+        torch.testing.assert_close(loss, self.loss, **TOLERANCE)
+        for found, expected in zip(gradients, self.gradients, strict=True):
+            torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-6)
+
+
+@pytest.fixture
+def all_layers(setting: Any) -> Trained:
+    return Trained(setting(trained="full", loss=LossOptions(distill=0)))
+
+
+def test_the_padded_view_of_a_gpu_gives_the_same(all_layers: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     def with_view(config: Any, starts: Any, positions: Tensor, dtype: torch.dtype) -> packed.Layout:
         padded, kept = packed._padded_view(starts, positions.device)
         assert padded.shape == (4, 14) and kept.shape == positions.shape
         return replace(packed.make_layout(config, starts, positions, dtype), padded=padded, kept=kept)
 
-    for forced in (False, True):
-        if forced:
-            monkeypatch.setattr("dmtd_models.finetune.student.make_layout", with_view)
-        made.student.zero_grad()
-        result = made.run()
-        result.loss.backward()
-        results.append((result.label_loss, [p.grad.clone() for p in made.student.parameters() if p.grad is not None]))
-    torch.testing.assert_close(results[0][0], results[1][0], **TOLERANCE)
-    for one, other in zip(results[0][1], results[1][1], strict=True):
-        torch.testing.assert_close(one, other, rtol=2e-4, atol=1e-6)
+    monkeypatch.setattr("dmtd_models.finetune.student.make_layout", with_view)
+    all_layers.assert_same()
 
 
 def test_held_out_divergences_compare_across_objectives(setting: Any) -> None:
@@ -335,18 +349,9 @@ def test_held_out_divergences_compare_across_objectives(setting: Any) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 4, 5])
-def test_blocks_of_queries_give_the_same(setting: Any, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    results = []
-    made = setting(trained="full", loss=LossOptions(distill=0))
-    for rows in (100, block):
-        monkeypatch.setattr(packed, "_QUERY_BLOCK", rows)
-        made.student.zero_grad()
-        result = made.run()
-        result.loss.backward()
-        results.append((result.label_loss, [p.grad.clone() for p in made.student.parameters() if p.grad is not None]))
-    torch.testing.assert_close(results[0][0], results[1][0], **TOLERANCE)
-    for one, other in zip(results[0][1], results[1][1], strict=True):
-        torch.testing.assert_close(one, other, rtol=2e-4, atol=1e-6)
+def test_blocks_of_queries_give_the_same(all_layers: Trained, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(packed, "_QUERY_BLOCK", block)
+    all_layers.assert_same()
 
 
 def test_of_several_likeliest_tokens_the_lowest_comes_first() -> None:
