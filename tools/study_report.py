@@ -145,22 +145,22 @@ def speed_ratio(result: Result) -> float | None:
 
 
 def draw_quality(results: Sequence[Result], picture: Path) -> None:
-    """Perplexity ratio over speed ratio, one curve for each D."""
+    """Perplexity ratio over speed ratio, one curve for each split."""
     figure, axis = _figure()
-    by_late: dict[int, list[tuple[float, float, int]]] = {}
+    by_split: dict[tuple[int, int], list[tuple[float, float, int]]] = {}
     for result in results:
         speed, found, split = speed_ratio(result), result["evaluation"], result["summary"]["split"]
         if speed is not None and found is not None:
             point = (speed, found["perplexity"]["ratio"], split["cycle_length"])
-            by_late.setdefault(split["decoding_layers"], []).append(point)
-    for late, points in sorted(by_late.items()):
+            by_split.setdefault((split["encoding_layers"], split["decoding_layers"]), []).append(point)
+    for (early, late), points in sorted(by_split.items()):
         points.sort()
-        axis.plot([p[0] for p in points], [p[1] for p in points], "o-", label=f"D {late}")
+        axis.plot([p[0] for p in points], [p[1] for p in points], "o-", label=f"E {early} D {late}")
         for speed, ratio, tau in points:
             axis.annotate(f"tau {tau}", (speed, ratio), textcoords="offset points", xytext=(5, 5), fontsize="small")
     axis.axhline(1, color="gray", lw=0.7)
     axis.set(xlabel="speed over plain decoding", ylabel="perplexity over the plain model's", title="quality over speed")
-    if by_late:
+    if by_split:
         axis.legend()
     figure.savefig(picture, dpi=120)
 
