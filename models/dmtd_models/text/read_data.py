@@ -168,7 +168,7 @@ def _write(source: str, tokenizer: TextTokenizer, options: ReadOptions, cache_di
         note.replace(target.with_suffix(".json"))
     except OSError as error:
         raise DataError(
-            f"{target.parent}: cannot be written ({error}); make room there or choose another cache directory"
+            f"{target.parent}: cannot be written ({error}); make room there, or set XDG_CACHE_HOME to another directory"
         ) from error
     finally:
         part.unlink(missing_ok=True)
