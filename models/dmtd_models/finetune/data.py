@@ -5,6 +5,7 @@ Stands between ``dmtd_models.text``, which reads single sources, and ``run``. No
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,3 +84,15 @@ def read_run_text(
     if not len(train):
         raise ModelError("training text: nothing is left to train on; give more --data")
     return RunText(train=train, held_out=evaluation, notes=tuple(notes))
+
+
+def text_digest(dataset: Any) -> str:
+    """A digest of all token ids and where their documents and prompts end, in order: files of one name may change."""
+    import pyarrow.compute
+
+    digest = hashlib.sha256()
+    for table in dataset.with_format("arrow").iter(batch_size=10_000):
+        ids = table["input_ids"]
+        for column in (pyarrow.compute.list_value_length(ids), table["prompt_len"], pyarrow.compute.list_flatten(ids)):
+            digest.update(column.to_numpy().astype(np.int64).tobytes())
+    return digest.hexdigest()

@@ -351,7 +351,7 @@ def test_a_full_disk_keeps_the_state_before(base: Path, tmp_path: Path, whole_ru
         ({"trained": "lora", "last_layers": 5}, "--last-layers: got 5"),
         ({"tokens_per_step": 8}, "--tokens-per-step"),
         ({"epochs": 0.0}, "--epochs: got 0.0"),
-        ({"seed": -1}, "--seed: got -1, expected 0 or more"),
+        ({"seed": -1}, "--seed: got -1, expected 0 to 4294967295"),
     ],
 )
 def test_options_that_contradict_each_other(base: Path, tmp_path: Path, given: dict[str, Any], words: str) -> None:
