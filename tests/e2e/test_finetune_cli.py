@@ -41,6 +41,7 @@ SUMMARY_KEYS = {
     "matmul_peak_flops",
     "matmul_share",
     "evaluation",
+    "adapter_bits",
     "adapter_relative_error",
 }
 
@@ -146,6 +147,7 @@ def test_what_a_run_leaves(finished: tuple[Path, dict[str, Any]], base: str, cha
     log = [json.loads(line) for line in (training / "log.jsonl").read_text().splitlines()]
     assert max(line["step"] for line in log) == told["steps"]
     assert any(chats in note for note in told["text"])
+    assert f"{chats}: held out, but trained on too; numbers on it tell nothing" in told["text"]
 
 
 def test_the_result_is_a_checkpoint_and_an_adapter(finished: tuple[Path, dict[str, Any]], base: str) -> None:
@@ -175,6 +177,7 @@ def test_a_run_for_people(base: str, chats: str, tmp_path: Path) -> None:
     words = " ".join(result.stdout.split())
     assert "E0 T2 D2, cycle of 3" in words
     assert "--adapter" in words and "dmtd export" in words
+    assert "held out no document, so nothing is measured; give --held-out" in words
     assert not (tmp_path / "out" / "config.json").exists()
 
 
@@ -291,7 +294,7 @@ def test_a_loss_that_is_no_number_is_one_line(base: str, chats: str, tmp_path: P
         (("--decoding-layers", "0", "--cycle-length", "3"), "DMTD split"),
         (("--decoding-layers", "2", "--cycle-length", "0"), "cycle length: got 0, expected 1 or more"),
         ((*SPLIT, "--prompt-input", "cyclical"), "undefined"),
-        ((*SPLIT, "--curriculum", "3:0.9,2:0.1"), "--curriculum"),
+        ((*SPLIT, "--curriculum", "3:0.9,2:0.1"), "--curriculum: got 2:0.1, expected"),
         ((*SPLIT, "--curriculum", "4:0.5"), "--curriculum: goes above"),
         ((*SPLIT, "--temperature", "0"), "--temperature"),
         ((*SPLIT, "--train", "lora", "--train-embedding"), "--train-embedding"),

@@ -73,6 +73,11 @@ def read_run_text(
         notes.append(f"documents left out because evaluation items occur in them: {before - len(whole)} of {before}")
     if held_out:
         kept = [read_training_data(source, tokenizer, options, cache_dir).dataset for source in held_out]
+        notes += [
+            f"{source}: held out, but trained on too; numbers on it tell nothing"
+            for source in held_out
+            if source in sources
+        ]
         evaluation = concatenate_datasets(kept)
         evaluation = evaluation.select(range(min(_MAX_HELD_OUT, len(evaluation))))
         train = whole

@@ -101,7 +101,8 @@ def check_options(options: TrainOptions, spec: DmtdSpec) -> None:
     for cycle_length, until in options.curriculum:
         if cycle_length < 1 or not last < until <= 1:
             raise ConfigError(
-                "--curriculum: expected cycle lengths of 1 or more, each until a growing share up to 1, as 2:0.3,3:0.6"
+                f"--curriculum: got {cycle_length}:{until}, expected cycle lengths of 1 or more, each until a greater share of "
+                "the run than the one before, 1 at most, as 2:0.3,3:0.6"
             )
         last = until
     if options.curriculum and spec.cycle_length < max(cycle for cycle, _ in options.curriculum):
