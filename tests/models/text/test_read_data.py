@@ -83,7 +83,8 @@ def test_long_chats_are_cut_or_dropped(read, tmp_path):
     assert (data.counts.cut_answers, data.counts.dropped_prompts) == (1, 1)
     # A prompt that leaves no room for a token of the answer is dropped as well.
     with pytest.raises(
-        DataError, match=r"none of 1 records gives an example of at most \d+ tokens \(1 prompts too long.*raise --max-length"
+        DataError,
+        match=r"none of 1 records gives an example of at most \d+ tokens \(1 prompts too long.*raise --max-length",
     ):
         read(lines(tmp_path / "b.jsonl", CHAT), max_length=PROMPT_LEN)
 
