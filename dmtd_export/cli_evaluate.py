@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from dmtd_export.cli_export import LIBRARIES
 from dmtd_export.cli_progress import StageDisplay
 from dmtd_export.evaluate import EvaluateOptions, HarnessOptions, OpenOptions
+from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.options import ExportOptions
 from dmtd_runtime.cli.common import DeviceOption, JsonOption, ThreadsOption, logs_to_stderr, note, pick, require
 
@@ -128,6 +130,7 @@ def evaluate(
         require("evaluate", (*LIBRARIES, "torch"), _INSTALL)
     if output is not None:
         require("evaluate -o", ("matplotlib",), _INSTALL)
+        _make_directory(output)  # an evaluation takes long: what it found must not be lost for a wrong name
     if lm_eval is not None:
         require("evaluate --lm-eval", ("lm_eval",), '"dmtd[lm-eval]"')
     if adapter is not None and base is None:
@@ -166,16 +169,25 @@ def evaluate(
     with logs_to_stderr(), StageDisplay() as display:
         report = run(path, base, options, _Stages(display))
     found = report.to_json()
-    if output is not None:
-        from dmtd_export.evaluate.plots import write_plots
-
-        pictures = write_plots(report, output)
-        (output / "report.json").write_text(json_text.dumps(found, indent=1) + "\n", encoding="utf-8")
-        note(f"written: {output / 'report.json'}" + "".join(f", {picture.name}" for picture in pictures))
     if json:
         typer.echo(json_text.dumps(found))
     else:
         Console(highlight=False).print(render(report))
+    if output is not None:  # behind what is shown: a full disk takes the files alone
+        from dmtd_export.evaluate.plots import write_plots
+
+        (output / "report.json").write_text(json_text.dumps(found, indent=1) + "\n", encoding="utf-8")
+        pictures = write_plots(report, output)
+        note(f"written: {output / 'report.json'}" + "".join(f", {picture.name}" for picture in pictures))
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvaluateError(f"-o {directory}: cannot be made ({error.strerror}); give another directory") from error
+    if not os.access(directory, os.W_OK):
+        raise EvaluateError(f"-o {directory}: cannot be written to; give another directory")
 
 
 class _Stages:

@@ -229,6 +229,8 @@ def _table(summary: Mapping[str, Any]) -> Table:
     if found:
         table.add_row("divergence", _phases(found.get("eval_divergence_by_phase"), "{:.3f}"))
         table.add_row("agreement", _phases(found.get("eval_agreement_by_phase"), "{:.1%}"))
+    elif not summary["documents"]["held_out"]:
+        table.add_row("held out", "no document, so nothing is measured; give --held-out, or 50 documents or more")
     if summary["adapter_relative_error"]:
         table.add_row(
             "adapter",

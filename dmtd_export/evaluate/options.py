@@ -59,7 +59,15 @@ class EvaluateOptions:
     base_open: OpenOptions = field(default_factory=OpenOptions)
 
     def __post_init__(self) -> None:
-        lowest = {"max_tokens": 1, "limit": 1, "prefixes": 0, "max_run": 1, "resamples": 100, "context_len": 1}
+        lowest = {
+            "max_tokens": 1,
+            "limit": 1,
+            "prefixes": 0,
+            "max_run": 1,
+            "resamples": 100,
+            "context_len": 1,
+            "seed": 0,
+        }
         for name, least in lowest.items():
             if (value := getattr(self, name)) < least:
                 raise EvaluateError(f"--{name.replace('_', '-')}: got {value}, expected {least} or more")

@@ -49,7 +49,7 @@ def contains_word(answer: str, *, accepted: Sequence[str]) -> float:
 def _read_file(path: Path) -> list[Any]:
     items: list[Any] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 inside a text too
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluateError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     for number, line in enumerate(lines, 1):

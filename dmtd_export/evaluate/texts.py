@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ from dmtd_export.evaluate.options import MIN_SCORED
 from dmtd_models.errors import ModelError
 from dmtd_models.text import corpora
 from dmtd_models.text.chat import TextTokenizer
-from dmtd_models.text.examples import Examples, form_of
+from dmtd_models.text.examples import Examples, checked_text, form_of
 from dmtd_models.text.items import TextItem
-from dmtd_models.text.rows import read_rows
+from dmtd_models.text.rows import SUFFIXES, read_rows
 
 CANDIDATES = 8  # windows made for each one that is taken
 
@@ -39,7 +38,7 @@ class TextWindow:
 
 
 def read_texts(name: str, cache_dir: Path) -> Iterator[TextItem]:
-    """Held-out documents of a registered corpus, or those of a file (.jsonl: an object with ``text`` a line; else one text).
+    """Held-out documents of a registered corpus, or those of a file (.jsonl, .json, .parquet: objects with ``text``; else one).
 
     Chats are ``chat_windows``'s business.
 
@@ -60,23 +59,31 @@ def read_texts(name: str, cache_dir: Path) -> Iterator[TextItem]:
 
 
 def _read_file(path: Path) -> Iterator[TextItem]:
+    if path.suffix in SUFFIXES:
+        yield from _records(path)
+        return
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluateError(f"{path}: cannot be read as UTF-8 text ({error}); give a text or .jsonl file") from None
-    if path.suffix != ".jsonl":
-        yield TextItem(source=path.name, text_id=path.name, text=text)
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise EvaluateError(f"{path}:{number}: not JSON ({error}); expected an object with text") from None
-        if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-            raise EvaluateError(f"{path}:{number}: expected an object whose text is a string")
-        yield TextItem(source=path.name, text_id=str(entry.get("id", number)), text=entry["text"])
+    yield TextItem(source=path.name, text_id=path.name, text=text)
+
+
+def _records(path: Path) -> Iterator[TextItem]:
+    """Documents of a data file, read as training reads them: a text may hold any line separator of Unicode."""
+    try:
+        for row in read_rows(path):
+            text = row.values.get("text")
+            if not isinstance(text, str):
+                raise EvaluateError(f"--text {row.where}: expected an object whose text is a string")
+            number = row.where.removeprefix(path.name).lstrip(":, ")
+            yield TextItem(
+                source=path.name,
+                text_id=str(row.values.get("id", number)),
+                text=checked_text(text, f"{row.where}: text"),
+            )
+    except ModelError as error:
+        raise EvaluateError(f"--text {error}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,12 +138,19 @@ def _windows(
 
 
 def is_chats(name: str) -> bool:
-    """Whether a --text is a file of chats (``messages``, or ``prompt_ids`` with ``answer_ids``): its first line tells."""
+    """Whether a --text is a file of chats (``messages``, or ``prompt_ids`` with ``answer_ids``): its first record tells.
+
+    Raises:
+        EvaluateError: a first record of no known form.
+    """
     path = Path(name)
-    if path.suffix != ".jsonl" or not path.is_file():
+    if path.suffix not in SUFFIXES or not path.is_file():
         return False
-    row = next(read_rows(path), None)
-    return row is not None and form_of(row) != "text"
+    try:
+        row = next(read_rows(path), None)
+        return row is not None and form_of(row) != "text"
+    except ModelError as error:
+        raise EvaluateError(f"--text {error}") from error
 
 
 def chat_windows(name: str, tokenizer: TextTokenizer, plan: WindowPlan) -> tuple[TextWindow, ...]:
@@ -154,11 +168,11 @@ def chat_windows(name: str, tokenizer: TextTokenizer, plan: WindowPlan) -> tuple
                     source=source,
                     text_id=row.where,
                     token_ids=tuple(int(token) for token in example.input_ids),
-                    context_len=example.prompt_len,
+                    context_len=max(1, example.prompt_len),  # without a prompt the first token is fed all the same
                 )
                 for row in read_rows(Path(name))
                 for example in examples.of_row(row)
-                if len(example.input_ids) >= example.prompt_len + MIN_SCORED
+                if len(example.input_ids) >= max(1, example.prompt_len) + MIN_SCORED
             ),
             plan,
         )

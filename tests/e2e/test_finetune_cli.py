@@ -41,6 +41,7 @@ SUMMARY_KEYS = {
     "matmul_peak_flops",
     "matmul_share",
     "evaluation",
+    "adapter_bits",
     "adapter_relative_error",
 }
 
@@ -146,6 +147,7 @@ def test_what_a_run_leaves(finished: tuple[Path, dict[str, Any]], base: str, cha
     log = [json.loads(line) for line in (training / "log.jsonl").read_text().splitlines()]
     assert max(line["step"] for line in log) == told["steps"]
     assert any(chats in note for note in told["text"])
+    assert f"{chats}: held out, but trained on too; numbers on it tell nothing" in told["text"]
 
 
 def test_the_result_is_a_checkpoint_and_an_adapter(finished: tuple[Path, dict[str, Any]], base: str) -> None:
@@ -175,6 +177,7 @@ def test_a_run_for_people(base: str, chats: str, tmp_path: Path) -> None:
     words = " ".join(result.stdout.split())
     assert "E0 T2 D2, cycle of 3" in words
     assert "--adapter" in words and "dmtd export" in words
+    assert "held out no document, so nothing is measured; give --held-out" in words
     assert not (tmp_path / "out" / "config.json").exists()
 
 
@@ -235,6 +238,31 @@ def test_ctrl_c_and_the_same_command_again(
     assert (tmp_path / "out" / "adapter_config.json").is_file()
 
 
+def test_other_text_in_a_file_of_the_same_name_is_refused(base: str, tmp_path: Path, at_forward: Any) -> None:
+    """As many documents, other words: the run would go on with text that it did not begin with."""
+    data = tmp_path / "d.jsonl"
+    write_lines(data, *({"text": f"The number {number} is even or odd."} for number in range(12)))
+    at_forward(3, lambda: signal.raise_signal(signal.SIGINT))
+    command = ("--epochs", "3", "--eval-every", "0")
+    assert finetune(base, tmp_path / "out", str(data), *command).exit_code == 130
+    before = data.read_text()
+    data.write_text(before.replace("even", "evil"))
+    line = error_line(finetune(base, tmp_path / "out", str(data), *command))
+    assert "--data" in line and "another -o" in line
+    data.write_text(before)  # the same again, though the file is younger
+    result = finetune(base, tmp_path / "out", str(data), *command)
+    assert result.exit_code == 0, (result.output, result.exception)
+
+
+def test_two_runs_never_share_an_output(base: str, chats: str, tmp_path: Path, at_forward: Any) -> None:
+    told = []
+    at_forward(2, lambda: told.append(error_line(finetune(base, tmp_path / "out", chats))))
+    result = finetune(base, tmp_path / "out", chats)
+    assert result.exit_code == 0, (result.output, result.exception)
+    [line] = told
+    assert "another process is at work in" in line and "another -o" in line
+
+
 def test_other_options_before_any_state_are_welcome(base: str, chats: str, tmp_path: Path, at_forward: Any) -> None:
     def exhausted() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
@@ -266,10 +294,11 @@ def test_a_loss_that_is_no_number_is_one_line(base: str, chats: str, tmp_path: P
         (("--decoding-layers", "0", "--cycle-length", "3"), "DMTD split"),
         (("--decoding-layers", "2", "--cycle-length", "0"), "cycle length: got 0, expected 1 or more"),
         ((*SPLIT, "--prompt-input", "cyclical"), "undefined"),
-        ((*SPLIT, "--curriculum", "3:0.9,2:0.1"), "--curriculum"),
+        ((*SPLIT, "--curriculum", "3:0.9,2:0.1"), "--curriculum: got 2:0.1, expected"),
         ((*SPLIT, "--curriculum", "4:0.5"), "--curriculum: goes above"),
         ((*SPLIT, "--temperature", "0"), "--temperature"),
         ((*SPLIT, "--train", "lora", "--train-embedding"), "--train-embedding"),
+        ((*SPLIT, "--seed", str(2**32)), "--seed: got 4294967296, expected 0 to 4294967295"),
     ],
 )
 def test_options_that_cannot_be_are_one_line(
@@ -300,6 +329,14 @@ def test_the_base_is_never_written_over(base: str, chats: str, tmp_path: Path) -
     assert "is the base itself" in error_line(finetune(base, link, chats))
     other = write_tiny_checkpoint(tmp_path / "other", seed=9)
     assert "did not make" in error_line(finetune(base, other, chats))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    assert "holds an adapter that dmtd finetune did not make" in error_line(finetune(base, adapter, chats))
+    (adapter / "training").mkdir()  # its own run's, whose states are gone
+    initial = finetune(base, adapter, chats, "--initial", str(adapter))
+    assert "is the adapter of --initial, which would be lost" in error_line(initial)
+    assert (adapter / "adapter_config.json").read_text() == "{}"
     (tmp_path / "file").write_text("x")
     assert "is a file" in error_line(finetune(base, tmp_path / "file", chats))
     assert (Path(base) / "model.safetensors").read_bytes() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -265,3 +266,31 @@ def test_a_checkpoint_without_tokenizer(data: Path, tmp_path: Path, capsys: pyte
     code, _, err = run(capsys, made, "--text", data / "prose.txt")
     assert code == 1
     assert "has no tokenizer.json" in err
+
+
+def test_a_seed_below_zero(checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, checkpoint, "--text", data / "prose.txt", "--seed", "-1")
+    assert code == 1
+    assert "--seed: got -1, expected 0 or more" in err
+
+
+def test_an_output_that_cannot_be_is_told_before_anything_is_measured(
+    checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dmtd_export.evaluate.evaluate", lambda *arguments: pytest.fail("measured"))
+    code, out, err = run(capsys, checkpoint, "--text", data / "prose.txt", "-o", data / "prose.txt")
+    assert (code, out) == (1, "")
+    assert "error: -o " in err and "cannot be made (File exists); give another directory" in err
+
+
+def test_a_disk_that_fills_takes_the_files_alone(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **settings: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "report.json")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    code, out, err = run(capsys, checkpoint, "--text", data / "prose.txt", *QUICK, "-o", tmp_path / "out", "--json")
+    assert code == 1
+    assert json.loads(out)["perplexity"]["model"] > 1, "what was measured is shown all the same"
+    assert "error: no space left on the device (report.json)" in err

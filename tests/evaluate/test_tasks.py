@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,11 @@ def test_a_line_that_is_no_item_is_named(tmp_path: Path, line: str) -> None:
 def test_code_is_run_only_when_allowed(tmp_path: Path) -> None:
     with pytest.raises(EvaluateError, match="run code that the model writes"):
         read_task("humaneval", tmp_path, 2, 0)
+
+
+def test_a_line_ends_where_json_lines_do(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    prompt = "one\u2028two\x85three"
+    item = json.dumps({"prompt": prompt, "choices": [" a", " b"], "answer": 1}, ensure_ascii=False)
+    path.write_text("\ufeff" + item + "\r\n" + item + "\n", encoding="utf-8")
+    assert [one.prompt for one in read_task(str(path), tmp_path, None, 0)] == [prompt, prompt]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from dmtd_export.evaluate.errors import EvaluateError
@@ -115,3 +117,43 @@ def no_encode(text):
 
 
 PLAN_OF_CHATS = WindowPlan(window_len=200, context_len=4, max_windows=10, seed=0)
+
+
+SEPARATED = "1 2\u2028 3\x85 4\x0b 5"  # line separators of Unicode, which JSON leaves as they are
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", json.dumps({"text": SEPARATED}, ensure_ascii=False).replace("\x0b", "\\u000b")),
+        ("a.ndjson", json.dumps({"text": SEPARATED})),
+        ("a.json", json.dumps([{"text": SEPARATED}])),
+        ("a.jsonl", "\ufeff" + json.dumps({"text": SEPARATED})),
+    ],
+)
+def test_a_data_file_is_read_as_training_reads_it(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert not is_chats(str(tmp_path / name))
+    assert [item.text for item in read_texts(str(tmp_path / name), tmp_path)] == [SEPARATED]
+
+
+def test_a_parquet_file_of_texts(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["1 2", "3"]}), tmp_path / "a.parquet")
+    assert [item.text for item in read_texts(str(tmp_path / "a.parquet"), tmp_path)] == ["1 2", "3"]
+
+
+def test_half_a_character_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "1 \\ud83d 2"}\n')
+    with pytest.raises(EvaluateError, match=r"--text a.jsonl:1: text: got half a character"):
+        list(read_texts(str(tmp_path / "a.jsonl"), tmp_path))
+
+
+def test_an_answer_without_a_prompt_is_scored_from_its_second_token(tmp_path: Path) -> None:
+    directory = write_tiny_checkpoint(tmp_path / "model", vocab_size=TOKENIZER_VOCAB_SIZE, tokenizer=True)
+    file = tmp_path / "ids.jsonl"
+    records = [{"prompt_ids": [], "answer_ids": [*range(65, 65 + n)]} for n in (9, 8)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with open_checkpoint(directory) as checkpoint:
+        tokenizer = TextTokenizer.of_checkpoint(checkpoint)
+        [window] = collect_windows([str(file)], no_encode, lambda: tokenizer, PLAN_OF_CHATS, tmp_path)
+    assert window.context_len == 1 and window.token_ids == tuple(range(65, 74))

@@ -5,6 +5,7 @@ Stands between ``dmtd_models.text``, which reads single sources, and ``run``. No
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,11 @@ def read_run_text(
         notes.append(f"documents left out because evaluation items occur in them: {before - len(whole)} of {before}")
     if held_out:
         kept = [read_training_data(source, tokenizer, options, cache_dir).dataset for source in held_out]
+        notes += [
+            f"{source}: held out, but trained on too; numbers on it tell nothing"
+            for source in held_out
+            if source in sources
+        ]
         evaluation = concatenate_datasets(kept)
         evaluation = evaluation.select(range(min(_MAX_HELD_OUT, len(evaluation))))
         train = whole
@@ -83,3 +89,15 @@ def read_run_text(
     if not len(train):
         raise ModelError("training text: nothing is left to train on; give more --data")
     return RunText(train=train, held_out=evaluation, notes=tuple(notes))
+
+
+def text_digest(dataset: Any) -> str:
+    """A digest of all token ids and where their documents and prompts end, in order: files of one name may change."""
+    import pyarrow.compute
+
+    digest = hashlib.sha256()
+    for table in dataset.with_format("arrow").iter(batch_size=10_000):
+        ids = table["input_ids"]
+        for column in (pyarrow.compute.list_value_length(ids), table["prompt_len"], pyarrow.compute.list_flatten(ids)):
+            digest.update(column.to_numpy().astype(np.int64).tobytes())
+    return digest.hexdigest()

@@ -32,6 +32,7 @@ from torch import Tensor
 from dmtd_models.dmtd import DmtdModel
 from dmtd_models.errors import ModelError
 from dmtd_models.finetune.batches import Batch, Document, Documents
+from dmtd_models.finetune.claim import claimed
 from dmtd_models.finetune.packed import make_layout
 from dmtd_models.finetune.student import head_weight, likeliest_tokens, plain_rows, plain_trunk
 from dmtd_models.saving import make_directory, write_json
@@ -130,14 +131,34 @@ def store_features(
         on_progress: called with (tokens done, tokens in all).
 
     Raises:
-        ModelError: not enough room on the disk.
+        ModelError: not enough room on the disk, or another process computes the same.
     """
     last = documents[len(documents) - 1]
     tokens, hidden = last.first_row + len(last.token_ids), base.config.hidden_size
     directory = directory / key.name
-    done = _done_tokens(directory, key)
     sizes = _file_sizes(tokens, hidden, key)
-    if done is None or any(_size(directory / name) != size for name, size in sizes.items()):
+    if _done_tokens(directory, key, sizes) != tokens:
+        make_directory(directory)
+        remedy = "wait until it has ended, or give another --cache-dir"
+        with claimed(directory, "stored features", remedy):
+            _compute_missing(base, documents, directory, key, sizes, row_len, autocast, on_progress)
+    return FeatureStore(directory, tokens, hidden, key)
+
+
+def _compute_missing(
+    base: DmtdModel,
+    documents: Documents,
+    directory: Path,
+    key: FeatureKey,
+    sizes: Mapping[str, int],
+    row_len: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    on_progress: Callable[[int, int], None],
+) -> None:
+    last = documents[len(documents) - 1]
+    tokens, hidden = last.first_row + len(last.token_ids), base.config.hidden_size
+    done = _done_tokens(directory, key, sizes)
+    if done is None:
         _make_files(directory, sizes)
         done = 0
     store = FeatureStore(directory, tokens, hidden, key, "r+")
@@ -158,7 +179,6 @@ def store_features(
     finally:
         if done > saved:  # at the end, or when an error or Ctrl-C ends the pass
             store.save(directory, key, done)
-    return FeatureStore(directory, tokens, hidden, key)
 
 
 def add_computed(
@@ -208,7 +228,10 @@ def _groups(documents: Documents, row_len: int, done: int) -> Iterator[tuple[int
         yield group[0].first_row, group
 
 
-def _done_tokens(directory: Path, key: FeatureKey) -> int | None:
+def _done_tokens(directory: Path, key: FeatureKey, sizes: Mapping[str, int]) -> int | None:
+    """How many tokens of a store are there; None: nothing to go on with."""
+    if any(_size(directory / name) != size for name, size in sizes.items()):
+        return None
     try:
         record = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -20,12 +20,14 @@ from typing import Any, Literal, Protocol
 import torch
 from accelerate import PartialState
 
+from dmtd_models.adapter import CONFIG_FILE
 from dmtd_models.checkpoint import Checkpoint, open_checkpoint
 from dmtd_models.config import CycleOrigin, DmtdSpec, PromptInput, resolve_dmtd
 from dmtd_models.delta import MOST_BITS
 from dmtd_models.errors import ConfigError
+from dmtd_models.finetune.claim import claimed
 from dmtd_models.finetune.curves import draw_curves, read_log
-from dmtd_models.finetune.data import RunText, read_run_text
+from dmtd_models.finetune.data import RunText, read_run_text, text_digest
 from dmtd_models.finetune.options import TrainOptions, check_options
 from dmtd_models.finetune.probes import PROBED, EvaluationProbes, evaluation_probes, probed_before
 from dmtd_models.finetune.record import recorded_options, require_same_run, write_record
@@ -105,9 +107,14 @@ def run_job(job: Job, display: Display) -> dict[str, Any]:
             text = _text(checkpoint, tokenizer, job, kept_out, display)
             record[PROBED] = list(kept_out.tasks)
             record["documents"] = [len(text.train), len(text.held_out)]
-            require_same_run(training, record)
+            record["text"] = text_digest(text.train)
             if processes.is_main_process:
                 make_directory(training)
+                opened.enter_context(
+                    claimed(training, f"-o {job.output}", "wait until it has ended, or give another -o")
+                )
+            require_same_run(training, record)
+            if processes.is_main_process:
                 write_record(training, record)
         for note in text.notes:
             display.line(note)
@@ -154,8 +161,13 @@ def _require_own_output(job: Job) -> None:
         raise ConfigError(f"-o: {job.output} is the base itself, which would be lost; give another directory")
     if job.output.is_file():
         raise ConfigError(f"-o: {job.output} is a file, expected a directory; give another place")
-    if (job.output / "config.json").is_file() and not (job.output / TRAINING).is_dir():
-        raise ConfigError(f"-o: {job.output} holds a model that dmtd finetune did not make; give another directory")
+    if job.initial is not None and job.output.resolve() == job.initial.resolve():
+        raise ConfigError(f"-o: {job.output} is the adapter of --initial, which would be lost; give another directory")
+    for name, kind in (("config.json", "a model"), (CONFIG_FILE, "an adapter")):
+        if (job.output / name).is_file() and not (job.output / TRAINING).is_dir():
+            raise ConfigError(
+                f"-o: {job.output} holds {kind} that dmtd finetune did not make there; give another directory"
+            )
 
 
 def _record(checkpoint: Checkpoint, spec: DmtdSpec, job: Job, processes: int) -> dict[str, Any]:

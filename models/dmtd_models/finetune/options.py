@@ -91,8 +91,8 @@ def check_options(options: TrainOptions, spec: DmtdSpec) -> None:
         raise ConfigError("--train-embedding: factors leave the embedding alone; give --train late or full with it")
     if options.last_layers is not None:
         _check_last_layers(options, options.last_layers, spec)
-    if options.seed < 0:
-        raise ConfigError(f"--seed: got {options.seed}, expected 0 or more")
+    if not 0 <= options.seed < 2**32:  # what numpy's own generator takes
+        raise ConfigError(f"--seed: got {options.seed}, expected 0 to {2**32 - 1}")
     if options.tokens_per_step < 16:
         raise ConfigError(f"--tokens-per-step: got {options.tokens_per_step}, expected 16 or more")
     if not (math.isfinite(options.epochs) and options.epochs > 0) and options.max_tokens is None:
@@ -101,7 +101,8 @@ def check_options(options: TrainOptions, spec: DmtdSpec) -> None:
     for cycle_length, until in options.curriculum:
         if cycle_length < 1 or not last < until <= 1:
             raise ConfigError(
-                "--curriculum: expected cycle lengths of 1 or more, each until a growing share up to 1, as 2:0.3,3:0.6"
+                f"--curriculum: got {cycle_length}:{until}, expected cycle lengths of 1 or more, each until a greater share of "
+                "the run than the one before, 1 at most, as 2:0.3,3:0.6"
             )
         last = until
     if options.curriculum and spec.cycle_length < max(cycle for cycle, _ in options.curriculum):

@@ -21,6 +21,7 @@ _OPTIONS = {
     "base": "BASE",
     "trained": "--train",
     "documents": "--data (documents read)",
+    "text": "--data (digest of what stands in it)",
     "processes": "number of processes",
     "probed": "evaluation tasks kept out of the text",
 }

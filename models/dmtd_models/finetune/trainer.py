@@ -26,7 +26,7 @@ from dmtd_models.errors import CheckpointError, ModelError
 from dmtd_models.finetune.batches import Batch
 from dmtd_models.finetune.heap import GIVE_BACK_EVERY_STEPS, give_back
 from dmtd_models.finetune.options import TrainOptions
-from dmtd_models.finetune.states import COMPLETE, latest_checkpoint, remove_states
+from dmtd_models.finetune.states import COMPLETE, SIZES, file_sizes, latest_checkpoint, remove_states
 from dmtd_models.finetune.student import StepResult, Student
 from dmtd_models.saving import replacing, write_json
 
@@ -207,7 +207,7 @@ class DmtdTrainer(Trainer):
             ) from error
         if self.args.should_save:
             record = {"step": self.state.global_step, "tokens": self.args.world_size * self._tokens}
-            write_json(directory / COMPLETE, record)
+            write_json(directory / COMPLETE, {**record, SIZES: file_sizes(directory)})
             remove_states(output, keep=2)
 
     @property

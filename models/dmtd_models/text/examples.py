@@ -88,7 +88,7 @@ class Examples:
             raise DataError(f"{where}: text: got {type(text).__name__}, expected text")
         if not text.strip():
             raise DataError(f"{where}: text: got empty text, expected words; remove the record")
-        [ids] = self.tokenizer.encode_texts([text])
+        [ids] = self.tokenizer.encode_texts([checked_text(text, f"{where}: text")])
         self.tally.cut_texts += len(ids) > self.max_length
         for start in range(0, len(ids), self.max_length):
             yield from self._counted(ids[start : start + self.max_length], 0)
@@ -195,7 +195,23 @@ def _checked_message(value: object, where: str) -> dict[str, str]:
         raise DataError(f"{where}.content: got {type(content).__name__}, expected text")
     if not content.strip():
         raise DataError(f"{where}.content: got empty text, expected words; remove the chat")
-    return {"role": str(role), "content": content}
+    return {"role": str(role), "content": checked_text(content, f"{where}.content")}
+
+
+def checked_text(text: str, where: str) -> str:
+    """The text, which JSON may have given halves of a character: no tokenizer takes them.
+
+    Raises:
+        DataError: it holds one.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: got half a character ({text[error.start]!r}, the {error.start + 1}th), expected Unicode text; "
+            "write the character whole or remove the record"
+        ) from error
+    return text
 
 
 def _part_text(part: object, where: str) -> str:

@@ -100,7 +100,7 @@ def fetch(package: Package, cache_dir: Path) -> Archive:
             return Archive(path=made.replace(folder / made.name), sha256=digest, pinned=digest == package.sha256)
     except OSError as error:
         raise PackageError(
-            f"{folder}: cannot be written ({error}); make room or choose another cache directory"
+            f"{folder}: cannot be written ({error}); make room there, or set XDG_CACHE_HOME to another directory"
         ) from error
 
 

@@ -159,7 +159,7 @@ def _write(source: str, tokenizer: TextTokenizer, options: ReadOptions, cache_di
             raise DataError(
                 f"{source}: no data: none of {tally.records} records gives an example of at most {options.max_length} "
                 f"tokens ({tally.dropped_prompts} prompts too long, {tally.dropped_short} under two tokens); "
-                "raise the length or give other data"
+                "raise --max-length (and --tokens-per-step, which bounds it) or give other data"
             )
         counts = ReadCounts(form=maker.form, **asdict(tally))
         note = part.with_suffix(".note")
@@ -168,7 +168,7 @@ def _write(source: str, tokenizer: TextTokenizer, options: ReadOptions, cache_di
         note.replace(target.with_suffix(".json"))
     except OSError as error:
         raise DataError(
-            f"{target.parent}: cannot be written ({error}); make room there or choose another cache directory"
+            f"{target.parent}: cannot be written ({error}); make room there, or set XDG_CACHE_HOME to another directory"
         ) from error
     finally:
         part.unlink(missing_ok=True)

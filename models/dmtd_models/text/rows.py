@@ -78,12 +78,11 @@ def read_rows(path: Path) -> Iterator[Row]:
     files = source_files(path)
     for file in files:
         name = file.name if path.is_file() else str(file.relative_to(path))
-        if file.suffix == ".parquet":
-            yield from _parquet_rows(file, name)
-        elif file.suffix == ".json":
-            yield from _json_rows(file, name)
-        else:
-            yield from _line_rows(file, name)
+        rows = _parquet_rows if file.suffix == ".parquet" else _json_rows if file.suffix == ".json" else _line_rows
+        try:
+            yield from rows(file, name)
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read ({error.strerror or error}); give a file that can") from error
 
 
 def _line_rows(file: Path, name: str) -> Iterator[Row]:

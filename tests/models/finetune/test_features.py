@@ -191,3 +191,22 @@ def test_too_little_room_is_said_before_anything_is_computed(stored: Stored, mon
     stored.store()
     taken = {file.name: file.stat().st_size for file in stored.directory.iterdir()}
     assert taken["trunk.bin"] + taken["target_ids.bin"] + taken["target_logs.bin"] == needed
+
+
+def test_two_runs_never_write_the_same_store(stored: Stored) -> None:
+    """The second would unlink the files that the first writes, whose note would then speak of those of the second."""
+    whole = features._compute
+    seen: list[str] = []
+
+    def meanwhile(*arguments: Any) -> Any:
+        with pytest.raises(ModelError, match=r"another process is at work in .*--cache-dir") as refused:
+            store_features(stored.base, stored.documents, stored.root, stored.key, row_len=40, autocast=nullcontext)
+        seen.append(str(refused.value))
+        return whole(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "_compute", meanwhile)
+        one = stored.batch(stored.store())
+    assert len(seen) == 4
+    other = stored.batch(stored.store())  # the claim has gone, and what was computed is whole
+    assert stored.computed == [] and all(torch.equal(one[name], other[name]) for name in one)

@@ -83,7 +83,8 @@ def test_long_chats_are_cut_or_dropped(read, tmp_path):
     assert (data.counts.cut_answers, data.counts.dropped_prompts) == (1, 1)
     # A prompt that leaves no room for a token of the answer is dropped as well.
     with pytest.raises(
-        DataError, match=r"none of 1 records gives an example of at most \d+ tokens \(1 prompts too long"
+        DataError,
+        match=r"none of 1 records gives an example of at most \d+ tokens \(1 prompts too long.*raise --max-length",
     ):
         read(lines(tmp_path / "b.jsonl", CHAT), max_length=PROMPT_LEN)
 
@@ -294,3 +295,20 @@ def test_a_full_disk_is_one_line(read, tmp_path, monkeypatch):
     monkeypatch.setattr(read_data, "_write_arrow", full)
     with pytest.raises(DataError, match=r"cannot be written.*No space left on device.*make room"):
         read(lines(tmp_path / "a.jsonl", CHAT))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"text": "half \ud83d of it"}, {"messages": [ASK, {"role": "assistant", "content": "half \ud83d of it"}]}],
+)
+def test_half_a_character(read, tmp_path, record):
+    """JSON can write one half of a pair that stands for one character; no tokenizer takes it."""
+    with pytest.raises(DataError, match=r"a.jsonl:2.*got half a character \('\\ud83d', the 6th\)"):
+        read(lines(tmp_path / "a.jsonl", {**record, **({"text": "whole"} if "text" in record else CHAT)}, record))
+
+
+def test_a_file_that_cannot_be_read(read, tmp_path):
+    """Reading fails at the first byte, whoever asks: a link to memory that is not mapped."""
+    (tmp_path / "a.jsonl").symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match=r"a.jsonl: cannot be read \(Input/output error\)"):
+        read(str(tmp_path / "a.jsonl"))
