@@ -338,7 +338,7 @@ def test_a_full_disk_keeps_the_state_before(base: Path, tmp_path: Path, whole_ru
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"curriculum": ((2, 0.5), (3, 0.4))}, "--curriculum: expected cycle lengths"),
+        ({"curriculum": ((2, 0.5), (3, 0.4))}, "--curriculum: got 3:0.4, expected cycle lengths"),
         ({"curriculum": ((4, 0.5),)}, "--curriculum: goes above the cycle length 3"),
         ({"curriculum": ((0, 0.5),)}, "--curriculum"),
         ({"learning_rate": float("nan")}, "--learning-rate: got nan"),
