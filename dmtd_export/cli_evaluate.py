@@ -15,6 +15,7 @@ from dmtd_export.cli_progress import StageDisplay
 from dmtd_export.evaluate import EvaluateOptions, HarnessOptions, OpenOptions
 from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.options import ExportOptions
+from dmtd_models.saving import make_directory
 from dmtd_runtime.cli.common import DeviceOption, JsonOption, ThreadsOption, logs_to_stderr, note, pick, require
 
 _SPLIT = "Split and convention of a checkpoint (by default as it records them)"
@@ -130,7 +131,7 @@ def evaluate(
         require("evaluate", (*LIBRARIES, "torch"), _INSTALL)
     if output is not None:
         require("evaluate -o", ("matplotlib",), _INSTALL)
-        _make_directory(output)  # an evaluation takes long: what it found must not be lost for a wrong name
+        _require_writable(output)  # an evaluation takes long: what it found must not be lost for a wrong name
     if lm_eval is not None:
         require("evaluate --lm-eval", ("lm_eval",), '"dmtd[lm-eval]"')
     if adapter is not None and base is None:
@@ -181,11 +182,8 @@ def evaluate(
         note(f"written: {output / 'report.json'}" + "".join(f", {picture.name}" for picture in pictures))
 
 
-def _make_directory(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EvaluateError(f"-o {directory}: cannot be made ({error.strerror}); give another directory") from error
+def _require_writable(directory: Path) -> None:
+    make_directory(directory)
     if not os.access(directory, os.W_OK):
         raise EvaluateError(f"-o {directory}: cannot be written to; give another directory")
 

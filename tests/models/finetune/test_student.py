@@ -255,10 +255,12 @@ def test_frozen_weights_are_the_bases_own_memory_and_never_change(setting: Any, 
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("encoding", [0, 1])
 @pytest.mark.parametrize("trained", TRAINED)
-def test_gradients_are_those_of_the_reference(setting: Any, trained: str) -> None:
+def test_gradients_are_those_of_the_reference(setting: Any, trained: str, encoding: int) -> None:
     """Autograd through the plain reference, document by document, with its own loss."""
-    made = setting(**TRAINED[trained], loss=LossOptions(distill=0))
+    split = spec_of(encoding=encoding, thinking=3 - encoding)
+    made = setting(split, **TRAINED[trained], loss=LossOptions(distill=0))
     made.run().loss.backward()
     total = len(made.batch["labels"])
     for document, start in zip(made.documents, made.batch["starts"].tolist()[:-1], strict=True):
