@@ -1,13 +1,13 @@
 """Where items come from: a registered task by name, or a file of one's own.
 
-A file is JSON lines, of one kind: ``{"prompt", "choices", "answer"}`` (multiple choice; choices with their leading space) or
-``{"messages", "accepted", "max_new_tokens"}`` (an answer is right if it contains an accepted one as a word, case ignored).
+A file (.jsonl, .json, .parquet) has records of one kind: ``{"prompt", "choices", "answer"}`` (multiple choice; choices with
+their leading space) or ``{"messages", "accepted", "max_new_tokens"}`` (an answer is right if it contains an accepted one as a
+word, case ignored).
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_models.errors import ModelError
 from dmtd_models.text.items import GenerationItem, MultipleChoiceItem
+from dmtd_models.text.rows import read_rows
 from dmtd_models.text.tasks import load_task
 
 Items = Sequence[MultipleChoiceItem] | Sequence[GenerationItem]
@@ -49,19 +50,16 @@ def contains_word(answer: str, *, accepted: Sequence[str]) -> float:
 def _read_file(path: Path) -> list[Any]:
     items: list[Any] = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 inside a text too
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluateError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            items.append(_item(json.loads(line), path.stem, str(number)))
-        except (ValueError, KeyError, TypeError) as error:
-            raise EvaluateError(
-                f"{path}:{number}: no item ({type(error).__name__}: {error}); expected prompt, choices and answer, or "
-                "messages and accepted"
-            ) from None
+        for number, row in enumerate(read_rows(path), 1):
+            try:
+                items.append(_item(row.values, path.stem, str(number)))
+            except (ValueError, KeyError, TypeError) as error:
+                raise EvaluateError(
+                    f"{row.where}: no item ({type(error).__name__}: {error}); expected prompt, choices and answer, or "
+                    "messages and accepted"
+                ) from None
+    except ModelError as error:
+        raise EvaluateError(f"--task {error}") from error
     if len({type(item) for item in items}) > 1:
         raise EvaluateError(f"{path}: mixes multiple choice and generation; put them into two files")
     return items

@@ -70,7 +70,7 @@ def test_an_accepted_answer_must_be_a_word(answer: str, right: float) -> None:
 def test_a_line_that_is_no_item_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text('{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n' + line)
-    with pytest.raises(EvaluateError, match=r"mine.jsonl:2: no item"):
+    with pytest.raises(EvaluateError, match=r"mine.jsonl:2: (no item|got list|not JSON)"):
         read_task(str(path), tmp_path, None, 0)
 
 

@@ -102,7 +102,7 @@ def _parsed(line: bytes, where: str) -> Row:
 
 def _row(values: object, where: str) -> Row:
     if not isinstance(values, dict):
-        raise DataError(f"{where}: got {type(values).__name__}, expected a JSON object with `messages` or `text`")
+        raise DataError(f"{where}: got {type(values).__name__}, expected a JSON object")
     return Row(where=where, values=values)
 
 
