@@ -53,11 +53,11 @@ def evaluate(
         list[str] | None,
         _what(
             "--text",
-            text="Held-out text: a registered corpus or a file (.txt; .jsonl of texts or chats). May be repeated.",
+            text="Held-out text: a registered corpus, a text file, or data as --data of finetune takes. May be repeated.",
         ),
     ] = None,
     task: Annotated[
-        list[str] | None, _what("--task", text="A registered task or a .jsonl file of items. May be repeated.")
+        list[str] | None, _what("--task", text="A registered task or a file of items (.jsonl). May be repeated.")
     ] = None,
     fluency: Annotated[
         bool,

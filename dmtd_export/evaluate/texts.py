@@ -38,35 +38,41 @@ class TextWindow:
 
 
 def read_texts(name: str, cache_dir: Path) -> Iterator[TextItem]:
-    """Held-out documents of a registered corpus, or those of a file (.jsonl, .json, .parquet: objects with ``text``; else one).
+    """Held-out documents of a registered corpus, of data files (objects with ``text``), or one plain file.
 
     Chats are ``chat_windows``'s business.
 
     Raises:
-        EvaluateError: neither a corpus nor a readable file, or a package that cannot be had.
+        EvaluateError: neither a corpus nor readable, or a package that cannot be had.
     """
     path = Path(name)
+    if _is_data(name):
+        yield from _records(path)
+        return
     if path.is_file():
-        yield from _read_file(path)
+        yield _whole_file(path)
         return
     if name not in corpora.corpus_names():
         known = ", ".join(corpora.corpus_names())
-        raise EvaluateError(f"--text: got {name}, expected a file or a registered corpus ({known})")
+        raise EvaluateError(f"--text: got {name}, expected a file, a directory or a registered corpus ({known})")
     try:
         yield from corpora.load_text(name, split="held_out", cache_dir=cache_dir)
     except ModelError as error:
         raise EvaluateError(f"--text {name}: {error}") from error
 
 
-def _read_file(path: Path) -> Iterator[TextItem]:
-    if path.suffix in SUFFIXES:
-        yield from _records(path)
-        return
+def _is_data(name: str) -> bool:
+    """Records rather than one text: a file with such a suffix, or a directory that does not have a corpus's name."""
+    path = Path(name)
+    return (path.is_file() and path.suffix in SUFFIXES) or (path.is_dir() and name not in corpora.corpus_names())
+
+
+def _whole_file(path: Path) -> TextItem:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluateError(f"{path}: cannot be read as UTF-8 text ({error}); give a text or .jsonl file") from None
-    yield TextItem(source=path.name, text_id=path.name, text=text)
+    return TextItem(source=path.name, text_id=path.name, text=text)
 
 
 def _records(path: Path) -> Iterator[TextItem]:
@@ -138,16 +144,15 @@ def _windows(
 
 
 def is_chats(name: str) -> bool:
-    """Whether a --text is a file of chats (``messages``, or ``prompt_ids`` with ``answer_ids``): its first record tells.
+    """Whether a --text holds chats (``messages``, or ``prompt_ids`` with ``answer_ids``): its first record tells.
 
     Raises:
         EvaluateError: a first record of no known form.
     """
-    path = Path(name)
-    if path.suffix not in SUFFIXES or not path.is_file():
+    if not _is_data(name):
         return False
     try:
-        row = next(read_rows(path), None)
+        row = next(read_rows(Path(name)), None)
         return row is not None and form_of(row) != "text"
     except ModelError as error:
         raise EvaluateError(f"--text {error}") from error

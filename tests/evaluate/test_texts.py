@@ -80,7 +80,7 @@ def test_files_that_are_no_text(tmp_path: Path, name: str, content: bytes, messa
 
 
 def test_a_name_that_is_nothing(tmp_path: Path) -> None:
-    with pytest.raises(EvaluateError, match="got no-such-corpus, expected a file or a registered corpus"):
+    with pytest.raises(EvaluateError, match="got no-such-corpus, expected a file, a directory or a registered corpus"):
         list(read_texts("no-such-corpus", tmp_path))
 
 
@@ -135,6 +135,20 @@ def test_a_data_file_is_read_as_training_reads_it(tmp_path: Path, name: str, con
     (tmp_path / name).write_text(content, encoding="utf-8")
     assert not is_chats(str(tmp_path / name))
     assert [item.text for item in read_texts(str(tmp_path / name), tmp_path)] == [SEPARATED]
+
+
+def test_a_directory_is_read_as_training_reads_it(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name, text in (("b.jsonl", "3 4"), ("a.jsonl", "1 2")):
+        (tmp_path / "data" / name).write_text(json.dumps({"text": text}) + "\n")
+    items = list(read_texts(str(tmp_path / "data"), tmp_path))
+    assert [(item.source, item.text_id, item.text) for item in items] == [
+        ("data", "a.jsonl:1", "1 2"),
+        ("data", "b.jsonl:1", "3 4"),
+    ]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EvaluateError, match=r"--text .*empty: no data in this directory"):
+        list(read_texts(str(tmp_path / "empty"), tmp_path))
 
 
 def test_a_parquet_file_of_texts(tmp_path: Path) -> None:
