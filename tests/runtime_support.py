@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dmtd_export.export import export_bundle
 from dmtd_export.options import ExportOptions
+from dmtd_models import oracle
 from dmtd_models.checkpoint import open_checkpoint
 from dmtd_models.config import DmtdSpec, ModelConfig, resolve_dmtd
 from dmtd_models.dmtd import DmtdModel, Forward
@@ -74,6 +75,15 @@ class TinyBundle:
         origin, prompt_input = convention
         spec = replace(self.model.spec, cycle_length=tau, cycle_origin=origin, prompt_input=prompt_input)
         return Reference(model=self.model, config=self.model.config, spec=spec)
+
+    def greedy(self, prompt: Sequence[int], count: int, *, plain: bool = False) -> oracle.OracleRun:
+        """What the oracle decodes by full recomputation under the bundle's own cycle length and convention."""
+        cycle = self.manifest.cycle
+        reference = self.reference(cycle.cycle_length, (cycle.cycle_origin, cycle.prompt_input))
+        return oracle.greedy(reference, list(prompt), count, plain)
+
+    def greedy_tokens(self, prompt: Sequence[int], count: int, *, plain: bool = False) -> list[int]:
+        return list(self.greedy(prompt, count, plain=plain).token_ids)
 
 
 class TinyBundles:

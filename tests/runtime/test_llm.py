@@ -1,11 +1,9 @@
-"""LLM as its users see it: generate, stream, chat, limits, cancelling, threads."""
+"""LLM as its users see it: generate, stream, chat, limits, threads."""
 
 from __future__ import annotations
 
 import gc
-import signal
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,14 +12,12 @@ import numpy as np
 import pytest
 from runtime_support import END_OF_TURN, TinyBundle, TinyBundles, random_prompt, tokenizer_of
 
-from dmtd_models import oracle
-from dmtd_runtime import LLM, AbortedError, Delta, RequestError, SamplingParams
+from dmtd_runtime import LLM, Delta, RequestError, SamplingParams
 
 pytestmark = pytest.mark.timeout(60)
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
-CONVENTION = ("prompt", "thinking")  # the tiny bundles', with a cycle length of 4
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +31,6 @@ def llm(bundle: TinyBundle) -> Iterator[LLM]:
         yield llm
 
 
-def oracle_tokens(bundle: TinyBundle, prompt: list[int], count: int, *, plain: bool = False) -> list[int]:
-    return list(oracle.greedy(bundle.reference(4, CONVENTION), prompt, count, plain).token_ids)
-
-
 # Prompts and answers
 
 
@@ -49,7 +41,7 @@ def test_a_list_of_prompts_is_answered_in_order(llm: LLM, bundle: TinyBundle) ->
     for prompt, output in zip(prompts, outputs, strict=True):
         assert output.prompt is None
         [one] = output.outputs
-        assert one.token_ids == oracle_tokens(bundle, prompt, 12)
+        assert one.token_ids == bundle.greedy_tokens(prompt, 12)
         assert (one.index, one.finish_reason, one.stop_reason, one.logprobs) == (0, "length", None, None)
         assert one.text == tokenizer_of(bundle.directory).decode(one.token_ids)
 
@@ -67,8 +59,8 @@ def test_one_prompt_as_text_or_as_ids(llm: LLM) -> None:
 def test_plain_mode_is_the_plain_model(bundle: TinyBundle) -> None:
     prompt = random_prompt(5, 9)
     with LLM(bundle.directory, plain=True, threads=1) as llm:
-        assert llm.generate(prompt, GREEDY)[0].outputs[0].token_ids == oracle_tokens(bundle, prompt, 12, plain=True)
-    assert oracle_tokens(bundle, prompt, 12, plain=True) != oracle_tokens(bundle, prompt, 12)
+        assert llm.generate(prompt, GREEDY)[0].outputs[0].token_ids == bundle.greedy_tokens(prompt, 12, plain=True)
+    assert bundle.greedy_tokens(prompt, 12, plain=True) != bundle.greedy_tokens(prompt, 12)
 
 
 def test_one_set_of_options_a_prompt(llm: LLM, bundle: TinyBundle) -> None:
@@ -76,7 +68,7 @@ def test_one_set_of_options_a_prompt(llm: LLM, bundle: TinyBundle) -> None:
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (1, 5, 3)]
     outputs = llm.generate(prompts, params)
     assert [output.outputs[0].token_ids for output in outputs] == [
-        oracle_tokens(bundle, prompt, n) for prompt, n in zip(prompts, (1, 5, 3), strict=True)
+        bundle.greedy_tokens(prompt, n) for prompt, n in zip(prompts, (1, 5, 3), strict=True)
     ]
     with pytest.raises(RequestError, match="got 2 for 3 prompts"):
         llm.generate(prompts, params[:2])
@@ -114,7 +106,7 @@ def test_defaults_come_from_the_bundles_generation_config(bundle: TinyBundle, tm
     with LLM(copy, threads=1) as llm:
         assert llm.default_params.greedy
         tokens = llm.generate([1, 2, 3])[0].outputs[0].token_ids
-    assert tokens == oracle_tokens(bundle, [1, 2, 3], len(tokens))
+    assert tokens == bundle.greedy_tokens([1, 2, 3], len(tokens))
 
 
 # Options
@@ -147,7 +139,7 @@ def test_without_a_seed_each_call_draws_its_own(llm: LLM) -> None:
 def test_logprobs_are_the_references(llm: LLM, bundle: TinyBundle) -> None:
     prompt = random_prompt(1, 5)
     [output] = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=6, logprobs=3, ignore_eos=True))
-    want = oracle.greedy(bundle.reference(4, CONVENTION), prompt, 6).logits.log_softmax(-1)
+    want = bundle.greedy(prompt, 6).logits.log_softmax(-1)
     [one] = output.outputs
     assert len(one.logprobs) == 6
     for row, entry, token_id in zip(want, one.logprobs, one.token_ids, strict=True):
@@ -159,7 +151,7 @@ def test_logprobs_are_the_references(llm: LLM, bundle: TinyBundle) -> None:
 
 def test_ends(llm: LLM, bundle: TinyBundle) -> None:
     prompt = random_prompt(2, 6)
-    tokens = oracle_tokens(bundle, prompt, 12)
+    tokens = bundle.greedy_tokens(prompt, 12)
     at = next(i for i in range(4, 12) if tokens[i] not in tokens[:i])
 
     def run(**options: object):
@@ -183,7 +175,7 @@ def test_the_room_of_the_model_length(bundle: TinyBundle) -> None:
         [last] = llm.generate([7] * 19, ENDLESS)
         assert (len(last.outputs[0].token_ids), last.outputs[0].finish_reason) == (1, "length")
         [more] = llm.generate([7] * 15, ENDLESS)
-        assert more.outputs[0].token_ids == oracle_tokens(bundle, [7] * 15, 5)
+        assert more.outputs[0].token_ids == bundle.greedy_tokens([7] * 15, 5)
         with pytest.raises(RequestError, match="got 20 tokens, expected at most 19"):
             llm.generate([7] * 20, ENDLESS)
 
@@ -304,109 +296,6 @@ def test_a_stream_whose_request_id_is_in_use(llm: LLM) -> None:
             llm.stream([1], GREEDY, request_id="twice")
         next(first)  # the refusal did not end the first one
     assert list(llm.stream([1], GREEDY, request_id="twice"))[-1].finish_reason == "length"
-
-
-# Cancelling, deadlines, closing
-
-
-def test_abort_while_running(llm: LLM, bundle: TinyBundle) -> None:
-    stream = llm.stream([1, 2], ENDLESS, request_id="x")
-    got = [next(stream)]
-    assert llm.abort("x")
-    got += list(stream)
-    assert got[-1].finish_reason == "abort"
-    _, token_ids = joined(got)
-    assert 0 < len(token_ids) < 200
-    assert token_ids == oracle_tokens(bundle, [1, 2], len(token_ids))
-    assert not llm.abort("x")
-    assert not llm.abort("never heard of")
-
-
-def test_abort_while_waiting(bundle: TinyBundle) -> None:
-    with LLM(bundle.directory, threads=1) as llm, llm.stream([1], ENDLESS) as running:
-        next(running)
-        waiting = llm.stream([2], ENDLESS, request_id="waits")
-        assert llm.abort("waits")
-        assert [(delta.token_ids, delta.finish_reason) for delta in waiting] == [((), "abort")]
-
-
-def test_abort_of_several_sequences_half_of_them_waiting(bundle: TinyBundle) -> None:
-    with LLM(bundle.directory, max_num_seqs=2, threads=1) as llm:
-        stream = llm.stream([1], SamplingParams(temperature=1, n=5, ignore_eos=True), request_id="x")
-        next(stream)
-        llm.abort("x")
-        ends = [delta.index for delta in stream if delta.finish_reason == "abort"]
-        assert sorted(ends) == [0, 1, 2, 3, 4]
-
-
-def test_a_deadline_while_running(llm: LLM, bundle: TinyBundle) -> None:
-    [output] = llm.generate([4, 5], ENDLESS, timeout_s=0.02)
-    [one] = output.outputs
-    assert one.finish_reason in ("deadline", "length")  # a very quick machine may finish 250 tokens
-    assert one.token_ids == oracle_tokens(bundle, [4, 5], len(one.token_ids))
-
-
-def test_a_deadline_while_waiting_ends_before_the_running_batch(bundle: TinyBundle) -> None:
-    with LLM(bundle.directory, threads=1) as llm, llm.stream([1], ENDLESS) as running:
-        slow_down(llm, 0.01)
-        next(running)
-        start = time.monotonic()
-        [late] = llm.generate([2], ENDLESS, timeout_s=0.1)
-        assert time.monotonic() - start < 1.0
-        assert (late.outputs[0].token_ids, late.outputs[0].finish_reason) == ([], "deadline")
-        assert next(running).finish_reason is None
-
-
-def slow_down(llm: LLM, seconds: float) -> None:
-    """Make every step of the real backend take longer."""
-    run = llm._engine._backend.run
-
-    def slow(steps):
-        time.sleep(seconds)
-        return run(steps)
-
-    llm._engine._backend.run = slow
-
-
-def test_close_ends_running_and_waiting_requests(bundle: TinyBundle) -> None:
-    llm = LLM(bundle.directory, threads=1)
-    slow_down(llm, 0.005)
-    with ThreadPoolExecutor(3) as pool:
-        results = [pool.submit(llm.generate, [i], ENDLESS) for i in (1, 2, 3)]
-        stream = llm.stream([4], ENDLESS)
-        while llm.stats.late_steps < 3:
-            time.sleep(0.001)
-        llm.close()
-        outputs = [result.result(timeout=10)[0].outputs[0] for result in results]
-    assert {output.finish_reason for output in outputs} == {"abort"}
-    assert list(stream)[-1].finish_reason == "abort"
-
-
-def test_after_close(bundle: TinyBundle) -> None:
-    llm = LLM(bundle.directory, threads=1)
-    llm.close()
-    llm.close()
-    for call in (lambda: llm.generate([1], GREEDY), lambda: llm.stream([1], GREEDY)):
-        with pytest.raises(AbortedError, match="closed; open the bundle again"):
-            call()
-    assert llm._requests == {}
-    assert not llm.abort("request-0")
-
-
-def test_ctrl_c_cancels(bundle: TinyBundle) -> None:
-    with LLM(bundle.directory, threads=1) as llm:
-        slow_down(llm, 0.01)
-        main = threading.main_thread().ident
-        assert main is not None
-        timer = threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT))
-        timer.start()
-        start = time.monotonic()
-        with pytest.raises(KeyboardInterrupt):
-            llm.generate([1], ENDLESS)
-        timer.join()
-        assert time.monotonic() - start < 2
-        assert llm._requests == {}
-        assert len(llm.generate([2], GREEDY)[0].outputs[0].token_ids) == 12
 
 
 # Threads
