@@ -72,5 +72,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _shown(value: object) -> str:
-    text = json.dumps(value)
+    if value is None:
+        return "none given"
+    text = ("off", "on")[value] if isinstance(value, bool) else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
