@@ -52,24 +52,25 @@ class GenerationResult:
 def write_answers(
     run: GenerationRun, items: Sequence[GenerationItem], on_done: Callable[[int], None] = lambda count: None
 ) -> list[Answer]:
-    """The greedy answer to every item, in order.
+    """The greedy answer to every wording of every item, in order.
 
     Raises:
         EvaluateError: the bundle has no chat template.
         DmtdError: what the runtime refuses.
     """
     slots = max(graph.slots for graph in load_manifest(run.bundle).graphs)
-    batch = min(MAX_BATCH, len(items), slots)
+    asked = [(messages, item.max_new_tokens) for item in items for messages in item.wordings]
+    batch = min(MAX_BATCH, len(asked), slots)
     with LLM(run.bundle, device=run.device, threads=run.threads, plain=run.plain, max_num_seqs=batch) as llm:
         if not llm.has_chat_template or llm.tokenizer is None:
             raise EvaluateError(
                 f"{run.bundle}: generation tasks need a tokenizer and a chat template; add them to the checkpoint"
             )
         answers: list[Answer] = []
-        for start in range(0, len(items), batch):
-            part = items[start : start + batch]
-            prompts = [llm.tokenizer.encode(llm.render_chat(i.messages), add_special_tokens=False) for i in part]
-            params = [SamplingParams(temperature=0, max_tokens=item.max_new_tokens) for item in part]
+        for start in range(0, len(asked), batch):
+            part = asked[start : start + batch]
+            prompts = [llm.tokenizer.encode(llm.render_chat(m), add_special_tokens=False) for m, _ in part]
+            params = [SamplingParams(temperature=0, max_tokens=max_new_tokens) for _, max_new_tokens in part]
             for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
                 [written] = output.outputs
                 answers.append(Answer(text=written.text, prompt_ids=tuple(prompt), token_ids=tuple(written.token_ids)))
@@ -80,7 +81,7 @@ def write_answers(
 def compare_answers(
     items: Sequence[GenerationItem], model: Sequence[Answer], base: Sequence[Answer]
 ) -> GenerationResult:
-    """Check both sides' answers to the items."""
+    """Check both sides' answers to every wording of the items; an item's score is the mean over its wordings."""
     return GenerationResult(
         scores=PairedScores(
             name=items[0].task,
@@ -96,4 +97,6 @@ def compare_answers(
 def _checked(
     items: Sequence[GenerationItem], answers: Sequence[Answer]
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    return np.array([item.score(answer.text) for item, answer in zip(items, answers, strict=True)], dtype=np.float64)
+    wordings = [item for item in items for _ in item.wordings]
+    scores = iter([item.score(answer.text) for item, answer in zip(wordings, answers, strict=True)])
+    return np.array([np.mean([next(scores) for _ in item.wordings]) for item in items], dtype=np.float64)

@@ -241,7 +241,7 @@ class _Run:
                 on_done=self._counter(name, len(choices)),
             )
         questions = cast("Sequence[GenerationItem]", items)
-        counter = self._counter(name, 2 * len(questions))
+        counter = self._counter(name, 2 * sum(len(question.wordings) for question in questions))
         answers = []
         for subject, plain in ((self.subject, False), (self.base, True)):
             run = self._generation(subject, plain=plain)

@@ -101,9 +101,9 @@ class PairedScores:
 
     @property
     def solved(self) -> tuple[int, int]:
-        """How many items the base solves (score 1), and how many of these the model solves too."""
+        """How many items the base solves (score 1: in every wording), and in how many of these the model scores over a half."""
         known = self.base == 1
-        return int(known.sum()), int((self.model[known] == 1).sum())
+        return int(known.sum()), int((self.model[known] > 0.5).sum())
 
     @property
     def table(self) -> Array:

@@ -60,6 +60,14 @@ FACTS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
 )
 """Questions with their accepted answers, of which one must occur as a word in the first statement of the text."""
 
+REWORDINGS: Final = (
+    "{} Answer in one sentence.",
+    "I have a simple question. {}",
+    "{} Please answer briefly.",
+    "Please tell me: {}",
+)
+"""Other ways of asking each: a small model that answers one wording by chance seldom answers all."""
+
 EVERYDAY: Final = (
     "What is a good way to start the morning?",
     "Can you explain why the sky looks blue during the day?",

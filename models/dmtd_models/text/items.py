@@ -39,6 +39,13 @@ class GenerationItem:
     """Answer text -> 0..1."""
     chance: float
     """Score of a guess, 0 for open answers."""
+    rewordings: tuple[tuple[dict[str, str], ...], ...] = ()
+    """The same question in other words: whole messages. The item's score is the mean over all its wordings."""
+
+    @property
+    def wordings(self) -> tuple[tuple[dict[str, str], ...], ...]:
+        """Every way in which the question is asked."""
+        return (self.messages, *self.rewordings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

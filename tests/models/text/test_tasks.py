@@ -118,8 +118,15 @@ def test_facts():
     assert france.messages == ({"role": "user", "content": "What is the capital of France?"},)
     assert (france.score("It is Paris."), france.score("It is Lyon."), france.chance) == (1.0, 0.0, 0.0)
     assert by_question["How many legs does a spider have?"].score("A spider has 8 legs") == 1.0
+    assert [messages[0]["content"] for messages in france.wordings] == [
+        "What is the capital of France?",
+        "What is the capital of France? Answer in one sentence.",
+        "I have a simple question. What is the capital of France?",
+        "What is the capital of France? Please answer briefly.",
+        "Please tell me: What is the capital of France?",
+    ]
     for item in items:  # repeating the question is no answer
-        assert item.score(item.messages[0]["content"]) == 0.0, item
+        assert [item.score(messages[0]["content"]) for messages in item.wordings] == [0.0] * 5, item
 
 
 def test_everyday_prompts():
