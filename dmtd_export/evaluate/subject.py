@@ -7,6 +7,7 @@ always runs the real runtime.
 from __future__ import annotations
 
 import contextlib
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -137,12 +138,13 @@ def _open_checkpoint(path: Path, options: OpenOptions, plain_only: bool, opened:
             target: Literal["tensorrt", "onnxruntime"] = (
                 "tensorrt" if checkpoint.config.head_dim % GQA_HEAD_MULTIPLE else "onnxruntime"
             )
-            export_bundle(
-                path,
-                bundle,
-                replace(split, target=target, dtype="float32", max_batch=GENERATION_BATCH, verify=False),
-                adapter=options.adapter,
-            )
+            with _quiet_export() if plain_only else contextlib.nullcontext():
+                export_bundle(
+                    path,
+                    bundle,
+                    replace(split, target=target, dtype="float32", max_batch=GENERATION_BATCH, verify=False),
+                    adapter=options.adapter,
+                )
         return bundle
 
     return Subject(
@@ -166,3 +168,15 @@ def _gives_split(split: ExportOptions) -> bool:
         "prompt_input",
     )
     return any(getattr(split, name) is not None for name in names)
+
+
+@contextlib.contextmanager
+def _quiet_export() -> Iterator[None]:
+    """Without the exporter's warnings: that a base is not trained for cycles says nothing where it runs in plain mode only."""
+    logger = logging.getLogger("dmtd.export")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -139,6 +139,13 @@ def test_generated_answers_are_the_runtime_s(
     assert (report["kind"], report["items"], report["chance"]) == ("generation", 4, 0)
 
 
+def test_a_plain_base_is_not_warned_about(
+    bundle: Path, plain_checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, *QUICK, bundle, "--base", plain_checkpoint, "--task", data / "questions.jsonl")
+    assert code == 0 and "warning" not in err, err
+
+
 def test_conventions_are_compared_and_the_best_is_named(
     checkpoint: Path, bundle: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
