@@ -88,6 +88,7 @@ class BatchReport:
     private_bytes: int | None
     whole_model_tok_per_s: float | None
     plain_over_whole_model: float | None
+    dmtd_over_whole_model: float | None
     ratios: tuple[float, ...]
     runs: dict[Mode, tuple[RunRecord, ...]]
 
@@ -274,14 +275,17 @@ def _summary(
         kv_capacity_bytes=capacity_bytes,
         private_bytes=private,
         whole_model_tok_per_s=rates.get("whole_model"),
-        plain_over_whole_model=median(
-            ours.decode_tok_per_s / theirs.decode_tok_per_s for ours, theirs in zip(plain, whole, strict=True)
-        )
-        if whole
-        else None,
+        plain_over_whole_model=_median_ratio(plain, whole),
+        dmtd_over_whole_model=_median_ratio(dmtd, whole),
         ratios=tuple(ratios),
         runs={mode: tuple(runs) for mode, runs in records.items()},
     )
+
+
+def _median_ratio(ours: Sequence[RunRecord], theirs: Sequence[RunRecord] | None) -> float | None:
+    if not theirs:
+        return None
+    return median(mine.decode_tok_per_s / other.decode_tok_per_s for mine, other in zip(ours, theirs, strict=True))
 
 
 def _median(values: Sequence[float | None]) -> float | None:

@@ -73,6 +73,9 @@ def test_medians_belong_to_their_repeats(report: BenchReport) -> None:
         assert batch.dmtd_tok_per_s == dmtd[1]
         pairs = zip(batch.runs["dmtd"], batch.runs["plain"], strict=True)
         assert batch.ratio == sorted(ours.decode_tok_per_s / theirs.decode_tok_per_s for ours, theirs in pairs)[1]
+        for mode, found in (("plain", batch.plain_over_whole_model), ("dmtd", batch.dmtd_over_whole_model)):
+            whole = zip(batch.runs[mode], batch.runs["whole_model"], strict=True)
+            assert found == sorted(ours.decode_tok_per_s / theirs.decode_tok_per_s for ours, theirs in whole)[1]
         assert batch.ratio_of_bound == batch.ratio / batch.bound
         assert 0 < batch.outside_share < 1
         # A cycle of 3: a full pass and two late steps against three plain steps.

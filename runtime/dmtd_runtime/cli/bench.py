@@ -214,6 +214,7 @@ def _rows(report: BenchReport) -> list[tuple[str, Cell]]:
             ("one whole graph, tok/s", lambda b: f"{b.whole_model_tok_per_s:.1f}"),
             ("  lowest-highest", lambda b: _range(b, "whole_model")),
             ("plain / one whole graph", lambda b: f"{b.plain_over_whole_model:.3f}"),
+            ("DMTD / one whole graph", lambda b: f"{b.dmtd_over_whole_model:.3f}"),
         ]
     return rows
 
