@@ -1,0 +1,97 @@
+"""The adapters in models/: small enough, with a card that says what was recorded, and text that people would read.
+
+SmolLM2-135M with each adapter is exported and asked through the runtime, greedily, in cycles; the plain model answers the
+same prompts and reads what was written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dmtd_export.evaluate import EvaluateOptions
+from dmtd_export.evaluate import evaluate as run_evaluation
+from dmtd_export.evaluate.generation import GenerationResult
+from dmtd_export.evaluate.report import EvaluationReport
+from dmtd_export.export import export_bundle
+from dmtd_export.options import ExportOptions
+from dmtd_models import smollm2
+
+MODELS = Path(__file__).resolve().parents[2] / "models"
+FASTER, TRUER = "smollm2-135m-e4-d8-tau4", "smollm2-135m-e4-d8-tau2"
+ADAPTERS = (FASTER, TRUER)
+CACHE = smollm2.default_cache_dir()  # now, before a fixture gives the tests a cache directory of their own
+FACTS = 48
+FACTS_KEPT = 0.8
+
+
+@pytest.fixture(scope="module")
+def gguf() -> Path:
+    return smollm2.fetch_smollm2(CACHE)
+
+
+@pytest.fixture(scope="module")
+def plain(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    bundle = tmp_path_factory.mktemp("plain") / "bundle"
+    export_bundle(gguf, bundle, ExportOptions(decoding_layers=8, cycle_length=4, target="onnxruntime", max_batch=8))
+    return bundle
+
+
+@pytest.fixture(scope="module", params=ADAPTERS)
+def adapter(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def report(adapter: str, gguf: Path, plain: Path, tmp_path_factory: pytest.TempPathFactory) -> EvaluationReport:
+    bundle = tmp_path_factory.mktemp("adapted") / "bundle"
+    export_bundle(gguf, bundle, ExportOptions(target="onnxruntime", max_batch=8), adapter=MODELS / adapter)
+    try:
+        return run_evaluation(bundle, plain, EvaluateOptions(tasks=("facts",), limit=FACTS, fluency=True))
+    finally:
+        shutil.rmtree(bundle)
+
+
+def test_text_is_fluent(report: EvaluationReport) -> None:
+    """Nats a token under the plain model: human prose has 2.5 to 3.4, random tokens 11; a loop is likely too, so 3-grams."""
+    assert report.fluency is not None and report.cycle.dmtd_trained
+    written, own = report.fluency.model, report.fluency.base
+    assert len(written.texts) == 20 and all(len(text.split()) >= 5 for text in written.texts)
+    assert written.nll.value <= 2.0
+    assert written.distinct_3grams >= 0.8 * own.distinct_3grams
+
+
+def test_facts_are_kept(report: EvaluationReport) -> None:
+    """Facts that the plain model answers in all of five wordings, and how many of them the cycles answer in most."""
+    [facts] = report.tasks
+    assert isinstance(facts, GenerationResult) and facts.items == FACTS
+    known, kept = facts.scores.solved
+    assert known >= 10
+    assert kept >= FACTS_KEPT * known
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_card_says_what_was_recorded(name: str, tmp_path: Path, repo_root: Path) -> None:
+    copy = tmp_path / name
+    copy.mkdir()
+    for file in ("summary.json", "evaluation.json", "bench.json"):
+        shutil.copy2(MODELS / name / file, copy)
+    subprocess.run([sys.executable, repo_root / "tools" / "adapter_card", copy], check=True)
+    card = (MODELS / name / "README.md").read_text(encoding="utf-8")
+    assert card == (copy / "README.md").read_text(encoding="utf-8")
+    recorded = json.loads((copy / "evaluation.json").read_text(encoding="utf-8"))["fluency"]
+    assert len(recorded["prompts"]) == 20
+    for prompt, text in zip(recorded["prompts"], recorded["model"]["texts"], strict=True):
+        assert f"**{prompt}**" in card and all(line in card for line in text.strip().splitlines())
+
+
+def test_adapters_are_small() -> None:
+    found = sorted(path.parent.name for path in MODELS.glob("*/adapter_config.json"))
+    assert found == sorted(ADAPTERS), "every adapter is tested"
+    sizes = [(MODELS / name / "adapter_model.safetensors").stat().st_size for name in ADAPTERS]
+    assert max(sizes) <= 40_000_000 and sum(sizes) <= 80_000_000
