@@ -183,6 +183,8 @@ def evaluate(
 
 
 def _require_writable(directory: Path) -> None:
+    if directory.is_file():
+        raise EvaluateError(f"-o {directory}: is a file, expected a directory; give another one")
     make_directory(directory)
     if not os.access(directory, os.W_OK):
         raise EvaluateError(f"-o {directory}: cannot be written to; give another directory")

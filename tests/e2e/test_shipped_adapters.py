@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dmtd_export.evaluate import EvaluateOptions
+from dmtd_export.evaluate import EvaluateOptions, OpenOptions
 from dmtd_export.evaluate import evaluate as run_evaluation
 from dmtd_export.evaluate.generation import GenerationResult
 from dmtd_export.evaluate.report import EvaluationReport
@@ -52,7 +52,9 @@ def report(adapter: str, gguf: Path, plain: Path, tmp_path_factory: pytest.TempP
     bundle = tmp_path_factory.mktemp("adapted") / "bundle"
     export_bundle(gguf, bundle, ExportOptions(target="onnxruntime", max_batch=8), adapter=MODELS / adapter)
     try:
-        return run_evaluation(bundle, plain, EvaluateOptions(tasks=("facts",), limit=FACTS, fluency=True))
+        alone = OpenOptions(threads=1)  # thread pools that share cores spin against each other
+        chosen = EvaluateOptions(tasks=("facts",), limit=FACTS, fluency=True, open=alone, base_open=alone)
+        return run_evaluation(bundle, plain, chosen)
     finally:
         shutil.rmtree(bundle)
 

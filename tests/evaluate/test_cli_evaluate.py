@@ -202,10 +202,11 @@ def test_table_and_plots(checkpoint: Path, data: Path, tmp_path: Path, capsys: p
     ("extra", "message"),
     [
         ([], "nothing to evaluate on"),
-        (["--text", "no-such-text"], "expected a file or a registered corpus"),
+        (["--text", "no-such-text"], "expected a file, a directory or a registered corpus"),
         (["--task", "no-such-task"], "which is no file: task: got 'no-such-task', expected one of"),
         (["--text", "{data}/empty.txt"], "no document has"),
-        (["--task", "{data}/empty.txt"], "no items"),
+        (["--task", "{data}/empty.jsonl"], "no items"),
+        (["--task", "{data}/empty.txt"], "got a .txt file, expected a .jsonl"),
         (["--task", "{data}/mixed.jsonl"], "mixes multiple choice and generation"),
         (["--task", "{data}/broken.jsonl"], "broken.jsonl:1: no item"),
         (["--text", "{data}/prose.txt", "--text", "{data}/prose.txt"], "given twice"),
@@ -218,7 +219,8 @@ def test_table_and_plots(checkpoint: Path, data: Path, tmp_path: Path, capsys: p
 def test_bad_input_is_one_line(
     checkpoint: Path, data: Path, extra: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (data / "empty.txt").write_text("")
+    for name in ("empty.txt", "empty.jsonl"):
+        (data / name).write_text("")
     (data / "mixed.jsonl").write_text(
         (data / "choices.jsonl").read_text() + "\n" + (data / "questions.jsonl").read_text()
     )
@@ -287,7 +289,7 @@ def test_an_output_that_cannot_be_is_told_before_anything_is_measured(
     monkeypatch.setattr("dmtd_export.evaluate.evaluate", lambda *arguments: pytest.fail("measured"))
     code, out, err = run(capsys, checkpoint, "--text", data / "prose.txt", "-o", data / "prose.txt")
     assert (code, out) == (1, "")
-    assert "error: -o " in err and "cannot be made (File exists); give another directory" in err
+    assert "error: -o " in err and "prose.txt: is a file, expected a directory; give another one" in err
 
 
 def test_a_disk_that_fills_takes_the_files_alone(
