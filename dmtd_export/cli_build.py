@@ -46,9 +46,11 @@ def build(
         ),
     ] = _DEFAULT.flavour,
     fused: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--fused", help="Build full_pass too: one launch for a full pass, D and the head twice in memory."
+            "--fused/--no-fused",
+            help="Build full_pass too: one launch for a full pass, D and the head twice in memory; by default where the "
+            "split has encoding layers, which it reads once.",
         ),
     ] = _DEFAULT.fused,
     compute_capability: Annotated[

@@ -43,7 +43,7 @@ def verify(
     flavour: FlavourOption = None,
     device: DeviceOption = "cpu",
     device_id: Annotated[int, typer.Option(help="Which GPU.")] = 0,
-    full_pass: FullPassOption = "staged",
+    full_pass: FullPassOption = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Of a device: the largest batch to check.")] = None,
     json: JsonOption = False,
 ) -> None:
@@ -60,7 +60,7 @@ def verify(
     given = {
         "--flavour": flavour,
         "--max-batch": max_batch,
-        "--full-pass": full_pass if full_pass != "staged" else None,
+        "--full-pass": full_pass,
     }
     if (names := [name for name, value in given.items() if value is not None]) and not on_device:
         raise typer.BadParameter(

@@ -20,7 +20,7 @@ class BuildOptions:
     """
 
     flavour: Flavour | None = None  # None: what is installed
-    fused: bool = False  # full_pass besides thinking
+    fused: bool | None = None  # full_pass besides thinking; None: where the split has encoding layers
     max_batch: int = 8
     max_model_len: int | None = None
     prefill_chunk: int = contract.MIN_WINDOW

@@ -34,7 +34,15 @@ from dmtd_export.errors import ExportError
 from dmtd_export.options import MAX_BATCH_LIMIT
 from dmtd_runtime import contract
 from dmtd_runtime.contract import GraphName
-from dmtd_runtime.engine_record import ANY_GPU, Flavour, InputRange, PassKind, ProfileInfo, content_hash
+from dmtd_runtime.engine_record import (
+    ANY_GPU,
+    Flavour,
+    InputRange,
+    PassKind,
+    ProfileInfo,
+    content_hash,
+    default_full_pass,
+)
 from dmtd_runtime.manifest import Manifest, TensorInfo
 
 SMALLEST_BUCKET = 256
@@ -103,7 +111,8 @@ def plan_build(manifest: Manifest, options: BuildOptions) -> BuildPlan:
         if not least <= got <= most:
             raise ExportError(f"{name}: got {got}, expected {least} to {most}; choose one in that range")
     capacity = math.ceil((max_model_len + options.prefill_chunk) / CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
-    fused: tuple[GraphName, ...] = (contract.FULL_PASS,) if options.fused else ()
+    wanted = default_full_pass(manifest) == "fused" if options.fused is None else options.fused
+    fused: tuple[GraphName, ...] = (contract.FULL_PASS,) if wanted else ()
     return BuildPlan(
         graphs=(contract.THINKING, contract.LATE_DECODE, *fused),
         max_batch=options.max_batch,

@@ -327,8 +327,8 @@ def _arguments(plan: BuildPlan, target: Target, options: BuildOptions) -> str:
     words = [f"--flavour {target.flavour}"]
     if options.compute_capability is not None:
         words.append(f"--compute-capability {options.compute_capability}")
-    if options.fused:
-        words.append("--fused")
+    if options.fused is not None:
+        words.append("--fused" if options.fused else "--no-fused")
     words.append(f"--max-batch {plan.max_batch} --max-model-len {plan.max_model_len}")
     if plan.prefill_chunk != BuildOptions().prefill_chunk:
         words.append(f"--prefill-chunk {plan.prefill_chunk}")

@@ -113,9 +113,9 @@ def _name(options: BackendOptions) -> str:
     return f"ONNX Runtime on {options.device}"
 
 
-def _variant(options: BackendOptions, manifest: Manifest, batch: int) -> Variant:
+def _variant(backend: Backend, options: BackendOptions, manifest: Manifest, batch: int) -> Variant:
     dialect = contract.STANDARD if options.backend == "tensorrt" else options.dialect or manifest.default_dialect
-    return Variant(dialect=dialect, full_pass=options.full_pass, batch=batch, chunk=manifest.model.max_window)
+    return Variant(dialect=dialect, full_pass=backend.full_pass, batch=batch, chunk=manifest.model.max_window)
 
 
 def _groups(cases: Sequence[Case], batch: int) -> list[tuple[bool, list[Case]]]:
@@ -137,13 +137,13 @@ def _steps(
     batch: int,
 ) -> Check:
     """Every row of logits, the device's own tokens fed back to both."""
-    found = Comparison(variant=_variant(options, manifest, batch), margin=margin)
+    found = Comparison(variant=_variant(backend, options, manifest, batch), margin=margin)
     for plain, group in _groups(cases, batch):
         plan = CyclePlan(cycle=manifest.cycle, plain=plain)
         for case, rows in zip(group, run_group(backend, plan, backend.max_rows, group), strict=True):
             chosen = replace(case, continuation=tuple(int(token) for token in rows.argmax(-1)))
             found.add(chosen, _expected(reference, chosen), rows)
-    return found.check(f"step by step: {_name(options)}, {options.full_pass}, batch {batch}", "oracle")
+    return found.check(f"step by step: {_name(options)}, {backend.full_pass}, batch {batch}", "oracle")
 
 
 def _generations(
@@ -156,7 +156,7 @@ def _generations(
     batch: int,
 ) -> Check:
     """The tokens of free greedy generation: one row of the oracle for each, its chosen token raised to its best."""
-    variant = _variant(options, manifest, batch)
+    variant = _variant(backend, options, manifest, batch)
     agreed, total, near, first = 0, 0, 0, ""
     cycles = backend.stats.cycles
     for plain, group in _groups(cases, batch):

@@ -140,19 +140,18 @@ def run_bench(
     total, done = len(options.batches) * modes * (options.warmup + options.repeats), 0
     reports = []
     for batch in options.batches:
-        reports.append(
-            _bench_batch(
-                directory,
-                manifest,
-                options,
-                replace(backend_options, max_batch=batch),
-                split,
-                _shifted(on_run, done, total),
-            )
+        report, full_pass = _bench_batch(
+            directory,
+            manifest,
+            options,
+            replace(backend_options, max_batch=batch),
+            split,
+            _shifted(on_run, done, total),
         )
+        reports.append(report)
         done += modes * (options.warmup + options.repeats)
     return BenchReport(
-        conditions=_conditions(directory, manifest, options, backend_options, load),
+        conditions=_conditions(directory, manifest, options, replace(backend_options, full_pass=full_pass), load),
         split=split,
         context=mean_context(options.prompt_len, options.max_tokens),
         batches=tuple(reports),
@@ -187,7 +186,8 @@ def _bench_batch(
     backend_options: BackendOptions,
     split: SplitBytes,
     on_run: Callable[[str, int], None],
-) -> BatchReport:
+) -> tuple[BatchReport, FullPass]:
+    """What was measured, and how the backend ran full passes."""
     batch, done = backend_options.max_batch, 0
     generator = np.random.default_rng(options.seed)
     vocab = manifest.model.vocab_size
@@ -195,7 +195,7 @@ def _bench_batch(
     records: dict[Mode, list[RunRecord]] = {"plain": [], "dmtd": []}
     with contextlib.ExitStack() as opened:
 
-        def open_one(full_pass: FullPass) -> Backend:
+        def open_one(full_pass: FullPass | None) -> Backend:
             backend = open_backend(directory, manifest, replace(backend_options, full_pass=full_pass))
             opened.callback(backend.close)
             return backend
@@ -227,7 +227,7 @@ def _bench_batch(
                 records[mode].append(run(mode, ""))
         capacity = kv_bytes(manifest.model, shared.capacity) * batch
     gc.collect()  # the next batch size opens sessions of its own
-    return _summary(manifest, options, batch, split, records, private, capacity)
+    return _summary(manifest, options, batch, split, records, private, capacity), shared.full_pass
 
 
 def _summary(

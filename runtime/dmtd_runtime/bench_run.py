@@ -41,7 +41,7 @@ class _StepClock:
     def __init__(self, backend: Backend) -> None:
         self.slots, self.capacity, self.max_rows = backend.slots, backend.capacity, backend.max_rows
         self.stats, self.chooses_tokens = backend.stats, backend.chooses_tokens
-        self.max_model_len = backend.max_model_len
+        self.max_model_len, self.full_pass = backend.max_model_len, backend.full_pass
         self.runs_cycles = backend.runs_cycles
         self.marks: list[tuple[StepKind | Literal["cycle"], float, float]] = []
         self.cycle_ends: list[float] = []

@@ -215,6 +215,11 @@ class EngineRecord:
             "build for longer sequences with: dmtd build BUNDLE --max-model-len N"
         )
 
+    def full_pass_for(self, wish: FullPass | None, manifest: Manifest) -> FullPass:
+        """How a runtime runs full passes over these engines: as wished, else the default as far as they were built for it."""
+        fused = any(engine.graph == contract.FULL_PASS for engine in self.engines)
+        return wish or (default_full_pass(manifest) if fused else "staged")
+
     def engines_for(self, full_pass: FullPass) -> tuple[EngineFile, ...]:
         """The engines that a runtime loads for one way of running full passes: all but thinking, or all but full_pass."""
         other = contract.THINKING if full_pass == "fused" else contract.FULL_PASS
@@ -252,6 +257,11 @@ class EngineRecord:
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+
+def default_full_pass(manifest: Manifest) -> FullPass:
+    """Fused where the split has encoding layers, which a staged full pass would read twice; staged, the smaller, elsewhere."""
+    return "fused" if manifest.cycle.encoding_layers else "staged"
 
 
 def _row_bytes(info: TensorInfo) -> int:

@@ -53,7 +53,8 @@ class LLM:
         device: ``cpu``, or ``cuda`` for ONNX Runtime's CUDA provider (a float16 or bfloat16 bundle).
         device_id: which GPU.
         dialect: which graphs; None takes ONNX Runtime's own where the bundle has them.
-        full_pass: ``staged`` (every weight in memory once) or ``fused``.
+        full_pass: ``staged`` (T, D and the head in memory once) or ``fused`` (one graph, encoding layers read once); None takes
+            fused where the split has encoding layers.
         max_num_seqs: sequences that may run at a time. 1, the default, is the fastest for a single sequence.
         max_model_len: prompt and answer together, at most the bundle's own limit, the default.
         threads: of the computation; None takes one for each core this process may use.
@@ -75,7 +76,7 @@ class LLM:
         device: Literal["cpu", "cuda"] = "cpu",
         device_id: int = 0,
         dialect: Literal["standard", "onnxruntime"] | None = None,
-        full_pass: FullPass = "staged",
+        full_pass: FullPass | None = None,
         max_num_seqs: int | None = None,
         max_model_len: int | None = None,
         threads: int | None = None,

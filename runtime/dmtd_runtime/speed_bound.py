@@ -8,7 +8,7 @@ reads, so the ratio of the bytes bounds the speed-up:
 1. T's weights and cache are read once a cycle (the refill and the head are one run), everything else in every step.
 2. The head is the final norm and lm_head. A tied embedding is read as the head; a look-up in the embedding reads one row
    and counts as nothing, and so do the rotary tables.
-3. E counts once a step. The staged full pass reads it a second time at a head, which the bound does not forgive.
+3. E counts once a step. A staged full pass reads it a second time at a head, which the bound does not forgive.
 4. Every sequence of a batch reads a cache of its own; the weights are read once for all of them.
 """
 

@@ -57,14 +57,15 @@ def test_every_family_builds(tmp_path: Path, family: str, encoding: int, dtype: 
     record = result.record
     assert result.built and read_record(result.directory) == record
     record.check_files(result.directory, hashes=True)
-    graphs = ["thinking", "late_decode", *(g.name for g in load_manifest(bundle).graphs if g.name.endswith("_token"))]
+    decoders = ["thinking", "late_decode", *(["full_pass"] if encoding else [])]
+    graphs = [*decoders, *(g.name for g in load_manifest(bundle).graphs if g.name.endswith("_token"))]
     assert stages == [engine.graph for engine in record.engines] == graphs
     assert counts and all(0 <= done <= total for done, total in counts)
     assert (record.flavour, record.compute_capability, record.dtype) == ("tensorrt-rtx", "any", dtype)
     assert record.build.seconds > 0 and record.build.peak_bytes > 0
     manifest = load_manifest(bundle)
-    layers = {"thinking": 3, "late_decode": 1 + encoding}
-    for engine in record.engines[:2]:
+    layers = {"thinking": 3, "late_decode": 1 + encoding, "full_pass": 4}
+    for engine in record.engines[: len(decoders)]:
         # The builder's own count of the weights it keeps: each layer once, no table but an untied head.
         head = 0 if family == "qwen3" or engine.graph == "thinking" else manifest.weights["lm_head.weight"].length
         sizes = [info.length for name, info in manifest.weights.items() if name.startswith("model.layers.0.")]
@@ -79,7 +80,7 @@ def test_extra_bytes_are_what_stands_in_two_engines(bundles: Callable[..., Path]
     for encoding in (0, 2):
         bundle = bundles(family="llama", encoding=encoding, tie=True, dtype="float16")
         layer = 2 * (64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 96 * 64 + 2 * 64)
-        host = BuildOptions(flavour="host", max_model_len=64)
+        host = BuildOptions(flavour="host", max_model_len=64, fused=False)
         assert preview(bundle, host).extra_bytes == rotary + encoding * layer
         fused = preview(bundle, BuildOptions(flavour="host", max_model_len=64, fused=True))
         assert fused.extra_bytes == 2 * rotary + (4 + encoding) * layer + 2 * 64

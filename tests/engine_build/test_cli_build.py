@@ -33,7 +33,8 @@ def test_dry_run_then_build_then_nothing_to_do(bundle: Path) -> None:
     assert seen.exit_code == 0, seen.output
     plan = json.loads(seen.stdout)
     assert plan["dry_run"] and not plan["exists"]
-    assert [engine["graph"] for engine in plan["engines"]][:3] == ["thinking", "late_decode", "choose_token"]
+    graphs = [engine["graph"] for engine in plan["engines"]]
+    assert graphs[:4] == ["thinking", "late_decode", "full_pass", "choose_token"]  # E = 2, so fused too
     assert plan["engines"][1]["profiles"] == ["prefill", "step_whole"]
     assert (plan["capacity"], plan["length_buckets"], plan["batch_buckets"]) == (320, [256, 320], [1, 2])
     assert plan["extra_bytes"] > 0  # E = 2
@@ -49,6 +50,8 @@ def test_dry_run_then_build_then_nothing_to_do(bundle: Path) -> None:
 
 
 def test_dry_run_says_what_stands_twice(bundle: Path) -> None:
+    small = json.loads(dmtd("build", bundle, *HOST, "--no-fused", "--dry-run", "--json").stdout)
+    assert "full_pass" not in [engine["graph"] for engine in small["engines"]]
     seen = dmtd("build", bundle, *HOST, "--fused", "--dry-run")
     assert seen.exit_code == 0, seen.output
     text = " ".join(seen.stdout.split())

@@ -140,6 +140,18 @@ def test_chunks_and_full_pass_modes_stay_within_the_margin(tiny: TinyBundles, di
             assert np.abs(ran.logits - logits).max() <= MARGIN * np.abs(logits).max()
 
 
+@pytest.mark.parametrize(("encoding_layers", "expected"), [(0, "staged"), (2, "fused")])
+def test_encoding_layers_are_read_once_a_step_by_default(
+    tiny: TinyBundles, encoding_layers: int, expected: str
+) -> None:
+    bundle = tiny.get("qwen3", encoding_layers)
+    for asked in (None, "staged", "fused"):
+        options = BackendOptions(full_pass=asked, threads=1)  # type: ignore[arg-type]
+        backend = OnnxRuntimeBackend(bundle.directory, bundle.manifest, options)
+        assert backend.full_pass == (asked or expected)
+        backend.close()
+
+
 @both_dialects
 @both_passes
 def test_rubbish_in_unused_rows_is_never_seen(tiny: TinyBundles, dialect: str, full_pass: str) -> None:

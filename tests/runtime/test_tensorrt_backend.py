@@ -137,6 +137,26 @@ def test_fused_engines_give_the_same_tokens(tiny: TinyBundles, engines: MakeEngi
         assert ran[0] == ran[1]
 
 
+@pytest.mark.parametrize(
+    ("encoding_layers", "built_fused", "expected"),
+    [(0, False, "staged"), (0, True, "staged"), (2, False, "staged"), (2, True, "fused")],
+)
+def test_full_passes_run_fused_where_layers_and_engines_ask_for_it(
+    tiny: TinyBundles, engines: MakeEngines, encoding_layers: int, built_fused: bool, expected: str
+) -> None:
+    bundle, (directory, record) = tiny.get("qwen3", encoding_layers), engines(encoding_layers, fused=built_fused)
+    backend = TensorRtBackend(
+        bundle.directory,
+        bundle.manifest,
+        BackendOptions(threads=1),
+        device=HostDevice(),
+        directory=directory,
+        record=record,
+    )
+    assert backend.full_pass == expected
+    backend.close()
+
+
 SAMPLED = [
     SamplingParams(temperature=0.9, max_tokens=33),
     SamplingParams(temperature=1.5, top_k=20, top_p=0.8, min_p=0.05, max_tokens=40),

@@ -27,7 +27,8 @@ class BackendOptions:
     """How to run a bundle.
 
     ``max_batch`` sequences at a time, each with room for ``max_model_len`` tokens. A full pass is ``staged`` (thinking, then
-    late_decode: every weight in memory once) or ``fused`` (one graph; its weights come on top of late_decode's).
+    late_decode: T, D and the head in memory once) or ``fused`` (one graph; its weights come on top of late_decode's). Staged
+    reads encoding layers twice, so by default a split that has any runs fused.
     """
 
     backend: BackendName = "onnxruntime"
@@ -35,7 +36,7 @@ class BackendOptions:
     device: Literal["cpu", "cuda"] = "cpu"
     device_id: int = 0
     dialect: Literal["standard", "onnxruntime"] | None = None  # None: onnxruntime where the bundle has it
-    full_pass: FullPass = "staged"
+    full_pass: FullPass | None = None  # None: fused where the split has encoding layers (and engines were built for it)
     max_batch: int = 1
     max_model_len: int | None = None  # None: the bundle's
     choose_on_device: bool | None = None  # arg-max by the bundle's choose_token graph; None: on a GPU only
@@ -49,7 +50,7 @@ class BackendOptions:
             "flavour": (None, *FLAVOURS),
             "device": ("cpu", "cuda"),
             "dialect": (None, *contract.DIALECTS),
-            "full_pass": ("staged", "fused"),
+            "full_pass": (None, "staged", "fused"),
         }
         for name, values in allowed.items():
             if (value := getattr(self, name)) not in values:
@@ -141,6 +142,7 @@ class Backend(Protocol):
     max_model_len: int
     capacity: int
     max_rows: int
+    full_pass: FullPass
     stats: RunStats
     chooses_tokens: bool  # logits stay on a device, where the arg-max can be taken
     runs_cycles: bool  # start_cycle and finish_cycle work; elsewhere nobody calls them

@@ -26,6 +26,7 @@ from dmtd_runtime.backends.ort_session import (
 )
 from dmtd_runtime.backends.packed import PackedLayout
 from dmtd_runtime.backends.rectangular import RectangularLayout
+from dmtd_runtime.engine_record import default_full_pass
 from dmtd_runtime.errors import BackendError, RequestError
 from dmtd_runtime.kv_cache import HostKvCache
 from dmtd_runtime.manifest import Manifest
@@ -82,7 +83,8 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self._outputs: dict[tuple[str, tuple[int, ...]], Buffer] = {}
         self._bindings: dict[tuple[contract.GraphName, range, tuple[tuple[str, int], ...]], Binding] = {}
         self._choosers: dict[tuple[int, ...], tuple[Binding, Array, Array]] = {}
-        first = contract.FULL_PASS if options.full_pass == "fused" else contract.THINKING
+        self.full_pass = options.full_pass or default_full_pass(manifest)
+        first = contract.FULL_PASS if self.full_pass == "fused" else contract.THINKING
         self._graphs = {
             first: manifest.graph(first, dialect, graph_slots),
             contract.LATE_DECODE: manifest.graph(contract.LATE_DECODE, dialect),
@@ -137,7 +139,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
 
     def _run_together(self, steps: Sequence[SlotStep], greedy: bool) -> Array:
         """Run the graphs of one step; returns logits [n, vocab], or with ``greedy`` what the device chose, int64 [n]."""
-        late, fused = steps[0].step.kind == "late", self._options.full_pass == "fused"
+        late, fused = steps[0].step.kind == "late", self.full_pass == "fused"
         if not late and not fused:
             self._run_graph(contract.THINKING, steps, wait=self._stream is None)
         last = contract.LATE_DECODE if late or not fused else contract.FULL_PASS

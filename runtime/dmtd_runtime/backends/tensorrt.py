@@ -95,6 +95,7 @@ class TensorRtBackend:
         self.max_model_len = options.max_model_len or record.max_model_len
         self.capacity = record.capacity
         self.max_rows = record.prefill_chunk
+        self.full_pass = record.full_pass_for(options.full_pass, manifest)
         self.stats = RunStats()
         self.chooses_tokens = True
         self.runs_cycles = True
@@ -107,7 +108,7 @@ class TensorRtBackend:
             directory,
             manifest,
             record,
-            full_pass=options.full_pass,
+            full_pass=self.full_pass,
             max_batch=self.slots,
             max_rows=self.max_rows,
         )

@@ -154,10 +154,8 @@ def _card(manifest: Manifest, split: SplitBytes, options: BenchOptions, backend:
     card.add_row(
         "run",
         f"batch {', '.join(map(str, options.batches))}; prompt {options.prompt_len}, {options.max_tokens} new tokens; "
-        f"{options.repeats} repeats; {_where(backend)}, {backend.full_pass} full pass",
+        f"{options.repeats} repeats; {_where(backend)}",
     )
-    if backend.full_pass == "fused":
-        card.add_row("fused", f"its graph repeats D and the head: {human_bytes(split.fused_extra)} more memory")
     return card
 
 
@@ -237,8 +235,10 @@ def _footer(report: BenchReport) -> Text:
     lines = [
         f"{gpu}{facts['cpu']}, {facts['cores']:g} cores, {facts['threads']} threads; {library}, "
         f"{facts['dialect']} dialect; dmtd {facts['dmtd']}{commit}",
-        f"medians of {facts['repeats']} interleaved repeats",
+        f"medians of {facts['repeats']} interleaved repeats; {facts['full_pass']} full pass",
     ]
+    if facts["full_pass"] == "fused":
+        lines[-1] += f", whose graph repeats D and the head: {human_bytes(report.split.fused_extra)} more memory"
     if load is not None and load > 0.5:
         lines.append(f"the machine was busy when this began (load {load:.1f}): rates are lower than it can do")
     return Text("\n".join(lines), style="dim")

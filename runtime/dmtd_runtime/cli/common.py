@@ -59,7 +59,11 @@ DialectOption = Annotated[
     typer.Option(help="Which graphs; by default onnxruntime's where the bundle has them."),
 ]
 FullPassOption = Annotated[
-    FullPass, typer.Option(help="staged holds every weight once; fused runs one graph and takes more memory.")
+    FullPass | None,
+    typer.Option(
+        help="staged holds T, D and the head once; fused runs one graph, takes more memory and reads encoding layers once: "
+        "the default where there are any."
+    ),
 ]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Threads; by default one for each core this process may use.")
