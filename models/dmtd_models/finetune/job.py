@@ -228,31 +228,23 @@ def _text(
 
 
 def _answers(checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display: Display) -> Path:
-    """Chats that the base model writes, gone on with if some are there."""
-    from tokenizers import Tokenizer
-
-    from dmtd_models.dmtd import DmtdModel
-    from dmtd_models.finetune.answers import AnswerOptions, write_answers
-    from dmtd_models.finetune.questions import Mix, mixed_prompts
+    from dmtd_models.finetune.answers import AnswerOptions
+    from dmtd_models.finetune.chats import write_chats
 
     directory = job.output / TRAINING / "answers"
-    plain = resolve_dmtd(checkpoint.config, None, decoding_layers=1, cycle_length=1)
-    device = job.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = DmtdModel.from_reader(checkpoint.config, plain, checkpoint.read, torch.bfloat16).to(device)
-    seed = job.train.seed
-    usual = AnswerOptions(answer_tokens=job.answer_tokens, seed=seed)
+    usual = AnswerOptions(answer_tokens=job.answer_tokens, seed=job.train.seed)
     room = min(checkpoint.config.max_positions, job.max_length)  # what is longer would be cut
-    write_answers(
-        model,
-        Tokenizer.from_str(checkpoint.assets()["tokenizer.json"].decode()),
-        lambda question: tokenizer.render([{"role": "user", "content": question}], add_generation_prompt=True),
-        mixed_prompts(seed=seed, mix=Mix()),
+    options = replace(
+        usual,
+        max_answer_len=min(usual.max_answer_len, room // 2),
+        max_question_len=min(usual.max_question_len, room // 4),
+    )
+    write_chats(
+        checkpoint,
+        tokenizer,
         directory,
-        replace(
-            usual,
-            max_answer_len=min(usual.max_answer_len, room // 2),
-            max_question_len=min(usual.max_question_len, room // 4),
-        ),
+        options,
+        device=job.device,
         progress=lambda shard: display.counted("answers of the base", shard.answer_tokens, job.answer_tokens),
     )
     return directory

@@ -1,0 +1,80 @@
+"""The study's text: chats that the base writes itself, and pieces of free prose and code out of packages.
+
+``tools/study`` starts it, a process a part:
+
+    python tools/study_text.py BASE DIR PART    answers-0, answers-1 and prose are trained on, held_out is not
+
+What is there already is kept, and what was stopped goes on. Every choice hangs on the part's seed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+# Seed and answer tokens of each writer.
+CHATS = {"answers-0": (0, 180_000), "answers-1": (1, 150_000), "held_out": (2, 30_000)}
+PROSE, HELD_OUT = "prose.jsonl", "held_out"
+_CORPORA = ("austen", "shakespeare", "python-docs", "linux-docs", "stdlib")
+_PIECE_CHARS, _PIECES = 2500, 160  # of each corpus, from its training documents: about 700 tokens a piece
+
+
+def training_sources(directory: Path) -> list[Path]:
+    """What ``dmtd finetune --data`` takes."""
+    return [directory / name for name in (*CHATS, PROSE) if name != HELD_OUT]
+
+
+def main() -> None:
+    """Make one part."""
+    base, directory, part = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    directory.mkdir(parents=True, exist_ok=True)
+    if part != PROSE:
+        write_part(base, directory / part, *CHATS[part])
+    elif not (directory / PROSE).is_file():
+        lines = [json.dumps({"text": text}) + "\n" for text in pieces()]
+        (directory / PROSE).write_text("".join(lines), encoding="utf-8")
+
+
+def write_part(base: Path, directory: Path, seed: int, tokens: int) -> None:
+    """Chats of one seed, with one thread: two writers side by side are twice as fast as one with two threads."""
+    import torch
+
+    from dmtd_models.checkpoint import open_checkpoint
+    from dmtd_models.finetune.answers import AnswerOptions
+    from dmtd_models.finetune.chats import write_chats
+    from dmtd_models.text.chat import TextTokenizer
+
+    torch.set_num_threads(1)
+    with open_checkpoint(base) as checkpoint:
+        write_chats(
+            checkpoint,
+            TextTokenizer.of_checkpoint(checkpoint),
+            directory,
+            AnswerOptions(answer_tokens=tokens, seed=seed, slots=128),
+            progress=lambda shard: print(
+                f"  {directory.name}: {shard.answer_tokens:,} of {tokens:,} tokens", file=sys.stderr
+            ),
+        )
+
+
+def pieces() -> Iterator[str]:
+    """A piece of each of some documents of every corpus; a corpus with fewer gives several of some."""
+    from dmtd_models.smollm2 import default_cache_dir
+    from dmtd_models.text.corpora import load_text
+
+    rng = np.random.default_rng(0)
+    for name in _CORPORA:
+        documents = list(load_text(name, "train", default_cache_dir()))
+        order = [int(place) for _ in range(-(-_PIECES // len(documents))) for place in rng.permutation(len(documents))]
+        for place in order[:_PIECES]:
+            text = documents[place].text
+            start = int(rng.integers(max(1, len(text) - _PIECE_CHARS)))
+            yield text[start : start + _PIECE_CHARS]
+
+
+if __name__ == "__main__":
+    main()
