@@ -1,9 +1,13 @@
-"""Tables and figures of the study, from the result files that ``tools/study`` leaves. Reads, fits and draws; measures nothing."""
+"""Tables and figures of the study, from the result files that ``tools/study`` leaves. Reads, fits and draws; measures nothing.
+
+DIR/<setting>/ -> collect() -> results.json -> tables() between two marks of README.md, three figures
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,54 +15,85 @@ from typing import Any
 import numpy as np
 
 Result = dict[str, Any]
-_PARTS = {"summary": "summary.json", "evaluation": "evaluation/report.json", "bench": "bench.json"}
+RESULTS, PAGE = "results.json", "README.md"
+_FIRST, _LAST = "<!-- tables: written by tools/study --report -->", "<!-- end of tables -->"
+_EVALUATION = ("perplexity", "agreement_by_phase", "run_lengths", "retention", "tasks", "offsets", "ci95", "counts")
+_BENCH = ("conditions", "ratio", "ratios", "bound", "plain_tok_per_s", "dmtd_tok_per_s")
+_SUMMARY = (
+    "split",
+    "options",
+    "text",
+    "documents",
+    "steps",
+    "tokens",
+    "seconds",
+    "tokens_per_s",
+    "matmul_peak_flops",
+    "matmul_share",
+)
 
 
-def write_report(work: Path, output: Path, command: str) -> None:
-    """Write results.json, README.md's tables (tables.md) and three figures into ``output``."""
-    results = [read_result(path.parent) for path in sorted(work.glob("*/summary.json"))]
-    if not results:
+def collect(work: Path, order: Sequence[str], conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """What is there of every setting; parts that were not measured are None."""
+    settings = [_collected(work / name) for name in order if (work / name / "summary.json").is_file()]
+    if not settings:
         raise SystemExit(f"{work}: no setting is done yet")
+    return {"schema": 1, "conditions": dict(conditions), "settings": settings}
+
+
+def _collected(directory: Path) -> Result:
+    def part(name: str, keys: Sequence[str]) -> Result | None:
+        file = directory / name
+        if not file.is_file():
+            return None
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {key: found[key] for key in keys if key in found}
+
+    lines = (directory / "training" / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    log = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    kept = ("eval_tokens", "eval_divergence", "eval_divergence_by_phase", "eval_agreement_by_phase")
+    return {
+        "name": directory.name,
+        "summary": part("summary.json", _SUMMARY),
+        "evaluation": part("evaluation/report.json", _EVALUATION),
+        "bench": part("bench.json", _BENCH),
+        "held_out": [{key: line[key] for key in kept} for line in log if "eval_divergence" in line],
+    }
+
+
+def write_report(recorded: Mapping[str, Any], output: Path) -> None:
+    """Write results.json, the tables of README.md and the figures into ``output``."""
     output.mkdir(parents=True, exist_ok=True)
-    kept = [{key: value for key, value in result.items() if key != "log"} for result in results]
-    fits = {result["name"]: fit_loss(result["log"], _decay(result)) for result in results}
-    (output / "results.json").write_text(
-        json.dumps({"command": command, "settings": kept, "fits": fits}, indent=1) + "\n", encoding="utf-8"
-    )
-    (output / "tables.md").write_text(tables(results, fits), encoding="utf-8")
+    (output / RESULTS).write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
+    page = output / PAGE
+    text = page.read_text(encoding="utf-8") if page.is_file() else f"# Study\n\n{_FIRST}\n{_LAST}\n"
+    page.write_text(with_tables(text, recorded), encoding="utf-8")
+    results = recorded["settings"]
+    fits = {result["name"]: fit_loss(result) for result in results}
     draw_quality(results, output / "quality_over_speed.png")
     draw_loss(results, fits, output / "loss_over_tokens.png")
     draw_agreement(results, output / "agreement_by_phase.png")
 
 
-def read_result(directory: Path) -> Result:
-    """What is there of one setting; parts that were not measured are None."""
-    result: Result = {"name": directory.name}
-    for part, name in _PARTS.items():
-        file = directory / name
-        result[part] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    if result["evaluation"] is not None and result["evaluation"].get("fluency"):
-        for voice in ("model", "plain"):
-            result["evaluation"]["fluency"][voice].pop("texts", None)
-    lines = (directory / "training" / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    result["log"] = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-    return result
+def with_tables(page: str, recorded: Mapping[str, Any]) -> str:
+    """The page with the tables between its two marks made anew."""
+    if page.count(_FIRST) != 1 or page.count(_LAST) != 1:
+        raise SystemExit(f"{PAGE}: expected one {_FIRST} and one {_LAST}")
+    tables_there = re.compile(f"{re.escape(_FIRST)}.*{re.escape(_LAST)}", re.DOTALL)
+    return tables_there.sub(lambda _: f"{_FIRST}\n{tables(recorded)}\n{_LAST}", page)
 
 
-def _decay(result: Result) -> float:
-    options = result["summary"]["options"]
-    return float(options["decay"]) if options["schedule"] == "warmup_stable_decay" else 0.0
-
-
-def fit_loss(log: Sequence[Mapping[str, Any]], decay: float) -> dict[str, float] | None:
-    """Held-out divergence = a + b ln(tokens), by least squares over what lies before the learning rate falls (the last share
-    ``decay`` of the run) and behind the first tenth. Ten times the tokens are told from the run's end with the same slope.
+def fit_loss(result: Result) -> dict[str, float] | None:
+    """Held-out divergence = a + b ln(tokens), by least squares over what lies before the learning rate falls and behind the
+    first tenth. Ten times the tokens are told from the run's end with the same slope.
     """
-    points = [(line["eval_tokens"], line["eval_divergence"]) for line in log if "eval_divergence" in line]
+    points = [(line["eval_tokens"], line["eval_divergence"]) for line in result["held_out"]]
     if not points:
         return None
+    options = result["summary"]["options"]
+    decay = float(options["decay"]) if options["schedule"] == "warmup_stable_decay" else 0.0
     last_tokens, end = points[-1]
-    steady = [point for point in points if last_tokens / 10 <= point[0] <= (1 - decay) * last_tokens]
+    steady = [point for point in points if 0.95 * last_tokens / 10 <= point[0] <= (1 - decay) * last_tokens]
     if len(steady) < 3:
         return None
     slope, intercept = np.polyfit(np.log([tokens for tokens, _ in steady]), [value for _, value in steady], 1).tolist()
@@ -72,32 +107,88 @@ def fit_loss(log: Sequence[Mapping[str, Any]], decay: float) -> dict[str, float]
     }
 
 
-def tables(results: Sequence[Result], fits: Mapping[str, Mapping[str, float] | None]) -> str:
-    """Quality against speed, what was spent, and the same tokens at every place of a cycle."""
-    rows = [
-        "| setting | tau | perplexity ratio (95%) | agreement by phase | run length | retention (95%) | speed ratio |",
-        "|---|---|---|---|---|---|---|",
+def tables(recorded: Mapping[str, Any]) -> str:
+    """Quality, speed, what was spent, and the same tokens at every place of a cycle."""
+    results = recorded["settings"]
+    blocks = [
+        ["### Splits and cycle lengths", "", *_quality_rows([one for one in results if one["bench"]], speed=True)],
+        [
+            "### Objective, what is trained, convention (E0 D8, tau 4)",
+            "",
+            *_quality_rows(_compared(results), speed=False),
+        ],
+        ["### What was spent", "", *_spent_rows(results)],
+        _offset_rows(results),
     ]
-    spent = [
-        "| setting | tokens | time | tokens/s | divergence at the end | at ten times the tokens |",
-        "|---|---|---|---|---|---|",
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def _compared(results: Sequence[Result]) -> list[Result]:
+    return [one for one in results if one["bench"] is None or one["name"] == "d8-tau4"]
+
+
+def _quality_rows(results: Sequence[Result], *, speed: bool) -> list[str]:
+    rows = [
+        "| setting | perplexity ratio (95%) | of chats | agreement: head / late | run length: text, chat | facts kept | "
+        "retention (95%) |" + (" speed | bytes allow |" if speed else ""),
+        "|---|---|---|---|---|---|---|" + ("---|---|" if speed else ""),
     ]
     for result in results:
-        summary, found, fit = result["summary"], result["evaluation"], fits[result["name"]]
-        rows.append(f"| {result['name']} | {summary['split']['cycle_length']} | {_quality(found)} | {_speed(result)} |")
-        end = f"{fit['divergence']:.3f} | {fit['at_ten_times']:.3f}" if fit else "- | -"
-        spent.append(
-            f"| {result['name']} | {summary['tokens'] / 1e6:.2f} M | {summary['seconds'] / 60:.0f} min | "
-            f"{summary['tokens_per_s']:.0f} | {end} |"
+        row = f"| {result['name']} | {_quality(result['evaluation'])} |"
+        if speed:
+            row += f" {result['bench']['ratio']:.2f} | {result['bench']['bound']:.2f} |"
+        rows.append(row)
+    return rows
+
+
+def _quality(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return " | ".join("-" * 6)
+    phases = [value for name, value in found["agreement_by_phase"].items() if name.isdigit()]
+    ratio, interval = found["perplexity"]["ratio"], found["ci95"]["perplexity_ratio"]["overall"]
+    chats = found["perplexity"]["by_source"].get("held_out")
+    facts = found["tasks"]["facts"]
+    kept, span = found["retention"], found["ci95"]["retention"]
+    cells = [
+        f"{ratio:.2f}" + (f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval else ""),
+        f"{chats['ratio']:.2f}" if chats else "-",
+        f"{phases[0]:.0%} / " + " ".join(f"{value:.0%}" for value in phases[1:]),
+        ", ".join(f"{value['mean']:.1f}" for value in found["run_lengths"].values()),
+        f"{facts['both_solve']} of {facts['plain_solves']}",
+        f"{kept['value']:.0%} ({span[0]:.0%}-{span[1]:.0%})" + (", wide" if kept["wide"] else "")
+        if kept and kept["value"] is not None and span
+        else "-",
+    ]
+    return " | ".join(cells)
+
+
+def _spent_rows(results: Sequence[Result]) -> list[str]:
+    rows = [
+        "| setting | tokens | minutes | tokens/s, one thread | of the matmul peak | divergence at the end: head / late | "
+        "fall for e times the tokens | told for ten times |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        summary, fit = result["summary"], fit_loss(result)
+        head, *late = (f"{value:.2f}" for value in result["held_out"][-1]["eval_divergence_by_phase"])
+        told = f"{-fit['slope_per_efold']:.3f} | {fit['at_ten_times']:.2f}" if fit else "- | -"
+        rows.append(
+            f"| {result['name']} | {summary['tokens'] / 1e6:.2f} M | {summary['seconds'] / 60:.0f} | "
+            f"{summary['tokens_per_s']:.0f} | {summary['matmul_share']:.0%} | {head} / {' '.join(late)} | {told} |"
         )
-    return "\n".join([*rows, "", *spent, "", *_offset_rows(results)])
+    return rows
 
 
 def _offset_rows(results: Sequence[Result]) -> list[str]:
     measured = [result for result in results if result["evaluation"] and result["evaluation"].get("offsets")]
     if not measured:
         return []
-    rows = ["| setting | the same tokens | perplexity ratio (95%) | agreement (95%) |", "|---|---|---|---|"]
+    rows = [
+        "### The same tokens at every place of a cycle",
+        "",
+        "| setting | where | perplexity ratio (95%) | agreement (95%) |",
+        "|---|---|---|---|",
+    ]
     for result in measured:
         offsets = result["evaluation"]["offsets"]
         lines = [(f"first head {name} later", value) for name, value in offsets["by_offset"].items()]
@@ -111,37 +202,7 @@ def _offset_rows(results: Sequence[Result]) -> list[str]:
                 f"| {result['name']} | {words} | {value['ratio']:.3f} ({low:.3f}-{high:.3f}) | "
                 f"{value['agreement']:.1%} ({least:.1%}-{most:.1%}) |"
             )
-    return [*rows, ""]
-
-
-def _quality(found: Mapping[str, Any] | None) -> str:
-    if found is None:
-        return "- | - | - | -"
-    phases = [value for name, value in found["agreement_by_phase"].items() if name.isdigit()]
-    ratio, interval = found["perplexity"]["ratio"], found["ci95"]["perplexity_ratio"]["overall"]
-    runs = " / ".join(f"{kind} {value['mean']:.1f}" for kind, value in found["run_lengths"].items())
-    kept = found["retention"]
-    retained = "-"
-    if kept and kept["value"] is not None:
-        span = found["ci95"]["retention"]
-        retained = (
-            f"{kept['value']:.1%}"
-            + (f" ({span[0]:.0%}-{span[1]:.0%})" if span else "")
-            + (", wide" if kept["wide"] else "")
-        )
-    spread = f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval else ""
-    return f"{ratio:.2f}{spread} | {' / '.join(f'{value:.0%}' for value in phases)} | {runs} | {retained}"
-
-
-def _speed(result: Result) -> str:
-    speed = speed_ratio(result)
-    return "-" if speed is None else f"{speed:.2f}"
-
-
-def speed_ratio(result: Result) -> float | None:
-    """DMTD over plain decoding of the exported bundle, at batch 1."""
-    bench = result["bench"]
-    return None if bench is None else float(bench["ratio"])
+    return rows
 
 
 def draw_quality(results: Sequence[Result], picture: Path) -> None:
@@ -149,9 +210,9 @@ def draw_quality(results: Sequence[Result], picture: Path) -> None:
     figure, axis = _figure()
     by_split: dict[tuple[int, int], list[tuple[float, float, int]]] = {}
     for result in results:
-        speed, found, split = speed_ratio(result), result["evaluation"], result["summary"]["split"]
-        if speed is not None and found is not None:
-            point = (speed, found["perplexity"]["ratio"], split["cycle_length"])
+        bench, found, split = result["bench"], result["evaluation"], result["summary"]["split"]
+        if bench is not None and found is not None:
+            point = (bench["ratio"], found["perplexity"]["ratio"], split["cycle_length"])
             by_split.setdefault((split["encoding_layers"], split["decoding_layers"]), []).append(point)
     for (early, late), points in sorted(by_split.items()):
         points.sort()
@@ -169,7 +230,7 @@ def draw_loss(results: Sequence[Result], fits: Mapping[str, Mapping[str, float] 
     """Held-out divergence over tokens; dotted, the fit before the learning rate falls, and its slope from the end on."""
     figure, axis = _figure()
     for result in results:
-        points = [(line["eval_tokens"], line["eval_divergence"]) for line in result["log"] if "eval_divergence" in line]
+        points = [(line["eval_tokens"], line["eval_divergence"]) for line in result["held_out"]]
         if not points:
             continue
         [line] = axis.plot(*zip(*points, strict=True), "o-", ms=3, label=result["name"])
