@@ -113,7 +113,7 @@ def tables(recorded: Mapping[str, Any]) -> str:
     blocks = [
         ["### Splits and cycle lengths", "", *_quality_rows([one for one in results if one["bench"]], speed=True)],
         [
-            "### Objective, what is trained, convention (E0 D8, tau 4, half the tokens)",
+            "### Objective, what is trained, convention (E0 D8, tau 4, fewer tokens)",
             "",
             *_quality_rows([one for one in results if not one["bench"]], speed=False),
         ],

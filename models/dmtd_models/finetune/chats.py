@@ -1,4 +1,4 @@
-"""Chats of a base model with itself, from its checkpoint: ``write_chats`` puts model, tokenizer and the usual mix of prompts together.
+"""Chats of a base model with itself, from its checkpoint: ``write_chats`` puts model, tokenizer and usual prompts together.
 
 Entry of ``answers`` (the writer) for ``job`` and for scripts.
 """

@@ -48,10 +48,16 @@ def make_layout(config: ModelConfig, starts: tuple[int, ...], positions: Tensor,
 
 def layer_forward(layer: nn.Module, x: Tensor, layout: Layout) -> Tensor:
     """One decoder layer over packed documents: [n, hidden] to [n, hidden]."""
-    x = x + _attention(layer.self_attn, layer.input_layernorm(x), layout)
+    x = x + _attention(layer.self_attn, _for_products(layer.input_layernorm(x)), layout)
     mlp = layer.mlp
-    normed = layer.post_attention_layernorm(x)
+    normed = _for_products(layer.post_attention_layernorm(x))
     return x + mlp.down_proj(functional.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
+
+
+def _for_products(x: Tensor) -> Tensor:
+    """In the type of autocast's products, if it is on: several read the same rows, and each would cast them, forward and back."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _attention(attention: nn.Module, x: Tensor, layout: Layout) -> Tensor:
@@ -76,17 +82,21 @@ def _by_document(queries: Tensor, keys: Tensor, values: Tensor, starts: tuple[in
     """Attention of each document by itself. Two plain products and a softmax: on CPUs the backward pass of torch's fused kernel
     takes 2.6 times as long (256 rows, 9 heads of 64, bfloat16).
     """
-    longest = max(end - start for start, end in pairwise(starts))
+    lengths = [end - start for start, end in pairwise(starts)]
+    longest = max(lengths)
     mask = torch.full((longest, longest), float("-inf"), dtype=queries.dtype).triu_(1)
     pieces = []
-    for start, end in pairwise(starts):
+    # Parts of one split: of a slice alone, autograd would make a gradient of all n rows.
+    documents = zip(queries.split(lengths), keys.split(lengths), values.split(lengths), strict=True)
+    for asking, known, told in documents:
         # In blocks of queries: what lies behind a block is never seen. A document of 1024 tokens costs a quarter less, forward
         # and back, with the same numbers; one of 300 is cheaper whole.
-        block = math.ceil((end - start) / max(1, round((end - start) / _QUERY_BLOCK)))
-        for first in range(start, end, block):
-            last = min(first + block, end)
-            seen = mask[first - start : last - start, : last - start]
-            pieces.append(_causal(queries[first:last], keys[start:last], values[start:last], seen))
+        length = len(asking)
+        block = math.ceil(length / max(1, round(length / _QUERY_BLOCK)))
+        last = 0
+        for rows in asking.split(block):
+            first, last = last, last + len(rows)
+            pieces.append(_causal(rows, known[:last], told[:last], mask[first:last, :last]))
     return torch.cat(pieces)
 
 
