@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 # Seed and answer tokens of each writer.
-CHATS = {"answers-0": (0, 130_000), "answers-1": (1, 80_000), "held_out": (2, 30_000)}
+CHATS = {"answers-0": (0, 70_000), "answers-1": (1, 50_000), "held_out": (2, 20_000)}
 PROSE, HELD_OUT = "prose.jsonl", "held_out"
 _CORPORA = ("austen", "shakespeare", "python-docs", "linux-docs", "stdlib")
-_PIECE_CHARS, _PIECES = 2500, 200  # of each corpus, from its training documents: about 700 tokens a piece
+_PIECE_CHARS, _PIECES = 2500, 120  # of each corpus, from its training documents: about 700 tokens a piece
 
 
 def training_sources(directory: Path) -> list[Path]:
