@@ -46,7 +46,8 @@ def _collected(directory: Path) -> Result:
         file = directory / name
         if not file.is_file():
             return None
-        found = json.loads(file.read_text(encoding="utf-8"))
+        # Where the work lay is nobody's business: tools/study calls it DIR.
+        found = json.loads(file.read_text(encoding="utf-8").replace(str(directory.parent), "DIR"))
         return {key: found[key] for key in keys if key in found}
 
     lines = (directory / "training" / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -128,7 +129,7 @@ def _quality_rows(results: Sequence[Result], *, speed: bool) -> list[str]:
     columns = [
         "setting",
         "perplexity ratio (95%)",
-        "of chats",
+        "chats, Austen, code",
         "agreement: head / late",
         "tokens in a row like plain's",
     ]
@@ -149,7 +150,7 @@ def _quality(found: Mapping[str, Any]) -> list[str]:
     ratio, interval = found["perplexity"]["ratio"], found["ci95"]["perplexity_ratio"]["overall"]
     return [
         f"{ratio:.2f}" + (f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval else ""),
-        f"{found['perplexity']['by_source']['held_out']['ratio']:.2f}",
+        ", ".join(f"{source['ratio']:.2f}" for source in found["perplexity"]["by_source"].values()),
         f"{phases[0]:.0%} / " + " ".join(f"{value:.0%}" for value in phases[1:]),
         ", ".join(f"{kind} {value['mean']:.1f}" for kind, value in found["run_lengths"].items()),
     ]
