@@ -267,12 +267,15 @@ def draw_agreement(results: Sequence[Result], picture: Path) -> None:
             axis.plot(*zip(*phases, strict=True), "o-", label=result["name"])
     axis.set(xlabel="place in the cycle (0: head)", ylabel="top-1 agreement", ylim=(0, 1), title="agreement by phase")
     axis.set_xticks(range(max((r["summary"]["split"]["cycle_length"] for r in results), default=1)))
-    axis.legend(fontsize="small")
+    axis.legend(fontsize="small", loc="upper right", ncols=3)
     figure.savefig(picture, dpi=120)
 
 
 def _figure() -> tuple[Any, Any]:
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
-    return figure, figure.subplots()
+    axis = figure.subplots()
+    axis.set_prop_cycle(color=colormaps["tab20"].colors)  # more settings than the ten colours of the default
+    return figure, axis
