@@ -240,5 +240,7 @@ def _footer(report: BenchReport) -> Text:
     if facts["full_pass"] == "fused":
         lines[-1] += f", whose graph repeats D and the head: {human_bytes(report.split.fused_extra)} more memory"
     if load is not None and load > 0.5:
-        lines.append(f"the machine was busy when this began (load {load:.1f}): rates are lower than it can do")
+        lines.append(
+            f"load average {load:.1f} when this began: if other work goes on, rates are lower than the machine can do"
+        )
     return Text("\n".join(lines), style="dim")
