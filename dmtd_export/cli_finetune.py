@@ -104,9 +104,14 @@ def finetune(
     ] = "warmup_stable_decay",
     warmup: Annotated[float, _option(_RUN, "Share of the run.")] = 0.03,
     precision: Annotated[
-        Literal["bfloat16", "float32"],
-        _option(_RUN, "Of matrix products and frozen weights: bfloat16 or float32.", metavar="TYPE"),
-    ] = "bfloat16",
+        Literal["bfloat16", "float32"] | None,
+        _option(
+            _RUN,
+            "Of matrix products and frozen weights: bfloat16 or float32. By default bfloat16 where the device has "
+            "instructions for it.",
+            metavar="TYPE",
+        ),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool, _option(_RUN, "Less memory, a third more work.", "--gradient-checkpointing")
     ] = False,
@@ -142,8 +147,9 @@ def finetune(
     import torch
 
     from dmtd_models.finetune.batches import BatchOptions
-    from dmtd_models.finetune.job import Job, run_job
-    from dmtd_models.finetune.options import TrainOptions
+    from dmtd_models.finetune.job import TRAINING, Job, run_job
+    from dmtd_models.finetune.options import TrainOptions, usual_precision
+    from dmtd_models.finetune.record import recorded_precision
     from dmtd_models.finetune.student import LossOptions
 
     if threads is not None:
@@ -160,7 +166,7 @@ def finetune(
         learning_rate=learning_rate,
         schedule=schedule,
         warmup=warmup,
-        precision=precision,
+        precision=precision or recorded_precision(output / TRAINING) or usual_precision(device),
         gradient_checkpointing=gradient_checkpointing,
         cache_features=cache,
         curriculum=_curriculum(curriculum),

@@ -15,6 +15,7 @@ from dmtd_models.checkpoint import Checkpoint
 from dmtd_models.config import resolve_dmtd
 from dmtd_models.dmtd import DmtdModel
 from dmtd_models.finetune.answers import AnswerOptions, ShardProgress, write_answers
+from dmtd_models.finetune.options import usual_precision
 from dmtd_models.finetune.questions import Mix, mixed_prompts
 from dmtd_models.text.chat import TextTokenizer
 
@@ -43,7 +44,7 @@ def write_chats(
         DataError: the checkpoint has no chat template.
     """
     plain = resolve_dmtd(checkpoint.config, None, decoding_layers=1, cycle_length=1)
-    model = DmtdModel.from_reader(checkpoint.config, plain, checkpoint.read, torch.bfloat16)
+    model = DmtdModel.from_reader(checkpoint.config, plain, checkpoint.read, getattr(torch, usual_precision(device)))
     write_answers(
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")),
         Tokenizer.from_str(checkpoint.assets()["tokenizer.json"].decode()),

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
+import torch
+
 from dmtd_models.config import DmtdSpec
 from dmtd_models.errors import ConfigError
 from dmtd_models.finetune.batches import BatchOptions
@@ -19,6 +21,18 @@ Precision = Literal["bfloat16", "float32"]
 # 2.85 / 2.64 / 2.73; over 2 M tokens (0.92 M different ones) 1.5e-3 was a little high, held-out stalled while training fell.
 # full and lora are not measured.
 LEARNING_RATES: Mapping[Trained, float] = MappingProxyType({"late": 1e-3, "full": 3e-4, "lora": 1e-3})
+
+
+def usual_precision(device: str | None = None) -> Precision:
+    """bfloat16 where ``device`` has instructions for it, else float32, which a CPU with AVX2 alone computes 7 times faster.
+
+    Args:
+        device: cpu or cuda; by default cuda where there is one.
+    """
+    if device != "cpu" and torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    has_bfloat16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bfloat16" if has_bfloat16 else "float32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +53,7 @@ class TrainOptions:
     decay: float = 0.3  # share of all steps, of warmup_stable_decay
     weight_decay: float = 0.01
     clip: float = 1.0
-    precision: Precision = "bfloat16"
+    precision: Precision = field(default_factory=usual_precision)
     gradient_checkpointing: bool = False
     cache_features: bool | None = None  # store what frozen layers compute; by default on a CPU where a layer is frozen
     curriculum: tuple[tuple[int, float], ...] = ()  # (cycle length, share of the run until which it holds), in order

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dmtd_models.errors import ConfigError
+from dmtd_models.finetune.options import Precision
 from dmtd_models.finetune.states import latest_checkpoint
 from dmtd_models.saving import write_json
 
@@ -32,6 +33,14 @@ def recorded_options(train_options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in train_options.items() if name not in _FREE}
 
 
+def recorded_precision(directory: Path) -> Precision | None:
+    """The precision of the run whose states are in ``directory``, if there are any: another CPU must not change it."""
+    if latest_checkpoint(directory) is None or not (directory / RECORD).is_file():
+        return None
+    precision = dict(_recorded(directory)).get("train.precision")
+    return next((known for known in get_args(Precision) if known == precision), None)
+
+
 def require_same_run(directory: Path, record: Mapping[str, Any]) -> None:
     """Refuse to go on from the states in ``directory`` if they are of a run with other options.
 
@@ -42,13 +51,9 @@ def require_same_run(directory: Path, record: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: names the option and both values.
     """
-    file = directory / RECORD
-    if latest_checkpoint(directory) is None or not file.is_file():
+    if latest_checkpoint(directory) is None or not (directory / RECORD).is_file():
         return
-    try:
-        before = dict(_flat(json.loads(file.read_text(encoding="utf-8"))))
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{file}: not a record of a run ({error}); give another -o") from error
+    before = dict(_recorded(directory))
     for name, value in _flat(json.loads(json.dumps(record))):
         if name in before and before[name] != value:
             option = name.rpartition(".")[2]
@@ -61,6 +66,14 @@ def require_same_run(directory: Path, record: Mapping[str, Any]) -> None:
 def write_record(directory: Path, record: Mapping[str, Any]) -> None:
     """Note whose states these are going to be."""
     write_json(directory / RECORD, dict(record))
+
+
+def _recorded(directory: Path) -> list[tuple[str, Any]]:
+    file = directory / RECORD
+    try:
+        return list(_flat(json.loads(file.read_text(encoding="utf-8"))))
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{file}: not a record of a run ({error}); give another -o") from error
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -38,7 +38,6 @@ from dmtd_models.layers import DecoderLayer
 from dmtd_models.saving import make_directory
 
 _LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,9 +179,8 @@ def _finetune(
     hooks: Hooks,
 ) -> RunResult:
     hooks.stage("loading the model")
-    base = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, _DTYPES[options.precision]).requires_grad_(
-        False
-    )
+    dtype: torch.dtype = getattr(torch, options.precision)
+    base = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, dtype).requires_grad_(False)
     student = _student(initial, base, options)
     rows = pack(documents.lengths, options.tokens_per_step, options.seed)
     make_directory(output)
@@ -198,7 +196,7 @@ def _finetune(
         with arguments.main_process_first():
             store = _features(checkpoint, base, documents, cache_dir or output / "features", options, hooks)
     collator = Collator(spec, options.batch, options.seed, store.add_to if store else lambda batch: None)
-    peak = _matmul_peak(_DTYPES[options.precision], arguments.device)
+    peak = _matmul_peak(dtype, arguments.device)
     guard = Guard(options, collator.set_cycle_length, spec.cycle_length, steps_per_evaluation if evaluation else 0)
     trainer = DmtdTrainer(
         student=student,
@@ -375,14 +373,17 @@ def _linear_weights(layer: DecoderLayer) -> list[torch.Tensor]:
 
 
 def _matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of this device's matrix product at a favourable shape, measured for a moment."""
+    """Operations a second of this device's linear layer at a favourable shape, measured for a moment."""
     size = 2048 if device.type == "cpu" else 8192
-    left, right = torch.ones(size, 1024, dtype=dtype, device=device), torch.ones(1024, size, dtype=dtype, device=device)
+    rows, weight = (
+        torch.ones(size, 1024, dtype=dtype, device=device),
+        torch.ones(size, 1024, dtype=dtype, device=device),
+    )
     best = math.inf
     for _ in range(6):
         _wait(device)
         started = time.perf_counter()
-        left @ right
+        nn.functional.linear(rows, weight)
         _wait(device)
         best = min(best, time.perf_counter() - started)
     return 2.0 * size * size * 1024 / best

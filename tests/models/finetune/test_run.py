@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import signal
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from dmtd_models.errors import ConfigError, ModelError
 from dmtd_models.finetune.batches import Collator
+from dmtd_models.finetune.options import usual_precision
 from dmtd_models.finetune.run import Hooks
 from dmtd_models.finetune.states import latest_checkpoint
 from dmtd_models.finetune.student import LossOptions, Student
@@ -68,6 +72,14 @@ def whole_runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
         return done[kind]
 
     return run
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="names x86's instruction sets")
+def test_bfloat16_only_where_the_cpu_computes_it() -> None:
+    flags = re.search("^flags.*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    assert flags
+    has = {"avx512bw", "avx512vl", "avx512dq"} <= set(flags[0].split()) or "avx_ne_convert" in flags[0]
+    assert usual_precision("cpu") == ("bfloat16" if has else "float32")
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
