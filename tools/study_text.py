@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-# Seed and answer tokens of each writer.
-CHATS = {"answers-0": (0, 70_000), "answers-1": (1, 50_000), "held_out": (2, 20_000)}
+# Seed and answer tokens of each writer. Adapters are evaluated on the same held-out chats: no training text has their seed.
+CHATS = {"answers-0": (0, 70_000), "answers-1": (1, 50_000), "held_out": (1_000_000, 20_000)}
 PROSE, HELD_OUT = "prose.jsonl", "held_out"
 _CORPORA = ("austen", "shakespeare", "python-docs", "linux-docs", "stdlib")
 _PIECE_CHARS, _PIECES = 2500, 120  # of each corpus, from its training documents: about 700 tokens a piece

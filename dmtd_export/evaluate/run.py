@@ -93,7 +93,9 @@ def evaluate(
         bootstrap=bootstrap,
         context_len=options.context_len,
         notes=(
-            *_notes(subject, base),
+            *_notes(
+                subject, base, generated=fluency is not None or any(isinstance(x, GenerationResult) for x in measured)
+            ),
             *(f"{name} of lm-eval scores no single items; run the harness itself for it" for name in unscored),
         ),
     )
@@ -127,7 +129,7 @@ class _Run:
         plan = WindowPlan(
             window_len=longest,
             context_len=options.context_len,
-            max_windows=max(1, options.max_tokens // longest),
+            max_tokens=options.max_tokens,
             seed=options.seed,
         )
         return collect_windows(
@@ -296,7 +298,7 @@ class _Run:
 _PROBE = "The 3 quick brown foxes (aged 12) didn't jump:\n\tnaïve = café + 北京 # 😀\n"
 
 
-def _notes(subject: Subject, base: Path | None) -> list[str]:
+def _notes(subject: Subject, base: Path | None, *, generated: bool) -> list[str]:
     notes = []
     cycle = subject.cycle
     if base is None and cycle.dmtd_trained:
@@ -311,6 +313,6 @@ def _notes(subject: Subject, base: Path | None) -> list[str]:
             f"the checkpoint records no convention: {cycle.cycle_origin} + {cycle.prompt_input} is assumed; "
             "--compare-conventions measures the others"
         )
-    if subject.kind == "checkpoint":
+    if generated and subject.kind == "checkpoint":
         notes.append("generation tasks of a checkpoint run through a temporary float32 bundle")
     return notes

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from dmtd_models.text.examples import Examples, checked_text, form_of
 from dmtd_models.text.items import TextItem
 from dmtd_models.text.rows import SUFFIXES, read_rows
 
-CANDIDATES = 8  # windows made for each one that is taken
+CANDIDATES = 8  # tokens cut into windows for each one that is taken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,14 +97,14 @@ class WindowPlan:
 
     window_len: int
     context_len: int
-    max_windows: int
+    max_tokens: int  # of all windows, contexts included; a first window is taken whatever its length
     seed: int
 
 
 def cut_windows(
     texts: Iterable[TextItem], encode: Callable[[str], list[int]], plan: WindowPlan
 ) -> tuple[TextWindow, ...]:
-    """Windows of at most ``window_len`` tokens, a seeded choice of ``max_windows`` of them in their order.
+    """Windows of at most ``window_len`` tokens, a seeded choice of ``max_tokens`` in their order.
 
     ``encode`` adds the tokens that the tokenizer puts before a text; every window gets them.
     """
@@ -116,11 +115,22 @@ def cut_windows(
 
 
 def _chosen(windows: Iterable[TextWindow], plan: WindowPlan) -> tuple[TextWindow, ...]:
-    candidates = list(itertools.islice(windows, CANDIDATES * plan.max_windows))
-    if len(candidates) <= plan.max_windows:
-        return tuple(candidates)
-    taken = np.random.default_rng(plan.seed).choice(len(candidates), plan.max_windows, replace=False)
-    return tuple(candidates[i] for i in sorted(taken.tolist()))
+    candidates = _within(windows, CANDIDATES * plan.max_tokens)
+    order = np.random.default_rng(plan.seed).permutation(len(candidates)).tolist()
+    taken = len(_within((candidates[i] for i in order), plan.max_tokens))
+    return tuple(candidates[i] for i in sorted(order[:taken]))
+
+
+def _within(windows: Iterable[TextWindow], max_tokens: int) -> list[TextWindow]:
+    """The first of ``windows`` that together have at most ``max_tokens`` tokens, and at least one."""
+    taken: list[TextWindow] = []
+    tokens = 0
+    for window in windows:
+        tokens += len(window.token_ids)
+        if taken and tokens > max_tokens:
+            break
+        taken.append(window)
+    return taken
 
 
 def _windows(
@@ -202,7 +212,7 @@ def collect_windows(
         share = WindowPlan(
             window_len=plan.window_len,
             context_len=plan.context_len,
-            max_windows=max(1, plan.max_windows // len(names)),
+            max_tokens=plan.max_tokens // len(names),
             seed=plan.seed,
         )
         if is_chats(name):

@@ -21,7 +21,7 @@ def no_chats():
     raise AssertionError("plain text needs no chat template")
 
 
-PLAN = WindowPlan(window_len=30, context_len=4, max_windows=100, seed=0)
+PLAN = WindowPlan(window_len=30, context_len=4, max_tokens=3000, seed=0)
 BOS = 999
 
 
@@ -49,7 +49,7 @@ def test_pieces_too_short_to_score_are_dropped() -> None:
 
 def test_a_seeded_choice_within_the_budget() -> None:
     def chosen(seed: int) -> list[str]:
-        plan = WindowPlan(window_len=30, context_len=4, max_windows=10, seed=seed)
+        plan = WindowPlan(window_len=30, context_len=4, max_tokens=26 * 10 + 25, seed=seed)
         return [w.text_id for w in cut_windows([document(f"{i:03}", 25) for i in range(60)], encode, plan)]
 
     assert len(chosen(0)) == 10
@@ -57,10 +57,24 @@ def test_a_seeded_choice_within_the_budget() -> None:
     assert chosen(0) != chosen(1)
 
 
+def test_the_budget_counts_tokens_not_windows() -> None:
+    """Short documents, many of them; long ones, few; one at least."""
+
+    def cut(length: int, max_tokens: int) -> list[int]:
+        plan = WindowPlan(window_len=1000, context_len=4, max_tokens=max_tokens, seed=0)
+        found = cut_windows([document(f"{i:03}", length) for i in range(60)], encode, plan)
+        return [len(w.token_ids) for w in found]
+
+    assert cut(19, 400) == [20] * 20
+    assert cut(199, 400) == [200] * 2
+    assert cut(199, 399) == cut(199, 1) == [200]
+    assert cut(19, 10_000) == [20] * 60
+
+
 def test_the_budget_is_shared(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(" ".join(["1"] * 29 * 20))
-    plan = WindowPlan(window_len=30, context_len=4, max_windows=8, seed=0)
+    plan = WindowPlan(window_len=30, context_len=4, max_tokens=30 * 8, seed=0)
     found = collect_windows([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], encode, no_chats, plan, tmp_path)
     assert [w.source for w in found] == ["a.txt"] * 4 + ["b.txt"] * 4
 
@@ -116,7 +130,7 @@ def no_encode(text):
     raise AssertionError("chats are not read as plain text")
 
 
-PLAN_OF_CHATS = WindowPlan(window_len=200, context_len=4, max_windows=10, seed=0)
+PLAN_OF_CHATS = WindowPlan(window_len=200, context_len=4, max_tokens=2000, seed=0)
 
 
 SEPARATED = "1 2\u2028 3\x85 4\x0b 5"  # line separators of Unicode, which JSON leaves as they are
