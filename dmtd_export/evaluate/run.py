@@ -75,6 +75,9 @@ def evaluate(
         fluency = run.fluency()
         harness, unscored = run.harness()
         measured += harness
+        generated = (
+            fluency is not None or bool(harness) or any(isinstance(result, GenerationResult) for result in measured)
+        )
     bootstrap = run.bootstrap
     return EvaluationReport(
         model=model,
@@ -93,9 +96,7 @@ def evaluate(
         bootstrap=bootstrap,
         context_len=options.context_len,
         notes=(
-            *_notes(
-                subject, base, generated=fluency is not None or any(isinstance(x, GenerationResult) for x in measured)
-            ),
+            *_notes(subject, base, generated=generated),
             *(f"{name} of lm-eval scores no single items; run the harness itself for it" for name in unscored),
         ),
     )
