@@ -2,7 +2,7 @@
 
 ``tools/study`` starts it, a process a part:
 
-    python tools/study_text.py BASE DIR PART    answers-0, answers-1 and prose are trained on, held_out is not
+    python tools/study_text.py BASE DIR PART    answers-0, answers-1 and prose.jsonl are trained on, held_out is not
 
 What is there already is kept, and what was stopped goes on. Every choice hangs on the part's seed.
 """
@@ -16,16 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
-# Seed and answer tokens of each writer. Adapters are evaluated on the same held-out chats: no training text has their seed.
-CHATS = {"answers-0": (0, 70_000), "answers-1": (1, 50_000), "held_out": (1_000_000, 20_000)}
-PROSE, HELD_OUT = "prose.jsonl", "held_out"
+# Seed and answer tokens of each writer. No training text has the seed of what is held out: adapters are evaluated on it, too.
+PROSE, WRITTEN, HELD_OUT = "prose.jsonl", "held_out", "held_out.jsonl"
+CHATS = {"answers-0": (0, 70_000), "answers-1": (1, 50_000), WRITTEN: (1_000_000, 20_000)}
 _CORPORA = ("austen", "shakespeare", "python-docs", "linux-docs", "stdlib")
 _PIECE_CHARS, _PIECES = 2500, 120  # of each corpus, from its training documents: about 700 tokens a piece
 
 
 def training_sources(directory: Path) -> list[Path]:
     """What ``dmtd finetune --data`` takes."""
-    return [directory / name for name in (*CHATS, PROSE) if name != HELD_OUT]
+    return [directory / name for name in (*CHATS, PROSE) if name != WRITTEN]
 
 
 def main() -> None:
@@ -34,6 +34,8 @@ def main() -> None:
     directory.mkdir(parents=True, exist_ok=True)
     if part != PROSE:
         write_part(base, directory / part, *CHATS[part])
+        if part == WRITTEN:
+            (directory / HELD_OUT).write_text("".join(self_asked(directory / part)), encoding="utf-8")
     elif not (directory / PROSE).is_file():
         lines = [json.dumps({"text": text}) + "\n" for text in pieces()]
         (directory / PROSE).write_text("".join(lines), encoding="utf-8")
@@ -59,6 +61,14 @@ def write_part(base: Path, directory: Path, seed: int, tokens: int) -> None:
                 f"  {directory.name}: {shard.answer_tokens:,} of {tokens:,} tokens", file=sys.stderr
             ),
         )
+
+
+def self_asked(directory: Path) -> Iterator[str]:
+    """Lines of the chats whose question the model sampled: a pattern may ask the same again where text is trained on."""
+    for shard in sorted(directory.glob("*.jsonl")):
+        for line in shard.read_text(encoding="utf-8").splitlines(keepends=True):
+            if json.loads(line).get("kind") == "self":
+                yield line
 
 
 def pieces() -> Iterator[str]:
