@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -233,8 +234,8 @@ def _table(summary: Mapping[str, Any]) -> Table:
         table.add_row("speed", f"{summary['tokens_per_s']:,.0f} tokens/s; matrix products reach {share}")
     found = summary["evaluation"]
     if found:
-        table.add_row("divergence", _phases(found.get("eval_divergence_by_phase"), "{:.3f}"))
-        table.add_row("agreement", _phases(found.get("eval_agreement_by_phase"), "{:.1%}"))
+        table.add_row("divergence", _phases(found.get("eval_divergence_by_phase"), ".3f"))
+        table.add_row("agreement", _phases(found.get("eval_agreement_by_phase"), ".1%"))
     elif not summary["documents"]["held_out"]:
         table.add_row("held out", "no document, so nothing is measured; give --held-out, or 50 documents or more")
     if summary["adapter_relative_error"]:
@@ -243,13 +244,15 @@ def _table(summary: Mapping[str, Any]) -> Table:
             f"cut to {summary['adapter_bits']} bits: {summary['adapter_relative_error']:.2%} of the difference is lost",
         )
     adapter = summary["saved"] == "adapter"
-    target = f"{summary['base']} --adapter {summary['output']}" if adapter else summary["output"]
-    table.add_row("next", f"dmtd export {target} -o BUNDLE")
+    words = [summary["base"], "--adapter", summary["output"]] if adapter else [summary["output"]]
+    table.add_row("next", f"dmtd export {shlex.join(words)} -o BUNDLE")
     return table
 
 
 def _phases(values: list[float | None] | None, form: str) -> str:
     if not values:
         return "not measured"
-    shown = ["-" if value is None else form.format(value) for value in values]
+    from dmtd_models.finetune.job import phases_shown
+
+    shown = phases_shown(values, form)
     return f"head {shown[0]}, late {' / '.join(shown[1:]) or '-'}"

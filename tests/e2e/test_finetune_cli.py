@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 from collections.abc import Callable
 from dataclasses import fields
@@ -172,13 +174,24 @@ def test_the_result_exports(finished: tuple[Path, dict[str, Any]], base: str, tm
 
 
 def test_a_run_for_people(base: str, chats: str, tmp_path: Path) -> None:
-    result = finetune(base, tmp_path / "out", chats, "--save", "adapter", "--max-tokens", "200")
+    output = tmp_path / "my first"
+    result = finetune(base, output, chats, "--save", "adapter", "--max-tokens", "200")
     assert result.exit_code == 0, (result.output, result.exception)
     words = " ".join(result.stdout.split())
     assert "E0 T2 D2, cycle of 3" in words
-    assert "--adapter" in words and "dmtd export" in words
     assert "held out no document, so nothing is measured; give --held-out" in words
-    assert not (tmp_path / "out" / "config.json").exists()
+    assert not (output / "config.json").exists()
+    # The table folds long lines, so without white space: the next command can be pasted.
+    shown = "".join(result.stdout.split())
+    assert shown.endswith("".join(f"next dmtd export {base} --adapter {shlex.quote(str(output))} -o BUNDLE".split()))
+
+
+def test_a_long_cycle_is_told_in_short(base: str, chats: str, tmp_path: Path) -> None:
+    more = ("--cycle-length", "500", "--held-out", chats, "--max-tokens", "200", "--save", "adapter")
+    result = finetune(base, tmp_path / "out", chats, *more)
+    assert result.exit_code == 0, (result.output, result.exception)
+    [divergence] = re.findall("divergence +head (.*?)agreement", result.stdout, re.DOTALL)
+    assert divergence.split()[-1] == "..." and divergence.count("/") == 15
 
 
 @pytest.fixture

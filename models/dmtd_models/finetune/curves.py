@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+MOST_PHASES = 16  # of a long cycle the first are shown
+
 
 def read_log(file: Path) -> list[dict[str, Any]]:
     """The lines of log.jsonl. A line cut short by a kill is passed over, and so is what a restart has done again."""
@@ -49,7 +51,7 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], picture: Path) -> None:
 
 
 def _by_phase(axis: Any, lines: Sequence[Mapping[str, Any]], x: str, y: str, title: str) -> None:
-    phases = max((len(line[y]) for line in lines), default=0)
+    phases = min(MOST_PHASES, max((len(line[y]) for line in lines), default=0))
     for phase in range(phases):
         points = [(line[x], line[y][phase]) for line in lines if len(line[y]) > phase and line[y][phase] is not None]
         axis.plot(*zip(*points, strict=True), label="head" if phase == 0 else f"phase {phase}") if points else None

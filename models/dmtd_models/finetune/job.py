@@ -12,7 +12,7 @@ The output directory:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -26,7 +26,7 @@ from dmtd_models.config import CycleOrigin, DmtdSpec, PromptInput, resolve_dmtd
 from dmtd_models.delta import MOST_BITS
 from dmtd_models.errors import ConfigError
 from dmtd_models.finetune.claim import claimed
-from dmtd_models.finetune.curves import draw_curves, read_log
+from dmtd_models.finetune.curves import MOST_PHASES, draw_curves, read_log
 from dmtd_models.finetune.data import RunText, read_run_text, text_digest
 from dmtd_models.finetune.options import TrainOptions, check_options
 from dmtd_models.finetune.probes import PROBED, EvaluationProbes, evaluation_probes, probed_before
@@ -264,9 +264,15 @@ def _hooks(display: Display) -> Hooks:
     )
 
 
+def phases_shown(values: Sequence[float | None], form: str) -> list[str]:
+    """Numbers by phase for people: "-" where no token was, and of a long cycle the first."""
+    shown = ["-" if value is None else format(value, form) for value in values[:MOST_PHASES]]
+    return [*shown, "..."] if len(values) > MOST_PHASES else shown
+
+
 def _evaluation_line(values: Mapping[str, Any]) -> str:
     def shown(name: str, form: str) -> str:
-        return " / ".join("-" if value is None else format(value, form) for value in values.get(name, []))
+        return " / ".join(phases_shown(values.get(name, []), form))
 
     return (
         f"{values['eval_tokens']:,} tokens: held-out divergence by phase {shown('eval_divergence_by_phase', '.3f')}, "
