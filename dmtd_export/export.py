@@ -83,8 +83,6 @@ def resolve(checkpoint: Checkpoint, options: ExportOptions) -> DmtdSpec:
         cycle_origin=options.cycle_origin,
         prompt_input=options.prompt_input,
     )
-    if spec.cycle_length > MAX_WINDOW:
-        raise ExportError(f"--cycle-length: got {spec.cycle_length}, expected at most {MAX_WINDOW}")
     head_dim = checkpoint.config.head_dim
     if options.target != "tensorrt" and head_dim % GQA_HEAD_MULTIPLE:
         raise ExportError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from dmtd_models.config import MAX_CYCLE_LENGTH
 from dmtd_runtime import contract
 
 Target = Literal["onnxruntime", "tensorrt", "all"]
@@ -12,6 +13,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 
 # The longest window of a graph: KV capacity and rotary tables leave this much room above the model length.
 MAX_WINDOW = contract.MIN_WINDOW
+assert MAX_WINDOW >= MAX_CYCLE_LENGTH, "a refill fits into a window"
 MAX_BATCH_LIMIT = 32
 
 

@@ -18,6 +18,7 @@ from dmtd_models.values import boolean, integer, number
 __all__ = [
     "DEFAULT_CONVENTION",
     "LEGAL_CONVENTIONS",
+    "MAX_CYCLE_LENGTH",
     "CycleOrigin",
     "DmtdSpec",
     "ModelConfig",
@@ -71,6 +72,8 @@ class DmtdSpec:
     trained: bool  # the checkpoint itself carries DMTD fields
     convention_recorded: bool  # cycle_origin and prompt_input stood in the checkpoint or were given; else defaulted
 
+
+MAX_CYCLE_LENGTH = 256  # a refill is one window of a graph; a model that cannot be exported need not be trained
 
 # The authors train with the first pair and serve with the second; the third is what their released prefill is said to
 # do. Every other pair has no defined gates.
@@ -170,9 +173,9 @@ def check_dmtd(spec: DmtdSpec, num_layers: int) -> None:
             f"thinking > 0, decoding > 0 and a sum of {num_layers} (num_hidden_layers); correct the split "
             "(--encoding-layers, --thinking-layers, --decoding-layers)"
         )
-    if spec.cycle_length < 1:
+    if not 1 <= spec.cycle_length <= MAX_CYCLE_LENGTH:
         raise ConfigError(
-            f"cycle length: got {spec.cycle_length}, expected 1 or more; correct mtp_horizon or --cycle-length"
+            f"cycle length: got {spec.cycle_length}, expected 1 to {MAX_CYCLE_LENGTH}; correct mtp_horizon or --cycle-length"
         )
     if (spec.cycle_origin, spec.prompt_input) not in LEGAL_CONVENTIONS:
         legal = ", ".join(f"{origin} + {prompt}" for origin, prompt in LEGAL_CONVENTIONS)

@@ -187,7 +187,7 @@ def test_a_run_for_people(base: str, chats: str, tmp_path: Path) -> None:
 
 
 def test_a_long_cycle_is_told_in_short(base: str, chats: str, tmp_path: Path) -> None:
-    more = ("--cycle-length", "500", "--held-out", chats, "--max-tokens", "200", "--save", "adapter")
+    more = ("--cycle-length", "200", "--held-out", chats, "--max-tokens", "200", "--save", "adapter")
     result = finetune(base, tmp_path / "out", chats, *more)
     assert result.exit_code == 0, (result.output, result.exception)
     [divergence] = re.findall("divergence +head (.*?)agreement", result.stdout, re.DOTALL)
@@ -324,7 +324,8 @@ def test_a_loss_that_is_no_number_is_one_line(base: str, chats: str, tmp_path: P
         (("--decoding-layers", "4", "--cycle-length", "3"), "DMTD split"),
         (("--decoding-layers", "9", "--cycle-length", "3"), "DMTD split"),
         (("--decoding-layers", "0", "--cycle-length", "3"), "DMTD split"),
-        (("--decoding-layers", "2", "--cycle-length", "0"), "cycle length: got 0, expected 1 or more"),
+        (("--decoding-layers", "2", "--cycle-length", "0"), "cycle length: got 0, expected 1 to 256"),
+        (("--decoding-layers", "2", "--cycle-length", "257"), "cycle length: got 257, expected 1 to 256"),
         ((*SPLIT, "--prompt-input", "cyclical"), "undefined"),
         ((*SPLIT, "--curriculum", "3:0.9,2:0.1"), "--curriculum: got 2:0.1, expected"),
         ((*SPLIT, "--curriculum", "4:0.5"), "--curriculum: goes above"),

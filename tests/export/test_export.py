@@ -172,7 +172,7 @@ def test_max_model_len_bounds_the_bundle_and_its_rotary_tables(plain: Path, tmp_
         ({"max_model_len": 0}, "--max-model-len: got 0"),
         ({"max_batch": 0}, "--max-batch: got 0, expected 1 to 32"),
         ({"max_batch": 33}, "--max-batch: got 33"),
-        ({"cycle_length": 257}, "--cycle-length: got 257, expected at most 256"),
+        ({"cycle_length": 257}, "cycle length: got 257, expected 1 to 256"),
         ({"cycle_length": 0}, "cycle length: got 0"),
         ({"decoding_layers": 4}, "encoding 0 + thinking 0 + decoding 4"),
         ({"decoding_layers": 2, "thinking_layers": 3}, "encoding 0 + thinking 3 + decoding 2 = 5 layers"),
