@@ -73,6 +73,10 @@ def open_subject(path: Path, options: OpenOptions, *, plain_only: bool = False) 
     Raises:
         DmtdError, ModelError: it cannot be opened, or its split is unknown.
     """
+    if not path.exists():
+        raise EvaluateError(
+            f"{path}: no such file or directory; give a bundle, a Hugging Face directory or a .gguf file"
+        )
     with contextlib.ExitStack() as opened:
         yield (
             _open_bundle(path, options, opened)
