@@ -212,7 +212,10 @@ def test_table_and_plots(checkpoint: Path, data: Path, tmp_path: Path, capsys: p
         (["--text", "{data}/prose.txt", "--text", "{data}/prose.txt"], "given twice"),
         (["--text", "{data}/prose.txt", "--window-len", "20"], "--window-len: got 20"),
         (["--text", "{data}/prose.txt", "--max-tokens", "0"], "--max-tokens: got 0"),
-        (["--text", "{data}/prose.txt", "--base", "{data}/nowhere"], "nowhere: no such file or directory; give a bundle"),
+        (
+            ["--text", "{data}/prose.txt", "--base", "{data}/nowhere"],
+            "nowhere: no such file or directory; give a bundle",
+        ),
         (["--text", "{data}/prose.txt", "--cycle-origin", "prompt", "--prompt-input", "cyclical"], "undefined"),
     ],
 )

@@ -238,6 +238,8 @@ def _answers(checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display
         usual,
         max_answer_len=min(usual.max_answer_len, room // 2),
         max_question_len=min(usual.max_question_len, room // 4),
+        # A little text has small shards: it is shown, and safe, as it comes.
+        shard_documents=min(usual.shard_documents, max(16, job.answer_tokens // 1000)),
     )
     write_chats(
         checkpoint,
