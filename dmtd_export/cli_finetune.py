@@ -90,7 +90,9 @@ def finetune(
     epochs: Annotated[float, _option(_RUN, "Passes over the text.", min=0)] = 1.0,
     max_tokens: Annotated[int | None, _option(_RUN, "Length of the run in tokens, instead of epochs.", min=1)] = None,
     tokens_per_step: Annotated[int, _option(_RUN, "Tokens of a forward pass, of one process.")] = 4096,
-    accumulate: Annotated[int, _option(_RUN, "Forward passes before the optimiser steps.", min=1)] = 1,
+    accumulate: Annotated[
+        int, _option(_RUN, "Forward passes before the optimiser steps; each counts the same.", min=1)
+    ] = 1,
     learning_rate: Annotated[
         float | None, _option(_RUN, "The largest; by default 1e-3 for late and lora, 3e-4 for full.")
     ] = None,

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from dmtd_models.finetune.curves import read_log
+
 Result = dict[str, Any]
 RESULTS, PAGE = "results.json", "README.md"
 _FIRST, _LAST = "<!-- tables: written by tools/study --report -->", "<!-- end of tables -->"
@@ -50,15 +52,17 @@ def _collected(directory: Path) -> Result:
         found = json.loads(file.read_text(encoding="utf-8").replace(str(directory.parent), "DIR"))
         return {key: found[key] for key in keys if key in found}
 
-    lines = (directory / "training" / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    log = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
     kept = ("eval_tokens", "eval_divergence", "eval_divergence_by_phase", "eval_agreement_by_phase")
     return {
         "name": directory.name,
         "summary": part("summary.json", _SUMMARY),
         "evaluation": part("evaluation/report.json", _EVALUATION),
         "bench": part("bench.json", _BENCH),
-        "held_out": [{key: line[key] for key in kept} for line in log if "eval_divergence" in line],
+        "held_out": [
+            {key: line[key] for key in kept}
+            for line in read_log(directory / "training" / "log.jsonl")
+            if "eval_divergence" in line
+        ],
     }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from dmtd_export.evaluate.errors import EvaluateError
+from dmtd_export.evaluate.scorer import Scorer
 from dmtd_export.evaluate.statistics import Bootstrap
 from dmtd_export.evaluate.subject import Subject
 from dmtd_export.evaluate.text_metrics import PhaseResult, measure_text
@@ -28,12 +29,13 @@ class ConventionResult:
 
 def measure_conventions(
     subject: Subject,
+    base: Scorer,
     windows: Sequence[TextWindow],
     *,
     bootstrap: Bootstrap,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> ConventionResult:
-    """Measure every legal pair.
+    """Measure every legal pair against the plain base.
 
     Raises:
         EvaluateError: a bundle.
@@ -48,6 +50,6 @@ def measure_conventions(
     results: dict[Convention, PhaseResult] = {}
     for origin, prompt in LEGAL_CONVENTIONS:
         under = scorer.with_convention(replace(scorer.cycle, cycle_origin=origin, prompt_input=prompt))
-        measured = measure_text(under, under, windows, bootstrap=bootstrap, on_done=on_done)
+        measured = measure_text(under, base, windows, bootstrap=bootstrap, on_done=on_done)
         results[origin, prompt] = measured.overall
     return ConventionResult(results=results, best=min(results, key=lambda pair: results[pair].perplexity.value))

@@ -73,6 +73,7 @@ class EvaluationReport:
             and {
                 "best": " + ".join(self.conventions.best),
                 "perplexity": {" + ".join(k): r.perplexity.value for k, r in self.conventions.results.items()},
+                "agreement": {" + ".join(k): r.agreement.value for k, r in self.conventions.results.items()},
             },
             "offsets": self.offsets and _offsets(self.offsets),
             "ci95": self._intervals(),
@@ -168,6 +169,7 @@ def _sides(result: PhaseResult) -> dict[str, float]:
         "model": result.perplexity.value,
         "plain": result.base_perplexity.value,
         "ratio": result.ratio.value,
+        "agreement": result.agreement.value,
         "tokens": result.tokens,
     }
 
@@ -175,7 +177,7 @@ def _sides(result: PhaseResult) -> dict[str, float]:
 def _offsets(found: OffsetResult) -> dict[str, Any]:
     def of(result: PhaseResult) -> dict[str, Any]:
         intervals = {"ratio_ci95": result.ratio.interval(), "agreement_ci95": result.agreement.interval()}
-        return {**_sides(result), "agreement": result.agreement.value, **intervals}
+        return {**_sides(result), **intervals}
 
     return {
         "by_offset": {name: of(result) for name, result in found.by_offset.items()},

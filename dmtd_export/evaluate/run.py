@@ -169,6 +169,7 @@ class _Run:
             raise EvaluateError("--compare-conventions measures perplexity: give --text")
         return measure_conventions(
             self.subject,
+            self.base.scorer,
             windows,
             bootstrap=self.bootstrap,
             on_done=self._counter("conventions", 3 * len(windows)),

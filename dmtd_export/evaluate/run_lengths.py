@@ -42,7 +42,8 @@ def draw_prefixes(windows: Sequence[TextWindow], count: int, seed: int) -> list[
     rng = np.random.default_rng(seed)
     order = [int(i) for _ in range(-(-count // len(windows))) for i in rng.permutation(len(windows))][:count]
     lengths = rng.integers(*PREFIX_LENS, size=count, endpoint=True)
-    return [windows[i].token_ids[: max(windows[i].context_len, int(n))] for i, n in zip(order, lengths, strict=True)]
+    least = [window.context_len if window.is_chat else 0 for window in windows]
+    return [windows[i].token_ids[: max(least[i], int(n))] for i, n in zip(order, lengths, strict=True)]
 
 
 def measure_run_lengths(

@@ -33,7 +33,9 @@ class PhaseResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextResult:
-    """``by_phase`` by phase name, ``by_source`` by corpus; ``unit`` is what the bootstrap draws."""
+    """``by_phase`` by phase name, ``by_source`` by corpus; ``unit`` is what the bootstrap draws, of a corpus with fewer than
+    ``MIN_DOCUMENTS`` its windows.
+    """
 
     overall: PhaseResult
     by_phase: Mapping[str, PhaseResult]
@@ -72,11 +74,16 @@ def measure_text(
 def summarise(sums: Array, windows: Sequence[TextWindow], bootstrap: Bootstrap) -> TextResult:
     """Sums [windows, 4, phases] as estimates."""
     units, by_document = by_unit(sums, windows)
-    sources = tuple(dict.fromkeys(w.source for w in windows))
+
+    def of_source(source: str) -> PhaseResult:
+        chosen = [i for i, w in enumerate(windows) if w.source == source]
+        own, _ = by_unit(sums[chosen], [windows[i] for i in chosen])
+        return phase_result(own.sum(-1), bootstrap)
+
     return TextResult(
         overall=phase_result(units.sum(-1), bootstrap),
         by_phase={phase_name(p): phase_result(units[..., p], bootstrap) for p in range(sums.shape[-1])},
-        by_source={s: phase_result(sums[[w.source == s for w in windows]].sum(-1), bootstrap) for s in sources},
+        by_source={source: of_source(source) for source in dict.fromkeys(w.source for w in windows)},
         windows=len(windows),
         documents=len({(w.source, w.text_id) for w in windows}),
         unit="document" if by_document else "window",

@@ -27,13 +27,15 @@ CANDIDATES = 8  # tokens cut into windows for each one that is taken
 class TextWindow:
     """A run of a document's tokens, behind the tokens that the tokenizer puts before every text; or a chat with its answer.
 
-    The first ``context_len`` tokens are fed and not scored: they are the prompt where cycles count from its end.
+    The first ``context_len`` tokens are fed and not scored: they are the prompt where cycles count from its end. That of a chat
+    is its own; that of a text is the evaluation's choice.
     """
 
     source: str
     text_id: str
     token_ids: tuple[int, ...]
     context_len: int
+    is_chat: bool = False
 
 
 def read_texts(name: str, cache_dir: Path) -> Iterator[TextItem]:
@@ -184,6 +186,7 @@ def chat_windows(name: str, tokenizer: TextTokenizer, plan: WindowPlan) -> tuple
                     text_id=row.where,
                     token_ids=tuple(int(token) for token in example.input_ids),
                     context_len=max(1, example.prompt_len),  # without a prompt the first token is fed all the same
+                    is_chat=True,
                 )
                 for row in read_rows(Path(name))
                 for example in examples.of_row(row)

@@ -147,9 +147,9 @@ def test_a_plain_base_is_not_warned_about(
 
 
 def test_conventions_are_compared_and_the_best_is_named(
-    checkpoint: Path, bundle: Path, data: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, bundle: Path, plain_checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--text", data / "prose.txt", "--prefixes", "0"]
+    arguments = ["--text", data / "prose.txt", "--prefixes", "0", "--base", plain_checkpoint]
     found = report_of(capsys, checkpoint, *arguments, "--compare-conventions")["conventions"]
     single = {
         pair: report_of(
@@ -160,11 +160,13 @@ def test_conventions_are_compared_and_the_best_is_named(
             pair.split(" + ")[0],
             "--prompt-input",
             pair.split(" + ")[1],
-        )["perplexity"]["model"]
+        )
         for pair in ("absolute + cyclical", "prompt + thinking", "prompt + sum")
     }
-    assert found["perplexity"] == pytest.approx(single)
-    assert found["best"] == min(single, key=single.__getitem__)
+    perplexity = {pair: report["perplexity"]["model"] for pair, report in single.items()}
+    assert found["perplexity"] == pytest.approx(perplexity)
+    assert found["agreement"] == pytest.approx({p: report["perplexity"]["agreement"] for p, report in single.items()})
+    assert found["best"] == min(perplexity, key=perplexity.__getitem__)
     code, _, err = run(capsys, bundle, *arguments, "--compare-conventions", *QUICK)
     assert code == 1
     assert "is a bundle, which has one convention" in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from evaluate_support import FakeScorer, cycle
@@ -74,9 +75,10 @@ def test_windows_of_one_document_are_not_independent() -> None:
         TextWindow(source="s", text_id=str(i % 12), token_ids=(i % 12, *range(1, 12)), context_len=2)
         for i in range(8 * 12)
     ]
-    many = measure_text(scorer, scorer, repeated, bootstrap=BOOTSTRAP).overall.ratio
-    once = measure_text(scorer, scorer, repeated[:12], bootstrap=BOOTSTRAP).overall.ratio
-    assert many.interval() == pytest.approx(once.interval())
+    many = measure_text(scorer, scorer, repeated, bootstrap=BOOTSTRAP)
+    once = measure_text(scorer, scorer, repeated[:12], bootstrap=BOOTSTRAP)
+    assert many.overall.ratio.interval() == pytest.approx(once.overall.ratio.interval())
+    assert many.by_source["s"].ratio.interval() == pytest.approx(many.overall.ratio.interval())
 
 
 def test_run_lengths_end_at_the_first_difference() -> None:
@@ -97,6 +99,18 @@ def test_run_lengths_end_at_the_first_difference() -> None:
     assert all(r.plain for r in base.requests) and not any(r.plain for r in model.requests)
     # Nothing behind a difference is computed: k + 1 steps for a run of k, and none behind the cut.
     assert len(model.requests) == 1 + 2 + 2 + 4 + 4 + 4
+
+
+def test_lengths_of_prefixes_are_drawn_evenly_whatever_the_context() -> None:
+    """Under an absolute origin a length decides the first phase: none may come more often than others."""
+    lengths = [len(prefix) for prefix in draw_prefixes(windows(5, 100, context=32), 4900, seed=0)]
+    counts = [lengths.count(length) for length in range(PREFIX_LENS[0], PREFIX_LENS[1] + 1)]
+    assert sum(counts) == 4900 and min(counts) > 60 and max(counts) < 140  # 100 each, four standard errors either way
+
+
+def test_the_prefix_of_a_chat_holds_its_prompt() -> None:
+    chats = [replace(window, is_chat=True) for window in windows(5, 100, context=60)]
+    assert {len(prefix) for prefix in draw_prefixes(chats, 200, seed=0)} == set(range(60, 65))
 
 
 def test_prefixes_vary_in_length_and_serve_again() -> None:

@@ -74,7 +74,7 @@ def chunked_loss(
         temperature: divides student and (dense) teacher logits; the caller has applied it to sparse targets.
         columns: the part of the vocabulary to compute, or None for all.
         chunk_rows: rows whose logits stand in memory at a time.
-        with_likeliest: also find each row's likeliest token (of the computed columns).
+        with_likeliest: also find each row's likeliest token, of the computed columns.
     """
     if columns is not None:
         assert isinstance(targets, SparseTargets), "a sampled vocabulary needs targets on few tokens"
@@ -139,14 +139,14 @@ class _ChunkedLoss(torch.autograd.Function):
         for first in range(0, rows, chunk_rows):
             part = slice(first, min(first + chunk_rows, rows))
             logits = hidden[part] @ head.t()
-            if log_weight is not None:
-                logits += log_weight.to(logits.dtype)
             if likeliest is not None:
                 likeliest[part] = logits.argmax(-1)
-            total = logits.logsumexp(-1, keepdim=True).float()
+            divided = logits if temperature == 1.0 else logits / temperature
+            # How many tokens a column stands for is no matter of temperature: weighted after the division.
+            total = _weighted(logits, log_weight).logsumexp(-1, keepdim=True).float()
             label_loss[part] = (total - logits.gather(-1, labels[part, None]).float())[:, 0]
-            if temperature != 1.0:
-                logits /= temperature
+            if divided is not logits:
+                logits = _weighted(divided, log_weight)
                 total = logits.logsumexp(-1, keepdim=True).float()
             gradient, cross_entropy[part], entropy[part] = _gradient(logits, total, targets, part, temperature)
             gradient *= (weights[part, None] / temperature).to(gradient.dtype)
@@ -169,6 +169,11 @@ class _ChunkedLoss(torch.autograd.Function):
             None if head is None else head * scale,
             *(None,) * 7,
         )
+
+
+def _weighted(logits: Tensor, log_weight: Tensor | None) -> Tensor:
+    """Logits of columns, in place as those of all the tokens that each column stands for."""
+    return logits if log_weight is None else logits.add_(log_weight.to(logits.dtype))
 
 
 def _gradient(

@@ -40,7 +40,7 @@ def save_checkpoint(checkpoint: Checkpoint, spec: DmtdSpec, student: Student, ou
         student: the trained weights; factors of an adapter are merged.
         output: directory, made if needed; other files in it stay.
     """
-    trained = trained_weights(student)
+    trained = trained_weights(student, checkpoint)
     assets = dict(checkpoint.assets())
     raw = with_dmtd_fields(json.loads(assets.pop("config.json")), spec, checkpoint.config.family)
     make_directory(output)
@@ -70,7 +70,7 @@ def save_adapter(
         return _save_lora(checkpoint, spec, student, output, fingerprint)
     tensors: dict[str, AnyArray] = {}
     lost = whole = 0.0
-    for name, value in trained_weights(student).items():
+    for name, value in trained_weights(student, checkpoint).items():
         difference = value.numpy() - np.asarray(checkpoint.read(name), dtype=np.float32)
         cut = quantised_delta(name, difference, bits)
         tensors |= cut
@@ -80,10 +80,13 @@ def save_adapter(
     return (lost / whole) ** 0.5 if whole else 0.0
 
 
-def trained_weights(student: Student) -> dict[str, Tensor]:
-    """Trained tensors under the names of a checkpoint, float32 on the CPU; a lora's factors merged into their matrix."""
+def trained_weights(student: Student, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Trained tensors under the names of a checkpoint, float32 on the CPU; a lora's factors merged into the base's matrix.
+
+    The frozen matrix in the model may have been cut to bfloat16 for training; that of the checkpoint is not.
+    """
     if hasattr(student.model, "peft_config"):
-        return _merged(student)
+        return _merged(student, checkpoint)
     return {
         name.removeprefix("model."): value.detach().float().cpu()
         for name, value in student.named_parameters()
@@ -91,13 +94,13 @@ def trained_weights(student: Student) -> dict[str, Tensor]:
     }
 
 
-def _merged(student: Student) -> dict[str, Tensor]:
+def _merged(student: Student, checkpoint: Checkpoint) -> dict[str, Tensor]:
     merged = {}
     for name, module in student.model.base_model.model.named_modules():
         if not hasattr(module, "lora_A"):
             continue
         delta = module.get_delta_weight("default").detach().float().cpu()
-        merged[f"{name}.weight"] = module.base_layer.weight.detach().float().cpu() + delta
+        merged[f"{name}.weight"] = to_torch(checkpoint.read(f"{name}.weight"), torch.float32) + delta
     return merged
 
 

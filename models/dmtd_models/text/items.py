@@ -23,6 +23,8 @@ class MultipleChoiceItem:
     """The continuations, with their leading space."""
     answer: int
     """Index of the right choice."""
+    question: str = ""
+    """What is asked, where the prompt puts it into a frame ("Q: ..."); empty where the prompt is the question."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,7 +114,7 @@ def probes_of(items: Iterable[MultipleChoiceItem | GenerationItem | TextItem]) -
     for item in items:
         if isinstance(item, MultipleChoiceItem):
             texts = tuple(item.prompt + choice for choice in item.choices)
-            yield Probe(item=f"{item.task}/{item.item_id}", texts=texts, questions=(item.prompt,))
+            yield Probe(item=f"{item.task}/{item.item_id}", texts=texts, questions=(item.question or item.prompt,))
         elif isinstance(item, GenerationItem):
             asked = tuple(
                 message["content"] for messages in item.wordings for message in messages if message["role"] == "user"

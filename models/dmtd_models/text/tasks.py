@@ -178,6 +178,7 @@ def _truthfulqa(cache_dir: Path) -> list[MultipleChoiceItem]:
                 task="truthfulqa",
                 item_id=case["id"],
                 prompt=f"Q: {case['question']}\nA:",
+                question=case["question"],
                 choices=tuple(f" {case['choices'][index]}" for index in order),
                 answer=order.index(int(case["expected_index"])),
             )

@@ -140,11 +140,13 @@ def big_case(others: int) -> tuple[Tensor, Tensor, SparseTargets, Tensor]:
     return hidden, head, SparseTargets(ids=ids, probabilities=torch.full((5, 2), 0.5)), torch.tensor([0, 1, 2, 3, 4])
 
 
-def test_a_sample_of_columns_estimates_the_sum_without_bias() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_a_sample_of_columns_estimates_the_sum_without_bias(temperature: float) -> None:
     hidden, head, targets, labels = big_case(others=394)
     weights = torch.ones(5)
     logits = hidden @ head.t()
-    whole = torch.exp(logits).sum(-1)
+    named = (logits.gather(-1, targets.ids) / temperature).mean(-1)  # the targets' share is 0.5 each
+    whole = torch.cat((torch.exp(logits).sum(-1), torch.exp(logits / temperature).sum(-1)))
     found = []
     for seed in range(400):
         columns = sample_columns(
@@ -152,9 +154,10 @@ def test_a_sample_of_columns_estimates_the_sum_without_bias() -> None:
         )
         assert columns is not None and len(columns.ids) == 66
         assert columns.ids.unique().numel() == 66 and set(range(6)) <= set(columns.ids.tolist())
-        _, rows = chunked_loss(hidden, head, targets, labels, weights, columns=columns)
-        # -log p of the label is log sum - logit: the sum itself is what must be right on average.
-        found.append(torch.exp(rows.label_loss + logits.gather(-1, labels[:, None])[:, 0]))
+        _, rows = chunked_loss(hidden, head, targets, labels, weights, columns=columns, temperature=temperature)
+        # -log p of the label is log sum - logit: the sum itself is what must be right on average. So of the loss.
+        of_label = torch.exp(rows.label_loss + logits.gather(-1, labels[:, None])[:, 0])
+        found.append(torch.cat((of_label, torch.exp(rows.cross_entropy + named))))
     sums = torch.stack(found).double()
     error = (sums.mean(0) - whole) / (sums.std(0) / len(sums) ** 0.5)
     assert float(error.abs().max()) < 4.0, "the mean over seeds is more than four standard errors off"
@@ -176,13 +179,15 @@ def test_columns_that_cover_all_are_exact() -> None:
     assert one[1].likeliest.tolist() == other[1].likeliest.tolist()
 
 
-def test_gradients_of_sampled_columns_are_those_of_the_weighted_sum() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_gradients_of_sampled_columns_are_those_of_the_weighted_sum(temperature: float) -> None:
     hidden, head, targets, _ = big_case(others=394)
     columns = sample_columns(targets.ids, 400, 60, torch.Generator().manual_seed(0))
     assert columns is not None
     mine, plain = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
-    chunked_loss(mine, head, targets, targets.ids[:, 0], torch.ones(5), columns=columns)[0].backward()
-    logits = plain @ head.double().t()
+    given = {"columns": columns, "temperature": temperature}
+    chunked_loss(mine, head, targets, targets.ids[:, 0], torch.ones(5), **given)[0].backward()
+    logits = plain @ head.double().t() / temperature
     scale = torch.zeros(400, dtype=torch.float64)
     scale[columns.ids] = 394 / 60  # tokens 0 to 5 are named, 394 are not
     scale[:6] = 1.0

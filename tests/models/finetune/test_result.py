@@ -133,6 +133,19 @@ def test_a_lora_is_merged_as_peft_merges_it(made: Any, tmp_path: Path) -> None:
     assert changed == 4 * 7
 
 
+def test_a_lora_trained_in_bfloat16_is_merged_into_the_weights_of_the_base(made: Any, tmp_path: Path) -> None:
+    """Its frozen matrices are cut to bfloat16 while it is trained; nothing of that may reach the checkpoint."""
+    checkpoint, spec, student = made(trained="lora", precision="bfloat16")
+    for module in student.model.modules():
+        if hasattr(module, "base_layer"):
+            module.base_layer.to(torch.bfloat16)
+    save_checkpoint(checkpoint, spec, student, tmp_path / "out")
+    save_adapter(checkpoint, spec, student, tmp_path / "adapter")
+    with open_checkpoint(tmp_path / "out") as read, open_checkpoint(tmp_path / "base", tmp_path / "adapter") as adapted:
+        for name in read.names():
+            np.testing.assert_allclose(read.read(name), adapted.read(name), rtol=1e-6, atol=1e-6)
+
+
 def test_many_shards_read_back(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, spec, student = made()
     monkeypatch.setattr(result, "_SHARD_BYTES", 100_000)

@@ -89,13 +89,17 @@ def test_a_report_keeps_the_first_leak_and_the_share():
 
 def test_what_is_looked_for_of_items():
     choice = MultipleChoiceItem(task="h", item_id="1", prompt="A man", choices=(" runs.", " sits."), answer=0)
+    framed = MultipleChoiceItem(
+        task="h", item_id="6", prompt="Q: Why?\nA:", choices=(" So.",), answer=0, question="Why?"
+    )
     asked = ({"role": "system", "content": "s"}, {"role": "user", "content": "Q?"})
     made = GenerationItem(task="g", item_id="2", messages=asked, max_new_tokens=1, score=len, chance=0)
     gym = GenerationItem(task="reasoning_gym/gcd", item_id="3", messages=asked, max_new_tokens=1, score=len, chance=0)
     again = replace(made, item_id="5", rewordings=(({"role": "user", "content": "Please: Q?"},),))
     text = TextItem(source="s", text_id="4", text="words")
-    assert list(probes_of([choice, made, gym, again, text])) == [
+    assert list(probes_of([choice, framed, made, gym, again, text])) == [
         Probe(item="h/1", texts=("A man runs.", "A man sits."), questions=("A man",)),
+        Probe(item="h/6", texts=("Q: Why?\nA: So.",), questions=("Why?",)),
         Probe(item="g/2", texts=("Q?",), questions=("Q?",)),
         Probe(item="reasoning_gym/gcd/3", texts=(), questions=("Q?",)),
         Probe(item="g/5", texts=("Q?", "Please: Q?"), questions=("Q?", "Please: Q?")),

@@ -187,7 +187,7 @@ def test_fixtures(members):
     [item] = load_task("hellaswag", Path())
     assert (item.prompt, item.choices, item.answer) == ("Paint: A man. he", (" sits. down.", " runs."), 1)
     [item] = load_task("truthfulqa", Path())
-    assert item.prompt == "Q: Is it?\nA:"
+    assert (item.prompt, item.question) == ("Q: Is it?\nA:", "Is it?")
     assert sorted(item.choices) == [" B", " C", " D", " Right"]
     assert item.choices[item.answer] == " Right"
     assert load_task("truthfulqa", Path()) == [item]
