@@ -169,7 +169,6 @@ def _sides(result: PhaseResult) -> dict[str, float]:
         "model": result.perplexity.value,
         "plain": result.base_perplexity.value,
         "ratio": result.ratio.value,
-        "agreement": result.agreement.value,
         "tokens": result.tokens,
     }
 
@@ -177,7 +176,7 @@ def _sides(result: PhaseResult) -> dict[str, float]:
 def _offsets(found: OffsetResult) -> dict[str, Any]:
     def of(result: PhaseResult) -> dict[str, Any]:
         intervals = {"ratio_ci95": result.ratio.interval(), "agreement_ci95": result.agreement.interval()}
-        return {**_sides(result), **intervals}
+        return {**_sides(result), "agreement": result.agreement.value, **intervals}
 
     return {
         "by_offset": {name: of(result) for name, result in found.by_offset.items()},

@@ -165,7 +165,9 @@ def test_conventions_are_compared_and_the_best_is_named(
     }
     perplexity = {pair: report["perplexity"]["model"] for pair, report in single.items()}
     assert found["perplexity"] == pytest.approx(perplexity)
-    assert found["agreement"] == pytest.approx({p: report["perplexity"]["agreement"] for p, report in single.items()})
+    assert found["agreement"] == pytest.approx(
+        {p: report["agreement_by_phase"]["overall"] for p, report in single.items()}
+    )
     assert found["best"] == min(perplexity, key=perplexity.__getitem__)
     code, _, err = run(capsys, bundle, *arguments, "--compare-conventions", *QUICK)
     assert code == 1
