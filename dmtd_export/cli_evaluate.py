@@ -94,7 +94,9 @@ def evaluate(
     prompt_input: Annotated[
         Literal["cyclical", "thinking", "sum"] | None, _split("What prompt positions feed to the late layers.")
     ] = None,
-    max_tokens: Annotated[int, _how(text="Tokens of text, all texts together.")] = _DEFAULT.max_tokens,
+    max_tokens: Annotated[
+        int, _how(text="Tokens of text, all texts together; a window of each at least.")
+    ] = _DEFAULT.max_tokens,
     window_len: Annotated[int, _how(text="Tokens of a window of text.")] = _DEFAULT.window_len,
     context_len: Annotated[
         int, _how(text="Tokens of a window that are fed as the prompt and not scored.")

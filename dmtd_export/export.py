@@ -90,13 +90,8 @@ def resolve(checkpoint: Checkpoint, options: ExportOptions) -> DmtdSpec:
             "whose standard graphs ONNX Runtime runs too"
         )
     recorded = checkpoint.dmtd
-    if recorded is not None and not _same_training(recorded, spec):
-        logger.warning(
-            "the checkpoint was trained with E%d T%d D%d, cycles of %d, %s, %s; with anything else it counts as not trained",
-            *_split(recorded),
-            recorded.cycle_origin,
-            recorded.prompt_input,
-        )
+    if recorded is not None and (warning := trained_otherwise(recorded, spec)):
+        logger.warning("%s", warning)
         spec = replace(spec, trained=False)
     if not spec.convention_recorded:
         logger.warning(
@@ -107,6 +102,15 @@ def resolve(checkpoint: Checkpoint, options: ExportOptions) -> DmtdSpec:
     if not spec.trained:
         logger.warning("the weights are not trained for DMTD: speed will be real, words of the late steps will not")
     return spec
+
+
+def trained_otherwise(recorded: DmtdSpec, spec: DmtdSpec) -> str | None:
+    """A line about weights whose training was not for ``spec``; None where it was."""
+    if _same_training(recorded, spec):
+        return None
+    return (
+        "the checkpoint was trained with E{} T{} D{}, cycles of {}, {}, {}; with anything else it counts as not trained"
+    ).format(*_split(recorded), recorded.cycle_origin, recorded.prompt_input)
 
 
 def _split(spec: DmtdSpec) -> tuple[int, int, int, int]:

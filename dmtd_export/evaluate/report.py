@@ -31,6 +31,7 @@ class EvaluationReport:
 
     model: Path
     model_kind: str
+    adapter: Path | None  # merged into the model
     base: Path | None  # None: the model itself in plain mode
     base_kind: str
     cycle: CycleInfo
@@ -52,7 +53,11 @@ class EvaluationReport:
         tasks = {scores_of(task).name: task for task in self.tasks}
         made: dict[str, Any] = {
             "schema": SCHEMA_VERSION,
-            "model": {"path": str(self.model), "kind": self.model_kind},
+            "model": {
+                "path": str(self.model),
+                "kind": self.model_kind,
+                "adapter": str(self.adapter) if self.adapter else None,
+            },
             "base": {
                 "path": str(self.base or self.model),
                 "kind": self.base_kind,
@@ -72,6 +77,7 @@ class EvaluationReport:
             "conventions": self.conventions
             and {
                 "best": " + ".join(self.conventions.best),
+                "as_good": [" + ".join(pair) for pair in self.conventions.as_good],
                 "perplexity": {" + ".join(k): r.perplexity.value for k, r in self.conventions.results.items()},
                 "agreement": {" + ".join(k): r.agreement.value for k, r in self.conventions.results.items()},
             },

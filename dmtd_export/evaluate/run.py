@@ -66,7 +66,7 @@ def evaluate(
         if base is not None:
             against = opened.enter_context(open_subject(base, options.base_open, plain_only=True))
         run = _Run(subject=subject, base=against, options=options, on_progress=on_progress)
-        windows = run.windows()
+        windows, longest = run.windows(), run.longest
         run.check_base(windows, tasks)
         conventions = run.conventions(windows)
         offsets = run.offsets(windows)
@@ -82,6 +82,7 @@ def evaluate(
     return EvaluationReport(
         model=model,
         model_kind=subject.kind,
+        adapter=subject.adapter,
         base=base,
         base_kind=against.kind,
         cycle=subject.cycle,
@@ -97,6 +98,11 @@ def evaluate(
         context_len=options.context_len,
         notes=(
             *_notes(subject, base, generated=generated),
+            *(
+                [f"windows of text have {longest} tokens: the model takes no more"]
+                if longest < options.window_len
+                else []
+            ),
             *(f"{name} of lm-eval scores no single items; run the harness itself for it" for name in unscored),
         ),
     )
@@ -120,7 +126,7 @@ class _Run:
         options = self.options
         if not options.texts:
             return ()
-        longest = min(options.window_len, self.subject.scorer.max_len, self.base.scorer.max_len)
+        longest = self.longest
         if longest < options.context_len + 2 * MIN_SCORED:
             raise EvaluateError(
                 f"the model takes {longest} tokens, the context of {options.context_len} leaves nothing to score; lower "
@@ -136,6 +142,11 @@ class _Run:
         return collect_windows(
             options.texts, self.subject.encode, self.subject.chats, plan, options.cache_dir or default_cache_dir()
         )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a window."""
+        return min(self.options.window_len, self.subject.scorer.max_len, self.base.scorer.max_len)
 
     def check_base(self, windows: Sequence[TextWindow], tasks: Sequence[Items]) -> None:
         """The base must read the same tokens: its numbers mean nothing otherwise.
@@ -301,7 +312,7 @@ _PROBE = "The 3 quick brown foxes (aged 12) didn't jump:\n\tnaïve = café + 北
 
 
 def _notes(subject: Subject, base: Path | None, *, generated: bool) -> list[str]:
-    notes = []
+    notes = [subject.trained_otherwise] if subject.trained_otherwise else []
     cycle = subject.cycle
     if base is None and cycle.dmtd_trained:
         notes.append(

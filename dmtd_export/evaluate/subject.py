@@ -37,6 +37,8 @@ class Subject:
     assets: Path  # the directory of tokenizer and chat template
     convention_recorded: bool
     generation_bundle: Callable[[], Path]
+    adapter: Path | None = None
+    trained_otherwise: str | None = None  # a line about weights that were not trained for this split
 
     def chats(self) -> TextTokenizer:
         """Training's tokenizer, which knows the tokens of a prompt from those of its answer."""
@@ -126,6 +128,11 @@ def _open_checkpoint(path: Path, options: OpenOptions, plain_only: bool, opened:
         cycle_origin=split.cycle_origin,
         prompt_input=split.prompt_input,
     )
+    otherwise = None
+    if checkpoint.dmtd is not None and not plain_only:
+        from dmtd_export.export import trained_otherwise
+
+        otherwise = trained_otherwise(checkpoint.dmtd, spec)
     use_threads(options.threads)
     scorer = opened.enter_context(TorchScorer.open(checkpoint, spec, dtype=options.dtype, device=options.device))
     scratch = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="dmtd-evaluate-")))
@@ -159,6 +166,8 @@ def _open_checkpoint(path: Path, options: OpenOptions, plain_only: bool, opened:
         assets=assets,
         convention_recorded=spec.convention_recorded,
         generation_bundle=generation_bundle,
+        adapter=options.adapter,
+        trained_otherwise=otherwise,
     )
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dmtd_export.evaluate.generation import GenerationResult
+from dmtd_export.evaluate.lm_eval_run import HarnessResult
 from dmtd_export.evaluate.multiple_choice import ChoiceResult
 from dmtd_export.evaluate.report import EvaluationReport, scores_of, task_estimates
 from dmtd_export.evaluate.statistics import Estimate
@@ -32,7 +33,8 @@ def _head(report: EvaluationReport) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    table.add_row("model", f"{report.model} ({report.model_kind})")
+    adapter = f", adapter {report.adapter}" if report.adapter else ""
+    table.add_row("model", f"{report.model} ({report.model_kind}{adapter})")
     base = f"{report.base} ({report.base_kind})" if report.base else "the model itself"
     table.add_row("base", f"{base}, plain")
     table.add_row(
@@ -141,6 +143,8 @@ def _tasks(report: EvaluationReport) -> Group | None:
             lines.append(
                 Text(f"{task.acc.name}: {task.skipped} items skipped; scored tokens by phase: {shares}", "dim")
             )
+        elif isinstance(task, HarnessResult):
+            lines.append(Text(f"{task.scores.name}: {task.metric}", "dim"))
         elif isinstance(task, GenerationResult):
             known, both = task.scores.solved
             lines.append(
@@ -157,7 +161,7 @@ def _tasks(report: EvaluationReport) -> Group | None:
             Text(
                 f"\nretention {percent(kept.plain.value)} ({_percents(kept.plain)}), chance-corrected "
                 f"{percent(kept.chance_corrected.value)} ({_percents(kept.chance_corrected)}), over {len(kept.tasks)} "
-                f"tasks{wide}"
+                f"task{'s' if len(kept.tasks) > 1 else ''}{wide}"
             )
         )
     else:
@@ -186,8 +190,11 @@ def _conventions(report: EvaluationReport) -> Table | None:
             number(result.perplexity.value),
             _range(result.perplexity),
             percent(result.agreement.value),
-            "best" if pair == found.best else "",
+            "best" if pair == found.best else "as good" if pair in found.as_good else "",
         )
+    if found.as_good:
+        table.caption = "as good: the paired 95% interval of its loss over the best's holds 0"
+        table.caption_justify = "left"
     return table
 
 

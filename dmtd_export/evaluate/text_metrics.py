@@ -54,6 +54,13 @@ def measure_text(
     on_done: Callable[[int], None] = lambda count: None,
 ) -> TextResult:
     """Score every window; the first tokens of each are its prompt, and their rows are not counted."""
+    return summarise(window_sums(model, base, windows, on_done), windows, bootstrap)
+
+
+def window_sums(
+    model: Scorer, base: Scorer, windows: Sequence[TextWindow], on_done: Callable[[int], None] = lambda count: None
+) -> Array:
+    """Of every window and phase, float64 [windows, 4, phases]."""
     sums = np.zeros((len(windows), 4, model.cycle.cycle_length))
     step = max(1, min(model.batch_hint, base.batch_hint))
     for start in range(0, len(windows), step):
@@ -68,7 +75,7 @@ def measure_text(
             phase = phases(model.cycle, prompt_len=context_len, num_rows=context_len + rows)[context_len:]
             add_rows(sums[at], phase, mine, plain)
         on_done(len(part))
-    return summarise(sums, windows, bootstrap)
+    return sums
 
 
 def summarise(sums: Array, windows: Sequence[TextWindow], bootstrap: Bootstrap) -> TextResult:

@@ -169,9 +169,29 @@ def test_conventions_are_compared_and_the_best_is_named(
         {p: report["agreement_by_phase"]["overall"] for p, report in single.items()}
     )
     assert found["best"] == min(perplexity, key=perplexity.__getitem__)
+    assert found["best"] not in found["as_good"] and set(found["as_good"]) <= set(perplexity)
     code, _, err = run(capsys, bundle, *arguments, "--compare-conventions", *QUICK)
     assert code == 1
     assert "is a bundle, which has one convention" in err
+
+
+def test_a_split_that_the_weights_were_not_trained_for_is_said(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {"num_encoding_layers": 1, "num_thinking_layers": 2, "num_decoding_layers": 2, "mtp_horizon": 3}
+    model = write_tiny_checkpoint(tmp_path / "m", family="llama", layers=5, tokenizer=True, dmtd=fields)
+    arguments = (model, "--text", data / "prose.txt", "--prefixes", "0", "--cycle-length", "2")
+    notes = report_of(capsys, *arguments)["notes"]
+    assert any("was trained with E1 T2 D2, cycles of 3" in line for line in notes)
+    assert not any("was trained with" in line for line in report_of(capsys, *arguments[:-2])["notes"])
+
+
+@pytest.mark.parametrize("option", ["--lm-eval-chat", "--lm-eval-include=x", "--run-unsafe-code"])
+def test_options_without_effect_are_refused(
+    checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    code, _, err = run(capsys, checkpoint, "--text", data / "prose.txt", option)
+    assert code == 1 and f"{option.partition('=')[0]}: has no effect without" in err
 
 
 def test_offsets_of_checkpoint_and_bundle_agree(

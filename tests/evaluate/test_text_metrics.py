@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from evaluate_support import FakeScorer, cycle
 
+from dmtd_export.evaluate.conventions import _worse
 from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.offsets import measure_offsets
 from dmtd_export.evaluate.run_lengths import PREFIX_LENS, draw_prefixes, measure_run_lengths
@@ -99,6 +101,14 @@ def test_run_lengths_end_at_the_first_difference() -> None:
     assert all(r.plain for r in base.requests) and not any(r.plain for r in model.requests)
     # Nothing behind a difference is computed: k + 1 steps for a run of k, and none behind the cut.
     assert len(model.requests) == 1 + 2 + 2 + 4 + 4 + 4
+
+
+def test_conventions_within_noise_are_as_good() -> None:
+    """Losses on the same rows: the third is worse on every one, the second on as many as it is better."""
+    better = np.array([[10.0 + i, 8.0, 10.0, 5.0] for i in range(20)])
+    level = better + np.array([[0.1 * (-1) ** i, 0, 0, 0] for i in range(20)])
+    assert not _worse(level, better, BOOTSTRAP)
+    assert _worse(better + np.array([0.5, 0, 0, 0]) + 0.1 * (level - better), better, BOOTSTRAP)
 
 
 def test_lengths_of_prefixes_are_drawn_evenly_whatever_the_context() -> None:

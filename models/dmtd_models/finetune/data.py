@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dmtd_models.errors import ModelError
 from dmtd_models.text.chat import TextTokenizer
@@ -45,7 +46,8 @@ def read_run_text(
 
     Args:
         sources: files, directories or corpus names.
-        held_out: the same, for evaluation during training; without any, a seeded 2% of the documents (at most 128).
+        held_out: the same, for evaluation during training; without any, a seeded 2% of the documents (at most 128), all
+            pieces of each: what is held out shares no document with what is trained on.
         tokenizer: the model's.
         options: lengths, and the form of examples.
         cache_dir: of packages and tokenised text.
@@ -59,10 +61,10 @@ def read_run_text(
     from datasets import concatenate_datasets
 
     notes = []
-    parts = []
-    for source in sources:
+    parts: list[Any] = []
+    for number, source in enumerate(sources):
         data = read_training_data(source, tokenizer, options, cache_dir)
-        parts.append(data.dataset)
+        parts.append(data.dataset.add_column("source", np.full(len(data.dataset), number)))
         notes.append(f"{source}: {data.counts.summary()}")
     if not parts:
         raise ModelError("training text: got no source; give --data FILE, DIRECTORY or a corpus, or --answer-tokens")
@@ -82,13 +84,22 @@ def read_run_text(
         evaluation = evaluation.select(range(min(_MAX_HELD_OUT, len(evaluation))))
         train = whole
     else:
-        count = min(_MAX_HELD_OUT, int(len(whole) * _HELD_OUT_SHARE))
-        order = np.random.default_rng(seed).permutation(len(whole))
-        evaluation = whole.select(np.sort(order[:count]))
-        train = whole.select(np.sort(order[count:]))
+        document = _documents(whole)
+        num_documents = int(document.max(initial=-1)) + 1
+        count = min(_MAX_HELD_OUT, int(num_documents * _HELD_OUT_SHARE))
+        chosen = np.isin(document, np.random.default_rng(seed).permutation(num_documents)[:count])
+        evaluation = whole.select(np.flatnonzero(chosen)[:_MAX_HELD_OUT])
+        train = whole.select(np.flatnonzero(~chosen))
     if not len(train):
         raise ModelError("training text: nothing is left to train on; give more --data")
     return RunText(train=train, held_out=evaluation, notes=tuple(notes))
+
+
+def _documents(dataset: Any) -> npt.NDArray[np.int64]:
+    """Which document each example is of, int64 [examples], counted from 0 in order of first appearance."""
+    table = dataset.select_columns(["source", "document"]).with_format("arrow")[:]
+    pairs = np.stack([table[name].to_numpy() for name in ("source", "document")])
+    return np.concatenate(([0], np.cumsum((np.diff(pairs) != 0).any(axis=0)))) if pairs.size else pairs[0]
 
 
 def text_digest(dataset: Any) -> str:

@@ -188,6 +188,12 @@ def _record(checkpoint: Checkpoint, spec: DmtdSpec, job: Job, processes: int) ->
 def _spec(checkpoint: Checkpoint, job: Job) -> DmtdSpec:
     if checkpoint.dmtd is not None:
         raise ConfigError(f"{job.base}: is a DMTD checkpoint already; fine-tuning starts from the plain model")
+    if job.adapter_bits != MOST_BITS and (job.save == "checkpoint" or job.train.trained == "lora"):
+        raise ConfigError(
+            "--adapter-bits: has no effect on a checkpoint or a lora's factors; give --save adapter with --train late or full"
+        )
+    if job.feature_dir is not None and job.train.cache_features is False:
+        raise ConfigError("--cache-dir: has no effect with --no-cache; leave one of them out")
     if job.initial is not None and job.train.trained == "lora":
         raise ConfigError("--initial: an adapter's factors are made anew in a lora run; use --train late or full")
     prompt_input = job.prompt_input or ("cyclical" if job.cycle_origin == "absolute" else "thinking")
@@ -211,8 +217,11 @@ def _text(
     if job.answer_tokens:
         sources.append(str(_answers(checkpoint, tokenizer, job, display)))
     display.stage("reading text", 0)
+    longest = min(job.max_length, job.train.tokens_per_step, checkpoint.config.max_positions)
+    if longest < job.max_length:
+        display.line(f"documents have at most {longest} tokens: {_bound(longest, job)}")
     options = ReadOptions(
-        max_length=min(job.max_length, job.train.tokens_per_step, checkpoint.config.max_positions),
+        max_length=longest,
         cycle_origin=job.cycle_origin,
     )
     text = read_run_text(
@@ -227,6 +236,10 @@ def _text(
     return replace(text, notes=(*text.notes, *kept_out.notes))
 
 
+def _bound(longest: int, job: Job) -> str:
+    return "--tokens-per-step" if longest == job.train.tokens_per_step else "the model takes no more"
+
+
 def _answers(checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display: Display) -> Path:
     from dmtd_models.finetune.answers import AnswerOptions
     from dmtd_models.finetune.chats import write_chats
@@ -238,16 +251,20 @@ def _answers(checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display
         usual,
         max_answer_len=min(usual.max_answer_len, room // 2),
         max_question_len=min(usual.max_question_len, room // 4),
-        # A little text has small shards: it is shown, and safe, as it comes.
-        shard_documents=min(usual.shard_documents, max(16, job.answer_tokens // 1000)),
+        # A little text has small shards and few writers: it is shown and safe as it comes, and not much more than asked.
+        shard_documents=max(1, min(64, job.answer_tokens // 4000)),
+        slots=max(4, min(usual.slots, job.answer_tokens // 500)),
     )
+    display.stage("writing chats", job.answer_tokens)
     write_chats(
         checkpoint,
         tokenizer,
         directory,
         options,
         device=job.device,
-        progress=lambda shard: display.counted("answers of the base", shard.answer_tokens, job.answer_tokens),
+        progress=lambda shard: display.counted(
+            "writing chats", min(shard.answer_tokens, job.answer_tokens), job.answer_tokens
+        ),
     )
     return directory
 

@@ -87,6 +87,8 @@ def check_options(options: TrainOptions, spec: DmtdSpec) -> None:
     Raises:
         ConfigError: names the option.
     """
+    if spec.cycle_length < 2:
+        raise ConfigError(f"--cycle-length: got {spec.cycle_length}, expected 2 or more: a cycle of 1 has no late step")
     loss = options.loss
     ranges = {
         "distill": (loss.distill, 0.0, 1.0),
@@ -101,6 +103,7 @@ def check_options(options: TrainOptions, spec: DmtdSpec) -> None:
         raise ConfigError(
             "--distill: a share between 0 and 1 needs --top-k 1 or more (the whole vocabulary: --distill 1)"
         )
+    _refuse_without_effect(options, spec)
     if options.train_embedding and options.trained == "lora":
         raise ConfigError("--train-embedding: factors leave the embedding alone; give --train late or full with it")
     if options.last_layers is not None:
@@ -121,6 +124,20 @@ def check_options(options: TrainOptions, spec: DmtdSpec) -> None:
         last = until
     if options.curriculum and spec.cycle_length < max(cycle for cycle, _ in options.curriculum):
         raise ConfigError(f"--curriculum: goes above the cycle length {spec.cycle_length} that the run ends with")
+
+
+def _refuse_without_effect(options: TrainOptions, spec: DmtdSpec) -> None:
+    """What is given and would change nothing was meant otherwise."""
+    usual, loss = TrainOptions(precision=options.precision), options.loss
+    useless = {
+        "lora-rank": (options.trained != "lora" and options.lora_rank != usual.lora_rank, "--train lora"),
+        "temperature": (loss.distill == 0 and loss.temperature != usual.loss.temperature, "--distill above 0"),
+        "top-k": (loss.distill == 0 and loss.top_k != usual.loss.top_k, "--distill above 0"),
+        "cache": (options.cache_features is True and not options.frozen_layers(spec), "frozen layers"),
+    }
+    for name, (given, missing) in useless.items():
+        if given:
+            raise ConfigError(f"--{name}: has no effect without {missing}; leave it out, or give that")
 
 
 def _check_last_layers(options: TrainOptions, last_layers: int, spec: DmtdSpec) -> None:

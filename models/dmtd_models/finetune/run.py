@@ -56,7 +56,7 @@ class RunResult:
     student: Student
     steps: int
     tokens: int  # trained on, in all epochs and processes
-    seconds: float  # of this process's training, without what came before a restart
+    seconds: float  # of training; what a restart did again counts once
     peak_flops: float  # measured, of one process
     log: list[dict[str, Any]]
 
@@ -217,18 +217,18 @@ def _finetune(
     last = latest_checkpoint(output)
     if arguments.should_save:
         remove_states(output, keep=2)  # among them what a kill left half written
-    hooks.stage("training" if last is None else f"training, from {last.name} on")
-    started = time.monotonic()
     if last is not None and step_of(last) >= steps:
+        hooks.stage(f"trained already: {last.name} is the last")
         trainer.take_finished(last)  # the trainer would take one step more
     else:
+        hooks.stage("training" if last is None else f"training, from {last.name} on")
         with ending_with_a_state(guard):
             trainer.train(resume_from_checkpoint=str(last) if last else None)
     return RunResult(
         student=student,
         steps=trainer.state.global_step,
         tokens=trainer.tokens,
-        seconds=time.monotonic() - started,
+        seconds=trainer.seconds,
         peak_flops=peak,
         log=list(trainer.state.log_history),
     )

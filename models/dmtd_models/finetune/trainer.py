@@ -95,6 +95,8 @@ class DmtdTrainer(Trainer):
         self._means = PhaseMeans()
         self._tokens = 0  # of this process since the start of the run
         self._window = (time.monotonic(), 0)
+        self._before = 0.0  # seconds of training before this process
+        self._started = time.monotonic()
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
         self._on_progress = on_progress
@@ -184,7 +186,9 @@ class DmtdTrainer(Trainer):
         load_trained(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
         record = json.loads((Path(resume_from_checkpoint) / COMPLETE).read_text(encoding="utf-8"))
         self._tokens = record["tokens"] // self.args.world_size
-        self._window = (time.monotonic(), self._tokens)
+        self._before = record["seconds"]
+        self._started = time.monotonic()
+        self._window = (self._started, self._tokens)
 
     def take_finished(self, checkpoint: Path) -> None:
         """Take the weights and the log of a run that has ended, in place of training."""
@@ -206,7 +210,7 @@ class DmtdTrainer(Trainer):
                 f"command again to go on from {last.name if last else 'the start'}"
             ) from error
         if self.args.should_save:
-            record = {"step": self.state.global_step, "tokens": self.args.world_size * self._tokens}
+            record = {"step": self.state.global_step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
             write_json(directory / COMPLETE, {**record, SIZES: file_sizes(directory)})
             remove_states(output, keep=2)
 
@@ -214,6 +218,11 @@ class DmtdTrainer(Trainer):
     def tokens(self) -> int:
         """Trained on since the start of the run, in all processes."""
         return self.args.world_size * self._tokens
+
+    @property
+    def seconds(self) -> float:
+        """Spent on training since the start of the run; what a restart did again counts once."""
+        return self._before + time.monotonic() - self._started
 
     def diverged(self, what: str) -> str:
         """The line about a loss, gradient or weight that is no number."""

@@ -192,7 +192,8 @@ def _checked_message(value: object, where: str) -> dict[str, str]:
     if isinstance(content, Sequence) and not isinstance(content, str | bytes):
         content = "\n".join(_part_text(part, where) for part in content)
     if not isinstance(content, str):
-        raise DataError(f"{where}.content: got {type(content).__name__}, expected text")
+        calls = "; tool calls are not learnt, remove the chat" if value.get("tool_calls") else ""
+        raise DataError(f"{where}.content: got {type(content).__name__}, expected text{calls}")
     if not content.strip():
         raise DataError(f"{where}.content: got empty text, expected words; remove the chat")
     return {"role": str(role), "content": checked_text(content, f"{where}.content")}

@@ -1,7 +1,8 @@
 """A user's data, or a registered corpus, as a tokenised data set: ``read_training_data``. Needs datasets.
 
 Flow: path or corpus name -> ``rows`` / ``corpora`` -> ``examples`` -> one Arrow file in the cache -> ``datasets.Dataset``
-with columns ``input_ids`` (list of int32) and ``prompt_len`` (int64), memory-mapped, in the order of the source.
+with columns ``input_ids`` (list of int32), ``prompt_len`` and ``document`` (int64, the number of its record: a long text and a
+chat of several answers give several examples), memory-mapped, in the order of the source.
 Nothing here shuffles, packs or holds out; all checks of single records are in ``examples.py``.
 """
 
@@ -25,7 +26,7 @@ from dmtd_models.text.rows import read_rows, source_files
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_FORMAT = 1
+_FORMAT = 2
 """Of cached files; raise it when the same source would give other examples."""
 _BATCH = 1000
 
@@ -132,16 +133,24 @@ def _fingerprint(source: str, tokenizer: TextTokenizer, options: ReadOptions, ca
     return hashlib.sha256(told.encode()).hexdigest()[:32]
 
 
-def _examples(source: str, maker: Examples, split: Literal["train", "held_out"], cache_dir: Path) -> Iterator[Example]:
+_Numbered = tuple[int, Example]
+
+
+def _examples(
+    source: str, maker: Examples, split: Literal["train", "held_out"], cache_dir: Path
+) -> Iterator[_Numbered]:
+    """Examples, each with the number of its record."""
     corpus = _corpus(source)
     if corpus is None:
-        for row in read_rows(Path(source)):
-            yield from maker.of_row(row)
+        for number, row in enumerate(read_rows(Path(source))):
+            for example in maker.of_row(row):
+                yield number, example
         return
     maker.form = "text"
-    for item in load_text(corpus, split, cache_dir):
+    for number, item in enumerate(load_text(corpus, split, cache_dir)):
         maker.tally.records += 1
-        yield from maker.of_document(f"{item.source}/{item.text_id}", item.text)
+        for example in maker.of_document(f"{item.source}/{item.text_id}", item.text):
+            yield number, example
 
 
 def _write(source: str, tokenizer: TextTokenizer, options: ReadOptions, cache_dir: Path, target: Path) -> None:
@@ -174,15 +183,16 @@ def _write(source: str, tokenizer: TextTokenizer, options: ReadOptions, cache_di
         part.unlink(missing_ok=True)
 
 
-def _write_arrow(path: Path, examples: Iterator[Example]) -> None:
+def _write_arrow(path: Path, examples: Iterator[_Numbered]) -> None:
     import pyarrow
 
     ids, length = pyarrow.list_(pyarrow.int32()), pyarrow.int64()
-    schema = pyarrow.schema([("input_ids", ids), ("prompt_len", length)])
+    schema = pyarrow.schema([("input_ids", ids), ("prompt_len", length), ("document", length)])
     with path.open("wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
         while batch := list(islice(examples, _BATCH)):
             columns = [
-                pyarrow.array([example.input_ids for example in batch], ids),
-                pyarrow.array([example.prompt_len for example in batch], length),
+                pyarrow.array([example.input_ids for _, example in batch], ids),
+                pyarrow.array([example.prompt_len for _, example in batch], length),
+                pyarrow.array([number for number, _ in batch], length),
             ]
             writer.write_batch(pyarrow.record_batch(columns, schema=schema))

@@ -165,10 +165,24 @@ def test_nothing_is_computed_for_text_that_a_short_run_never_reads(base: Path, t
 
 
 def test_a_finished_run_is_finished(base: Path, tmp_path: Path) -> None:
+    stages: list[str] = []
     first = run_tiny(base, tmp_path, run_options(max_tokens=300))
-    again = run_tiny(base, tmp_path, run_options(max_tokens=300))
+    again = run_tiny(base, tmp_path, run_options(max_tokens=300), hooks=Hooks(stage=stages.append))
     assert first.steps == again.steps and first.tokens == again.tokens
+    assert stages[-1] == f"trained already: checkpoint-{first.steps} is the last"
+    assert again.seconds == pytest.approx(first.seconds, abs=2.0)
     assert same(weights(first.student), weights(again.student))
+
+
+def test_time_before_a_restart_counts(base: Path, tmp_path: Path) -> None:
+    hooks = interrupted_at(5, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(base, tmp_path, run_options(), hooks=hooks)
+    file = tmp_path / "checkpoint-6" / "complete.json"
+    record = json.loads(file.read_text())
+    assert record["seconds"] > 0
+    file.write_text(json.dumps({**record, "seconds": 1000.0}))
+    assert 1000 < run_tiny(base, tmp_path, run_options()).seconds < 1100
 
 
 def test_saved_files_are_as_readable_as_any(base: Path, tmp_path: Path) -> None:
@@ -364,6 +378,10 @@ def test_a_full_disk_keeps_the_state_before(base: Path, tmp_path: Path, whole_ru
         ({"tokens_per_step": 8}, "--tokens-per-step"),
         ({"epochs": 0.0}, "--epochs: got 0.0"),
         ({"seed": -1}, "--seed: got -1, expected 0 to 4294967295"),
+        ({"lora_rank": 4}, "--lora-rank: has no effect without --train lora"),
+        ({"loss": LossOptions(distill=0.0, temperature=2.0)}, "--temperature: has no effect without --distill above 0"),
+        ({"loss": LossOptions(distill=0.0, top_k=5)}, "--top-k: has no effect"),
+        ({"trained": "full", "cache_features": True}, "--cache: has no effect without frozen layers"),
     ],
 )
 def test_options_that_contradict_each_other(base: Path, tmp_path: Path, given: dict[str, Any], words: str) -> None:
@@ -374,7 +392,7 @@ def test_options_that_contradict_each_other(base: Path, tmp_path: Path, given: d
 
 @pytest.mark.parametrize(("trained", "rate"), [("late", 1e-3), ("full", 3e-4), ("lora", 1e-3)])
 def test_learning_rate_by_kind(base: Path, tmp_path: Path, trained: str, rate: float) -> None:
-    options = run_options(trained=trained, learning_rate=None, lora_rank=2, schedule="linear", warmup=0.0)
+    options = run_options(trained=trained, learning_rate=None, schedule="linear", warmup=0.0)
     run_tiny(base, tmp_path, options)
     assert lines(tmp_path)[0]["learning_rate"] == pytest.approx(rate, rel=1e-6), "the first step's, before it falls"
 

@@ -7,6 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from dmtd_models.finetune.data import read_run_text
 from dmtd_models.text import corpora, read_data
 from dmtd_models.text.errors import DataError
 from dmtd_models.text.read_data import ReadOptions, read_training_data
@@ -70,6 +71,7 @@ def test_documents_are_cut_into_pieces(read, tmp_path):
     data = read(lines(tmp_path / "a.jsonl", {"text": "abcdefgh" * 2 + "x"}, {"text": "short"}), max_length=8)
     assert [len(row["input_ids"]) for row in data.dataset] == [8, 8, 5]
     assert set(data.dataset["prompt_len"]) == {0}
+    assert list(data.dataset["document"]) == [0, 0, 1]
     counts = data.counts
     assert (counts.records, counts.examples, counts.cut_texts, counts.dropped_short) == (2, 3, 1, 1)
     assert "1 documents cut into pieces" in counts.summary()
@@ -92,7 +94,23 @@ def test_long_chats_are_cut_or_dropped(read, tmp_path):
 def test_tokens(read, tmp_path):
     record = {"prompt_ids": [1, 2, 3], "answer_ids": [4, 5], "kind": "self"}
     [row] = read(lines(tmp_path / "a.jsonl", record)).dataset
-    assert row == {"input_ids": [1, 2, 3, 4, 5], "prompt_len": 3}
+    assert row == {"input_ids": [1, 2, 3, 4, 5], "prompt_len": 3, "document": 0}
+
+
+def test_what_is_held_out_shares_no_document_with_what_is_trained_on(tokenizer, tmp_path):
+    """Pieces of one text are near each other: a model that has seen some knows more of the others than of a new text."""
+    texts = [{"text": f"{number:03} " + f"{number % 7}" * 36} for number in range(60)]
+    chats = [{"messages": [{"role": "user", "content": f"{100 + n}?"}, ANSWER] * 2} for n in range(60)]
+    sources = [lines(tmp_path / "texts.jsonl", *texts), lines(tmp_path / "chats.jsonl", *chats)]
+    options = ReadOptions(max_length=60)
+    for given in (sources[:1], sources):
+        text = read_run_text(given, (), tokenizer, options, tmp_path / "cache", seed=4)
+        held, trained = ({(row["source"], row["document"]) for row in part} for part in (text.held_out, text.train))
+        assert len(held) == int(0.02 * 60 * len(given)) and not held & trained
+        assert len(held) + len(trained) == 60 * len(given)
+    few = [lines(tmp_path / "few.jsonl", *({"text": f"{number}" * 600} for number in range(6)))]
+    text = read_run_text(few, (), tokenizer, options, tmp_path / "cache")
+    assert (len(text.train), len(text.held_out)) == (60, 0), "60 pieces of 6 documents"
 
 
 def test_a_template_in_tokenizer_config(tmp_path, make_tokenizer):
