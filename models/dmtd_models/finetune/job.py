@@ -253,7 +253,7 @@ def _answers(checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display
         max_question_len=min(usual.max_question_len, room // 4),
         # A little text has small shards and few writers: it is shown and safe as it comes, and not much more than asked.
         shard_documents=max(1, min(64, job.answer_tokens // 4000)),
-        slots=max(4, min(usual.slots, job.answer_tokens // 500)),
+        slots=max(16, min(usual.slots, job.answer_tokens // 100)),
     )
     display.stage("writing chats", job.answer_tokens)
     write_chats(
