@@ -147,63 +147,64 @@ def finetune(
     source = pick(checkpoint, model, "BASE")
     if output is None:
         raise typer.BadParameter("-o / --output: missing; name the directory of the result")
-    with logs_to_stderr(), StageDisplay() as display:
+    with StageDisplay() as display:
         display.stage("starting", 0)
         with open_checkpoint(source):
             pass  # a wrong name need not wait for the libraries
         require("finetune", LIBRARIES, '"dmtd[train]"')
-        import torch
+    import torch
 
-        from dmtd_models.finetune.batches import BatchOptions
-        from dmtd_models.finetune.job import TRAINING, Job, run_job
-        from dmtd_models.finetune.options import TrainOptions, usual_precision
-        from dmtd_models.finetune.record import recorded_precision
-        from dmtd_models.finetune.student import LossOptions
+    from dmtd_models.finetune.batches import BatchOptions
+    from dmtd_models.finetune.job import TRAINING, Job, run_job
+    from dmtd_models.finetune.options import TrainOptions, usual_precision
+    from dmtd_models.finetune.record import recorded_precision
+    from dmtd_models.finetune.student import LossOptions
 
-        if threads is not None:
-            torch.set_num_threads(threads)
-        options = TrainOptions(
-            trained=train,
-            train_embedding=train_embedding,
-            last_layers=last_layers,
-            lora_rank=lora_rank,
-            epochs=epochs,
-            max_tokens=max_tokens,
-            tokens_per_step=tokens_per_step,
-            accumulate=accumulate,
-            learning_rate=learning_rate,
-            schedule=schedule,
-            warmup=warmup,
-            precision=precision or recorded_precision(output / TRAINING) or usual_precision(device),
-            gradient_checkpointing=gradient_checkpointing,
-            cache_features=cache,
-            curriculum=_curriculum(curriculum),
-            eval_every_tokens=eval_every,
-            save_every_s=save_every,
-            seed=seed,
-            loss=LossOptions(distill=distill, top_k=top_k, temperature=temperature),
-            batch=BatchOptions(learn_prompt=learn_prompt, vary_phase=vary_phase),
-        )
-        job = Job(
-            base=source,
-            output=output,
-            encoding_layers=encoding_layers,
-            thinking_layers=thinking_layers,
-            decoding_layers=decoding_layers,
-            cycle_length=cycle_length,
-            cycle_origin=cycle_origin,
-            prompt_input=prompt_input,
-            initial=initial,
-            data=tuple(data or ()),
-            held_out=tuple(held_out or ()),
-            answer_tokens=answer_tokens,
-            max_length=max_length,
-            save=save,
-            adapter_bits=adapter_bits,
-            device=device,
-            feature_dir=cache_dir,
-            train=options,
-        )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    options = TrainOptions(
+        trained=train,
+        train_embedding=train_embedding,
+        last_layers=last_layers,
+        lora_rank=lora_rank,
+        epochs=epochs,
+        max_tokens=max_tokens,
+        tokens_per_step=tokens_per_step,
+        accumulate=accumulate,
+        learning_rate=learning_rate,
+        schedule=schedule,
+        warmup=warmup,
+        precision=precision or recorded_precision(output / TRAINING) or usual_precision(device),
+        gradient_checkpointing=gradient_checkpointing,
+        cache_features=cache,
+        curriculum=_curriculum(curriculum),
+        eval_every_tokens=eval_every,
+        save_every_s=save_every,
+        seed=seed,
+        loss=LossOptions(distill=distill, top_k=top_k, temperature=temperature),
+        batch=BatchOptions(learn_prompt=learn_prompt, vary_phase=vary_phase),
+    )
+    job = Job(
+        base=source,
+        output=output,
+        encoding_layers=encoding_layers,
+        thinking_layers=thinking_layers,
+        decoding_layers=decoding_layers,
+        cycle_length=cycle_length,
+        cycle_origin=cycle_origin,
+        prompt_input=prompt_input,
+        initial=initial,
+        data=tuple(data or ()),
+        held_out=tuple(held_out or ()),
+        answer_tokens=answer_tokens,
+        max_length=max_length,
+        save=save,
+        adapter_bits=adapter_bits,
+        device=device,
+        feature_dir=cache_dir,
+        train=options,
+    )
+    with logs_to_stderr(), StageDisplay() as display:
         summary = run_job(job, display)
     if not summary:  # a process beside the first
         return

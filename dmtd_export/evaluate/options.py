@@ -71,15 +71,15 @@ class EvaluateOptions:
         for name, least in lowest.items():
             if (value := getattr(self, name)) < least:
                 raise EvaluateError(f"--{name.replace('_', '-')}: got {value}, expected {least} or more")
+        harness = self.harness
         useless = {
-            "lm-eval-include": self.harness.include is not None and not self.harness.tasks,
-            "lm-eval-chat": self.harness.chat and not self.harness.tasks,
-            "run-unsafe-code": self.run_unsafe_code and not (self.harness.tasks or self.tasks),
+            "lm-eval-include": (harness.include is not None and not harness.tasks, "--lm-eval"),
+            "lm-eval-chat": (harness.chat and not harness.tasks, "--lm-eval"),
+            "run-unsafe-code": (self.run_unsafe_code and not (harness.tasks or self.tasks), "--task or --lm-eval"),
         }
-        for option, given in useless.items():
+        for name, (given, missing) in useless.items():
             if given:
-                missing = "--task or --lm-eval" if option == "run-unsafe-code" else "--lm-eval"
-                raise EvaluateError(f"--{option}: has no effect without {missing}; leave it out, or give tasks")
+                raise EvaluateError(f"--{name}: has no effect without {missing}; leave it out, or give that")
         if self.window_len < self.context_len + 2 * MIN_SCORED:
             raise EvaluateError(
                 f"--window-len: got {self.window_len}, expected {self.context_len + 2 * MIN_SCORED} or more: the context "

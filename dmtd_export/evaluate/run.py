@@ -66,7 +66,8 @@ def evaluate(
         if base is not None:
             against = opened.enter_context(open_subject(base, options.base_open, plain_only=True))
         run = _Run(subject=subject, base=against, options=options, on_progress=on_progress)
-        windows, longest = run.windows(), run.longest
+        windows = run.windows()
+        shortened = run.longest if windows and run.longest < options.window_len else None
         run.check_base(windows, tasks)
         conventions = run.conventions(windows)
         offsets = run.offsets(windows)
@@ -98,11 +99,7 @@ def evaluate(
         context_len=options.context_len,
         notes=(
             *_notes(subject, base, generated=generated),
-            *(
-                [f"windows of text have {longest} tokens: the model takes no more"]
-                if longest < options.window_len
-                else []
-            ),
+            *([f"windows of text have {shortened} tokens: the model takes no more"] if shortened else []),
             *(f"{name} of lm-eval scores no single items; run the harness itself for it" for name in unscored),
         ),
     )

@@ -138,9 +138,10 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
             f"{path}: only PyTorch pickle files ({pickles[0].name}), which can run code when read and are refused; "
             "convert them to safetensors"
         )
-    if (path / "manifest.json").is_file():
-        raise CheckpointError(f"{path}: is a bundle, expected a checkpoint; give the model that it was exported from")
-    raise CheckpointError(f"{path}: got neither {_SINGLE_FILE} nor {_INDEX_FILE}, expected one of them")
+    raise CheckpointError(
+        f"{path}: got neither {_SINGLE_FILE} nor {_INDEX_FILE}, expected one of them (a bundle is no checkpoint: give the model "
+        "that it was exported from)"
+    )
 
 
 def _sharded_tensors(path: Path) -> dict[str, StoredTensor]:

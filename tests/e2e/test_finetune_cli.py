@@ -331,6 +331,10 @@ def test_a_loss_that_is_no_number_is_one_line(base: str, chats: str, tmp_path: P
         ((*SPLIT, "--curriculum", "4:0.5"), "--curriculum: goes above"),
         ((*SPLIT, "--temperature", "0"), "--temperature"),
         ((*SPLIT, "--train", "lora", "--train-embedding"), "--train-embedding"),
+        (("--decoding-layers", "2", "--cycle-length", "1"), "--cycle-length: got 1, expected 2 or more"),
+        ((*SPLIT, "--adapter-bits", "5"), "--adapter-bits: has no effect on a checkpoint"),
+        ((*SPLIT, "--adapter-bits", "5", "--save", "both", "--train", "lora"), "--adapter-bits: has no effect"),
+        ((*SPLIT, "--no-cache", "--cache-dir", "x"), "--cache-dir: has no effect with --no-cache"),
         ((*SPLIT, "--seed", str(2**32)), "--seed: got 4294967296, expected 0 to 4294967295"),
     ],
 )
@@ -346,6 +350,14 @@ def test_wrong_usage(base: str, chats: str, tmp_path: Path) -> None:
     assert result.exit_code == 2 and "LENGTH:SHARE" in result.stderr
     result = dmtd("finetune", base, *SPLIT)
     assert result.exit_code == 2 and "--output" in result.stderr
+
+
+def test_documents_are_cut_to_a_step_and_that_is_said(base: str, chats: str, tmp_path: Path) -> None:
+    result = finetune(base, tmp_path / "out", chats)
+    assert result.exit_code == 0 and "documents have at most 128 tokens: --tokens-per-step" in result.stderr
+    quick = (*QUICK, "--tokens-per-step", "1024")
+    result = finetune(base, tmp_path / "other", chats, quick=quick)
+    assert result.exit_code == 0 and "documents have at most 256 tokens: the model takes no more" in result.stderr
 
 
 def test_a_base_that_is_dmtd_already(chats: str, tmp_path: Path) -> None:
@@ -389,6 +401,7 @@ USER, ANSWER = {"role": "user", "content": "Hi."}, {"role": "assistant", "conten
         ([], "no data"),
         ([{"messages": [USER]}], "got no assistant message, expected a chat with both sides"),
         ([{"messages": [USER, ANSWER]}, {"messages": [ANSWER]}], "d.jsonl:2: messages: got no user message"),
+        ([{"messages": [USER, {**ANSWER, "content": None, "tool_calls": [{}]}]}], "tool calls are not learnt"),
         ([{"words": "Hi."}], "expected one of `messages`, `text`"),
         ([{"prompt_ids": [1, 2], "answer_ids": [9999]}], "9999"),
     ],

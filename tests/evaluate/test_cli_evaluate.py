@@ -186,6 +186,16 @@ def test_a_split_that_the_weights_were_not_trained_for_is_said(
     assert not any("was trained with" in line for line in report_of(capsys, *arguments[:-2])["notes"])
 
 
+def test_windows_longer_than_the_model_takes_are_shortened_and_that_is_said(
+    checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (checkpoint, "--prefixes", "0", "--window-len", "2000")
+    notes = report_of(capsys, *arguments, "--text", data / "prose.txt")["notes"]
+    assert "windows of text have 256 tokens: the model takes no more" in notes
+    notes = report_of(capsys, *arguments, "--task", data / "choices.jsonl")["notes"]
+    assert not any("windows" in line for line in notes), "no text, no windows"
+
+
 @pytest.mark.parametrize("option", ["--lm-eval-chat", "--lm-eval-include=x", "--run-unsafe-code"])
 def test_options_without_effect_are_refused(
     checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str], option: str

@@ -219,11 +219,9 @@ def _text(
     display.stage("reading text", 0)
     longest = min(job.max_length, job.train.tokens_per_step, checkpoint.config.max_positions)
     if longest < job.max_length:
-        display.line(f"documents have at most {longest} tokens: {_bound(longest, job)}")
-    options = ReadOptions(
-        max_length=longest,
-        cycle_origin=job.cycle_origin,
-    )
+        bound = "--tokens-per-step" if longest == job.train.tokens_per_step else "the model takes no more"
+        display.line(f"documents have at most {longest} tokens: {bound}")
+    options = ReadOptions(max_length=longest, cycle_origin=job.cycle_origin)
     text = read_run_text(
         sources,
         job.held_out,
@@ -234,10 +232,6 @@ def _text(
         seed=job.train.seed,
     )
     return replace(text, notes=(*text.notes, *kept_out.notes))
-
-
-def _bound(longest: int, job: Job) -> str:
-    return "--tokens-per-step" if longest == job.train.tokens_per_step else "the model takes no more"
 
 
 def _answers(checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display: Display) -> Path:
