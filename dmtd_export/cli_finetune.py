@@ -14,6 +14,7 @@ from rich.table import Table
 
 from dmtd_export.cli_progress import StageDisplay
 from dmtd_models.checkpoint import open_checkpoint
+from dmtd_models.text.corpora import corpus_names
 from dmtd_runtime.cli.common import JsonOption, logs_to_stderr, pick, require
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "matplotlib")
@@ -52,7 +53,11 @@ def finetune(
     ] = None,
     data: Annotated[
         list[str] | None,
-        _option(_TEXT, "Text: JSON lines, parquet, a datasets directory, or a corpus by name. Give it several times."),
+        _option(
+            _TEXT,
+            "Text: JSON lines, parquet, a datasets directory, or a corpus by name "
+            f"({', '.join(corpus_names())}). Give it several times.",
+        ),
     ] = None,
     held_out: Annotated[
         list[str] | None, _option(_TEXT, "Text to evaluate on while training; by default 2% of the documents.")

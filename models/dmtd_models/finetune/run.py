@@ -188,7 +188,8 @@ def _finetune(
     arguments = training_arguments(options, output, use_cpu=use_cpu)
     steps, steps_per_evaluation = _steps(documents, rows, options, arguments.world_size)
     set_length(arguments, options, steps)
-    hooks.stage("computing what the plain model gives for held-out text")
+    if len(held_out):
+        hooks.stage("computing what the plain model gives for held-out text")
     evaluation = _held_out(held_out, base.to(arguments.device), student.measured_top_k, options)
     store = None
     if options.cache_features if options.cache_features is not None else use_cpu and bool(options.frozen_layers(spec)):
