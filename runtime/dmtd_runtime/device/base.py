@@ -139,7 +139,15 @@ def aligned(num_bytes: int) -> int:
     return -(-max(num_bytes, 1) // ALIGNMENT) * ALIGNMENT
 
 
-def check_room(device: Device, needed: Mapping[str, int], hint: str) -> None:
+class Room(Protocol):
+    """What has so much memory: a :class:`Device`, or a part of one."""
+
+    name: str
+
+    def memory(self) -> tuple[int, int]: ...
+
+
+def check_room(device: Room, needed: Mapping[str, int], hint: str) -> None:
     """Refuse before allocating what the device's free memory does not hold.
 
     Args:
