@@ -141,7 +141,17 @@ def test_no_extra_brings_both_onnxruntime_wheels(repo_root: Path) -> None:
         assert not {"onnxruntime", "onnxruntime-gpu"} <= closure(name), name
     assert "onnxruntime" in closure("cpu") & closure("dev") & closure("demo")
     assert not {"onnxruntime", "onnxruntime-gpu"} & closure("test")
-    assert "onnxruntime-gpu" in closure("gpu")
+    assert closure("gpu") == {"onnxruntime-gpu", "nvidia-cublas", "cuda-bindings"}
+
+
+def test_the_gpu_extra_brings_what_the_cuda_provider_links(repo_root: Path) -> None:
+    """The wheel's own extras name no cuBLAS, which its provider links first; that cuDNN's package asks for it is luck."""
+    extras = tomllib.loads((repo_root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert [line.partition(">=")[0] for line in extras["gpu"]] == [
+        "onnxruntime-gpu[cuda,cudnn]",
+        "nvidia-cublas",
+        "cuda-bindings",
+    ]
 
 
 def test_the_folders_around_the_packages_are_no_packages(repo_root: Path) -> None:

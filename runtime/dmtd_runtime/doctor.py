@@ -2,7 +2,8 @@
 
 ``collect`` looks (``machine.py``, package metadata, ONNX Runtime's list of providers), ``render`` and ``to_json`` only
 tell. Nothing here repairs or installs: every gap and every problem carries the command that closes it. No heavy library
-is imported except ONNX Runtime, which alone knows its execution providers.
+is imported except ONNX Runtime, which alone knows its execution providers; where it is built for CUDA, what its CUDA
+provider links is loaded.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ import importlib.metadata
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from dmtd_runtime.backends.cuda_provider import CUDA_PROVIDER, CUDNN, DRIVER_PAGE, CudaNeeds, look
 from dmtd_runtime.device.libraries import CUDA_FLAVOURS, CUDA_MAJOR, INSTALL, MAJOR_VERSIONS
 from dmtd_runtime.machine import Gpu, Machine, look_at_gpus, look_at_machine
 from dmtd_runtime.version import __version__
@@ -28,6 +32,7 @@ from dmtd_runtime.version import __version__
 __all__ = ["Component", "OnnxRuntime", "Report", "collect", "render", "to_json"]
 
 VersionOf = Callable[[str], str | None]
+LookAtCuda = Callable[[Any], CudaNeeds]
 
 # (distribution, what it is for, oldest version, pip's argument that brings it)
 COMPONENTS = (
@@ -84,7 +89,10 @@ class OnnxRuntime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """Everything ``dmtd doctor`` says. ``problems`` are one line each and end in the fix."""
+    """Everything ``dmtd doctor`` says. ``problems`` are one line each and end in the fix.
+
+    ``cuda`` is what the CUDA provider needs, None where ONNX Runtime has none.
+    """
 
     dmtd: str
     machine: Machine
@@ -92,6 +100,7 @@ class Report:
     components: tuple[Component, ...]
     gpus: tuple[Gpu, ...]
     nvidia_driver: str | None
+    cuda: CudaNeeds | None
     thread_environment: Mapping[str, str]
     problems: tuple[str, ...]
 
@@ -101,6 +110,7 @@ def collect(
     root: Path = Path("/"),
     environ: Mapping[str, str] | None = None,
     version_of: VersionOf | None = None,
+    look_at_cuda: LookAtCuda = look,
 ) -> Report:
     """Look at the machine.
 
@@ -108,6 +118,7 @@ def collect(
         root: where /proc and /sys are found.
         environ: the environment variables; the process's own by default.
         version_of: the installed version of a distribution or None; package metadata by default.
+        look_at_cuda: what the CUDA provider of an onnxruntime module needs.
     """
     version_of = version_of or _installed_version
     environ = os.environ if environ is None else environ
@@ -117,6 +128,7 @@ def collect(
     )
     runtime = _onnxruntime(version_of)
     gpus, driver = look_at_gpus(root)
+    cuda = look_at_cuda(sys.modules["onnxruntime"]) if CUDA_PROVIDER in runtime.providers else None
     return Report(
         dmtd=__version__,
         machine=look_at_machine(root),
@@ -124,11 +136,13 @@ def collect(
         components=components,
         gpus=gpus,
         nvidia_driver=driver,
+        cuda=cuda,
         thread_environment={name: environ[name] for name in THREAD_VARIABLES if name in environ},
         problems=(
             *_onnxruntime_problems(runtime, has_gpu=bool(gpus)),
             *_component_problems(components),
-            *_engine_problems(components, has_gpu=bool(gpus)),
+            *_engine_problems(components, has_gpu=bool(gpus), cuda_provider=cuda is not None),
+            *(_cuda_problems(cuda, driver) if cuda is not None and gpus else ()),
         ),
     )
 
@@ -179,14 +193,26 @@ def _machine_rows(report: Report) -> list[tuple[str, str]]:
         ("cores", f"{host.cores_usable:g} usable of {host.cores_present}"),
         ("memory", f"{available} available of {total}"),
         ("providers", ", ".join(report.onnxruntime.providers) or "none"),
-        ("NVIDIA driver", report.nvidia_driver or "none"),
+        ("NVIDIA driver", _driver_text(report)),
     ]
+    if report.cuda is not None:
+        missing = ", ".join(library.name for library in report.cuda.missing)
+        hint = f"missing: {missing}; {_pip_line('dmtd[gpu]')}" if missing else "all there"
+        rows.append((f"CUDA {report.cuda.cuda_major} libraries", hint))
     for gpu in report.gpus:
         memory = f", {gpu.memory_mib} MiB" if gpu.memory_mib else ""
         capability = f", compute capability {gpu.compute_capability}" if gpu.compute_capability else ""
         rows.append(("GPU", f"{gpu.name}{memory}{capability}"))
     variables = " ".join(f"{name}={value}" for name, value in report.thread_environment.items())
     return [*rows, ("threads", variables or "no variable set")]
+
+
+def _driver_text(report: Report) -> str:
+    version, cuda = report.nvidia_driver or "none", report.cuda
+    if cuda is None:
+        return version
+    newest = f"takes CUDA {cuda.driver_cuda}; " if cuda.driver_cuda else ""
+    return f"{version} ({newest}CUDA {cuda.cuda_major} needs {cuda.oldest_driver} or newer)"
 
 
 def _gib(num_bytes: int | None) -> str:
@@ -265,8 +291,8 @@ def _component_problems(components: tuple[Component, ...]) -> tuple[str, ...]:
     return tuple(problems)
 
 
-def _engine_problems(components: tuple[Component, ...], *, has_gpu: bool) -> tuple[str, ...]:
-    """What keeps an installed TensorRT library from running engines; building them needs no GPU and no driver."""
+def _engine_problems(components: tuple[Component, ...], *, has_gpu: bool, cuda_provider: bool) -> tuple[str, ...]:
+    """What keeps a TensorRT library or the CUDA provider from a GPU; building engines needs neither it nor a driver."""
     versions = {part.name: part.version for part in components}
     problems, installed = [], [flavour for flavour in CUDA_FLAVOURS if versions[flavour] is not None]
     for flavour in installed:
@@ -275,10 +301,34 @@ def _engine_problems(components: tuple[Component, ...], *, has_gpu: bool) -> tup
                 f"{flavour}: got {versions[flavour]}, expected {MAJOR_VERSIONS[flavour]}.x; run: {INSTALL[flavour]}"
             )
     bindings, fix = versions["cuda-bindings"], f'pip install "cuda-bindings>={CUDA_MAJOR},<{CUDA_MAJOR + 1}"'
-    if installed and has_gpu and bindings is None:
-        problems.append(f"cuda-bindings: not installed, but {installed[0]} needs it to run engines; run: {fix}")
+    users = [f"{flavour} needs it to run engines" for flavour in installed]
+    users += ["--device cuda needs it"] if cuda_provider else []
+    if users and has_gpu and bindings is None:
+        problems.append(f"cuda-bindings: not installed, but {users[0]}; run: {fix}")
     elif bindings is not None and _major(bindings) != CUDA_MAJOR:
         problems.append(f"cuda-bindings: got {bindings}, expected {CUDA_MAJOR}.x; run: {fix}")
+    return tuple(problems)
+
+
+def _cuda_problems(cuda: CudaNeeds, driver: str | None) -> tuple[str, ...]:
+    """What keeps ONNX Runtime's CUDA provider from a GPU that is there."""
+    problems, fix = [], _pip_line("dmtd[gpu]")
+    older = driver is not None and _older(driver, cuda.oldest_driver)
+    # The library tells for sure: a newer one may serve an older driver (NVIDIA's cuda-compat packages).
+    if cuda.driver_is_too_old or (cuda.driver_cuda is None and older):
+        problems.append(
+            f"NVIDIA driver: got {driver or 'one for CUDA ' + str(cuda.driver_cuda)}, expected {cuda.oldest_driver} or newer, "
+            f"which CUDA {cuda.cuda_major} needs; update it: {DRIVER_PAGE}"
+        )
+    if cuda.driver_error is not None:
+        problems.append(
+            f"NVIDIA driver: its library cannot be loaded ({cuda.driver_error}); install it ({DRIVER_PAGE}), or give the "
+            "container the GPU: docker run --gpus all"
+        )
+    if linked := [library.name for library in cuda.missing if library.name != CUDNN]:
+        problems.append(f"onnxruntime-gpu: its CUDA provider links {', '.join(linked)}, not found; run: {fix}")
+    if any(library.name == CUDNN for library in cuda.missing):
+        problems.append(f"onnxruntime-gpu: {CUDNN} not found, which some of its CUDA kernels load; run: {fix}")
     return tuple(problems)
 
 

@@ -16,7 +16,8 @@ import pytest
 from rich.console import Console
 
 from dmtd_runtime import doctor, machine
-from dmtd_runtime.device.libraries import INSTALL, MAJOR_VERSIONS
+from dmtd_runtime.backends.cuda_provider import CudaNeeds, Library
+from dmtd_runtime.device.libraries import CUDA_MAJOR, INSTALL, MAJOR_VERSIONS
 from dmtd_runtime.doctor import Report, collect, render, to_json
 
 HEALTHY = {"onnxruntime": "1.31.1", "numpy": "2.4.6", "tokenizers": "0.23.3", "onnx": "1.23.2", "torch": "2.13.0+cpu"}
@@ -46,8 +47,23 @@ def write(root: Path, files: Mapping[str, str]) -> Path:
     return root
 
 
-def report_of(root: Path, versions: Mapping[str, str], environ: Mapping[str, str] | None = None) -> Report:
-    return collect(root=root, environ=environ or {}, version_of=dict(versions).get)
+CUDA_NAMES = ("libcublas.so.13", "libcudart.so.13", "libcudnn.so.9")
+
+
+def needs(*missing: str, driver_cuda: str | None = "13.0", driver_error: str | None = None) -> CudaNeeds:
+    libraries = tuple(Library(name=name, error="gone" if name in missing else None) for name in CUDA_NAMES)
+    return CudaNeeds(cuda_major=13, libraries=libraries, driver_error=driver_error, driver_cuda=driver_cuda)
+
+
+def report_of(
+    root: Path,
+    versions: Mapping[str, str],
+    environ: Mapping[str, str] | None = None,
+    cuda: CudaNeeds | None = None,
+) -> Report:
+    return collect(
+        root=root, environ=environ or {}, version_of=dict(versions).get, look_at_cuda=lambda ort: cuda or needs()
+    )
 
 
 def gpu_files() -> dict[str, str]:
@@ -94,7 +110,7 @@ def test_broken_onnxruntime_is_reported(tmp_path: Path, onnxruntime_is) -> None:
 
 
 def test_gpu_wheel_that_lost_its_provider(tmp_path: Path, onnxruntime_is) -> None:
-    versions = {"onnxruntime-gpu": "1.31.1", "numpy": "2.4.6", "tokenizers": "0.23.3"}
+    versions = {"onnxruntime-gpu": "1.31.1", "numpy": "2.4.6", "tokenizers": "0.23.3", "cuda-bindings": "13.5.0"}
     assert report_of(tmp_path, versions).problems == ()  # without a GPU the wheel runs on the CPU
     (line,) = report_of(write(tmp_path, gpu_files()), versions).problems
     assert "CUDAExecutionProvider" in line
@@ -151,6 +167,7 @@ def test_install_lines_and_limits_agree_with_pyproject(repo_root: Path) -> None:
                 found.update(closure([line for extra in inner.group(1).split(",") for line in extras[extra]]))
             else:
                 name, _, limits = requirement.partition(">=")
+                name = name.partition("[")[0]  # an extra of its own
                 found[name] = limits.split(",")[0]
         return found
 
@@ -166,7 +183,10 @@ def test_install_lines_and_limits_agree_with_pyproject(repo_root: Path) -> None:
             checked += 1
     assert checked >= 17
     assert closure(extras["cpu"]) == {"onnxruntime": doctor.ONNXRUNTIME_OLDEST}
-    assert closure(extras["gpu"]) == {"onnxruntime-gpu": doctor.ONNXRUNTIME_OLDEST}
+    assert closure(extras["gpu"]) == {
+        "onnxruntime-gpu": doctor.ONNXRUNTIME_OLDEST,
+        **{name: str(CUDA_MAJOR) for name in ("nvidia-cublas", "cuda-bindings")},
+    }
 
 
 def test_cpu_and_memory_are_read(tmp_path: Path) -> None:
@@ -306,3 +326,69 @@ def test_what_keeps_engines_from_running_is_a_problem(
     else:
         [line] = problems
         assert re.match(problem, line)
+
+
+ON_GPU = {"onnxruntime-gpu": "1.31.1", "numpy": "2.4.6", "tokenizers": "0.23.3", "cuda-bindings": "13.5.0"}
+
+
+@pytest.mark.parametrize(
+    ("cuda", "problem"),
+    [
+        (needs(), None),
+        (
+            needs("libcublas.so.13", "libcudart.so.13"),
+            r"onnxruntime-gpu: .* links libcublas\.so\.13, libcudart\.so\.13, not found; "
+            r'run: pip install "dmtd\[gpu\]"$',
+        ),
+        (needs("libcudnn.so.9"), r'onnxruntime-gpu: libcudnn\.so\.9 not found, .*run: pip install "dmtd\[gpu\]"$'),
+        (needs(driver_cuda="12.8"), r"NVIDIA driver: got 580\.65\.06, expected 580 or newer, which CUDA 13 needs"),
+        (
+            needs(driver_cuda=None, driver_error="libcuda.so.1: gone"),
+            r"NVIDIA driver: its library cannot be loaded \(libcuda\.so\.1: gone\)",
+        ),
+    ],
+)
+def test_what_keeps_the_cuda_provider_from_a_gpu_is_a_problem(
+    tmp_path: Path, onnxruntime_is, cuda: CudaNeeds, problem: str | None
+) -> None:
+    onnxruntime_is("1.31.1", "CUDAExecutionProvider", "CPUExecutionProvider")
+    problems = report_of(write(tmp_path, gpu_files()), ON_GPU, cuda=cuda).problems
+    assert len(problems) == (problem is not None), problems
+    assert problem is None or re.match(problem, problems[0])
+
+
+def test_an_old_driver_is_known_by_its_version_where_its_library_does_not_tell(tmp_path: Path, onnxruntime_is) -> None:
+    onnxruntime_is("1.31.1", "CUDAExecutionProvider", "CPUExecutionProvider")
+    files = {name: text.replace("580.65.06", "570.86.15") for name, text in gpu_files().items()}
+    root = write(tmp_path, files)
+    [line] = report_of(root, ON_GPU, cuda=needs(driver_cuda=None)).problems
+    assert line.startswith("NVIDIA driver: got 570.86.15, expected 580 or newer")
+    assert report_of(root, ON_GPU, cuda=needs(driver_cuda="13.0")).problems == ()  # NVIDIA's cuda-compat serves it
+
+
+def test_without_a_gpu_missing_cuda_libraries_are_a_gap_that_is_told(tmp_path: Path, onnxruntime_is) -> None:
+    onnxruntime_is("1.31.1", "CUDAExecutionProvider", "CPUExecutionProvider")
+    report = report_of(
+        tmp_path, ON_GPU, cuda=needs("libcublas.so.13", driver_cuda=None, driver_error="libcuda.so.1: gone")
+    )
+    assert report.problems == ()
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(render(report))
+    text = console.export_text()
+    assert 'missing: libcublas.so.13; pip install "dmtd[gpu]"' in text
+    assert "none (CUDA 13 needs 580 or newer)" in text
+    told = json.loads(to_json(report))["cuda"]
+    assert told["libraries"][0] == {"name": "libcublas.so.13", "error": "gone"}
+    assert told["driver_error"] == "libcuda.so.1: gone"
+
+
+def test_the_cpu_wheel_is_asked_for_no_cuda_library(tmp_path: Path, onnxruntime_is) -> None:
+    report = collect(root=tmp_path, environ={}, version_of=HEALTHY.get, look_at_cuda=lambda ort: pytest.fail("looked"))
+    assert report.cuda is None
+
+
+def test_the_cuda_provider_needs_cuda_bindings(tmp_path: Path, onnxruntime_is) -> None:
+    onnxruntime_is("1.31.1", "CUDAExecutionProvider", "CPUExecutionProvider")
+    versions = {name: version for name, version in ON_GPU.items() if name != "cuda-bindings"}
+    [line] = report_of(write(tmp_path, gpu_files()), versions).problems
+    assert line.startswith("cuda-bindings: not installed, but --device cuda needs it; run: pip install")
