@@ -53,6 +53,7 @@ class FakeCuda:
         self.host = host
         self.calls: set[tuple[str, int]] = set()
         self.driver, self.count = 13000, 1
+        self.name, self.capability = "Fake GPU", (8, 9)
         self.failing: dict[str, CudaError] = {}
         self._graphs: dict[int, list[Any]] = {}
         self._numbers = itertools.count(1)
@@ -81,7 +82,8 @@ class FakeCuda:
         return self.count
 
     def _cudaGetDeviceProperties(self, device: int) -> Any:
-        return SimpleNamespace(name=b"Fake GPU\0\0", major=8, minor=9)
+        major, minor = self.capability
+        return SimpleNamespace(name=self.name.encode() + b"\0\0", major=major, minor=minor)
 
     def _cudaGetErrorName(self, error: CudaError) -> bytes:
         return error.name.encode()
@@ -294,6 +296,7 @@ class FakeRtx:
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED=2)
     DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER=1)
     CudaGraphStrategy = SimpleNamespace(DISABLED=0)
+    ComputeCapability = IntEnum("ComputeCapability", {"NONE": 0, "CURRENT": 1, "SM75": 75, "SM80": 80, "SM89": 89})
 
     def __init__(self, host: HostDevice) -> None:
         self._host = host

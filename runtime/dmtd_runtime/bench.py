@@ -28,7 +28,8 @@ from dmtd_runtime.backends.base import Backend, BackendOptions, FullPass
 from dmtd_runtime.backends.opening import open_backend
 from dmtd_runtime.bench_run import RunRecord, private_bytes, run_once
 from dmtd_runtime.cycle import CyclePlan
-from dmtd_runtime.errors import RequestError
+from dmtd_runtime.device.libraries import gpu_here
+from dmtd_runtime.errors import BackendError, RequestError
 from dmtd_runtime.kv_cache import kv_bytes
 from dmtd_runtime.machine import default_threads, look_at_gpus, look_at_machine
 from dmtd_runtime.manifest import Manifest
@@ -316,7 +317,7 @@ def _conditions(
     machine, cycle = look_at_machine(), manifest.cycle
     engines = backend.backend == "tensorrt"
     on_gpu = backend.device == "cuda" or (engines and backend.flavour != "host")
-    gpus, driver = look_at_gpus() if on_gpu else ((), None)
+    gpu = _gpu_name(backend.device_id) if on_gpu else None
     return {
         "bundle": str(directory),
         "family": manifest.model.family,
@@ -346,11 +347,17 @@ def _conditions(
         "python": machine.python,
         "onnxruntime": _version_of("onnxruntime", "onnxruntime-gpu"),
         "tensorrt": _tensorrt_of(backend) if engines else None,
-        "gpu": gpus[backend.device_id].name if on_gpu and backend.device_id < len(gpus) else None,
-        "driver": driver if on_gpu else None,
+        "gpu": gpu,
+        "driver": look_at_gpus()[1] if on_gpu else None,
         "dmtd": __version__,
         "commit": _commit(),
     }
+
+
+def _gpu_name(device_id: int) -> str | None:
+    with contextlib.suppress(BackendError):
+        return gpu_here(device_id).name
+    return None
 
 
 def _tensorrt_of(backend: BackendOptions) -> str | None:

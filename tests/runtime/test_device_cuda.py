@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import re
 import sys
 import weakref
@@ -24,7 +25,7 @@ from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.device.base import Address
 from dmtd_runtime.device.cuda import CudaDevice
 from dmtd_runtime.device.host import HostDevice
-from dmtd_runtime.device.libraries import import_cuda, import_flavour, look_at_gpu
+from dmtd_runtime.device.libraries import gpu_here, import_cuda, import_flavour, look_at_gpu
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.manifest import Manifest, load_manifest
 from dmtd_runtime.sampling import SamplingParams
@@ -191,6 +192,26 @@ def test_a_damaged_engine_is_one_line_with_the_fix(fake: FakeCuda, tmp_path: Pat
         f"{tmp_path}/x.engine cannot be loaded on GPU 0 (Fake GPU): the header does not conform; "
         "build the engines again with: dmtd build BUNDLE --force"
     )
+
+
+def test_an_engine_refused_by_a_gpu_that_the_library_does_not_name_leads_to_the_other_flavour(
+    fake: FakeCuda, tmp_path: Path
+) -> None:
+    fake.capability = (9, 0)
+    (tmp_path / "x.engine").write_bytes(b"damaged engine")
+    with pytest.raises(
+        BackendError, match=r"conform; TensorRT-RTX does not name compute capability 9.0: dmtd build BUNDLE"
+    ):
+        CudaDevice().load_engine(tmp_path / "x.engine")
+
+
+def test_gpus_are_numbered_as_nvidia_smi_numbers_them(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    assert gpu_here().name == "Fake GPU"
+    assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")  # said by the user
+    gpu_here()
+    assert os.environ["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"
 
 
 def test_compiled_kernels_are_kept_for_the_next_time(

@@ -16,7 +16,7 @@ import numpy as np
 
 from dmtd_runtime import contract
 from dmtd_runtime.contract import GraphName
-from dmtd_runtime.device.base import Address, Array, Device, Engine, EngineContext, check_room
+from dmtd_runtime.device.base import Address, Array, Device, Engine, EngineContext, EngineTensor, check_room
 from dmtd_runtime.engine_record import EngineFile, EngineRecord, FullPass, PassKind, ProfileInfo
 from dmtd_runtime.errors import BackendError, BundleError
 from dmtd_runtime.manifest import DTYPE_BYTES, Manifest, TensorInfo
@@ -240,11 +240,11 @@ def _input_shapes(file: EngineFile, sizes: Mapping[str, int]) -> dict[str, Seque
 
 def _check_io(file: EngineFile, engine: Engine, rebuild: str) -> None:
     """The loaded engine has the record's inputs and outputs. BackendError names the first difference."""
+    ranges = _ranges(file)
     for info in (*file.inputs, *file.outputs):
         got = engine.tensors.get(info.name)
-        dims = tuple(dim if isinstance(dim, int) else -1 for dim in info.dims)
         alias = file.aliases.get(info.name)
-        if got is None or got.dtype != info.dtype or got.dims != dims or got.alias != alias:
+        if got is None or got.dtype != info.dtype or got.alias != alias or not _dims_fit(got, info, ranges):
             raise BackendError(
                 f"{file.file}, {info.name}: the engine has {got}, its record says {info.dtype} {list(info.dims)}"
                 f"{f' at the address of {alias}' if alias else ''}; build it again with: {rebuild}"
@@ -254,3 +254,32 @@ def _check_io(file: EngineFile, engine: Engine, rebuild: str) -> None:
         raise BackendError(
             f"{file.file} also has {sorted(extra)[0]}, its record does not; build it again with: {rebuild}"
         )
+
+
+def _ranges(file: EngineFile) -> dict[str, tuple[int, int]]:
+    """Least and largest size of each symbolic dimension of the inputs, over all profiles."""
+    found: dict[str, tuple[int, int]] = {}
+    for profile in file.profiles:
+        for info in file.inputs:
+            if (given := profile.inputs.get(info.name)) is None:
+                continue
+            for dim, low, high in zip(info.dims, given.min, given.max, strict=True):
+                if isinstance(dim, str):
+                    least, most = found.get(dim, (low, high))
+                    found[dim] = (min(least, low), max(most, high))
+    return found
+
+
+def _dims_fit(got: EngineTensor, info: TensorInfo, ranges: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether the engine takes, or gives, every shape that the record's profiles allow.
+
+    A library may tell a dimension that no profile varies as the number it is; and one of an output, which it computes, as open.
+    """
+    if len(got.dims) != len(info.dims):
+        return False
+    for size, dim in zip(got.dims, info.dims, strict=True):
+        if size == -1 and (isinstance(dim, str) or not got.is_input):
+            continue
+        if size != dim and not (isinstance(dim, str) and ranges.get(dim) == (size, size)):
+            return False
+    return True

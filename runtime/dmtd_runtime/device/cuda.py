@@ -19,7 +19,7 @@ import numpy as np
 from dmtd_runtime.device.base import Address, Capture, Engine, EngineTensor
 from dmtd_runtime.device.cuda_memory import CudaMemory
 from dmtd_runtime.device.kernel_cache import KernelCache
-from dmtd_runtime.device.libraries import CudaFlavour, import_flavour
+from dmtd_runtime.device.libraries import CudaFlavour, capabilities, import_flavour
 from dmtd_runtime.device.library_log import make_log
 from dmtd_runtime.errors import BackendError
 
@@ -60,7 +60,7 @@ class CudaDevice(CudaMemory):
         self.call("cudaGetDevice")  # the thread's current device is the one that the engine goes to
         engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
-            raise BackendError(f"{path} cannot be loaded on {self.name}: {self._log.take()}; {REBUILD}")
+            raise BackendError(f"{path} cannot be loaded on {self.name}: {self._log.take()}; {self._rebuild()}")
         loaded = CudaEngine(self, self._trt, engine, path, self._log)
         self._engines.append(loaded)
         return loaded
@@ -91,6 +91,12 @@ class CudaDevice(CudaMemory):
 
     def replay(self, capture: Capture) -> None:
         self.call("cudaGraphLaunch", self._graphs[capture], self._stream)
+
+    def _rebuild(self) -> str:
+        here = self.gpu.compute_capability
+        if self.flavour == "tensorrt-rtx" and here not in capabilities(self._trt):
+            return f"TensorRT-RTX does not name compute capability {here}: dmtd build BUNDLE --flavour tensorrt may serve it"
+        return REBUILD
 
     def _release(self) -> None:
         for executable in self._graphs.values():
