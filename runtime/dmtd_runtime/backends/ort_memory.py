@@ -18,6 +18,8 @@ import numpy as np
 from dmtd_runtime import contract
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.backends.blocks import BlockLayout
+from dmtd_runtime.backends.cuda_provider import prepare
+from dmtd_runtime.backends.ort_library import import_onnxruntime
 from dmtd_runtime.device.base import Address, Array
 from dmtd_runtime.device.cuda_memory import CudaMemory
 from dmtd_runtime.manifest import DTYPE_BYTES, GraphInfo
@@ -225,7 +227,10 @@ class GpuMemory:
 
 def open_memory(options: BackendOptions) -> OrtMemory:
     """The memory of the device that ``options`` name. BackendError where it is missing or unfit."""
-    return GpuMemory(CudaMemory(options.device_id)) if options.device == "cuda" else HostMemory()
+    if options.device == "cpu":
+        return HostMemory()
+    prepare(import_onnxruntime(), options.device_id)
+    return GpuMemory(CudaMemory(options.device_id))
 
 
 def small_tensors(graph: GraphInfo, sizes: Mapping[str, int]) -> list[tuple[str, list[int], str]]:

@@ -5,8 +5,6 @@ An absent execution provider makes ONNX Runtime fall back to the CPU without a w
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,50 +13,15 @@ from typing import Any
 import numpy as np
 
 from dmtd_runtime.backends.base import Array, BackendOptions, RunStats
+from dmtd_runtime.backends.cuda_provider import CUDA_PROVIDER, prepare
+from dmtd_runtime.backends.ort_library import import_onnxruntime
 from dmtd_runtime.backends.ort_memory import Block, Buffer, OrtMemory
 from dmtd_runtime.errors import BackendError, BundleError
 from dmtd_runtime.machine import default_threads
 from dmtd_runtime.manifest import GraphInfo
 
-INSTALL_HINT = 'install one of: pip install "dmtd[cpu]"   or, on a machine with an NVIDIA GPU: pip install "dmtd[gpu]"'
 ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
-CUDA_PROVIDER, CPU_PROVIDER = "CUDAExecutionProvider", "CPUExecutionProvider"
-
-
-def import_onnxruntime() -> Any:
-    """The onnxruntime module; BackendError with the pip line where it is missing or installed twice."""
-    present = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
-    if len(present) == 2:
-        raise BackendError(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; run: "
-            'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "dmtd[gpu]"   (or "dmtd[cpu]")'
-        )
-    # From 1.32 on ONNX Runtime collects facts about the machine unless this stands before its first import.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    try:
-        import onnxruntime
-    except ImportError as error:
-        if isinstance(error.__cause__, KeyboardInterrupt):  # Ctrl-C within the import, which its C++ side dresses up
-            raise KeyboardInterrupt from None
-        raise BackendError(f"ONNX Runtime cannot be imported ({error}); {INSTALL_HINT}") from None
-    return onnxruntime
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def check_cuda_provider(ort: Any) -> None:
-    """BackendError with the fix where this ONNX Runtime cannot use a GPU at all."""
-    if CUDA_PROVIDER not in ort.get_available_providers():
-        raise BackendError(
-            f"this ONNX Runtime has no {CUDA_PROVIDER}, only {', '.join(ort.get_available_providers())}; "
-            'run: pip uninstall -y onnxruntime && pip install "dmtd[gpu]"'
-        )
+CPU_PROVIDER = "CPUExecutionProvider"
 
 
 def provider_options(options: BackendOptions, *, stream: int | None, graphs: bool) -> dict[str, str]:
@@ -105,7 +68,7 @@ def open_session(
         settings.add_initializer(name, value)
     providers: list[Any] = [CPU_PROVIDER]
     if options.device == "cuda":
-        check_cuda_provider(ort)
+        prepare(ort, options.device_id)
         settings.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         providers = [(CUDA_PROVIDER, provider_options(options, stream=stream, graphs=graphs)), CPU_PROVIDER]
     try:
