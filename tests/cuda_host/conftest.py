@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-
 from cuda_host.cases import CASES, Case
 from cuda_host.trace import Opened, read_trace
 
@@ -59,9 +58,7 @@ def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def _run(bundle: Path, case: Case, trace: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
     command = [sys.executable, "-m", "cuda_host.drive", str(bundle), case.name]
     environment = {**os.environ, "STAND_IN_TRACE": str(trace)}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=CASE_SECONDS, check=False
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CASE_SECONDS, check=False)
     return trace, done
 
 
