@@ -91,6 +91,7 @@ def build(
     directory = pick(bundle, model, "BUNDLE")
     require("build", LIBRARIES, '"dmtd[export]"')
     from dmtd_export.build.run import BuildProgress, build_engines, preview
+    from dmtd_export.build.warm_up import compiles_here, warm_up_engines
     from dmtd_export.verify import FAILED, SKIPPED, engines_hook
 
     options = BuildOptions(
@@ -120,6 +121,12 @@ def build(
         )
         hook = engines_hook(on_stage=display.verified) if verify else None
         result = build_engines(directory, options, progress=progress, verify=hook)
+        cold = ""
+        if result.built and compiles_here(result.record):
+            display.stage("compiling kernels", 0)
+            cold = warm_up_engines(directory, result.directory, result.record)
+    if cold:
+        note(f"kernels are compiled when the engines first run, not now: {cold}")
     found = result.record.verification if result.built else {}
     if reason := found.get(SKIPPED):
         note(f"not verified: {reason}; where it can be done run: {_verify_command(directory, result.record)}")
