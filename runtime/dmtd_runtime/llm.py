@@ -5,7 +5,8 @@
         print(output.outputs[0].text)
 
 It may be called from several threads: what they ask for at the same time shares batches. It prints nothing, keeps no
-global state (but for the variables that keep ONNX Runtime's telemetry off and number GPUs as nvidia-smi does), and logs under ``dmtd``.
+global state (but for two variables: they keep ONNX Runtime's telemetry off and number GPUs as nvidia-smi does), and logs
+under ``dmtd``.
 """
 
 from __future__ import annotations
