@@ -27,7 +27,7 @@ from dmtd_runtime.cli.common import (
     pick,
     require,
 )
-from dmtd_runtime.engine_record import EngineRecord, Flavour
+from dmtd_runtime.engine_record import OLDEST_CAPABILITY, EngineRecord, Flavour
 
 if TYPE_CHECKING:
     from dmtd_export.build.run import BuildResult, Preview
@@ -55,7 +55,9 @@ def build(
     ] = _DEFAULT.fused,
     compute_capability: Annotated[
         str | None,
-        typer.Option(metavar="8.9", help="tensorrt-rtx: build for this kind of GPU only; by default for any it knows."),
+        typer.Option(
+            metavar="8.9", help="tensorrt-rtx: build for this kind of GPU only; by default for any from 8.0 on."
+        ),
     ] = _DEFAULT.compute_capability,
     max_batch: Annotated[
         int, typer.Option(help=f"Sequences at a time, 1 to {MAX_BATCH_LIMIT}.", rich_help_panel=_SIZES)
@@ -86,11 +88,12 @@ def build(
 ) -> None:
     """Build TensorRT engines from a bundle into BUNDLE/engines/.
 
-    TensorRT-RTX builds without a GPU, for any GPU it knows; TensorRT builds for the GPU of this machine.
+    TensorRT-RTX builds without a GPU, for any of 8.0 and later; TensorRT builds for the GPU of this machine.
     """
     directory = pick(bundle, model, "BUNDLE")
     require("build", LIBRARIES, '"dmtd[export]"')
     from dmtd_export.build.run import BuildProgress, build_engines, preview
+    from dmtd_export.build.warm_up import compiles_here, warm_up_engines
     from dmtd_export.verify import FAILED, SKIPPED, engines_hook
 
     options = BuildOptions(
@@ -120,6 +123,12 @@ def build(
         )
         hook = engines_hook(on_stage=display.verified) if verify else None
         result = build_engines(directory, options, progress=progress, verify=hook)
+        cold = ""
+        if result.built and compiles_here(result.record):
+            display.stage("compiling kernels", 0)
+            cold = warm_up_engines(directory, result.directory, result.record)
+    if cold:
+        note(f"kernels are compiled when the engines first run, not now: {cold}")
     found = result.record.verification if result.built else {}
     if reason := found.get(SKIPPED):
         note(f"not verified: {reason}; where it can be done run: {_verify_command(directory, result.record)}")
@@ -259,7 +268,11 @@ def _verify_command(bundle: Path, record: EngineRecord) -> str:
 def _gpu(flavour: Flavour, compute_capability: str) -> str:
     if flavour == "host":
         return "the CPU"
-    return "any GPU that the library knows" if compute_capability == "any" else f"GPU {compute_capability}"
+    return (
+        f"any GPU of compute capability {OLDEST_CAPABILITY} and later"
+        if compute_capability == "any"
+        else f"GPU {compute_capability}"
+    )
 
 
 def _sizes(max_batch: int, max_model_len: int, buckets: tuple[int, ...]) -> str:

@@ -96,12 +96,18 @@ def check_network(module: Any, network: Any, graph: EngineGraph, dtype: str) -> 
     )
 
 
-def allow_decomposition(module: Any, network: Any) -> None:
-    """Let attention without a fused kernel be built from others; by default the build would fail."""
-    for layer in _layers(network):
-        if layer.type == module.LayerType.ATTENTION_INPUT:
-            layer.__class__ = module.IAttentionInputLayer
-            layer.attention.decomposable = True
+def prepare_attention(module: Any, network: Any) -> None:
+    """What is changed in a network that was checked.
+
+    Attention without a fused kernel may be built from others; by default the build would fail. And it reads queries and keys
+    without the parser's products by 1: the builder does not take all of them away (seen in the size of late_decode's engine).
+    """
+    layers = list(_layers(network))
+    makers = _makers(layers)
+    for layer in _of_type(module, layers, "ATTENTION_INPUT", "IAttentionInputLayer"):
+        layer.attention.decomposable = True
+        for i in range(3):
+            layer.attention.set_input(i, _without_ones(module, makers, layer.attention.get_input(i)))
 
 
 def _layers(network: Any) -> Iterator[Any]:
@@ -166,7 +172,7 @@ def _check_attentions(module: Any, layers: list[Any], graph: EngineGraph, dtype:
 
 def _check_sources(module: Any, layers: list[Any], graph: EngineGraph) -> None:
     """Rule 8."""
-    makers = {layer.get_output(i).name: layer for layer in layers for i in range(layer.num_outputs)}
+    makers = _makers(layers)
     nodes = {node.name: node for node in _nodes(graph, "Attention")}
     for layer in _of_type(module, layers, "ATTENTION_INPUT", "IAttentionInputLayer"):
         attention = layer.attention
@@ -184,6 +190,11 @@ def _check_sources(module: Any, layers: list[Any], graph: EngineGraph) -> None:
                 maker = makers.get(maker.get_input(0).name)
             if what != "queries" and (maker is None or maker.type != module.LayerType.KV_CACHE_UPDATE):
                 _fail(attention.name, f"reads {what} of no KV update", "the updated cache or a slice of it")
+
+
+def _makers(layers: list[Any]) -> dict[str, Any]:
+    """The layer that makes each tensor, by the tensor's name."""
+    return {layer.get_output(i).name: layer for layer in layers for i in range(layer.num_outputs)}
 
 
 def _without_ones(module: Any, makers: Mapping[str, Any], tensor: Any) -> Any:

@@ -16,7 +16,7 @@ class BuildOptions:
     """Options of a build.
 
     ``max_model_len`` None: the bundle's, at most DEFAULT_MODEL_LEN. ``compute_capability`` is of the tensorrt-rtx flavour:
-    "8.9" for one kind of GPU, None for any that the library knows. ``timing_cache`` is of the tensorrt flavour.
+    "8.9" for one kind of GPU, None for any of 8.0 and later. ``timing_cache`` is of the tensorrt flavour.
     """
 
     flavour: Flavour | None = None  # None: what is installed

@@ -59,7 +59,7 @@ KINDS: dict[GraphName, tuple[PassKind, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What engines are for: library, and GPU as far as they are tied to one. ``supported``: what "any" stands for."""
+    """What engines are for: library, and GPU as far as they are tied to one. ``supported``: those that the library names."""
 
     flavour: Flavour
     version: str

@@ -197,7 +197,8 @@ def _bench_batch(
     with contextlib.ExitStack() as opened:
 
         def open_one(full_pass: FullPass | None) -> Backend:
-            backend = open_backend(directory, manifest, replace(backend_options, full_pass=full_pass))
+            wanted = replace(backend_options, full_pass=full_pass, warm_up=True)
+            backend = open_backend(directory, manifest, wanted)
             opened.callback(backend.close)
             return backend
 

@@ -43,7 +43,8 @@ profile that is ``whole`` takes the capacity in its place, see :meth:`ProfileInf
 ``scratch_bytes`` (once deserialised ``engine.device_memory_size_v2`` has the exact number: a library that compiles at load may
 choose otherwise), and the caches: :meth:`EngineRecord.device_bytes` adds them up for the refusal before allocating.
 
-**Loading.** TensorRT-RTX compiles an engine for the GPU when it is loaded; ``device/kernel_cache.py`` keeps what it compiled.
+**First runs.** TensorRT-RTX compiles kernels when a context first runs; ``device/kernel_cache.py`` keeps them, and
+``backends/warm_up.py`` lists the runs that bring them all about.
 
 The flavour ``host`` holds engine graphs as ONNX (``file`` ends in .onnx, weights beside it) for a runtime that executes them in
 ONNX Runtime on the CPU; everything else in the record is as for the others.

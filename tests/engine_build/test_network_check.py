@@ -13,7 +13,7 @@ from engine_support import load_engine_graph, rtx
 from onnx import helper
 
 from dmtd_export.build.engine_graph import EngineGraph
-from dmtd_export.build.network_check import NetworkFacts, check_attention_nodes, check_network
+from dmtd_export.build.network_check import NetworkFacts, check_attention_nodes, check_network, prepare_attention
 from dmtd_export.errors import ExportError
 from dmtd_runtime.manifest import TensorInfo
 
@@ -309,6 +309,21 @@ def test_what_attention_reads_is_scaled_by_nothing_but_1(
     with pytest.raises(ExportError, match=rf"self_attn/Attention: got reads {what} from .*times exactly 1"):
         check(graph, spoil=lambda trt, network: scale(trt, network, factor))
     assert check(graph, spoil=lambda trt, network: scale(trt, network, 1.0)).attentions == 1
+
+
+def test_products_by_1_are_taken_out_before_the_build(graph: EngineGraph, check: Callable[..., NetworkFacts]) -> None:
+    seen: list[list[str]] = []
+
+    def prepare(trt: Any, network: Any) -> None:
+        for _ in range(2):  # what is there no more is not missed
+            prepare_attention(trt, network)
+            layer = attention(trt, network)
+            assert layer.decomposable
+            seen.append([layer.get_input(i).name for i in range(3)])
+
+    check(graph, spoil=prepare)
+    query = next(node.input[0] for node in graph.model.graph.node if node.op_type == "Attention")
+    assert seen == [[query, "present.3.key/visible", "present.3.value/visible"]] * 2
 
 
 @pytest.mark.parametrize("operation", ["SUM", "DIV"])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from bundles import make_bundle, make_checkpoint
-from fake_cuda import FakeCuda, FakeRtx
+from fake_cuda import FakeCuda, FakeRtx, install_fakes
 from typer.testing import CliRunner, Result
 
 from dmtd_export.build.options import BuildOptions
@@ -22,7 +22,6 @@ from dmtd_export.export import export_bundle
 from dmtd_export.options import ExportOptions
 from dmtd_runtime import LLM, BackendError, BundleError, RequestError, SamplingParams
 from dmtd_runtime.backends.base import BackendOptions
-from dmtd_runtime.device.host import HostDevice
 from dmtd_runtime.engine_record import read_record
 
 HOST = ("--backend", "tensorrt", "--flavour", "host")
@@ -186,15 +185,7 @@ def test_a_bfloat16_bundle_is_refused_by_the_host_flavour(tmp_path: Path) -> Non
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    from types import SimpleNamespace
-
-    host = HostDevice()
-    cuda = FakeCuda(host)
-    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(__version__="13.5.0"))  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "tensorrt", None)  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", FakeRtx(host))  # type: ignore[arg-type]
-    return cuda
+    return install_fakes(monkeypatch)
 
 
 def as_rtx(bundle: Path, **changes: Any) -> None:

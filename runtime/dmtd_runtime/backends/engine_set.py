@@ -133,6 +133,20 @@ class EngineSet:
             self._contexts[key] = context
         return self._contexts[key]
 
+    def uncapturable(self, owner: Hashable) -> str | None:
+        """The file of an engine whose contexts of ``owner`` may not be captured; None where all may."""
+        for (graph, _, _, of), context in self._contexts.items():
+            if of == owner and not context.is_capturable():
+                return self.record.engine(graph).file
+        return None
+
+    def zero_buffers(self) -> None:
+        """Zero everything that runs write, as it was at first."""
+        constant = {*self._table_names(), contract.VISIBLE_ROWS}
+        for name, num_bytes in self._buffer_bytes().items():
+            if name not in constant:
+                self.device.zero(self._buffers[name], num_bytes)
+
     def move_rows(self, source: int, target: int, rows: int) -> None:
         """Copy the first ``rows`` rows of every cache from one slot over another's."""
         for name, info in self._cache_infos().items():

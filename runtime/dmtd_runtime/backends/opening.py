@@ -30,6 +30,17 @@ def open_backend(
         RequestError: an option out of range.
         BundleError: a file of the bundle is damaged.
     """
+    backend = _open(directory, manifest, options, engines)
+    if options.warm_up:
+        try:
+            backend.warm_up()
+        except BaseException:
+            backend.close()
+            raise
+    return backend
+
+
+def _open(directory: Path, manifest: Manifest, options: BackendOptions, engines: Path | None) -> Backend:
     if options.backend == "onnxruntime":
         from dmtd_runtime.backends.onnxruntime import OnnxRuntimeBackend
 

@@ -44,7 +44,11 @@ class EngineContext(Protocol):
         ...
 
     def enqueue(self) -> None:
-        """Run once, behind everything that was enqueued before."""
+        """Run once, behind everything that was enqueued before. The first time it may compile kernels, and block."""
+        ...
+
+    def is_capturable(self) -> bool:
+        """Whether it may run in a capture; to be asked before the capture begins."""
         ...
 
 
