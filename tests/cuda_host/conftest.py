@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-
 from cuda_host.cases import CASES, Case
 from cuda_host.trace import Opened, read_trace
 
@@ -49,7 +48,8 @@ def case(request: pytest.FixtureRequest) -> Case:
 def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Every case that a test of this run asks for, started or about to be."""
     root = tmp_path_factory.mktemp("cuda_host")
-    wanted = dict.fromkeys(item.callspec.params["case"] for item in request.session.items if hasattr(item, "callspec"))
+    params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    wanted = dict.fromkeys(each["case"] for each in params if "case" in each)
     bundles = {case: case.model.export(root / case.model_name) for case in wanted}
     with ThreadPoolExecutor(PROCESSES) as pool:
         yield {case: pool.submit(_run, bundles[case], case, root / f"{case.name}.tsv") for case in wanted}
@@ -59,9 +59,7 @@ def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def _run(bundle: Path, case: Case, trace: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
     command = [sys.executable, "-m", "cuda_host.drive", str(bundle), case.name]
     environment = {**os.environ, "STAND_IN_TRACE": str(trace)}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=CASE_SECONDS, check=False
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CASE_SECONDS, check=False)
     return trace, done
 
 

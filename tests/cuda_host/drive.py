@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from cuda.bindings import runtime as cuda
+from cuda_host.cases import CASES, MAX_TOKENS, PROMPT_LENS, WARM_UPS, Case
 
 import dmtd_runtime.llm
-from cuda_host.cases import CASES, MAX_TOKENS, PROMPT_LENS, WARM_UPS, Case
 from dmtd_runtime import LLM, SamplingParams
 from dmtd_runtime.backends.base import SlotStep
 

@@ -9,7 +9,6 @@ import subprocess
 from collections.abc import Iterable
 
 import pytest
-
 from cuda_host.cases import Case
 from cuda_host.trace import ALLOCATIONS, Opened, listed
 
@@ -98,6 +97,6 @@ def test_memory_is_that_of_bundle_and_caches(ran: Ran, case: Case) -> None:
         pytest.skip("too small a bundle: what a session needs in any case outweighs it")
     for opened in ran[0]:
         needed = opened.kv_bytes + opened.weight_bytes
-        assert 0 < needed and opened.peak_bytes <= MOST_MEMORY * needed, (
+        assert needed > 0 and opened.peak_bytes <= MOST_MEMORY * needed, (
             f"{opened.name}: {opened.peak_bytes / 1e6:.1f} MB allocated, {needed / 1e6:.1f} MB needed"
         )

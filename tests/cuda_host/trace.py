@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchCooperativeKernel", "cudaLaunchKernelExC", "cudaMemsetAsync")
-BLOCKING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cudaMemcpyFromSymbol")
+BLOCKING = (
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+    "cudaMemcpy",
+    "cudaMemcpyFromSymbol",
+)
 ALLOCATIONS = ("cudaMalloc", "cudaHostAlloc", "cudaMallocHost")
 RELEASES = ("cudaFree", "cudaFreeHost")
 # Of cuBLAS: the type float32, its own arithmetic for it, TF32's, and the handle's mode that turns one into the other.
