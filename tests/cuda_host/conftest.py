@@ -48,7 +48,8 @@ def case(request: pytest.FixtureRequest) -> Case:
 def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Every case that a test of this run asks for, started or about to be."""
     root = tmp_path_factory.mktemp("cuda_host")
-    wanted = dict.fromkeys(item.callspec.params["case"] for item in request.session.items if hasattr(item, "callspec"))
+    params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    wanted = dict.fromkeys(each["case"] for each in params if "case" in each)
     bundles = {case: case.model.export(root / case.model_name) for case in wanted}
     with ThreadPoolExecutor(PROCESSES) as pool:
         yield {case: pool.submit(_run, bundles[case], case, root / f"{case.name}.tsv") for case in wanted}
