@@ -1,4 +1,4 @@
-"""tools/gpu_check, rehearsed on the host device: every step from checkpoint to report, and going on where it stopped."""
+"""tools/gpu_check, rehearsed without a GPU: every step from checkpoint to report, and going on where it stopped."""
 
 from __future__ import annotations
 
@@ -19,16 +19,23 @@ def test_the_rehearsal_goes_all_the_way_and_resumes(repo_root: Path, tmp_path: P
     done = rehearse(repo_root, tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    keys = [f"tiny-float32-tau3-d2/host/batch{batch}/context16" for batch in (1, 2)]
-    assert list(results["cells"]) == keys
-    for cell in results["cells"].values():
-        assert cell["plain_tok_per_s"] > 0
-        assert cell["cycle_ms"] > 0
-    assert results["verification"]["tiny-float32-tau3-d2/host"]["ok"] is True
-    assert done.stdout.count("| tiny-float32-tau3-d2/host") == 3
+    steps = results["steps"]
+    assert results["skipped"] == {}
+    assert [name.split()[0] for name in steps] == [
+        *("tokens", "tokens", "verify", "verify", "verify", *["bench"] * 11),
+        *("library", "build", "verify", "bench", "bench"),
+    ]
+    for name, step in steps.items():
+        assert step["error"] is None, name
+        assert step["found"]["ok"] is True, name
+        if name.startswith("bench"):
+            assert step["found"]["plain_tok_per_s"] > 0, name
+    assert {run["choice"] for run in steps["tokens tiny float32 batch 4"]["found"]["runs"]} == {"greedy", "sampled"}
+    assert steps["bench tiny float32 host batch 1 context 16"]["found"]["cycle_ms"] > 0
     assert "the figures say nothing about a GPU" in done.stdout
-    before = results["cells"].pop(keys[1])
+    removed = "bench tiny-ring float32 batch 2 context 16"
+    before = steps.pop(removed)
     (tmp_path / "results.json").write_text(json.dumps(results))
     again = rehearse(repo_root, tmp_path)
-    assert again.stderr.strip() == f"{keys[1]} ..."  # nothing is measured twice
-    assert json.loads((tmp_path / "results.json").read_text())["cells"][keys[1]].keys() == before.keys()
+    assert again.stderr.strip() == f"{removed} ..."  # nothing is done twice
+    assert json.loads((tmp_path / "results.json").read_text())["steps"][removed].keys() == before.keys()

@@ -17,12 +17,12 @@ import numpy as np
 from dmtd_runtime import contract
 from dmtd_runtime.contract import GraphName
 from dmtd_runtime.device.base import Address, Array, Device, Engine, EngineContext, EngineTensor, check_room
+from dmtd_runtime.device.uploading import Uploader
 from dmtd_runtime.engine_record import EngineFile, EngineRecord, FullPass, PassKind, ProfileInfo
 from dmtd_runtime.errors import BackendError, BundleError
 from dmtd_runtime.manifest import DTYPE_BYTES, Manifest, TensorInfo
 
 TABLES = (contract.LOGIT_BIAS, contract.END_IDS, contract.PROMPT_SEEN, contract.OUTPUT_COUNTS)
-UPLOAD_BYTES = 16 << 20
 
 
 class EngineSet:
@@ -60,7 +60,7 @@ class EngineSet:
                     f"export the bundle again, then build its engines with: {self._rebuild}"
                 )
         check_room(device, self._needed_bytes(), _HINT)
-        self._staging = [device.alloc_host(UPLOAD_BYTES) for _ in range(2)]
+        self._uploader = Uploader(device)
         self._engines: dict[GraphName, Engine] = {}
         for engine in self._files:
             self._engines[engine.graph] = device.load_engine(directory / engine.file)
@@ -73,7 +73,7 @@ class EngineSet:
             device.zero(self._buffers[name], num_bytes)
         self._upload_weights(bundle)
         self._upload_visible_rows()
-        del self._staging
+        del self._uploader
 
     @property
     def vocab_size(self) -> int:
@@ -228,21 +228,10 @@ class EngineSet:
         for name in sorted(self._table_names()):
             info = self._manifest.weights[name]
             data = np.memmap(bundle / contract.WEIGHTS_FILE, np.uint8, "r", offset=info.offset, shape=(info.length,))
-            self._upload(self._buffers[name], data)
+            self._uploader.upload(self._buffers[name], data)
 
     def _upload_visible_rows(self) -> None:
-        self._upload(self._buffers[contract.VISIBLE_ROWS], np.arange(self.record.capacity).view(np.uint8))
-
-    def _upload(self, target: Address, data: Array) -> None:
-        """Bytes of any size through two page-locked buffers: one is filled while the other is read."""
-        marks = [self.device.mark()] * 2
-        for number, first in enumerate(range(0, len(data), UPLOAD_BYTES)):
-            part, staging = data[first : first + UPLOAD_BYTES], self._staging[number % 2]
-            self.device.wait(marks[number % 2])
-            staging[: len(part)] = part
-            self.device.upload(Address(target + first), staging[: len(part)])
-            marks[number % 2] = self.device.mark()
-        self.device.wait(self.device.mark())
+        self._uploader.upload(self._buffers[contract.VISIBLE_ROWS], np.arange(self.record.capacity).view(np.uint8))
 
 
 _HINT = "lower --max-batch or --max-model-len (dmtd build takes them too), or free the device"

@@ -142,7 +142,9 @@ class OnnxRuntimeBackend(StepwiseBackend):
         return True
 
     def warm_up(self) -> None:
-        """Run every common shape once: a GPU builds plans and captures graphs at their first use."""
+        """Run every common shape once: a GPU builds plans and captures graphs at their first use. The host does neither."""
+        if self._host_cache is not None:
+            return
         tau = self._manifest.cycle.cycle_length
         for steps in warm_up_steps(tau, self.slots, self.max_rows):
             for s in steps:
@@ -150,6 +152,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
             self.run(steps, greedy=True)
         for slot in range(self.slots):
             self.reset(slot, clear=True)
+        self.stats = RunStats()
 
     def close(self) -> None:
         for owned in (self._bindings, self._choosers, self._outputs, self._caches, self._sessions):
@@ -189,6 +192,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         if self._captures:
             self._captures = captures_agree(self._trial, self._manifest.cycle.cycle_length, self.capacity)
             self.reset(0, clear=True)
+            self.stats = RunStats()
             if not self._captures:
                 logger.warning("captured graphs give other numbers on this GPU: steps run without them")
 
