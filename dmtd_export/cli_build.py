@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dmtd_export.build.options import DEFAULT_MODEL_LEN, BuildOptions
+from dmtd_export.build.options import BuildOptions
 from dmtd_export.cli_export import LIBRARIES
 from dmtd_export.cli_progress import StageDisplay
 from dmtd_export.options import MAX_BATCH_LIMIT
+from dmtd_runtime import contract
 from dmtd_runtime.cli.common import (
     EXIT_ERROR,
     BundleArgument,
@@ -65,7 +66,7 @@ def build(
     max_model_len: Annotated[
         int | None,
         typer.Option(
-            help=f"Prompt and answer together; by default the bundle's limit, at most {DEFAULT_MODEL_LEN}.",
+            help=f"Prompt and answer together; by default the bundle's limit, at most {contract.DEVICE_MODEL_LEN}.",
             rich_help_panel=_SIZES,
         ),
     ] = _DEFAULT.max_model_len,

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dmtd_runtime import contract
 from dmtd_runtime.backends.base import Backend, BackendOptions, FullPass
 from dmtd_runtime.backends.opening import open_backend
 from dmtd_runtime.bench_run import RunRecord, private_bytes, run_once
@@ -172,7 +173,13 @@ def check_options(options: BenchOptions, manifest: Manifest, backend_options: Ba
     cycle = manifest.cycle.cycle_length
     if options.max_tokens < cycle + 2:
         raise RequestError(f"--max-tokens: got {options.max_tokens}, expected at least {cycle + 2}, a cycle and a head")
-    limit = backend_options.max_model_len or manifest.model.max_model_len
+    limit = backend_options.model_len(manifest.model.max_model_len)
+    standard = (backend_options.dialect or manifest.default_dialect) == contract.STANDARD
+    if backend_options.backend == "onnxruntime" and backend_options.device == "cuda" and standard:
+        raise RequestError(
+            "--device cuda with the standard dialect: its attention copies whole caches for every head in each step, which "
+            "hides what DMTD saves; measure a bundle with the onnxruntime dialect (dmtd export --dtype bfloat16)"
+        )
     if options.prompt_len + options.max_tokens > limit:
         raise RequestError(
             f"--prompt-len {options.prompt_len} and --max-tokens {options.max_tokens} make "

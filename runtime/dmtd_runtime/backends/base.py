@@ -38,12 +38,16 @@ class BackendOptions:
     dialect: Literal["standard", "onnxruntime"] | None = None  # None: onnxruntime where the bundle has it
     full_pass: FullPass | None = None  # None: fused where the split has encoding layers (and engines were built for it)
     max_batch: int = 1
-    max_model_len: int | None = None  # None: the bundle's
+    max_model_len: int | None = None  # None: see model_len; of engines, what they were built for
     choose_on_device: bool | None = None  # arg-max by the bundle's choose_token graph; None: on a GPU only
     cuda_graphs: bool = True  # TensorRT: replay every cycle as one captured graph
     warm_up: bool = False  # opening runs every shape that generation can meet once, so that no sequence waits for it
     threads: int | None = None  # None: one for each core this process may use
     prepack: bool = True  # False: weights stay in the page cache, slower; for models that hardly fit into memory
+
+    def model_len(self, limit: int) -> int:
+        """Tokens of a sequence of a bundle that takes ``limit``: all, but on a GPU, which commits its caches whole, 4096."""
+        return self.max_model_len or (limit if self.device == "cpu" else min(limit, contract.DEVICE_MODEL_LEN))
 
     def __post_init__(self) -> None:
         allowed: dict[str, tuple[str | None, ...]] = {

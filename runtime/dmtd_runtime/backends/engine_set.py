@@ -16,7 +16,7 @@ import numpy as np
 
 from dmtd_runtime import contract
 from dmtd_runtime.contract import GraphName
-from dmtd_runtime.device.base import Address, Array, Device, Engine, EngineContext, EngineTensor, check_room
+from dmtd_runtime.device.base import Address, Device, Engine, EngineContext, EngineTensor, check_room
 from dmtd_runtime.device.uploading import Uploader
 from dmtd_runtime.engine_record import EngineFile, EngineRecord, FullPass, PassKind, ProfileInfo
 from dmtd_runtime.errors import BackendError, BundleError

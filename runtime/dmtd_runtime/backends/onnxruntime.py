@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,15 +28,16 @@ from dmtd_runtime.backends.ort_memory import (
     small_tensors,
 )
 from dmtd_runtime.backends.ort_session import Binding, open_session
+from dmtd_runtime.backends.ort_sizes import OrtSizes
 from dmtd_runtime.backends.ort_trial import captures_agree, warm_up_steps
-from dmtd_runtime.backends.ort_weights import upload_weights, weight_bytes
+from dmtd_runtime.backends.ort_weights import upload_weights
 from dmtd_runtime.backends.packed import PackedLayout
 from dmtd_runtime.backends.rectangular import RectangularLayout
 from dmtd_runtime.device.base import check_room
 from dmtd_runtime.engine_record import default_full_pass
 from dmtd_runtime.errors import BackendError, RequestError
-from dmtd_runtime.kv_cache import HostKvCache, kv_bytes
-from dmtd_runtime.manifest import DTYPE_BYTES, Manifest
+from dmtd_runtime.kv_cache import HostKvCache
+from dmtd_runtime.manifest import Manifest
 
 logger = logging.getLogger("dmtd.onnxruntime")
 
@@ -109,6 +109,13 @@ class OnnxRuntimeBackend(StepwiseBackend):
         }
         if self.chooses_tokens or on_gpu:
             self._graphs[contract.CHOOSE_TOKEN] = manifest.graph(contract.CHOOSE_TOKEN, contract.STANDARD)
+        self._sizes = OrtSizes(
+            manifest=manifest,
+            graphs=tuple(self._graphs.values()),
+            slots=len(self._fed),
+            capacity=self.capacity,
+            packed=packed,
+        )
         self._sessions: dict[contract.GraphName, Any] = {}
         self._weights: Mapping[str, Any] = {}
         self._memory = self._open_memory()
@@ -167,7 +174,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         memory = open_memory(self._options)
         try:
             if isinstance(memory, GpuMemory):
-                check_room(memory.cuda, self._needed_bytes(), ROOM_HINT)
+                check_room(memory.cuda, self._sizes.needed_bytes(), ROOM_HINT)
         except BaseException:
             memory.close()
             raise
@@ -176,12 +183,13 @@ class OnnxRuntimeBackend(StepwiseBackend):
     def _open(self, directory: Path) -> None:
         """Allocate what stays where it is, and open the sessions: on a GPU over one copy of the weights."""
         for graph in self._graphs.values():
-            self._memory.reserve(graph.name, small_tensors(graph, self._largest_sizes()))
-        for name, shape in self._output_shapes().items():
+            self._memory.reserve(graph.name, small_tensors(graph, self._sizes.symbols))
+        for name, shape in self._sizes.outputs.items():
             dtype = self._manifest.model.dtype if name == contract.THOUGHT else "float32"
             self._outputs[name] = self._memory.zeros(shape, dtype, name)
         names = list(self._graphs)
         if isinstance(self._memory, GpuMemory):
+            self._sizes.warn_of_copies()
             self._make_caches()
             names.remove(contract.CHOOSE_TOKEN)
             chooser = self._session(directory, contract.CHOOSE_TOKEN)
@@ -308,36 +316,6 @@ class OnnxRuntimeBackend(StepwiseBackend):
                     else host_buffer(self._host_cache.buffer(layer, kind))
                 )
 
-    def _output_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The largest shapes of thought and logits."""
-        model = self._manifest.model
-        rows = self._largest_sizes()
-        thoughts = rows["batch"] if isinstance(self._layout, PackedLayout) else rows["batch"] * rows["late_len"]
-        return {
-            contract.THOUGHT: (max(thoughts, rows["late_len"]), model.hidden_size),
-            contract.LOGITS: (self.slots, model.vocab_size),
-        }
-
-    def _largest_sizes(self) -> dict[str, int]:
-        """Symbolic dimensions at their largest."""
-        slots, rows = len(self._fed), max(self.max_rows, self._manifest.cycle.cycle_length)
-        sizes = {"batch": slots, "late_len": rows, "window_len": rows, "num_logits": slots}
-        if isinstance(self._layout, PackedLayout):
-            sizes["window_len"] = max(rows, slots * self._manifest.cycle.cycle_length) + 1
-            sizes |= {contract.slot_len(slot): rows for slot in range(slots)}
-        return sizes
-
-    def _needed_bytes(self) -> dict[str, int]:
-        """What the device must have free, in the words of the refusal."""
-        model, shapes = self._manifest.model, self._output_shapes()
-        graphs = list(self._graphs.values())
-        return {
-            "weights": weight_bytes(self._manifest, graphs),
-            f"caches of {len(self._fed)} x {self.capacity} rows": kv_bytes(model, len(self._fed) * self.capacity),
-            "activations": math.prod(shapes[contract.LOGITS]) * DTYPE_BYTES["float32"]
-            + _activation_bytes(self._manifest, self.max_rows),
-        }
-
 
 def _graph_slots(manifest: Manifest, options: BackendOptions) -> int:
     """Slots of the packed graphs to load: the fewest that hold ``max_batch`` sequences."""
@@ -353,19 +331,10 @@ def _graph_slots(manifest: Manifest, options: BackendOptions) -> int:
 
 
 def _max_model_len(manifest: Manifest, options: BackendOptions) -> int:
-    """Tokens of a sequence: what was asked for, else the bundle's; on a GPU, which commits all of it at once, a usual length."""
     limit = manifest.model.max_model_len
     if options.max_model_len is not None and not 1 <= options.max_model_len <= limit:
         raise RequestError(f"max_model_len: got {options.max_model_len}, expected 1 to {limit}, the bundle's limit")
-    default = limit if options.device == "cpu" else min(limit, contract.DEVICE_MODEL_LEN)
-    return options.max_model_len or default
-
-
-def _activation_bytes(manifest: Manifest, rows: int) -> int:
-    """What ONNX Runtime's arena holds at most, roughly: the MLP's products and attention's of the longest window."""
-    model = manifest.model
-    widest = 3 * model.intermediate_size + 4 * model.hidden_size + 4 * model.num_heads * model.head_dim
-    return 2 * rows * widest * DTYPE_BYTES["float32"]
+    return options.model_len(limit)
 
 
 def _check_dtype(manifest: Manifest, options: BackendOptions) -> None:
