@@ -25,12 +25,12 @@ def expect_none(things: Iterable[object], limit: int = 8) -> None:
         pytest.fail(f"{len(things)} of these:{listed(things, limit)}", pytrace=False)
 
 
-def test_it_runs(ran: Ran) -> None:
+def test_it_runs(ran: Ran, case: Case) -> None:
     opened, done = ran
     assert done.returncode == 0, f"ended with {done.returncode}: {done.stderr[-2000:]}"
     failures = [f"{o.name}: {o.failure}" for o in opened if o.failure]
     expect_none(failures)
-    assert len(opened) == 4, f"opened {len(opened)} times, expected 4"
+    assert len(opened) == len(case.modes), f"opened {len(opened)} times, expected {len(case.modes)}"
     for o in opened:
         kinds = {"prefill", "full"} if o.plain else {"prefill", "full", "late"}
         assert {step.kind for step in o.warm_steps()} == kinds, o.name
