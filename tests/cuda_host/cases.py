@@ -6,6 +6,7 @@ Kernels do nothing, so the tokens mean nothing: the harness feeds token 0 wherev
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,8 @@ MAX_BATCH = 4
 PROMPT_LENS = (3, 40, 1, 17, 9, 5)
 MAX_TOKENS = (9, 4, 12, 6, 7, 10)
 EXTRA_PROMPTS = 2
-WARM_UPS = 3  # a shape's first run allocates, its second may be captured, its third is what all later ones are
+# The first run of a shape allocates piece by piece, the second what ONNX Runtime has learnt from it; then it is warm.
+WARM_UPS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +67,11 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.model_name}-{self.dialect}-{self.full_pass}-{self.slots}"
+
+    @property
+    def modes(self) -> tuple[tuple[bool, bool], ...]:
+        """How the bundle is opened in turn: (cuda_graphs, plain)."""
+        return ((True, False), (False, False)) if self.judges_memory else tuple(product((True, False), (False, True)))
 
     @property
     def num_prompts(self) -> int:

@@ -82,14 +82,13 @@ def _row(name: str, opened: Opened) -> list[str | int | float]:
         return median(counts) if counts else "-"
 
     count = [call.name for call in opened.calls if not call.error]
-    needed = opened.kv_bytes + opened.weight_bytes
     return [
         f"{name}, {opened.name}",
         launches("late"),
         launches("full"),
         launches("prefill"),
         max((len(step.waits) for step in opened.warm_steps("late", "full")), default="-"),
-        round(opened.peak_bytes / needed, 2) if needed else "-",
+        round(opened.peak_bytes / opened.needed_bytes, 2) if opened.needed_bytes else "-",
         count.count("cudaStreamEndCapture"),
         count.count("cudaGraphLaunch"),
     ]

@@ -55,7 +55,7 @@ def main(options: list[str]) -> int:
             "OMP_NUM_THREADS": "1",
             "DMTD_CUDA_HOST": reports,
         }
-        selection = ("-m", "cuda_host", "-o", "testpaths=tests/cuda_host", "--timeout", "300")
+        selection = ("-m", "cuda_host", "-o", "testpaths=tests/cuda_host", "--timeout", "300", "--tb", "short")
         return subprocess.run([python, "-m", "pytest", *selection, *options], cwd=ROOT, env=environment).returncode
 
 

@@ -119,6 +119,10 @@ class Opened:
     def name(self) -> str:
         return f"{'graphs' if self.cuda_graphs else 'no graphs'}, {'plain' if self.plain else 'DMTD'}"
 
+    @property
+    def needed_bytes(self) -> int:
+        return self.kv_bytes + self.weight_bytes
+
     def warm_steps(self, *kinds: str) -> Iterator[Step]:
         return (step for step in self.steps if step.warm and (not kinds or step.kind in kinds))
 
