@@ -84,6 +84,13 @@ def build(
             help="Verify on this machine's device, if it has one, before the engines take their place.",
         ),
     ] = True,
+    warm_up: Annotated[
+        bool,
+        typer.Option(
+            "--warm-up/--no-warm-up",
+            help="tensorrt-rtx: compile the kernels of every shape at the end, where this machine's GPU can run the engines.",
+        ),
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built, and what it takes.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -125,7 +132,7 @@ def build(
         hook = engines_hook(on_stage=display.verified) if verify else None
         result = build_engines(directory, options, progress=progress, verify=hook)
         cold = ""
-        if result.built and compiles_here(result.record):
+        if warm_up and result.built and compiles_here(result.record):
             display.stage("compiling kernels", 0)
             cold = warm_up_engines(directory, result.directory, result.record)
     if cold:

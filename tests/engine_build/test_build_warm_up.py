@@ -94,3 +94,5 @@ def test_a_build_ends_with_it_once(
     assert calls == [(bundle, Path(json.loads(first.stdout)["directory"]), 1)]
     assert "kernels are compiled when the engines first run, not now: no room" in first.stderr
     assert "kernels" not in again.stderr
+    done = CliRunner().invoke(app, [*command, "--force", "--no-warm-up"], prog_name="dmtd")
+    assert done.exit_code == 0 and len(calls) == 1

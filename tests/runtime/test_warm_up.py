@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -168,19 +169,21 @@ def test_a_device_that_fails_while_it_warms_up_is_closed(
     assert not devices[-1]._blocks
 
 
-def test_no_first_run_falls_into_what_the_benchmark_times(
-    bundle: Path, devices: list[HostDevice], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_once, stalls = bench.run_once, list[float]()
+def test_no_first_run_falls_into_what_the_benchmark_times(bundle: Path, devices: list[HostDevice]) -> None:
+    """Even where no warm-up was asked for."""
+    seen: list[tuple[str, float]] = []
 
-    def timed(*arguments: Any) -> Any:
-        before = sum(device.stalled_s for device in devices)
-        record = run_once(*arguments)
-        stalls.append(sum(device.stalled_s for device in devices) - before)
-        return record
+    def on_run(label: str, done: int, total: int) -> None:
+        assert (done, total) == (len(seen), 8)
+        seen.append((label, sum(device.stalled_s for device in devices)))
 
-    monkeypatch.setattr(bench, "run_once", timed)
     options = bench.BenchOptions(batches=(1, 2), prompt_len=5, max_tokens=20, repeats=1, warmup=0)
-    bench.run_bench(bundle, open_bundle(bundle), options, BackendOptions(backend="tensorrt", flavour="host"))
-    assert stalls == [0.0] * 4
-    assert all(device.stalled_s > 0 for device in devices)
+    backend = BackendOptions(backend="tensorrt", flavour="host")
+    report = bench.run_bench(bundle, open_bundle(bundle), options, backend, on_run=on_run)
+    seen.append(("the end", sum(device.stalled_s for device in devices)))
+    spent = {label: later - before for (label, before), (_, later) in itertools.pairwise(seen)}
+    assert {label for label, stalled in spent.items() if stalled} == {
+        f"batch {batch}, {mode}, warm-up" for batch in (1, 2) for mode in ("plain", "dmtd")
+    }
+    assert len(spent) == 8
+    assert report.conditions["warmup"] == 1
