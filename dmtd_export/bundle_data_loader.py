@@ -50,9 +50,10 @@ def _manifest() -> dict[str, Any]:
 def feed(manifest: dict[str, Any], graph: dict[str, Any], seed: int = 0) -> dict[str, Any]:
     """One valid feed of ``graph``: a window of ROWS over COMMITTED rows, the last row goes to the late layers.
 
-    A graph for several slots serves slot 0; every other slot gets one padding row of its own.
+    A graph for several slots serves slot 0; the attention nodes of the others share one row that belongs to nobody.
     """
     rows = 1 if graph["name"] == "late_decode" else ROWS
+    slots = graph["slots"]
     sizes = {
         "batch": 1,
         "window_len": rows,
@@ -61,18 +62,20 @@ def feed(manifest: dict[str, Any], graph: dict[str, Any], seed: int = 0) -> dict
         "capacity": CAPACITY,
         "visible_len": CAPACITY,
     }
-    return {item["name"]: _value(item, manifest, sizes, rows, graph["slots"], seed) for item in graph["inputs"]}
+    if slots > 1:
+        sizes["window_len"] = rows + 1
+        sizes |= {f"slot_len.{slot}": rows if slot == 0 else 1 for slot in range(slots)}
+    return {item["name"]: _value(item, manifest, sizes, rows, seed) for item in graph["inputs"]}
 
 
-def _value(
-    item: dict[str, Any], manifest: dict[str, Any], sizes: dict[str, int], rows: int, slots: int, seed: int
-) -> Any:
+def _value(item: dict[str, Any], manifest: dict[str, Any], sizes: dict[str, int], rows: int, seed: int) -> Any:
     name = "embedding_table" if item["name"] == "lm_head_table" else item["name"]  # one tensor
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     dims = [sizes.get(dim, dim) for dim in item["dims"]]
     group_rows = 1 if name.startswith("late_") else rows
     stop = COMMITTED + rows
     used = np.arange(max(dims[0], 1)) == 0  # of several slots the first one
+    idle = name.rpartition(".")[2] not in ("0", name)  # an input of another slot
     if name == "input_ids":
         return rng.integers(0, manifest["model"]["vocab_size"], dims)
     if name == "visible_rows":
@@ -83,12 +86,12 @@ def _value(
         return np.full(dims, stop - group_rows)
     if name.endswith("_seqlens_k"):
         return np.where(used, stop - 1, 0).astype(np.int32)
-    if name.endswith("_total_sequence_length"):
-        return np.where(used, stop, 1).astype(np.int32)
-    if name.endswith("_slot_rows"):
-        return np.where(used, group_rows, 1)
-    if name.endswith("_pad_rows"):
-        return np.array([slots - 1])
+    if "_total_sequence_length" in name:
+        return np.full(dims, 1 if idle else stop, np.int32)
+    if name.startswith("thinking_slot_rows"):
+        return np.full(dims, rows) if idle else np.arange(rows)
+    if name == "thinking_kept_rows":
+        return np.arange(dims[0])
     if name == "late_rows":
         return np.full(dims, rows - 1)
     if name == "logit_rows":

@@ -179,9 +179,10 @@ def _is_finite(w: GraphWriter, x: str, path: str) -> str:
 def _write_is_finite(w: GraphWriter, logits: str, rows: list[int | str], path: str) -> None:
     wrong = w.op("Not", [_is_finite(w, logits, f"{path}/finite")], f"{path}/finite")
     number = w.op("Cast", [wrong], f"{path}/finite", attrs={"to": ONNX_DTYPES["float32"]})
-    any_wrong = w.op("ReduceMax", [number, w.constant([-1], "int64")], f"{path}/finite", attrs={"keepdims": 0})
+    # A sum and not ReduceMax, for which ONNX Runtime loads cuDNN.
+    num_wrong = w.op("ReduceSum", [number, w.constant([-1], "int64")], f"{path}/finite", attrs={"keepdims": 0})
     output = w.output(contract.IS_FINITE, rows, "bool")
-    w.op("Less", [any_wrong, w.constant(0.5, "float32")], f"{path}/is_finite", output=output)
+    w.op("Less", [num_wrong, w.constant(0.5, "float32")], f"{path}/is_finite", output=output)
 
 
 def _within_vocabulary(w: GraphWriter, ids: str, vocab_size: int, path: str, output: str) -> None:

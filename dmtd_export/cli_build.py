@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dmtd_export.build.options import DEFAULT_MODEL_LEN, BuildOptions
+from dmtd_export.build.options import BuildOptions
 from dmtd_export.cli_export import LIBRARIES
 from dmtd_export.cli_progress import StageDisplay
 from dmtd_export.options import MAX_BATCH_LIMIT
+from dmtd_runtime import contract
 from dmtd_runtime.cli.common import (
     EXIT_ERROR,
     BundleArgument,
@@ -27,7 +28,7 @@ from dmtd_runtime.cli.common import (
     pick,
     require,
 )
-from dmtd_runtime.engine_record import EngineRecord, Flavour
+from dmtd_runtime.engine_record import OLDEST_CAPABILITY, EngineRecord, Flavour
 
 if TYPE_CHECKING:
     from dmtd_export.build.run import BuildResult, Preview
@@ -55,7 +56,9 @@ def build(
     ] = _DEFAULT.fused,
     compute_capability: Annotated[
         str | None,
-        typer.Option(metavar="8.9", help="tensorrt-rtx: build for this kind of GPU only; by default for any it knows."),
+        typer.Option(
+            metavar="8.9", help="tensorrt-rtx: build for this kind of GPU only; by default for any from 8.0 on."
+        ),
     ] = _DEFAULT.compute_capability,
     max_batch: Annotated[
         int, typer.Option(help=f"Sequences at a time, 1 to {MAX_BATCH_LIMIT}.", rich_help_panel=_SIZES)
@@ -63,7 +66,7 @@ def build(
     max_model_len: Annotated[
         int | None,
         typer.Option(
-            help=f"Prompt and answer together; by default the bundle's limit, at most {DEFAULT_MODEL_LEN}.",
+            help=f"Prompt and answer together; by default the bundle's limit, at most {contract.DEVICE_MODEL_LEN}.",
             rich_help_panel=_SIZES,
         ),
     ] = _DEFAULT.max_model_len,
@@ -81,16 +84,24 @@ def build(
             help="Verify on this machine's device, if it has one, before the engines take their place.",
         ),
     ] = True,
+    warm_up: Annotated[
+        bool,
+        typer.Option(
+            "--warm-up/--no-warm-up",
+            help="tensorrt-rtx: compile the kernels of every shape at the end, where this machine's GPU can run the engines.",
+        ),
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built, and what it takes.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Build TensorRT engines from a bundle into BUNDLE/engines/.
 
-    TensorRT-RTX builds without a GPU, for any GPU it knows; TensorRT builds for the GPU of this machine.
+    TensorRT-RTX builds without a GPU, for any of 8.0 and later; TensorRT builds for the GPU of this machine.
     """
     directory = pick(bundle, model, "BUNDLE")
     require("build", LIBRARIES, '"dmtd[export]"')
     from dmtd_export.build.run import BuildProgress, build_engines, preview
+    from dmtd_export.build.warm_up import compiles_here, warm_up_engines
     from dmtd_export.verify import FAILED, SKIPPED, engines_hook
 
     options = BuildOptions(
@@ -120,6 +131,12 @@ def build(
         )
         hook = engines_hook(on_stage=display.verified) if verify else None
         result = build_engines(directory, options, progress=progress, verify=hook)
+        cold = ""
+        if warm_up and result.built and compiles_here(result.record):
+            display.stage("compiling kernels", 0)
+            cold = warm_up_engines(directory, result.directory, result.record)
+    if cold:
+        note(f"kernels are compiled when the engines first run, not now: {cold}")
     found = result.record.verification if result.built else {}
     if reason := found.get(SKIPPED):
         note(f"not verified: {reason}; where it can be done run: {_verify_command(directory, result.record)}")
@@ -259,7 +276,11 @@ def _verify_command(bundle: Path, record: EngineRecord) -> str:
 def _gpu(flavour: Flavour, compute_capability: str) -> str:
     if flavour == "host":
         return "the CPU"
-    return "any GPU that the library knows" if compute_capability == "any" else f"GPU {compute_capability}"
+    return (
+        f"any GPU of compute capability {OLDEST_CAPABILITY} and later"
+        if compute_capability == "any"
+        else f"GPU {compute_capability}"
+    )
 
 
 def _sizes(max_batch: int, max_model_len: int, buckets: tuple[int, ...]) -> str:

@@ -106,7 +106,7 @@ class GraphWriter:
         for before, after in itertools.pairwise(infos):
             assert before.offset + before.length == after.offset, f"{names} are not stored one behind another"
             assert before.shape[1:] == after.shape[1:], f"{names} cannot be stacked along axis 0"
-        name = names[0] if len(names) == 1 else "+".join((names[0], *(n.split(".")[-2] for n in names[1:])))
+        name = contract.stack_name(names)
         if name not in self._initializers:
             proto = onnx.TensorProto(name=name, data_type=ONNX_DTYPES[first.dtype])
             proto.dims.extend((sum(info.shape[0] for info in infos), *first.shape[1:]))
@@ -116,6 +116,11 @@ class GraphWriter:
                 proto.external_data.add(key=key, value=str(value))
             self._initializers[name] = proto
         return name
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The initializers that stand in the weights file."""
+        return tuple(name for name, proto in self._initializers.items() if proto.external_data)
 
     def has_weight(self, name: str) -> bool:
         """Whether the weights file holds the tensor."""

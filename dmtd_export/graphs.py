@@ -80,6 +80,7 @@ def _graph_info(writer: GraphWriter, name: GraphName, dialect: Dialect, slots: i
         slots=slots,
         inputs=tuple(writer.inputs),
         outputs=tuple(writer.outputs),
+        weights=writer.weights,
     )
 
 
@@ -263,8 +264,7 @@ class _OrtRows(_Rows):
         if group == "late":
             self.dialect.add_batch_group(contract.INPUT_IDS)
         else:
-            count = self.writer.op("Shape", [contract.INPUT_IDS], "/thinking_rows/count", attrs={"start": 1})
-            self.dialect.add_packed_group(count)
+            self.dialect.add_packed_group()
 
     def add_late_group(self, layer: int) -> None:
         self.dialect.add_batch_group(contract.LATE_ROWS)

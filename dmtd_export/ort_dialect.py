@@ -27,9 +27,7 @@ class PackedGroup:
 
     seqlens_k: list[str]  # int32 [1]
     total_len: list[str]  # int32 [1]
-    slot_rows: str = ""  # int64 [slots]
-    zero_rows: str = ""  # [1, pad_rows, width of q + k + v]: appended behind the packed rows
-    keep_drop: str = ""  # int64 [2]: rows kept, rows dropped behind attention
+    slot_rows: list[str]  # int64 [slot_len.{slot}]; none where there is one slot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,26 +51,20 @@ class OrtDialect:
         self._packed: PackedGroup | None = None
         self._batch: BatchGroup | None = None
 
-    def add_packed_group(self, row_count: str) -> None:
-        """Declare the lengths of the slots of the thinking group; ``row_count`` is int64 [1], all packed rows."""
-        w, slots, path = self.writer, self._slots, "/thinking_rows"
+    def add_packed_group(self) -> None:
+        """Declare the lengths, and the packed rows, of the slots of the thinking group."""
+        w, slots = self.writer, self._slots
         seqlens = w.input(contract.seqlens_k("thinking"), [slots], "int32")
-        total = w.input(contract.total_sequence_length("thinking"), [slots], "int32")
+        totals = [w.input(contract.total_sequence_length("thinking", s), [1], "int32") for s in self._slot_names()]
         if slots == 1:
-            self._packed = PackedGroup(seqlens_k=[seqlens], total_len=[total])
+            self._packed = PackedGroup(seqlens_k=[seqlens], total_len=totals, slot_rows=[])
             return
-        slot_rows = w.input(contract.SLOT_ROWS, [slots], "int64")
-        pad_rows = w.input(contract.PAD_ROWS, [1], "int64")
+        w.input(contract.KEPT_ROWS, ["window_len"], "int64")
         split = {"axis": 0, "num_outputs": slots}
-        one, width = w.constant([1], "int64"), w.constant([self._qkv_width], "int64")
-        # Concat, not Pad: ONNX Runtime has no Pad for bfloat16.
-        pad_shape = w.op("Concat", [one, pad_rows, width], f"{path}/pad_shape", attrs={"axis": 0})
         self._packed = PackedGroup(
-            seqlens_k=w.node("Split", [seqlens], f"{path}/seqlens_k", outputs=slots, attrs=split),
-            total_len=w.node("Split", [total], f"{path}/total_sequence_length", outputs=slots, attrs=split),
-            slot_rows=slot_rows,
-            zero_rows=w.op("Expand", [w.constant(0.0, self._dtype), pad_shape], f"{path}/zero_rows"),
-            keep_drop=w.op("Concat", [row_count, pad_rows], f"{path}/keep_drop", attrs={"axis": 0}),
+            seqlens_k=w.node("Split", [seqlens], "/thinking_rows/seqlens_k", outputs=slots, attrs=split),
+            total_len=totals,
+            slot_rows=[w.input(contract.slot_rows(s), [contract.slot_len(s)], "int64") for s in range(slots)],
         )
 
     def add_batch_group(self, like: str) -> None:
@@ -136,14 +128,14 @@ class OrtDialect:
         qkv = w.op("Unsqueeze", [qkv, w.constant([0], "int64")], f"{path}/qkv")
         if self._slots == 1:
             return self._attend(qkv, layer, None, rows.seqlens_k[0], rows.total_len[0], path)
-        padded = w.op("Concat", [qkv, rows.zero_rows], f"{path}/padded", attrs={"axis": 1})
-        parts = w.node("Split", [padded, rows.slot_rows], f"{path}/slots", outputs=self._slots, attrs={"axis": 1})
-        done = [
-            self._attend(part, layer, slot, rows.seqlens_k[slot], rows.total_len[slot], f"{path}/slot.{slot}")
-            for slot, part in enumerate(parts)
-        ]
-        packed = w.op("Concat", done, f"{path}/slots", attrs={"axis": 1})
-        return w.node("Split", [packed, rows.keep_drop], f"{path}/keep", outputs=2, attrs={"axis": 1})[0]
+        # Gathered and not split: what a Split of uneven parts copies to a GPU in every run cannot stand in a captured graph.
+        done = []
+        for slot, own in enumerate(rows.slot_rows):
+            part = w.op("Gather", [qkv, own], f"{path}/slot.{slot}", attrs={"axis": 1})
+            lengths = rows.seqlens_k[slot], rows.total_len[slot]
+            done.append(self._attend(part, layer, slot, *lengths, f"{path}/slot.{slot}"))
+        attended = w.op("Concat", done, f"{path}/slots", attrs={"axis": 1})
+        return w.op("Gather", [attended, contract.KEPT_ROWS], f"{path}/packed", attrs={"axis": 1})
 
     def _normed_qkv(self, qkv: str, layer: int, path: str) -> str:
         """Apply per-head norms to q and k: GroupQueryAttention's own are not implemented on the CPU."""

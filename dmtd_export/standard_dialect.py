@@ -3,12 +3,16 @@
 The mask is an explicit boolean input of Attention, built in the graph: TensorRT's parser silently drops
 ``nonpad_kv_seqlen`` and reads ``is_causal`` as upper-left, which is wrong over a past. Row r of sequence b may see the
 cache rows up to ``write_indices[b] + r``, so rows that pad a window on the right are never seen by valid ones.
+The queries are scaled by head_dim^-1/2 in the graph and Attention by 1: left to itself, TensorRT's parser scales queries and the
+whole visible cache of keys by head_dim^-1/4, rounded to the model's type. The factor costs no precision of its own where it can:
+it goes into the float32 part of q_norm, or is a power of two; elsewhere it is a float32 product between casts.
 In half precision norms are computed in float32 through casts. The softmax's type is left to the kernel, because TensorRT refuses
 ``softmax_precision``: its fused attention and ONNX Runtime's CUDA kernels accumulate in float32 whatever the attribute says.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dmtd_export.graph_writer import ONNX_DTYPES, GraphWriter
@@ -54,16 +58,18 @@ class StandardDialect:
         mask = w.op("LessOrEqual", [cache_index, last_seen], f"{path}/mask")  # [batch, 1, rows, capacity]
         self._groups[group] = RowGroup(positions=positions, write_indices=write_indices, shape=shape, mask=mask)
 
-    def norm(self, x: str, weight: str, path: str) -> str:
+    def norm(self, x: str, weight: str, path: str, scale: float = 1.0) -> str:
+        """RMSNorm times ``scale``, which is taken in float32."""
         w, attrs = self.writer, {"axis": -1, "epsilon": self._config.rms_norm_eps}
         if self._dtype == "float32":
-            return w.op("RMSNormalization", [x, w.weight(weight)], path, attrs=attrs)
+            y = w.op("RMSNormalization", [x, w.weight(weight)], path, attrs=attrs)
+            return y if scale == 1.0 else w.op("Mul", [y, w.constant(scale, "float32")], f"{path}/scale")
         full = w.op("Cast", [x], f"{path}/to_float32", attrs={"to": ONNX_DTYPES["float32"]})
         width = (
             self._config.head_dim if weight.endswith(("q_norm.weight", "k_norm.weight")) else self._config.hidden_size
         )
-        ones = w.op("Expand", [w.constant([1.0], "float32"), w.constant([width], "int64")], f"{path}/ones")
-        full = w.op("RMSNormalization", [full, ones], path, attrs=attrs)
+        factor = w.op("Expand", [w.constant([scale], "float32"), w.constant([width], "int64")], f"{path}/factor")
+        full = w.op("RMSNormalization", [full, factor], path, attrs=attrs)
         half = w.op("Cast", [full], f"{path}/to_half", attrs={"to": ONNX_DTYPES[self._dtype]})
         return w.op("Mul", [half, w.weight(weight)], path)
 
@@ -85,18 +91,30 @@ class StandardDialect:
                 attrs={"axis": 0},
             )
             y = w.op("Reshape", [flat, split], f"{path}/{kind}_heads")
+            scale = config.head_dim**-0.5 if kind == "q" else 1.0
             if kind in norms:
-                y = self.norm(y, norms[kind], f"{path}/{kind}_norm")
+                y = self.norm(y, norms[kind], f"{path}/{kind}_norm", scale)
             y = w.op("Transpose", [y], f"{path}/{kind}_heads", attrs={"perm": [0, 2, 1, 3]})
             if kind != "v":
                 y = w.op("RotaryEmbedding", [y, w.weight(COS), w.weight(SIN), rows.positions], f"{path}/{kind}_rotary")
+            if kind == "q" and kind not in norms:
+                y = self._scale(y, scale, f"{path}/q_scale")
             heads[kind] = y
         caches = [self._update_cache(layer, kind, heads[kind[0]], rows, path) for kind in KINDS]
-        y = w.op("Attention", [heads["q"], *caches, rows.mask], path)
+        y = w.op("Attention", [heads["q"], *caches, rows.mask], path, attrs={"scale": 1.0})
         y = w.op("Transpose", [y], f"{path}/merge_heads", attrs={"perm": [0, 2, 1, 3]})
         return w.op(
             "Reshape", [y, w.constant([-1, config.num_heads * config.head_dim], "int64")], f"{path}/merge_heads"
         )
+
+    def _scale(self, x: str, scale: float, path: str) -> str:
+        """``x`` times ``scale``, rounded once to the model's type, and not at all by a power of two."""
+        w = self.writer
+        if self._dtype == "float32" or math.frexp(scale)[0] == 0.5:
+            return w.op("Mul", [x, w.constant(scale, self._dtype)], path)
+        full = w.op("Cast", [x], f"{path}/to_float32", attrs={"to": ONNX_DTYPES["float32"]})
+        full = w.op("Mul", [full, w.constant(scale, "float32")], path)
+        return w.op("Cast", [full], f"{path}/to_half", attrs={"to": ONNX_DTYPES[self._dtype]})
 
     def declare_cache(self, layer: int, group: Group) -> None:
         """Declare the layer's KV inputs (before any node reads their shape)."""

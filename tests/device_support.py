@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from dmtd_runtime.backends.tensorrt import TensorRtBackend
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.device.base import Device
 from dmtd_runtime.device.host import HostDevice
-from dmtd_runtime.engine_record import EngineFile, EngineRecord
+from dmtd_runtime.engine_record import EngineFile, EngineRecord, InputRange, ProfileInfo
 from dmtd_runtime.generate import SequenceRun, TokenEvent, run_batch
 from dmtd_runtime.manifest import CycleInfo, Manifest
 from dmtd_runtime.sampler import Sampler
@@ -32,27 +33,36 @@ def host_engines(
     buckets: Sequence[int] = (),
     max_model_len: int | None = None,
 ) -> Engines:
-    """Engines of the host flavour; ``buckets``: lengths below the capacity, shorter than a build would make them."""
+    """Engines of the host flavour; ``buckets``: lengths below the capacity, shorter than a build would make them.
+
+    Those stand in a directory of their own, beside their record, which the host device holds them to.
+    """
     options = BuildOptions(flavour="host", fused=fused, max_batch=max_batch, max_model_len=max_model_len)
     result = build_engines(bundle, options)
     if not buckets:
         return result.directory, result.record
     engines = tuple(_with_buckets(engine, buckets) for engine in result.record.engines)
     lengths = (*buckets, result.record.capacity)
-    return result.directory, replace(result.record, length_buckets=lengths, sliced_limit=buckets[-1], engines=engines)
+    record = replace(result.record, length_buckets=lengths, sliced_limit=buckets[-1], engines=engines)
+    directory = bundle / "engines_with_buckets" / "_".join((result.directory.name, *map(str, buckets)))
+    shutil.copytree(result.directory, directory, dirs_exist_ok=True)
+    (directory / contract.ENGINE_RECORD_FILE).write_text(record.to_json())
+    return directory, record
 
 
 def _with_buckets(engine: EngineFile, buckets: Sequence[int]) -> EngineFile:
     if engine.graph in contract.CHOICE_GRAPHS:
         return engine
-    cut = [
-        replace(profile, whole=False, min_visible=1, max_visible=buckets[-1])
-        for profile in engine.profiles
-        if profile.whole
-    ]
-    others = [profile if profile.whole else replace(profile, min_visible=1) for profile in engine.profiles]
+    cut = [_seeing(profile, 1, buckets[-1]) for profile in engine.profiles if profile.whole]
+    others = [profile if profile.whole else _seeing(profile, 1, profile.max_visible) for profile in engine.profiles]
     profiles = [replace(profile, index=index) for index, profile in enumerate((*cut, *others))]
     return replace(engine, profiles=tuple(profiles))
+
+
+def _seeing(profile: ProfileInfo, least: int, most: int) -> ProfileInfo:
+    rows = InputRange(min=(least,), opt=(most,), max=(most,))
+    inputs = {**profile.inputs, contract.VISIBLE_ROWS: rows}
+    return replace(profile, whole=False, min_visible=least, max_visible=most, inputs=inputs)
 
 
 def engine_backend(

@@ -25,10 +25,18 @@ def rtx() -> Any:
 
 
 def make_bundle(
-    directory: Path, *, family: str = "qwen3", encoding: int = 0, tie: bool = False, **options: Any
+    directory: Path,
+    *,
+    family: str = "qwen3",
+    encoding: int = 0,
+    tie: bool = False,
+    head_dim: int = 16,
+    **options: Any,
 ) -> Path:
     """Four layers of random weights: E ``encoding``, T the rest, D 1, cycle of 3, up to 64 tokens, standard graphs only."""
-    source = write_tiny_checkpoint(directory / "model", family=family, layers=4, tie=tie, qkv_bias=family == "qwen2")
+    source = write_tiny_checkpoint(
+        directory / "model", family=family, layers=4, tie=tie, qkv_bias=family == "qwen2", head_dim=head_dim
+    )
     settings: dict[str, Any] = {"dtype": "float16", "target": "tensorrt", "max_model_len": 64}
     export_bundle(
         source,

@@ -1,13 +1,16 @@
 """Stand-ins for cuda-bindings' runtime module and TensorRT-RTX's that compute on the host device.
 
 They let every line of the CUDA device run, with numbers, where there is no GPU: calls go to ``HostDevice``, which keeps its
-rules. Names, and numbers of arguments, are held against the installed libraries by ``test_device_cuda.py``.
+rules, and they refuse what a driver or the library would take silently. Names, and numbers of arguments, are held against the
+installed libraries by ``test_device_cuda.py``.
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
+import sys
+import weakref
 from collections.abc import Callable, Sequence
 from enum import Enum, IntEnum
 from pathlib import Path
@@ -15,9 +18,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from dmtd_runtime.device.base import Mark
 from dmtd_runtime.device.host import HostDevice
+from dmtd_runtime.device.host_memory import SeamError
 
 TRT_DTYPES = {
     "float32": "FLOAT",
@@ -29,6 +34,23 @@ TRT_DTYPES = {
 }
 
 
+def install_fakes(patch: pytest.MonkeyPatch) -> FakeCuda:
+    """Both modules, over one host device, in the place of the real ones."""
+    host = HostDevice()
+    cuda = FakeCuda(host)
+    patch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(__version__="13.5.0"))  # type: ignore[arg-type]
+    patch.setitem(sys.modules, "cuda.bindings.runtime", cuda)  # type: ignore[arg-type]
+    patch.setitem(sys.modules, "tensorrt", None)  # type: ignore[arg-type]
+    patch.setitem(sys.modules, "tensorrt_rtx", FakeRtx(host))  # type: ignore[arg-type]
+    patch.setattr(FakeRtx, "capturable", True)
+    patch.setattr(FakeRtx, "__version__", "1.7.1.116")
+    return cuda
+
+
+# Of each host device: the stream that uses an activation memory.
+SCRATCH_STREAMS: weakref.WeakKeyDictionary[HostDevice, dict[int, int]] = weakref.WeakKeyDictionary()
+
+
 class CudaError(IntEnum):
     cudaSuccess = 0
     cudaErrorMemoryAllocation = 2
@@ -37,8 +59,11 @@ class CudaError(IntEnum):
 
 
 class Stream:
+    def __init__(self, number: int) -> None:
+        self._number = number
+
     def __int__(self) -> int:
-        return 7
+        return self._number
 
 
 class FakeCuda:
@@ -53,7 +78,9 @@ class FakeCuda:
         self.host = host
         self.calls: set[tuple[str, int]] = set()
         self.driver, self.count = 13000, 1
+        self.name, self.capability = "Fake GPU", (8, 9)
         self.failing: dict[str, CudaError] = {}
+        self.streams: list[Stream] = []
         self._graphs: dict[int, list[Any]] = {}
         self._numbers = itertools.count(1)
 
@@ -81,7 +108,8 @@ class FakeCuda:
         return self.count
 
     def _cudaGetDeviceProperties(self, device: int) -> Any:
-        return SimpleNamespace(name=b"Fake GPU\0\0", major=8, minor=9)
+        major, minor = self.capability
+        return SimpleNamespace(name=self.name.encode() + b"\0\0", major=major, minor=minor)
 
     def _cudaGetErrorName(self, error: CudaError) -> bytes:
         return error.name.encode()
@@ -98,13 +126,15 @@ class FakeCuda:
         return self.host.memory()
 
     def _cudaStreamCreateWithFlags(self, flags: int) -> Stream:
-        return Stream()
+        self.streams.append(Stream(7 + len(self.streams)))
+        return self.streams[-1]
 
     def _cudaMalloc(self, size: int) -> int:
         return self.host.alloc(size, "fake")
 
     def _cudaFree(self, address: Any) -> None:
         self.host.free(address)
+        SCRATCH_STREAMS.get(self.host, {}).pop(int(address), None)
 
     def _cudaHostAlloc(self, size: int, flags: int) -> int:
         return int(self.host.alloc_host(size).ctypes.data)
@@ -191,11 +221,14 @@ class Context:
     """IExecutionContext."""
 
     def __init__(self, engine: Any) -> None:
+        engine.device.forbid_in_capture("making a context")
         self._engine, self._shapes, self._profile = engine, {}, 0
         self._context: Any = None
-        self.capturable = True
+        self._scratch = 0
+        self.nvtx_verbosity = "DETAILED"
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        self._engine.device.forbid_in_capture("choosing a profile")
         self._profile = profile_index
         return profile_index < 8
 
@@ -205,6 +238,7 @@ class Context:
 
     def set_device_memory(self, memory: int, size: int) -> None:
         self._context = self._engine.context(self._profile, self._shapes, memory, size)
+        self._scratch = memory
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         if name not in self._engine.tensors:
@@ -213,24 +247,31 @@ class Context:
         return True
 
     def is_stream_capturable(self, stream: int) -> bool:
+        self._engine.device.forbid_in_capture("asking whether a context may be captured")
         return FakeRtx.capturable
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        assert stream_handle == 7
+        if self._context is None:
+            raise SeamError("a context runs without activation memory")
+        users = SCRATCH_STREAMS.setdefault(self._engine.device, {})
+        if users.setdefault(self._scratch, stream_handle) != stream_handle:
+            raise SeamError("two contexts use one activation memory in different streams")
         self._context.enqueue()
         return True
 
 
 class RuntimeCache:
-    """IRuntimeCache; what it was given is in ``read``."""
+    """IRuntimeCache; what it was given is in ``read``, ``asked`` counts how often it was asked for what it holds."""
 
     read: list[bytes] = []  # noqa: RUF012 - shared on purpose
+    asked = 0
 
     def deserialize(self, content: bytes) -> bool:
         self.read.append(content)
         return content == b"kernels"
 
     def serialize(self) -> bytes:
+        RuntimeCache.asked += 1
         return b"kernels"
 
 
@@ -294,11 +335,15 @@ class FakeRtx:
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED=2)
     DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER=1)
     CudaGraphStrategy = SimpleNamespace(DISABLED=0)
+    ProfilingVerbosity = SimpleNamespace(NONE="NONE")
+    ComputeCapability = IntEnum("ComputeCapability", {"NONE": 0, "CURRENT": 1, "SM75": 75, "SM80": 80, "SM89": 89})
 
     def __init__(self, host: HostDevice) -> None:
         self._host = host
 
     def Runtime(self, log: Any) -> Any:
+        self._host.forbid_in_capture("starting the library")
+
         def deserialize(data: Any) -> CudaEngine | None:
             if bytes(data[:7]) == b"damaged":
                 log.log(ILogger.Severity.ERROR, "the header\n does not conform")

@@ -20,7 +20,7 @@ from typing import Any
 from dmtd_export.build.engine_graph import EngineGraph
 from dmtd_export.build.flavour import Library, configure
 from dmtd_export.build.memory import anonymous_bytes
-from dmtd_export.build.network_check import NetworkFacts, allow_decomposition, check_network
+from dmtd_export.build.network_check import NetworkFacts, check_network, prepare_attention
 from dmtd_export.build.plan import Target
 from dmtd_export.build.progress import Steps, make_monitor
 from dmtd_export.errors import ExportError
@@ -146,7 +146,7 @@ def _build(
     parser = module.OnnxParser(network, logger)
     _parse(parser, graph, bundle, library, messages)
     facts = check_network(module, network, graph, dtype)
-    allow_decomposition(module, network)
+    prepare_attention(module, network)
     monitor = make_monitor(module, steps)
     config = builder.create_builder_config()
     config.progress_monitor = monitor

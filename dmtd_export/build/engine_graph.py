@@ -125,9 +125,6 @@ def _limit_attention(graph: onnx.GraphProto, file: str) -> None:
             continue
         _rename_inputs(node, renamed)
         if node.op_type == "Attention":
-            # Bundles of before 0.2 say softmax_precision, which TensorRT refuses.
-            for attribute in [one for one in node.attribute if one.name == "softmax_precision"]:
-                node.attribute.remove(attribute)
             for i in (1, 2):
                 cut = f"{node.input[i]}/visible"
                 nodes.append(

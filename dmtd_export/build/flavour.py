@@ -8,13 +8,14 @@ are the ONNX graphs themselves, for a runtime that executes them on the CPU.
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dmtd_export.build.plan import Target
-from dmtd_runtime.device.libraries import pass_interrupt_on
-from dmtd_runtime.engine_record import ANY_GPU, Flavour
+from dmtd_runtime.device.libraries import capabilities, gpu_here, pass_interrupt_on
+from dmtd_runtime.engine_record import ANY_GPU, OLDEST_CAPABILITY, Flavour, is_new_enough
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.machine import look_at_gpus
 
@@ -89,16 +90,7 @@ def target_of(library: Library, compute_capability: str | None) -> Target:
         BackendError: a compute capability that the flavour cannot build for, or a GPU that it needs and that is not there.
     """
     if library.flavour == "tensorrt-rtx":
-        wanted = compute_capability or ANY_GPU
-        known = capabilities(library.module)
-        if wanted != ANY_GPU and wanted not in known:
-            raise BackendError(
-                f"--compute-capability: got {wanted}, TensorRT-RTX {library.version} builds for {', '.join(known)} or {ANY_GPU}; "
-                "for another GPU use --flavour tensorrt on a machine that has it"
-            )
-        return Target(
-            flavour=library.flavour, version=library.version, compute_capability=wanted, supported=tuple(known)
-        )
+        return _rtx_target(library, compute_capability or ANY_GPU)
     if compute_capability is not None:
         raise BackendError(
             f"--compute-capability: got {compute_capability}, but the {library.flavour} flavour builds for the machine it "
@@ -106,25 +98,38 @@ def target_of(library: Library, compute_capability: str | None) -> Target:
         )
     if library.flavour == "host":
         return Target(flavour="host", version=library.version)
-    gpus, _ = look_at_gpus()
-    if not gpus or gpus[0].compute_capability is None:
+    try:
+        gpu = gpu_here()
+    except BackendError as error:
         raise BackendError(
-            "the tensorrt flavour times its kernels on the GPU it builds for, and this machine shows none; run it on the GPU "
-            "machine, or build without one with: --flavour tensorrt-rtx"
-        )
-    gpu = gpus[0]
+            f"the tensorrt flavour times its kernels on the GPU it builds for: {error}; to build without one use: "
+            "--flavour tensorrt-rtx"
+        ) from None
+    if not is_new_enough(gpu.compute_capability):
+        raise BackendError(_too_old(f"{gpu.name} has compute capability {gpu.compute_capability}"))
     return Target(
-        flavour="tensorrt",
-        version=library.version,
-        compute_capability=str(gpu.compute_capability),
-        gpu_name=gpu.name,
+        flavour="tensorrt", version=library.version, compute_capability=gpu.compute_capability, gpu_name=gpu.name
     )
 
 
-def capabilities(module: Any) -> dict[str, Any]:
-    """Compute capabilities that TensorRT-RTX can be told to build for: "8.9" -> its enumerator."""
-    members = module.ComputeCapability.__members__
-    return {f"{name[2:-1]}.{name[-1]}": value for name, value in members.items() if name.startswith("SM")}
+def _rtx_target(library: Library, wanted: str) -> Target:
+    known = capabilities(library.module)
+    if wanted != ANY_GPU and wanted not in known:
+        numbers = f"--compute-capability: got {wanted}"
+        if re.fullmatch(r"\d+\.\d+", wanted) and not is_new_enough(wanted):
+            raise BackendError(_too_old(numbers))
+        raise BackendError(
+            f"{numbers}, TensorRT-RTX {library.version} names {', '.join(known)}; leave it out: engines for any GPU run on "
+            f"compute capability {OLDEST_CAPABILITY} and later"
+        )
+    return Target(flavour=library.flavour, version=library.version, compute_capability=wanted, supported=tuple(known))
+
+
+def _too_old(what: str) -> str:
+    return (
+        f"{what}, engines need {OLDEST_CAPABILITY} or later: TensorRT's attention does, and no bfloat16 or float32 product can "
+        "be built for older ones; run the bundle with: --backend onnxruntime"
+    )
 
 
 def configure(library: Library, config: Any, target: Target, timing_cache: Path | None) -> Any:

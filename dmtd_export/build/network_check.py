@@ -3,7 +3,8 @@
 TensorRT's parser silently drops ``nonpad_kv_seqlen`` and windows, reads ``is_causal`` as upper-left, and drops inputs that
 nothing reads. Rules, each a test:
 
-1. The graph says nothing of attention that the parser would re-interpret: four inputs, no attributes but ``scale``.
+1. The graph says nothing of attention that the parser would re-interpret: four inputs, no attributes but a ``scale`` of 1. With
+   any other the parser multiplies queries and keys by its root, rounded to the model's type.
 2. Inputs and outputs of the network are the graph's, by name, type and shape.
 3. Every Attention is one attention layer with a boolean mask [batch, 1, rows, keys], no causal kind, no lengths, padded layout.
 4. Every cache pair is one KV update from the network input ``past_key_values.*`` to the network output ``present.*``, of fixed
@@ -11,6 +12,8 @@ nothing reads. Rules, each a test:
 5. Types are the graph's: products, attention and rotation in the model's type, sums of squares of the norms in float32.
 6. Rotations are counted, over whole heads and not interleaved.
 7. No table is a constant of the network.
+8. Attention reads the graph's queries, and keys and values straight from the cache update or a slice of it: as they are, or
+   times exactly 1, which is what the parser makes of that scale.
 
 Layers come from the library as its base class; giving the object the class it has in C++ is how its Python API is meant to be
 used. No library is imported here: ``Library.module`` has it.
@@ -18,10 +21,11 @@ used. No library is imported here: ``Library.module`` has it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx
 
 from dmtd_export.build.engine_graph import EngineGraph
@@ -54,7 +58,13 @@ def check_attention_nodes(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         if node.op_type != "Attention":
             continue
-        given = {attribute.name for attribute in node.attribute} - {"scale"}
+        given = {attribute.name: attribute for attribute in node.attribute}
+        scale = given.pop("scale", None)
+        if scale is None or scale.f != 1.0:
+            got = "no scale" if scale is None else f"a scale of {scale.f:g}"
+            raise ExportError(
+                f"{node.name}: got {got}, expected 1, for TensorRT would round it to the model's type; export the bundle again"
+            )
         if given:
             _fail(node.name, f"has {', '.join(sorted(given))}", "an explicit mask and no such attribute")
         if len(node.input) < ATTENTION_INPUTS or not node.input[3]:
@@ -75,6 +85,7 @@ def check_network(module: Any, network: Any, graph: EngineGraph, dtype: str) -> 
         return NetworkFacts(layers=len(layers), attentions=0, cache_updates=0, constant_bytes=0)
     attentions = _check_attentions(module, layers, graph, dtype)
     updates = _check_updates(module, layers, graph)
+    _check_sources(module, layers, graph)
     _check_types(module, layers, graph, dtype)
     _check_rotations(module, layers, graph)
     return NetworkFacts(
@@ -85,12 +96,18 @@ def check_network(module: Any, network: Any, graph: EngineGraph, dtype: str) -> 
     )
 
 
-def allow_decomposition(module: Any, network: Any) -> None:
-    """Let attention without a fused kernel be built from others; by default the build would fail."""
-    for layer in _layers(network):
-        if layer.type == module.LayerType.ATTENTION_INPUT:
-            layer.__class__ = module.IAttentionInputLayer
-            layer.attention.decomposable = True
+def prepare_attention(module: Any, network: Any) -> None:
+    """What is changed in a network that was checked.
+
+    Attention without a fused kernel may be built from others; by default the build would fail. And it reads queries and keys
+    without the parser's products by 1: the builder does not take all of them away (seen in the size of late_decode's engine).
+    """
+    layers = list(_layers(network))
+    makers = _makers(layers)
+    for layer in _of_type(module, layers, "ATTENTION_INPUT", "IAttentionInputLayer"):
+        layer.attention.decomposable = True
+        for i in range(3):
+            layer.attention.set_input(i, _without_ones(module, makers, layer.attention.get_input(i)))
 
 
 def _layers(network: Any) -> Iterator[Any]:
@@ -151,6 +168,55 @@ def _check_attentions(module: Any, layers: list[Any], graph: EngineGraph, dtype:
             if _dtype(attention.get_input(i)) != TENSORRT_DTYPES[dtype]:
                 _fail(name, f"reads {_dtype(attention.get_input(i))}", dtype)
     return len(found)
+
+
+def _check_sources(module: Any, layers: list[Any], graph: EngineGraph) -> None:
+    """Rule 8."""
+    makers = _makers(layers)
+    nodes = {node.name: node for node in _nodes(graph, "Attention")}
+    for layer in _of_type(module, layers, "ATTENTION_INPUT", "IAttentionInputLayer"):
+        attention = layer.attention
+        if attention.name not in nodes:
+            _fail(attention.name, "is no node of the graph", f"one of {', '.join(nodes)}")
+        node = nodes[attention.name]
+        for i, what in enumerate(("queries", "keys", "values")):
+            tensor = _without_ones(module, makers, attention.get_input(i))
+            if tensor.name != node.input[i]:
+                _fail(
+                    attention.name, f"reads {what} from {tensor.name}", f"{node.input[i]}, as it is or times exactly 1"
+                )
+            maker = makers.get(tensor.name)
+            if maker is not None and maker.type == module.LayerType.SLICE:
+                maker = makers.get(maker.get_input(0).name)
+            if what != "queries" and (maker is None or maker.type != module.LayerType.KV_CACHE_UPDATE):
+                _fail(attention.name, f"reads {what} of no KV update", "the updated cache or a slice of it")
+
+
+def _makers(layers: list[Any]) -> dict[str, Any]:
+    """The layer that makes each tensor, by the tensor's name."""
+    return {layer.get_output(i).name: layer for layer in layers for i in range(layer.num_outputs)}
+
+
+def _without_ones(module: Any, makers: Mapping[str, Any], tensor: Any) -> Any:
+    """What ``tensor`` is a product of with constants of exactly 1."""
+    while (maker := makers.get(tensor.name)) is not None and maker.type == module.LayerType.ELEMENTWISE:
+        maker.__class__ = module.IElementWiseLayer
+        is_one = [_is_one(module, makers, maker.get_input(i)) for i in range(2)]
+        if maker.op != module.ElementWiseOperation.PROD or True not in is_one:
+            break
+        tensor = maker.get_input(1 - is_one.index(True))
+    return tensor
+
+
+def _is_one(module: Any, makers: Mapping[str, Any], tensor: Any) -> bool:
+    maker = makers.get(tensor.name)
+    while maker is not None and maker.type in (module.LayerType.CAST, module.LayerType.SHUFFLE):
+        maker = makers.get(maker.get_input(0).name)
+    if maker is None or maker.type != module.LayerType.CONSTANT:
+        return False
+    maker.__class__ = module.IConstantLayer
+    values = np.asarray(maker.weights)
+    return bool(np.issubdtype(values.dtype, np.floating) and (values == 1).all())
 
 
 def _check_updates(module: Any, layers: list[Any], graph: EngineGraph) -> int:

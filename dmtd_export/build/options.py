@@ -8,15 +8,13 @@ from pathlib import Path
 from dmtd_runtime import contract
 from dmtd_runtime.engine_record import Flavour
 
-DEFAULT_MODEL_LEN = 4096  # of a bundle that allows more: caches are allocated whole
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
     """Options of a build.
 
-    ``max_model_len`` None: the bundle's, at most DEFAULT_MODEL_LEN. ``compute_capability`` is of the tensorrt-rtx flavour:
-    "8.9" for one kind of GPU, None for any that the library knows. ``timing_cache`` is of the tensorrt flavour.
+    ``max_model_len`` None: the bundle's, at most contract.DEVICE_MODEL_LEN. ``compute_capability`` is of the tensorrt-rtx
+    flavour: "8.9" for one kind of GPU, None for any of 8.0 and later. ``timing_cache`` is of the tensorrt flavour.
     """
 
     flavour: Flavour | None = None  # None: what is installed

@@ -29,7 +29,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from dmtd_export.build.options import DEFAULT_MODEL_LEN, BuildOptions
+from dmtd_export.build.options import BuildOptions
 from dmtd_export.errors import ExportError
 from dmtd_export.options import MAX_BATCH_LIMIT
 from dmtd_runtime import contract
@@ -59,7 +59,7 @@ KINDS: dict[GraphName, tuple[PassKind, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What engines are for: library, and GPU as far as they are tied to one. ``supported``: what "any" stands for."""
+    """What engines are for: library, and GPU as far as they are tied to one. ``supported``: those that the library names."""
 
     flavour: Flavour
     version: str
@@ -102,7 +102,7 @@ def plan_build(manifest: Manifest, options: BuildOptions) -> BuildPlan:
     model = manifest.model
     max_model_len = options.max_model_len
     if max_model_len is None:
-        max_model_len = min(model.max_model_len, DEFAULT_MODEL_LEN)
+        max_model_len = min(model.max_model_len, contract.DEVICE_MODEL_LEN)
     for name, got, least, most in (
         ("--max-model-len", max_model_len, 2, model.max_model_len),
         ("--max-batch", options.max_batch, 1, MAX_BATCH_LIMIT),

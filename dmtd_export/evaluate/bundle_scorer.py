@@ -17,7 +17,8 @@ import numpy as np
 from dmtd_export.evaluate.scorer import Array, ScoreRequest, TokenScores, check_request
 from dmtd_runtime import contract
 from dmtd_runtime.backends.base import PREFILL_ROUNDING, BackendOptions, RunStats, SlotStep, rounded_rows
-from dmtd_runtime.backends.ort_session import Binding, Buffer, device_buffer, host_buffer, open_session
+from dmtd_runtime.backends.ort_memory import Buffer, host_buffer, open_memory, small_tensors
+from dmtd_runtime.backends.ort_session import Binding, open_session
 from dmtd_runtime.backends.packed import PackedLayout
 from dmtd_runtime.backends.rectangular import RectangularLayout
 from dmtd_runtime.bundle import open_bundle
@@ -65,7 +66,11 @@ class BundleScorer:
         self.options = BackendOptions(device=device, threads=threads)
         dialect = dialect or manifest.default_dialect
         self.graphs = {name: manifest.graph(name, dialect) for name in GRAPHS}
-        self.sessions = {name: open_session(directory / g.file, self.options) for name, g in self.graphs.items()}
+        self.memory = open_memory(self.options)
+        self.sessions = {
+            name: open_session(directory / graph.file, self.options, stream=self.memory.stream)
+            for name, graph in self.graphs.items()
+        }
         self.layout: PackedLayout | RectangularLayout = (
             PackedLayout(1) if dialect == contract.ONNXRUNTIME else RectangularLayout(1)
         )
@@ -73,6 +78,9 @@ class BundleScorer:
         self.chunk = contract.MIN_WINDOW
         fitting = [rows for rows in PREFILL_ROUNDING if 4 * rows * self.vocab_size <= LOGIT_BYTES]
         self.logit_chunk = max(fitting, default=PREFILL_ROUNDING[0])
+        sizes = {"batch": 1, **dict.fromkeys(("window_len", "late_len", "num_logits"), self.chunk)}
+        for graph in self.graphs.values():
+            self.memory.reserve(graph.name, small_tensors(graph, sizes))
         self._lanes = {plain: _Lane(self, CyclePlan(cycle=self.cycle, plain=plain)) for plain in (False, True)}
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
@@ -86,6 +94,7 @@ class BundleScorer:
         for lane in self._lanes.values():
             lane.close()
         self.sessions.clear()
+        self.memory.close()
 
     def __enter__(self) -> Self:
         return self
@@ -162,15 +171,17 @@ class _Lane:
             if name == contract.LATE_DECODE:
                 sizes["num_logits"] = rounded_rows(num_logits) if num_logits > 1 else 1
             binding = self._binding(name, sizes)
+            binding.begin()
             layout.fill(name, binding.arrays, steps, [window.start])
             if name == contract.LATE_DECODE:
                 at = np.minimum(np.arange(sizes["num_logits"]), len(window) - 1)
                 binding.arrays[contract.LOGIT_ROWS].reshape(-1)[:] = at
             binding.run(self._stats)
         if not targets:
+            self._owner.memory.wait()
             return np.zeros(0), np.zeros(0, np.int64)
         buffer = self._output(contract.LATE_DECODE, contract.LOGITS, sizes)
-        logits = (buffer.owner.numpy() if buffer.array is None else buffer.array).reshape(-1, self._owner.vocab_size)
+        logits = self._owner.memory.read(buffer).reshape(-1, self._owner.vocab_size)
         return score_logits(logits[:num_logits], targets)
 
     def _binding(self, name: contract.GraphName, sizes: dict[str, int]) -> Binding:
@@ -185,7 +196,7 @@ class _Lane:
                     buffers[info.name] = self._output(name, info.name, sizes)
             all_sizes = {**sizes, "capacity": self._capacity}
             session = self._owner.sessions[name]
-            self._bindings[key] = Binding(session, graph, all_sizes, buffers, self._owner.options)
+            self._bindings[key] = Binding(session, graph, all_sizes, buffers, self._owner.memory)
         return self._bindings[key]
 
     def _cache(self, layer: int, kind: contract.Kind) -> Buffer:
@@ -194,9 +205,8 @@ class _Lane:
                 self._caches[layer, kind] = host_buffer(self._host_cache.buffer(layer, kind))
             else:
                 model = self._owner.manifest.model
-                self._caches[layer, kind] = self._zeros(
-                    (1, model.num_kv_heads, self._capacity, model.head_dim), model.dtype
-                )
+                shape = (1, model.num_kv_heads, self._capacity, model.head_dim)
+                self._caches[layer, kind] = self._owner.memory.zeros(shape, model.dtype, f"the cache of layer {layer}")
         return self._caches[layer, kind]
 
     def _output(self, graph: contract.GraphName, output: str, sizes: dict[str, int]) -> Buffer:
@@ -205,14 +215,8 @@ class _Lane:
         info = next(i for i in infos if i.name == output)
         shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in info.dims)
         if (output, shape) not in self._buffers:
-            self._buffers[output, shape] = self._zeros(shape, info.dtype)
+            self._buffers[output, shape] = self._owner.memory.zeros(shape, info.dtype, output)
         return self._buffers[output, shape]
-
-    def _zeros(self, shape: Sequence[int], dtype: str) -> Buffer:
-        options = self._owner.options
-        if options.device == "cuda":
-            return device_buffer(shape, dtype, options.device_id)
-        return host_buffer(np.zeros(shape, dtype))
 
 
 def score_logits(logits: Array, targets: Sequence[int]) -> tuple[Array, Array]:

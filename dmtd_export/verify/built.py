@@ -16,9 +16,9 @@ from dmtd_export.verify.on_device import LARGEST_BATCH, verify_on_device
 from dmtd_export.verify.report import VerificationError, VerifyReport, record
 from dmtd_runtime import contract
 from dmtd_runtime.backends.base import BackendOptions
-from dmtd_runtime.engine_record import ANY_GPU, EngineRecord, FullPass
-from dmtd_runtime.errors import DmtdError
-from dmtd_runtime.machine import look_at_gpus
+from dmtd_runtime.device.libraries import gpu_here
+from dmtd_runtime.engine_record import ANY_GPU, OLDEST_CAPABILITY, EngineRecord, FullPass
+from dmtd_runtime.errors import BackendError, DmtdError
 from dmtd_runtime.manifest import load_manifest
 
 SKIPPED, FAILED = (
@@ -74,11 +74,14 @@ def why_not_here(built: EngineRecord) -> str:
         return 'PyTorch, the reference, is not installed; run: pip install "dmtd[oracle]"'
     if built.flavour == "host":
         return "ONNX Runtime has no bfloat16 kernels for the CPU" if built.dtype == "bfloat16" else ""
-    gpus, _ = look_at_gpus()
-    if not gpus:
-        return "no GPU on this machine"
-    here = gpus[0].compute_capability
-    known = built.supported if built.compute_capability == ANY_GPU else (built.compute_capability,)
-    if here is not None and known and here not in known:
-        return f"the engines are for compute capability {', '.join(known)}, this machine's {gpus[0].name} has {here}"
+    try:
+        gpu = gpu_here()
+    except BackendError as error:
+        return str(error).partition(";")[0]  # what to do about it would be for somebody who wants to run them here
+    if not built.runs_on(gpu.compute_capability):
+        wanted = built.compute_capability
+        for_gpu = f"{OLDEST_CAPABILITY} and later" if wanted == ANY_GPU else wanted
+        return (
+            f"the engines are for compute capability {for_gpu}, this machine's {gpu.name} has {gpu.compute_capability}"
+        )
     return ""

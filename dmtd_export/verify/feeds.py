@@ -1,8 +1,8 @@
 """Inputs of one graph for one call, written from the contract alone; on purpose the runtime's layouts are not used.
 
 Standard graphs take ``[batch, rows]`` padded on the right. In the onnxruntime dialect T's rows are packed, the windows of all
-slots one behind another: a slot that takes no part but stands before one that does gets one idle row, the rest is the
-graph's own padding (``PAD_ROWS``). Late rows are ``[batch, late_len]``, of which one is 1.
+slots one behind another, and one row more that the attention nodes of slots without a window take. Late rows are
+``[batch, late_len]``, of which one is 1.
 """
 
 from __future__ import annotations
@@ -121,22 +121,30 @@ def _packed_inputs(
     slots = slots_of(graph, len(call.lates))
     window_in = {slots[s]: call.windows[s] for s in sequences}
     sequence_in = {slots[s]: s for s in sequences}
+    idle_row = sum(map(len, window_in.values()))
     ids: list[int] = []
     late_rows = np.zeros((len(lates), width), np.int64)
-    for slot in range(max(window_in) + 1):
+    kept, at = np.zeros(idle_row + (len(window_in) < graph.slots), np.int64), 0
+    for slot in range(graph.slots):
         if slot in window_in:
             s, window = sequence_in[slot], window_in[slot]
+            rows = np.arange(len(ids), len(ids) + len(window))
             ids.extend(int(scenario.ids[s, i]) for i in window)
             count = len(call.lates[s])
-            late_rows[list(sequences).index(s), :count] = range(len(ids) - count, len(ids))
+            late_rows[list(sequences).index(s), :count] = rows[len(rows) - count :]
+            total = window.stop
         else:
-            ids.append(0)  # an idle row
-    totals = np.array([window_in[slot].stop if slot in window_in else 1 for slot in range(graph.slots)])
+            rows, total = np.array([idle_row]), 1
+        kept[rows] = np.arange(at, at + len(rows))
+        at += len(rows)
+        inputs[contract.slot_rows(slot)] = rows
+        inputs[contract.total_sequence_length("thinking", slot if graph.slots > 1 else None)] = np.array([total])
+    ids += [0] * (len(kept) - len(ids))
     return inputs | {
         contract.INPUT_IDS: np.array([ids]),
         contract.LATE_ROWS: late_rows,
-        contract.total_sequence_length("thinking"): totals,
-        contract.seqlens_k("thinking"): totals - 1,
-        contract.SLOT_ROWS: np.array([len(window_in.get(slot, range(1))) for slot in range(graph.slots)]),
-        contract.PAD_ROWS: np.array([graph.slots - max(window_in) - 1]),
+        contract.KEPT_ROWS: kept,
+        contract.seqlens_k("thinking"): np.array(
+            [window_in[slot].stop - 1 if slot in window_in else 0 for slot in range(graph.slots)]
+        ),
     }

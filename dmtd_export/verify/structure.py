@@ -239,7 +239,7 @@ def _initializer_fault(tensor: onnx.TensorProto, by_offset: dict[int, tuple[str,
             return f"element type {tensor.data_type}, the manifest says {info.dtype}"
         names.append(name)
         rows, tail, at = rows + info.shape[0], info.shape[1:], at + info.length
-    expected_name = "+".join((names[0], *(name.split(".")[-2] for name in names[1:]))) if names else "nothing"
+    expected_name = contract.stack_name(names) if names else "nothing"
     if at != offset + length or tensor.name != expected_name or tuple(tensor.dims) != (rows, *tail):
         there = f"{expected_name} {(rows, *tail)}"
         return f"reads [{offset}, {offset + length}) as {tuple(tensor.dims)}; the manifest has {there} there"

@@ -24,11 +24,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dmtd_runtime import contract
 from dmtd_runtime.backends.base import Backend, BackendOptions, FullPass
 from dmtd_runtime.backends.opening import open_backend
 from dmtd_runtime.bench_run import RunRecord, private_bytes, run_once
 from dmtd_runtime.cycle import CyclePlan
-from dmtd_runtime.errors import RequestError
+from dmtd_runtime.device.libraries import gpu_here
+from dmtd_runtime.errors import BackendError, RequestError
 from dmtd_runtime.kv_cache import kv_bytes
 from dmtd_runtime.machine import default_threads, look_at_gpus, look_at_machine
 from dmtd_runtime.manifest import Manifest
@@ -134,6 +136,9 @@ def run_bench(
         BackendError: the device or library cannot be used.
     """
     check_options(options, manifest, backend_options)
+    if backend_options.backend == "tensorrt" or backend_options.device == "cuda":
+        # Kernels are compiled or chosen when a shape first runs: the same runs go untimed first, whatever was asked for.
+        options = replace(options, warmup=max(1, options.warmup))
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     split = split_bytes(manifest)
     modes = 3 if options.whole_model else 2
@@ -171,7 +176,13 @@ def check_options(options: BenchOptions, manifest: Manifest, backend_options: Ba
     cycle = manifest.cycle.cycle_length
     if options.max_tokens < cycle + 2:
         raise RequestError(f"--max-tokens: got {options.max_tokens}, expected at least {cycle + 2}, a cycle and a head")
-    limit = backend_options.max_model_len or manifest.model.max_model_len
+    limit = backend_options.model_len(manifest.model.max_model_len)
+    standard = (backend_options.dialect or manifest.default_dialect) == contract.STANDARD
+    if backend_options.backend == "onnxruntime" and backend_options.device == "cuda" and standard:
+        raise RequestError(
+            "--device cuda with the standard dialect: its attention copies whole caches for every head in each step, which "
+            "hides what DMTD saves; measure a bundle with the onnxruntime dialect (dmtd export --dtype bfloat16)"
+        )
     if options.prompt_len + options.max_tokens > limit:
         raise RequestError(
             f"--prompt-len {options.prompt_len} and --max-tokens {options.max_tokens} make "
@@ -316,7 +327,7 @@ def _conditions(
     machine, cycle = look_at_machine(), manifest.cycle
     engines = backend.backend == "tensorrt"
     on_gpu = backend.device == "cuda" or (engines and backend.flavour != "host")
-    gpus, driver = look_at_gpus() if on_gpu else ((), None)
+    gpu = _gpu_name(backend.device_id) if on_gpu else None
     return {
         "bundle": str(directory),
         "family": manifest.model.family,
@@ -346,11 +357,17 @@ def _conditions(
         "python": machine.python,
         "onnxruntime": _version_of("onnxruntime", "onnxruntime-gpu"),
         "tensorrt": _tensorrt_of(backend) if engines else None,
-        "gpu": gpus[backend.device_id].name if on_gpu and backend.device_id < len(gpus) else None,
-        "driver": driver if on_gpu else None,
+        "gpu": gpu,
+        "driver": look_at_gpus()[1] if on_gpu else None,
         "dmtd": __version__,
         "commit": _commit(),
     }
+
+
+def _gpu_name(device_id: int) -> str | None:
+    with contextlib.suppress(BackendError):
+        return gpu_here(device_id).name
+    return None
 
 
 def _tensorrt_of(backend: BackendOptions) -> str | None:

@@ -51,6 +51,9 @@ class _StepClock:
         self.marks.append((steps[0].step.kind, time.perf_counter(), self.stats.session_seconds))
         return self._backend.run(steps, greedy=greedy)
 
+    def warm_up(self) -> None:
+        self._backend.warm_up()
+
     def start_cycle(self, slots: Sequence[SlotCycle], *, follows: bool = False) -> None:
         self.marks.append(("cycle", time.perf_counter(), self.stats.session_seconds))
         self._backend.start_cycle(slots, follows=follows)

@@ -13,6 +13,7 @@ Three graphs hold layers, and exist in two dialects (choose_token and sample_tok
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 GraphName = Literal["full_pass", "thinking", "late_decode", "choose_token", "sample_token"]
@@ -47,11 +48,9 @@ POSITION_IDS = "position_ids"
 EMBEDDING_INPUT = "embedding_table"
 LM_HEAD_INPUT = "lm_head_table"
 VISIBLE_ROWS = "visible_rows"
-# ONNX Runtime dialect, graphs made for several slots: int64 [slots], how many packed rows each attention node takes, never
-# 0, because GroupQueryAttention refuses an empty sequence; and int64 [1], how many zero rows the graph appends before
-# attention and drops behind it, one for each slot behind the last one that takes part.
-SLOT_ROWS = "thinking_slot_rows"
-PAD_ROWS = "thinking_pad_rows"
+# ONNX Runtime dialect, graphs made for several slots: int64 [window_len], where each packed row's attention stands among
+# the rows of all attention nodes, slot 0's first (see slot_rows).
+KEPT_ROWS = "thinking_kept_rows"
 # Outputs (``thought`` is also late_decode's input).
 THOUGHT = "thought"
 LOGITS = "logits"
@@ -88,11 +87,14 @@ ASSET_FILES = (
     "generation_config.json",
     "config.json",
 )
+DEVICE_MODEL_LEN = (
+    4096  # tokens of a sequence on a device, whose caches are allocated at once, unless more are asked for
+)
 MIN_WINDOW = (
     256  # a runtime may pad a prompt's chunk up to this: KV capacity and rotary tables leave at least so much room
 )
 ROTARY_TABLES = ("rotary.cos", "rotary.sin")
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def write_indices(group: Group) -> str:
@@ -105,9 +107,40 @@ def seqlens_k(group: Group) -> str:
     return f"{group}_seqlens_k"
 
 
-def total_sequence_length(group: Group) -> str:
-    """ONNX Runtime dialect: int32 [slots], committed rows + new rows of each slot; late: [1], the largest."""
-    return f"{group}_total_sequence_length"
+def total_sequence_length(group: Group, slot: int | None = None) -> str:
+    """ONNX Runtime dialect: int32 [1], committed rows + new rows of the slot; late: of the longest sequence.
+
+    An input of its own for each attention node, straight into it: GroupQueryAttention reads it on the host, and what a node
+    makes of a host's value on a GPU lies on the device. ``slot`` only in packed graphs made for several slots.
+    """
+    return f"{group}_total_sequence_length" + ("" if slot is None else f".{slot}")
+
+
+def slot_rows(slot: int) -> str:
+    """ONNX Runtime dialect, graphs made for several slots: int64 [slot_len.{slot}], the packed rows of the slot's window.
+
+    Never empty, because GroupQueryAttention refuses an empty sequence.
+    """
+    return f"thinking_slot_rows.{slot}"
+
+
+def slot_len(slot: int) -> str:
+    """The symbolic dimension of :func:`slot_rows`."""
+    return f"slot_len.{slot}"
+
+
+def stack_name(names: Sequence[str]) -> str:
+    """The initializer over weights that stand one behind another: the first one's name, then the others' modules."""
+    return "+".join((names[0], *(name.split(".")[-2] for name in names[1:])))
+
+
+def stack_parts(name: str) -> list[str]:
+    """The weights behind an initializer, by their names in the weights file: the reverse of :func:`stack_name`."""
+    first, *others = name.split("+")
+    if not others:
+        return [first]
+    parent, _, kind = first.rsplit(".", 2)
+    return [first, *(f"{parent}.{module}.{kind}" for module in others)]
 
 
 def past(layer: int, kind: Kind, slot: int | None = None) -> str:

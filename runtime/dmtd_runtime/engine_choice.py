@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from dmtd_runtime import contract
-from dmtd_runtime.engine_record import ANY_GPU, EngineRecord, Flavour, FullPass, content_hash, read_record, records
+from dmtd_runtime.engine_record import (
+    ANY_GPU,
+    OLDEST_CAPABILITY,
+    EngineRecord,
+    Flavour,
+    FullPass,
+    content_hash,
+    read_record,
+    records,
+)
 from dmtd_runtime.errors import BackendError, BundleError
 from dmtd_runtime.manifest import Manifest
 
@@ -43,10 +52,12 @@ def mismatches(record: EngineRecord, manifest: Manifest, wish: EngineWish) -> li
 
     compare("flavour", record.flavour, wish.flavour)
     compare(f"{record.flavour} version", record.version, wish.version)
-    if record.compute_capability != ANY_GPU:
-        compare("compute capability", record.compute_capability, wish.compute_capability)
-    elif _unsupported(record, wish):
-        found.append(f"compute capability: built for {', '.join(record.supported)}, here {wish.compute_capability}")
+    if wish.compute_capability is not None and not record.runs_on(wish.compute_capability):
+        here = f"here {wish.compute_capability}"
+        if record.compute_capability == ANY_GPU:
+            found.append(f"compute capability: built for {OLDEST_CAPABILITY} and later, {here}")
+        else:
+            found.append(f"compute capability: built for {record.compute_capability}, {here}")
     if record.gpu_name is not None:
         compare("GPU", record.gpu_name, wish.gpu_name)
     graphs = [engine.graph for engine in record.engines]
@@ -61,11 +72,6 @@ def mismatches(record: EngineRecord, manifest: Manifest, wish: EngineWish) -> li
         if wanted is not None and wanted > limit:
             found.append(f"{what}: built for up to {limit}, asked for {wanted}")
     return found
-
-
-def _unsupported(record: EngineRecord, wish: EngineWish) -> bool:
-    """Whether the wish's GPU is none that the record's library knows, so that another flavour is needed."""
-    return bool(record.supported) and wish.compute_capability not in (None, *record.supported)
 
 
 def choose_record(bundle: Path, manifest: Manifest, wish: EngineWish) -> tuple[Path, EngineRecord]:
@@ -108,14 +114,21 @@ def require_fit(bundle: Path, directory: Path, manifest: Manifest, wish: EngineW
 def _filled(wish: EngineWish, record: EngineRecord) -> EngineWish:
     """The wish, and what the record served besides."""
     return EngineWish(
-        flavour="tensorrt" if _unsupported(record, wish) else wish.flavour or record.flavour,
+        flavour=wish.flavour or record.flavour,
         version=wish.version,
-        compute_capability=None if record.compute_capability == ANY_GPU else wish.compute_capability,
+        compute_capability=wish.compute_capability if _is_named(record, wish) else None,
         gpu_name=wish.gpu_name,
         full_pass="fused" if any(e.graph == contract.FULL_PASS for e in record.engines) else wish.full_pass,
         max_batch=max(wish.max_batch or 1, record.max_batch),
         max_model_len=max(wish.max_model_len or 1, record.max_model_len),
         prefill_chunk=record.prefill_chunk,
+    )
+
+
+def _is_named(record: EngineRecord, wish: EngineWish) -> bool:
+    """Whether engines like the record's can be built for the wish's GPU alone; those for any GPU serve one that is not named."""
+    return record.compute_capability != ANY_GPU and wish.compute_capability in (
+        record.supported or (wish.compute_capability,)
     )
 
 

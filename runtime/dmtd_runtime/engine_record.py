@@ -43,7 +43,8 @@ profile that is ``whole`` takes the capacity in its place, see :meth:`ProfileInf
 ``scratch_bytes`` (once deserialised ``engine.device_memory_size_v2`` has the exact number: a library that compiles at load may
 choose otherwise), and the caches: :meth:`EngineRecord.device_bytes` adds them up for the refusal before allocating.
 
-**Loading.** TensorRT-RTX compiles an engine for the GPU when it is loaded; ``device/kernel_cache.py`` keeps what it compiled.
+**First runs.** TensorRT-RTX compiles kernels when a context first runs; ``device/kernel_cache.py`` keeps them, and
+``backends/warm_up.py`` lists the runs that bring them all about.
 
 The flavour ``host`` holds engine graphs as ONNX (``file`` ends in .onnx, weights beside it) for a runtime that executes them in
 ONNX Runtime on the CPU; everything else in the record is as for the others.
@@ -70,6 +71,7 @@ FullPass = Literal["staged", "fused"]
 PassKind = Literal["prefill", "refill", "step", "choose"]
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx", "host")
 ANY_GPU = "any"
+OLDEST_CAPABILITY = "8.0"  # that has bfloat16 and TensorRT's fused attention
 RECORD_SCHEMA = 1
 
 
@@ -189,7 +191,7 @@ class EngineRecord:
     build: BuildFacts
     files: Mapping[str, FileInfo] = field(default_factory=dict)  # others in the directory
     verification: Mapping[str, Any] = field(default_factory=dict)  # empty: not asked for
-    supported: tuple[str, ...] = ()  # what "any" means: the capabilities that the library knows; empty: no limit
+    supported: tuple[str, ...] = ()  # "any": capabilities that the library names, later ones run too; empty: no limit
 
     def engine(self, graph: GraphName) -> EngineFile:
         """The engine of a graph; BundleError if the record has none."""
@@ -200,6 +202,12 @@ class EngineRecord:
             f"the engines hold no {graph}, only {', '.join(e.graph for e in self.engines)}; "
             f"build it with: dmtd build BUNDLE{' --fused' if graph == contract.FULL_PASS else ''}"
         )
+
+    def runs_on(self, compute_capability: str) -> bool:
+        """Whether a GPU of this capability may run the engines: the one they are for; "any" is from 8.0 on, named or not."""
+        if self.compute_capability != ANY_GPU:
+            return self.compute_capability == compute_capability
+        return not self.supported or is_new_enough(compute_capability)
 
     def rebuild_command(self, bundle: Path) -> str:
         """The command that builds these engines again."""
@@ -257,6 +265,12 @@ class EngineRecord:
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+
+def is_new_enough(compute_capability: str) -> bool:
+    """Whether a GPU of this capability, "8.9", has what engines are made of."""
+    got, oldest = ([int(number) for number in text.split(".")] for text in (compute_capability, OLDEST_CAPABILITY))
+    return got >= oldest
 
 
 def default_full_pass(manifest: Manifest) -> FullPass:

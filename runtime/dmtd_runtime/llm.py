@@ -5,7 +5,8 @@
         print(output.outputs[0].text)
 
 It may be called from several threads: what they ask for at the same time shares batches. It prints nothing, keeps no
-global state (but for the variable that keeps ONNX Runtime's telemetry off), and logs under ``dmtd``.
+global state (but for two variables: they keep ONNX Runtime's telemetry off and number GPUs as nvidia-smi does), and logs
+under ``dmtd``.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class LLM:
         flavour: of the engines: ``tensorrt``, ``tensorrt-rtx``, or ``host``, which runs engine graphs on the CPU; None takes
             the library that is installed.
         cuda_graphs: with engines, replay every cycle as one captured graph.
+        warm_up: on a GPU, run every shape once at opening, so that no request waits for kernels to be compiled or chosen.
         device: ``cpu``, or ``cuda`` for ONNX Runtime's CUDA provider (a float16 or bfloat16 bundle).
         device_id: which GPU.
         dialect: which graphs; None takes ONNX Runtime's own where the bundle has them.
@@ -73,6 +75,7 @@ class LLM:
         backend: BackendName = "onnxruntime",
         flavour: Flavour | None = None,
         cuda_graphs: bool = True,
+        warm_up: bool = False,
         device: Literal["cpu", "cuda"] = "cpu",
         device_id: int = 0,
         dialect: Literal["standard", "onnxruntime"] | None = None,
@@ -94,6 +97,7 @@ class LLM:
             backend=backend,
             flavour=flavour,
             cuda_graphs=cuda_graphs,
+            warm_up=warm_up,
             device=device,
             device_id=device_id,
             dialect=dialect,

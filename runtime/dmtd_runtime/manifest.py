@@ -82,7 +82,10 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphInfo:
-    """One graph file and its full I/O contract. ``slots``: attention nodes a packed layer has."""
+    """One graph file and its full I/O contract.
+
+    ``slots``: attention nodes a packed layer has. ``weights``: its initializers in the weights file (``contract.stack_parts``).
+    """
 
     name: contract.GraphName
     dialect: contract.Dialect
@@ -90,6 +93,7 @@ class GraphInfo:
     slots: int
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
+    weights: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,9 +221,10 @@ def load_manifest(directory: Path) -> Manifest:
         raise BundleError(f"{path} cannot be read as JSON ({error}); export the bundle again") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("schema"), int):
         raise BundleError(f"{path} has no integer 'schema'; it is not a DMTD bundle's manifest")
-    if raw["schema"] < 1:
+    if raw["schema"] < contract.SCHEMA_VERSION:
         raise BundleError(
-            f"{path} has schema {raw['schema']}, expected 1 to {contract.SCHEMA_VERSION}; export the bundle again"
+            f"{path} has schema {raw['schema']}, expected {contract.SCHEMA_VERSION}: another version of dmtd made it; "
+            "export the bundle again"
         )
     if raw["schema"] > contract.SCHEMA_VERSION:
         raise BundleError(

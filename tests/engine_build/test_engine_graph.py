@@ -116,15 +116,6 @@ def test_tables_are_inputs_and_capacity_is_fixed(bundles: Callable[..., Path], n
     assert ("lm_head.weight" in stored_weights(graph.model)) == (not tie and name != "thinking")
 
 
-def test_softmax_precision_of_older_bundles_is_taken_off(bundles: Callable[..., Path]) -> None:
-    model = onnx.load(bundles(dtype="float16") / "thinking.onnx", load_external_data=False)
-    for node in model.graph.node:
-        if node.op_type == "Attention":
-            node.attribute.append(onnx.helper.make_attribute("softmax_precision", 1))
-    graph = engine_graph("thinking", model, CAPACITY)
-    assert not any(node.attribute for node in graph.model.graph.node if node.op_type == "Attention")
-
-
 @pytest.mark.parametrize(("broken", "message"), [("table", "has no initializer"), ("mask", "no mask over its caches")])
 def test_a_foreign_graph_is_refused(bundles: Callable[..., Path], broken: str, message: str) -> None:
     model = onnx.load(bundles(dtype="float16") / "thinking.onnx", load_external_data=False)

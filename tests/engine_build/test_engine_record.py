@@ -129,23 +129,26 @@ def test_the_gpu_counts_where_the_engine_is_tied_to_one(built: Path, record: Eng
     assert mismatches(record, manifest, other) == []  # any
 
 
-def test_any_gpu_means_those_that_the_library_knows(built: Path, record: EngineRecord) -> None:
-    rtx = dataclasses.replace(record, flavour="tensorrt-rtx", supported=("8.9", "12.0"))
+def test_any_gpu_means_8_0_and_later(built: Path, record: EngineRecord) -> None:
+    rtx = dataclasses.replace(record, flavour="tensorrt-rtx", supported=("7.5", "8.9", "12.0"))
     manifest = load_manifest(built)
-    assert mismatches(rtx, manifest, EngineWish(compute_capability="8.9")) == []
-    assert mismatches(rtx, manifest, EngineWish(compute_capability="9.0")) == [
-        "compute capability: built for 8.9, 12.0, here 9.0"
+    for capability in ("8.0", "8.9", "9.0", "10.3", "12.0", "13.0"):
+        assert mismatches(rtx, manifest, EngineWish(compute_capability=capability)) == []
+    assert mismatches(rtx, manifest, EngineWish(compute_capability="7.5")) == [
+        "compute capability: built for 8.0 and later, here 7.5"
     ]
 
 
-def test_for_an_unknown_gpu_the_other_flavour_is_named(bundle: Path) -> None:
+@pytest.mark.parametrize(("here", "option"), [("8.9", " --compute-capability 8.9"), ("13.0", "")])
+def test_engines_for_another_gpu_name_the_command_for_this_one(bundle: Path, here: str, option: str) -> None:
+    """One that the library does not name is served by engines for any."""
     [(directory, record)] = records(bundle)
-    rtx = dataclasses.replace(record, flavour="tensorrt-rtx", supported=("8.9",))
+    rtx = dataclasses.replace(record, flavour="tensorrt-rtx", compute_capability="12.0", supported=("8.9", "12.0"))
     (directory / "engine.json").write_text(rtx.to_json())
     with pytest.raises(
-        BackendError, match=r"here 9.0; build engines that do with: dmtd build \S+ --flavour tensorrt --fused"
+        BackendError, match=rf"built for 12.0, here {here}; .*: dmtd build \S+ --flavour tensorrt-rtx{option} --fused"
     ):
-        choose_record(bundle, load_manifest(bundle), EngineWish(compute_capability="9.0"))
+        choose_record(bundle, load_manifest(bundle), EngineWish(compute_capability=here))
 
 
 def test_staged_engines_do_not_serve_fused(built: Path, record: EngineRecord) -> None:

@@ -11,7 +11,7 @@ import pytest
 from dmtd_export.build import flavour
 from dmtd_export.build.flavour import Library, configure, load_library, target_of
 from dmtd_export.build.plan import Target
-from dmtd_runtime.device.libraries import import_cuda, import_flavour
+from dmtd_runtime.device.libraries import GpuFacts, capabilities, import_cuda, import_flavour
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.machine import Gpu
 
@@ -21,7 +21,7 @@ H200 = Gpu(name="NVIDIA H200", memory_mib=143771, compute_capability="9.0")
 def module(version: str, name: str = "tensorrt_rtx") -> types.ModuleType:
     made = types.ModuleType(name)
     made.__version__ = version  # type: ignore[attr-defined]
-    members = {"NONE": 0, "CURRENT": 1, "SM75": 75, "SM89": 89, "SM120": 120}
+    members = {"NONE": 0, "CURRENT": 1, "SM75": 75, "SM80": 80, "SM89": 89, "SM120": 120}
     made.ComputeCapability = types.SimpleNamespace(__members__=members)  # type: ignore[attr-defined]
     return made
 
@@ -34,6 +34,13 @@ def install(patch: pytest.MonkeyPatch, **versions: str | None) -> None:
 
 def gpus(patch: pytest.MonkeyPatch, *found: Gpu) -> None:
     patch.setattr(flavour, "look_at_gpus", lambda: (found, None))
+
+    def gpu_here() -> GpuFacts:
+        if not found:
+            raise BackendError("no NVIDIA driver on this machine")
+        return GpuFacts(device_id=0, name=found[0].name, compute_capability=str(found[0].compute_capability))
+
+    patch.setattr(flavour, "gpu_here", gpu_here)
 
 
 def test_ctrl_c_while_a_library_starts_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,10 +97,26 @@ def test_rtx_builds_for_any_gpu_or_one_it_knows() -> None:
     library = Library(flavour="tensorrt-rtx", version="1.7.1", module=module("1.7.1"))
     assert target_of(library, None).label == target_of(library, "any").label == "any-tensorrt-rtx-1.7.1"
     assert target_of(library, "12.0").label == "sm120-tensorrt-rtx-1.7.1"
-    with pytest.raises(
-        BackendError, match=r"got 9.0, TensorRT-RTX 1.7.1 builds for 7.5, 8.9, 12.0 or any; .*--flavour tensorrt"
-    ):
-        target_of(library, "9.0")
+    assert target_of(library, None).supported == ("8.0", "8.9", "12.0")
+    for other in ("9.0", "13.0", "Ada"):
+        with pytest.raises(
+            BackendError,
+            match=rf"got {other}, TensorRT-RTX 1.7.1 names 8.0, 8.9, 12.0; leave it out: .* capability 8.0 and later$",
+        ):
+            target_of(library, other)
+
+
+def test_turing_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = (
+        r"engines need 8.0 or later: TensorRT's attention does, and no bfloat16 or float32 .*--backend onnxruntime$"
+    )
+    library = Library(flavour="tensorrt-rtx", version="1.7.1", module=module("1.7.1"))
+    with pytest.raises(BackendError, match=rf"^--compute-capability: got 7.5, {reason}"):
+        target_of(library, "7.5")
+    assert list(capabilities(library.module)) == ["8.0", "8.9", "12.0"]
+    gpus(monkeypatch, Gpu(name="NVIDIA T4", memory_mib=None, compute_capability="7.5"))
+    with pytest.raises(BackendError, match=rf"^NVIDIA T4 has compute capability 7.5, {reason}"):
+        target_of(Library(flavour="tensorrt", version="11.4.0", module=module("11.4.0")), None)
 
 
 def test_tensorrt_builds_for_the_gpu_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +127,7 @@ def test_tensorrt_builds_for_the_gpu_it_sees(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(BackendError, match="builds for the machine it runs on"):
         target_of(library, "8.9")
     gpus(monkeypatch)
-    with pytest.raises(BackendError, match=r"this machine shows none; .*--flavour tensorrt-rtx"):
+    with pytest.raises(BackendError, match=r"for: no NVIDIA driver on this machine; .*--flavour tensorrt-rtx"):
         target_of(library, None)
 
 

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from engine_support import load_engine_graph, rtx
 from onnx import helper
 
 from dmtd_export.build.engine_graph import EngineGraph
-from dmtd_export.build.network_check import NetworkFacts, check_attention_nodes, check_network
+from dmtd_export.build.network_check import NetworkFacts, check_attention_nodes, check_network, prepare_attention
 from dmtd_export.errors import ExportError
 from dmtd_runtime.manifest import TensorInfo
 
@@ -127,7 +128,24 @@ def test_a_missing_mask_is_refused(graph: EngineGraph, check: Callable[..., Netw
         check(graph, model)
 
 
-# Rules 2 to 7: the graph promises one thing, the network does another.
+@pytest.mark.parametrize("scale", [None, 0.25])
+def test_a_scale_that_the_parser_would_round_is_refused(
+    graph: EngineGraph, check: Callable[..., NetworkFacts], scale: float | None
+) -> None:
+    def scaled(node: onnx.NodeProto) -> None:
+        del node.attribute[:]
+        if scale is not None:
+            node.attribute.append(helper.make_attribute("scale", scale))
+
+    model = altered(graph, scaled)
+    got = "no scale" if scale is None else "a scale of 0.25"
+    with pytest.raises(ExportError, match=rf"Attention: got {got}, expected 1, .*; export the bundle again"):
+        check(with_model(graph, model))
+    with pytest.raises(ExportError, match=r"Attention: got reads queries from \(Unnamed"):
+        check(graph, model)
+
+
+# Rules 2 to 8: the graph promises one thing, the network does another.
 
 
 def test_a_dropped_input_is_refused(graph: EngineGraph, check: Callable[..., NetworkFacts]) -> None:
@@ -247,3 +265,94 @@ def test_an_interleaved_rotation_is_refused(graph: EngineGraph, check: Callable[
 
     with pytest.raises(ExportError, match="interleaved True, expected halves of whole heads"):
         check(graph, altered(graph, turn, "RotaryEmbedding"))
+
+
+# Rule 8: keys and values are the cache's, to the last bit.
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_keys_are_not_scaled_at_head_dim_128(
+    bundles: Callable[..., Path], check: Callable[..., NetworkFacts], family: str, dtype: str
+) -> None:
+    """What is left of the parser's own scaling is a product of keys and exactly 1."""
+    bundle = bundles(family=family, dtype=dtype, head_dim=128)
+    factors: list[float] = []
+
+    def look(trt: Any, network: Any) -> None:
+        layers = {network.get_layer(i).get_output(0).name: network.get_layer(i) for i in range(network.num_layers)}
+        product = layers[attention(trt, network).get_input(1).name]
+        assert product.type == trt.LayerType.ELEMENTWISE
+        assert product.get_input(0).name == "present.3.key/visible"
+        constant = layers[layers[product.get_input(1).name].get_input(0).name]
+        constant.__class__ = trt.IConstantLayer
+        factors.extend(constant.weights.ravel().tolist())
+
+    assert check(load_engine_graph(bundle, "late_decode"), bundle=bundle, dtype=dtype, spoil=look).attentions == 1
+    assert factors == [1.0]
+
+
+def times(trt: Any, network: Any, tensor: Any, factor: float) -> Any:
+    constant = network.add_constant((1, 1, 1, 1), np.array([[[[factor]]]], np.float16)).get_output(0)
+    return network.add_elementwise(tensor, constant, trt.ElementWiseOperation.PROD).get_output(0)
+
+
+@pytest.mark.parametrize(("index", "what"), [(0, "queries"), (1, "keys"), (2, "values")])
+@pytest.mark.parametrize("factor", [0.5, 1 + 2**-10, -1.0])
+def test_what_attention_reads_is_scaled_by_nothing_but_1(
+    graph: EngineGraph, check: Callable[..., NetworkFacts], index: int, what: str, factor: float
+) -> None:
+    def scale(trt: Any, network: Any, factor: float) -> None:
+        layer = attention(trt, network)
+        assert layer.set_input(index, times(trt, network, layer.get_input(index), factor))
+
+    with pytest.raises(ExportError, match=rf"self_attn/Attention: got reads {what} from .*times exactly 1"):
+        check(graph, spoil=lambda trt, network: scale(trt, network, factor))
+    assert check(graph, spoil=lambda trt, network: scale(trt, network, 1.0)).attentions == 1
+
+
+def test_products_by_1_are_taken_out_before_the_build(graph: EngineGraph, check: Callable[..., NetworkFacts]) -> None:
+    seen: list[list[str]] = []
+
+    def prepare(trt: Any, network: Any) -> None:
+        for _ in range(2):  # what is there no more is not missed
+            prepare_attention(trt, network)
+            layer = attention(trt, network)
+            assert layer.decomposable
+            seen.append([layer.get_input(i).name for i in range(3)])
+
+    check(graph, spoil=prepare)
+    query = next(node.input[0] for node in graph.model.graph.node if node.op_type == "Attention")
+    assert seen == [[query, "present.3.key/visible", "present.3.value/visible"]] * 2
+
+
+@pytest.mark.parametrize("operation", ["SUM", "DIV"])
+def test_another_operation_with_1_is_no_product(
+    graph: EngineGraph, check: Callable[..., NetworkFacts], operation: str
+) -> None:
+    def spoil(trt: Any, network: Any) -> None:
+        layer = attention(trt, network)
+        one = network.add_constant((1, 1, 1, 1), np.ones((1, 1, 1, 1), np.float16)).get_output(0)
+        made = network.add_elementwise(layer.get_input(1), one, getattr(trt.ElementWiseOperation, operation))
+        layer.set_input(1, made.get_output(0))
+
+    with pytest.raises(ExportError, match="reads keys from"):
+        check(graph, spoil=spoil)
+
+
+def test_keys_from_another_cache_are_refused(graph: EngineGraph, check: Callable[..., NetworkFacts]) -> None:
+    """The cache as it was before the update, and the other half of the pair."""
+
+    def before(node: onnx.NodeProto) -> None:
+        if node.input[0] == "present.3.key":
+            node.input[0] = "past_key_values.3.key"
+
+    with pytest.raises(ExportError, match="got reads keys of no KV update"):
+        check(graph, altered(graph, before, "Slice"))
+
+    def values(trt: Any, network: Any) -> None:
+        layer = attention(trt, network)
+        layer.set_input(1, layer.get_input(2))
+
+    with pytest.raises(ExportError, match=r"got reads keys from present\.3\.value/visible"):
+        check(graph, spoil=values)

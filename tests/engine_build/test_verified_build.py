@@ -17,9 +17,9 @@ from typer.testing import CliRunner, Result
 from dmtd_export.build import run as build_run
 from dmtd_export.cli import app
 from dmtd_export.verify import built, engines_hook
+from dmtd_runtime.device.libraries import GpuFacts
 from dmtd_runtime.engine_record import read_record
 from dmtd_runtime.errors import BackendError
-from dmtd_runtime.machine import Gpu
 from dmtd_runtime.manifest import FileInfo, sha256_of
 
 HOST = ("--flavour", "host", "--max-model-len", "64", "--max-batch", "2")
@@ -112,20 +112,23 @@ def test_a_device_that_fails_does_not_cost_the_build(bundle: Path, monkeypatch: 
 
 def test_without_a_gpu_one_line_says_so(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rtx()
-    monkeypatch.setattr(built, "look_at_gpus", lambda: ((), None))
+
+    def no_gpu() -> GpuFacts:
+        raise BackendError("no NVIDIA driver on this machine; install one")
+
+    monkeypatch.setattr(built, "gpu_here", no_gpu)
     done = dmtd("build", bundle, "--flavour", "tensorrt-rtx", "--max-model-len", "64", "--max-batch", "1")
     assert done.exit_code == 0, done.output
     [line] = [line for line in done.stderr.splitlines() if "verif" in line]
     assert line == (
-        "not verified: no GPU on this machine; where it can be done run: "
+        "not verified: no NVIDIA driver on this machine; where it can be done run: "
         f"dmtd verify {bundle} --backend tensorrt --flavour tensorrt-rtx --max-batch 1"
     )
     record = read_record(directory_of(bundle))
-    assert record.verification == {"skipped": "no GPU on this machine"}
-    other = (Gpu(name="H200", memory_mib=None, compute_capability="9.0"),)
-    monkeypatch.setattr(built, "look_at_gpus", lambda: (other, "580.1"))
+    assert record.verification == {"skipped": "no NVIDIA driver on this machine"}
+    monkeypatch.setattr(built, "gpu_here", lambda: GpuFacts(device_id=0, name="T4", compute_capability="7.5"))
     assert engines_hook()(bundle, directory_of(bundle), record) == {
-        "skipped": f"the engines are for compute capability {', '.join(record.supported)}, this machine's H200 has 9.0"
+        "skipped": "the engines are for compute capability 8.0 and later, this machine's T4 has 7.5"
     }
     monkeypatch.setattr(built, "installed", lambda module: module != "torch")
     assert 'pip install "dmtd[oracle]"' in built.why_not_here(record)

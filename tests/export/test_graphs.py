@@ -19,6 +19,7 @@ from dmtd_models.config import resolve_dmtd
 from dmtd_models.dmtd import DmtdModel
 from dmtd_models.oracle import greedy
 from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_runtime import contract
 from dmtd_runtime.manifest import Manifest, load_manifest
 
 OPTIONS = ExportOptions(
@@ -88,6 +89,70 @@ def test_node_names_keep_the_module_path_and_are_unique(bundle: Path, manifest: 
         assert layers == wanted[graph.name]
         assert "/model/layers.0/self_attn/o_proj/Gemm" in names
         assert "/model/layers.0/mlp/down_proj/Gemm" in names
+
+
+# Inputs by place that ONNX Runtime's CUDA kernels read in host memory.
+READ_ON_HOST = {
+    "GroupQueryAttention": {6},
+    "Reshape": {1},
+    "Expand": {1},
+    "Split": {1},
+    "Squeeze": {1},
+    "Unsqueeze": {1},
+    "Slice": {1, 2, 3, 4},
+    "ReduceSum": {1},
+    "CumSum": {1},
+    "TopK": {1},
+    "Range": {0, 1, 2},
+}
+# What ONNX Runtime's CUDA provider runs through cuDNN: reductions other than sums, convolutions, pools, recurrences.
+NEEDS_CUDNN = (
+    *("ReduceMax", "ReduceMin", "ReduceMean", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp"),
+    *("ReduceSumSquare", "Conv", "ConvTranspose", "BatchNormalization", "InstanceNormalization", "LRN"),
+    *("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool", "LSTM", "GRU", "RNN", "Dropout"),
+)
+
+
+def test_an_input_is_read_on_the_host_or_on_the_device_and_never_on_both(bundle: Path, manifest: Manifest) -> None:
+    """A value that is bound on the host reaches a kernel on a GPU once, when it is bound; on the host nodes read it anew."""
+    lengths = 0
+    for graph in manifest.graphs:
+        model = onnx.load(bundle / graph.file, load_external_data=False)
+        for info in graph.inputs:
+            at = [
+                (node.op_type, place in READ_ON_HOST.get(node.op_type, ()))
+                for node in model.graph.node
+                for place, name in enumerate(node.input)
+                if name == info.name
+            ]
+            on_host = {host for _, host in at}
+            assert at and len(on_host) == 1, f"{graph.file}, {info.name}: read by {at}"
+            assert on_host == {"total_sequence_length" in info.name}, f"{graph.file}, {info.name}: read by {at}"
+            lengths += on_host == {True}
+        for node in model.graph.node:
+            if node.op_type == "GroupQueryAttention":  # straight in: what a node makes of it lies on the device
+                assert node.input[6] in {info.name for info in graph.inputs}
+    assert lengths
+
+
+def test_no_graph_needs_cudnn(bundle: Path, manifest: Manifest) -> None:
+    for graph in manifest.graphs:
+        ops = {node.op_type for node in onnx.load(bundle / graph.file, load_external_data=False).graph.node}
+        assert ops, graph.file
+        assert not ops & set(NEEDS_CUDNN), graph.file
+
+
+def test_weights_of_a_graph_are_listed_and_found_by_their_parts(bundle: Path, manifest: Manifest) -> None:
+    for graph in manifest.graphs:
+        model = onnx.load(bundle / graph.file, load_external_data=False)
+        external = {tensor.name: tensor for tensor in model.graph.initializer if tensor.external_data}
+        assert set(graph.weights) == set(external)
+        for name, tensor in external.items():
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            parts = [manifest.weights[part] for part in contract.stack_parts(name)]
+            assert parts[0].offset == int(place["offset"])
+            assert sum(part.length for part in parts) == int(place["length"])
+            assert contract.stack_name(contract.stack_parts(name)) == name
 
 
 def test_stacked_weights_are_one_initializer_over_neighbours(bundle: Path, manifest: Manifest) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -13,9 +12,10 @@ from dmtd_export.options import ExportOptions
 from dmtd_export.verify.on_device import verify_on_device
 from dmtd_models.testing import write_tiny_checkpoint
 from dmtd_runtime import LLM, BackendError, SamplingParams
-from dmtd_runtime.backends import ort_session
 from dmtd_runtime.backends.base import BackendOptions
-from dmtd_runtime.backends.ort_session import CUDA_PROVIDER, import_onnxruntime, provider_options, shared_stream
+from dmtd_runtime.backends.cuda_provider import CUDA_PROVIDER
+from dmtd_runtime.backends.ort_library import import_onnxruntime
+from dmtd_runtime.backends.ort_session import provider_options
 
 PROMPTS = [[1, 2, 3], [4] * 9, [5, 6]]
 CHOICES = {
@@ -100,38 +100,12 @@ def test_on_a_gpu_every_row_of_logits_is_the_oracles(bundles: dict[str, Path]) -
     assert report.ok, report.first_divergence
 
 
-def test_sessions_share_a_stream_and_graphs_are_asked_for_by_option() -> None:
+def test_what_is_asked_of_the_provider() -> None:
     options = BackendOptions(device="cuda", device_id=2)
-    assert provider_options(options, stream=None, graphs=False) == {"device_id": "2"}
-    assert provider_options(options, stream=77, graphs=True) == {
-        "device_id": "2",
-        "user_compute_stream": "77",
-        "enable_cuda_graph": "1",
-    }
-
-
-def test_the_stream_is_one_that_default_stream_copies_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cudaStreamCreate's, not a non-blocking one; and none where cuda-bindings are missing."""
-    made: list[str] = []
-    errors = SimpleNamespace(cudaSuccess=SimpleNamespace(name="cudaSuccess"))
-    cuda = SimpleNamespace(
-        cudaError_t=errors,
-        cudaSetDevice=lambda device: (made.append(f"device {device}"), (errors.cudaSuccess,))[1],
-        cudaStreamCreate=lambda: (made.append("stream"), (errors.cudaSuccess, 41))[1],
-    )
-    monkeypatch.setattr(ort_session, "check_cuda_provider", lambda ort: None)
-    monkeypatch.setattr(ort_session, "import_cuda", lambda: cuda)
-    assert shared_stream(3) == 41
-    assert made == ["device 3", "stream"]
-    cuda.cudaSetDevice = lambda device: (SimpleNamespace(name="cudaErrorInvalidDevice"),)
-    with pytest.raises(BackendError, match=r"GPU 3 cannot be used \(cudaErrorInvalidDevice\)"):
-        shared_stream(3)
-
-    def missing() -> None:
-        raise BackendError("cuda-bindings cannot be imported")
-
-    monkeypatch.setattr(ort_session, "import_cuda", missing)
-    assert shared_stream(0) is None
+    always = {"device_id": "2", "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+    assert provider_options(options, stream=None, graphs=False) == always
+    shared = {"user_compute_stream": "77", "enable_cuda_graph": "1"}
+    assert provider_options(options, stream=77, graphs=True) == always | shared
 
 
 def test_ctrl_c_within_the_import_of_onnxruntime_is_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import re
 import sys
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,32 +15,25 @@ from typing import Any
 import numpy as np
 import pytest
 from device_support import Engines, engine_backend, host_engines, run_sequences, tokens_of
-from fake_cuda import Context, CudaEngine, CudaError, FakeCuda, FakeRtx, RuntimeCache, RuntimeConfig
+from fake_cuda import Context, CudaEngine, CudaError, FakeCuda, FakeRtx, RuntimeCache, RuntimeConfig, install_fakes
 
 from dmtd_export.export import export_bundle
 from dmtd_export.options import ExportOptions
 from dmtd_models.testing import write_tiny_checkpoint
 from dmtd_runtime.cycle import CyclePlan
+from dmtd_runtime.device import cuda
 from dmtd_runtime.device.base import Address
 from dmtd_runtime.device.cuda import CudaDevice
 from dmtd_runtime.device.host import HostDevice
-from dmtd_runtime.device.libraries import import_cuda, import_flavour, look_at_gpu
+from dmtd_runtime.device.libraries import gpu_here, import_cuda, import_flavour, look_at_gpu
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.manifest import Manifest, load_manifest
 from dmtd_runtime.sampling import SamplingParams
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
-    host = HostDevice()
-    cuda = FakeCuda(host)
-    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(__version__="13.5.0"))  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "tensorrt", None)  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", FakeRtx(host))  # type: ignore[arg-type]
-    monkeypatch.setattr(FakeRtx, "capturable", True)
-    monkeypatch.setattr(FakeRtx, "__version__", "1.7.1.116")
-    return cuda
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return install_fakes(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +99,7 @@ def test_every_name_is_one_that_tensorrt_rtx_has() -> None:
         (RuntimeCache, trt.IRuntimeCache),
     ):
         for name in vars(ours):
-            if not name.startswith("_") and name != "read":
+            if not name.startswith("_") and name not in ("read", "asked"):
                 assert hasattr(theirs, name), name
     for name in ("device_memory_size_v2", "num_io_tensors"):
         assert hasattr(trt.ICudaEngine, name)
@@ -116,6 +109,8 @@ def test_every_name_is_one_that_tensorrt_rtx_has() -> None:
         ("ExecutionContextAllocationStrategy", "USER_MANAGED"),
         ("DynamicShapesKernelSpecializationStrategy", "EAGER"),
         ("CudaGraphStrategy", "DISABLED"),
+        ("ProfilingVerbosity", "NONE"),
+        ("ComputeCapability", "SM80"),
     ):
         assert hasattr(getattr(trt, name), member)
     for name in (
@@ -124,6 +119,7 @@ def test_every_name_is_one_that_tensorrt_rtx_has() -> None:
         "cuda_graph_strategy",
     ):
         assert hasattr(trt.IRuntimeConfig, name)
+    assert hasattr(trt.IExecutionContext, "nvtx_verbosity")
     for dtype in ("FLOAT", "HALF", "BF16", "INT64", "INT32", "BOOL"):
         assert hasattr(trt.DataType, dtype)
 
@@ -193,6 +189,26 @@ def test_a_damaged_engine_is_one_line_with_the_fix(fake: FakeCuda, tmp_path: Pat
     )
 
 
+def test_an_engine_refused_by_a_gpu_that_the_library_does_not_name_leads_to_the_other_flavour(
+    fake: FakeCuda, tmp_path: Path
+) -> None:
+    fake.capability = (9, 0)
+    (tmp_path / "x.engine").write_bytes(b"damaged engine")
+    with pytest.raises(
+        BackendError, match=r"conform; TensorRT-RTX does not name compute capability 9.0: dmtd build BUNDLE"
+    ):
+        CudaDevice().load_engine(tmp_path / "x.engine")
+
+
+def test_gpus_are_numbered_as_nvidia_smi_numbers_them(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    assert gpu_here().name == "Fake GPU"
+    assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")  # said by the user
+    gpu_here()
+    assert os.environ["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"
+
+
 def test_compiled_kernels_are_kept_for_the_next_time(
     fake: FakeCuda, bundle: tuple[Path, Manifest, Engines], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +223,64 @@ def test_compiled_kernels_are_kept_for_the_next_time(
     assert sorted(RuntimeCache.read) == [b"damaged", b"kernels", b"kernels", b"kernels"]
     assert files[0].read_bytes() == b"kernels"
     assert sorted((tmp_path / "dmtd" / "kernels").iterdir()) == files
+
+
+def test_kernels_are_saved_after_the_first_run_of_each_context(
+    fake: FakeCuda, bundle: tuple[Path, Manifest, Engines], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not when the engine is released, which a process that is killed never comes to."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(RuntimeCache, "asked", 0)
+    directory, manifest, engines = bundle
+    backend = engine_backend(directory, manifest, engines, slots=2, device=CudaDevice())
+    assert RuntimeCache.asked == 0
+    plan, vocab = CyclePlan(cycle=manifest.cycle), manifest.model.vocab_size
+    run_sequences(backend, plan, vocab, [[1, 2, 3]], PARAMS[0])
+    assert RuntimeCache.asked == len(backend._engines._contexts)
+    assert len(list((tmp_path / "dmtd" / "kernels").iterdir())) == 3  # nothing was sampled
+    backend.close()
+
+
+def test_a_compilation_is_logged_with_its_shape(
+    fake: FakeCuda,
+    bundle: tuple[Path, Manifest, Engines],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock, execute = [0.0], Context.execute_async_v3
+
+    def slow(self: Context, stream_handle: int) -> bool:
+        clock[0] += 0.4 if self._engine.tensors.get("token_ids") else 0.05
+        return execute(self, stream_handle)
+
+    monkeypatch.setattr(cuda, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(Context, "execute_async_v3", slow)
+    caplog.set_level("INFO", "dmtd.cuda")
+    run(bundle, CudaDevice())
+    lines = [record.getMessage() for record in caplog.records if "compiled" in record.getMessage()]
+    assert "choose_token.onnx: 0.4 s to start with logits [1, 1, 128]: kernels were compiled" in lines
+    assert not [line for line in lines if "thinking" in line or "late_decode" in line]
+    assert len(lines) < 12  # first runs only
+
+
+def test_engines_say_nothing_to_profilers_and_are_asked_before_a_capture(
+    fake: FakeCuda, bundle: tuple[Path, Manifest, Engines], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, asked, execute, ask = list[str](), list[bool](), Context.execute_async_v3, Context.is_stream_capturable
+
+    def noted(self: Context, stream_handle: int) -> bool:
+        seen.append(self.nvtx_verbosity)
+        return execute(self, stream_handle)
+
+    def noted_ask(self: Context, stream: int) -> bool:
+        asked.append(fake.host.capturing)
+        return ask(self, stream)
+
+    monkeypatch.setattr(Context, "execute_async_v3", noted)
+    monkeypatch.setattr(Context, "is_stream_capturable", noted_ask)
+    run(bundle, CudaDevice())
+    assert set(seen) == {"NONE"}
+    assert asked and not any(asked)
 
 
 def test_errors_of_cuda_are_named(fake: FakeCuda) -> None:

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from device_support import host_engines
 
-from dmtd_export.build.options import BuildOptions
-from dmtd_export.build.run import build_engines
 from dmtd_export.export import export_bundle
 from dmtd_export.options import ExportOptions
 from dmtd_models.testing import write_tiny_checkpoint
 from dmtd_runtime import contract
 from dmtd_runtime.device.base import ALIGNMENT, Address, EngineContext, aligned, check_room
 from dmtd_runtime.device.host import HostDevice, SeamError
+from dmtd_runtime.device.host_engine import HostEngine
 from dmtd_runtime.engine_record import EngineRecord
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.manifest import DTYPE_BYTES
@@ -28,8 +28,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EngineRecor
     root = tmp_path_factory.mktemp("host_device")
     source = write_tiny_checkpoint(root / "model", layers=3, max_positions=64)
     export_bundle(source, root / "bundle", ExportOptions(decoding_layers=1, cycle_length=3, target="tensorrt"))
-    result = build_engines(root / "bundle", BuildOptions(flavour="host", max_batch=2))
-    return result.directory, result.record
+    return host_engines(root / "bundle", max_batch=2, buckets=(16,))
 
 
 @pytest.fixture
@@ -50,17 +49,20 @@ def settle(device: HostDevice) -> None:
 class Bound:
     """An engine with a buffer of its own for every input and output."""
 
-    def __init__(self, device: HostDevice, engines: tuple[Path, EngineRecord], graph: contract.GraphName) -> None:
-        self.device = device
+    def __init__(
+        self, device: HostDevice, engines: tuple[Path, EngineRecord], graph: contract.GraphName, **changes: int
+    ) -> None:
+        self.device, sizes = device, {**SIZES, **changes}
         directory, record = engines
         self.file = record.engine(graph)
         self.engine = device.load_engine(directory / self.file.file)
         shapes = {
-            info.name: tuple(SIZES[dim] if isinstance(dim, str) else dim for dim in info.dims)
+            info.name: tuple(sizes[dim] if isinstance(dim, str) else dim for dim in info.dims)
             for info in (*self.file.inputs, *self.file.outputs)
         }
         scratch = written(device, self.engine.scratch_bytes)
         inputs = {info.name: shapes[info.name] for info in self.file.inputs}
+        self.inputs, self.scratch = inputs, scratch
         self.context: EngineContext = self.engine.context(0, inputs, scratch, self.engine.scratch_bytes)
         self.addresses: dict[str, Address] = {}
         for info in (*self.file.inputs, *self.file.outputs):
@@ -68,6 +70,9 @@ class Bound:
             count = int(np.prod(shapes[info.name])) * DTYPE_BYTES[info.dtype]
             self.addresses[info.name] = self.addresses[alias] if alias else written(device, count)
             self.context.set_address(info.name, self.addresses[info.name])
+
+    def new_context(self) -> EngineContext:
+        return self.engine.context(0, self.inputs, self.scratch, self.engine.scratch_bytes)
 
     def write(self, numbers: Mapping[str, int]) -> None:
         for name, number in numbers.items():
@@ -165,17 +170,26 @@ def test_cache_rows_are_written_in_order_and_in_range(
         settle(device)
 
 
-def test_a_window_past_the_capacity_is_refused(device: HostDevice, engines: tuple[Path, EngineRecord]) -> None:
-    bound = Bound(device, engines, contract.THINKING)
-    capacity = engines[1].capacity
-    bound.write({contract.write_indices("thinking"): capacity - 2})
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_window_past_the_rows_that_the_run_sees_is_refused(
+    device: HostDevice, engines: tuple[Path, EngineRecord], whole: bool
+) -> None:
+    """TensorRT writes it within the capacity, and attention never sees it; past the capacity nothing is written at all."""
+    visible = engines[1].capacity if whole else SIZES["visible_len"]
+    bound = Bound(device, engines, contract.THINKING, visible_len=visible)
+    bound.write({contract.write_indices("thinking"): 0})
     bound.context.enqueue()
-    with pytest.raises(SeamError, match=f"writes rows {capacity - 2} to {capacity} of {capacity}"):
+    settle(device)
+    bound.write({contract.write_indices("thinking"): visible - 2})
+    bound.context.enqueue()
+    with pytest.raises(SeamError, match=f"slot 0 writes rows {visible - 2} to {visible} of {visible}"):
         settle(device)
 
 
 # Rule 5.
-def test_a_capture_records_device_work_alone(device: HostDevice) -> None:
+def test_a_capture_records_device_work_alone(device: HostDevice, engines: tuple[Path, EngineRecord]) -> None:
+    bound = Bound(device, engines, contract.CHOOSE_TOKEN)
+    assert bound.context.is_capturable()
     address, staging = written(device, 8), device.alloc_host(8)
     settle(device)
     for touch, message in (
@@ -183,6 +197,9 @@ def test_a_capture_records_device_work_alone(device: HostDevice) -> None:
         (lambda: device.download(staging, address), "a download within a capture"),
         (lambda: device.alloc(8, "more"), "allocating more within a capture"),
         (lambda: device.wait(device.mark()), "a mark within a capture"),
+        (lambda: device.load_engine(engines[0] / "choose_token.onnx"), "loading an engine within a capture"),
+        (bound.new_context, "making a context within a capture"),
+        (bound.context.is_capturable, "asking whether a context may be captured within a capture"),
     ):
         with pytest.raises(SeamError, match=message):
             device.capture(touch)  # type: ignore[arg-type]
@@ -219,6 +236,70 @@ def test_only_page_locked_memory_goes_up_and_down(device: HostDevice) -> None:
         device.upload(address, np.zeros(16, np.uint8))
     with pytest.raises(SeamError, match="not page-locked"):
         device.download(device.alloc_host(32)[::2], address)
+
+
+# Rule 7.
+@pytest.mark.parametrize(
+    ("profile", "changes", "message"),
+    [
+        (0, {"batch": 3}, r"input_ids: got shape \(3, 3\), profile 0 takes \(1, 1\) to \(2, 256\)"),
+        (0, {"window_len": 257}, r"input_ids: got shape \(1, 257\), profile 0 takes"),
+        (1, {"window_len": 4}, r"input_ids: got shape \(1, 4\), profile 1 takes \(1, 1\) to \(2, 3\)"),
+        (0, {"visible_len": 321}, r"visible_rows: got shape \(321,\), profile 0 takes \(1,\) to \(320,\)"),
+        (2, {}, r"thinking.onnx: got profile 2, it has 2"),
+    ],
+)
+def test_shapes_must_lie_within_the_profile(
+    device: HostDevice, engines: tuple[Path, EngineRecord], profile: int, changes: dict[str, int], message: str
+) -> None:
+    bound = Bound(device, engines, contract.THINKING)
+    sizes = {**SIZES, **changes}
+    shapes = {info.name: tuple(sizes.get(str(dim), dim) for dim in info.dims) for info in bound.file.inputs}
+    with pytest.raises(SeamError, match=message):
+        bound.engine.context(profile, shapes, bound.scratch, bound.engine.scratch_bytes)  # type: ignore[arg-type]
+
+
+def test_activations_are_there_large_enough_and_the_devices_own(
+    device: HostDevice, engines: tuple[Path, EngineRecord]
+) -> None:
+    bound, needed = Bound(device, engines, contract.CHOOSE_TOKEN), HostEngine.scratch_bytes
+    for address, count, message in (
+        (bound.scratch, needed - 1, f"scratch: got {needed - 1} bytes, expected {needed}"),
+        (Address(bound.scratch + ALIGNMENT), needed, "scratch: 1024 bytes from 256 pass the end"),
+        (Address(bound.scratch + 8), needed, "scratch: address .* is not a multiple of 256"),
+        (Address(0), needed, "scratch: address 0x0 lies in no allocation"),
+        (written(HostDevice(), needed), needed, "lies in no allocation"),  # of another device: in another stream
+    ):
+        with pytest.raises(SeamError, match=message):
+            bound.engine.context(0, bound.inputs, address, count)
+    bound.context.set_address(contract.IS_FINITE, Address(bound.scratch + ALIGNMENT))
+    with pytest.raises(SeamError, match="is_finite: overlaps the activations"):
+        bound.context.enqueue()
+
+
+def test_an_address_that_is_not_aligned_is_refused_when_it_is_set(
+    device: HostDevice, engines: tuple[Path, EngineRecord]
+) -> None:
+    bound = Bound(device, engines, contract.CHOOSE_TOKEN)
+    with pytest.raises(SeamError, match=r"token_ids: address .* is not a multiple of 256"):
+        bound.context.set_address(contract.TOKEN_IDS, Address(bound.addresses[contract.TOKEN_IDS] + 8))
+
+
+def test_the_first_run_of_each_context_costs_time_that_is_counted(engines: tuple[Path, EngineRecord]) -> None:
+    device = HostDevice(first_run_s=2.5)
+    bound = Bound(device, engines, contract.CHOOSE_TOKEN)
+    bound.context.enqueue()
+    assert device.stalled_s == 0  # the stream has not come to it
+    settle(device)
+    bound.context.enqueue()
+    settle(device)
+    assert device.stalled_s == 2.5
+    other = bound.new_context()
+    for name, address in bound.addresses.items():
+        other.set_address(name, address)
+    other.enqueue()
+    settle(device)
+    assert device.stalled_s == 5
 
 
 def test_shapes_must_fit_the_engine(device: HostDevice, engines: tuple[Path, EngineRecord]) -> None:

@@ -53,7 +53,7 @@ def test_a_manifest_survives_writing_and_reading(tiny: TinyBundles, tmp_path: Pa
 
 
 def test_unknown_keys_of_the_same_schema_are_ignored(good: dict[str, Any], tmp_path: Path) -> None:
-    assert load(tmp_path, {**good, "from_the_future": [1]}).schema == 1
+    assert load(tmp_path, {**good, "from_the_future": [1]}).schema == 2
 
 
 def test_graph_says_what_the_bundle_has_instead(tiny: TinyBundles) -> None:
@@ -67,8 +67,8 @@ MALFORMED = [
     ("schema", ABSENT, "no integer 'schema'"),
     ("schema", "1", "no integer 'schema'"),
     ("schema", None, "no integer 'schema'"),
-    ("schema", True, "manifest.schema is True, expected int"),
-    ("schema", 2, "has schema 2, this version reads up to 1; upgrade with: pip install -U dmtd"),
+    ("schema", True, "has schema True, expected 2: another version of dmtd made it"),
+    ("schema", 3, "has schema 3, this version reads up to 2; upgrade with: pip install -U dmtd"),
     ("model", ABSENT, "manifest lacks model"),
     ("model", [], "manifest.model is list, expected an object"),
     ("model/vocab_size", ABSENT, "manifest.model lacks vocab_size"),
@@ -173,10 +173,10 @@ def test_check_files_tells_how_much_it_hashed(tiny: TinyBundles) -> None:
         unlisted.check_files(bundle.directory, hashes=True)
 
 
-@pytest.mark.parametrize("schema", [0, -1])
-def test_a_schema_below_one_is_refused(tmp_path: Path, schema: int) -> None:
+@pytest.mark.parametrize("schema", [1, 0, -1])
+def test_an_earlier_schema_is_refused(tmp_path: Path, schema: int) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({"schema": schema}))
-    with pytest.raises(BundleError, match="expected 1 to"):
+    with pytest.raises(BundleError, match="expected 2: another version of dmtd made it; export the bundle again"):
         load_manifest(tmp_path)
 
 

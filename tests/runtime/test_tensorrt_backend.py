@@ -281,6 +281,45 @@ def test_engines_of_an_older_bundle_are_refused(tiny: TinyBundles, engines: Make
         engine_backend(bundle.directory, bundle.manifest, (directory, older))
 
 
+@pytest.mark.parametrize(
+    ("name", "dims", "fits"),
+    [
+        ("position_ids", (-1, 1), False),  # prompts have more rows
+        ("visible_rows", (512,), False),  # shorter buckets too
+        ("logit_rows", (-1, 1), True),  # one row a sequence in every profile
+        ("logit_rows", (-1, 2), False),
+        ("logits", (-1, 1, 259), True),
+        ("logits", (-1, -1, -1), True),  # an output may be told as open
+        ("logits", (-1, -1, 258), False),
+        ("past_key_values.3.key", (-1, 2, -1, 16), False),  # an input of fixed capacity may not
+        ("past_key_values.3.key", (-1, 2, 512), False),
+    ],
+)
+def test_an_engines_own_dimensions_must_take_the_profiles_ranges(
+    tiny: TinyBundles,
+    engines: MakeEngines,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    dims: tuple[int, ...],
+    fits: bool,
+) -> None:
+    bundle = tiny.get()
+    load = HostDevice.load_engine
+
+    def told_otherwise(self: HostDevice, path: Path) -> Any:
+        engine: Any = load(self, path)
+        if path.stem == "late_decode":
+            engine.tensors[name] = replace(engine.tensors[name], dims=dims)
+        return engine
+
+    monkeypatch.setattr(HostDevice, "load_engine", told_otherwise)
+    if not fits:
+        with pytest.raises(BackendError, match=rf"late_decode.onnx, {name}: the engine has .*, its record says"):
+            engine_backend(bundle.directory, bundle.manifest, engines())
+    else:
+        engine_backend(bundle.directory, bundle.manifest, engines()).close()
+
+
 def test_too_little_memory_is_said_with_numbers_before_anything_is_allocated(
     tiny: TinyBundles, engines: MakeEngines
 ) -> None:

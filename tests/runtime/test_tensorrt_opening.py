@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 from bundles import make_bundle, make_checkpoint
-from fake_cuda import FakeCuda, FakeRtx
+from fake_cuda import FakeCuda, FakeRtx, install_fakes
 from typer.testing import CliRunner, Result
 
 from dmtd_export.build.options import BuildOptions
@@ -21,7 +22,6 @@ from dmtd_export.export import export_bundle
 from dmtd_export.options import ExportOptions
 from dmtd_runtime import LLM, BackendError, BundleError, RequestError, SamplingParams
 from dmtd_runtime.backends.base import BackendOptions
-from dmtd_runtime.device.host import HostDevice
 from dmtd_runtime.engine_record import read_record
 
 HOST = ("--backend", "tensorrt", "--flavour", "host")
@@ -185,15 +185,7 @@ def test_a_bfloat16_bundle_is_refused_by_the_host_flavour(tmp_path: Path) -> Non
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    from types import SimpleNamespace
-
-    host = HostDevice()
-    cuda = FakeCuda(host)
-    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(__version__="13.5.0"))  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "tensorrt", None)  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", FakeRtx(host))  # type: ignore[arg-type]
-    return cuda
+    return install_fakes(monkeypatch)
 
 
 def as_rtx(bundle: Path, **changes: Any) -> None:
@@ -222,6 +214,40 @@ def test_engines_of_another_machine_are_refused_before_they_are_loaded(fake: Fak
     path = engine_directory(copied) / "engine.json"
     path.write_text(replace(read_record(path.parent), version="1.6.0").to_json())
     one_line(generate(copied, "--backend", "tensorrt"), "version: built for 1.6.0, here 1.7.1.116", "dmtd build")
+
+
+def test_a_gpu_that_is_too_old_is_refused_before_engines_are_looked_for(fake: FakeCuda, copied: Path) -> None:
+    fake.capability = (7, 5)
+    as_rtx(copied)
+    one_line(
+        generate(copied, "--backend", "tensorrt"),
+        "(Fake GPU) has compute capability 7.5, engines need 8.0 or later, for bfloat16 and fused attention",
+    )
+
+
+def test_a_gpu_newer_than_the_library_names_is_served(fake: FakeCuda, copied: Path) -> None:
+    as_rtx(copied, compute_capability="any", supported=("8.0", "8.9"))
+    fake.capability = (13, 0)
+    assert generate(copied, "--backend", "tensorrt", "--greedy").exit_code == 0
+
+
+def test_bench_names_the_gpu_that_it_ran_on(
+    fake: FakeCuda, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the one that nvidia-smi shows first: CUDA_VISIBLE_DEVICES may hide that."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho 'Other GPU, 580.1, 24000, 8.6'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    as_rtx(copied)
+    result = dmtd(
+        *("bench", str(copied), "--backend", "tensorrt", "--prompt-len", "5", "--max-tokens", "8"),
+        *("--repeats", "1", "--warmup", "0", "--json"),
+    )
+    assert result.exit_code == 0, result.output
+    conditions = json.loads(result.stdout)["conditions"]
+    assert (conditions["gpu"], conditions["driver"]) == ("Fake GPU", "580.1")
 
 
 def test_no_driver_and_no_library_are_one_line(fake: FakeCuda, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,11 +38,16 @@ class BackendOptions:
     dialect: Literal["standard", "onnxruntime"] | None = None  # None: onnxruntime where the bundle has it
     full_pass: FullPass | None = None  # None: fused where the split has encoding layers (and engines were built for it)
     max_batch: int = 1
-    max_model_len: int | None = None  # None: the bundle's
+    max_model_len: int | None = None  # None: see model_len; of engines, what they were built for
     choose_on_device: bool | None = None  # arg-max by the bundle's choose_token graph; None: on a GPU only
     cuda_graphs: bool = True  # TensorRT: replay every cycle as one captured graph
+    warm_up: bool = False  # opening runs every shape that generation can meet once, so that no sequence waits for it
     threads: int | None = None  # None: one for each core this process may use
     prepack: bool = True  # False: weights stay in the page cache, slower; for models that hardly fit into memory
+
+    def model_len(self, limit: int) -> int:
+        """Tokens of a sequence of a bundle that takes ``limit``: all, but on a GPU, which commits its caches whole, 4096."""
+        return self.max_model_len or (limit if self.device == "cpu" else min(limit, contract.DEVICE_MODEL_LEN))
 
     def __post_init__(self) -> None:
         allowed: dict[str, tuple[str | None, ...]] = {
@@ -55,7 +60,7 @@ class BackendOptions:
         for name, values in allowed.items():
             if (value := getattr(self, name)) not in values:
                 raise RequestError(f"{name}: got {value!r}, expected one of {', '.join(map(str, values))}")
-        for name in ("cuda_graphs", "prepack"):
+        for name in ("cuda_graphs", "warm_up", "prepack"):
             if not isinstance(flag := getattr(self, name), bool):
                 raise RequestError(f"{name}: got {flag!r}, expected True or False")
         for name in ("max_batch", "max_model_len", "threads"):
@@ -94,6 +99,8 @@ class StepwiseBackend:
     """The part of the protocol that a backend lacks whose every step needs the host."""
 
     runs_cycles = False
+
+    def warm_up(self) -> None: ...
 
     def start_cycle(self, slots: Sequence[SlotCycle], *, follows: bool = False) -> None:
         raise NotImplementedError("this backend runs step by step")
@@ -152,6 +159,12 @@ class Backend(Protocol):
 
         Returns logits, float32 [n, vocab], a row for each step that wants them, in order; valid until the next call. With
         ``greedy`` a backend that ``chooses_tokens`` returns the arg-max of each row instead, int64 [n].
+        """
+        ...
+
+    def warm_up(self) -> None:
+        """Run every shape that generation can meet once, before the first sequence: kernels that a library compiles or chooses
+        at a shape's first run, and graphs to be captured, then keep no sequence waiting. Slots and caches are as before.
         """
         ...
 

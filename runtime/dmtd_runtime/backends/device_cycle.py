@@ -122,6 +122,8 @@ class CycleProgram:
             arrays[f"{contract.GATE_HIDDEN}.{k}"][:] = True
         if self.shape.sampled:
             arrays[contract.REPETITION_PENALTY][:] = 1
+        if not slots:
+            return  # warming up: all is padding
         window, own = self.shape.window_len, [s.slot for s in slots]
         for s in slots:
             assert len(s.steps) == len(self.shape.full), f"{len(s.steps)} steps for a cycle of {len(self.shape.full)}"

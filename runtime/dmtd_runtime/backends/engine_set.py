@@ -16,13 +16,13 @@ import numpy as np
 
 from dmtd_runtime import contract
 from dmtd_runtime.contract import GraphName
-from dmtd_runtime.device.base import Address, Array, Device, Engine, EngineContext, check_room
+from dmtd_runtime.device.base import Address, Device, Engine, EngineContext, EngineTensor, check_room
+from dmtd_runtime.device.uploading import Uploader
 from dmtd_runtime.engine_record import EngineFile, EngineRecord, FullPass, PassKind, ProfileInfo
 from dmtd_runtime.errors import BackendError, BundleError
 from dmtd_runtime.manifest import DTYPE_BYTES, Manifest, TensorInfo
 
 TABLES = (contract.LOGIT_BIAS, contract.END_IDS, contract.PROMPT_SEEN, contract.OUTPUT_COUNTS)
-UPLOAD_BYTES = 16 << 20
 
 
 class EngineSet:
@@ -60,7 +60,7 @@ class EngineSet:
                     f"export the bundle again, then build its engines with: {self._rebuild}"
                 )
         check_room(device, self._needed_bytes(), _HINT)
-        self._staging = [device.alloc_host(UPLOAD_BYTES) for _ in range(2)]
+        self._uploader = Uploader(device)
         self._engines: dict[GraphName, Engine] = {}
         for engine in self._files:
             self._engines[engine.graph] = device.load_engine(directory / engine.file)
@@ -73,7 +73,7 @@ class EngineSet:
             device.zero(self._buffers[name], num_bytes)
         self._upload_weights(bundle)
         self._upload_visible_rows()
-        del self._staging
+        del self._uploader
 
     @property
     def vocab_size(self) -> int:
@@ -132,6 +132,20 @@ class EngineSet:
                     context.set_address(info.name, address)
             self._contexts[key] = context
         return self._contexts[key]
+
+    def uncapturable(self, owner: Hashable) -> str | None:
+        """The file of an engine whose contexts of ``owner`` may not be captured; None where all may."""
+        for (graph, _, _, of), context in self._contexts.items():
+            if of == owner and not context.is_capturable():
+                return self.record.engine(graph).file
+        return None
+
+    def zero_buffers(self) -> None:
+        """Zero everything that runs write, as it was at first."""
+        constant = {*self._table_names(), contract.VISIBLE_ROWS}
+        for name, num_bytes in self._buffer_bytes().items():
+            if name not in constant:
+                self.device.zero(self._buffers[name], num_bytes)
 
     def move_rows(self, source: int, target: int, rows: int) -> None:
         """Copy the first ``rows`` rows of every cache from one slot over another's."""
@@ -214,21 +228,10 @@ class EngineSet:
         for name in sorted(self._table_names()):
             info = self._manifest.weights[name]
             data = np.memmap(bundle / contract.WEIGHTS_FILE, np.uint8, "r", offset=info.offset, shape=(info.length,))
-            self._upload(self._buffers[name], data)
+            self._uploader.upload(self._buffers[name], data)
 
     def _upload_visible_rows(self) -> None:
-        self._upload(self._buffers[contract.VISIBLE_ROWS], np.arange(self.record.capacity).view(np.uint8))
-
-    def _upload(self, target: Address, data: Array) -> None:
-        """Bytes of any size through two page-locked buffers: one is filled while the other is read."""
-        marks = [self.device.mark()] * 2
-        for number, first in enumerate(range(0, len(data), UPLOAD_BYTES)):
-            part, staging = data[first : first + UPLOAD_BYTES], self._staging[number % 2]
-            self.device.wait(marks[number % 2])
-            staging[: len(part)] = part
-            self.device.upload(Address(target + first), staging[: len(part)])
-            marks[number % 2] = self.device.mark()
-        self.device.wait(self.device.mark())
+        self._uploader.upload(self._buffers[contract.VISIBLE_ROWS], np.arange(self.record.capacity).view(np.uint8))
 
 
 _HINT = "lower --max-batch or --max-model-len (dmtd build takes them too), or free the device"
@@ -240,11 +243,11 @@ def _input_shapes(file: EngineFile, sizes: Mapping[str, int]) -> dict[str, Seque
 
 def _check_io(file: EngineFile, engine: Engine, rebuild: str) -> None:
     """The loaded engine has the record's inputs and outputs. BackendError names the first difference."""
+    ranges = _ranges(file)
     for info in (*file.inputs, *file.outputs):
         got = engine.tensors.get(info.name)
-        dims = tuple(dim if isinstance(dim, int) else -1 for dim in info.dims)
         alias = file.aliases.get(info.name)
-        if got is None or got.dtype != info.dtype or got.dims != dims or got.alias != alias:
+        if got is None or got.dtype != info.dtype or got.alias != alias or not _dims_fit(got, info, ranges):
             raise BackendError(
                 f"{file.file}, {info.name}: the engine has {got}, its record says {info.dtype} {list(info.dims)}"
                 f"{f' at the address of {alias}' if alias else ''}; build it again with: {rebuild}"
@@ -254,3 +257,32 @@ def _check_io(file: EngineFile, engine: Engine, rebuild: str) -> None:
         raise BackendError(
             f"{file.file} also has {sorted(extra)[0]}, its record does not; build it again with: {rebuild}"
         )
+
+
+def _ranges(file: EngineFile) -> dict[str, tuple[int, int]]:
+    """Least and largest size of each symbolic dimension of the inputs, over all profiles."""
+    found: dict[str, tuple[int, int]] = {}
+    for profile in file.profiles:
+        for info in file.inputs:
+            if (given := profile.inputs.get(info.name)) is None:
+                continue
+            for dim, low, high in zip(info.dims, given.min, given.max, strict=True):
+                if isinstance(dim, str):
+                    least, most = found.get(dim, (low, high))
+                    found[dim] = (min(least, low), max(most, high))
+    return found
+
+
+def _dims_fit(got: EngineTensor, info: TensorInfo, ranges: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether the engine takes, or gives, every shape that the record's profiles allow.
+
+    A library may tell a dimension that no profile varies as the number it is; and one of an output, which it computes, as open.
+    """
+    if len(got.dims) != len(info.dims):
+        return False
+    for size, dim in zip(got.dims, info.dims, strict=True):
+        if size == -1 and (isinstance(dim, str) or not got.is_input):
+            continue
+        if size != dim and not (isinstance(dim, str) and ranges.get(dim) == (size, size)):
+            return False
+    return True

@@ -2,12 +2,15 @@
 
 A full pass runs staged by default: thinking over T's window, then late_decode over D's rows, ``thought`` handed over in a
 buffer both are bound to. How rows are laid out depends on the dialect: ``packed.py`` (onnxruntime) or
-``rectangular.py`` (standard).
+``rectangular.py`` (standard). Where tensors lie is ``ort_memory.py``'s: on a GPU everything is allocated when the backend is
+made, all sessions share one stream and one copy of the weights, and a step waits once, for what it brings back.
 """
 
 from __future__ import annotations
 
-import math
+import itertools
+import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,20 +19,31 @@ import numpy as np
 
 from dmtd_runtime import contract
 from dmtd_runtime.backends.base import Array, BackendOptions, RunStats, SlotStep, StepwiseBackend
-from dmtd_runtime.backends.ort_session import (
-    Binding,
+from dmtd_runtime.backends.ort_memory import (
     Buffer,
-    device_buffer,
+    GpuMemory,
+    OrtMemory,
     host_buffer,
-    open_session,
-    shared_stream,
+    open_memory,
+    small_tensors,
 )
+from dmtd_runtime.backends.ort_session import Binding, open_session
+from dmtd_runtime.backends.ort_sizes import OrtSizes
+from dmtd_runtime.backends.ort_trial import captures_agree, warm_up_steps
+from dmtd_runtime.backends.ort_weights import upload_weights
 from dmtd_runtime.backends.packed import PackedLayout
 from dmtd_runtime.backends.rectangular import RectangularLayout
+from dmtd_runtime.device.base import check_room
 from dmtd_runtime.engine_record import default_full_pass
 from dmtd_runtime.errors import BackendError, RequestError
 from dmtd_runtime.kv_cache import HostKvCache
 from dmtd_runtime.manifest import Manifest
+
+logger = logging.getLogger("dmtd.onnxruntime")
+
+KINDS: tuple[contract.Kind, ...] = ("key", "value")
+MAX_BINDINGS = 256
+ROOM_HINT = "lower --max-model-len or --max-num-seqs, or free the device"
 
 
 class Layout(Protocol):
@@ -68,43 +82,48 @@ class OnnxRuntimeBackend(StepwiseBackend):
         dialect = options.dialect or manifest.default_dialect
         packed = dialect == contract.ONNXRUNTIME
         graph_slots = _graph_slots(manifest, options) if packed else 1
+        on_gpu = options.device == "cuda"
         self.slots = options.max_batch
         self.max_model_len = _max_model_len(manifest, options)
         self.max_rows = manifest.model.max_window
         self.capacity = self.max_model_len + manifest.model.max_window
         self.stats = RunStats()
-        self._layout: Layout = PackedLayout(graph_slots) if packed else RectangularLayout(self.slots)
-        self._fed = [0] * max(graph_slots, self.slots)
-        self._host_cache = (
-            HostKvCache(manifest.model, len(self._fed), self.capacity) if options.device == "cpu" else None
-        )
-        self._dirty = False
-        self._caches: dict[tuple[int, contract.Kind], Buffer] = {}
-        self._outputs: dict[tuple[str, tuple[int, ...]], Buffer] = {}
-        self._bindings: dict[tuple[contract.GraphName, range, tuple[tuple[str, int], ...]], Binding] = {}
-        self._choosers: dict[tuple[int, ...], tuple[Binding, Array, Array]] = {}
         self.full_pass = options.full_pass or default_full_pass(manifest)
+        self.chooses_tokens = on_gpu if options.choose_on_device is None else options.choose_on_device
+        self._captures = on_gpu and options.cuda_graphs
+        constant_total = self.capacity if self._captures else None
+        self._layout: Layout = (
+            PackedLayout(graph_slots, constant_total=constant_total) if packed else RectangularLayout(self.slots)
+        )
+        self._fed = [0] * max(graph_slots, self.slots)
+        self._host_cache = None if on_gpu else HostKvCache(manifest.model, len(self._fed), self.capacity)
+        self._caches: dict[tuple[int, contract.Kind], Buffer] = {}
+        self._outputs: dict[str, Buffer] = {}
+        self._bindings: dict[tuple[contract.GraphName, range, tuple[tuple[str, int], ...], bool], Binding] = {}
+        self._choosers: dict[tuple[int, ...], Binding] = {}
+        self._graph_ids = itertools.count()
         first = contract.FULL_PASS if self.full_pass == "fused" else contract.THINKING
         self._graphs = {
             first: manifest.graph(first, dialect, graph_slots),
             contract.LATE_DECODE: manifest.graph(contract.LATE_DECODE, dialect),
         }
-        on_gpu = options.device == "cuda"
-        self.chooses_tokens = on_gpu if options.choose_on_device is None else options.choose_on_device
-        if self.chooses_tokens:
+        if self.chooses_tokens or on_gpu:
             self._graphs[contract.CHOOSE_TOKEN] = manifest.graph(contract.CHOOSE_TOKEN, contract.STANDARD)
-        # A graph that reads lengths on the host cannot be replayed with others: only the standard dialect's are captured.
-        self._captures = on_gpu and options.cuda_graphs and not packed
-        self._stream = shared_stream(options.device_id) if on_gpu else None
-        self._sessions = {
-            name: open_session(
-                directory / graph.file,
-                options,
-                stream=self._stream,
-                graphs=self._captures and name != contract.CHOOSE_TOKEN,
-            )
-            for name, graph in self._graphs.items()
-        }
+        self._sizes = OrtSizes(
+            manifest=manifest,
+            graphs=tuple(self._graphs.values()),
+            slots=len(self._fed),
+            capacity=self.capacity,
+            packed=packed,
+        )
+        self._sessions: dict[contract.GraphName, Any] = {}
+        self._weights: Mapping[str, Any] = {}
+        self._memory = self._open_memory()
+        try:
+            self._open(directory)
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, steps: Sequence[SlotStep], *, greedy: bool = False) -> Array:
         parts = self._layout.split(steps)
@@ -115,35 +134,98 @@ class OnnxRuntimeBackend(StepwiseBackend):
     def reset(self, slot: int, *, clear: bool = False) -> None:
         if clear and self._host_cache is not None:
             self._host_cache.clear(slot, min(self.capacity, self._fed[slot] + self.max_rows))
-        self._dirty |= clear and self._host_cache is None
-        self._fed[slot] = 0
-        if self._dirty and not any(self._fed):
-            # A device's cache is zeroed whole, so once no slot is in use: before then nobody gets the slot again.
+        elif clear:
             for cache in self._caches.values():
-                zeros = np.zeros(math.prod(cache.shape), np.uint16 if cache.dtype == "bfloat16" else cache.dtype)
-                cache.owner.update_inplace(zeros)
-            self._dirty = False
+                self._memory.clear(cache.rows(slot, 1))
+        self._fed[slot] = 0
 
     def move(self, source: int, target: int) -> bool:
-        if self._host_cache is None:
-            return False
-        self._host_cache.move(source, target, self._fed[source])
+        if self._host_cache is not None:
+            self._host_cache.move(source, target, self._fed[source])
+        else:
+            for cache in self._caches.values():
+                self._memory.move_rows(cache, source, target, self._fed[source])
         self._fed[target], self._fed[source] = self._fed[source], 0
         return True
+
+    def warm_up(self) -> None:
+        """Run every common shape once: a GPU builds plans and captures graphs at their first use. The host does neither."""
+        if self._host_cache is not None:
+            return
+        tau = self._manifest.cycle.cycle_length
+        for steps in warm_up_steps(tau, self.slots, self.max_rows):
+            for s in steps:
+                self._fed[s.slot] = s.step.late.start
+            self.run(steps, greedy=True)
+        for slot in range(self.slots):
+            self.reset(slot, clear=True)
+        self.stats = RunStats()
 
     def close(self) -> None:
         for owned in (self._bindings, self._choosers, self._outputs, self._caches, self._sessions):
             owned.clear()
+        self._weights = {}
         if self._host_cache is not None:
             self._host_cache.close()
+        self._memory.close()
 
-    def _run_together(self, steps: Sequence[SlotStep], greedy: bool) -> Array:
+    def _open_memory(self) -> OrtMemory:
+        """The device's memory, once it is known to hold what the backend allocates."""
+        memory = open_memory(self._options)
+        try:
+            if isinstance(memory, GpuMemory):
+                check_room(memory.cuda, self._sizes.needed_bytes(), ROOM_HINT)
+        except BaseException:
+            memory.close()
+            raise
+        return memory
+
+    def _open(self, directory: Path) -> None:
+        """Allocate what stays where it is, and open the sessions: on a GPU over one copy of the weights."""
+        for graph in self._graphs.values():
+            self._memory.reserve(graph.name, small_tensors(graph, self._sizes.symbols))
+        for name, shape in self._sizes.outputs.items():
+            dtype = self._manifest.model.dtype if name == contract.THOUGHT else "float32"
+            self._outputs[name] = self._memory.zeros(shape, dtype, name)
+        names = list(self._graphs)
+        if isinstance(self._memory, GpuMemory):
+            self._sizes.warn_of_copies()
+            self._make_caches()
+            names.remove(contract.CHOOSE_TOKEN)
+            chooser = self._session(directory, contract.CHOOSE_TOKEN)
+            graphs = [self._graphs[name] for name in names]
+            self._weights = upload_weights(directory, self._manifest, graphs, self._memory, chooser)
+        for name in names:
+            self._session(directory, name)
+        if self._captures:
+            self._captures = captures_agree(self._trial, self._manifest.cycle.cycle_length, self.capacity)
+            self.reset(0, clear=True)
+            self.stats = RunStats()
+            if not self._captures:
+                logger.warning("captured graphs give other numbers on this GPU: steps run without them")
+
+    def _trial(self, step: SlotStep, captured: bool) -> Array:
+        self._fed[step.slot] = step.step.late.start
+        return self._run_together([step], greedy=False, captured=captured).copy()
+
+    def _session(self, directory: Path, name: contract.GraphName) -> Any:
+        graph = self._graphs[name]
+        self._sessions[name] = open_session(
+            directory / graph.file,
+            self._options,
+            stream=self._memory.stream,
+            graphs=self._captures and name != contract.CHOOSE_TOKEN,
+            weights={weight: self._weights[weight] for weight in graph.weights} if self._weights else None,
+        )
+        return self._sessions[name]
+
+    def _run_together(self, steps: Sequence[SlotStep], greedy: bool, *, captured: bool = True) -> Array:
         """Run the graphs of one step; returns logits [n, vocab], or with ``greedy`` what the device chose, int64 [n]."""
         late, fused = steps[0].step.kind == "late", self.full_pass == "fused"
         if not late and not fused:
-            self._run_graph(contract.THINKING, steps, wait=self._stream is None)
+            self._run_graph(contract.THINKING, steps, captured)
         last = contract.LATE_DECODE if late or not fused else contract.FULL_PASS
-        sizes = self._run_graph(last, steps)
+        sizes = self._run_graph(last, steps, captured)
         if late:
             self.stats.late_steps += 1
         else:
@@ -152,42 +234,50 @@ class OnnxRuntimeBackend(StepwiseBackend):
             self.stats.refill_rows += sum(len(s.step.window) - len(s.step.late) for s in steps)
         for slot_step in steps:
             self._fed[slot_step.slot] = slot_step.step.late.stop
-        wanted = self._layout.logit_index(steps)
         logits = self._output_buffer(last, contract.LOGITS, sizes)
+        start = time.perf_counter()
         rows: Array
-        if greedy and self.chooses_tokens:
-            rows = self._choose(logits)[wanted]
+        if not any(s.step.wants_logits for s in steps):
+            self._memory.wait()
+            rows = np.zeros((0, self._manifest.model.vocab_size), np.float32)
+        elif greedy and self.chooses_tokens:
+            rows = self._choose(logits)[self._layout.logit_index(steps)]
         else:
-            rows = (logits.owner.numpy() if logits.array is None else logits.array)[wanted]
+            rows = self._memory.read(logits)[self._layout.logit_index(steps)]
+        if self._memory.stream is not None:  # what was enqueued above has run meanwhile
+            self.stats.session_seconds += time.perf_counter() - start
         return rows
 
-    def _run_graph(
-        self, name: contract.GraphName, steps: Sequence[SlotStep], *, wait: bool = True
-    ) -> Mapping[str, int]:
+    def _run_graph(self, name: contract.GraphName, steps: Sequence[SlotStep], captured: bool) -> Mapping[str, int]:
         """Fill and run a graph; returns the sizes of its symbolic dimensions."""
         sizes, slots = self._layout.sizes(name, steps), self._layout.batch_slots(steps)
-        key = (name, slots, tuple(sizes.items()))
+        # Prompts have too many shapes to keep a captured graph for each.
+        captured = captured and self._captures and steps[0].step.kind != "prefill"
+        key = (name, slots, tuple(sizes.items()), captured)
         binding = self._bindings.get(key)
         if binding is None:
-            binding = self._bindings[key] = self._bind(name, sizes, slots, steps[0].step.kind == "prefill")
+            if len(self._bindings) == MAX_BINDINGS:  # windows of several slots have many combinations of lengths
+                del self._bindings[next(iter(self._bindings))]
+            binding = self._bindings[key] = self._bind(name, sizes, slots, captured)
+        binding.begin()
         self._layout.fill(name, binding.arrays, steps, self._fed)
-        binding.run(self.stats, wait=wait)
+        binding.run(self.stats)
         return sizes
 
     def _choose(self, logits: Buffer) -> Array:
         """Arg-max on the device, [batch, num_logits]; -1 where a row is not finite."""
         if logits.shape not in self._choosers:
-            rows, graph = logits.shape[:2], self._graphs[contract.CHOOSE_TOKEN]
-            token_ids, finite = host_buffer(np.zeros(rows, np.int64)), host_buffer(np.zeros(rows, np.bool_))
-            buffers = {contract.LOGITS: logits, contract.TOKEN_IDS: token_ids, contract.IS_FINITE: finite}
-            binding = Binding(self._sessions[contract.CHOOSE_TOKEN], graph, {}, buffers, self._options)
-            self._choosers[logits.shape] = (binding, token_ids.owner, finite.owner)
-        binding, ids, is_finite = self._choosers[logits.shape]
+            sizes = {"batch": logits.shape[0], "num_logits": logits.shape[1]}
+            session, graph = self._sessions[contract.CHOOSE_TOKEN], self._graphs[contract.CHOOSE_TOKEN]
+            binding = Binding(session, graph, sizes, {contract.LOGITS: logits}, self._memory)
+            self._choosers[logits.shape] = binding
+        binding = self._choosers[logits.shape]
         binding.run(self.stats)
-        chosen: Array = np.where(is_finite, ids, -1)
+        binding.block.pull()
+        chosen: Array = np.where(binding.arrays[contract.IS_FINITE], binding.arrays[contract.TOKEN_IDS], -1)
         return chosen
 
-    def _bind(self, name: contract.GraphName, sizes: Mapping[str, int], slots: range, prefill: bool) -> Binding:
+    def _bind(self, name: contract.GraphName, sizes: Mapping[str, int], slots: range, captured: bool) -> Binding:
         graph = self._graphs[name]
         buffers: dict[str, Buffer] = {}
         for info in (*graph.inputs, *graph.outputs):
@@ -196,37 +286,35 @@ class OnnxRuntimeBackend(StepwiseBackend):
             elif info.name in (contract.THOUGHT, contract.LOGITS):
                 buffers[info.name] = self._output_buffer(name, info.name, sizes)
         graph_id = None
-        if self._captures:  # prompts have too many shapes to keep a graph for each
-            graph_id = -1 if prefill else len(self._bindings)
+        if self._options.device == "cuda" and self._options.cuda_graphs:  # the sessions were opened for captures
+            graph_id = next(self._graph_ids) if captured else -1
         sizes = {**sizes, "capacity": self.capacity}
-        return Binding(self._sessions[name], graph, sizes, buffers, self._options, graph_id=graph_id)
+        return Binding(self._sessions[name], graph, sizes, buffers, self._memory, graph_id=graph_id)
 
     def _output_buffer(self, name: contract.GraphName, output: str, sizes: Mapping[str, int]) -> Buffer:
-        """The buffer of thought or logits of this shape, one for both sessions."""
+        """The buffer of thought or logits in this shape, one for all graphs."""
         info = next(i for i in (*self._graphs[name].outputs, *self._graphs[name].inputs) if i.name == output)
-        shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in info.dims)
-        if (output, shape) not in self._outputs:
-            self._outputs[output, shape] = self._zeros(shape, info.dtype)
-        return self._outputs[output, shape]
+        return self._outputs[output].prefix([sizes[dim] if isinstance(dim, str) else dim for dim in info.dims])
 
     def _cache_buffer(self, cache: contract.CacheName, batch: int | str, slots: range) -> Buffer:
         """The part of a layer's cache that a KV input or output stands for; both names of a pair are one buffer."""
-        key = (cache.layer, cache.kind)
-        if key not in self._caches:
-            if self._host_cache is not None:
-                self._caches[key] = host_buffer(self._host_cache.buffer(*key))
-            else:
-                model = self._manifest.model
-                shape = (len(self._fed), model.num_kv_heads, self.capacity, model.head_dim)
-                self._caches[key] = self._zeros(shape, model.dtype)
+        if not self._caches:
+            self._make_caches()
+        buffer = self._caches[cache.layer, cache.kind]
         if batch == "batch":
-            return self._caches[key].rows(slots.start, len(slots))
-        return self._caches[key].rows(cache.slot or 0, 1)
+            return buffer.rows(slots.start, len(slots))
+        return buffer.rows(cache.slot or 0, 1)
 
-    def _zeros(self, shape: Sequence[int], dtype: str) -> Buffer:
-        if self._options.device == "cuda":
-            return device_buffer(shape, dtype, self._options.device_id)
-        return host_buffer(np.zeros(shape, dtype))
+    def _make_caches(self) -> None:
+        model = self._manifest.model
+        shape = (len(self._fed), model.num_kv_heads, self.capacity, model.head_dim)
+        for layer in range(model.num_layers):
+            for kind in KINDS:
+                self._caches[layer, kind] = (
+                    self._memory.zeros(shape, model.dtype, f"the cache of layer {layer}")
+                    if self._host_cache is None
+                    else host_buffer(self._host_cache.buffer(layer, kind))
+                )
 
 
 def _graph_slots(manifest: Manifest, options: BackendOptions) -> int:
@@ -246,7 +334,7 @@ def _max_model_len(manifest: Manifest, options: BackendOptions) -> int:
     limit = manifest.model.max_model_len
     if options.max_model_len is not None and not 1 <= options.max_model_len <= limit:
         raise RequestError(f"max_model_len: got {options.max_model_len}, expected 1 to {limit}, the bundle's limit")
-    return options.max_model_len or limit
+    return options.model_len(limit)
 
 
 def _check_dtype(manifest: Manifest, options: BackendOptions) -> None:

@@ -13,7 +13,7 @@ from dmtd_runtime import contract
 from dmtd_runtime.backends.base import Backend, BackendOptions
 from dmtd_runtime.bundle import checked_once
 from dmtd_runtime.engine_choice import EngineWish, choose_record, require_fit
-from dmtd_runtime.engine_record import EngineRecord
+from dmtd_runtime.engine_record import OLDEST_CAPABILITY, EngineRecord, is_new_enough
 from dmtd_runtime.errors import BackendError, RequestError
 from dmtd_runtime.manifest import Manifest
 
@@ -30,6 +30,17 @@ def open_backend(
         RequestError: an option out of range.
         BundleError: a file of the bundle is damaged.
     """
+    backend = _open(directory, manifest, options, engines)
+    if options.warm_up:
+        try:
+            backend.warm_up()
+        except BaseException:
+            backend.close()
+            raise
+    return backend
+
+
+def _open(directory: Path, manifest: Manifest, options: BackendOptions, engines: Path | None) -> Backend:
     if options.backend == "onnxruntime":
         from dmtd_runtime.backends.onnxruntime import OnnxRuntimeBackend
 
@@ -64,10 +75,16 @@ def _open_gpu(bundle: Path, manifest: Manifest, options: BackendOptions, engines
         device_id=options.device_id,
     )
     try:
+        capability = device.gpu.compute_capability
+        if not is_new_enough(capability):
+            raise BackendError(
+                f"{device.name} has compute capability {capability}, engines need {OLDEST_CAPABILITY} or later, for bfloat16 "
+                "and fused attention; run the bundle with: --backend onnxruntime"
+            )
         wish = EngineWish(
             flavour=device.flavour,
             version=device.library_version,
-            compute_capability=device.gpu.compute_capability,
+            compute_capability=capability,
             gpu_name=device.gpu.name,
         )
         directory, record = _choose(bundle, manifest, options, wish, engines)

@@ -5,94 +5,32 @@ An absent execution provider makes ONNX Runtime fall back to the CPU without a w
 
 from __future__ import annotations
 
-import importlib.metadata
-import math
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dmtd_runtime import contract
 from dmtd_runtime.backends.base import Array, BackendOptions, RunStats
-from dmtd_runtime.device.libraries import import_cuda
+from dmtd_runtime.backends.cuda_provider import CUDA_PROVIDER, prepare
+from dmtd_runtime.backends.ort_library import import_onnxruntime
+from dmtd_runtime.backends.ort_memory import Block, Buffer, OrtMemory
 from dmtd_runtime.errors import BackendError, BundleError
 from dmtd_runtime.machine import default_threads
-from dmtd_runtime.manifest import DTYPE_BYTES, GraphInfo
+from dmtd_runtime.manifest import GraphInfo
 
-INSTALL_HINT = 'install one of: pip install "dmtd[cpu]"   or, on a machine with an NVIDIA GPU: pip install "dmtd[gpu]"'
 ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
-# Inputs that nodes read on the host on every provider: GroupQueryAttention its total length, Split and Expand their sizes.
-READ_ON_HOST = (
-    contract.total_sequence_length("thinking"),
-    contract.total_sequence_length("late"),
-    contract.SLOT_ROWS,
-    contract.PAD_ROWS,
-)
-CUDA_PROVIDER, CPU_PROVIDER = "CUDAExecutionProvider", "CPUExecutionProvider"
-
-
-def import_onnxruntime() -> Any:
-    """The onnxruntime module; BackendError with the pip line where it is missing or installed twice."""
-    present = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
-    if len(present) == 2:
-        raise BackendError(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; run: "
-            'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "dmtd[gpu]"   (or "dmtd[cpu]")'
-        )
-    # From 1.32 on ONNX Runtime collects facts about the machine unless this stands before its first import.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    try:
-        import onnxruntime
-    except ImportError as error:
-        if isinstance(error.__cause__, KeyboardInterrupt):  # Ctrl-C within the import, which its C++ side dresses up
-            raise KeyboardInterrupt from None
-        raise BackendError(f"ONNX Runtime cannot be imported ({error}); {INSTALL_HINT}") from None
-    return onnxruntime
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def check_cuda_provider(ort: Any) -> None:
-    """BackendError with the fix where this ONNX Runtime cannot use a GPU at all."""
-    if CUDA_PROVIDER not in ort.get_available_providers():
-        raise BackendError(
-            f"this ONNX Runtime has no {CUDA_PROVIDER}, only {', '.join(ort.get_available_providers())}; "
-            'run: pip uninstall -y onnxruntime && pip install "dmtd[gpu]"'
-        )
-
-
-def shared_stream(device_id: int) -> int | None:
-    """A CUDA stream for all sessions of a bundle; None without cuda-bindings: each session then has a stream of its own.
-
-    It is an ordinary, blocking stream: ``OrtValue.update_inplace`` copies on the default stream, which waits for such ones
-    and lets them wait, so an input is never overwritten under a run that still reads it. It lives as long as the process.
-    """
-    check_cuda_provider(import_onnxruntime())
-    try:
-        runtime = import_cuda()
-    except BackendError:
-        return None
-    error = runtime.cudaSetDevice(device_id)[0]
-    if error == runtime.cudaError_t.cudaSuccess:
-        error, stream = runtime.cudaStreamCreate()
-    if error != runtime.cudaError_t.cudaSuccess:
-        raise BackendError(f"--device cuda: GPU {device_id} cannot be used ({error.name}); see `dmtd doctor`")
-    return int(stream)
+CPU_PROVIDER = "CPUExecutionProvider"
 
 
 def provider_options(options: BackendOptions, *, stream: int | None, graphs: bool) -> dict[str, str]:
     """Options of the CUDA provider."""
-    chosen = {"device_id": str(options.device_id)}
+    chosen = {
+        "device_id": str(options.device_id),
+        "use_tf32": "0",  # its default rounds float32 products to 10 bits on every card since Ampere
+        "arena_extend_strategy": "kSameAsRequested",  # not twice as much each time
+    }
     if stream is not None:
         chosen["user_compute_stream"] = str(stream)
     if graphs:
@@ -100,8 +38,23 @@ def provider_options(options: BackendOptions, *, stream: int | None, graphs: boo
     return chosen
 
 
-def open_session(path: Path, options: BackendOptions, *, stream: int | None = None, graphs: bool = False) -> Any:
-    """An InferenceSession whose first provider is the one asked for; ``stream`` and ``graphs`` are of CUDA."""
+def open_session(
+    path: Path,
+    options: BackendOptions,
+    *,
+    stream: int | None = None,
+    graphs: bool = False,
+    weights: Mapping[str, Any] | None = None,
+) -> Any:
+    """An InferenceSession whose first provider is the one asked for.
+
+    Args:
+        path: the graph.
+        options: device and threads.
+        stream: of CUDA, for all that the session does.
+        graphs: runs may be captured as CUDA graphs.
+        weights: initializers by name that are on the device already; they must outlive the session.
+    """
     ort = import_onnxruntime()
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads or default_threads()
@@ -111,12 +64,16 @@ def open_session(path: Path, options: BackendOptions, *, stream: int | None = No
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     if not options.prepack:
         settings.add_session_config_entry("session.disable_prepacking", "1")
+    for name, value in (weights or {}).items():
+        settings.add_initializer(name, value)
     providers: list[Any] = [CPU_PROVIDER]
     if options.device == "cuda":
-        check_cuda_provider(ort)
+        prepare(ort, options.device_id)
+        settings.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         providers = [(CUDA_PROVIDER, provider_options(options, stream=stream, graphs=graphs)), CPU_PROVIDER]
     try:
-        session = ort.InferenceSession(str(path), settings, providers=providers)
+        # Without the fallback, which would print to stdout and go on with the CPU.
+        session = ort.InferenceSession(str(path), settings, providers=providers, enable_fallback=0)
     except Exception as error:
         raise BundleError(f"ONNX Runtime cannot load {path}: {_first_line(error)}; export the bundle again") from error
     wanted = CUDA_PROVIDER if options.device == "cuda" else CPU_PROVIDER
@@ -128,50 +85,32 @@ def open_session(path: Path, options: BackendOptions, *, stream: int | None = No
     return session
 
 
+def host_inputs(session: Any) -> frozenset[str]:
+    """The inputs that nodes read in host memory, as the session itself tells."""
+    infos = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
+    return frozenset(info.name for info, memory in infos if memory.name.lower() == "cpu")
+
+
+def value_at(session: Any, buffer: Buffer, device: tuple[str, int]) -> Any:
+    """An OrtValue over memory that is not ONNX Runtime's: what a binding of any session makes of an address."""
+    output = session.get_outputs()[0].name
+    binding = session.io_binding()
+    binding.bind_output(output, *device, _element(buffer), buffer.shape, buffer.address)
+    return binding.get_outputs()[0]
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Buffer:
-    """Memory that graphs are bound to by address. ``array`` is the host's view of it, None on a GPU."""
-
-    address: int
-    shape: tuple[int, ...]
-    dtype: str
-    owner: Any  # keeps the memory alive
-    array: Array | None
-
-    def rows(self, first: int, count: int) -> Buffer:
-        """``count`` entries of the first axis, from ``first`` on."""
-        stride = math.prod(self.shape[1:]) * DTYPE_BYTES[self.dtype]
-        return replace(
-            self,
-            address=self.address + first * stride,
-            shape=(count, *self.shape[1:]),
-            array=None if self.array is None else self.array[first : first + count],
-        )
-
-
-def host_buffer(array: Array) -> Buffer:
-    """A buffer over a numpy array, which must be contiguous."""
-    assert array.flags.c_contiguous, "a bound array is contiguous"
-    return Buffer(address=array.ctypes.data, shape=array.shape, dtype=array.dtype.name, owner=array, array=array)
-
-
-def device_buffer(shape: Sequence[int], dtype: str, device_id: int) -> Buffer:
-    """A zeroed buffer on a GPU. It is bound by address, so bfloat16, which numpy lacks, may be made as another 16-bit type."""
-    ort = import_onnxruntime()
-    size = max(1, math.prod(shape))  # an empty value has no address to bind, and a chunk without logits binds one
-    zeros = np.zeros(size, np.uint16 if dtype == "bfloat16" else dtype)
-    value = ort.OrtValue.ortvalue_from_numpy(zeros, "cuda", device_id)
-    return Buffer(address=value.data_ptr(), shape=tuple(shape), dtype=dtype, owner=value, array=None)
+def _element(buffer: Buffer) -> Any:
+    return ONNX_BFLOAT16 if buffer.dtype == "bfloat16" else np.dtype(buffer.dtype)
 
 
 class Binding:
     """One (graph, row counts): every input and output bound once, written in place before each run.
 
-    ``arrays`` are the small inputs by name. On the CPU they are bound themselves; on a GPU they are pushed before a run.
+    ``arrays`` are the small inputs by name, to be filled between :meth:`begin` and :meth:`run`.
     """
 
     def __init__(
@@ -180,59 +119,65 @@ class Binding:
         graph: GraphInfo,
         sizes: Mapping[str, int],
         buffers: Mapping[str, Buffer],
-        options: BackendOptions,
+        memory: OrtMemory,
         *,
         graph_id: int | None = None,
     ) -> None:
         """``buffers`` are caches, thought and logits by input or output name; ``sizes`` resolves symbolic dimensions.
 
-        ``graph_id``: in a session with CUDA graphs, the one that these runs are captured into; -1 for none. None elsewhere.
+        Outputs that are no buffer stand in the block, to be pulled. ``graph_id``: in a session with CUDA graphs, the one
+        that these runs are captured into; -1 for none. None elsewhere.
         """
-        ort = import_onnxruntime()
-        self._run_options: tuple[Any, Any] = (None, None)  # of a run that is waited for, and of one that is not
-        if options.device == "cuda":
-            self._run_options = (ort.RunOptions(), ort.RunOptions())
-            self._run_options[1].add_run_config_entry("disable_synchronize_execution_providers", "1")
-            for run_options in self._run_options if graph_id is not None else ():
-                run_options.add_run_config_entry("gpu_graph_id", str(graph_id))
-        self._graph_id = graph_id
-        self.arrays: dict[str, Array] = {}
-        self._session = session
+        self._session, self._graph_id = session, graph_id
         self._binding = session.io_binding()
-        self._pushed: list[tuple[Any, Array]] = []
-        self._kept: list[Any] = list(buffers.values())
-        self._device = (options.device, options.device_id if options.device == "cuda" else 0)
-        for info in graph.inputs:
-            if info.name in buffers:
-                self._bind(self._binding.bind_input, info.name, buffers[info.name])
-                continue
-            array = np.zeros([sizes[dim] if isinstance(dim, str) else dim for dim in info.dims], info.dtype)
-            pushed = options.device == "cuda" and info.name not in READ_ON_HOST
-            value = ort.OrtValue.ortvalue_from_numpy(array, *(self._device if pushed else ()))
-            if pushed:
-                self._pushed.append((value, array))
-            self._binding.bind_ortvalue_input(info.name, value)
-            self.arrays[info.name] = array
-            self._kept += [value, array]
-        for info in graph.outputs:
-            self._bind(self._binding.bind_output, info.name, buffers[info.name])
+        self._kept = list(buffers.values())
+        self._run_options = _run_options(graph_id) if memory.stream is not None else None
+        on_host = host_inputs(session) if memory.stream is not None else frozenset()
+        shapes = {
+            info.name: ([sizes[dim] if isinstance(dim, str) else dim for dim in info.dims], info.dtype)
+            for info in (*graph.inputs, *graph.outputs)
+            if info.name not in buffers
+        }
+        self._host_arrays = {name: np.zeros(*shapes.pop(name)) for name in on_host if name in shapes}
+        self.block: Block = memory.block(graph.name, [(name, *shape) for name, shape in shapes.items()])
+        self.arrays: Mapping[str, Array] = {**self.block.arrays, **self._host_arrays}
+        for infos, bind in ((graph.inputs, self._binding.bind_input), (graph.outputs, self._binding.bind_output)):
+            for info in infos:
+                if info.name in self._host_arrays:
+                    array = self._host_arrays[info.name]
+                    bind(info.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+                    continue
+                buffer = buffers.get(info.name)
+                if buffer is None:
+                    array = self.block.arrays[info.name]
+                    address, shape = self.block.addresses[info.name], array.shape
+                    bind(info.name, *memory.device, array.dtype, shape, address)
+                else:
+                    bind(info.name, *memory.device, _element(buffer), buffer.shape, buffer.address)
 
-    def run(self, stats: RunStats, *, wait: bool = True) -> None:
+    def begin(self) -> None:
+        """Before the arrays are filled."""
+        self.block.begin()
+
+    def run(self, stats: RunStats) -> None:
         """Run the graph over what stands in ``arrays``; errors of ONNX Runtime become BackendError.
 
-        Without ``wait`` a GPU may still be at it on return: only for what the same stream goes on with.
+        A GPU may still be at it on return.
         """
         start = time.perf_counter()
-        for value, array in self._pushed:
-            value.update_inplace(array)
+        self.block.push()
         try:
-            self._session.run_with_iobinding(self._binding, self._run_options[not wait])
+            self._session.run_with_iobinding(self._binding, self._run_options)
         except Exception as error:
             hint = "; try --no-cuda-graphs" if self._graph_id not in (None, -1) else ""
             raise BackendError(f"ONNX Runtime failed: {_first_line(error)}{hint}") from error
         stats.session_seconds += time.perf_counter() - start
 
-    def _bind(self, bind: Callable[..., None], name: str, buffer: Buffer) -> None:
-        device = ("cpu", 0) if buffer.array is not None else self._device
-        element: Any = ONNX_BFLOAT16 if buffer.dtype == "bfloat16" else np.dtype(buffer.dtype)
-        bind(name, *device, element, buffer.shape, buffer.address)
+
+def _run_options(graph_id: int | None) -> Any:
+    """Options of a run on a GPU: nothing is waited for, the stream keeps the order."""
+    run_options = import_onnxruntime().RunOptions()
+    run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    if graph_id is not None:
+        run_options.add_run_config_entry("gpu_graph_id", str(graph_id))
+    return run_options

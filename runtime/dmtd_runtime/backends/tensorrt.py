@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,10 @@ from dmtd_runtime.backends.blocks import BlockLayout
 from dmtd_runtime.backends.device_cycle import CycleProgram, CycleShape, control_layout, results_layout
 from dmtd_runtime.backends.engine_set import TABLES, EngineSet
 from dmtd_runtime.backends.rectangular import RectangularLayout
+from dmtd_runtime.backends.staging import Staging
+from dmtd_runtime.backends.warm_up import Reach
 from dmtd_runtime.contract import GraphName
+from dmtd_runtime.cycle import StepKind
 from dmtd_runtime.device.base import Address, Device, Mark
 from dmtd_runtime.engine_record import EngineRecord, PassKind
 from dmtd_runtime.errors import BackendError, RequestError
@@ -35,7 +38,7 @@ from dmtd_runtime.sampler import NOT_FINITE, Sampler
 
 logger = logging.getLogger("dmtd.tensorrt")
 
-CYCLES_UNDER_WAY = 2
+CYCLES_UNDER_WAY = 2  # at most, with a buffer of their own each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,28 +49,6 @@ class _UnderWay:
     results: Array
     slots: tuple[int, ...]
     mark: Mark
-
-
-class _Staging:
-    """Page-locked buffers used in turn; one is given out once the device has passed its last use."""
-
-    def __init__(self, device: Device, num_bytes: int) -> None:
-        self._device = device
-        self._buffers = [device.alloc_host(num_bytes) for _ in range(CYCLES_UNDER_WAY)]
-        self._marks: list[Mark | None] = [None] * CYCLES_UNDER_WAY
-        self._next = 0
-
-    def take(self) -> Array:
-        number = self._next
-        if (mark := self._marks[number]) is not None:
-            self._device.wait(mark)
-        return self._buffers[number]
-
-    def used(self) -> Mark:
-        """Say that the device uses the buffer taken last, up to here."""
-        mark = self._marks[self._next] = self._device.mark()
-        self._next = (self._next + 1) % CYCLES_UNDER_WAY
-        return mark
 
 
 class TensorRtBackend:
@@ -134,7 +115,9 @@ class TensorRtBackend:
         self._control, self._results = device.alloc(control, "inputs"), device.alloc(results, "results")
         for address, count in ((self._control, control), (self._results, results)):
             device.zero(address, count)
-        self._control_staging, self._results_staging = _Staging(device, control), _Staging(device, results)
+        self._control_staging, self._results_staging = (
+            Staging(device, count, CYCLES_UNDER_WAY) for count in (control, results)
+        )
         self._host_logits = device.alloc_host(logits).view(np.float32).reshape(self.slots, self._vocab_size)
         self._tables = BlockLayout.of(
             [(name, (self._vocab_size,), info.dtype) for name in TABLES if (info := self._engines.input_info(name))]
@@ -148,31 +131,10 @@ class TensorRtBackend:
         kind = steps[0].step.kind
         batch = self._batch_for(steps[-1].slot)
         layout = self._layouts[batch]
-        fused = self._engines.has_engine(contract.FULL_PASS)
-        graphs: list[GraphName] = [contract.LATE_DECODE]
-        if kind != "late":
-            graphs = [contract.FULL_PASS] if fused else [contract.THINKING, contract.LATE_DECODE]
-        sizes = {graph: layout.sizes(graph, steps) for graph in graphs}
+        sizes = {graph: layout.sizes(graph, steps) for graph in self._graphs_of(kind)}
         rows = max(max(s.get("window_len", 0), s["late_len"]) for s in sizes.values())
         visible_len = self._record.bucket_for(self._visible(steps, batch, rows))
-        block = self._step_layout({name: size for graph in graphs for name, size in sizes[graph].items()}, graphs)
-        staging = self._control_staging.take()
-        staging[: block.num_bytes] = 0  # what a layout leaves as it is, and what lies between the arrays
-        views = block.views(staging)
-        for graph in graphs:
-            arrays = {name.partition(":")[2]: array for name, array in views.items() if name.startswith(f"{graph}:")}
-            layout.fill(graph, arrays, steps, self._fed)
-        self._device.upload(self._control, staging[: block.num_bytes])
-        self._control_staging.used()
-        for graph in graphs:
-            pass_kind: PassKind = (
-                "prefill" if kind == "prefill" else "step" if graph == contract.LATE_DECODE else "refill"
-            )
-            context = self._engines.context(graph, pass_kind, {**sizes[graph], "visible_len": visible_len})
-            for name in block.regions:
-                if name.startswith(f"{graph}:"):
-                    context.set_address(name.partition(":")[2], block.address(self._control, name))
-            context.enqueue()
+        self._run_graphs(kind, sizes, visible_len, lambda graph, arrays: layout.fill(graph, arrays, steps, self._fed))
         self._count(steps)
         rows_wanted = layout.logit_index(steps)[0]
         if not rows_wanted:
@@ -182,6 +144,65 @@ class TensorRtBackend:
             chosen = self._choose(batch)[rows_wanted] if greedy else self._download_logits(batch)[rows_wanted]
         self._end()
         return chosen
+
+    def warm_up(self) -> None:
+        """Run everything that ``warm_up.py`` lists, over padding alone, and zero what it wrote."""
+        assert not any(self._fed) and not self._under_way, "warming up comes before the first sequence"
+        longest = self._record.bucket_for(min(self.capacity, self.max_model_len + self.max_rows))
+        reach = Reach(
+            batches=sorted({self._batch_for(slot) for slot in range(self.slots)}),
+            lengths=[length for length in self._record.length_buckets if length <= longest],
+            max_rows=self.max_rows,
+            cycle_length=self._tau,
+        )
+        for step in reach.steps():
+            sizes = {graph: step.sizes(graph) for graph in self._graphs_of(step.kind)}
+            self._run_graphs(step.kind, sizes, step.visible_len, lambda graph, arrays: None)
+        for batch in reach.batches:
+            self._choose(batch)
+        for shape in reach.cycles():
+            program, staging = self._program_of(shape), self._control_staging.take()
+            program.fill(program.control.views(staging), ())
+            self._device.upload(self._control, staging[: program.control.num_bytes])
+            self._control_staging.used()
+            for _ in range(2 if self._graphs else 1):
+                self._enqueue(program)
+            self._device.wait(self._device.mark())
+        self._engines.zero_buffers()
+        self._device.wait(self._device.mark())
+
+    def _graphs_of(self, kind: StepKind) -> Sequence[GraphName]:
+        """The graphs of a single step, in their order."""
+        if kind == "late":
+            return (contract.LATE_DECODE,)
+        fused = self._engines.has_engine(contract.FULL_PASS)
+        return (contract.FULL_PASS,) if fused else (contract.THINKING, contract.LATE_DECODE)
+
+    def _run_graphs(
+        self,
+        kind: StepKind,
+        sizes: Mapping[GraphName, Mapping[str, int]],
+        visible_len: int,
+        fill: Callable[[GraphName, Mapping[str, Array]], None],
+    ) -> None:
+        """Enqueue a single step: its inputs, which ``fill`` writes over zeros, and its graphs."""
+        block = self._step_layout({name: size for each in sizes.values() for name, size in each.items()}, tuple(sizes))
+        staging = self._control_staging.take()
+        staging[: block.num_bytes] = 0  # what a layout leaves as it is, and what lies between the arrays
+        views = block.views(staging)
+        for graph in sizes:
+            fill(graph, {name.partition(":")[2]: view for name, view in views.items() if name.startswith(f"{graph}:")})
+        self._device.upload(self._control, staging[: block.num_bytes])
+        self._control_staging.used()
+        for graph in sizes:
+            pass_kind: PassKind = (
+                "prefill" if kind == "prefill" else "step" if graph == contract.LATE_DECODE else "refill"
+            )
+            context = self._engines.context(graph, pass_kind, {**sizes[graph], "visible_len": visible_len})
+            for name in block.regions:
+                if name.startswith(f"{graph}:"):
+                    context.set_address(name.partition(":")[2], block.address(self._control, name))
+            context.enqueue()
 
     def start_cycle(self, slots: Sequence[SlotCycle], *, follows: bool = False) -> None:
         assert len(self._under_way) < CYCLES_UNDER_WAY, f"{CYCLES_UNDER_WAY} cycles are under way"
@@ -251,6 +272,8 @@ class TensorRtBackend:
         if program.capture is None:
             self._device.wait(self._device.mark())
             try:
+                if refusing := self._engines.uncapturable(program.shape):
+                    raise BackendError(f"{refusing} cannot be captured into a CUDA graph")
                 program.capture = self._device.capture(program.enqueue)
             except BackendError as error:
                 logger.warning("cycles run without CUDA graphs: %s", error)
@@ -271,6 +294,9 @@ class TensorRtBackend:
             window_len=window,
             sampled=any(s.sampler.needs_logits for s in slots),
         )
+        return self._program_of(shape)
+
+    def _program_of(self, shape: CycleShape) -> CycleProgram:
         if shape not in self._programs:
             self._programs[shape] = CycleProgram(self._engines, shape, self._control, self._results)
         return self._programs[shape]

@@ -50,7 +50,7 @@ def bench(
     prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = _BENCH.prompt_len,
     max_tokens: Annotated[int, typer.Option(help="New tokens of each sequence.")] = _BENCH.max_tokens,
     repeats: Annotated[int, typer.Option(help="Measured runs of each mode.")] = _BENCH.repeats,
-    warmup: Annotated[int, typer.Option(help="Runs of each mode before them.")] = _BENCH.warmup,
+    warmup: Annotated[int, typer.Option(help="Runs of each mode before them; on a GPU at least one.")] = _BENCH.warmup,
     seed: Annotated[int, typer.Option(help="Of the random prompts.")] = _BENCH.seed,
     whole_model: Annotated[
         bool, typer.Option("--whole-model", help="Also measure plain decoding over one graph of the whole model.")

@@ -51,6 +51,10 @@ FlavourOption = Annotated[
 CudaGraphsOption = Annotated[
     bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="With engines: replay every cycle as one graph.")
 ]
+WarmUpOption = Annotated[
+    bool,
+    typer.Option("--warm-up", help="On a GPU: run every shape once at opening, so that no answer waits for kernels."),
+]
 DeviceOption = Annotated[
     Literal["cpu", "cuda"], typer.Option(help="Where to run; cuda takes a float16 or bfloat16 bundle.")
 ]

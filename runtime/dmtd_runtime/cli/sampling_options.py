@@ -100,6 +100,7 @@ def open_llm(bundle: Path, options: BackendOptions, *, plain: bool, max_num_seqs
             backend=options.backend,
             flavour=options.flavour,
             cuda_graphs=options.cuda_graphs,
+            warm_up=options.warm_up,
             device=options.device,
             device_id=options.device_id,
             dialect=options.dialect,

@@ -44,7 +44,11 @@ class EngineContext(Protocol):
         ...
 
     def enqueue(self) -> None:
-        """Run once, behind everything that was enqueued before."""
+        """Run once, behind everything that was enqueued before. The first time it may compile kernels, and block."""
+        ...
+
+    def is_capturable(self) -> bool:
+        """Whether it may run in a capture; to be asked before the capture begins."""
         ...
 
 
@@ -139,7 +143,15 @@ def aligned(num_bytes: int) -> int:
     return -(-max(num_bytes, 1) // ALIGNMENT) * ALIGNMENT
 
 
-def check_room(device: Device, needed: Mapping[str, int], hint: str) -> None:
+class Room(Protocol):
+    """What has so much memory: a :class:`Device`, or a part of one."""
+
+    name: str
+
+    def memory(self) -> tuple[int, int]: ...
+
+
+def check_room(device: Room, needed: Mapping[str, int], hint: str) -> None:
     """Refuse before allocating what the device's free memory does not hold.
 
     Args:

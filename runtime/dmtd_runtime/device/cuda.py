@@ -3,28 +3,34 @@
 Rules it follows beside those of ``cuda_memory``: one execution context for each engine and set of shapes (a captured graph
 keeps using its context's state, so a context's shapes never change after the first run); contexts get their activation
 memory from outside, one buffer for all, because they run one after another; a graph is captured after every context in it
-has run once.
+has run once. TensorRT-RTX compiles kernels at that first run, which blocks: it is timed, and what was compiled is saved at once.
 
 Never executed on a GPU so far; ``host.py`` is the same seam with numbers.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dmtd_runtime import contract
 from dmtd_runtime.device.base import Address, Capture, Engine, EngineTensor
 from dmtd_runtime.device.cuda_memory import CudaMemory
 from dmtd_runtime.device.kernel_cache import KernelCache
-from dmtd_runtime.device.libraries import CudaFlavour, import_flavour
+from dmtd_runtime.device.libraries import CudaFlavour, capabilities, import_flavour
 from dmtd_runtime.device.library_log import make_log
 from dmtd_runtime.errors import BackendError
 
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
 REBUILD = "build the engines again with: dmtd build BUNDLE --force"
+SLOW_START_S = 0.1  # a first run that takes longer has compiled kernels, which is worth a line in the log
+
+logger = logging.getLogger("dmtd.cuda")
 
 
 class CudaDevice(CudaMemory):
@@ -42,7 +48,6 @@ class CudaDevice(CudaMemory):
         self.flavour, self._trt = import_flavour(flavour)
         self.library_version = str(self._trt.__version__)
         super().__init__(device_id)
-        self.capturing = False
         self._graphs: dict[int, Any] = {}
         self._log = make_log(self._trt)
         try:
@@ -60,7 +65,7 @@ class CudaDevice(CudaMemory):
         self.call("cudaGetDevice")  # the thread's current device is the one that the engine goes to
         engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
-            raise BackendError(f"{path} cannot be loaded on {self.name}: {self._log.take()}; {REBUILD}")
+            raise BackendError(f"{path} cannot be loaded on {self.name}: {self._log.take()}; {self._rebuild()}")
         loaded = CudaEngine(self, self._trt, engine, path, self._log)
         self._engines.append(loaded)
         return loaded
@@ -68,7 +73,6 @@ class CudaDevice(CudaMemory):
     def capture(self, work: Callable[[], None]) -> Capture:
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.call("cudaStreamBeginCapture", self._stream, mode)
-        self.capturing = True
         try:
             work()
         except BaseException:
@@ -77,8 +81,6 @@ class CudaDevice(CudaMemory):
             if error == self._cuda.cudaError_t.cudaSuccess:
                 self._cuda.cudaGraphDestroy(graph)
             raise
-        finally:
-            self.capturing = False
         graph = self.call("cudaStreamEndCapture", self._stream)
         try:
             executable = self.call("cudaGraphInstantiate", graph, 0)
@@ -91,6 +93,12 @@ class CudaDevice(CudaMemory):
 
     def replay(self, capture: Capture) -> None:
         self.call("cudaGraphLaunch", self._graphs[capture], self._stream)
+
+    def _rebuild(self) -> str:
+        here = self.gpu.compute_capability
+        if self.flavour == "tensorrt-rtx" and here not in capabilities(self._trt):
+            return f"TensorRT-RTX does not name compute capability {here}: dmtd build BUNDLE --flavour tensorrt may serve it"
+        return REBUILD
 
     def _release(self) -> None:
         for executable in self._graphs.values():
@@ -126,6 +134,7 @@ class CudaEngine:
     def context(
         self, profile: int, shapes: Mapping[str, Sequence[int]], scratch: Address, scratch_bytes: int
     ) -> CudaContext:
+        started = time.perf_counter()
         context = self._create()
         if context is None:
             raise BackendError(f"{self.file}: no execution context: {self.log.take()}")
@@ -139,8 +148,22 @@ class CudaEngine:
                     f"{self.file}, {name}: got {list(shape)}, profile {profile} takes {list(low)} to {list(high)}; {REBUILD}"
                 )
         context.set_device_memory(scratch, scratch_bytes)
-        self._contexts.append(CudaContext(self, context, checks_capture=self._config is not None))
-        return self._contexts[-1]
+        context.nvtx_verbosity = (
+            self._trt.ProfilingVerbosity.NONE
+        )  # engines are built with all of it, for whoever inspects them
+        sizes = ", ".join(
+            f"{name} {list(shape)}" for name, shape in shapes.items() if contract.cache_name(name) is None
+        )
+        made = CudaContext(self, context, sizes, time.perf_counter() - started, asks=self._config is not None)
+        self._contexts.append(made)
+        return made
+
+    def started(self, sizes: str, seconds: float) -> None:
+        """A context has run for the first time; ``seconds``, with its making."""
+        if seconds > SLOW_START_S:
+            logger.info("%s: %.1f s to start with %s: kernels were compiled", self.file, seconds, sizes)
+        if self._kernels is not None:
+            self._kernels.save()
 
     def release(self) -> None:
         """Save what was compiled since it was loaded, and free contexts and weights, in this order; nothing runs any more."""
@@ -172,8 +195,10 @@ class CudaEngine:
 class CudaContext:
     """An execution context. See :class:`dmtd_runtime.device.base.EngineContext`."""
 
-    def __init__(self, engine: CudaEngine, context: Any, *, checks_capture: bool) -> None:
-        self._engine, self._context, self._checks_capture = engine, context, checks_capture
+    def __init__(self, engine: CudaEngine, context: Any, sizes: str, seconds: float, *, asks: bool) -> None:
+        """``seconds`` it took to make; ``asks``: the library can tell whether the context may be captured."""
+        self._engine, self._context, self._sizes, self._seconds, self._asks = engine, context, sizes, seconds, asks
+        self._has_run = False
 
     def release(self) -> None:
         self._context = None
@@ -183,8 +208,12 @@ class CudaContext:
             raise BackendError(f"{self._engine.file}, {name}: address refused: {self._engine.log.take()}")
 
     def enqueue(self) -> None:
-        device = self._engine.device
-        if self._checks_capture and device.capturing and not self._context.is_stream_capturable(device.stream):
-            raise BackendError(f"{self._engine.file} cannot be captured into a CUDA graph")
-        if not self._context.execute_async_v3(device.stream):
+        started = time.perf_counter()
+        if not self._context.execute_async_v3(self._engine.device.stream):
             raise BackendError(f"{self._engine.file}: the run was refused: {self._engine.log.take()}")
+        if not self._has_run:
+            self._has_run = True
+            self._engine.started(self._sizes, self._seconds + time.perf_counter() - started)
+
+    def is_capturable(self) -> bool:
+        return not self._asks or bool(self._context.is_stream_capturable(self._engine.device.stream))

@@ -4,13 +4,18 @@ It is what tests run the TensorRT backend on where there is no GPU. The stream i
 so a missing wait reads old numbers and a buffer that is rewritten too early is uploaded as it then is. What a GPU or
 TensorRT does silently wrong raises :class:`SeamError` here, when the call is made or when the work runs:
 
-1. An address is aligned, and the whole tensor lies within one live allocation.
-2. No output overlaps another tensor of the run, but a KV output is at its input's address, the engine's aliases.
+1. An address is aligned, and the whole tensor lies within one live allocation of this device, which is one stream.
+2. No output overlaps another tensor of the run, and none the activations; but a KV output is at its input's address, the
+   engine's aliases.
 3. Every byte that a run or a copy reads was written before. Fresh memory is filled with 0xFF, which is NaN.
-4. A KV update stays within the capacity, and no row of the cache below it was left out.
-5. Within a capture nothing touches the host: no upload, download, allocation, loading or waiting; and a context must have
-   run once before it is captured.
+4. A KV update stays within the rows that the run sees, and no row of the cache below it was left out.
+5. Within a capture nothing touches the host: no upload, download, allocation, loading, context or waiting; and a context must
+   have run once before it is captured.
 6. Uploads and downloads use page-locked memory of this device.
+7. Shapes lie within the profile that the record beside the engine names, and a context has all the activation memory it needs.
+
+The first run of a context costs ``first_run_s`` of a time that only :attr:`HostDevice.stalled_s` counts: what compiling kernels
+costs on a GPU. Whoever times a run, or has warmed up, can look whether any of it fell there.
 
 An engine file is the engine's ONNX graph in the standard dialect. Float32 and float16 only: ONNX Runtime's CPU kernels.
 """
@@ -40,12 +45,15 @@ class HostDevice:
     Args:
         memory_bytes: what it claims to have.
         threads: of ONNX Runtime.
+        first_run_s: what the first run of a context costs.
     """
 
-    def __init__(self, *, memory_bytes: int = 1 << 34, threads: int = 1) -> None:
+    def __init__(self, *, memory_bytes: int = 1 << 34, threads: int = 1, first_run_s: float = 1.0) -> None:
         self.name = "host device"
         self.captures = 0
         self.replays = 0
+        self.stalled_s = 0.0
+        self._first_run_s = first_run_s
         self._total = memory_bytes
         self._threads = threads
         self._blocks: dict[int, Block] = {}
@@ -60,7 +68,7 @@ class HostDevice:
         return self._total - sum(block.data.nbytes for block in self._blocks.values()), self._total
 
     def alloc(self, num_bytes: int, what: str) -> Address:
-        self._forbid_in_capture(f"allocating {what}")
+        self.forbid_in_capture(f"allocating {what}")
         if num_bytes > self.memory()[0]:
             raise BackendError(f"{self.name}: out of memory for {what}, {num_bytes} bytes")
         raw = np.full(max(num_bytes, 1) + ALIGNMENT, 0xFF, np.uint8)
@@ -76,7 +84,7 @@ class HostDevice:
             raise SeamError(f"free: {address:#x} is no allocation")
 
     def alloc_host(self, num_bytes: int) -> Array:
-        self._forbid_in_capture("allocating host memory")
+        self.forbid_in_capture("allocating host memory")
         self._pinned.append(np.zeros(num_bytes, np.uint8))
         return self._pinned[-1]
 
@@ -134,11 +142,11 @@ class HostDevice:
         self._push(work)
 
     def load_engine(self, path: Path) -> Engine:
-        self._forbid_in_capture("loading an engine")
+        self.forbid_in_capture("loading an engine")
         return HostEngine(self, path, self._threads)
 
     def capture(self, work: Callable[[], None]) -> Capture:
-        self._forbid_in_capture("a second capture")
+        self.forbid_in_capture("a second capture")
         recorded: list[Work] = []
         self._recording = recorded
         try:
@@ -151,16 +159,16 @@ class HostDevice:
         return capture
 
     def replay(self, capture: Capture) -> None:
-        self._forbid_in_capture("a replay")
+        self.forbid_in_capture("a replay")
         self._stream.extend(self._captured[capture])
         self.replays += 1
 
     def mark(self) -> Mark:
-        self._forbid_in_capture("a mark")
+        self.forbid_in_capture("a mark")
         return Mark(self._done + len(self._stream))
 
     def wait(self, mark: Mark) -> None:
-        self._forbid_in_capture("waiting")
+        self.forbid_in_capture("waiting")
         while self._done < mark:
             work = self._stream.popleft()
             self._done += 1
@@ -173,6 +181,15 @@ class HostDevice:
     def push(self, work: Work) -> None:
         """Enqueue work of an engine's context."""
         self._push(work)
+
+    def stall(self) -> None:
+        """A context runs for the first time."""
+        self.stalled_s += self._first_run_s
+
+    def forbid_in_capture(self, what: str) -> None:
+        """SeamError within a capture (rule 5)."""
+        if self._recording is not None:
+            raise SeamError(f"{what} within a capture: a graph holds device work alone")
 
     @property
     def capturing(self) -> bool:
@@ -216,9 +233,5 @@ class HostDevice:
 
     def _push(self, work: Work, *, touches_host: str = "") -> None:
         if touches_host:
-            self._forbid_in_capture(touches_host)
+            self.forbid_in_capture(touches_host)
         (self._stream if self._recording is None else self._recording).append(work)
-
-    def _forbid_in_capture(self, what: str) -> None:
-        if self._recording is not None:
-            raise SeamError(f"{what} within a capture: a graph holds device work alone")

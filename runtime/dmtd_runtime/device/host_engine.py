@@ -15,6 +15,7 @@ from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.backends.ort_session import open_session
 from dmtd_runtime.device.base import ALIGNMENT, Address, Array, EngineTensor
 from dmtd_runtime.device.host_memory import Block, SeamError
+from dmtd_runtime.engine_record import EngineFile, read_record
 from dmtd_runtime.errors import BackendError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class HostEngine:
     scratch_bytes = 4 * ALIGNMENT
 
     def __init__(self, device: HostDevice, path: Path, threads: int) -> None:
-        self.device = device
+        self.device, self._file = device, _recorded(path)
         self.session = open_session(path, BackendOptions(threads=threads))
         infos: list[tuple[Any, bool]] = [(info, True) for info in self.session.get_inputs()]
         infos += [(info, False) for info in self.session.get_outputs()]
@@ -53,20 +54,46 @@ class HostEngine:
     def context(
         self, profile: int, shapes: Mapping[str, Sequence[int]], scratch: Address, scratch_bytes: int
     ) -> HostContext:
+        self.device.forbid_in_capture("making a context")
         if scratch_bytes < self.scratch_bytes:
             raise SeamError(f"scratch: got {scratch_bytes} bytes, expected {self.scratch_bytes}")
         self.device.tensor(scratch, scratch_bytes, "scratch")
-        return HostContext(self, {name: tuple(shape) for name, shape in shapes.items()})
+        if self._file is not None:
+            _check_profile(self._file, profile, shapes)
+        taken = {name: tuple(shape) for name, shape in shapes.items()}
+        return HostContext(self, taken, (scratch, scratch + scratch_bytes))
+
+
+def _recorded(path: Path) -> EngineFile | None:
+    """What the record beside the engine says of it; None where there is no record."""
+    if not (path.parent / contract.ENGINE_RECORD_FILE).exists():
+        return None
+    return next((file for file in read_record(path.parent).engines if file.file == path.name), None)
+
+
+def _check_profile(file: EngineFile, number: int, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Rule 7: a library takes a profile's shapes and no others."""
+    found = [profile for profile in file.profiles if profile.index == number]
+    if not found:
+        raise SeamError(f"{file.file}: got profile {number}, it has {len(file.profiles)}")
+    for name, allowed in found[0].inputs.items():
+        shape = tuple(shapes.get(name, ()))
+        fits = len(shape) == len(allowed.min) and all(
+            low <= size <= high for low, size, high in zip(allowed.min, shape, allowed.max, strict=True)
+        )
+        if not fits:
+            raise SeamError(f"{name}: got shape {shape}, profile {number} takes {allowed.min} to {allowed.max}")
 
 
 class HostContext:
     """See :class:`dmtd_runtime.device.base.EngineContext`."""
 
-    def __init__(self, engine: HostEngine, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, engine: HostEngine, shapes: Mapping[str, tuple[int, ...]], scratch: tuple[int, int]) -> None:
+        """``scratch``: where its activations begin and end."""
         self._engine, self._device = engine, engine.device
-        self._shapes = dict(shapes)
+        self._shapes, self._scratch = dict(shapes), scratch
         self._addresses: dict[str, int] = {}
-        self._has_run = False
+        self._has_run, self._is_warm = False, False  # enqueued, and truly run, which the stream does later
         self._bound: dict[tuple[int, ...], Any] = {}
         for name, tensor in engine.tensors.items():
             if tensor.is_input and not _fits(self._shapes.get(name), tensor.dims):
@@ -78,7 +105,13 @@ class HostContext:
     def set_address(self, name: str, address: Address) -> None:
         if name not in self._engine.tensors:
             raise SeamError(f"{name}: the engine has no such input or output")
+        if address % ALIGNMENT:
+            raise SeamError(f"{name}: address {address:#x} is not a multiple of {ALIGNMENT}")
         self._addresses[name] = address
+
+    def is_capturable(self) -> bool:
+        self._device.forbid_in_capture("asking whether a context may be captured")
+        return True
 
     def enqueue(self) -> None:
         if self._device.capturing and not self._has_run:
@@ -93,6 +126,9 @@ class HostContext:
 
     def _run(self, addresses: Mapping[str, int]) -> None:
         tensors = self._engine.tensors
+        if not self._is_warm:
+            self._is_warm = True
+            self._device.stall()
         spans = {name: self._device.tensor(addresses[name], self._num_bytes(name), name) for name in tensors}
         for name, tensor in tensors.items():
             if tensor.is_input:
@@ -123,6 +159,9 @@ class HostContext:
             self._device.tensor(addresses[name], self._num_bytes(name), name)
             if tensor.alias is not None and addresses[name] != addresses[tensor.alias]:
                 raise SeamError(f"{name}: must lie at the address of {tensor.alias}, which it updates in place")
+        for start, end, name in spans:
+            if start < self._scratch[1] and self._scratch[0] < end:
+                raise SeamError(f"{name}: overlaps the activations")
         for (_, end, first), (start, _, second) in itertools.pairwise(spans):
             one, other = self._engine.tensors[first], self._engine.tensors[second]
             both_read = one.is_input and other.is_input
@@ -140,17 +179,21 @@ class HostContext:
             in_use = block.rows.setdefault(span.start, np.zeros(0, np.int64))
             if len(in_use) < batch:
                 in_use = np.concatenate([in_use, np.full(batch - len(in_use), 0 if block.fresh else capacity)])
-            updates = self._updates()
+            updates, visible = self._updates(), self._visible_len(capacity)
             for group, rows in updates:
                 for slot, first in enumerate(self._numbers(contract.write_indices(group), spans).tolist()):
-                    if first < 0 or first + rows > capacity:
-                        raise SeamError(f"{name}: slot {slot} writes rows {first} to {first + rows - 1} of {capacity}")
+                    if first < 0 or first + rows > visible:
+                        raise SeamError(f"{name}: slot {slot} writes rows {first} to {first + rows - 1} of {visible}")
                     if len(updates) == 1 and first > in_use[slot]:
                         raise SeamError(
                             f"{name}: slot {slot} writes from row {first}, rows from {in_use[slot]} are not written"
                         )
                     in_use[slot] = first + rows
             block.rows[span.start] = in_use
+
+    def _visible_len(self, capacity: int) -> int:
+        """Rows of a cache that attention reads: a row written behind them is never seen."""
+        return self._shapes.get(contract.VISIBLE_ROWS, (capacity,))[0]
 
     def _updates(self) -> list[tuple[contract.Group, int]]:
         """The groups that may update a cache in this graph, and the rows of a run; full_pass does not say which it is."""

@@ -1,4 +1,4 @@
-"""Kernels that TensorRT-RTX compiled when an engine was loaded, kept under the user's cache directory for the next time.
+"""Kernels that TensorRT-RTX compiled when a context first ran, kept under the user's cache directory for the next time.
 
 One file for each engine file, GPU and library version. A cache that cannot be read or written costs a compilation, no more.
 """

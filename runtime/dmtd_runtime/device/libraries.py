@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dmtd_runtime.engine_record import is_new_enough
 from dmtd_runtime.errors import BackendError
 
 CudaFlavour = Literal["tensorrt", "tensorrt-rtx"]
@@ -22,6 +23,7 @@ INSTALL: dict[CudaFlavour, str] = {
     "tensorrt-rtx": 'pip install "dmtd[tensorrt-rtx]"',
 }
 CUDA_MAJOR = 13  # of cuda-bindings and both libraries' wheels
+DEVICE_ORDER = "CUDA_DEVICE_ORDER"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +66,11 @@ def pass_interrupt_on(error: BaseException) -> None:
 
 
 def import_cuda() -> Any:
-    """The module ``cuda.bindings.runtime``. BackendError where cuda-bindings is missing or of another CUDA release."""
+    """The module ``cuda.bindings.runtime``. BackendError where cuda-bindings is missing or of another CUDA release.
+
+    GPUs are then numbered as nvidia-smi numbers them, unless the environment says otherwise or CUDA has started already.
+    """
+    os.environ.setdefault(DEVICE_ORDER, "PCI_BUS_ID")  # CUDA's own order begins with the fastest
     fix = f'pip install "cuda-bindings>={CUDA_MAJOR},<{CUDA_MAJOR + 1}"'
     try:
         version = str(importlib.import_module("cuda.bindings").__version__)
@@ -75,6 +81,15 @@ def import_cuda() -> Any:
     if version.partition(".")[0] != str(CUDA_MAJOR):
         raise BackendError(f"cuda-bindings is {version}, expected {CUDA_MAJOR}.x; run: {fix}")
     return runtime
+
+
+def gpu_here(device_id: int = 0) -> GpuFacts:
+    """The GPU that this process runs on, its name and capability as the CUDA runtime tells them: nothing else is asked for them.
+
+    Raises:
+        BackendError: cuda-bindings, the driver or the GPU is missing.
+    """
+    return look_at_gpu(import_cuda(), device_id)
 
 
 def look_at_gpu(runtime: Any, device_id: int) -> GpuFacts:
@@ -109,6 +124,13 @@ def look_at_gpu(runtime: Any, device_id: int) -> GpuFacts:
         name=properties.name.decode().rstrip("\0"),
         compute_capability=f"{properties.major}.{properties.minor}",
     )
+
+
+def capabilities(module: Any) -> dict[str, Any]:
+    """Compute capabilities that TensorRT-RTX can be told to build our engines for: "8.9" -> its enumerator."""
+    members = module.ComputeCapability.__members__
+    known = {f"{name[2:-1]}.{name[-1]}": value for name, value in members.items() if name.startswith("SM")}
+    return {name: value for name, value in known.items() if is_new_enough(name)}
 
 
 def _name(runtime: Any, error: Any) -> str:

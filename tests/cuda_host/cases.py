@@ -1,0 +1,120 @@
+"""What is run over the stand-ins: bundles, dialects, batches; and within each case graphs on and off, DMTD and plain, choices.
+
+Kernels do nothing, so the tokens mean nothing: the harness feeds token 0 wherever the device was to choose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from dmtd_export.export import export_bundle
+from dmtd_export.options import ExportOptions
+from dmtd_models.testing import write_tiny_checkpoint
+
+MAX_BATCH = 4
+# Ragged prompts, two more than there are slots: of four, slots fall idle one by one, and then a batch of two follows.
+PROMPT_LENS = (3, 40, 1, 17, 9, 5)
+MAX_TOKENS = (9, 4, 12, 6, 7, 10)
+EXTRA_PROMPTS = 2
+# The first run of a shape allocates piece by piece, the second what ONNX Runtime has learnt from it; then it is warm.
+WARM_UPS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A tiny checkpoint and its split."""
+
+    family: str
+    dtype: Literal["float32", "float16", "bfloat16"]
+    encoding_layers: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)  # of write_tiny_checkpoint
+
+    def export(self, directory: Path) -> Path:
+        bundle = directory / "bundle"
+        if not bundle.exists():
+            checkpoint = directory / "checkpoint"
+            sizes = {"layers": 5, **self.sizes}
+            write_tiny_checkpoint(checkpoint, family=self.family, dtype=self.dtype, **sizes)
+            options = ExportOptions(
+                encoding_layers=self.encoding_layers,
+                decoding_layers=2,
+                cycle_length=3,
+                dtype=self.dtype,
+                max_batch=MAX_BATCH,
+                verify=False,
+            )
+            export_bundle(checkpoint, bundle, options)
+        return bundle
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Case:
+    """One bundle opened one way."""
+
+    model: Model
+    dialect: Literal["onnxruntime", "standard"]
+    full_pass: Literal["staged", "fused"]
+    slots: int
+    judges_memory: bool = False  # weights outweigh what a session needs whatever the model's size
+
+    @property
+    def model_name(self) -> str:
+        return f"{self.model.family}-{self.model.dtype}" + ("-large" if self.judges_memory else "")
+
+    @property
+    def name(self) -> str:
+        return f"{self.model_name}-{self.dialect}-{self.full_pass}-{self.slots}"
+
+    @property
+    def modes(self) -> tuple[tuple[bool, bool], ...]:
+        """How the bundle is opened in turn: (cuda_graphs, plain)."""
+        return ((True, False), (False, False)) if self.judges_memory else tuple(product((True, False), (False, True)))
+
+    @property
+    def num_prompts(self) -> int:
+        return self.slots + EXTRA_PROMPTS
+
+    def llm_options(self) -> dict[str, Any]:
+        return {"device": "cuda", "dialect": self.dialect, "full_pass": self.full_pass, "max_num_seqs": self.slots}
+
+
+LLAMA = Model(family="llama", dtype="float16")
+QWEN = Model(family="qwen3", dtype="bfloat16", encoding_layers=1)
+FLOAT32 = Model(family="llama", dtype="float32")  # its attention node on CUDA takes half types only: standard dialect
+# 80 MB, a twentieth of it in each of embedding and head.
+LARGE = replace(
+    LLAMA,
+    sizes={
+        "layers": 12,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "heads": 8,
+        "kv_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 4096,
+        "max_positions": 1024,
+    },
+)
+
+CASES = (
+    *(
+        Case(model=model, dialect=dialect, full_pass=full_pass, slots=slots)
+        for model in (LLAMA, QWEN)
+        for dialect in ("onnxruntime", "standard")
+        for full_pass in ("staged", "fused")
+        for slots in (1, MAX_BATCH)
+    ),
+    *(
+        Case(model=FLOAT32, dialect="standard", full_pass=full_pass, slots=slots)
+        for full_pass in ("staged", "fused")
+        for slots in (1, MAX_BATCH)
+    ),
+    *(
+        Case(model=LARGE, dialect=dialect, full_pass="staged", slots=slots, judges_memory=True)
+        for dialect in ("onnxruntime", "standard")
+        for slots in (1, MAX_BATCH)
+    ),
+)

@@ -1,0 +1,159 @@
+"""ONNX Runtime's backend as it runs on a GPU, over a stand-in of the provider that computes: its tokens are the CPU's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_cuda import FakeCuda
+from fake_provider import FakeOnnxRuntime
+
+from dmtd_export.export import export_bundle
+from dmtd_export.options import ExportOptions
+from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_runtime import LLM, BackendError, SamplingParams
+from dmtd_runtime.backends import ort_memory, ort_session
+from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from dmtd_runtime.backends.ort_trial import trial_step
+from dmtd_runtime.bundle import open_bundle
+from dmtd_runtime.device.host import HostDevice
+
+PROMPTS = [[1, 2, 3], [4] * 40, [5, 6], [7], [8] * 17, [9, 1]]
+CHOICES: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"temperature": 0.8, "seed": 1},
+    "logprobs": {"temperature": 0.0, "logprobs": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root, found = tmp_path_factory.mktemp("cuda"), {}
+    for dtype, layers in (("float16", 0), ("float32", 1)):
+        source = write_tiny_checkpoint(root / f"model-{dtype}", family="qwen3", layers=5)
+        options = ExportOptions(
+            encoding_layers=layers, decoding_layers=2, cycle_length=3, dtype=dtype, verify=False, max_batch=4
+        )
+        export_bundle(source, root / dtype, options)
+        found[dtype] = root / dtype
+    return found
+
+
+@pytest.fixture
+def provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeOnnxRuntime]:
+    host = HostDevice()
+    module = FakeOnnxRuntime(host)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(__version__="13.5.0"))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", FakeCuda(host))  # type: ignore[arg-type]
+    monkeypatch.setattr(ort_session, "import_onnxruntime", lambda: module)
+    monkeypatch.setattr(ort_session, "prepare", lambda ort, device_id: None)
+    monkeypatch.setattr(ort_memory, "prepare", lambda ort, device_id: None)
+    return module
+
+
+def generated(bundle: Path, choice: str, **options: Any) -> list[tuple[list[int], list[float]]]:
+    params = [
+        SamplingParams(max_tokens=count, ignore_eos=True, **CHOICES[choice]) for count, _ in enumerate(PROMPTS, start=7)
+    ]
+    with LLM(bundle, **options) as llm:
+        outputs = [output.outputs[0] for output in llm.generate(PROMPTS, params)]
+    logprobs = [[entry.logprob for entry in output.logprobs or ()] for output in outputs]
+    return [(list(o.token_ids), values) for o, values in zip(outputs, logprobs, strict=True)]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+@pytest.mark.parametrize("max_num_seqs", [1, 4])
+@pytest.mark.parametrize("full_pass", ["staged", "fused"])
+@pytest.mark.parametrize(("dtype", "dialect"), [("float16", "onnxruntime"), ("float32", "standard")])
+def test_tokens_are_those_of_the_cpu(
+    bundles: dict[str, Path],
+    provider: FakeOnnxRuntime,
+    dtype: str,
+    dialect: str,
+    full_pass: str,
+    max_num_seqs: int,
+    cuda_graphs: bool,
+    choice: str,
+) -> None:
+    same = {"dialect": dialect, "full_pass": full_pass, "max_num_seqs": max_num_seqs}
+    got = generated(bundles[dtype], choice, device="cuda", cuda_graphs=cuda_graphs, **same)
+    captured = {graph_id for graph_id in provider.runs if graph_id not in (None, "-1")}
+    assert bool(captured) is cuda_graphs
+    with pytest.MonkeyPatch.context() as undone:
+        undone.setattr(ort_session, "import_onnxruntime", ort_memory.import_onnxruntime)
+        expected = generated(bundles[dtype], choice, **same)
+    for (ids, logprobs), (expected_ids, expected_logprobs) in zip(got, expected, strict=True):
+        assert ids == expected_ids
+        np.testing.assert_allclose(logprobs, expected_logprobs, atol=2e-2 if dtype == "float16" else 1e-5)
+
+
+def backend(bundle: Path, **options: Any) -> OnnxRuntimeBackend:
+    return OnnxRuntimeBackend(bundle, open_bundle(bundle), BackendOptions(device="cuda", **options))
+
+
+def test_a_graph_that_keeps_old_lengths_is_noticed_at_opening(
+    bundles: dict[str, Path],
+    provider: FakeOnnxRuntime,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    provider.stale = "seqlens_k"
+    opened = backend(bundles["float16"])
+    try:
+        assert "captured graphs give other numbers on this GPU" in caplog.text
+        before = len(provider.runs)
+        opened.run([trial_step(0, 3)])
+        assert provider.runs[before:] == ["-1"]
+    finally:
+        opened.close()
+
+
+def test_warming_up_leaves_nothing_to_capture_and_nothing_behind(
+    bundles: dict[str, Path], provider: FakeOnnxRuntime
+) -> None:
+    opened = backend(bundles["float16"], max_batch=4)
+    try:
+        opened.warm_up()
+        known = set(provider.runs)
+        for count in (1, 3, 4):
+            opened.run([trial_step(3, 2, slot) for slot in range(count)])
+            opened.run([trial_step(0, 3, slot) for slot in range(count)], greedy=True)
+        assert set(provider.runs) == known
+        assert provider.session_options[-1]["enable_cuda_graph"] == "1"
+    finally:
+        opened.close()
+
+
+def test_too_long_a_model_is_refused_before_anything_is_allocated(
+    bundles: dict[str, Path], provider: FakeOnnxRuntime
+) -> None:
+    provider.host._total = 1 << 20
+    with pytest.raises(
+        BackendError, match=r"needed \(weights 0.00 GB, caches of 4 x .* --max-model-len or --max-num-seqs"
+    ):
+        backend(bundles["float16"], max_batch=4)
+    assert provider.host.memory()[0] == 1 << 20
+    assert not provider.session_options
+
+
+def test_weights_are_on_the_device_once(bundles: dict[str, Path], provider: FakeOnnxRuntime) -> None:
+    """Fused, both graphs hold E, D and the head."""
+    names: list[str] = []
+    alloc = provider.host.alloc
+    provider.host.alloc = lambda size, what: (names.append(what), alloc(size, what))[1]  # type: ignore[method-assign]
+    opened = backend(bundles["float32"], dialect="standard", full_pass="fused")
+    try:
+        stored = sum(info.length for info in open_bundle(bundles["float32"]).weights.values())
+        held = sum(block.data.nbytes for block in provider.host._blocks.values())
+        cache = 2 * 5 * opened.capacity * 2 * 16 * 4
+        assert stored < held < 1.2 * (stored + cache)
+    finally:
+        opened.close()
+    assert not provider.host._blocks
