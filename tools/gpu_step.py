@@ -256,8 +256,17 @@ def library(work: Work) -> Found:
         device = CudaDevice(flavour=work.options["flavour"])
     except BackendError as error:
         raise NotHereError(str(error)) from None
-    version = device.library_version
+    version, gpu = device.library_version, device.gpu
     device.close()
+    if work.options["flavour"] == "tensorrt-rtx":
+        from dmtd_export.build.flavour import capabilities
+        from dmtd_runtime.device.libraries import import_flavour
+
+        known = capabilities(import_flavour("tensorrt-rtx")[1])
+        if gpu.compute_capability not in known:
+            raise NotHereError(
+                f"it knows {', '.join(known)}, and {gpu.name} is of compute capability {gpu.compute_capability}"
+            )
     return {"ok": True, "version": version}
 
 
