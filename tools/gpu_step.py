@@ -171,8 +171,12 @@ def _agreement(choice: str, expected: list[list[int]], got: list[list[int]], aga
 
 def verify(work: Work) -> Found:
     """`dmtd verify` on a device, and where it first diverges."""
+    from dmtd_export.verify.levels import installed
     from dmtd_export.verify.on_device import verify_on_device
     from dmtd_runtime.backends.base import BackendOptions
+
+    if not installed("torch"):
+        raise NotHereError('the reference needs PyTorch; pip install "dmtd[oracle]"')
 
     backend = BackendOptions(**work.options["backend"], max_batch=work.options["max_batch"])
     found = verify_on_device(work.bundles[0], backend, quick=True).to_json()
