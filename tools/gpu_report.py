@@ -45,11 +45,22 @@ def bench_summary(found: Results, copy_bytes_per_s: float | None) -> Results:
 def report(results: Results) -> str:
     """All of it."""
     steps = results["steps"]
-    lines = [*_heading(results), "", "## Steps", "", "| step | result | s | |", "|---|---|---|---|"]
+    made = (f"{name} {bundle['seconds']:.0f} s" for name, bundle in results["bundles"].items())
+    lines = [
+        *_heading(results),
+        f"bundles made: {', '.join(made) or 'none'}",
+        "",
+        "## Steps",
+        "",
+        "| step | result | s | |",
+        "|---|---|---|---|",
+    ]
     for name, step in steps.items():
         lines.append(f"| {name} | {_verdict(step)} | {step['seconds']:.0f} | {_note(step)} |")
     lines += _tokens(steps) + _verification(steps) + _speed(steps)
-    lines += ["", "## Skipped", "", *(f"- {what}: {why}" for what, why in results["skipped"].items())]
+    lines += ["", "## Skipped", ""]
+    for why in dict.fromkeys(results["skipped"].values()):
+        lines.append(f"- {'; '.join(name for name, reason in results['skipped'].items() if reason == why)}: {why}")
     return "\n".join(lines) + "\n"
 
 
