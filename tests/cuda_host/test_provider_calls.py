@@ -37,7 +37,8 @@ def test_it_runs(ran: Ran, case: Case) -> None:
 
 
 def test_a_driver_would_refuse_nothing(ran: Ran) -> None:
-    """No empty or too large grid, nothing illegal within a capture, no copy beside its memory, no wrong handle."""
+    """No empty or too large grid, nothing illegal within a capture, no copy beside its memory, no wrong handle; and what a
+    copy still reads is not written, which a driver would not see either."""
     refused = [call for o in ran[0] for call in o.calls if call.error]
     expect_none(refused)
 
