@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,39 +158,44 @@ def write_ring(
     """In place of ``dmtd_export.weights.write_weights``: matrices are places in a ring of random values, norms are ones."""
     kind = NUMPY_DTYPES[dtype]
     groups = [[(name, source.shape(name)) for name in group] for group in tensor_groups(config)]
-    sizes = [sum(int(np.prod(shape)) for _, shape in group) * kind.itemsize for group in groups]
+    norms = [(name, shape) for group in groups for name, shape in group if "norm" in name]
+    matrices = [group for group in groups if "norm" not in group[0][0]]
+    sizes = [_bytes(kind, *(shape for _, shape in group)) for group in matrices]
     ring = _paged(max(*sizes, min(RING_BYTES, sum(sizes))))
-    ones = max(int(np.prod(shape)) for group in groups for name, shape in group if "norm" in name)
-    tables = rotary_tables(config.rope, config.head_dim, rotary_rows)
-    tail = [np.ones(ones, kind), *(np.ascontiguousarray(table.astype(kind)) for table in tables)]
+    tables = zip((COS, SIN), rotary_tables(config.rope, config.head_dim, rotary_rows), strict=True)
+    # Where two tensors began at one place, TensorRT would take them for one.
+    infos, starts, position = {}, set[int](), 0
+    for group, size in zip(matrices, sizes, strict=True):
+        position = 0 if position + size > ring else position
+        while position in starts:
+            position += PAGE_BYTES
+        starts.add(position)
+        for name, shape in group:
+            infos[name] = _info(dtype, tuple(shape), position, _bytes(kind, shape))
+            position += infos[name].length
+        position = _paged(position)
+    end = _paged(max(info.offset + info.length for info in infos.values()))
+    tail = [(name, np.ones(shape, kind)) for name, shape in norms]
+    tail += [(name, np.ascontiguousarray(table.astype(kind))) for name, table in tables]
     values = np.random.default_rng(0).standard_normal(RANDOM_VALUES, dtype=np.float32) * np.float32(0.02)
-    block, digest, places = np.ascontiguousarray(values.astype(kind)).view(np.uint8), hashlib.sha256(), []
+    block, digest = np.ascontiguousarray(values.astype(kind)).view(np.uint8), hashlib.sha256()
     with path.open("wb") as file:
 
         def put(data: Any) -> None:
             file.write(data)
             digest.update(data)
 
-        for start in range(0, ring, block.nbytes):
-            put(block[: ring - start].data)
-        for array in tail:
-            places.append(file.tell())
+        for start in range(0, end, block.nbytes):
+            put(block[: end - start].data)
+        for name, array in tail:
+            infos[name] = _info(dtype, array.shape, file.tell(), array.nbytes)
             put(array.view(np.uint8).reshape(-1).data)
             put(b"\0" * (-file.tell() % PAGE_BYTES))
-        total = file.tell()
-    infos, position = {}, 0
-    for group, size in zip(groups, sizes, strict=True):
-        position = 0 if position + size > ring else position
-        offset = position
-        for name, shape in group:
-            is_norm = "norm" in name
-            length = int(np.prod(shape)) * kind.itemsize
-            infos[name] = _info(dtype, tuple(shape), places[0] if is_norm else offset, length)
-            offset += length
-        position = _paged(offset)
-    for name, table, place in zip((COS, SIN), tail[1:], places[1:], strict=True):
-        infos[name] = _info(dtype, table.shape, place, table.nbytes)
-    return infos, FileInfo(bytes=total, sha256=digest.hexdigest())
+        return infos, FileInfo(bytes=file.tell(), sha256=digest.hexdigest())
+
+
+def _bytes(kind: np.dtype[Any], *shapes: Sequence[int]) -> int:
+    return sum(int(np.prod(shape)) for shape in shapes) * kind.itemsize
 
 
 def _paged(size: int) -> int:

@@ -170,28 +170,17 @@ def _agreement(choice: str, expected: list[list[int]], got: list[list[int]], aga
 
 
 def verify(work: Work) -> Found:
-    """`dmtd verify` on a device at batch 1 and a few, and where it first diverges."""
+    """`dmtd verify` on a device, and where it first diverges."""
+    from dmtd_export.verify.levels import installed
     from dmtd_export.verify.on_device import verify_on_device
     from dmtd_runtime.backends.base import BackendOptions
 
-    batch, broken = work.options["max_batch"], None
+    if not installed("torch"):
+        raise NotHereError('the reference needs PyTorch; pip install "dmtd[oracle]"')
 
-    def told(max_batch: int) -> Found:
-        backend = BackendOptions(**work.options["backend"], max_batch=max_batch)
-        return verify_on_device(work.bundles[0], backend, quick=True).to_json()
-
-    try:
-        found = told(batch)
-    except Exception as error:
-        if batch == 1:
-            raise
-        traceback.print_exc()
-        broken = f"at batch {batch}: {_one_line(error)}"
-        try:
-            found = told(1)  # what holds for one sequence is worth knowing alone
-        except Exception as alone:
-            raise DmtdError(f"{broken}; at batch 1: {_one_line(alone)}") from alone
-    return {**found, "diagnosis": diagnosis(found["checks"]), "broken": broken}
+    backend = BackendOptions(**work.options["backend"], max_batch=work.options["max_batch"])
+    found = verify_on_device(work.bundles[0], backend, quick=True).to_json()
+    return {**found, "diagnosis": diagnosis(found["checks"])}
 
 
 def diagnosis(checks: list[Found]) -> str | None:
@@ -271,8 +260,17 @@ def library(work: Work) -> Found:
         device = CudaDevice(flavour=work.options["flavour"])
     except BackendError as error:
         raise NotHereError(str(error)) from None
-    version = device.library_version
+    version, gpu = device.library_version, device.gpu
     device.close()
+    if work.options["flavour"] == "tensorrt-rtx":
+        from dmtd_export.build.flavour import capabilities
+        from dmtd_runtime.device.libraries import import_flavour
+
+        known = capabilities(import_flavour("tensorrt-rtx")[1])
+        if gpu.compute_capability not in known:
+            raise NotHereError(
+                f"it knows {', '.join(known)}, and {gpu.name} is of compute capability {gpu.compute_capability}"
+            )
     return {"ok": True, "version": version}
 
 

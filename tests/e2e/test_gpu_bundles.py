@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +35,9 @@ def test_a_ring_of_weights_runs_and_counts_its_bytes_in_full(
     file, weights = bundle / contract.WEIGHTS_FILE, manifest.weights
     assert file.stat().st_size < sum(info.length for info in weights.values()) / 2
     assert split_bytes(manifest).stored > 2 * file.stat().st_size
+    stacked = re.compile(r"(k_proj|v_proj|up_proj)")  # parts of one matrix, behind its first
+    starts = [info.offset for name, info in weights.items() if not stacked.search(name)]
+    assert len(set(starts)) == len(starts)  # TensorRT takes two tensors of one address for one
     parts = [weights[f"model.layers.3.self_attn.{kind}_proj.weight"] for kind in "qkv"]
     assert [part.offset + part.length for part in parts[:2]] == [part.offset for part in parts[1:]]
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
