@@ -102,7 +102,7 @@ def build(
     require("build", LIBRARIES, '"dmtd[export]"')
     from dmtd_export.build.run import BuildProgress, build_engines, preview
     from dmtd_export.build.warm_up import compiles_here, warm_up_engines
-    from dmtd_export.verify import FAILED, SKIPPED, engines_hook
+    from dmtd_export.verify import engines_hook
 
     options = BuildOptions(
         flavour=flavour,
@@ -137,13 +137,20 @@ def build(
             cold = warm_up_engines(directory, result.directory, result.record)
     if cold:
         note(f"kernels are compiled when the engines first run, not now: {cold}")
+    _tell(directory, result, json=json)
+
+
+def _tell(directory: Path, result: BuildResult, *, json: bool) -> None:
+    """What came of a build; an error where its verification did not run to its end."""
+    from dmtd_export.verify import FAILED, SKIPPED
+
     found = result.record.verification if result.built else {}
     if reason := found.get(SKIPPED):
         note(f"not verified: {reason}; where it can be done run: {_verify_command(directory, result.record)}")
     if json:
         typer.echo(json_text.dumps(_result_json(result)))
     else:
-        console.print(_result_table(result))
+        Console(highlight=False).print(_result_table(result))
     if reason := found.get(FAILED):
         note(f"error: built, but verification did not run to its end: {reason}")
         raise typer.Exit(EXIT_ERROR)

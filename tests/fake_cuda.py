@@ -22,7 +22,9 @@ import pytest
 
 from dmtd_runtime.device.base import Mark
 from dmtd_runtime.device.host import HostDevice
+from dmtd_runtime.device.host_engine import HostEngine
 from dmtd_runtime.device.host_memory import SeamError
+from dmtd_runtime.engine_record import InputRange
 
 TRT_DTYPES = {
     "float32": "FLOAT",
@@ -217,6 +219,13 @@ class ILogger:
     Severity = IntEnum("Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE", start=0)
 
 
+def profile_range(engine: HostEngine, name: str, index: int) -> InputRange | None:
+    """The shapes that a profile of the engine's record allows an input; None where its shape is fixed."""
+    assert engine.file is not None, "engines of a GPU know their profiles: a record stands beside them"
+    [profile] = [profile for profile in engine.file.profiles if profile.index == index]
+    return profile.inputs.get(name)
+
+
 class Context:
     """IExecutionContext."""
 
@@ -230,11 +239,15 @@ class Context:
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         self._engine.device.forbid_in_capture("choosing a profile")
         self._profile = profile_index
-        return profile_index < 8
+        return any(profile.index == profile_index for profile in self._engine.file.profiles)
 
     def set_input_shape(self, name: str, shape: Sequence[int]) -> bool:
+        self._engine.device.forbid_in_capture("choosing a shape")
         self._shapes[name] = tuple(shape)
-        return 0 not in shape
+        allowed = profile_range(self._engine, name, self._profile)
+        return allowed is None or all(
+            low <= size <= high for low, size, high in zip(allowed.min, shape, allowed.max, strict=True)
+        )
 
     def set_device_memory(self, memory: int, size: int) -> None:
         self._context = self._engine.context(self._profile, self._shapes, memory, size)
@@ -315,7 +328,9 @@ class CudaEngine:
         return self._engine.tensors[name].alias or ""
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
-        return [(1,), (1,), (2,)]
+        allowed = profile_range(self._engine, name, profile)
+        assert allowed is not None, f"{name} has no shape that changes"
+        return [allowed.min, allowed.opt, allowed.max]
 
     def create_runtime_config(self) -> Any:
         return RuntimeConfig()

@@ -17,6 +17,7 @@ from dmtd_models.testing import write_tiny_checkpoint
 MAX_BATCH = 4
 # Ragged prompts, two more than there are slots: of four, slots fall idle one by one, and then a batch of two follows.
 PROMPT_LENS = (3, 40, 1, 17, 9, 5)
+LONG_PROMPT_LEN = 300  # more than a window: in chunks, the first of which gives no token
 MAX_TOKENS = (9, 4, 12, 6, 7, 10)
 EXTRA_PROMPTS = 2
 # The first run of a shape allocates piece by piece, the second what ONNX Runtime has learnt from it; then it is warm.
@@ -74,8 +75,9 @@ class Case:
         return ((True, False), (False, False)) if self.judges_memory else tuple(product((True, False), (False, True)))
 
     @property
-    def num_prompts(self) -> int:
-        return self.slots + EXTRA_PROMPTS
+    def prompt_lens(self) -> tuple[int, ...]:
+        lens = PROMPT_LENS[: self.slots + EXTRA_PROMPTS]
+        return (*lens[:-1], LONG_PROMPT_LEN) if self.judges_memory else lens
 
     def llm_options(self) -> dict[str, Any]:
         return {"device": "cuda", "dialect": self.dialect, "full_pass": self.full_pass, "max_num_seqs": self.slots}

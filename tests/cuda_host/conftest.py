@@ -6,10 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from statistics import median
+from statistics import median_low
 
 import pytest
 from cuda_host.cases import CASES, Case
@@ -21,8 +21,8 @@ CASE_SECONDS = 120
 PROCESSES = 2
 COLUMNS = ("bundle, graphs, mode", "late", "full", "prefill", "waits", "memory", "captures", "replays")
 MEANING = (
-    "Launches of a late step, a full pass and a prefill (median, greedy); most waits of a step of one token a sequence;\n"
-    "memory over what bundle and caches need; captures and replays of graphs."
+    "Launches of a late step, a full pass and a prefill (median, greedy, without those in replayed graphs); most waits of a\n"
+    "step of a token a sequence; memory over what bundle and caches need; captures and replays of graphs."
 )
 
 
@@ -74,15 +74,15 @@ def ran(case: Case, processes: Running) -> tuple[list[Opened], subprocess.Comple
     return opened, done
 
 
-def _row(name: str, opened: Opened) -> list[str | int | float]:
+def _row(name: str, opened: Opened) -> dict[str, str | int | float]:
     greedy = [step for step in opened.warm_steps() if step.choice == "greedy"]
 
-    def launches(kind: str) -> float | str:
+    def launches(kind: str) -> int | str:
         counts = [step.launches for step in greedy if step.kind == kind]
-        return median(counts) if counts else "-"
+        return median_low(counts) if counts else "-"
 
     count = [call.name for call in opened.calls if not call.error]
-    return [
+    values = (
         f"{name}, {opened.name}",
         launches("late"),
         launches("full"),
@@ -91,7 +91,8 @@ def _row(name: str, opened: Opened) -> list[str | int | float]:
         round(opened.peak_bytes / opened.needed_bytes, 2) if opened.needed_bytes else "-",
         count.count("cudaStreamEndCapture"),
         count.count("cudaGraphLaunch"),
-    ]
+    )
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -101,10 +102,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if rows:
         terminalreporter.section("calls of ONNX Runtime's CUDA provider")
         terminalreporter.write_line(MEANING)
-        for row in (COLUMNS, *rows):
-            terminalreporter.write_line(_line(row))
+        for row in (COLUMNS, *(row.values() for row in rows)):
+            terminalreporter.write_line(_line(*row))
 
 
-def _line(row: Sequence[object]) -> str:
-    first, *others = row
+def _line(first: object, *others: object) -> str:
     return f"{first!s:66}" + "".join(f"{value!s:>9}" for value in others)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from cuda.bindings import runtime as cuda
-from cuda_host.cases import CASES, MAX_TOKENS, PROMPT_LENS, WARM_UPS, Case
+from cuda_host.cases import CASES, MAX_TOKENS, WARM_UPS, Case
 
 import dmtd_runtime.llm
 from dmtd_runtime import LLM, SamplingParams
@@ -71,10 +71,17 @@ def drive(bundle: Path, case: Case, *, cuda_graphs: bool, plain: bool) -> None:
         row_bytes = model.num_kv_heads * model.head_dim * (4 if model.dtype == "float32" else 2)
         kv_bytes = 2 * model.num_layers * backend.slots * backend.capacity * row_bytes
         weight_bytes = sum(path.stat().st_size for path in bundle.glob("*.data"))
-        mark("needs", kv_bytes=kv_bytes, weight_bytes=weight_bytes)
-        prompts = [[1 + position % 100 for position in range(length)] for length in PROMPT_LENS[: case.num_prompts]]
+        # The standard dialect's attention copies a layer's keys and values to all heads, in the arena of each of two sessions,
+        # and writes the scores of a window out.
+        copied_bytes = 0
+        if case.dialect == "standard":
+            expanded = kv_bytes // model.num_layers * model.num_heads // model.num_kv_heads
+            width = row_bytes // (model.num_kv_heads * model.head_dim)
+            copied_bytes = 2 * expanded + backend.slots * model.num_heads * model.max_window * backend.capacity * width
+        mark("needs", kv_bytes=kv_bytes, weight_bytes=weight_bytes, copied_bytes=copied_bytes)
+        prompts = [[1 + position % 100 for position in range(length)] for length in case.prompt_lens]
         for choice, options in CHOICES.items():
-            params = [SamplingParams(max_tokens=n, ignore_eos=True, **options) for n in MAX_TOKENS[: case.num_prompts]]
+            params = [SamplingParams(max_tokens=n, ignore_eos=True, **options) for n in MAX_TOKENS[: len(prompts)]]
             if (choice != "greedy" and plain) or (choice == "logprobs" and cuda_graphs):
                 continue  # chosen as elsewhere: once is enough
             # Shapes are those of greedy, which comes first: what is left to warm is the choice.

@@ -2,7 +2,8 @@
 
 In build/cuda_host of the repository: a virtual environment with onnxruntime-gpu and what export and runtime need, the CUDA
 headers of a wheel, and the stand-ins that gcc makes of them. cuda-bindings stay out: their copy of the CUDA runtime wants a
-driver, and modules/ stands in for it. Needs gcc and pip's index at the first run. Standard library only.
+driver, and modules/ stands in for it. The numbers of every case stay in reports/ as JSON. Needs gcc and pip's index at the
+first run. Standard library only.
 """
 
 from __future__ import annotations
@@ -46,17 +47,19 @@ def main(options: list[str]) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             _run(HERE / "stand_ins" / "build", BUILD / "lib", _unpack_headers(python, Path(scratch)))
         _stamp("stand-ins", *HEADERS, *contents)
-    with tempfile.TemporaryDirectory() as reports:
-        places = (HERE / "modules", HERE.parent, ROOT, ROOT / "runtime", ROOT / "models")
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, places)),
-            "LD_LIBRARY_PATH": str(BUILD / "lib"),
-            "OMP_NUM_THREADS": "1",
-            "DMTD_CUDA_HOST": reports,
-        }
-        selection = ("-m", "cuda_host", "-o", "testpaths=tests/cuda_host", "--timeout", "300", "--tb", "short")
-        return subprocess.run([python, "-m", "pytest", *selection, *options], cwd=ROOT, env=environment).returncode
+    reports = BUILD / "reports"
+    shutil.rmtree(reports, ignore_errors=True)
+    reports.mkdir()
+    places = (HERE / "modules", HERE.parent, ROOT, ROOT / "runtime", ROOT / "models")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, places)),
+        "LD_LIBRARY_PATH": str(BUILD / "lib"),
+        "OMP_NUM_THREADS": "1",
+        "DMTD_CUDA_HOST": str(reports),
+    }
+    selection = ("-m", "cuda_host", "-o", "testpaths=tests/cuda_host", "--timeout", "300", "--tb", "short")
+    return subprocess.run([python, "-m", "pytest", *selection, *options], cwd=ROOT, env=environment).returncode
 
 
 def _requirements() -> list[str]:

@@ -37,7 +37,8 @@ def test_it_runs(ran: Ran, case: Case) -> None:
 
 
 def test_a_driver_would_refuse_nothing(ran: Ran) -> None:
-    """No empty or too large grid, nothing illegal within a capture, no copy beside its memory, no wrong handle."""
+    """No empty or too large grid, nothing illegal within a capture, no copy beside its memory, no wrong handle; and what a
+    copy still reads is not written, which a driver would not see either."""
     refused = [call for o in ran[0] for call in o.calls if call.error]
     expect_none(refused)
 
@@ -93,11 +94,13 @@ def test_graphs_are_captured_only_where_asked_for(ran: Ran) -> None:
 
 
 def test_memory_is_that_of_bundle_and_caches(ran: Ran, case: Case) -> None:
+    """And of what the standard dialect's attention copies; the onnxruntime dialect's copies nothing."""
     if not case.judges_memory:
         pytest.skip("too small a bundle: what a session needs in any case outweighs it")
     assert all(opened.weight_bytes and opened.kv_bytes for opened in ran[0]), "a bundle was not opened"
     expect_none(
-        f"{opened.name}: {opened.peak_bytes / 1e6:.1f} MB allocated, {opened.needed_bytes / 1e6:.1f} MB needed"
+        f"{opened.name}: {opened.peak_bytes / 1e6:.1f} MB allocated, {opened.needed_bytes / 1e6:.1f} MB needed, "
+        f"{opened.copied_bytes / 1e6:.1f} MB copied"
         for opened in ran[0]
-        if opened.peak_bytes > MOST_MEMORY * opened.needed_bytes
+        if opened.peak_bytes > MOST_MEMORY * opened.needed_bytes + opened.copied_bytes
     )

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,6 +81,31 @@ def test_copies_are_checked_and_done(runtime: Runtime) -> None:
     assert runtime.error("cudaMemsetAsync", pinned, 0, SIZE, stream) == INVALID
     assert runtime.error("cudaFree", device) == runtime.error("cudaFreeHost", pinned) == OK
     assert runtime.error("cudaFree", device) == INVALID
+
+
+def test_what_a_copy_reads_is_written_too_early(
+    tmp_path: Path,
+) -> None:
+    """In a process of its own, whose trace tells: nothing is returned to who did it."""
+    program = """
+import ctypes
+from cuda.bindings import runtime as cuda
+stream, device = cuda.cudaStreamCreateWithFlags(1)[1], cuda.cudaMalloc(8)[1]
+pinned, event = cuda.cudaHostAlloc(8, 0)[1], cuda.cudaEventCreateWithFlags(2)[1]
+for wait in (True, False):
+    cuda.stand_in_mark(f"wait {wait}")
+    cuda.cudaMemcpyAsync(device, pinned, 8, 1, stream)
+    cuda.cudaEventRecord(event, stream)
+    if wait:
+        cuda.cudaEventSynchronize(event)
+    ctypes.memset(pinned, 1 + wait, 8)
+    cuda.cudaEventSynchronize(event)
+"""
+    trace = tmp_path / "trace.tsv"
+    subprocess.run([sys.executable, "-c", program], env={**os.environ, "STAND_IN_TRACE": str(trace)}, check=True)
+    names = [line.split("\t")[0] for line in trace.read_text().splitlines()]
+    assert names.index("overwritten") > names.index("mark", 1 + names.index("mark")), "the second round"
+    assert names.count("overwritten") == 1
 
 
 @pytest.mark.parametrize(

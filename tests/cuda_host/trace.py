@@ -110,6 +110,7 @@ class Opened:
     plain: bool
     kv_bytes: int = 0
     weight_bytes: int = 0
+    copied_bytes: int = 0  # of the standard dialect's attention
     peak_bytes: int = 0  # of the device's memory, above what was allocated before
     failure: str | None = None
     calls: list[Call] = field(default_factory=list)
@@ -144,7 +145,8 @@ def read_trace(path: Path) -> list[Opened]:
                     opened.append(Opened(**facts))
                     step, base_bytes = None, live_bytes
                 elif mark == "needs":
-                    opened[-1].kv_bytes, opened[-1].weight_bytes = facts["kv_bytes"], facts["weight_bytes"]
+                    for name, num_bytes in facts.items():
+                        setattr(opened[-1], name, num_bytes)
                 elif mark == "phase":
                     phase, step = facts, None
                 elif mark == "step":

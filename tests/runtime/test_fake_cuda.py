@@ -14,6 +14,7 @@ from dmtd_models.testing import write_tiny_checkpoint
 from dmtd_runtime.device.base import Address
 from dmtd_runtime.device.cuda import CudaDevice
 from dmtd_runtime.device.host import SeamError
+from dmtd_runtime.errors import BackendError
 
 VOCAB = 128  # of the tiny checkpoint
 
@@ -49,6 +50,7 @@ def test_the_stand_in_refuses_what_a_capture_does_not_hold(fake: FakeCuda, engin
         (context.is_capturable, "asking whether a context may be captured within a capture"),
         (lambda: CudaDevice(), "starting the library within a capture"),
         (lambda: context._context.set_optimization_profile_async(0, device.stream), "choosing a profile within"),
+        (lambda: context._context.set_input_shape("logits", shapes["logits"]), "choosing a shape within"),
     ):
         with pytest.raises(SeamError, match=message):
             device.capture(work)
@@ -60,8 +62,12 @@ def test_the_stand_in_refuses_activations_that_are_missing_small_or_shared(fake:
     engine, shapes, scratch = made(engines, device)
     with pytest.raises(SeamError, match="scratch: got 100 bytes"):
         engine.context(0, shapes, scratch, 100)
-    with pytest.raises(SeamError, match="logits: got shape"):
+    with pytest.raises(
+        BackendError, match=r"logits: got \[3, 1, 128\], profile 0 takes \[1, 1, 128\] to \[2, 1, 128\]; "
+    ):
         engine.context(0, {"logits": (3, 1, VOCAB)}, scratch, engine.scratch_bytes)
+    with pytest.raises(BackendError, match="no profile 1: "):
+        engine.context(1, shapes, scratch, engine.scratch_bytes)
     bare = engine._create()
     with pytest.raises(SeamError, match="runs without activation memory"):
         bare.execute_async_v3(device.stream)

@@ -237,10 +237,11 @@ class OnnxRuntimeBackend(StepwiseBackend):
         logits = self._output_buffer(last, contract.LOGITS, sizes)
         start = time.perf_counter()
         rows: Array
+        chooses = greedy and self.chooses_tokens
         if not any(s.step.wants_logits for s in steps):
             self._memory.wait()
-            rows = np.zeros((0, self._manifest.model.vocab_size), np.float32)
-        elif greedy and self.chooses_tokens:
+            rows = np.zeros(0, np.int64) if chooses else np.zeros((0, self._manifest.model.vocab_size), np.float32)
+        elif chooses:
             rows = self._choose(logits)[self._layout.logit_index(steps)]
         else:
             rows = self._memory.read(logits)[self._layout.logit_index(steps)]

@@ -69,6 +69,7 @@ def open_session(
     providers: list[Any] = [CPU_PROVIDER]
     if options.device == "cuda":
         prepare(ort, options.device_id)
+        settings.enable_mem_pattern = False  # a second run of the same shapes would allocate everything anew
         settings.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         providers = [(CUDA_PROVIDER, provider_options(options, stream=stream, graphs=graphs)), CPU_PROVIDER]
     try:
@@ -131,6 +132,7 @@ class Binding:
         self._session, self._graph_id = session, graph_id
         self._binding = session.io_binding()
         self._kept = list(buffers.values())
+        self._has_inputs = any(info.name not in buffers for info in graph.inputs)
         self._run_options = _run_options(graph_id) if memory.stream is not None else None
         on_host = host_inputs(session) if memory.stream is not None else frozenset()
         shapes = {
@@ -165,7 +167,8 @@ class Binding:
         A GPU may still be at it on return.
         """
         start = time.perf_counter()
-        self.block.push()
+        if self._has_inputs:
+            self.block.push()
         try:
             self._session.run_with_iobinding(self._binding, self._run_options)
         except Exception as error:

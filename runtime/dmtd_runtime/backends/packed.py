@@ -51,7 +51,8 @@ class PackedLayout:
                 sizes |= {contract.slot_len(slot): length for slot, length in enumerate(lengths)}
             sizes["window_len"] = window + (len(steps) < self._slots)
         if graph != contract.THINKING:
-            sizes["num_logits"] = sum(s.step.wants_logits for s in steps)
+            # Never none: an empty tensor is a risk on a GPU, and the row of a chunk that wants no logits is simply not read.
+            sizes["num_logits"] = max(1, sum(s.step.wants_logits for s in steps))
         return sizes
 
     def fill(
@@ -141,7 +142,7 @@ class PackedLayout:
             hidden[batch_row, :count], thought[batch_row, :count] = s.step.gate_hidden, s.step.gate_thought
             if s.step.wants_logits:
                 wanted.append(batch_row * rows + count - 1)
-        arrays[contract.LOGIT_ROWS][:] = wanted
+        arrays[contract.LOGIT_ROWS][:] = wanted or [0]
 
     def _total(self, true: int, prefill: bool) -> int:
         return true if prefill or self._constant_total is None else self._constant_total

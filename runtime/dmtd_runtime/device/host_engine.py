@@ -36,7 +36,7 @@ class HostEngine:
     scratch_bytes = 4 * ALIGNMENT
 
     def __init__(self, device: HostDevice, path: Path, threads: int) -> None:
-        self.device, self._file = device, _recorded(path)
+        self.device, self.file = device, _recorded(path)
         self.session = open_session(path, BackendOptions(threads=threads))
         infos: list[tuple[Any, bool]] = [(info, True) for info in self.session.get_inputs()]
         infos += [(info, False) for info in self.session.get_outputs()]
@@ -58,8 +58,8 @@ class HostEngine:
         if scratch_bytes < self.scratch_bytes:
             raise SeamError(f"scratch: got {scratch_bytes} bytes, expected {self.scratch_bytes}")
         self.device.tensor(scratch, scratch_bytes, "scratch")
-        if self._file is not None:
-            _check_profile(self._file, profile, shapes)
+        if self.file is not None:
+            _check_profile(self.file, profile, shapes)
         taken = {name: tuple(shape) for name, shape in shapes.items()}
         return HostContext(self, taken, (scratch, scratch + scratch_bytes))
 

@@ -52,6 +52,7 @@ static cudaError_t drop_block(void *address, size_t *bytes) {
   if (!block || block->address != address) return cudaErrorInvalidValue;
   *bytes = block->bytes;
   if (block->place == DEVICE) device_bytes -= block->bytes;
+  if (block->place == PINNED) forget_pending(block->address, block->bytes);
   munmap(block->address, block->bytes);
   *block = blocks[--num_blocks];
   return cudaSuccess;
@@ -162,7 +163,10 @@ cudaError_t cudaMemcpyAsync(
   cudaError_t error = check_copy(target, source, bytes, bytes, kind, words);
   if (!error) error = check_stream(stream);
   if (!error) error = check_captured_copy(target, source, stream);
-  if (!error && !is_capturing(stream)) memcpy(target, source, bytes);
+  if (!error && !is_capturing(stream)) {
+    memcpy(target, source, bytes);
+    if (place_of(source, 1, NULL) == PINNED) add_pending(source, bytes, stream);
+  }
   return recorded("cudaMemcpyAsync", error, stream, bytes, words);
 }
 

@@ -22,4 +22,10 @@ cudaError_t check_unsafe(void);               /* may this thread do now what no 
 typedef enum { PAGEABLE, PINNED, DEVICE } Place;
 Place place_of(const void *address, size_t bytes, int *whole);
 
+/* Copies that page-locked memory may still be read by. A wait settles those of a stream, or of all, up to a place. */
+long place_in_streams(void);
+void add_pending(const void *source, size_t bytes, const void *stream);
+void settle_pending(const void *stream, long place);
+void forget_pending(const void *address, size_t bytes);
+
 #endif

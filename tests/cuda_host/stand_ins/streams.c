@@ -16,6 +16,8 @@ typedef struct Stream {
 
 typedef struct {
   Stream *origin; /* recorded within this stream's capture */
+  const void *stream;
+  long place;
 } Event;
 
 static Stream *streams;
@@ -100,6 +102,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
     spoil_capture(handle);
     error = cudaErrorStreamCaptureUnsupported;
   }
+  if (!error) settle_pending(handle, place_in_streams());
   return recorded("cudaStreamSynchronize", error, handle, 0, "");
 }
 
@@ -108,7 +111,10 @@ cudaError_t cudaDeviceSynchronize(void) {
   cudaError_t error = cudaSuccess;
   for (Stream *stream = streams; stream; stream = stream->next)
     if (stream->origin) error = cudaErrorStreamCaptureUnsupported;
-  if (error) spoil_all(error);
+  if (error)
+    spoil_all(error);
+  else
+    settle_pending(NO_STREAM, place_in_streams());
   return recorded("cudaDeviceSynchronize", error, NO_STREAM, 0, "");
 }
 
@@ -192,7 +198,7 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t handle, uns
   begin();
   cudaError_t error = check_stream(handle);
   Stream *stream = find(handle);
-  if (!error) ((Event *)event)->origin = stream ? stream->origin : NULL;
+  if (!error) *(Event *)event = (Event){stream ? stream->origin : NULL, handle, place_in_streams()};
   return recorded("cudaEventRecord", error, handle, 0, "");
 }
 
@@ -203,7 +209,10 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   begin();
   Stream *origin = ((Event *)event)->origin;
-  if (origin) origin->spoilt = 1;
+  if (origin)
+    origin->spoilt = 1;
+  else
+    settle_pending(((Event *)event)->stream, ((Event *)event)->place);
   return recorded("cudaEventSynchronize", origin ? cudaErrorCapturedEvent : cudaSuccess, NO_STREAM, 0, "");
 }
 
