@@ -50,7 +50,7 @@ class LLM:
         backend: ``onnxruntime``, or ``tensorrt`` for engines that `dmtd build` made of the bundle.
         flavour: of the engines: ``tensorrt``, ``tensorrt-rtx``, or ``host``, which runs engine graphs on the CPU; None takes
             the library that is installed.
-        cuda_graphs: with engines, replay every cycle as one captured graph.
+        cuda_graphs: on a GPU, capture work once and replay it: whole cycles of engines, steps of ONNX Runtime.
         warm_up: on a GPU, run every shape once at opening, so that no request waits for kernels to be compiled or chosen.
         device: ``cpu``, or ``cuda`` for ONNX Runtime's CUDA provider (a float16 or bfloat16 bundle).
         device_id: which GPU.

@@ -40,7 +40,7 @@ class BackendOptions:
     max_batch: int = 1
     max_model_len: int | None = None  # None: see model_len; of engines, what they were built for
     choose_on_device: bool | None = None  # arg-max by the bundle's choose_token graph; None: on a GPU only
-    cuda_graphs: bool = True  # TensorRT: replay every cycle as one captured graph
+    cuda_graphs: bool = True  # capture and replay: whole cycles of engines, steps of ONNX Runtime on CUDA
     warm_up: bool = False  # opening runs every shape that generation can meet once, so that no sequence waits for it
     threads: int | None = None  # None: one for each core this process may use
     prepack: bool = True  # False: weights stay in the page cache, slower; for models that hardly fit into memory
