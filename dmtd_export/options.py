@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dmtd_models.config import MAX_CYCLE_LENGTH
-from dmtd_runtime import contract
+from dmtd_models.config.model import MAX_CYCLE_LENGTH
+from dmtd_runtime.bundle import contract
 
 Target = Literal["onnxruntime", "tensorrt", "all"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -19,7 +19,7 @@ MAX_BATCH_LIMIT = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """Options of an export; None means: as the checkpoint says (see dmtd_models.config.resolve_dmtd)."""
+    """Options of an export; None means: as the checkpoint says (see dmtd_models.config.model.resolve_dmtd)."""
 
     encoding_layers: int | None = None
     thinking_layers: int | None = None

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from dmtd_export.weights import fingerprint_of
+from dmtd_export.bundle.weights import fingerprint_of
 
 WEIGHTS = "model.onnx.data"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dmtd_export.export import export_bundle
+from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.reference.testing import write_tiny_checkpoint
 
 
 def make_checkpoint(directory: Path, *, tokenizer: bool = True) -> Path:

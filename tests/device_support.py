@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dmtd_export.build.options import BuildOptions
-from dmtd_export.build.run import build_engines
-from dmtd_runtime import contract
+from dmtd_export.engines.options import BuildOptions
+from dmtd_export.engines.run import build_engines
 from dmtd_runtime.backends.base import BackendOptions
-from dmtd_runtime.backends.tensorrt import TensorRtBackend
+from dmtd_runtime.backends.engines.backend import TensorRtBackend
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.engine_record import EngineFile, EngineRecord, InputRange, ProfileInfo
+from dmtd_runtime.bundle.manifest import CycleInfo, Manifest
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.device.base import Device
-from dmtd_runtime.device.host import HostDevice
-from dmtd_runtime.engine_record import EngineFile, EngineRecord, InputRange, ProfileInfo
-from dmtd_runtime.generate import SequenceRun, TokenEvent, run_batch
-from dmtd_runtime.manifest import CycleInfo, Manifest
-from dmtd_runtime.sampler import Sampler
-from dmtd_runtime.sampling import SamplingParams
-from dmtd_runtime.stops import StopRules
+from dmtd_runtime.device.simulator.device import HostDevice
+from dmtd_runtime.sampling.params import SamplingParams
+from dmtd_runtime.sampling.sampler import Sampler
+from dmtd_runtime.sampling.stops import StopRules
+from dmtd_runtime.serving.loop import SequenceRun, TokenEvent, run_batch
 
 Engines = tuple[Path, EngineRecord]
 

@@ -8,12 +8,12 @@ from typing import Any
 import onnx
 import pytest
 
-from dmtd_export.build.engine_graph import EngineGraph, engine_graph
-from dmtd_export.export import export_bundle
+from dmtd_export.bundle.export import export_bundle
+from dmtd_export.graphs.engine import EngineGraph, engine_graph
 from dmtd_export.options import ExportOptions
-from dmtd_models import smollm2
-from dmtd_models.testing import write_tiny_checkpoint
-from dmtd_runtime import contract
+from dmtd_models.checkpoints import smollm2
+from dmtd_models.reference.testing import write_tiny_checkpoint
+from dmtd_runtime.bundle import contract
 
 CAPACITY = 320
 SMOLLM2_CACHE = smollm2.default_cache_dir()  # now, before a fixture gives the tests a cache directory of their own

@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 
 from dmtd_export.evaluate.scorer import ScoreRequest, TokenScores
-from dmtd_runtime.manifest import CycleInfo
+from dmtd_runtime.bundle.manifest import CycleInfo
 
 Row = Callable[[ScoreRequest, int], tuple[float, int]]
 

@@ -10,10 +10,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dmtd_export.export import export_bundle
+from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
-from dmtd_models.config import read_config
-from dmtd_models.testing import random_weights
+from dmtd_models.config.model import read_config
+from dmtd_models.reference.testing import random_weights
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 PLAIN = {"decoding_layers": 1, "cycle_length": 3}  # what a plain tiny checkpoint must be told

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dmtd_runtime.bundle.engine_record import InputRange
 from dmtd_runtime.device.base import Mark
-from dmtd_runtime.device.host import HostDevice
-from dmtd_runtime.device.host_engine import HostEngine
-from dmtd_runtime.device.host_memory import SeamError
-from dmtd_runtime.engine_record import InputRange
+from dmtd_runtime.device.simulator.device import HostDevice
+from dmtd_runtime.device.simulator.engine import HostEngine
+from dmtd_runtime.device.simulator.memory import SeamError
 
 TRT_DTYPES = {
     "float32": "FLOAT",

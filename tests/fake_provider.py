@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from dmtd_runtime.device.host import HostDevice
+from dmtd_runtime.device.simulator.device import HostDevice
 
 READ_ON_HOST = "total_sequence_length"
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from dmtd_models.checkpoint import Checkpoint, open_checkpoint
-from dmtd_models.config import DmtdSpec, resolve_dmtd
+from dmtd_models.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from dmtd_models.config.model import DmtdSpec, resolve_dmtd
 from dmtd_models.finetune.batches import Document
 
 CONVENTIONS = (("absolute", "cyclical"), ("prompt", "thinking"), ("prompt", "sum"))
@@ -94,7 +94,7 @@ def run_options(**given: Any) -> Any:
 
 def write_base(directory: Path, **given: Any) -> Path:
     """The plain model of these runs: Qwen3, four layers."""
-    from dmtd_models.testing import write_tiny_checkpoint
+    from dmtd_models.reference.testing import write_tiny_checkpoint
 
     return write_tiny_checkpoint(directory, **{"layers": 4, "vocab_size": 600, "seed": 1, **given})
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from dmtd_models.config import ModelConfig, Rope
+from dmtd_models.config.model import ModelConfig, Rope
 
 NAMES = {
     "model.embed_tokens": "token_embd",

@@ -17,22 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmtd_export.export import export_bundle
+from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
-from dmtd_models import oracle
-from dmtd_models.checkpoint import open_checkpoint
-from dmtd_models.config import DmtdSpec, ModelConfig, resolve_dmtd
-from dmtd_models.dmtd import DmtdModel, Forward
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.config.model import DmtdSpec, ModelConfig, resolve_dmtd
+from dmtd_models.reference import oracle
+from dmtd_models.reference.dmtd import DmtdModel, Forward
+from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.backends.base import BackendOptions
-from dmtd_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from dmtd_runtime.bundle.manifest import CycleInfo, FileInfo, Manifest
 from dmtd_runtime.cycle import CyclePlan
-from dmtd_runtime.generate import SequenceRun, TokenEvent, run_batch
-from dmtd_runtime.manifest import CycleInfo, FileInfo, Manifest
-from dmtd_runtime.sampler import Choice, Sampler
-from dmtd_runtime.sampling import SamplingParams
-from dmtd_runtime.stops import StopRules
-from dmtd_runtime.tokenizer import Tokenizer
+from dmtd_runtime.sampling.params import SamplingParams
+from dmtd_runtime.sampling.sampler import Choice, Sampler
+from dmtd_runtime.sampling.stops import StopRules
+from dmtd_runtime.serving.loop import SequenceRun, TokenEvent, run_batch
+from dmtd_runtime.text.tokenizer import Tokenizer
 
 MARGIN = 2e-5  # of the largest |logit|, float32
 LAYERS, DECODING_LAYERS = 5, 2

@@ -243,7 +243,7 @@ def test_every_public_name_is_in_all(name: str, path: Path) -> None:
 def test_telemetry_of_onnxruntime_is_off_before_its_import() -> None:
     code = (
         "import os; os.environ.pop('ORT_DISABLE_TELEMETRY', None);"
-        "from dmtd_runtime.backends.ort_library import import_onnxruntime; import_onnxruntime();"
+        "from dmtd_runtime.ort.library import import_onnxruntime; import_onnxruntime();"
         "print(os.environ['ORT_DISABLE_TELEMETRY'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

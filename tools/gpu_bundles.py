@@ -21,16 +21,16 @@ from unittest import mock
 import numpy as np
 from gpu_order import Wanted
 
-import dmtd_export.export
-from dmtd_export.export import export_bundle
-from dmtd_export.layers import COS, SIN
+import dmtd_export.bundle.export
+from dmtd_export.bundle.export import export_bundle
+from dmtd_export.bundle.weights import NUMPY_DTYPES, PAGE_BYTES, TensorSource, tensor_groups
+from dmtd_export.graphs.layers import COS, SIN
 from dmtd_export.options import ExportOptions
-from dmtd_export.weights import NUMPY_DTYPES, PAGE_BYTES, TensorSource, tensor_groups
-from dmtd_models.config import ModelConfig, read_config
-from dmtd_models.rope import rotary_tables
-from dmtd_models.tensors import tensor_shapes
-from dmtd_models.testing import write_tiny_checkpoint
-from dmtd_runtime.manifest import FileInfo, WeightInfo
+from dmtd_models.checkpoints.tensors import tensor_shapes
+from dmtd_models.config.model import ModelConfig, read_config
+from dmtd_models.reference.rope import rotary_tables
+from dmtd_models.reference.testing import write_tiny_checkpoint
+from dmtd_runtime.bundle.manifest import FileInfo, WeightInfo
 
 RING_BYTES = 1 << 30  # far more than a GPU's cache holds, were the ring ever read as it is
 RANDOM_VALUES = 8 << 20
@@ -89,7 +89,7 @@ def make_bundle(wanted: Wanted, place: Path, *, checkpoint: Path | None, max_bat
     logging.getLogger("dmtd.export").setLevel(logging.ERROR)  # that the weights are not trained is known here
     with contextlib.ExitStack() as patched:
         if shape.ring:
-            patched.enter_context(mock.patch.object(dmtd_export.export, "write_weights", write_ring))
+            patched.enter_context(mock.patch.object(dmtd_export.bundle.export, "write_weights", write_ring))
         export_bundle(source, bundle, options)
     return bundle
 
@@ -155,7 +155,7 @@ def write_ring(
     rotary_rows: int,
     _on_bytes: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, WeightInfo], FileInfo]:
-    """In place of ``dmtd_export.weights.write_weights``: matrices are places in a ring of random values, norms are ones."""
+    """In place of ``write_weights`` of the exporter: matrices are places in a ring of random values, norms are ones."""
     kind = NUMPY_DTYPES[dtype]
     groups = [[(name, source.shape(name)) for name in group] for group in tensor_groups(config)]
     norms = [(name, shape) for group in groups for name, shape in group if "norm" in name]

@@ -66,8 +66,8 @@ def bundle(work: Work) -> Found:
 
 def provider(_work: Work) -> Found:
     """Open the CUDA provider as the product does; ``computes``: a kernel of its gave the right sum."""
-    from dmtd_runtime.backends.cuda_provider import CUDA_PROVIDER, PROBE, prepare
-    from dmtd_runtime.backends.ort_session import import_onnxruntime
+    from dmtd_runtime.ort.cuda_provider import CUDA_PROVIDER, PROBE, prepare
+    from dmtd_runtime.ort.library import import_onnxruntime
 
     ort = import_onnxruntime()
     if CUDA_PROVIDER not in ort.get_available_providers():
@@ -216,8 +216,8 @@ def first_step(check: Found) -> int | None:
 def bench(work: Work) -> Found:
     """`dmtd bench`, and the device's memory in use before it, at most during it, and after it."""
     from dmtd_runtime.backends.base import BackendOptions
-    from dmtd_runtime.bench import BenchOptions, run_bench
-    from dmtd_runtime.bundle import open_bundle
+    from dmtd_runtime.bench.measure import BenchOptions, run_bench
+    from dmtd_runtime.bundle.opening import open_bundle
 
     backend = BackendOptions(**work.options["backend"])
     wanted = BenchOptions(**{**work.options["bench"], "batches": tuple(work.options["bench"]["batches"])})
@@ -263,7 +263,7 @@ def library(work: Work) -> Found:
     version, gpu = device.library_version, device.gpu
     device.close()
     if work.options["flavour"] == "tensorrt-rtx":
-        from dmtd_export.build.flavour import capabilities
+        from dmtd_export.engines.library import capabilities
         from dmtd_runtime.device.libraries import import_flavour
 
         known = capabilities(import_flavour("tensorrt-rtx")[1])

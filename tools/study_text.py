@@ -45,10 +45,10 @@ def write_part(base: Path, directory: Path, seed: int, tokens: int) -> None:
     """Chats of one seed, with one thread: two writers side by side are twice as fast as one with two threads."""
     import torch
 
-    from dmtd_models.checkpoint import open_checkpoint
+    from dmtd_models.checkpoints.checkpoint import open_checkpoint
+    from dmtd_models.data.chat import TextTokenizer
     from dmtd_models.finetune.answers import AnswerOptions
     from dmtd_models.finetune.chats import write_chats
-    from dmtd_models.text.chat import TextTokenizer
 
     torch.set_num_threads(1)
     with open_checkpoint(base) as checkpoint:
@@ -73,8 +73,8 @@ def self_asked(directory: Path) -> Iterator[str]:
 
 def pieces() -> Iterator[str]:
     """A piece of each of some documents of every corpus; a corpus with fewer gives several of some."""
-    from dmtd_models.smollm2 import default_cache_dir
-    from dmtd_models.text.corpora import load_text
+    from dmtd_models.checkpoints.smollm2 import default_cache_dir
+    from dmtd_models.data.corpora import load_text
 
     rng = np.random.default_rng(0)
     for name in _CORPORA:

@@ -15,16 +15,16 @@ from typing import Literal, Self
 import numpy as np
 
 from dmtd_export.evaluate.scorer import Array, ScoreRequest, TokenScores, check_request
-from dmtd_runtime import contract
 from dmtd_runtime.backends.base import PREFILL_ROUNDING, BackendOptions, RunStats, SlotStep, rounded_rows
-from dmtd_runtime.backends.ort_memory import Buffer, host_buffer, open_memory, small_tensors
-from dmtd_runtime.backends.ort_session import Binding, open_session
-from dmtd_runtime.backends.packed import PackedLayout
-from dmtd_runtime.backends.rectangular import RectangularLayout
-from dmtd_runtime.bundle import open_bundle
+from dmtd_runtime.backends.kv_cache import HostKvCache
+from dmtd_runtime.backends.layouts.packed import PackedLayout
+from dmtd_runtime.backends.layouts.rectangular import RectangularLayout
+from dmtd_runtime.backends.onnxruntime.memory import Buffer, host_buffer, open_memory, small_tensors
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.opening import open_bundle
 from dmtd_runtime.cycle import CyclePlan, Step
 from dmtd_runtime.errors import BackendError
-from dmtd_runtime.kv_cache import HostKvCache
+from dmtd_runtime.ort.session import Binding, open_session
 
 LOGIT_BYTES = 64 << 20  # float32 logits of one run
 CUDA_MAX_LEN = 4096  # tokens of a sequence on a GPU

@@ -16,7 +16,7 @@ from dmtd_export.evaluate.statistics import Array, Bootstrap
 from dmtd_export.evaluate.subject import Subject
 from dmtd_export.evaluate.text_metrics import MODEL_NLL, TOKENS, PhaseResult, by_unit, phase_result, window_sums
 from dmtd_export.evaluate.texts import TextWindow
-from dmtd_models.config import LEGAL_CONVENTIONS
+from dmtd_models.config.model import LEGAL_CONVENTIONS
 
 Convention = tuple[str, str]
 

@@ -16,8 +16,8 @@ import numpy as np
 from dmtd_export.evaluate.generation import Answer, GenerationRun, write_answers
 from dmtd_export.evaluate.scorer import Scorer, ScoreRequest
 from dmtd_export.evaluate.statistics import Bootstrap, Estimate
-from dmtd_models.text.facts import everyday_prompts
-from dmtd_models.text.items import GenerationItem
+from dmtd_models.data.facts import everyday_prompts
+from dmtd_models.data.items import GenerationItem
 
 MAX_NEW_TOKENS = 96
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.statistics import PairedScores
-from dmtd_models.text.items import GenerationItem
+from dmtd_models.data.items import GenerationItem
 from dmtd_runtime import LLM, SamplingParams
-from dmtd_runtime.manifest import load_manifest
+from dmtd_runtime.bundle.manifest import load_manifest
 
 MAX_BATCH = 8
 

@@ -26,8 +26,8 @@ from dmtd_export.evaluate.scorer import ScoreRequest
 from dmtd_export.evaluate.subject import Subject, open_subject
 from dmtd_export.options import ExportOptions
 from dmtd_runtime import LLM, SamplingParams
-from dmtd_runtime.manifest import load_manifest
-from dmtd_runtime.tokenizer import Tokenizer
+from dmtd_runtime.bundle.manifest import load_manifest
+from dmtd_runtime.text.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 256
 SCORE_BATCH = 64  # requests handed to the scorer at a time
@@ -134,7 +134,7 @@ class DmtdLM(TemplateLM):  # type: ignore[misc]  # the harness is not followed
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The prompt that the model's template makes of a conversation."""
-        from dmtd_runtime.chat_template import ChatTemplate
+        from dmtd_runtime.text.chat_template import ChatTemplate
 
         template = ChatTemplate.from_directory(self._subject.assets)
         if template is None:

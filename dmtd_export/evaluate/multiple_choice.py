@@ -15,7 +15,7 @@ import numpy as np
 from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.scorer import Scorer, ScoreRequest, TokenScores, phase_name, phases, score_pair
 from dmtd_export.evaluate.statistics import Array, PairedScores
-from dmtd_models.text.items import MultipleChoiceItem
+from dmtd_models.data.items import MultipleChoiceItem
 
 MIN_TOKENS = 4
 Encode = Callable[[str], list[int]]

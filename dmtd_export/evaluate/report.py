@@ -18,7 +18,7 @@ from dmtd_export.evaluate.offsets import OffsetResult
 from dmtd_export.evaluate.run_lengths import RunLengths
 from dmtd_export.evaluate.statistics import Bootstrap, Estimate, PairedScores, Retention, retained
 from dmtd_export.evaluate.text_metrics import PhaseResult, TextResult
-from dmtd_runtime.manifest import CycleInfo
+from dmtd_runtime.bundle.manifest import CycleInfo
 
 SCHEMA_VERSION = 1
 

@@ -27,9 +27,9 @@ from dmtd_export.evaluate.subject import Subject, open_subject
 from dmtd_export.evaluate.tasks import Items, read_task
 from dmtd_export.evaluate.text_metrics import TextResult, measure_text
 from dmtd_export.evaluate.texts import TextWindow, WindowPlan, collect_windows
-from dmtd_models.text.items import GenerationItem, MultipleChoiceItem
-from dmtd_models.text.packages import default_cache_dir
-from dmtd_runtime.chat_template import ChatTemplate
+from dmtd_models.data.items import GenerationItem, MultipleChoiceItem
+from dmtd_models.data.packages import default_cache_dir
+from dmtd_runtime.text.chat_template import ChatTemplate
 
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from dmtd_export.evaluate.errors import EvaluateError
-from dmtd_runtime.manifest import CycleInfo
+from dmtd_runtime.bundle.manifest import CycleInfo
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

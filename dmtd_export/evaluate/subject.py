@@ -18,10 +18,10 @@ from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.options import OpenOptions
 from dmtd_export.evaluate.scorer import Scorer
 from dmtd_export.options import ExportOptions
-from dmtd_models.text.chat import TextTokenizer
-from dmtd_runtime import contract
-from dmtd_runtime.manifest import CycleInfo
-from dmtd_runtime.tokenizer import Tokenizer
+from dmtd_models.data.chat import TextTokenizer
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.manifest import CycleInfo
+from dmtd_runtime.text.tokenizer import Tokenizer
 
 GENERATION_BATCH = 8
 
@@ -110,8 +110,8 @@ def _open_bundle(path: Path, options: OpenOptions, opened: contextlib.ExitStack)
 
 def _open_checkpoint(path: Path, options: OpenOptions, plain_only: bool, opened: contextlib.ExitStack) -> Subject:
     from dmtd_export.evaluate.torch_scorer import TorchScorer, use_threads
-    from dmtd_models.checkpoint import open_checkpoint
-    from dmtd_models.config import resolve_dmtd
+    from dmtd_models.checkpoints.checkpoint import open_checkpoint
+    from dmtd_models.config.model import resolve_dmtd
 
     checkpoint = opened.enter_context(open_checkpoint(path, options.adapter))
     split = options.split
@@ -130,7 +130,7 @@ def _open_checkpoint(path: Path, options: OpenOptions, plain_only: bool, opened:
     )
     otherwise = None
     if checkpoint.dmtd is not None and not plain_only:
-        from dmtd_export.export import trained_otherwise
+        from dmtd_export.bundle.export import trained_otherwise
 
         otherwise = trained_otherwise(checkpoint.dmtd, spec)
     use_threads(options.threads)
@@ -144,7 +144,7 @@ def _open_checkpoint(path: Path, options: OpenOptions, plain_only: bool, opened:
     def generation_bundle() -> Path:
         bundle = scratch / "bundle"
         if not is_bundle(bundle):
-            from dmtd_export.export import GQA_HEAD_MULTIPLE, export_bundle
+            from dmtd_export.bundle.export import GQA_HEAD_MULTIPLE, export_bundle
 
             target: Literal["tensorrt", "onnxruntime"] = (
                 "tensorrt" if checkpoint.config.head_dim % GQA_HEAD_MULTIPLE else "onnxruntime"

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from dmtd_export.evaluate.errors import EvaluateError
+from dmtd_models.data.items import GenerationItem, MultipleChoiceItem
+from dmtd_models.data.rows import read_rows
+from dmtd_models.data.tasks import load_task
 from dmtd_models.errors import ModelError
-from dmtd_models.text.items import GenerationItem, MultipleChoiceItem
-from dmtd_models.text.rows import read_rows
-from dmtd_models.text.tasks import load_task
 
 Items = Sequence[MultipleChoiceItem] | Sequence[GenerationItem]
 DEFAULT_NEW_TOKENS = 64

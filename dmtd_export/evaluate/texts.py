@@ -13,12 +13,12 @@ import numpy as np
 
 from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.options import MIN_SCORED
+from dmtd_models.data import corpora
+from dmtd_models.data.chat import TextTokenizer
+from dmtd_models.data.examples import Examples, checked_text, form_of
+from dmtd_models.data.items import TextItem
+from dmtd_models.data.rows import SUFFIXES, read_rows
 from dmtd_models.errors import ModelError
-from dmtd_models.text import corpora
-from dmtd_models.text.chat import TextTokenizer
-from dmtd_models.text.examples import Examples, checked_text, form_of
-from dmtd_models.text.items import TextItem
-from dmtd_models.text.rows import SUFFIXES, read_rows
 
 CANDIDATES = 8  # tokens cut into windows for each one that is taken
 

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmtd_export.bundle.split import cycle_of, spec_of
 from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.scorer import ScoreRequest, TokenScores, check_request
-from dmtd_export.split import cycle_of, spec_of
-from dmtd_models.checkpoint import Checkpoint
-from dmtd_models.config import DmtdSpec
-from dmtd_models.dmtd import DmtdModel
-from dmtd_models.layers import rotary
-from dmtd_models.oracle import gates
-from dmtd_runtime.manifest import CycleInfo
+from dmtd_models.checkpoints.checkpoint import Checkpoint
+from dmtd_models.config.model import DmtdSpec
+from dmtd_models.reference.dmtd import DmtdModel
+from dmtd_models.reference.layers import rotary
+from dmtd_models.reference.oracle import gates
+from dmtd_runtime.bundle.manifest import CycleInfo
 
 TorchDtype = Literal["float32", "bfloat16", "float64"]
 BATCH_TOKENS = 2048  # of one pass; more gains nothing on a CPU and costs memory

@@ -14,12 +14,12 @@ from typing import Any
 from dmtd_export.verify.levels import LARGE_BYTES, float32_bytes, installed
 from dmtd_export.verify.on_device import LARGEST_BATCH, verify_on_device
 from dmtd_export.verify.report import VerificationError, VerifyReport, record
-from dmtd_runtime import contract
 from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.engine_record import ANY_GPU, OLDEST_CAPABILITY, EngineRecord, FullPass
+from dmtd_runtime.bundle.manifest import load_manifest
 from dmtd_runtime.device.libraries import gpu_here
-from dmtd_runtime.engine_record import ANY_GPU, OLDEST_CAPABILITY, EngineRecord, FullPass
 from dmtd_runtime.errors import BackendError, DmtdError
-from dmtd_runtime.manifest import load_manifest
 
 SKIPPED, FAILED = (
     "skipped",

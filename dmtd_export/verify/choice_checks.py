@@ -9,10 +9,10 @@ import numpy as np
 from dmtd_export.verify.graph_runs import open_onnxruntime
 from dmtd_export.verify.margins import Array
 from dmtd_export.verify.report import Check, Divergence, Level
-from dmtd_runtime import contract
-from dmtd_runtime.manifest import GraphInfo, Manifest
-from dmtd_runtime.sampler import Sampler
-from dmtd_runtime.sampling import SamplingParams
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.manifest import GraphInfo, Manifest
+from dmtd_runtime.sampling.params import SamplingParams
+from dmtd_runtime.sampling.sampler import Sampler
 
 SAMPLED = (
     SamplingParams(temperature=0.0),

@@ -16,12 +16,12 @@ import numpy as np
 
 from dmtd_export.verify.margins import FLOAT32, HALF_TOP1_AGREEMENT, Margin, top_two_gap, worst_difference
 from dmtd_export.verify.report import Check, Divergence, Level
-from dmtd_runtime import contract
 from dmtd_runtime.backends.base import Backend, BackendOptions, FullPass, SlotStep
-from dmtd_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.cycle import CyclePlan, Position
 from dmtd_runtime.errors import BackendError, BundleError
-from dmtd_runtime.manifest import Manifest
 
 Array = np.ndarray[Any, np.dtype[Any]]
 STAGED: FullPass = "staged"

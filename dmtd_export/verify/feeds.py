@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from dmtd_export.verify.scenario import Call, Scenario
-from dmtd_runtime import contract
-from dmtd_runtime.manifest import GraphInfo
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.manifest import GraphInfo
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -16,9 +16,9 @@ from dmtd_export.verify.graph_runs import OpenSession, cache_layers, open_onnxru
 from dmtd_export.verify.margins import FLOAT32, Difference, Margin, worst_difference
 from dmtd_export.verify.report import Check, Divergence, Level
 from dmtd_export.verify.scenario import Outcome, Scenario
-from dmtd_runtime import contract
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.manifest import GraphInfo, Manifest
 from dmtd_runtime.errors import BackendError
-from dmtd_runtime.manifest import GraphInfo, Manifest
 
 Array = np.ndarray[Any, np.dtype[Any]]
 OnDone = Callable[[], None]

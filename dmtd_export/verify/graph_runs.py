@@ -14,10 +14,10 @@ import numpy as np
 
 from dmtd_export.verify.feeds import make_feed, runs_of, slots_of
 from dmtd_export.verify.scenario import Call, Outcome, Scenario
-from dmtd_runtime import contract
-from dmtd_runtime.backends.ort_library import import_onnxruntime
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.manifest import CycleInfo, GraphInfo, TensorInfo
 from dmtd_runtime.errors import BackendError
-from dmtd_runtime.manifest import CycleInfo, GraphInfo, TensorInfo
+from dmtd_runtime.ort.library import import_onnxruntime
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

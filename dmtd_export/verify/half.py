@@ -16,13 +16,13 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from dmtd_export.graph_writer import ONNX_DTYPES
-from dmtd_export.layers import COS, SIN
-from dmtd_export.weights import PAGE_BYTES, map_tensor, row_chunks
-from dmtd_models.config import ModelConfig
-from dmtd_models.rope import rotary_tables
-from dmtd_runtime import contract
-from dmtd_runtime.manifest import GraphInfo, Manifest, TensorInfo, WeightInfo
+from dmtd_export.bundle.weights import PAGE_BYTES, map_tensor, row_chunks
+from dmtd_export.graphs.layers import COS, SIN
+from dmtd_export.graphs.writer import ONNX_DTYPES
+from dmtd_models.config.model import ModelConfig
+from dmtd_models.reference.rope import rotary_tables
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.manifest import GraphInfo, Manifest, TensorInfo, WeightInfo
 
 Array = np.ndarray[Any, np.dtype[Any]]
 FLOAT = onnx.TensorProto.FLOAT

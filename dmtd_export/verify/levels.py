@@ -13,9 +13,9 @@ from typing import Literal
 import numpy as np
 
 from dmtd_export.verify.report import LEVELS, Level
-from dmtd_models.config import ModelConfig
-from dmtd_runtime.machine import memory_bytes
-from dmtd_runtime.manifest import Manifest
+from dmtd_models.config.model import ModelConfig
+from dmtd_runtime.bundle.manifest import Manifest
+from dmtd_runtime.machine.hardware import memory_bytes
 
 CycleScope = Literal["all", "few", "none"]
 LARGE_BYTES = 4 << 30  # float32 weights beyond which whole cycles take minutes

@@ -18,23 +18,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dmtd_export.bundle.split import spec_of
 from dmtd_export.errors import ExportError
-from dmtd_export.split import spec_of
 from dmtd_export.verify.cycles import Array, Case, Comparison, Variant, make_cases, run_group
 from dmtd_export.verify.levels import installed
 from dmtd_export.verify.margins import FLOAT32, HALF_TOP1_AGREEMENT, Margin, half_margin
 from dmtd_export.verify.report import Check, VerifyReport
 from dmtd_export.verify.structure import model_config
-from dmtd_runtime import contract
 from dmtd_runtime.backends.base import Backend, BackendOptions
 from dmtd_runtime.backends.opening import open_backend
-from dmtd_runtime.bundle import open_bundle
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.manifest import Manifest
+from dmtd_runtime.bundle.opening import open_bundle
 from dmtd_runtime.cycle import CyclePlan
-from dmtd_runtime.generate import SequenceRun, TokenEvent, run_batch
-from dmtd_runtime.manifest import Manifest
-from dmtd_runtime.sampler import Sampler
-from dmtd_runtime.sampling import SamplingParams
-from dmtd_runtime.stops import StopRules
+from dmtd_runtime.sampling.params import SamplingParams
+from dmtd_runtime.sampling.sampler import Sampler
+from dmtd_runtime.sampling.stops import StopRules
+from dmtd_runtime.serving.loop import SequenceRun, TokenEvent, run_batch
 
 if TYPE_CHECKING:
     from dmtd_export.verify.reference import Reference

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from dmtd_export.bundle.weights import NUMPY_DTYPES, map_tensor
 from dmtd_export.verify.scenario import Outcome, Scenario
-from dmtd_export.weights import NUMPY_DTYPES, map_tensor
-from dmtd_models.checkpoint import Checkpoint
-from dmtd_models.config import DmtdSpec, ModelConfig
-from dmtd_models.dmtd import StreamedModel
-from dmtd_models.layers import rotary
-from dmtd_models.oracle import gates
-from dmtd_runtime import contract
-from dmtd_runtime.manifest import Manifest
+from dmtd_models.checkpoints.checkpoint import Checkpoint
+from dmtd_models.config.model import DmtdSpec, ModelConfig
+from dmtd_models.reference.dmtd import StreamedModel
+from dmtd_models.reference.layers import rotary
+from dmtd_models.reference.oracle import gates
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.manifest import Manifest
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmtd_export.atomic import work_directory
-from dmtd_export.split import spec_of
+from dmtd_export.bundle.atomic import work_directory
+from dmtd_export.bundle.split import spec_of
 from dmtd_export.verify import cycles
 from dmtd_export.verify.choice_checks import check_choose_token, check_sample_token
 from dmtd_export.verify.graph_checks import check_graphs, graphs_as_expected, ordered
@@ -29,12 +29,12 @@ from dmtd_export.verify.report import Check, Divergence, Level, VerificationErro
 from dmtd_export.verify.scenario import Outcome, Scenario, make_scenario
 from dmtd_export.verify.structure import check_structure, model_config, steps
 from dmtd_export.verify.weights_check import check_architecture, check_rotary, check_source
-from dmtd_models.checkpoint import Checkpoint
-from dmtd_models.config import ModelConfig
-from dmtd_models.tensors import tensor_shapes
-from dmtd_runtime import contract
+from dmtd_models.checkpoints.checkpoint import Checkpoint
+from dmtd_models.checkpoints.tensors import tensor_shapes
+from dmtd_models.config.model import ModelConfig
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.manifest import Manifest, load_manifest
 from dmtd_runtime.errors import BackendError, BundleError
-from dmtd_runtime.manifest import Manifest, load_manifest
 
 if TYPE_CHECKING:
     from dmtd_export.verify.reference import Reference

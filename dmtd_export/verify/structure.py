@@ -17,18 +17,26 @@ from pathlib import Path
 
 import onnx
 
-from dmtd_export.graph_writer import CONTRIB_DOMAIN, IR_VERSION, ONNX_DTYPES, OPSET
-from dmtd_export.graphs import GraphSpec, build_graph
-from dmtd_export.layers import COS, SIN
-from dmtd_export.split import spec_of
+from dmtd_export.bundle.split import spec_of
+from dmtd_export.bundle.weights import PROBE_RTOL, Fingerprint, fingerprint_of, map_tensor
+from dmtd_export.graphs.build import GraphSpec, build_graph
+from dmtd_export.graphs.layers import COS, SIN
+from dmtd_export.graphs.writer import CONTRIB_DOMAIN, IR_VERSION, ONNX_DTYPES, OPSET
 from dmtd_export.verify.report import Check, Divergence
-from dmtd_export.weights import PROBE_RTOL, Fingerprint, fingerprint_of, map_tensor
-from dmtd_models.config import ModelConfig, Rope, read_config
+from dmtd_models.checkpoints.tensors import tensor_shapes
+from dmtd_models.config.model import ModelConfig, Rope, read_config
 from dmtd_models.errors import ModelError
-from dmtd_models.tensors import tensor_shapes
-from dmtd_runtime import contract
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.manifest import (
+    DTYPE_BYTES,
+    GraphInfo,
+    Manifest,
+    TensorInfo,
+    WeightInfo,
+    safe_relative,
+    sha256_of,
+)
 from dmtd_runtime.errors import BundleError
-from dmtd_runtime.manifest import DTYPE_BYTES, GraphInfo, Manifest, TensorInfo, WeightInfo, safe_relative, sha256_of
 
 GRAPH_BYTES_LIMIT = 4 << 20  # a graph holds no weights; 60 layers for 8 slots stay under 1.5 MB
 OnDone = Callable[[], None]

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from dmtd_export.layers import COS, SIN
+from dmtd_export.bundle.weights import NUMPY_DTYPES, map_tensor, row_chunks
+from dmtd_export.graphs.layers import COS, SIN
 from dmtd_export.verify.margins import MANTISSA_BITS, ROTARY_ERROR_A_POSITION
 from dmtd_export.verify.report import Check, Divergence
 from dmtd_export.verify.structure import layer_of
-from dmtd_export.weights import NUMPY_DTYPES, map_tensor, row_chunks
-from dmtd_models.checkpoint import Checkpoint
-from dmtd_models.tensors import tensor_shapes
-from dmtd_runtime import contract
-from dmtd_runtime.manifest import Manifest
+from dmtd_models.checkpoints.checkpoint import Checkpoint
+from dmtd_models.checkpoints.tensors import tensor_shapes
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.manifest import Manifest
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

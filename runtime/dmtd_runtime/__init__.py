@@ -16,8 +16,8 @@ from dmtd_runtime.version import __version__
 
 if TYPE_CHECKING:
     from dmtd_runtime.llm import LLM
-    from dmtd_runtime.outputs import CompletionOutput, Delta, RequestOutput
-    from dmtd_runtime.sampling import SamplingParams
+    from dmtd_runtime.sampling.params import SamplingParams
+    from dmtd_runtime.serving.outputs import CompletionOutput, Delta, RequestOutput
 
 logging.getLogger("dmtd").addHandler(logging.NullHandler())
 
@@ -37,10 +37,10 @@ __all__ = [
 
 _HOMES = {
     "LLM": "dmtd_runtime.llm",
-    "CompletionOutput": "dmtd_runtime.outputs",
-    "Delta": "dmtd_runtime.outputs",
-    "RequestOutput": "dmtd_runtime.outputs",
-    "SamplingParams": "dmtd_runtime.sampling",
+    "CompletionOutput": "dmtd_runtime.serving.outputs",
+    "Delta": "dmtd_runtime.serving.outputs",
+    "RequestOutput": "dmtd_runtime.serving.outputs",
+    "SamplingParams": "dmtd_runtime.sampling.params",
 }
 
 

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from dmtd_runtime.bundle.manifest import CycleInfo
 from dmtd_runtime.errors import BundleError
-from dmtd_runtime.manifest import CycleInfo
 
 StepKind = Literal["prefill", "full", "late"]
 CONVENTIONS = (("absolute", "cyclical"), ("prompt", "thinking"), ("prompt", "sum"))

@@ -25,15 +25,15 @@ from typing import Any, Literal, Self
 
 from dmtd_runtime.backends.base import BackendName, BackendOptions, Flavour, FullPass
 from dmtd_runtime.backends.opening import open_backend
-from dmtd_runtime.bundle import open_bundle, read_generation_config
-from dmtd_runtime.chat_template import ChatTemplate
+from dmtd_runtime.bundle.opening import open_bundle, read_generation_config
 from dmtd_runtime.cycle import CyclePlan
-from dmtd_runtime.engine import Engine
 from dmtd_runtime.errors import RequestError
-from dmtd_runtime.outputs import Delta, RequestOutput
-from dmtd_runtime.request import Request
-from dmtd_runtime.sampling import SamplingParams
-from dmtd_runtime.tokenizer import Tokenizer
+from dmtd_runtime.sampling.params import SamplingParams
+from dmtd_runtime.serving.outputs import Delta, RequestOutput
+from dmtd_runtime.serving.request import Request
+from dmtd_runtime.serving.worker import Engine
+from dmtd_runtime.text.chat_template import ChatTemplate
+from dmtd_runtime.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("dmtd.llm")
 

@@ -10,9 +10,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from dmtd_export.export import export_bundle
+from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.reference.testing import write_tiny_checkpoint
 
 MAX_BATCH = 4
 # Ragged prompts, two more than there are slots: of four, slots fall idle one by one, and then a batch of two follows.

@@ -15,12 +15,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dmtd_export.cli import app
-from dmtd_models.checkpoint import open_checkpoint
-from dmtd_models.config import Rope, resolve_dmtd
-from dmtd_models.dmtd import DmtdModel
-from dmtd_models.oracle import OracleRun, greedy
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_export.cli.main import app
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.config.model import Rope, resolve_dmtd
+from dmtd_models.reference.dmtd import DmtdModel
+from dmtd_models.reference.oracle import OracleRun, greedy
+from dmtd_models.reference.testing import write_tiny_checkpoint
 
 PROMPT = [7, 3, 11, 2, 5, 19, 23, 4, 8]
 NEW_TOKENS = 14

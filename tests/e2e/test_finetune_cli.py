@@ -18,11 +18,11 @@ import torch
 from safetensors.numpy import load_file
 from typer.testing import CliRunner, Result
 
-from dmtd_export.cli import VERBS, _LazyCommand, app
-from dmtd_models.checkpoint import open_checkpoint
-from dmtd_models.testing import write_tiny_checkpoint
-from dmtd_models.text.errors import PackageError
-from dmtd_models.text.items import GenerationItem
+from dmtd_export.cli.main import VERBS, _LazyCommand, app
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.data.errors import PackageError
+from dmtd_models.data.items import GenerationItem
+from dmtd_models.reference.testing import write_tiny_checkpoint
 
 SPLIT = ("--decoding-layers", "2", "--cycle-length", "3")
 QUICK = (*SPLIT, "--precision", "float32", "--tokens-per-step", "128", "--top-k", "4", "--device", "cpu")
@@ -53,7 +53,7 @@ def _small_world(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     torch.set_num_threads(1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setattr("dmtd_models.finetune.run._matmul_peak", lambda dtype, device: 1e12)
-    monkeypatch.setattr("dmtd_models.text.tasks.fetch", no_network)
+    monkeypatch.setattr("dmtd_models.data.tasks.fetch", no_network)
 
 
 def no_network(package: Any, cache_dir: Path) -> Any:
@@ -125,7 +125,7 @@ def finished(base: str, chats: str, tmp_path_factory: pytest.TempPathFactory) ->
     output = tmp_path_factory.mktemp("finished") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-        patch.setattr("dmtd_models.text.tasks.fetch", no_network)
+        patch.setattr("dmtd_models.data.tasks.fetch", no_network)
         result = finetune(base, output, chats, "--held-out", chats, "--save", "both", "--epochs", "2", "--json")
     assert result.exit_code == 0, (result.output, result.exception)
     return output, json.loads(result.stdout)
@@ -445,14 +445,14 @@ def test_what_evaluation_asks_is_not_learnt(
     chats = [{"messages": [{"role": "user", "content": f"Say {number}."}, ANSWER]} for number in range(30)]
     data = write_lines(tmp_path / "d.jsonl", {"messages": asked}, *chats)
     command = ("--max-tokens", "600", "--eval-every", "0", "--json")
-    monkeypatch.setattr("dmtd_models.text.tasks._LOADERS", {"facts": lambda cache: [], "gsm8k": lambda cache: [item]})
+    monkeypatch.setattr("dmtd_models.data.tasks._LOADERS", {"facts": lambda cache: [], "gsm8k": lambda cache: [item]})
     at_forward(2, lambda: signal.raise_signal(signal.SIGINT))
     assert finetune(base, tmp_path / "out", data, *command).exit_code == 130
     record = json.loads((tmp_path / "out" / "training" / "job.json").read_text())
     assert record["documents"] == [30, 0] and "gsm8k" in record["probed"]
     # What a run began with holds when it goes on, though now there is more to look for.
     more = {"new": lambda cache: [item], "facts": lambda cache: [], "gsm8k": lambda cache: [item]}
-    monkeypatch.setattr("dmtd_models.text.tasks._LOADERS", more)
+    monkeypatch.setattr("dmtd_models.data.tasks._LOADERS", more)
     result = finetune(base, tmp_path / "out", data, *command)
     assert result.exit_code == 0, (result.output, result.exception)
     text = json.loads(result.stdout)["text"]

@@ -9,9 +9,10 @@ from types import ModuleType
 
 import pytest
 
-from dmtd_runtime import LLM, SamplingParams, contract
-from dmtd_runtime.bundle import open_bundle
-from dmtd_runtime.speed_bound import split_bytes
+from dmtd_runtime import LLM, SamplingParams
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.opening import open_bundle
+from dmtd_runtime.bundle.speed_bound import split_bytes
 
 
 @pytest.fixture

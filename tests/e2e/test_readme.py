@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.reference.testing import write_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKED = re.compile(r"<!-- tested[^>]*-->\n```(\w+)\n(.*?)```", re.DOTALL)
@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(command: str, directory: Path) -> str:
     program, *arguments = shlex.split(command)
     if program == "dmtd":
-        launcher = [sys.executable, "-c", "from dmtd_export.cli import main; main()"]
+        launcher = [sys.executable, "-c", "from dmtd_export.cli.main import main; main()"]
     else:
         launcher = [str(Path(sys.executable).with_name(program))]
     done = subprocess.run(

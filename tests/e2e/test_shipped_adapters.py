@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from dmtd_export.bundle.export import export_bundle
 from dmtd_export.evaluate import EvaluateOptions, OpenOptions
 from dmtd_export.evaluate import evaluate as run_evaluation
 from dmtd_export.evaluate.generation import GenerationResult
 from dmtd_export.evaluate.report import EvaluationReport
-from dmtd_export.export import export_bundle
 from dmtd_export.options import ExportOptions
-from dmtd_models import smollm2
+from dmtd_models.checkpoints import smollm2
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 FASTER, TRUER = "smollm2-135m-e4-d8-tau4", "smollm2-135m-e4-d8-tau2"

@@ -18,14 +18,15 @@ import pytest
 from engine_support import make_bundle, rtx
 from export_support import snapshot
 
-from dmtd_export.build import engine_builder, memory, run
-from dmtd_export.build.options import BuildOptions
-from dmtd_export.build.run import BuildProgress, build_engines, preview
-from dmtd_export.build.standard_graphs import with_standard_graphs, write_standard_graphs
+from dmtd_export.bundle.standard_graphs import with_standard_graphs, write_standard_graphs
+from dmtd_export.engines import builder as engine_builder
+from dmtd_export.engines import memory, run
+from dmtd_export.engines.options import BuildOptions
+from dmtd_export.engines.run import BuildProgress, build_engines, preview
 from dmtd_export.errors import ExportError
-from dmtd_runtime.engine_record import read_record
+from dmtd_runtime.bundle.engine_record import read_record
+from dmtd_runtime.bundle.manifest import load_manifest
 from dmtd_runtime.errors import BackendError, BundleError
-from dmtd_runtime.manifest import load_manifest
 
 SMALL = BuildOptions(flavour="tensorrt-rtx", max_batch=2, max_model_len=64)
 
@@ -90,9 +91,9 @@ def test_device_weights_are_the_models_bytes_once(tmp_path: Path) -> None:
     """E = 0, staged: what the two engines keep and the table are at most 1.02 times the stored tensors."""
     rtx()
     # Wide enough that the few kilobytes of small constants do not count.
-    from dmtd_export.export import export_bundle
+    from dmtd_export.bundle.export import export_bundle
     from dmtd_export.options import ExportOptions
-    from dmtd_models.testing import write_tiny_checkpoint
+    from dmtd_models.reference.testing import write_tiny_checkpoint
 
     source = write_tiny_checkpoint(
         tmp_path / "m", layers=3, tie=True, hidden_size=256, intermediate_size=1024, vocab_size=4096

@@ -12,15 +12,15 @@ from engine_support import make_bundle
 from fake_cuda import FakeCuda, FakeRtx, RuntimeCache, install_fakes
 from typer.testing import CliRunner
 
-from dmtd_export.build import warm_up
-from dmtd_export.build.options import BuildOptions
-from dmtd_export.build.run import build_engines
-from dmtd_export.build.warm_up import compiles_here, warm_up_engines
-from dmtd_export.cli import app
+from dmtd_export.cli.main import app
+from dmtd_export.engines import warm_up
+from dmtd_export.engines.options import BuildOptions
+from dmtd_export.engines.run import build_engines
+from dmtd_export.engines.warm_up import compiles_here, warm_up_engines
+from dmtd_runtime.backends.engines.backend import BackendOptions
 from dmtd_runtime.backends.opening import open_backend
-from dmtd_runtime.backends.tensorrt import BackendOptions
-from dmtd_runtime.bundle import open_bundle
-from dmtd_runtime.engine_record import EngineRecord, read_record
+from dmtd_runtime.bundle.engine_record import EngineRecord, read_record
+from dmtd_runtime.bundle.opening import open_bundle
 
 
 @pytest.fixture

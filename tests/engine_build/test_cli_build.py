@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from dmtd_export.cli import app
+from dmtd_export.cli.main import app
 
 
 def dmtd(*words: object) -> Result:

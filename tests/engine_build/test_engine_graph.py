@@ -12,8 +12,8 @@ import onnxruntime as ort
 import pytest
 from engine_support import CAPACITY, load_engine_graph
 
-from dmtd_export.build.engine_graph import engine_graph, stored_weights
 from dmtd_export.errors import ExportError
+from dmtd_export.graphs.engine import engine_graph, stored_weights
 
 CASES = [("qwen3", 0, False), ("qwen2", 2, True), ("llama", 2, False), ("llama", 0, True)]
 GRAPHS = ["thinking", "late_decode", "full_pass"]

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from dmtd_export.build.options import BuildOptions
-from dmtd_export.build.run import build_engines
-from dmtd_runtime.engine_choice import EngineWish, build_command, choose_record, mismatches
-from dmtd_runtime.engine_record import EngineRecord, content_hash, read_record, records
+from dmtd_export.engines.options import BuildOptions
+from dmtd_export.engines.run import build_engines
+from dmtd_runtime.bundle.engine_choice import EngineWish, build_command, choose_record, mismatches
+from dmtd_runtime.bundle.engine_record import EngineRecord, content_hash, read_record, records
+from dmtd_runtime.bundle.manifest import load_manifest
 from dmtd_runtime.errors import BackendError, BundleError, RequestError
-from dmtd_runtime.manifest import load_manifest
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from dmtd_export.build import flavour
-from dmtd_export.build.flavour import Library, configure, load_library, target_of
-from dmtd_export.build.plan import Target
+from dmtd_export.engines import library as flavour
+from dmtd_export.engines.library import Library, configure, load_library, target_of
+from dmtd_export.engines.plan import Target
 from dmtd_runtime.device.libraries import GpuFacts, capabilities, import_cuda, import_flavour
 from dmtd_runtime.errors import BackendError
-from dmtd_runtime.machine import Gpu
+from dmtd_runtime.machine.hardware import Gpu
 
 H200 = Gpu(name="NVIDIA H200", memory_mib=143771, compute_capability="9.0")
 

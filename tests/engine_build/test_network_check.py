@@ -12,10 +12,10 @@ import pytest
 from engine_support import load_engine_graph, rtx
 from onnx import helper
 
-from dmtd_export.build.engine_graph import EngineGraph
-from dmtd_export.build.network_check import NetworkFacts, check_attention_nodes, check_network, prepare_attention
+from dmtd_export.engines.network_check import NetworkFacts, check_attention_nodes, check_network, prepare_attention
 from dmtd_export.errors import ExportError
-from dmtd_runtime.manifest import TensorInfo
+from dmtd_export.graphs.engine import EngineGraph
+from dmtd_runtime.bundle.manifest import TensorInfo
 
 
 @pytest.fixture

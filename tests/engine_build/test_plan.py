@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from engine_support import load_engine_graph
 
-from dmtd_export.build.options import BuildOptions
-from dmtd_export.build.plan import (
+from dmtd_export.engines.options import BuildOptions
+from dmtd_export.engines.plan import (
     Target,
     batch_buckets,
     choice_profile,
@@ -21,7 +21,7 @@ from dmtd_export.build.plan import (
     ranges,
 )
 from dmtd_export.errors import ExportError
-from dmtd_runtime.manifest import Manifest, TensorInfo, load_manifest
+from dmtd_runtime.bundle.manifest import Manifest, TensorInfo, load_manifest
 
 RTX = Target(flavour="tensorrt-rtx", version="1.7.1")
 

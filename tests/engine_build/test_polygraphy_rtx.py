@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from engine_support import rtx
 
-from dmtd_export.build.options import BuildOptions
-from dmtd_export.build.run import build_engines
+from dmtd_export.engines.options import BuildOptions
+from dmtd_export.engines.run import build_engines
 
 pytest.importorskip("polygraphy")
 LOADER = ("--data-loader-script", "polygraphy_data.py")

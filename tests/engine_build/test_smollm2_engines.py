@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from engine_support import SMOLLM2_CACHE, rtx
 
-from dmtd_export.build.options import BuildOptions
-from dmtd_export.build.run import build_engines
-from dmtd_export.export import export_bundle
+from dmtd_export.bundle.export import export_bundle
+from dmtd_export.engines.options import BuildOptions
+from dmtd_export.engines.run import build_engines
 from dmtd_export.options import ExportOptions
-from dmtd_models import smollm2
-from dmtd_runtime.manifest import load_manifest
+from dmtd_models.checkpoints import smollm2
+from dmtd_runtime.bundle.manifest import load_manifest
 
 TABLE, LAYER, NORM = 49152 * 576, 576 * 576 * 2 + 192 * 576 * 2 + 3 * 1536 * 576 + 2 * 576, 576
 

@@ -14,13 +14,13 @@ import torch
 from engine_support import rtx
 from typer.testing import CliRunner, Result
 
-from dmtd_export.build import run as build_run
-from dmtd_export.cli import app
+from dmtd_export.cli.main import app
+from dmtd_export.engines import run as build_run
 from dmtd_export.verify import built, engines_hook
+from dmtd_runtime.bundle.engine_record import read_record
+from dmtd_runtime.bundle.manifest import FileInfo, sha256_of
 from dmtd_runtime.device.libraries import GpuFacts
-from dmtd_runtime.engine_record import read_record
 from dmtd_runtime.errors import BackendError
-from dmtd_runtime.manifest import FileInfo, sha256_of
 
 HOST = ("--flavour", "host", "--max-model-len", "64", "--max-batch", "2")
 

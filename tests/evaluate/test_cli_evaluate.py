@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from dmtd_export.cli import main
-from dmtd_models.checkpoint import open_checkpoint
-from dmtd_models.dmtd import DmtdModel
-from dmtd_models.oracle import greedy
-from dmtd_models.testing import write_tiny_checkpoint
-from dmtd_runtime.tokenizer import Tokenizer
+from dmtd_export.cli.main import main
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.reference.dmtd import DmtdModel
+from dmtd_models.reference.oracle import greedy
+from dmtd_models.reference.testing import write_tiny_checkpoint
+from dmtd_runtime.text.tokenizer import Tokenizer
 
 QUICK = ["--threads", "1", "--window-len", "96", "--context-len", "10", "--max-tokens", "1000", "--prefixes", "6"]
 
@@ -90,7 +90,7 @@ def test_checkpoint_and_bundle_agree(
 
 def test_perplexity_is_that_of_the_oracle(checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One window of one text, recomputed in float64."""
-    from dmtd_models.oracle import teacher_forced
+    from dmtd_models.reference.oracle import teacher_forced
 
     (data / "short.txt").write_text("Some words to be read, and to be told again.")
     report = report_of(capsys, checkpoint, "--text", data / "short.txt", "--prefixes", "0")

@@ -11,11 +11,11 @@ from dmtd_export.evaluate.fluency import distinct_share, measure_fluency
 from dmtd_export.evaluate.generation import GenerationRun
 from dmtd_export.evaluate.statistics import Bootstrap
 from dmtd_export.evaluate.subject import OpenOptions, open_subject
-from dmtd_models.checkpoint import open_checkpoint
-from dmtd_models.dmtd import DmtdModel
-from dmtd_models.oracle import greedy, teacher_forced
-from dmtd_models.text.facts import everyday_prompts
-from dmtd_runtime.tokenizer import Tokenizer
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.data.facts import everyday_prompts
+from dmtd_models.reference.dmtd import DmtdModel
+from dmtd_models.reference.oracle import greedy, teacher_forced
+from dmtd_runtime.text.tokenizer import Tokenizer
 
 
 def test_distinct_share() -> None:

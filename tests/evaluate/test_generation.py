@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from dmtd_export.evaluate.generation import Answer, GenerationRun, compare_answers, write_answers
-from dmtd_models.checkpoint import open_checkpoint
-from dmtd_models.dmtd import DmtdModel
-from dmtd_models.oracle import greedy
-from dmtd_models.text.items import GenerationItem
-from dmtd_runtime.tokenizer import Tokenizer
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.data.items import GenerationItem
+from dmtd_models.reference.dmtd import DmtdModel
+from dmtd_models.reference.oracle import greedy
+from dmtd_runtime.text.tokenizer import Tokenizer
 
 
 def asked(question: str, *others: str, tokens: int = 5) -> GenerationItem:

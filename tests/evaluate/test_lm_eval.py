@@ -14,9 +14,9 @@ pytest.importorskip("lm_eval", reason='pip install "dmtd[lm-eval]"')
 # The harness and what it imports warn about themselves.
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
-from dmtd_models.checkpoint import open_checkpoint  # noqa: E402
-from dmtd_models.dmtd import DmtdModel  # noqa: E402
-from dmtd_models.oracle import greedy, teacher_forced  # noqa: E402
+from dmtd_models.checkpoints.checkpoint import open_checkpoint  # noqa: E402
+from dmtd_models.reference.dmtd import DmtdModel  # noqa: E402
+from dmtd_models.reference.oracle import greedy, teacher_forced  # noqa: E402
 
 CHOICES = [
     {
@@ -168,7 +168,7 @@ def _byte_letters() -> dict[int, str]:
 def test_evaluate_takes_tasks_of_the_harness(
     checkpoint: Path, plain_checkpoint: Path, tasks: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dmtd_export.cli import main
+    from dmtd_export.cli.main import main
 
     arguments = ["evaluate", str(checkpoint), "--base", str(plain_checkpoint), "--threads", "1", "--json"]
     arguments += ["--lm-eval", "local_choice,local_answer,local_text", "--lm-eval-include", str(tasks), "--limit", "4"]
@@ -189,7 +189,7 @@ def test_an_unknown_task_is_one_line(
 ) -> None:
     from lm_eval.tasks import TaskManager
 
-    from dmtd_export.cli import main
+    from dmtd_export.cli.main import main
     from dmtd_export.evaluate import lm_eval_run
 
     # Reading all the harness's own tasks takes many seconds.

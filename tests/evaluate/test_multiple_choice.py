@@ -8,7 +8,7 @@ from evaluate_support import FakeScorer, cycle
 from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.multiple_choice import measure_choices, split_prompt
 from dmtd_export.evaluate.scorer import ScoreRequest
-from dmtd_models.text.items import MultipleChoiceItem
+from dmtd_models.data.items import MultipleChoiceItem
 
 
 def encode(text: str) -> list[int]:

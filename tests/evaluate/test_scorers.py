@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 
+from dmtd_export.bundle.export import export_bundle
 from dmtd_export.evaluate import bundle_scorer, torch_scorer
 from dmtd_export.evaluate.bundle_scorer import BundleScorer
 from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.scorer import Scorer, ScoreRequest, TokenScores, phases, score_pair
 from dmtd_export.evaluate.torch_scorer import TorchScorer
-from dmtd_export.export import export_bundle
 from dmtd_export.options import ExportOptions
-from dmtd_models.checkpoint import open_checkpoint
-from dmtd_models.config import LEGAL_CONVENTIONS, DmtdSpec
-from dmtd_models.dmtd import DmtdModel
-from dmtd_models.oracle import gates, teacher_forced
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.config.model import LEGAL_CONVENTIONS, DmtdSpec
+from dmtd_models.reference.dmtd import DmtdModel
+from dmtd_models.reference.oracle import gates, teacher_forced
+from dmtd_models.reference.testing import write_tiny_checkpoint
 
 # Every convention, with and without encoding layers.
 CASES = list(zip([(0, 3, 1), (1, 1, 2), (1, 2, 1)], LEGAL_CONVENTIONS, strict=True))

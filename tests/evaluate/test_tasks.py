@@ -9,7 +9,7 @@ import pytest
 
 from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.tasks import contains_word, read_task
-from dmtd_models.text.items import GenerationItem, MultipleChoiceItem
+from dmtd_models.data.items import GenerationItem, MultipleChoiceItem
 
 
 def test_a_file_of_choices(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import pytest
 
 from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.texts import WindowPlan, collect_windows, cut_windows, is_chats, read_texts
-from dmtd_models.checkpoint import open_checkpoint
-from dmtd_models.testing import TOKENIZER_VOCAB_SIZE, write_tiny_checkpoint
-from dmtd_models.text.chat import TextTokenizer
-from dmtd_models.text.items import TextItem
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.data.chat import TextTokenizer
+from dmtd_models.data.items import TextItem
+from dmtd_models.reference.testing import TOKENIZER_VOCAB_SIZE, write_tiny_checkpoint
 
 
 def no_chats():

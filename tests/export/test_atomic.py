@@ -18,20 +18,20 @@ from pathlib import Path
 import pytest
 from export_support import export, snapshot
 
-from dmtd_export import atomic
-from dmtd_export.atomic import atomic_directory
+from dmtd_export.bundle import atomic
+from dmtd_export.bundle.atomic import atomic_directory
+from dmtd_export.bundle.export import Progress, export_bundle
 from dmtd_export.errors import ExportError
-from dmtd_export.export import Progress, export_bundle
 from dmtd_export.options import ExportOptions
-from dmtd_models.testing import write_tiny_checkpoint
-from dmtd_runtime.manifest import load_manifest
+from dmtd_models.reference.testing import write_tiny_checkpoint
+from dmtd_runtime.bundle.manifest import load_manifest
 
 OPTIONS = ExportOptions(decoding_layers=1, cycle_length=3, max_batch=1)
 # Exports its checkpoints into the target, in turn, as often as asked; Ctrl-C ends it as it ends the command line.
 CHILD = """
 import sys
 from pathlib import Path
-from dmtd_export.export import export_bundle
+from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
 target, times, *sources = sys.argv[1:]
 print("ready", flush=True)
@@ -108,7 +108,7 @@ def test_killed_at_any_moment(
 
 def test_killed_before_the_first_bundle_leaves_none(tmp_path: Path, sources: list[Path]) -> None:
     script = (
-        "import dmtd_export.export as e, os, signal, sys\n"
+        "import dmtd_export.bundle.export as e, os, signal, sys\n"
         "from pathlib import Path\n"
         "e.build_graph = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)\n"
         "e.export_bundle(Path(sys.argv[1]), Path(sys.argv[2]), e.ExportOptions(decoding_layers=1, cycle_length=3))\n"
@@ -155,7 +155,7 @@ def test_failing_in_any_stage_keeps_the_old_bundle(
 ) -> None:
     before = snapshot(target)
     if stage != "verify":
-        monkeypatch.setattr(f"dmtd_export.export.{stage}", fail)
+        monkeypatch.setattr(f"dmtd_export.bundle.export.{stage}", fail)
     with pytest.raises(error) as caught:
         export_bundle(sources[1], target, OPTIONS, verify=fail)
     if error is ExportError:
@@ -200,7 +200,7 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path, sources: list[Path], monk
     before = snapshot(small_disk)
     with pytest.raises(ExportError, match=r"small has 0\.00 GB free, the bundle needs 0\.07 GB; free some space"):
         export(sources[1], small_disk / "b")
-    monkeypatch.setattr("dmtd_export.export.check_disk", lambda output, needed_bytes: None)
+    monkeypatch.setattr("dmtd_export.bundle.export.check_disk", lambda output, needed_bytes: None)
     with pytest.raises(ExportError, match="no space left while writing"):
         export(sources[1], small_disk / "b")
     assert snapshot(small_disk) == before
@@ -424,7 +424,7 @@ def test_a_parent_that_may_not_be_written(sources: list[Path]) -> None:
         place.chmod(0o755)
         script = (
             "import os, sys\nfrom pathlib import Path\n"
-            "from dmtd_export.export import ExportError, export_bundle\nfrom dmtd_export.options import ExportOptions\n"
+            "from dmtd_export.bundle.export import ExportError, export_bundle\nfrom dmtd_export.options import ExportOptions\n"
             "if os.getuid() == 0: os.setgid(65534); os.setuid(65534)\n"
             "try: export_bundle(Path('m'), Path('parent/b'), ExportOptions(decoding_layers=1, cycle_length=3))\n"
             "except ExportError as error: sys.exit(str(error))\n"

@@ -22,12 +22,12 @@ import pytest
 from export_support import export, snapshot
 from typer.testing import CliRunner
 
-from dmtd_export.cli import app
+from dmtd_export.bundle.export import export_bundle
+from dmtd_export.cli.main import app
 from dmtd_export.errors import ExportError
-from dmtd_export.export import export_bundle
 from dmtd_export.options import ExportOptions
 from dmtd_models.errors import CheckpointError, ConfigError
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime import LLM, BackendError, BundleError, RequestError, SamplingParams
 
 Damage = Callable[[], None]
@@ -390,7 +390,7 @@ def test_no_space(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # Ctrl-C comes while the verb has just opened a certain file: an audit hook sees every open.
 INTERRUPTED = """
 import os, signal, sys
-from dmtd_export.cli import main
+from dmtd_export.cli.main import main
 wanted = sys.argv[1]
 def hook(event, arguments):
     global wanted

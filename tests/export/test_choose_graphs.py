@@ -11,11 +11,11 @@ import onnx
 import onnxruntime
 import pytest
 
-from dmtd_export.choose_graphs import write_choose_token, write_sample_token
-from dmtd_export.graph_writer import GraphWriter
+from dmtd_export.graphs.token_choice import write_choose_token, write_sample_token
+from dmtd_export.graphs.writer import GraphWriter
 from dmtd_runtime.errors import BackendError
-from dmtd_runtime.sampler import MAX_CANDIDATES, NO_CHOICE, NOT_FINITE, Sampler, uniform
-from dmtd_runtime.sampling import SamplingParams
+from dmtd_runtime.sampling.params import SamplingParams
+from dmtd_runtime.sampling.sampler import MAX_CANDIDATES, NO_CHOICE, NOT_FINITE, Sampler, uniform
 
 VOCAB = 3000
 EDGE = 1e-5

@@ -17,10 +17,10 @@ import pytest
 from bundles import make_bundle, make_checkpoint
 from typer.testing import CliRunner, Result
 
-from dmtd_export.cli import VERBS, _LazyCommand, app
+from dmtd_export.cli.main import VERBS, _LazyCommand, app
 from dmtd_export.options import ExportOptions
-from dmtd_runtime import contract
-from dmtd_runtime.manifest import load_manifest
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.manifest import load_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRON = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "runtime", "models"))}
@@ -139,8 +139,8 @@ def test_ctrl_c_leaves_the_old_bundle(bundle: Path, tmp_path: Path) -> None:
     before = (target / "manifest.json").read_bytes()
     # The signal comes while the weights are being written, in the export's own process.
     code = (
-        "import os, signal, dmtd_export.export as e\n"
-        "from dmtd_export.cli import main\n"
+        "import os, signal, dmtd_export.bundle.export as e\n"
+        "from dmtd_export.cli.main import main\n"
         "def cut(*args): os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(5)\n"
         "e.build_graph = cut\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -179,7 +179,7 @@ def test_a_missing_extra_names_its_pip_line(verb: str, bundle: Path) -> None:
         "        if name.partition('.')[0] in {'onnx', 'safetensors', 'gguf', 'ml_dtypes', 'torch', 'onnxruntime'}:\n"
         "            raise ImportError(f'{name} is blocked in this test')\n"
         "sys.meta_path.insert(0, Blocker())\n"
-        "from dmtd_export.cli import main; main(sys.argv[1:])"
+        "from dmtd_export.cli.main import main; main(sys.argv[1:])"
     )
     arguments = [verb, str(bundle), *(("-o", "x") if verb == "export" else ())]
     done = subprocess.run(

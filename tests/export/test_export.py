@@ -12,11 +12,11 @@ import onnx
 import pytest
 from export_support import WARNINGS_OF_PLAIN, export, read_manifest, snapshot
 
+from dmtd_export.bundle.export import Progress, export_bundle
 from dmtd_export.errors import ExportError
-from dmtd_export.export import Progress, export_bundle
 from dmtd_export.options import ExportOptions
 from dmtd_models.errors import ModelError
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime import LLM, RequestError, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -282,7 +282,7 @@ def test_export_needs_no_torch_and_prints_nothing(plain: Path, tmp_path: Path) -
         "import sys\n"
         "for name in ('torch', 'transformers', 'onnxruntime'): sys.modules[name] = None\n"
         "from pathlib import Path\n"
-        "from dmtd_export.export import export_bundle\n"
+        "from dmtd_export.bundle.export import export_bundle\n"
         "from dmtd_export.options import ExportOptions\n"
         "export_bundle(Path(sys.argv[1]), Path(sys.argv[2]), ExportOptions(decoding_layers=1, cycle_length=3))\n"
     )

@@ -12,14 +12,14 @@ import torch
 from finetune_support import opened, spec_of
 from typer.testing import CliRunner
 
-from dmtd_export.cli import app
-from dmtd_models.checkpoint import open_checkpoint
-from dmtd_models.dmtd import DmtdModel
+from dmtd_export.cli.main import app
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.finetune.options import TrainOptions
 from dmtd_models.finetune.result import save_adapter, save_checkpoint
 from dmtd_models.finetune.run import _student
-from dmtd_models.oracle import greedy
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.reference.dmtd import DmtdModel
+from dmtd_models.reference.oracle import greedy
+from dmtd_models.reference.testing import write_tiny_checkpoint
 
 PROMPT = [7, 3, 11, 2, 5, 19, 23]
 NEW_TOKENS = 12

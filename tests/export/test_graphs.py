@@ -11,16 +11,16 @@ import onnx
 import pytest
 import torch
 
-from dmtd_export.export import export_bundle
+from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
 from dmtd_export.verify.cycles import Case, Variant, run_variant
-from dmtd_models.checkpoint import open_checkpoint
-from dmtd_models.config import resolve_dmtd
-from dmtd_models.dmtd import DmtdModel
-from dmtd_models.oracle import greedy
-from dmtd_models.testing import write_tiny_checkpoint
-from dmtd_runtime import contract
-from dmtd_runtime.manifest import Manifest, load_manifest
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.config.model import resolve_dmtd
+from dmtd_models.reference.dmtd import DmtdModel
+from dmtd_models.reference.oracle import greedy
+from dmtd_models.reference.testing import write_tiny_checkpoint
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.manifest import Manifest, load_manifest
 
 OPTIONS = ExportOptions(
     encoding_layers=1, decoding_layers=2, cycle_length=3, cycle_origin="absolute", prompt_input="cyclical", max_batch=3

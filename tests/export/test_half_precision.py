@@ -31,7 +31,7 @@ from export_support import DTYPES, export, read_manifest
 from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file, save_file
 
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime import LLM, SamplingParams
 
 Feeds = Mapping[str, np.ndarray]

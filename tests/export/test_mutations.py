@@ -24,13 +24,13 @@ from bundle_mutations import (
     swap_layers,
 )
 
-from dmtd_export.export import export_bundle
+from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
 from dmtd_export.verify import VerifyReport, verify_bundle
-from dmtd_models.checkpoint import open_checkpoint
-from dmtd_models.config import Rope
-from dmtd_models.rope import rotary_tables
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.config.model import Rope
+from dmtd_models.reference.rope import rotary_tables
+from dmtd_models.reference.testing import write_tiny_checkpoint
 
 LAYERS = 5  # E0 T3 D2
 OPTIONS = ExportOptions(

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dmtd_export.export import export_bundle
+from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.reference.testing import write_tiny_checkpoint
 
 pytest.importorskip("polygraphy")
 

@@ -14,7 +14,7 @@ import torch
 from bundle_mutations import edit_weight, edited_graph, nodes_of, reseal, set_attribute
 from rich.console import Console
 
-from dmtd_export.export import export_bundle
+from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
 from dmtd_export.verify import (
     VerificationError,
@@ -28,11 +28,11 @@ from dmtd_export.verify import (
 )
 from dmtd_export.verify.cycles import Case, Comparison, Variant, make_cases, make_variants
 from dmtd_export.verify.margins import FLOAT32, Margin, top_two_gap, worst_difference
-from dmtd_models.checkpoint import open_checkpoint
-from dmtd_models.config import Rope
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.config.model import Rope
+from dmtd_models.reference.testing import write_tiny_checkpoint
+from dmtd_runtime.bundle.manifest import load_manifest
 from dmtd_runtime.errors import BundleError
-from dmtd_runtime.manifest import load_manifest
 
 OPTIONS = ExportOptions(decoding_layers=1, cycle_length=2, max_batch=2, max_model_len=64)
 

@@ -17,14 +17,14 @@ import pytest
 import torch
 from bundle_mutations import edit_weight, edited_graph, nodes_of, reseal, set_attribute
 
-from dmtd_export.export import export_bundle
+from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
 from dmtd_export.verify import VerifyReport, verify_bundle
 from dmtd_export.verify.half import float32_twin
 from dmtd_export.verify.margins import half_margin
-from dmtd_models.checkpoint import open_checkpoint
-from dmtd_models.testing import write_tiny_checkpoint
-from dmtd_runtime.manifest import load_manifest
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.reference.testing import write_tiny_checkpoint
+from dmtd_runtime.bundle.manifest import load_manifest
 
 LAYERS = 4
 

@@ -12,17 +12,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dmtd_export.build.options import BuildOptions
-from dmtd_export.build.run import build_engines
-from dmtd_export.cli import app
-from dmtd_export.export import export_bundle
+from dmtd_export.bundle.export import export_bundle
+from dmtd_export.cli.main import app
+from dmtd_export.engines.options import BuildOptions
+from dmtd_export.engines.run import build_engines
 from dmtd_export.options import ExportOptions
 from dmtd_export.verify import verify_on_device
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.backends.base import BackendOptions
-from dmtd_runtime.engine_record import read_record
+from dmtd_runtime.bundle.engine_record import read_record
+from dmtd_runtime.bundle.manifest import sha256_of
 from dmtd_runtime.errors import BackendError
-from dmtd_runtime.manifest import sha256_of
 
 HOST = BackendOptions(backend="tensorrt", flavour="host", max_batch=3, threads=1)
 

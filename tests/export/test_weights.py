@@ -12,9 +12,9 @@ import onnx
 import pytest
 from export_support import export, source_weights, stored_tensor
 
+from dmtd_export.bundle.weights import Fingerprinter, fingerprint_of
 from dmtd_export.errors import ExportError
-from dmtd_export.weights import Fingerprinter, fingerprint_of
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.reference.testing import write_tiny_checkpoint
 
 PAGE = 4096
 PROBE_OF_RAMP = -3.5911143836964587  # computed once with Python's own integers and floats

@@ -14,15 +14,15 @@ import torch
 from finetune_support import opened, reading, spec_of
 from safetensors.numpy import load_file, save_file
 
-from dmtd_models.adapter import AdaptedCheckpoint
-from dmtd_models.checkpoint import open_checkpoint
-from dmtd_models.config import read_config
-from dmtd_models.dmtd import DmtdModel
+from dmtd_models.adapters.adapter import AdaptedCheckpoint
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.config.model import read_config
 from dmtd_models.errors import ModelError
 from dmtd_models.finetune.options import TrainOptions
 from dmtd_models.finetune.result import save_adapter
 from dmtd_models.finetune.run import _student
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.reference.dmtd import DmtdModel
+from dmtd_models.reference.testing import write_tiny_checkpoint
 
 KINDS = ("lora", "delta")
 QUERY = "model.layers.3.self_attn.q_proj.weight"

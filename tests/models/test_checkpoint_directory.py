@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dmtd_models.checkpoint import open_checkpoint
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.errors import CheckpointError
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.reference.testing import write_tiny_checkpoint
 
 ORIGINAL = {"num_encoding_layers": 1, "num_thinking_layers": 2, "num_decoding_layers": 1, "mtp_horizon": 4}
 DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -266,7 +266,15 @@ import sys
 for name in ("torch", "transformers", "onnx", "dmtd_export", "dmtd_runtime"):
     sys.modules[name] = None
 from pathlib import Path
-from dmtd_models import checkpoint, config, families, gguf_checkpoint, gguf_tokenizer, rope, smollm2, tensors, testing
+from dmtd_models.checkpoints import checkpoint
+from dmtd_models.config import model as config
+from dmtd_models.config import families
+from dmtd_models.checkpoints import gguf as gguf_checkpoint
+from dmtd_models.checkpoints import gguf_tokenizer
+from dmtd_models.reference import rope
+from dmtd_models.checkpoints import smollm2
+from dmtd_models.checkpoints import tensors
+from dmtd_models.reference import testing
 opened = checkpoint.open_checkpoint(Path({str(path)!r}))
 spec = config.resolve_dmtd(opened.config, None, decoding_layers=1, cycle_length=4)
 print(spec.thinking_layers, len(opened.names()), rope.rotary_tables(opened.config.rope, 16, 4)[0].shape)

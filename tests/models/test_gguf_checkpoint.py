@@ -9,12 +9,12 @@ import pytest
 import torch
 from gguf_files import tiny_config, write_gguf
 
-from dmtd_models.checkpoint import open_checkpoint
-from dmtd_models.config import Rope, read_config, resolve_dmtd
-from dmtd_models.dmtd import DmtdModel
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.config.model import Rope, read_config, resolve_dmtd
 from dmtd_models.errors import CheckpointError, ConfigError, ModelError
-from dmtd_models.oracle import teacher_forced
-from dmtd_models.testing import random_weights
+from dmtd_models.reference.dmtd import DmtdModel
+from dmtd_models.reference.oracle import teacher_forced
+from dmtd_models.reference.testing import random_weights
 
 VARIANTS = {
     "llama": {},

@@ -6,9 +6,9 @@ import pytest
 from gguf_files import tiny_config, write_gguf
 from tokenizers import Tokenizer, pre_tokenizers
 
-from dmtd_models.checkpoint import open_checkpoint
-from dmtd_models.gguf_tokenizer import tokenizer_from_metadata
-from dmtd_models.testing import random_weights
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.checkpoints.gguf_tokenizer import tokenizer_from_metadata
+from dmtd_models.reference.testing import random_weights
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 MERGES = ["1 2", "12 3", "123 4", "4 5", "h i", "Ġ hi", "Ã ©"]

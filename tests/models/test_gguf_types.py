@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from gguf_files import tiny_config, write_gguf
 
-from dmtd_models.checkpoint import open_checkpoint
-from dmtd_models.testing import random_weights
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.reference.testing import random_weights
 
 ROWS, COLUMNS = 256, 256  # of the tensor under test: model.layers.0.mlp.up_proj.weight
 

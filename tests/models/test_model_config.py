@@ -5,9 +5,9 @@ import json
 import pytest
 import transformers
 
-from dmtd_models.config import DmtdSpec, Rope, read_config, resolve_dmtd
+from dmtd_models.config.hf import to_hugging_face
+from dmtd_models.config.model import DmtdSpec, Rope, read_config, resolve_dmtd
 from dmtd_models.errors import ConfigError
-from dmtd_models.hf_config import to_hugging_face
 
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],

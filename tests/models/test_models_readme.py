@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.reference.testing import write_tiny_checkpoint
 
 README = Path(__file__).parents[2] / "models" / "README.md"
 

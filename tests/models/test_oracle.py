@@ -5,12 +5,12 @@ import pytest
 import torch
 import transformers
 
-from dmtd_models.checkpoint import open_checkpoint
-from dmtd_models.config import DmtdSpec, resolve_dmtd
-from dmtd_models.dmtd import DmtdModel
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.config.model import DmtdSpec, resolve_dmtd
 from dmtd_models.errors import ModelError
-from dmtd_models.oracle import gates, greedy, teacher_forced
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.reference.dmtd import DmtdModel
+from dmtd_models.reference.oracle import gates, greedy, teacher_forced
+from dmtd_models.reference.testing import write_tiny_checkpoint
 
 # tau 4, a prompt of 6 tokens, 16 positions. H a head (1, 1), c inside a cycle (1, 0), t the plain stack (0, 1).
 TABLES = {

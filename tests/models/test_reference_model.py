@@ -5,12 +5,12 @@ import pytest
 import torch
 import transformers
 
-from dmtd_models.checkpoint import open_checkpoint
-from dmtd_models.config import Rope, resolve_dmtd
-from dmtd_models.dmtd import DmtdModel, StreamedModel
-from dmtd_models.oracle import teacher_forced
-from dmtd_models.tensors import tensor_shapes
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.checkpoints.tensors import tensor_shapes
+from dmtd_models.config.model import Rope, resolve_dmtd
+from dmtd_models.reference.dmtd import DmtdModel, StreamedModel
+from dmtd_models.reference.oracle import teacher_forced
+from dmtd_models.reference.testing import write_tiny_checkpoint
 
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 LINEAR = Rope(theta=10000.0, kind="linear", factor=3.0)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from dmtd_models.config import Rope
-from dmtd_models.layers import inverse_frequencies as torch_inverse_frequencies
-from dmtd_models.layers import rotary
-from dmtd_models.rope import attention_factor, inverse_frequencies, rotary_tables
+from dmtd_models.config.model import Rope
+from dmtd_models.reference.layers import inverse_frequencies as torch_inverse_frequencies
+from dmtd_models.reference.layers import rotary
+from dmtd_models.reference.rope import attention_factor, inverse_frequencies, rotary_tables
 
 ROPES = [
     *[Rope(theta=theta) for theta in (10000.0, 100000.0, 500000.0, 1000000.0, 5000000.0)],

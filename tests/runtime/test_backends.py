@@ -19,16 +19,16 @@ from runtime_support import (
     run_prompts,
 )
 
-from dmtd_export.export import export_bundle
+from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
-from dmtd_models import oracle
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.reference import oracle
+from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.backends.base import BackendOptions, SlotStep
-from dmtd_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.cycle import CyclePlan, Position
 from dmtd_runtime.errors import BackendError, BundleError, RequestError
-from dmtd_runtime.manifest import Manifest
-from dmtd_runtime.sampling import SamplingParams
+from dmtd_runtime.sampling.params import SamplingParams
 
 TOKENS = 14
 LONG = SamplingParams(temperature=0, max_tokens=TOKENS)

@@ -9,9 +9,9 @@ import pytest
 from bundles import make_bundle
 
 from dmtd_runtime.backends.base import BackendOptions
-from dmtd_runtime.bench import BenchOptions, BenchReport, run_bench
+from dmtd_runtime.bench.measure import BenchOptions, BenchReport, run_bench
+from dmtd_runtime.bundle.manifest import Manifest, load_manifest
 from dmtd_runtime.errors import RequestError
-from dmtd_runtime.manifest import Manifest, load_manifest
 
 OPTIONS = BenchOptions(batches=(1, 2), prompt_len=7, max_tokens=11, repeats=3, warmup=1, whole_model=True)
 

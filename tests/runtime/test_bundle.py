@@ -11,8 +11,8 @@ import pytest
 from runtime_support import TinyBundles
 
 from dmtd_runtime import LLM, BundleError
-from dmtd_runtime import manifest as manifest_module
-from dmtd_runtime.bundle import cache_directory, open_bundle, read_generation_config
+from dmtd_runtime.bundle import manifest as manifest_module
+from dmtd_runtime.bundle.opening import cache_directory, open_bundle, read_generation_config
 
 FILES = ["model.onnx.data", "thinking.ort.onnx", "late_decode.onnx", "tokenizer.json", "config.json"]
 

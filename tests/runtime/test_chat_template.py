@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from dmtd_runtime import chat_template
-from dmtd_runtime.chat_template import ChatTemplate
 from dmtd_runtime.errors import BundleError, DmtdError, RequestError
+from dmtd_runtime.text import chat_template
+from dmtd_runtime.text.chat_template import ChatTemplate
 
 # What SmolLM2-Instruct ships (Apache-2.0).
 SMOLLM2 = (

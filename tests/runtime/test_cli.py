@@ -18,13 +18,13 @@ import typer.main
 from bundles import make_bundle
 from typer.testing import CliRunner, Result
 
-from dmtd_export.cli import VERBS, _LazyCommand, app
+from dmtd_export.cli.main import VERBS, _LazyCommand, app
 from dmtd_runtime.backends.base import BackendOptions
-from dmtd_runtime.bench import BenchOptions
+from dmtd_runtime.bench.measure import BenchOptions
 from dmtd_runtime.cli.chat import change_params
 from dmtd_runtime.cli.common import human_bytes, printable
 from dmtd_runtime.errors import RequestError
-from dmtd_runtime.sampling import SamplingParams
+from dmtd_runtime.sampling.params import SamplingParams
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRON = {
@@ -390,9 +390,8 @@ def test_a_full_disk_is_one_line(bundle: str) -> None:
 
 
 def test_a_bug_keeps_its_traceback() -> None:
-    code = (
-        "import dmtd_runtime.doctor as d; d.collect = lambda: 1 / 0; from dmtd_export.cli import main; main(['doctor'])"
-    )
+    broken = "import dmtd_runtime.machine.doctor as d; d.collect = lambda: 1 / 0"
+    code = f"{broken}; from dmtd_export.cli.main import main; main(['doctor'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRON, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback (most recent call last)")
@@ -401,7 +400,7 @@ def test_a_bug_keeps_its_traceback() -> None:
 
 def test_help_loads_no_library() -> None:
     code = (
-        "import sys; from dmtd_export.cli import main\n"
+        "import sys; from dmtd_export.cli.main import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'numpy', 'onnxruntime', 'onnx', 'torch', 'tokenizers', 'jinja2', 'safetensors'} & set(sys.modules)\n"
@@ -423,7 +422,7 @@ def test_commands_are_typer_commands() -> None:
 
 
 def test_stdin_that_is_not_utf8_is_named(bundle: str) -> None:
-    program = [sys.executable, "-c", "from dmtd_export.cli import main; main()", "generate", bundle]
+    program = [sys.executable, "-c", "from dmtd_export.cli.main import main; main()", "generate", bundle]
     done = subprocess.run(program, input=b"a\xff\xfeb", capture_output=True, timeout=120, check=False)
     assert done.returncode == 1
     assert b"stdin is not UTF-8 at byte 1" in done.stderr

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from dmtd_export.export import export_bundle
+from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
 from dmtd_export.verify.on_device import verify_on_device
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime import LLM, BackendError, SamplingParams
 from dmtd_runtime.backends.base import BackendOptions
-from dmtd_runtime.backends.cuda_provider import CUDA_PROVIDER
-from dmtd_runtime.backends.ort_library import import_onnxruntime
-from dmtd_runtime.backends.ort_session import provider_options
+from dmtd_runtime.ort.cuda_provider import CUDA_PROVIDER
+from dmtd_runtime.ort.library import import_onnxruntime
+from dmtd_runtime.ort.session import provider_options
 
 PROMPTS = [[1, 2, 3], [4] * 9, [5, 6]]
 CHOICES = {

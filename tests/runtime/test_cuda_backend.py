@@ -13,16 +13,17 @@ import pytest
 from fake_cuda import FakeCuda
 from fake_provider import FakeOnnxRuntime
 
-from dmtd_export.export import export_bundle
+from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime import LLM, BackendError, SamplingParams
-from dmtd_runtime.backends import ort_memory, ort_session
 from dmtd_runtime.backends.base import BackendOptions
-from dmtd_runtime.backends.onnxruntime import OnnxRuntimeBackend
-from dmtd_runtime.backends.ort_trial import trial_step
-from dmtd_runtime.bundle import open_bundle
-from dmtd_runtime.device.host import HostDevice
+from dmtd_runtime.backends.onnxruntime import memory as ort_memory
+from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from dmtd_runtime.backends.onnxruntime.trial import trial_step
+from dmtd_runtime.bundle.opening import open_bundle
+from dmtd_runtime.device.simulator.device import HostDevice
+from dmtd_runtime.ort import session as ort_session
 
 PROMPTS = [[1, 2, 3], [4] * 40, [5, 6], [7], [8] * 17, [9, 1]]
 CHOICES: dict[str, dict[str, Any]] = {

@@ -17,9 +17,9 @@ import onnx
 import pytest
 
 from dmtd_runtime import BackendError
-from dmtd_runtime.backends import cuda_provider
-from dmtd_runtime.backends.cuda_provider import CUDA_PROVIDER, PROBE, linked_libraries, look, prepare
-from dmtd_runtime.backends.ort_library import import_onnxruntime
+from dmtd_runtime.ort import cuda_provider
+from dmtd_runtime.ort.cuda_provider import CUDA_PROVIDER, PROBE, linked_libraries, look, prepare
+from dmtd_runtime.ort.library import import_onnxruntime
 
 LINKED = ("libcublasLt.so.13", "libcublas.so.13", "libcudart.so.13", "libcuda.so.1", "libdl.so.2", "libc.so.6")
 

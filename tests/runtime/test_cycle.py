@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runtime_support import CONVENTIONS
 
-from dmtd_models import oracle
-from dmtd_models.config import DmtdSpec
+from dmtd_models.config.model import DmtdSpec
+from dmtd_models.reference import oracle
+from dmtd_runtime.bundle.manifest import CycleInfo
 from dmtd_runtime.cycle import CyclePlan, Position, Step
 from dmtd_runtime.errors import BundleError
-from dmtd_runtime.manifest import CycleInfo
 
 TAUS = range(1, 7)
 

@@ -17,18 +17,18 @@ import pytest
 from device_support import Engines, engine_backend, host_engines, run_sequences, tokens_of
 from fake_cuda import Context, CudaEngine, CudaError, FakeCuda, FakeRtx, RuntimeCache, RuntimeConfig, install_fakes
 
-from dmtd_export.export import export_bundle
+from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.reference.testing import write_tiny_checkpoint
+from dmtd_runtime.bundle.manifest import Manifest, load_manifest
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.device import cuda
 from dmtd_runtime.device.base import Address
 from dmtd_runtime.device.cuda import CudaDevice
-from dmtd_runtime.device.host import HostDevice
 from dmtd_runtime.device.libraries import gpu_here, import_cuda, import_flavour, look_at_gpu
+from dmtd_runtime.device.simulator.device import HostDevice
 from dmtd_runtime.errors import BackendError
-from dmtd_runtime.manifest import Manifest, load_manifest
-from dmtd_runtime.sampling import SamplingParams
+from dmtd_runtime.sampling.params import SamplingParams
 
 
 @pytest.fixture

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from device_support import host_engines
 
-from dmtd_export.export import export_bundle
+from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
-from dmtd_models.testing import write_tiny_checkpoint
-from dmtd_runtime import contract
+from dmtd_models.reference.testing import write_tiny_checkpoint
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.engine_record import EngineRecord
+from dmtd_runtime.bundle.manifest import DTYPE_BYTES
 from dmtd_runtime.device.base import ALIGNMENT, Address, EngineContext, aligned, check_room
-from dmtd_runtime.device.host import HostDevice, SeamError
-from dmtd_runtime.device.host_engine import HostEngine
-from dmtd_runtime.engine_record import EngineRecord
+from dmtd_runtime.device.simulator.device import HostDevice, SeamError
+from dmtd_runtime.device.simulator.engine import HostEngine
 from dmtd_runtime.errors import BackendError
-from dmtd_runtime.manifest import DTYPE_BYTES
 
 SIZES = {"batch": 1, "window_len": 3, "late_len": 1, "visible_len": 16, "num_logits": 1}
 

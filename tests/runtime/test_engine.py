@@ -16,13 +16,13 @@ from runtime_support import TinyBundle, TinyBundles, poisoned_bundle
 
 from dmtd_runtime import LLM, AbortedError, BackendError, SamplingParams
 from dmtd_runtime.backends.base import Array, RunStats, SlotStep, StepwiseBackend
+from dmtd_runtime.bundle.manifest import CycleInfo
 from dmtd_runtime.cycle import CyclePlan
-from dmtd_runtime.engine import Engine
 from dmtd_runtime.errors import DmtdError
-from dmtd_runtime.generate import SequenceRun, TokenEvent
-from dmtd_runtime.manifest import CycleInfo
-from dmtd_runtime.sampler import Sampler
-from dmtd_runtime.stops import StopRules
+from dmtd_runtime.sampling.sampler import Sampler
+from dmtd_runtime.sampling.stops import StopRules
+from dmtd_runtime.serving.loop import SequenceRun, TokenEvent
+from dmtd_runtime.serving.worker import Engine
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -399,6 +399,6 @@ def test_an_llm_that_is_dropped_ends_its_thread(bundle: TinyBundle) -> None:
 
 
 def test_a_forked_child_gets_an_error_and_does_not_wait(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmtd_runtime.engine.os.getpid", lambda: -1)
+    monkeypatch.setattr("dmtd_runtime.serving.worker.os.getpid", lambda: -1)
     with pytest.raises(AbortedError, match="after forking"):
         engine.submit([Client().sequence])

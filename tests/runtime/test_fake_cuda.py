@@ -8,12 +8,12 @@ import pytest
 from device_support import Engines, host_engines
 from fake_cuda import FakeCuda, install_fakes
 
-from dmtd_export.export import export_bundle
+from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.device.base import Address
 from dmtd_runtime.device.cuda import CudaDevice
-from dmtd_runtime.device.host import SeamError
+from dmtd_runtime.device.simulator.device import SeamError
 from dmtd_runtime.errors import BackendError
 
 VOCAB = 128  # of the tiny checkpoint

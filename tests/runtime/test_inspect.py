@@ -10,8 +10,8 @@ import pytest
 from bundles import make_bundle
 from rich.console import Console
 
-from dmtd_runtime.inspect_bundle import collapse, cycle_picture, render, split_bar, to_json
-from dmtd_runtime.manifest import CycleInfo, Manifest, TensorInfo, load_manifest
+from dmtd_runtime.bundle.describe import collapse, cycle_picture, render, split_bar, to_json
+from dmtd_runtime.bundle.manifest import CycleInfo, Manifest, TensorInfo, load_manifest
 
 
 @pytest.fixture(scope="module")

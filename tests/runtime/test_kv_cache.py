@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from runtime_support import TinyBundles, private_bytes
 
-from dmtd_runtime.kv_cache import HostKvCache, kv_bytes
-from dmtd_runtime.manifest import ModelInfo
+from dmtd_runtime.backends.kv_cache import HostKvCache, kv_bytes
+from dmtd_runtime.bundle.manifest import ModelInfo
 
 PAGE_BYTES = 4096
 

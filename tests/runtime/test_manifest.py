@@ -12,7 +12,7 @@ import pytest
 from runtime_support import TinyBundles
 
 from dmtd_runtime import BundleError
-from dmtd_runtime.manifest import Manifest, load_manifest, safe_relative
+from dmtd_runtime.bundle.manifest import Manifest, load_manifest, safe_relative
 
 ABSENT = object()
 AGAIN = "export the bundle again"

@@ -28,9 +28,9 @@ from runtime_support import (
     tokenizer_of,
 )
 
-from dmtd_models import oracle
+from dmtd_models.reference import oracle
 from dmtd_runtime.cycle import CyclePlan
-from dmtd_runtime.sampling import SamplingParams
+from dmtd_runtime.sampling.params import SamplingParams
 
 FAMILIES = ("qwen3", "llama", "qwen2")
 DEFAULT_CASES, SLOW_CASES = 300, 10_000

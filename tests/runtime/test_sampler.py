@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmtd_runtime import sampler as sampler_module
 from dmtd_runtime.errors import BackendError, DmtdError, RequestError
-from dmtd_runtime.sampler import MAX_CANDIDATES, Sampler, top_ids, uniform
-from dmtd_runtime.sampling import SamplingParams
+from dmtd_runtime.sampling import sampler as sampler_module
+from dmtd_runtime.sampling.params import SamplingParams
+from dmtd_runtime.sampling.sampler import MAX_CANDIDATES, Sampler, top_ids, uniform
 
 WORD = 2**64
 

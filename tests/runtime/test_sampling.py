@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmtd_runtime.errors import BundleError, RequestError
-from dmtd_runtime.sampling import SamplingParams
+from dmtd_runtime.sampling.params import SamplingParams
 
 
 def test_defaults_are_those_people_expect() -> None:

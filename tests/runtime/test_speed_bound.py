@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dmtd_export.export import export_bundle
+from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
-from dmtd_models.testing import write_tiny_checkpoint
-from dmtd_runtime.speed_bound import SplitBytes, mean_context, split_bytes
+from dmtd_models.reference.testing import write_tiny_checkpoint
+from dmtd_runtime.bundle.speed_bound import SplitBytes, mean_context, split_bytes
 
 
 def qwen3_4b(cycle_length: int) -> SplitBytes:

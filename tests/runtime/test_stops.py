@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dmtd_runtime.errors import RequestError
-from dmtd_runtime.sampling import SamplingParams
-from dmtd_runtime.stops import StopRules, StopStep, StopStringMatcher
+from dmtd_runtime.sampling.params import SamplingParams
+from dmtd_runtime.sampling.stops import StopRules, StopStep, StopStringMatcher
 
 
 class Pieces:

@@ -12,16 +12,16 @@ import pytest
 from device_support import Engines, engine_backend, host_engines, run_sequences, tokens_of
 from runtime_support import CONVENTIONS, TinyBundles, poisoned_bundle, random_prompt
 
-from dmtd_models import oracle
+from dmtd_models.reference import oracle
 from dmtd_runtime.backends.base import BackendOptions
-from dmtd_runtime.backends.tensorrt import TensorRtBackend
+from dmtd_runtime.backends.engines.backend import TensorRtBackend
 from dmtd_runtime.cycle import CyclePlan
-from dmtd_runtime.device.host import HostDevice
+from dmtd_runtime.device.simulator.device import HostDevice
 from dmtd_runtime.errors import BackendError, BundleError, RequestError
-from dmtd_runtime.generate import SequenceRun, TokenEvent, run_batch
-from dmtd_runtime.sampler import Sampler
-from dmtd_runtime.sampling import SamplingParams
-from dmtd_runtime.stops import StopRules
+from dmtd_runtime.sampling.params import SamplingParams
+from dmtd_runtime.sampling.sampler import Sampler
+from dmtd_runtime.sampling.stops import StopRules
+from dmtd_runtime.serving.loop import SequenceRun, TokenEvent, run_batch
 
 BUCKETS = (16, 32, 48)
 PROMPT_LENS = (3, 9, 1)

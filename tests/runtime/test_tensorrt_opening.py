@@ -15,14 +15,14 @@ from bundles import make_bundle, make_checkpoint
 from fake_cuda import FakeCuda, FakeRtx, install_fakes
 from typer.testing import CliRunner, Result
 
-from dmtd_export.build.options import BuildOptions
-from dmtd_export.build.run import build_engines
-from dmtd_export.cli import app
-from dmtd_export.export import export_bundle
+from dmtd_export.bundle.export import export_bundle
+from dmtd_export.cli.main import app
+from dmtd_export.engines.options import BuildOptions
+from dmtd_export.engines.run import build_engines
 from dmtd_export.options import ExportOptions
 from dmtd_runtime import LLM, BackendError, BundleError, RequestError, SamplingParams
 from dmtd_runtime.backends.base import BackendOptions
-from dmtd_runtime.engine_record import read_record
+from dmtd_runtime.bundle.engine_record import read_record
 
 HOST = ("--backend", "tensorrt", "--flavour", "host")
 

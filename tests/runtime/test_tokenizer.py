@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from dmtd_runtime.errors import BundleError, RequestError
-from dmtd_runtime.tokenizer import TextStream, Tokenizer, eos_token_ids_of
+from dmtd_runtime.text.tokenizer import TextStream, Tokenizer, eos_token_ids_of
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",

@@ -13,17 +13,18 @@ from bundles import make_bundle
 from device_support import Engines, engine_backend, host_engines, run_sequences, tokens_of
 from runtime_support import CONVENTIONS, TinyBundles, random_prompt
 
-from dmtd_export.build.options import BuildOptions
-from dmtd_export.build.run import build_engines
-from dmtd_runtime import LLM, RequestError, SamplingParams, bench
+from dmtd_export.engines.options import BuildOptions
+from dmtd_export.engines.run import build_engines
+from dmtd_runtime import LLM, RequestError, SamplingParams
 from dmtd_runtime.backends import opening
 from dmtd_runtime.backends.base import BackendOptions, RunStats
-from dmtd_runtime.backends.tensorrt import TensorRtBackend
-from dmtd_runtime.backends.warm_up import Reach
-from dmtd_runtime.bundle import open_bundle
+from dmtd_runtime.backends.engines.backend import TensorRtBackend
+from dmtd_runtime.backends.engines.warm_up import Reach
+from dmtd_runtime.bench import measure as bench
+from dmtd_runtime.bundle.opening import open_bundle
 from dmtd_runtime.cycle import CyclePlan
-from dmtd_runtime.device import host
-from dmtd_runtime.device.host import HostDevice
+from dmtd_runtime.device.simulator import device as host
+from dmtd_runtime.device.simulator.device import HostDevice
 
 BUCKETS = (16, 48)
 

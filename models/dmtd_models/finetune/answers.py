@@ -25,9 +25,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dmtd_models.dmtd import DmtdModel
 from dmtd_models.finetune.decode import SlotDecoder
 from dmtd_models.finetune.shards import AnswersError, Document, ShardStore
+from dmtd_models.reference.dmtd import DmtdModel
 
 Render = Callable[[str], str]
 

@@ -24,8 +24,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dmtd_models.config import DmtdSpec
-from dmtd_models.oracle import gates
+from dmtd_models.config.model import DmtdSpec
+from dmtd_models.reference.oracle import gates
 
 Ints = npt.NDArray[np.int64]
 Batch = dict[str, Tensor]

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from dmtd_models.checkpoint import Checkpoint
-from dmtd_models.config import resolve_dmtd
-from dmtd_models.dmtd import DmtdModel
+from dmtd_models.checkpoints.checkpoint import Checkpoint
+from dmtd_models.config.model import resolve_dmtd
+from dmtd_models.data.chat import TextTokenizer
 from dmtd_models.finetune.answers import AnswerOptions, ShardProgress, write_answers
 from dmtd_models.finetune.options import usual_precision
 from dmtd_models.finetune.questions import Mix, mixed_prompts
-from dmtd_models.text.chat import TextTokenizer
+from dmtd_models.reference.dmtd import DmtdModel
 
 
 def write_chats(

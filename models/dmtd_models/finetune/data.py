@@ -1,6 +1,6 @@
 """The text of a run: sources read and joined, a held-out share set apart, what evaluation asks taken out.
 
-Stands between ``dmtd_models.text``, which reads single sources, and ``run``. Nothing here tokenises or packs.
+Stands between ``dmtd_models.data``, which reads single sources, and ``run``. Nothing here tokenises or packs.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dmtd_models.data.chat import TextTokenizer
+from dmtd_models.data.overlap import OverlapIndex, Probe, drop_leaks
+from dmtd_models.data.read_data import ReadOptions, read_training_data
 from dmtd_models.errors import ModelError
-from dmtd_models.text.chat import TextTokenizer
-from dmtd_models.text.overlap import OverlapIndex, Probe, drop_leaks
-from dmtd_models.text.read_data import ReadOptions, read_training_data
 
 _MAX_HELD_OUT = 128
 _HELD_OUT_SHARE = 0.02

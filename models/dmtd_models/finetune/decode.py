@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dmtd_models.dmtd import DmtdModel
-from dmtd_models.layers import Attention, DecoderLayer, rotary, rotate
+from dmtd_models.reference.dmtd import DmtdModel
+from dmtd_models.reference.layers import Attention, DecoderLayer, rotary, rotate
 
 _WINDOW_STEP = 32
 

@@ -29,13 +29,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmtd_models.dmtd import DmtdModel
+from dmtd_models.checkpoints.saving import make_directory, write_json
 from dmtd_models.errors import ModelError
 from dmtd_models.finetune.batches import Batch, Document, Documents
 from dmtd_models.finetune.claim import claimed
 from dmtd_models.finetune.packed import make_layout
 from dmtd_models.finetune.student import head_weight, likeliest_tokens, plain_rows, plain_trunk
-from dmtd_models.saving import make_directory, write_json
+from dmtd_models.reference.dmtd import DmtdModel
 
 _RECORD, _TRUNK, _IDS, _LOGS = "features.json", "trunk.bin", "target_ids.bin", "target_logs.bin"
 _SAVE_EVERY_TOKENS = 200_000

@@ -20,10 +20,14 @@ from typing import Any, Literal, Protocol
 import torch
 from accelerate import PartialState
 
-from dmtd_models.adapter import CONFIG_FILE
-from dmtd_models.checkpoint import Checkpoint, open_checkpoint
-from dmtd_models.config import CycleOrigin, DmtdSpec, PromptInput, resolve_dmtd
-from dmtd_models.delta import MOST_BITS
+from dmtd_models.adapters.adapter import CONFIG_FILE
+from dmtd_models.adapters.delta import MOST_BITS
+from dmtd_models.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from dmtd_models.checkpoints.saving import make_directory, write_json
+from dmtd_models.checkpoints.smollm2 import default_cache_dir
+from dmtd_models.config.model import CycleOrigin, DmtdSpec, PromptInput, resolve_dmtd
+from dmtd_models.data.chat import TextTokenizer
+from dmtd_models.data.read_data import ReadOptions
 from dmtd_models.errors import ConfigError
 from dmtd_models.finetune.claim import claimed
 from dmtd_models.finetune.curves import MOST_PHASES, draw_curves, read_log
@@ -35,10 +39,6 @@ from dmtd_models.finetune.result import save_adapter, save_checkpoint
 from dmtd_models.finetune.run import Hooks, RunResult, checkpoint_digest, finetune
 from dmtd_models.finetune.states import latest_checkpoint
 from dmtd_models.finetune.trainer import LOG
-from dmtd_models.saving import make_directory, write_json
-from dmtd_models.smollm2 import default_cache_dir
-from dmtd_models.text.chat import TextTokenizer
-from dmtd_models.text.read_data import ReadOptions
 
 TRAINING, SUMMARY = "training", "summary.json"
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from dmtd_models.config import DmtdSpec
+from dmtd_models.config.model import DmtdSpec
 from dmtd_models.errors import ConfigError
 from dmtd_models.finetune.batches import BatchOptions
 from dmtd_models.finetune.student import LossOptions, Trained

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dmtd_models.config import ModelConfig
-from dmtd_models.layers import rotary
+from dmtd_models.config.model import ModelConfig
+from dmtd_models.reference.layers import rotary
 
 _QUERY_BLOCK = 256  # about so many rows of a document have their scores computed at a time; on a CPU
 

@@ -1,6 +1,6 @@
 """What evaluation asks, to be kept out of a run's text: the items of every local task that can be had here.
 
-Stands between ``dmtd_models.text``, which has tasks and the search, and ``job``. A task whose package is neither in the cache nor
+Stands between ``dmtd_models.data``, which has tasks and the search, and ``job``. A task whose package is neither in the cache nor
 to be downloaded is left out and named: a run must not fail for want of a network. A run that goes on looks for the tasks that it
 began with, so that its documents stay the same.
 """
@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dmtd_models.data.errors import DataError, PackageError
+from dmtd_models.data.facts import everyday_prompts
+from dmtd_models.data.overlap import Probe, probes_of, prompt_probes
+from dmtd_models.data.packages import Package
+from dmtd_models.data.tasks import GYM_PREFIX, load_task, package_of, task_names
 from dmtd_models.finetune.record import RECORD
 from dmtd_models.finetune.states import latest_checkpoint
-from dmtd_models.text.errors import DataError, PackageError
-from dmtd_models.text.facts import everyday_prompts
-from dmtd_models.text.overlap import Probe, probes_of, prompt_probes
-from dmtd_models.text.packages import Package
-from dmtd_models.text.tasks import GYM_PREFIX, load_task, package_of, task_names
 
 EVERYDAY = "everyday"
 PROBED = "probed"

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+from dmtd_models.checkpoints.saving import write_json
 from dmtd_models.errors import ConfigError
 from dmtd_models.finetune.options import Precision
 from dmtd_models.finetune.states import latest_checkpoint
-from dmtd_models.saving import write_json
 
 RECORD = "job.json"
 _FREE = ("cache_features", "eval_every_tokens", "log_every_steps", "save_every_s")

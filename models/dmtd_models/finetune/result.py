@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dmtd_models.adapter import delta_settings, weights_fingerprint, write_adapter
-from dmtd_models.checkpoint import AnyArray, Checkpoint
-from dmtd_models.config import DmtdSpec
-from dmtd_models.delta import MOST_BITS, delta_difference, quantised_delta
-from dmtd_models.dmtd import to_torch
+from dmtd_models.adapters.adapter import delta_settings, weights_fingerprint, write_adapter
+from dmtd_models.adapters.delta import MOST_BITS, delta_difference, quantised_delta
+from dmtd_models.checkpoints.checkpoint import AnyArray, Checkpoint
+from dmtd_models.checkpoints.saving import make_directory, replacing, write_json
+from dmtd_models.config.hf import with_dmtd_fields
+from dmtd_models.config.model import DmtdSpec
 from dmtd_models.finetune.student import Student
-from dmtd_models.hf_config import with_dmtd_fields
-from dmtd_models.saving import make_directory, replacing, write_json
+from dmtd_models.reference.dmtd import to_torch
 
 Save = Literal["checkpoint", "adapter"]
 

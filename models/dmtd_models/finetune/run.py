@@ -2,7 +2,7 @@
 
     checkpoint -> plain model (frozen) and student -> stored features -> Trainer -> trained weights
 
-What text becomes documents is ``dmtd_models.text``'s business, what form the result is kept in is ``result``'s. Runs on a
+What text becomes documents is ``dmtd_models.data``'s business, what form the result is kept in is ``result``'s. Runs on a
 CPU, one GPU, or several processes started by ``accelerate launch``.
 """
 
@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from dmtd_models.adapter import AdaptedCheckpoint
-from dmtd_models.checkpoint import Checkpoint
-from dmtd_models.config import DmtdSpec
-from dmtd_models.dmtd import DmtdModel
+from dmtd_models.adapters.adapter import AdaptedCheckpoint
+from dmtd_models.checkpoints.checkpoint import Checkpoint
+from dmtd_models.checkpoints.saving import make_directory
+from dmtd_models.config.model import DmtdSpec
 from dmtd_models.errors import ConfigError, ModelError
 from dmtd_models.finetune.batches import Batch, BatchOptions, Collator, Document, PackedRows, make_batch, pack
 from dmtd_models.finetune.endings import ending_with_a_state, named_memory_errors
@@ -34,8 +34,8 @@ from dmtd_models.finetune.options import TrainOptions, check_options
 from dmtd_models.finetune.states import latest_checkpoint, remove_states, step_of
 from dmtd_models.finetune.student import Student, trainable_model
 from dmtd_models.finetune.trainer import DmtdTrainer, Guard, set_length, training_arguments
-from dmtd_models.layers import DecoderLayer
-from dmtd_models.saving import make_directory
+from dmtd_models.reference.dmtd import DmtdModel
+from dmtd_models.reference.layers import DecoderLayer
 
 _LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

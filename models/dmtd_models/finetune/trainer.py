@@ -22,13 +22,13 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from dmtd_models.checkpoints.saving import replacing, write_json
 from dmtd_models.errors import CheckpointError, ModelError
 from dmtd_models.finetune.batches import Batch
 from dmtd_models.finetune.heap import GIVE_BACK_EVERY_STEPS, give_back
 from dmtd_models.finetune.options import TrainOptions
 from dmtd_models.finetune.states import COMPLETE, SIZES, file_sizes, latest_checkpoint, remove_states
 from dmtd_models.finetune.student import StepResult, Student
-from dmtd_models.saving import replacing, write_json
 
 WEIGHTS = "model.safetensors"
 LOG = "log.jsonl"

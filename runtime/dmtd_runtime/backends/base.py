@@ -9,13 +9,13 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from dmtd_runtime import contract
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.engine_record import FLAVOURS
+from dmtd_runtime.bundle.engine_record import Flavour as Flavour
+from dmtd_runtime.bundle.engine_record import FullPass as FullPass
 from dmtd_runtime.cycle import Step
-from dmtd_runtime.engine_record import FLAVOURS
-from dmtd_runtime.engine_record import Flavour as Flavour
-from dmtd_runtime.engine_record import FullPass as FullPass
 from dmtd_runtime.errors import RequestError
-from dmtd_runtime.sampler import Sampler
+from dmtd_runtime.sampling.sampler import Sampler
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BackendName = Literal["onnxruntime", "tensorrt"]

@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from dmtd_runtime import contract
 from dmtd_runtime.backends.base import Backend, BackendOptions
-from dmtd_runtime.bundle import checked_once
-from dmtd_runtime.engine_choice import EngineWish, choose_record, require_fit
-from dmtd_runtime.engine_record import OLDEST_CAPABILITY, EngineRecord, is_new_enough
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.engine_choice import EngineWish, choose_record, require_fit
+from dmtd_runtime.bundle.engine_record import OLDEST_CAPABILITY, EngineRecord, is_new_enough
+from dmtd_runtime.bundle.manifest import Manifest
+from dmtd_runtime.bundle.opening import checked_once
 from dmtd_runtime.errors import BackendError, RequestError
-from dmtd_runtime.manifest import Manifest
 
 
 def open_backend(
@@ -42,7 +42,7 @@ def open_backend(
 
 def _open(directory: Path, manifest: Manifest, options: BackendOptions, engines: Path | None) -> Backend:
     if options.backend == "onnxruntime":
-        from dmtd_runtime.backends.onnxruntime import OnnxRuntimeBackend
+        from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(directory, manifest, options)
     return (
@@ -53,8 +53,8 @@ def _open(directory: Path, manifest: Manifest, options: BackendOptions, engines:
 
 
 def _open_host(bundle: Path, manifest: Manifest, options: BackendOptions, engines: Path | None) -> Backend:
-    from dmtd_runtime.backends.tensorrt import TensorRtBackend
-    from dmtd_runtime.device.host import HostDevice
+    from dmtd_runtime.backends.engines.backend import TensorRtBackend
+    from dmtd_runtime.device.simulator.device import HostDevice
 
     if manifest.model.dtype == "bfloat16":
         raise BackendError(
@@ -67,7 +67,7 @@ def _open_host(bundle: Path, manifest: Manifest, options: BackendOptions, engine
 
 
 def _open_gpu(bundle: Path, manifest: Manifest, options: BackendOptions, engines: Path | None) -> Backend:
-    from dmtd_runtime.backends.tensorrt import TensorRtBackend
+    from dmtd_runtime.backends.engines.backend import TensorRtBackend
     from dmtd_runtime.device.cuda import CudaDevice
 
     device = CudaDevice(

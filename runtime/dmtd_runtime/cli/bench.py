@@ -1,4 +1,4 @@
-"""``dmtd bench``: the static card, the measured table, or one JSON object. Measuring is ``dmtd_runtime.bench``'s."""
+"""``dmtd bench``: the static card, the measured table, or one JSON object. Measuring is ``dmtd_runtime.bench.measure``'s."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dmtd_runtime.backends.base import BackendOptions
-from dmtd_runtime.bench import BatchReport, BenchOptions, BenchReport, Mode, OnRun, check_options, run_bench
-from dmtd_runtime.bundle import open_bundle
+from dmtd_runtime.bench.measure import BatchReport, BenchOptions, BenchReport, Mode, OnRun, check_options, run_bench
+from dmtd_runtime.bundle.manifest import Manifest
+from dmtd_runtime.bundle.opening import open_bundle
+from dmtd_runtime.bundle.speed_bound import SplitBytes, mean_context, split_bytes
 from dmtd_runtime.cli.common import (
     BackendOption,
     BundleArgument,
@@ -34,8 +36,6 @@ from dmtd_runtime.cli.common import (
     pick,
 )
 from dmtd_runtime.errors import RequestError
-from dmtd_runtime.manifest import Manifest
-from dmtd_runtime.speed_bound import SplitBytes, mean_context, split_bytes
 
 _BENCH = BenchOptions()
 _BACKEND = BackendOptions()

@@ -37,7 +37,7 @@ from dmtd_runtime.errors import AbortedError, BackendError, DmtdError, RequestEr
 
 if TYPE_CHECKING:
     from dmtd_runtime.llm import LLM
-    from dmtd_runtime.sampling import SamplingParams
+    from dmtd_runtime.sampling.params import SamplingParams
 
 _BACKEND = BackendOptions()
 QUOTES = '"""'

@@ -31,11 +31,11 @@ from dmtd_runtime.cli.common import (
     printable,
 )
 from dmtd_runtime.errors import RequestError
-from dmtd_runtime.outputs import Delta
+from dmtd_runtime.serving.outputs import Delta
 
 if TYPE_CHECKING:
     from dmtd_runtime.llm import LLM
-    from dmtd_runtime.sampling import SamplingParams
+    from dmtd_runtime.sampling.params import SamplingParams
 
 _BACKEND = BackendOptions()
 

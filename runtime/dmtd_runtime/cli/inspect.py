@@ -7,9 +7,9 @@ import json as json_text
 import typer
 from rich.console import Console
 
-from dmtd_runtime import inspect_bundle
+from dmtd_runtime.bundle import describe as inspect_bundle
+from dmtd_runtime.bundle.manifest import load_manifest
 from dmtd_runtime.cli.common import BundleArgument, BundleOption, JsonOption, pick
-from dmtd_runtime.manifest import load_manifest
 
 
 def inspect(bundle: BundleArgument = None, model: BundleOption = None, json: JsonOption = False) -> None:

@@ -20,7 +20,7 @@ from dmtd_runtime.errors import RequestError
 if TYPE_CHECKING:
     from dmtd_runtime.backends.base import BackendOptions
     from dmtd_runtime.llm import LLM
-    from dmtd_runtime.sampling import SamplingParams
+    from dmtd_runtime.sampling.params import SamplingParams
 
 UNTRAINED = "note: weights not trained for DMTD: the speed is real, the words are not (compare with --plain)"
 _PANEL = "Sampling (by default as the bundle's generation_config.json says)"

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dmtd_runtime import contract
+from dmtd_runtime.bundle import contract
 from dmtd_runtime.device.base import Address, Capture, Engine, EngineTensor
 from dmtd_runtime.device.cuda_memory import CudaMemory
 from dmtd_runtime.device.kernel_cache import KernelCache

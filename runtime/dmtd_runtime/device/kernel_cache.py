@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dmtd_runtime.bundle import cache_directory
+from dmtd_runtime.bundle.opening import cache_directory
 
 logger = logging.getLogger("dmtd.cuda")
 

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dmtd_runtime.engine_record import is_new_enough
+from dmtd_runtime.bundle.engine_record import is_new_enough
 from dmtd_runtime.errors import BackendError
 
 CudaFlavour = Literal["tensorrt", "tensorrt-rtx"]

@@ -7,9 +7,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from dmtd_models.checkpoint import open_checkpoint
-from dmtd_models.config import Rope, resolve_dmtd
-from dmtd_models.dmtd import DmtdModel
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.config.model import Rope, resolve_dmtd
 from dmtd_models.finetune import answers
 from dmtd_models.finetune.answers import (
     AnswerOptions,
@@ -22,8 +21,9 @@ from dmtd_models.finetune.answers import (
 )
 from dmtd_models.finetune.decode import SlotDecoder, largest
 from dmtd_models.finetune.shards import AnswersError, ShardStore
-from dmtd_models.oracle import greedy, teacher_forced
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.reference.dmtd import DmtdModel
+from dmtd_models.reference.oracle import greedy, teacher_forced
+from dmtd_models.reference.testing import write_tiny_checkpoint
 
 END, START = 258, 257  # of the tiny tokenizer
 GREEDY = (Style(temperature=0.0),)

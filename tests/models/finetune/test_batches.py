@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmtd_models.finetune.batches import BatchOptions, Collator, PackedRows, Row, make_batch, pack
-from dmtd_models.oracle import gates
+from dmtd_models.reference.oracle import gates
 
 STILL = BatchOptions(vary_phase=False)
 by_convention = pytest.mark.parametrize("convention", CONVENTIONS, ids="+".join)

@@ -14,14 +14,14 @@ import pytest
 import torch
 from finetune_support import documents_of, opened
 
-from dmtd_models.dmtd import DmtdModel
 from dmtd_models.errors import ModelError
 from dmtd_models.finetune import features
 from dmtd_models.finetune.batches import BatchOptions, make_batch
 from dmtd_models.finetune.features import FeatureKey, FeatureStore, add_computed, documents_digest, store_features
 from dmtd_models.finetune.packed import layer_forward, make_layout
-from dmtd_models.oracle import gates
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.reference.dmtd import DmtdModel
+from dmtd_models.reference.oracle import gates
+from dmtd_models.reference.testing import write_tiny_checkpoint
 
 TOP_K = 5
 LENGTHS = [(12, 3), (30, 4), (7, 2), (25, 9), (40, 1)]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from dmtd_models.data import tasks
+from dmtd_models.data.errors import PackageError
 from dmtd_models.finetune.probes import evaluation_probes, probed_before
-from dmtd_models.text import tasks
-from dmtd_models.text.errors import PackageError
 
 OUT_OF_PACKAGES = ("hellaswag", "truthfulqa", "gsm8k", "humaneval")
 

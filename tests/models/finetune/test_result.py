@@ -16,16 +16,16 @@ import torch
 from finetune_support import CONVENTIONS, opened, spec_of
 from safetensors import safe_open
 
-from dmtd_models.checkpoint import open_checkpoint
-from dmtd_models.dmtd import DmtdModel
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.errors import ModelError
 from dmtd_models.finetune import result
 from dmtd_models.finetune.options import TrainOptions
 from dmtd_models.finetune.result import save_adapter, save_checkpoint
 from dmtd_models.finetune.run import _student
 from dmtd_models.finetune.student import Student
-from dmtd_models.oracle import teacher_forced
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.reference.dmtd import DmtdModel
+from dmtd_models.reference.oracle import teacher_forced
+from dmtd_models.reference.testing import write_tiny_checkpoint
 
 TYPES = {"qwen3": "mtpqwen3", "llama": "mtpllama", "qwen2": "mtpqwen2"}
 TOKENS = [5, 9, 2, 77, 31, 8]
@@ -195,7 +195,7 @@ def test_a_full_disk_leaves_what_stood_there(
         raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(result, "save_file", full)
-    monkeypatch.setattr("dmtd_models.adapter.save_file", full)
+    monkeypatch.setattr("dmtd_models.adapters.adapter.save_file", full)
     with pytest.raises(ModelError, match=r"cannot be written .*No space left.*make room") as error:
         save(checkpoint, spec, student, tmp_path / "out")
     assert "\n" not in str(error.value)

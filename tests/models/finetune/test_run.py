@@ -408,8 +408,8 @@ def test_matrix_products_of_a_token(base: Path) -> None:
     """By hand: hidden 64, so many weights a layer; the head only for rows with a loss."""
     from finetune_support import opened
 
-    from dmtd_models.dmtd import DmtdModel
     from dmtd_models.finetune.run import _flops_per_token
+    from dmtd_models.reference.dmtd import DmtdModel
 
     with opened(base, decoding_layers=2, cycle_length=3) as (checkpoint, spec):
         model = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, torch.float32)

@@ -14,15 +14,15 @@ from finetune_support import CONVENTIONS, documents_of, opened, spec_of
 from torch import Tensor
 from torch.nn import functional
 
-from dmtd_models.config import DmtdSpec
-from dmtd_models.dmtd import DmtdModel
+from dmtd_models.config.model import DmtdSpec
 from dmtd_models.finetune import packed
 from dmtd_models.finetune.batches import Batch, BatchOptions, Document, make_batch
 from dmtd_models.finetune.options import TrainOptions
 from dmtd_models.finetune.run import _student
 from dmtd_models.finetune.student import LossOptions, Student, likeliest_tokens
-from dmtd_models.oracle import teacher_forced
-from dmtd_models.testing import write_tiny_checkpoint
+from dmtd_models.reference.dmtd import DmtdModel
+from dmtd_models.reference.oracle import teacher_forced
+from dmtd_models.reference.testing import write_tiny_checkpoint
 
 FAMILIES = {
     "qwen3": {"tie": True},

@@ -8,9 +8,9 @@ from dataclasses import replace
 import datasets
 import pytest
 
-from dmtd_models.text.errors import DataError
-from dmtd_models.text.items import GenerationItem, MultipleChoiceItem, TextItem
-from dmtd_models.text.overlap import (
+from dmtd_models.data.errors import DataError
+from dmtd_models.data.items import GenerationItem, MultipleChoiceItem, TextItem
+from dmtd_models.data.overlap import (
     OverlapIndex,
     Probe,
     TrainingText,

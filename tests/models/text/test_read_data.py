@@ -7,10 +7,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from dmtd_models.data import corpora, read_data
+from dmtd_models.data.errors import DataError
+from dmtd_models.data.read_data import ReadOptions, read_training_data
 from dmtd_models.finetune.data import read_run_text
-from dmtd_models.text import corpora, read_data
-from dmtd_models.text.errors import DataError
-from dmtd_models.text.read_data import ReadOptions, read_training_data
 
 ASK = {"role": "user", "content": "Hi?"}
 ANSWER = {"role": "assistant", "content": "Yes."}
@@ -114,7 +114,7 @@ def test_what_is_held_out_shares_no_document_with_what_is_trained_on(tokenizer, 
 
 
 def test_a_template_in_tokenizer_config(tmp_path, make_tokenizer):
-    from dmtd_models.text.chat import TextTokenizer
+    from dmtd_models.data.chat import TextTokenizer
 
     files = {"tokenizer.json": make_tokenizer().tokenizer.to_str().encode()}
     config = {
@@ -294,7 +294,7 @@ def test_templates_that_cannot_be_used(read, tmp_path, make_tokenizer):
 
 
 def test_options_and_tokenizers_that_do_not_fit(read, tmp_path, make_tokenizer):
-    from dmtd_models.text.chat import TextTokenizer
+    from dmtd_models.data.chat import TextTokenizer
 
     with pytest.raises(DataError, match="max_length: got 4"):
         ReadOptions(max_length=4)

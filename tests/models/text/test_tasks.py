@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from dmtd_models.text import tasks
-from dmtd_models.text.code_runner import RunLimits, runs_to_its_end
-from dmtd_models.text.errors import DataError
-from dmtd_models.text.facts import FACTS, everyday_prompts
-from dmtd_models.text.overlap import words_of
-from dmtd_models.text.packages import Archive, default_cache_dir
-from dmtd_models.text.scoring import (
+from dmtd_models.data import tasks
+from dmtd_models.data.code_runner import RunLimits, runs_to_its_end
+from dmtd_models.data.errors import DataError
+from dmtd_models.data.facts import FACTS, everyday_prompts
+from dmtd_models.data.overlap import words_of
+from dmtd_models.data.packages import Archive, default_cache_dir
+from dmtd_models.data.scoring import (
     code_of,
     ends_in_number,
     final_number,
@@ -23,7 +23,7 @@ from dmtd_models.text.scoring import (
     stated_answer,
     states_one_of,
 )
-from dmtd_models.text.tasks import load_task, task_names
+from dmtd_models.data.tasks import load_task, task_names
 
 
 @pytest.mark.parametrize(

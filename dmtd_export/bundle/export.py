@@ -1,0 +1,214 @@
+"""`dmtd export`: checkpoint -> bundle. Reads tensor by tensor, writes beside the target, exchanges at the end. No torch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import metadata
+from importlib.resources import files as resource_files
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from dmtd_export.bundle.assets import write_assets
+from dmtd_export.bundle.atomic import atomic_directory
+from dmtd_export.bundle.split import cycle_of
+from dmtd_export.bundle.target import check_disk, check_target, one_line_os_errors
+from dmtd_export.bundle.weights import stored_bytes, write_weights
+from dmtd_export.errors import ExportError as ExportError
+from dmtd_export.graphs.build import GraphSpec, build_graph
+from dmtd_export.options import MAX_BATCH_LIMIT, MAX_WINDOW, ExportOptions
+from dmtd_models.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from dmtd_models.config.model import DmtdSpec, ModelConfig, resolve_dmtd
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.manifest import FileInfo, GraphInfo, Manifest, ModelInfo, sha256_of
+from dmtd_runtime.version import __version__
+
+logger = logging.getLogger("dmtd.export")
+
+GQA_HEAD_MULTIPLE = 16
+
+VerifyHook = Callable[[Path, Checkpoint], Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Callbacks for a progress display: a stage begins (name, bytes or 0), some bytes of it are done."""
+
+    stage: Callable[[str, int], None] = lambda name, total: None
+    advance: Callable[[int], None] = lambda count: None
+
+
+def export_bundle(
+    model: Path,
+    output: Path,
+    options: ExportOptions,
+    *,
+    adapter: Path | None = None,
+    progress: Progress | None = None,
+    verify: VerifyHook | None = None,
+) -> Manifest:
+    """Export the checkpoint at ``model`` (a Hugging Face directory or a GGUF file) into the bundle ``output``.
+
+    ``adapter`` is a directory that ``dmtd finetune`` made of that checkpoint; its difference is added to the weights.
+    ``verify`` is called with the finished but not yet placed bundle and the open checkpoint; it returns the record for the
+    manifest and raises to refuse the bundle. Raises ExportError, dmtd_models' ModelError, or what ``verify`` raises.
+    """
+    progress = progress or Progress()
+    with one_line_os_errors(output), open_checkpoint(model, adapter) as checkpoint:
+        check_target(output)
+        spec = resolve(checkpoint, options)
+        max_model_len = _max_model_len(checkpoint.config, options)
+        check_disk(output, stored_bytes(checkpoint.config, checkpoint, options.dtype, max_model_len + MAX_WINDOW))
+        with atomic_directory(output) as work:
+            manifest = _write_bundle(work, checkpoint, spec, max_model_len, options, progress)
+            if verify is not None:
+                progress.stage("verify", 0)
+                manifest = replace(manifest, verification=verify(work, checkpoint))
+                (work / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def resolve(checkpoint: Checkpoint, options: ExportOptions) -> DmtdSpec:
+    """The split and convention of the bundle: the checkpoint's record, overridden by options."""
+    spec = resolve_dmtd(
+        checkpoint.config,
+        checkpoint.dmtd,
+        encoding_layers=options.encoding_layers,
+        thinking_layers=options.thinking_layers,
+        decoding_layers=options.decoding_layers,
+        cycle_length=options.cycle_length,
+        cycle_origin=options.cycle_origin,
+        prompt_input=options.prompt_input,
+    )
+    head_dim = checkpoint.config.head_dim
+    if options.target != "tensorrt" and head_dim % GQA_HEAD_MULTIPLE:
+        raise ExportError(
+            f"head_dim: got {head_dim}, ONNX Runtime's attention takes multiples of {GQA_HEAD_MULTIPLE}; use --target tensorrt, "
+            "whose standard graphs ONNX Runtime runs too"
+        )
+    recorded = checkpoint.dmtd
+    if recorded is not None and (warning := trained_otherwise(recorded, spec)):
+        logger.warning("%s", warning)
+        spec = replace(spec, trained=False)
+    if not spec.convention_recorded:
+        logger.warning(
+            "the checkpoint records no convention; assuming --cycle-origin %s --prompt-input %s",
+            spec.cycle_origin,
+            spec.prompt_input,
+        )
+    if not spec.trained:
+        logger.warning("the weights are not trained for DMTD: speed will be real, words of the late steps will not")
+    return spec
+
+
+def trained_otherwise(recorded: DmtdSpec, spec: DmtdSpec) -> str | None:
+    """A line about weights whose training was not for ``spec``; None where it was."""
+    if _same_training(recorded, spec):
+        return None
+    return (
+        "the checkpoint was trained with E{} T{} D{}, cycles of {}, {}, {}; with anything else it counts as not trained"
+    ).format(*_split(recorded), recorded.cycle_origin, recorded.prompt_input)
+
+
+def _split(spec: DmtdSpec) -> tuple[int, int, int, int]:
+    return spec.encoding_layers, spec.thinking_layers, spec.decoding_layers, spec.cycle_length
+
+
+def _same_training(recorded: DmtdSpec, spec: DmtdSpec) -> bool:
+    conventions = [(one.cycle_origin, one.prompt_input) for one in (recorded, spec)]
+    return _split(recorded) == _split(spec) and (not recorded.convention_recorded or conventions[0] == conventions[1])
+
+
+def _write_bundle(
+    work: Path, checkpoint: Checkpoint, spec: DmtdSpec, max_model_len: int, options: ExportOptions, progress: Progress
+) -> Manifest:
+    config = checkpoint.config
+    write_assets(work, checkpoint)
+    loader = resource_files("dmtd_export").joinpath("bundle", "polygraphy_data.py").read_text(encoding="utf-8")
+    (work / contract.DATA_LOADER_FILE).write_text(loader, encoding="utf-8")
+    rotary_rows = max_model_len + MAX_WINDOW
+    progress.stage("weights", stored_bytes(config, checkpoint, options.dtype, rotary_rows))
+    weights, weights_file = write_weights(
+        work / contract.WEIGHTS_FILE,
+        checkpoint,
+        config,
+        options.dtype,
+        rotary_rows,
+        progress.advance,
+    )
+    progress.stage("graphs", 0)
+    graph_spec = GraphSpec(config=config, dmtd=spec, dtype=options.dtype, weights=weights)
+    graphs: list[GraphInfo] = []
+    for name, dialect, slots in wanted_graphs(options):
+        model, info = build_graph(graph_spec, name, dialect, slots)
+        onnx.save_model(model, work / info.file)
+        onnx.checker.check_model(work / info.file, full_check=True)
+        graphs.append(info)
+    listed = {contract.WEIGHTS_FILE: weights_file}
+    for path in sorted(work.iterdir()):
+        if path.name not in (contract.WEIGHTS_FILE, contract.MANIFEST_FILE):
+            listed[path.name] = FileInfo(bytes=path.stat().st_size, sha256=sha256_of(path))
+    manifest = Manifest(
+        schema=contract.SCHEMA_VERSION,
+        model=_model_info(config, options, max_model_len),
+        cycle=cycle_of(spec),
+        graphs=tuple(graphs),
+        weights=weights,
+        files=listed,
+        tools={"dmtd": __version__, "onnx": metadata.version("onnx")},
+    )
+    (work / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def slot_counts(max_batch: int) -> list[int]:
+    """1, 2, 4, ... and ``max_batch``: an idle slot costs a little in every layer, so a runtime takes the smallest graph."""
+    return sorted({1, max_batch, *(1 << i for i in range(max_batch.bit_length()) if 1 << i < max_batch)})
+
+
+def wanted_graphs(options: ExportOptions) -> list[tuple[contract.GraphName, contract.Dialect, int]]:
+    """(graph, dialect, slots) of every graph file that the options ask for."""
+    wanted: list[tuple[contract.Dialect, int]] = []
+    if options.target in ("onnxruntime", "all"):
+        wanted += [(contract.ONNXRUNTIME, slots) for slots in slot_counts(options.max_batch)]
+    if options.target in ("tensorrt", "all"):
+        wanted.append((contract.STANDARD, 1))
+    # late_decode takes any batch as it is: only T's layers need a node for every slot.
+    decoder = [
+        (name, dialect, slots)
+        for dialect, slots in wanted
+        for name in contract.DECODER_GRAPHS
+        if slots == 1 or name != contract.LATE_DECODE
+    ]
+    return [*decoder, *((name, contract.STANDARD, 1) for name in contract.CHOICE_GRAPHS)]
+
+
+def _model_info(config: ModelConfig, options: ExportOptions, max_model_len: int) -> ModelInfo:
+    return ModelInfo(
+        family=config.family,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        tie_word_embeddings=config.tie_word_embeddings,
+        dtype=options.dtype,
+        max_model_len=max_model_len,
+        max_window=MAX_WINDOW,
+        bos_token_id=config.bos_token_id,
+        eos_token_ids=config.eos_token_ids,
+    )
+
+
+def _max_model_len(config: ModelConfig, options: ExportOptions) -> int:
+    wanted = options.max_model_len if options.max_model_len is not None else config.max_positions
+    if not 2 <= wanted <= config.max_positions:
+        raise ExportError(f"--max-model-len: got {wanted}, expected 2 to {config.max_positions}, the model's own limit")
+    if not 1 <= options.max_batch <= MAX_BATCH_LIMIT:
+        raise ExportError(f"--max-batch: got {options.max_batch}, expected 1 to {MAX_BATCH_LIMIT}")
+    return wanted

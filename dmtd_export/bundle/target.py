@@ -1,0 +1,112 @@
+"""The place where a bundle is to stand: looked at before anything is written, so that nothing of the user's is lost.
+
+Used by ``export``. Writing itself is ``atomic``'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from dmtd_export.errors import ExportError
+from dmtd_runtime.bundle import contract
+
+logger = logging.getLogger("dmtd.export")
+
+DISK_SLACK_BYTES = 64 << 20  # graphs, tokenizer, manifest
+NOT_LOST = frozenset({"__pycache__"})  # Polygraphy makes it beside the bundle's data loader
+
+
+def check_target(output: Path) -> None:
+    """Refuse a target that is neither free nor a bundle, or that holds files besides the bundle.
+
+    Engines were built from the bundle that is replaced and fit no other: they go with it, and a warning says so.
+
+    Raises:
+        ExportError: with what is in the way.
+    """
+    if output.exists() and not output.is_dir():
+        raise ExportError(f"{output} is a file; name a directory with -o")
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if not names:
+        return
+    own = _bundle_files(output)
+    if own is None:
+        raise ExportError(f"{output} exists and is not a bundle; name another directory with -o, or remove it")
+    engines = _engines(output)
+    foreign = sorted(names - own - NOT_LOST - ({contract.ENGINES_DIRECTORY} if engines is not None else set()))
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise ExportError(
+            f"{output} holds {foreign[0]}{more} besides its bundle, which a new bundle would replace whole; "
+            "move that away, or name another directory with -o"
+        )
+    if engines:
+        logger.warning(
+            "%s: the engines of the bundle that is replaced go with it, they fit no other (%s); "
+            "build new ones afterwards with: dmtd build %s",
+            output / contract.ENGINES_DIRECTORY,
+            ", ".join(engines),
+            shlex.quote(str(output)),
+        )
+
+
+def check_disk(output: Path, needed_bytes: int) -> None:
+    """Refuse to start what would not fit.
+
+    Raises:
+        ExportError: with the bytes free and needed.
+    """
+    place = output.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free, needed = shutil.disk_usage(place).free, needed_bytes + DISK_SLACK_BYTES
+    if free < needed:
+        raise ExportError(
+            f"{place} has {free / 1e9:.2f} GB free, the bundle needs {needed / 1e9:.2f} GB; "
+            "free some space, or choose another -o or --dtype"
+        )
+
+
+@contextlib.contextmanager
+def one_line_os_errors(output: Path) -> Iterator[None]:
+    """Turn what the file system refuses into an ExportError that says what became of it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ExportError(
+                f"no space left while writing {output}: free some and export again; nothing was kept"
+            ) from error
+        if error.errno is None:
+            raise
+        raise ExportError(
+            f"{error.filename or output}: {error.strerror}; mend that, or name another directory with -o; nothing was kept"
+        ) from error
+
+
+def _engines(output: Path) -> list[str] | None:
+    """Names of what `dmtd build` put into the bundle; None where there is nothing, or something else as well."""
+    place = output / contract.ENGINES_DIRECTORY
+    if place.is_symlink() or not place.is_dir():
+        return None
+    # What a build that was killed left behind begins with a dot and holds nothing that anybody could use.
+    inside = sorted(path for path in place.iterdir() if not (path.name.startswith(".") and ".partial-" in path.name))
+    if not all((path / contract.ENGINE_RECORD_FILE).is_file() for path in inside):
+        return None
+    return [path.name for path in inside]
+
+
+def _bundle_files(directory: Path) -> set[str] | None:
+    """Names of the files that the bundle's manifest lists, and its own; None if there is no bundle's manifest."""
+    try:
+        raw = json.loads((directory / contract.MANIFEST_FILE).read_text(encoding="utf-8"))
+        return {contract.MANIFEST_FILE, *raw["files"]} if isinstance(raw["schema"], int) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,207 @@
+"""The bundle's one weights file: every tensor once, streamed from the checkpoint, with numbers to recognise it by.
+
+Layout: tensors stand in Hugging Face's own form ``[out, in]``; q, k, v and gate, up stand one behind another so that a
+graph can read them as one matrix; every group starts at a page. The numbers (``norm``, ``probe``) let `dmtd verify` tell
+an altered tensor from the exported one without the checkpoint, even where the file's hash was recomputed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from dmtd_export.errors import ExportError
+from dmtd_export.graphs.layers import COS, SIN
+from dmtd_models.config.model import ModelConfig
+from dmtd_models.reference.rope import rotary_tables
+from dmtd_runtime.bundle.manifest import FileInfo, WeightInfo
+
+Array = np.ndarray
+PAGE_BYTES = 4096
+CHUNK_BYTES = 32 << 20  # converted at a time: bounds the anonymous memory of an export
+PROBE_RTOL = 1e-10  # of the norm; float64 sums in another order stay below 1e-13 of it for 28 million values
+
+NUMPY_DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class TensorSource(Protocol):
+    """Anything that can be asked for tensors by their Hugging Face name."""
+
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read(self, name: str) -> Array: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fingerprint:
+    """Two numbers of a tensor: its Euclidean norm, and a bilinear form that sees every element and its place."""
+
+    norm: float
+    probe: float
+
+    def matches(self, other: Fingerprint) -> bool:
+        tolerance = PROBE_RTOL * max(self.norm, other.norm, 1e-30)
+        return abs(self.norm - other.norm) <= tolerance and abs(self.probe - other.probe) <= tolerance
+
+
+class Fingerprinter:
+    """Accumulates a :class:`Fingerprint` over chunks of rows, in float64.
+
+    probe = sum over i, j of u[i] * x[i, j] * v[j], with fixed pseudo-random u and v. Their magnitudes all differ: with mere signs
+    two rows of equal sign could change places unseen.
+    """
+
+    def __init__(self) -> None:
+        self._sum_squares = 0.0
+        self._probe = 0.0
+        self._row = 0
+
+    def add(self, rows: Array) -> None:
+        x = np.asarray(rows, dtype=np.float32).reshape(len(rows), -1).astype(np.float64)
+        self._sum_squares += float(np.einsum("ij,ij->", x, x))
+        # einsum, not @: a BLAS adds in an order of its own, and equal exports should write equal manifests.
+        rows_probe = np.einsum("ij,j->i", x, _factors(1 << 40, x.shape[1]))
+        self._probe += float(np.einsum("i,i->", _factors(self._row, len(x)), rows_probe))
+        self._row += len(x)
+
+    def finish(self) -> Fingerprint:
+        return Fingerprint(norm=self._sum_squares**0.5, probe=self._probe)
+
+
+def _factors(start: int, count: int) -> Array:
+    """Pseudo-random numbers of either sign and magnitude 0.5 to 1, one for each of ``count`` integers; stable for ever."""
+    with np.errstate(over="ignore"):
+        mixed = np.arange(start, start + count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+        mixed *= np.uint64(0xBF58476D1CE4E5B9)
+        mixed ^= mixed >> np.uint64(32)
+        mixed *= np.uint64(0x94D049BB133111EB)
+    magnitude = 0.5 + (mixed & np.uint64((1 << 52) - 1)).astype(np.float64) * 2.0**-53
+    return np.where(mixed >> np.uint64(63), magnitude, -magnitude)
+
+
+def tensor_groups(config: ModelConfig) -> Iterator[tuple[str, ...]]:
+    """The stored tensors in file order, in groups that stand one behind another."""
+    yield ("model.embed_tokens.weight",)
+    for i in range(config.num_layers):
+        layer = f"model.layers.{i}"
+        yield (f"{layer}.input_layernorm.weight",)
+        qkv = [f"{layer}.self_attn.{kind}_proj" for kind in "qkv"]
+        yield tuple(f"{name}.weight" for name in qkv)
+        if config.qkv_bias:
+            yield tuple(f"{name}.bias" for name in qkv)
+        if config.qk_norm:
+            yield (f"{layer}.self_attn.q_norm.weight",)
+            yield (f"{layer}.self_attn.k_norm.weight",)
+        yield (f"{layer}.self_attn.o_proj.weight",)
+        if config.o_bias:
+            yield (f"{layer}.self_attn.o_proj.bias",)
+        yield (f"{layer}.post_attention_layernorm.weight",)
+        for suffix in ("weight", "bias") if config.mlp_bias else ("weight",):
+            yield (f"{layer}.mlp.gate_proj.{suffix}", f"{layer}.mlp.up_proj.{suffix}")
+            yield (f"{layer}.mlp.down_proj.{suffix}",)
+    yield ("model.norm.weight",)
+    if not config.tie_word_embeddings:
+        yield ("lm_head.weight",)
+
+
+def stored_bytes(config: ModelConfig, source: TensorSource, dtype: str, rotary_rows: int) -> int:
+    """Bytes of all tensors in ``dtype``, both rotary tables of ``rotary_rows`` rows among them, alignment aside."""
+    counts = [int(np.prod(source.shape(name))) for group in tensor_groups(config) for name in group]
+    return (sum(counts) + rotary_rows * config.head_dim) * NUMPY_DTYPES[dtype].itemsize
+
+
+def write_weights(
+    path: Path,
+    source: TensorSource,
+    config: ModelConfig,
+    dtype: str,
+    rotary_rows: int,
+    on_bytes: Callable[[int], None] | None = None,
+) -> tuple[dict[str, WeightInfo], FileInfo]:
+    """Stream all tensors of ``source`` into ``path``. ``on_bytes`` is told of every chunk, for a progress bar."""
+    with path.open("wb") as file:
+        writer = _WeightsFile(file, NUMPY_DTYPES[dtype], on_bytes)
+        for group in tensor_groups(config):
+            writer.align()
+            for name in group:
+                writer.write(name, dtype, source.read(name))
+        for name, table in zip((COS, SIN), rotary_tables(config.rope, config.head_dim, rotary_rows), strict=True):
+            writer.align()
+            writer.write(name, dtype, table)
+        file.flush()
+        return writer.infos, FileInfo(bytes=writer.offset, sha256=writer.digest.hexdigest())
+
+
+class _WeightsFile:
+    def __init__(self, file: BinaryIO, dtype: np.dtype, on_bytes: Callable[[int], None] | None) -> None:
+        self.infos: dict[str, WeightInfo] = {}
+        self.offset = 0
+        self.digest = hashlib.sha256()
+        self._file = file
+        self._dtype = dtype
+        self._on_bytes = on_bytes
+
+    def align(self) -> None:
+        self._put(b"\0" * (-self.offset % PAGE_BYTES))
+
+    def write(self, name: str, dtype: str, tensor: Array) -> None:
+        start, fingerprint = self.offset, Fingerprinter()
+        for rows in row_chunks(tensor):
+            with np.errstate(over="ignore"):  # an overflow shows in the norm
+                chunk = np.ascontiguousarray(rows.astype(self._dtype, copy=False))
+            fingerprint.add(chunk)
+            self._put(chunk.view(np.uint8).reshape(-1).data)
+            if self._on_bytes:
+                self._on_bytes(chunk.nbytes)
+        numbers = fingerprint.finish()
+        if not math.isfinite(numbers.norm):
+            raise ExportError(
+                f"tensor {name} has values that are not finite in {dtype}: NaN, or too large for the type; "
+                "the checkpoint is damaged, or try --dtype bfloat16 or float32"
+            )
+        self.infos[name] = WeightInfo(
+            dtype=dtype,
+            shape=tuple(tensor.shape),
+            offset=start,
+            length=self.offset - start,
+            norm=numbers.norm,
+            probe=numbers.probe,
+        )
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self.digest.update(data)
+        self.offset += len(data)
+
+
+def row_chunks(tensor: Array) -> Iterator[Array]:
+    """The tensor in slices along axis 0 of at most CHUNK_BYTES as float64."""
+    row_bytes = max(1, int(np.prod(tensor.shape[1:]))) * 8
+    step = max(1, CHUNK_BYTES // row_bytes)
+    for start in range(0, len(tensor), step):
+        yield tensor[start : start + step]
+
+
+def map_tensor(path: Path, info: WeightInfo) -> Array:
+    """A read-only view of one tensor in the weights file."""
+    return np.memmap(path, dtype=NUMPY_DTYPES[info.dtype], mode="r", offset=info.offset, shape=info.shape)
+
+
+def fingerprint_of(tensor: Array) -> Fingerprint:
+    """The fingerprint of a whole tensor."""
+    fingerprinter = Fingerprinter()
+    for rows in row_chunks(tensor):
+        fingerprinter.add(rows)
+    return fingerprinter.finish()

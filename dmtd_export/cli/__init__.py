@@ -1,0 +1,1 @@
+"""The `dmtd` command: verbs and what they share."""

@@ -1,0 +1,306 @@
+"""``dmtd build``: options, progress and the closing table. The work is ``dmtd_export.engines.run``'s."""
+
+from __future__ import annotations
+
+import json as json_text
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dmtd_export.cli.export import LIBRARIES
+from dmtd_export.cli.progress import StageDisplay
+from dmtd_export.engines.options import BuildOptions
+from dmtd_export.options import MAX_BATCH_LIMIT
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.engine_record import OLDEST_CAPABILITY, EngineRecord, Flavour
+from dmtd_runtime.cli.common import (
+    EXIT_ERROR,
+    BundleArgument,
+    BundleOption,
+    JsonOption,
+    human_bytes,
+    logs_to_stderr,
+    note,
+    pick,
+    require,
+)
+
+if TYPE_CHECKING:
+    from dmtd_export.engines.run import BuildResult, Preview
+
+_DEFAULT = BuildOptions()
+_SIZES = "Sizes"
+
+
+def build(
+    bundle: BundleArgument = None,
+    model: BundleOption = None,
+    flavour: Annotated[
+        Flavour | None,
+        typer.Option(
+            help="Library; by default the one that is installed. host: the graphs alone, to try a runtime on a CPU."
+        ),
+    ] = _DEFAULT.flavour,
+    fused: Annotated[
+        bool | None,
+        typer.Option(
+            "--fused/--no-fused",
+            help="Build full_pass too: one launch for a full pass, D and the head twice in memory; by default where the "
+            "split has encoding layers, which it reads once.",
+        ),
+    ] = _DEFAULT.fused,
+    compute_capability: Annotated[
+        str | None,
+        typer.Option(
+            metavar="8.9", help="tensorrt-rtx: build for this kind of GPU only; by default for any from 8.0 on."
+        ),
+    ] = _DEFAULT.compute_capability,
+    max_batch: Annotated[
+        int, typer.Option(help=f"Sequences at a time, 1 to {MAX_BATCH_LIMIT}.", rich_help_panel=_SIZES)
+    ] = _DEFAULT.max_batch,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Prompt and answer together; by default the bundle's limit, at most {contract.DEVICE_MODEL_LEN}.",
+            rich_help_panel=_SIZES,
+        ),
+    ] = _DEFAULT.max_model_len,
+    prefill_chunk: Annotated[
+        int, typer.Option(help="Most prompt rows in one pass.", rich_help_panel=_SIZES)
+    ] = _DEFAULT.prefill_chunk,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="tensorrt: file that remembers timings; by default under the user's cache.")
+    ] = _DEFAULT.timing_cache,
+    force: Annotated[bool, typer.Option("--force", help="Build again what stands there already.")] = _DEFAULT.force,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Verify on this machine's device, if it has one, before the engines take their place.",
+        ),
+    ] = True,
+    warm_up: Annotated[
+        bool,
+        typer.Option(
+            "--warm-up/--no-warm-up",
+            help="tensorrt-rtx: compile the kernels of every shape at the end, where this machine's GPU can run the engines.",
+        ),
+    ] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built, and what it takes.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Build TensorRT engines from a bundle into BUNDLE/engines/.
+
+    TensorRT-RTX builds without a GPU, for any of 8.0 and later; TensorRT builds for the GPU of this machine.
+    """
+    directory = pick(bundle, model, "BUNDLE")
+    require("build", LIBRARIES, '"dmtd[export]"')
+    from dmtd_export.engines.run import BuildProgress, build_engines, preview
+    from dmtd_export.engines.warm_up import compiles_here, warm_up_engines
+    from dmtd_export.verify import engines_hook
+
+    options = BuildOptions(
+        flavour=flavour,
+        fused=fused,
+        max_batch=max_batch,
+        max_model_len=max_model_len,
+        prefill_chunk=prefill_chunk,
+        compute_capability=compute_capability,
+        timing_cache=timing_cache,
+        force=force,
+    )
+    console = Console(highlight=False)
+    if dry_run:
+        with logs_to_stderr():
+            seen = preview(directory, options)
+        if json:
+            typer.echo(json_text.dumps(_preview_json(seen)))
+        else:
+            console.print(_preview_table(seen))
+        return
+    with logs_to_stderr(), StageDisplay() as display:
+        progress = BuildProgress(
+            ready=lambda seen: note(_statement(seen)),
+            stage=lambda name: display.stage(name, 0),
+            steps=display.progress,
+        )
+        hook = engines_hook(on_stage=display.verified) if verify else None
+        result = build_engines(directory, options, progress=progress, verify=hook)
+        cold = ""
+        if warm_up and result.built and compiles_here(result.record):
+            display.stage("compiling kernels", 0)
+            cold = warm_up_engines(directory, result.directory, result.record)
+    if cold:
+        note(f"kernels are compiled when the engines first run, not now: {cold}")
+    _tell(directory, result, json=json)
+
+
+def _tell(directory: Path, result: BuildResult, *, json: bool) -> None:
+    """What came of a build; an error where its verification did not run to its end."""
+    from dmtd_export.verify import FAILED, SKIPPED
+
+    found = result.record.verification if result.built else {}
+    if reason := found.get(SKIPPED):
+        note(f"not verified: {reason}; where it can be done run: {_verify_command(directory, result.record)}")
+    if json:
+        typer.echo(json_text.dumps(_result_json(result)))
+    else:
+        Console(highlight=False).print(_result_table(result))
+    if reason := found.get(FAILED):
+        note(f"error: built, but verification did not run to its end: {reason}")
+        raise typer.Exit(EXIT_ERROR)
+
+
+def _statement(seen: Preview) -> str:
+    """One line before a build: what it takes."""
+    return f"building {len(seen.parts)} engines for {seen.target.label}: {_takes(seen)}"
+
+
+def _takes(seen: Preview) -> str:
+    memory = f"{human_bytes(seen.peak_bytes)} of memory, " if seen.peak_bytes else ""
+    return f"up to {memory}{human_bytes(seen.disk_bytes)} of disk"
+
+
+def _preview_json(seen: Preview) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "dry_run": True,
+        "directory": str(seen.directory),
+        "exists": seen.exists,
+        "flavour": seen.target.flavour,
+        "version": seen.target.version,
+        "compute_capability": seen.target.compute_capability,
+        "dtype": seen.dtype,
+        "capacity": seen.plan.capacity,
+        "length_buckets": list(seen.plan.length_buckets),
+        "batch_buckets": list(seen.plan.batch_buckets),
+        "engines": [
+            {
+                "graph": part.graph.name,
+                "weight_bytes": part.weight_bytes,
+                "profiles": [profile.name for profile in part.profiles],
+                "expected_peak_bytes": part.expected_peak_bytes,
+            }
+            for part in seen.parts
+        ],
+        "tables_bytes": seen.tables_bytes,
+        "extra_bytes": seen.extra_bytes,
+        "expected_peak_bytes": seen.peak_bytes,
+        "expected_disk_bytes": seen.disk_bytes,
+    }
+
+
+def _preview_table(seen: Preview) -> Table:
+    table = _table()
+    _row(table, "would build", str(seen.directory))
+    if seen.exists:
+        _row(table, "", "stands there already; --force builds it again", "yellow")
+    _row(
+        table,
+        "for",
+        f"{seen.target.flavour} {seen.target.version}, {_gpu(seen.target.flavour, seen.target.compute_capability)}, {seen.dtype}",
+    )
+    _row(table, "sizes", _sizes(seen.plan.max_batch, seen.plan.max_model_len, seen.plan.length_buckets))
+    for part in seen.parts:
+        names = ", ".join(profile.name for profile in part.profiles)
+        _row(table, part.graph.name, f"{human_bytes(part.weight_bytes)} of weights; profiles {names}")
+    _row(table, "on the device", f"{human_bytes(seen.tables_bytes)} of tables beside the engines, held once")
+    if seen.extra_bytes:
+        _row(table, "", f"{human_bytes(seen.extra_bytes)} of weights stand in more than one engine")
+    _row(table, "takes", _takes(seen))
+    return table
+
+
+def _result_json(result: BuildResult) -> dict[str, Any]:
+    record = result.record
+    return {
+        "schema": 1,
+        "dry_run": False,
+        "directory": str(result.directory),
+        "built": result.built,
+        "flavour": record.flavour,
+        "version": record.version,
+        "compute_capability": record.compute_capability,
+        "dtype": record.dtype,
+        "capacity": record.capacity,
+        "length_buckets": list(record.length_buckets),
+        "batch_buckets": list(record.batch_buckets),
+        "engines": [
+            {
+                "graph": engine.graph,
+                "file": engine.file,
+                "bytes": engine.bytes,
+                "weight_bytes": engine.weight_bytes,
+                "scratch_bytes": engine.scratch_bytes,
+                "seconds": engine.seconds,
+                "peak_bytes": engine.peak_bytes,
+                "profiles": [profile.name for profile in engine.profiles],
+            }
+            for engine in record.engines
+        ],
+        "verification": dict(record.verification),
+        "peak_bytes": record.build.peak_bytes,
+        "seconds": record.build.seconds,
+    }
+
+
+def _result_table(result: BuildResult) -> Table:
+    record, table = result.record, _table()
+    _row(table, "engines", str(result.directory))
+    if not result.built:
+        _row(table, "", "stood there already; --force builds them again", "yellow")
+    _row(
+        table,
+        "for",
+        f"{record.flavour} {record.version}, {_gpu(record.flavour, record.compute_capability)}, {record.dtype}",
+    )
+    _row(table, "sizes", _sizes(record.max_batch, record.max_model_len, record.length_buckets))
+    for engine in record.engines:
+        scratch = "" if engine.scratch_bytes is None else f", {human_bytes(engine.scratch_bytes)} of activations"
+        weights = f"{human_bytes(engine.weight_bytes)} of weights"
+        _row(table, engine.graph, f"{human_bytes(engine.bytes)}, {weights}{scratch}; {engine.seconds:.1f} s")
+    _row(table, "took", f"{record.build.seconds:.1f} s, {human_bytes(record.build.peak_bytes)} of memory")
+    if record.verification.get("ok"):
+        checks = record.verification["checks"]
+        _row(table, "verified", f"{len(checks)} checks against the float32 oracle", "green")
+    else:
+        _row(table, "verified", f"no; check them with: {_verify_command(result.bundle, record)}", "yellow")
+    if record.flavour == "host":
+        _row(table, "", "graphs for ONNX Runtime on the CPU: no engine, no speed", "yellow")
+    return table
+
+
+def _verify_command(bundle: Path, record: EngineRecord) -> str:
+    fewer = f" --max-batch {record.max_batch}" if record.max_batch < BuildOptions().max_batch else ""
+    return f"dmtd verify {shlex.quote(str(bundle))} --backend tensorrt --flavour {record.flavour}{fewer}"
+
+
+def _gpu(flavour: Flavour, compute_capability: str) -> str:
+    if flavour == "host":
+        return "the CPU"
+    return (
+        f"any GPU of compute capability {OLDEST_CAPABILITY} and later"
+        if compute_capability == "any"
+        else f"GPU {compute_capability}"
+    )
+
+
+def _sizes(max_batch: int, max_model_len: int, buckets: tuple[int, ...]) -> str:
+    lengths = ", ".join(map(str, buckets))
+    return f"batch 1 to {max_batch}, up to {max_model_len} tokens, attention over {lengths} cache rows"
+
+
+def _table() -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    return table
+
+
+def _row(table: Table, name: str, text: str, style: str = "") -> None:
+    table.add_row(name, Text(text, style=style))

@@ -1,0 +1,179 @@
+"""``dmtd export``: options, progress and the closing table. The work is ``export.export_bundle``'s."""
+
+from __future__ import annotations
+
+import json as json_text
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dmtd_export.cli.progress import StageDisplay
+from dmtd_export.options import MAX_BATCH_LIMIT, Dtype, ExportOptions, Target
+from dmtd_runtime.bundle.speed_bound import split_bytes
+from dmtd_runtime.cli.common import JsonOption, human_bytes, logs_to_stderr, pick, require
+
+if TYPE_CHECKING:
+    from dmtd_runtime.bundle.manifest import Manifest
+
+LIBRARIES = ("numpy", "onnx", "safetensors", "gguf", "ml_dtypes")
+_DEFAULT = ExportOptions()
+_SPLIT, _BUNDLE = "Split and convention (by default as the checkpoint records them)", "Bundle"
+
+
+def _split(text: str) -> Any:
+    return typer.Option(help=text, rich_help_panel=_SPLIT)
+
+
+def export(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(metavar="MODEL", help="A Hugging Face directory (safetensors) or a GGUF file."),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", "-m", help="The checkpoint, instead of the argument.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Directory of the bundle; an older bundle there is replaced whole."),
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="A directory that `dmtd finetune` made of MODEL; it is merged into the weights.")
+    ] = None,
+    encoding_layers: Annotated[
+        int | None, _split("E: layers before the thinking layers; 0 for a plain checkpoint.")
+    ] = (_DEFAULT.encoding_layers),
+    thinking_layers: Annotated[int | None, _split("T: layers that run once a cycle; the rest by default.")] = (
+        _DEFAULT.thinking_layers
+    ),
+    decoding_layers: Annotated[
+        int | None, _split("D: late layers, that run for every token.")
+    ] = _DEFAULT.decoding_layers,
+    cycle_length: Annotated[int | None, _split("Tokens of a cycle (tau).")] = _DEFAULT.cycle_length,
+    cycle_origin: Annotated[
+        Literal["absolute", "prompt"] | None,
+        _split("Cycles count from the start of the sequence, or from the end of the prompt."),
+    ] = _DEFAULT.cycle_origin,
+    prompt_input: Annotated[
+        Literal["cyclical", "thinking", "sum"] | None, _split("What prompt positions feed to the late layers.")
+    ] = (_DEFAULT.prompt_input),
+    target: Annotated[
+        Target, typer.Option(help="Graphs for ONNX Runtime, for TensorRT, or both.", rich_help_panel=_BUNDLE)
+    ] = _DEFAULT.target,
+    dtype: Annotated[Dtype, typer.Option(help="Type of weights and caches.", rich_help_panel=_BUNDLE)] = _DEFAULT.dtype,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(help="Prompt and answer together; by default the model's limit.", rich_help_panel=_BUNDLE),
+    ] = _DEFAULT.max_model_len,
+    max_batch: Annotated[
+        int, typer.Option(help=f"Sequences at a time, 1 to {MAX_BATCH_LIMIT}.", rich_help_panel=_BUNDLE)
+    ] = _DEFAULT.max_batch,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="Verify before the bundle takes its place.", rich_help_panel=_BUNDLE),
+    ] = _DEFAULT.verify,
+    json: JsonOption = False,
+) -> None:
+    """Make a bundle of ONNX graphs from a checkpoint, and verify it.
+
+    A plain checkpoint needs --decoding-layers and --cycle-length; one trained for DMTD brings them along.
+    """
+    source = pick(checkpoint, model, "MODEL")
+    if output is None:
+        raise typer.BadParameter("-o / --output: missing; name the directory of the bundle")
+    require("export", LIBRARIES, '"dmtd[export]"')
+    from dmtd_export.bundle.export import Progress, export_bundle
+
+    options = ExportOptions(
+        encoding_layers=encoding_layers,
+        thinking_layers=thinking_layers,
+        decoding_layers=decoding_layers,
+        cycle_length=cycle_length,
+        cycle_origin=cycle_origin,
+        prompt_input=prompt_input,
+        target=target,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_batch=max_batch,
+        verify=verify,
+    )
+    with logs_to_stderr(), StageDisplay() as display:
+        hook = None
+        if options.verify:
+            from dmtd_export.verify import VerifyOptions, verify_hook
+
+            hook = verify_hook(VerifyOptions(), on_stage=display.verified)
+        manifest = export_bundle(
+            source,
+            output,
+            options,
+            adapter=adapter,
+            progress=Progress(stage=display.stage, advance=display.advance),
+            verify=hook,
+        )
+    if json:
+        typer.echo(json_text.dumps(_summary(output, manifest)))
+    else:
+        Console(highlight=False).print(_table(output, manifest))
+
+
+def _summary(output: Path, manifest: Manifest) -> dict[str, Any]:
+    cycle = manifest.cycle
+    return {
+        "schema": 1,
+        "bundle": str(output),
+        "encoding_layers": cycle.encoding_layers,
+        "thinking_layers": cycle.thinking_layers,
+        "decoding_layers": cycle.decoding_layers,
+        "cycle_length": cycle.cycle_length,
+        "cycle_origin": cycle.cycle_origin,
+        "prompt_input": cycle.prompt_input,
+        "dmtd_trained": cycle.dmtd_trained,
+        "dtype": manifest.model.dtype,
+        "max_model_len": manifest.model.max_model_len,
+        "weight_bytes": split_bytes(manifest).stored,
+        "files": {name: info.bytes for name, info in manifest.files.items()},
+        "verification": dict(manifest.verification),
+    }
+
+
+def _table(output: Path, manifest: Manifest) -> Table:
+    cycle, model = manifest.cycle, manifest.model
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+
+    def row(name: str, text: str, style: str = "") -> None:
+        table.add_row(name, Text(text, style=style))
+
+    row("bundle", str(output))
+    row(
+        "split",
+        f"E{cycle.encoding_layers} T{cycle.thinking_layers} D{cycle.decoding_layers}, cycle of {cycle.cycle_length}, "
+        f"origin {cycle.cycle_origin}, prompt input {cycle.prompt_input}",
+    )
+    row("model", f"{model.family}, {model.dtype}, up to {model.max_model_len} tokens")
+    if not cycle.dmtd_trained:
+        row("", "not trained for DMTD: speed is real, words of the late steps are not", "yellow")
+    size = sum(info.bytes for info in manifest.files.values())
+    row("size", f"{human_bytes(size)} in {len(manifest.files)} files, {len(manifest.graphs)} of them graphs")
+    record = manifest.verification
+    if record:
+        row("verified", f"level {record.get('level', 'unknown')}", "green")
+        if record.get("level_note"):
+            row("", str(record["level_note"]), "dim")
+    else:
+        row("verified", f"no; check it with: dmtd verify {shlex.quote(str(output))}", "yellow")
+    chat = "chat_template.jinja" in manifest.files
+    has_text = "tokenizer.json" in manifest.files
+    row(
+        "next",
+        f"dmtd {'chat' if chat else 'generate'} {shlex.quote(str(output))}"
+        + ("" if chat else " -p TEXT" if has_text else " --token-ids 1,2,3")
+        + (" --device cuda" if model.dtype == "bfloat16" else ""),
+    )
+    return table

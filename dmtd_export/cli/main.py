@@ -1,0 +1,156 @@
+"""The `dmtd` command: its verbs, their loading, and ``--version``.
+
+A verb's module is imported when the verb runs or its own help is asked for, so that ``dmtd --help`` is quick and a machine
+with the runtime's dependencies alone has the verbs that need no more. The verbs stand in ``dmtd_runtime.cli`` (generate, chat,
+bench, inspect, doctor) and beside this module (the others). Exit codes: see ``dmtd_runtime.cli.common``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+import typer.core
+import typer.main
+
+from dmtd_runtime.cli.common import friendly_errors
+from dmtd_runtime.version import __version__
+
+_HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verb:
+    """Where a verb stands: ``module`` has a function called ``function``."""
+
+    module: str
+    function: str
+    help: str
+
+
+VERBS: dict[str, Verb] = {
+    "finetune": Verb(
+        module="dmtd_export.cli.finetune",
+        function="finetune",
+        help="Train a model for DMTD; its plain self is the teacher.",
+    ),
+    "export": Verb(
+        module="dmtd_export.cli.export",
+        function="export",
+        help="Make a bundle of ONNX graphs from a checkpoint, and verify it.",
+    ),
+    "build": Verb(
+        module="dmtd_export.cli.build",
+        function="build",
+        help="Build TensorRT engines from a bundle; TensorRT-RTX needs no GPU for it.",
+    ),
+    "verify": Verb(
+        module="dmtd_export.cli.verify",
+        function="verify",
+        help="Check a bundle: files, graphs against each other, whole cycles against the reference.",
+    ),
+    "evaluate": Verb(
+        module="dmtd_export.cli.evaluate",
+        function="evaluate",
+        help="Measure what a DMTD model keeps of its plain base: perplexity, agreement, tasks.",
+    ),
+    "inspect": Verb(
+        module="dmtd_runtime.cli.inspect",
+        function="inspect",
+        help="Draw a bundle's split and cycle; list its graphs, bytes and speed bound.",
+    ),
+    "generate": Verb(
+        module="dmtd_runtime.cli.generate", function="generate", help="Generate text for a prompt, streaming."
+    ),
+    "chat": Verb(module="dmtd_runtime.cli.chat", function="chat", help="Talk to a bundle in the terminal."),
+    "bench": Verb(
+        module="dmtd_runtime.cli.bench",
+        function="bench",
+        help="Measure plain and DMTD decoding, interleaved on the same weights.",
+    ),
+    "doctor": Verb(
+        module="dmtd_runtime.cli.doctor", function="doctor", help="Say what is installed, and what is missing."
+    ),
+}
+
+
+class _LazyCommand(typer.core.TyperCommand):
+    """Stands for a verb in the list of commands; becomes the verb itself once it is called."""
+
+    def __init__(self, name: str, verb: Verb) -> None:
+        super().__init__(name=name, help=verb.help, short_help=verb.help)
+        self._verb = verb
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        return self.load().make_context(*args, **kwargs)
+
+    def load(self) -> Any:
+        """The verb as a command of typer."""
+        with friendly_errors():
+            function = getattr(importlib.import_module(self._verb.module), self._verb.function)
+        single = typer.Typer(
+            add_completion=False,
+            pretty_exceptions_enable=False,
+            rich_markup_mode="rich",
+            context_settings=_HELP_NAMES,
+        )
+        single.command(name=self.name)(guarded(function))
+        return typer.main.get_command(single)
+
+
+class _LazyGroup(typer.core.TyperGroup):
+    """All verbs, none of them loaded."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for name, verb in VERBS.items():
+            self.add_command(_LazyCommand(name, verb))
+
+
+def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The verb with the conventions of errors around it."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with friendly_errors():
+            return function(*args, **kwargs)
+
+    return run
+
+
+app = typer.Typer(
+    cls=_LazyGroup,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings=_HELP_NAMES,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dmtd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _dmtd(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Export Direct Multi-Token Decoding language models to ONNX, check them, and run them without torch."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `dmtd` command; ends the process with its exit code."""
+    app(args=list(arguments) if arguments is not None else None, prog_name="dmtd")
+
+
+if __name__ == "__main__":
+    main()

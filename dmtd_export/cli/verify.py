@@ -1,0 +1,100 @@
+"""``dmtd verify``: options, progress and the table. The work is ``dmtd_export.verify``'s."""
+
+from __future__ import annotations
+
+import contextlib
+import json as json_text
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from dmtd_export.cli.export import LIBRARIES
+from dmtd_export.cli.progress import StageDisplay
+from dmtd_runtime.cli.common import (
+    EXIT_ERROR,
+    BackendOption,
+    BundleArgument,
+    BundleOption,
+    DeviceOption,
+    FlavourOption,
+    FullPassOption,
+    JsonOption,
+    logs_to_stderr,
+    note,
+    pick,
+    require,
+)
+
+
+def verify(
+    bundle: BundleArgument = None,
+    model: BundleOption = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The checkpoint it was made from: the weights are compared with it too.")
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="The adapter that was merged into the checkpoint.")] = None,
+    level: Annotated[
+        Literal["structure", "graphs", "oracle"] | None,
+        typer.Option(help="How far to go; by default as far as this machine can."),
+    ] = None,
+    backend: BackendOption = "onnxruntime",
+    flavour: FlavourOption = None,
+    device: DeviceOption = "cpu",
+    device_id: Annotated[int, typer.Option(help="Which GPU.")] = 0,
+    full_pass: FullPassOption = None,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Of a device: the largest batch to check.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Check a bundle: files, graphs against each other, whole cycles against the PyTorch reference.
+
+    With --backend tensorrt or --device cuda: what that device computes, against the reference.
+
+    Exit code 1 if anything diverges; the first divergence is named.
+    """
+    directory = pick(bundle, model, "BUNDLE")
+    if adapter is not None and checkpoint is None:
+        raise typer.BadParameter("--adapter: give the checkpoint it was made of with --checkpoint")
+    on_device = backend == "tensorrt" or device == "cuda"
+    given = {
+        "--flavour": flavour,
+        "--max-batch": max_batch,
+        "--full-pass": full_pass,
+    }
+    if (names := [name for name, value in given.items() if value is not None]) and not on_device:
+        raise typer.BadParameter(
+            f"{', '.join(names)}: for a device, not for the bundle; say which: --backend tensorrt or --device cuda"
+        )
+    require("verify", LIBRARIES, '"dmtd[export]"')
+    from dmtd_export.verify import LARGEST_BATCH, render, verify_bundle, verify_on_device
+    from dmtd_models.checkpoints.checkpoint import open_checkpoint
+
+    with logs_to_stderr(), contextlib.ExitStack() as opened:
+        display = opened.enter_context(StageDisplay())
+        source = opened.enter_context(open_checkpoint(checkpoint, adapter)) if checkpoint is not None else None
+        if on_device:
+            from dmtd_runtime.backends.base import BackendOptions
+
+            if checkpoint is not None or level is not None:
+                raise typer.BadParameter(
+                    "--checkpoint and --level are for the bundle, not for a device; leave them out"
+                )
+            options = BackendOptions(
+                backend=backend,
+                flavour=flavour,
+                device=device,
+                device_id=device_id,
+                full_pass=full_pass,
+                max_batch=max_batch or LARGEST_BATCH,
+            )
+            report = verify_on_device(directory, options, on_stage=display.verified)
+        else:
+            report = verify_bundle(directory, checkpoint=source, level=level, on_stage=display.verified)
+    if json:
+        typer.echo(json_text.dumps({"schema": 1, **report.to_json()}))
+    else:
+        Console(highlight=False).print(render(report))
+    if not report.ok:
+        note(f"error: {directory} failed verification; first divergence: {report.first_divergence}")
+        raise typer.Exit(EXIT_ERROR)

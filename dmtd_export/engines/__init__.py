@@ -1,0 +1,1 @@
+"""From a bundle to TensorRT engines: plan, build, read-back check, record."""

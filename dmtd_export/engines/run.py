@@ -1,0 +1,335 @@
+"""`dmtd build`: bundle -> ``bundle/engines/<key>/``. Says what it will take, builds beside the place, exchanges at the end.
+
+    manifest, options -> plan (sizes, profiles) -> key -> already there? -> engine graphs -> builder -> engines, record
+
+Running engines is the runtime's; it reads ``engine.json`` (``dmtd_runtime.bundle.engine_record``) and nothing of this package.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from dmtd_export.bundle.atomic import atomic_directory, remove_all_leftovers
+from dmtd_export.bundle.standard_graphs import with_standard_graphs, write_standard_graphs
+from dmtd_export.engines.builder import BuiltEngine, build_engine
+from dmtd_export.engines.disk import check_disk, copy_companions, one_line_disk_errors
+from dmtd_export.engines.library import Library, load_library, target_of
+from dmtd_export.engines.memory import check_memory, expected_peak_bytes, give_back, tight_heap
+from dmtd_export.engines.options import BuildOptions
+from dmtd_export.engines.plan import BuildPlan, Target, choice_profile, engine_key, plan_build, profiles
+from dmtd_export.engines.simulator import write_host_engine
+from dmtd_export.graphs.engine import EngineGraph, choice_graph, engine_graph, stored_weights
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.engine_record import (
+    RECORD_SCHEMA,
+    BuildFacts,
+    EngineFile,
+    EngineRecord,
+    ProfileInfo,
+    content_hash,
+    engine_directory,
+    read_record,
+)
+from dmtd_runtime.bundle.manifest import FileInfo, GraphInfo, Manifest
+from dmtd_runtime.bundle.opening import cache_directory, open_bundle
+from dmtd_runtime.errors import BundleError
+from dmtd_runtime.version import __version__
+
+logger = logging.getLogger("dmtd.build")
+
+ENGINE_CODE_BYTES = 1 << 20  # of one layer in one profile, at most
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One engine that will be built: its graph, its profiles, the bytes of its weights."""
+
+    graph: EngineGraph
+    profiles: tuple[ProfileInfo, ...]
+    weight_bytes: int
+    layers: int
+    compiled: bool  # False: the host flavour's, the graph as it is
+
+    @property
+    def expected_peak_bytes(self) -> int:
+        return expected_peak_bytes(self.weight_bytes, self.layers, len(self.profiles)) if self.compiled else 0
+
+    @property
+    def expected_engine_bytes(self) -> int:
+        if not self.compiled:
+            return int(self.graph.model.ByteSize())
+        return self.weight_bytes + self.layers * len(self.profiles) * ENGINE_CODE_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preview:
+    """Everything known before a build: what `--dry-run` shows."""
+
+    bundle: Path
+    directory: Path
+    target: Target
+    plan: BuildPlan
+    parts: tuple[Part, ...]
+    dtype: str
+    tables_bytes: int
+    extra_bytes: int  # weights that stand in more than one engine
+    copied_bytes: int  # host: of the weights file that stands beside the graphs
+    exists: bool  # fitting engines stand there already
+
+    @property
+    def peak_bytes(self) -> int:
+        """Largest anonymous memory of the engines, built one after another; the host flavour's graphs take none."""
+        return max(part.expected_peak_bytes for part in self.parts)
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(part.expected_engine_bytes for part in self.parts) + self.copied_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildProgress:
+    """Callbacks for a display: what will be built; an engine begins; steps done, steps known so far."""
+
+    ready: Callable[[Preview], None] = lambda seen: None
+    stage: Callable[[str], None] = lambda name: None
+    steps: Callable[[int, int], None] = lambda done, total: None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildResult:
+    """Where the engines stand, and whether they were built now."""
+
+    bundle: Path
+    directory: Path
+    record: EngineRecord
+    built: bool
+
+
+def preview(bundle: Path, options: BuildOptions) -> Preview:
+    """What a build would make; writes nothing.
+
+    Raises:
+        BundleError, BackendError, ExportError: the bundle, library, GPU or sizes do not allow it.
+    """
+    manifest, contents = with_standard_graphs(bundle, open_bundle(bundle))
+    return _preview(bundle, manifest, contents, options, load_library(options.flavour))
+
+
+def build_engines(
+    bundle: Path,
+    options: BuildOptions,
+    *,
+    progress: BuildProgress | None = None,
+    verify: Callable[[Path, Path, EngineRecord], Mapping[str, Any]] | None = None,
+) -> BuildResult:
+    """Build the engines that ``options`` ask for into ``bundle/engines/<key>/``, unless they stand there already.
+
+    A bundle without standard graphs gets them first. ``verify`` is called with the bundle, the directory of the new engines and
+    their record, before they take their place; what it returns stands in the record, and what it raises keeps them out.
+
+    Raises:
+        BundleError, BackendError, ExportError: in one line what is wrong.
+        VerificationError: from ``verify``.
+        KeyboardInterrupt: Ctrl-C.
+        Whatever is raised, engines that stood there stand, and nothing of the new ones; standard graphs that were added stay.
+    """
+    progress = progress or BuildProgress()
+    library = load_library(options.flavour)
+    manifest, contents = with_standard_graphs(bundle, open_bundle(bundle))
+    seen = _preview(bundle, manifest, contents, options, library)
+    if seen.exists and not options.force:
+        return BuildResult(bundle=bundle, directory=seen.directory, record=read_record(seen.directory), built=False)
+    if library.module is not None:
+        check_memory(seen.peak_bytes, f"engines for {seen.target.label}")
+    progress.ready(seen)
+    with one_line_disk_errors(seen.directory):
+        remove_all_leftovers(seen.directory.parent)  # gigabytes, of builds with other sizes too
+        check_disk(seen.directory, seen.disk_bytes)
+        if contents:
+            logger.warning("the bundle has no standard graphs; making %s from its weights", ", ".join(contents))
+            write_standard_graphs(bundle, manifest, contents)
+        with atomic_directory(seen.directory) as work:
+            record = _build_all(work, manifest, seen, library, options, progress)
+            _write(work, record)
+            if verify is not None:
+                record = replace(record, verification=dict(verify(bundle, work, record)))
+                _write(work, record)
+    return BuildResult(bundle=bundle, directory=seen.directory, record=record, built=True)
+
+
+def _preview(
+    bundle: Path, manifest: Manifest, contents: Mapping[str, bytes], options: BuildOptions, library: Library
+) -> Preview:
+    plan = plan_build(manifest, options)
+    target = target_of(library, options.compute_capability)
+    models = {info: _load(bundle, info, contents) for info in _wanted(manifest, plan)}
+    compiled = library.module is not None
+    parts = tuple(_part(info, model, plan, compiled=compiled) for info, model in models.items())
+    stored = [weights for part in parts for weights in stored_weights(part.graph.model).items()]
+    directory = engine_directory(bundle, engine_key(plan, target, manifest))
+    return Preview(
+        bundle=bundle,
+        directory=directory,
+        target=target,
+        plan=plan,
+        parts=parts,
+        dtype=manifest.model.dtype,
+        tables_bytes=sum(manifest.weights[name].length for name in {t for p in parts for t in p.graph.tables.values()}),
+        extra_bytes=sum(length for _, length in stored) - sum(dict(stored).values()),
+        copied_bytes=0 if compiled else manifest.files[contract.WEIGHTS_FILE].bytes,
+        exists=_stands(directory),
+    )
+
+
+def _wanted(manifest: Manifest, plan: BuildPlan) -> list[GraphInfo]:
+    """The decoder graphs of the plan, and every standard graph that holds no layers."""
+    decoder = [manifest.graph(name, contract.STANDARD) for name in plan.graphs]
+    others = [
+        info
+        for info in manifest.graphs
+        if info.dialect == contract.STANDARD and info.name not in contract.DECODER_GRAPHS
+    ]
+    return [*decoder, *others]
+
+
+def _load(bundle: Path, info: GraphInfo, contents: Mapping[str, bytes]) -> onnx.ModelProto:
+    if info.file in contents:
+        return onnx.load_model_from_string(contents[info.file])
+    return onnx.load(bundle / info.file, load_external_data=False)
+
+
+def _part(info: GraphInfo, model: onnx.ModelProto, plan: BuildPlan, *, compiled: bool) -> Part:
+    if info.name not in contract.DECODER_GRAPHS:
+        chosen = choice_graph(info.name, model)
+        profile = choice_profile(plan, chosen.inputs)
+        return Part(graph=chosen, profiles=(profile,), weight_bytes=0, layers=1, compiled=compiled)
+    graph = engine_graph(info.name, model, plan.capacity)
+    return Part(
+        graph=graph,
+        profiles=profiles(plan, info.name, graph.inputs),
+        weight_bytes=sum(stored_weights(graph.model).values()),
+        layers=len(graph.aliases) // 2,
+        compiled=compiled,
+    )
+
+
+def _stands(directory: Path) -> bool:
+    """Whether whole engines with a record stand there; damaged ones are built again."""
+    try:
+        read_record(directory).check_files(directory, hashes=False)
+    except BundleError:
+        return False
+    return True
+
+
+def _write(work: Path, record: EngineRecord) -> None:
+    (work / contract.ENGINE_RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
+
+
+def _build_all(
+    work: Path, manifest: Manifest, seen: Preview, library: Library, options: BuildOptions, progress: BuildProgress
+) -> EngineRecord:
+    started, peak, engines = time.perf_counter(), 0, []
+    cache = options.timing_cache or cache_directory() / "timing" / f"{seen.target.label}.cache"
+    for part in seen.parts:
+        progress.stage(part.graph.name)
+        if library.module is None:
+            engines.append(write_host_engine(work, part.graph, part.profiles))
+            continue
+        file = f"{part.graph.name}.engine"
+        with tight_heap():
+            built = build_engine(
+                library,
+                seen.target,
+                part.graph,
+                part.profiles,
+                bundle=seen.bundle,
+                dtype=seen.dtype,
+                output=work / file,
+                timing_cache=cache,
+                on_steps=progress.steps,
+            )
+        peak = max(peak, built.peak_bytes)
+        engines.append(_engine_file(part, file, built))
+        give_back()
+    files = {} if library.module is not None else copy_companions(seen.bundle, work, manifest)
+    facts = BuildFacts(
+        seconds=round(time.perf_counter() - started, 3),
+        peak_bytes=peak,
+        tools={"dmtd": __version__, "onnx": metadata.version("onnx"), seen.target.flavour: seen.target.version},
+        machine=platform.platform(),
+    )
+    return _record(manifest, seen, options, tuple(engines), facts, files)
+
+
+def _engine_file(part: Part, file: str, built: BuiltEngine) -> EngineFile:
+    return EngineFile(
+        graph=part.graph.name,
+        file=file,
+        bytes=built.bytes,
+        sha256=built.sha256,
+        weight_bytes=built.weight_bytes,
+        scratch_bytes=built.scratch_bytes,
+        peak_bytes=built.peak_bytes,
+        seconds=built.seconds,
+        tactics=built.tactics,
+        inputs=part.graph.inputs,
+        outputs=part.graph.outputs,
+        tables=part.graph.tables,
+        aliases=part.graph.aliases,
+        profiles=part.profiles,
+    )
+
+
+def _record(
+    manifest: Manifest,
+    seen: Preview,
+    options: BuildOptions,
+    engines: tuple[EngineFile, ...],
+    facts: BuildFacts,
+    files: Mapping[str, FileInfo],
+) -> EngineRecord:
+    plan, target = seen.plan, seen.target
+    return EngineRecord(
+        schema=RECORD_SCHEMA,
+        flavour=target.flavour,
+        version=target.version,
+        compute_capability=target.compute_capability,
+        gpu_name=target.gpu_name,
+        content_sha256=content_hash(manifest, [engine.graph for engine in engines]),
+        dtype=manifest.model.dtype,
+        max_batch=plan.max_batch,
+        max_model_len=plan.max_model_len,
+        capacity=plan.capacity,
+        prefill_chunk=plan.prefill_chunk,
+        cycle_length=plan.cycle_length,
+        sliced_limit=plan.sliced_limit,
+        batch_buckets=plan.batch_buckets,
+        length_buckets=plan.length_buckets,
+        engines=engines,
+        build_arguments=_arguments(plan, target, options),
+        build=facts,
+        files=files,
+        supported=target.supported,
+    )
+
+
+def _arguments(plan: BuildPlan, target: Target, options: BuildOptions) -> str:
+    words = [f"--flavour {target.flavour}"]
+    if options.compute_capability is not None:
+        words.append(f"--compute-capability {options.compute_capability}")
+    if options.fused is not None:
+        words.append("--fused" if options.fused else "--no-fused")
+    words.append(f"--max-batch {plan.max_batch} --max-model-len {plan.max_model_len}")
+    if plan.prefill_chunk != BuildOptions().prefill_chunk:
+        words.append(f"--prefill-chunk {plan.prefill_chunk}")
+    return " ".join(words)

@@ -1,0 +1,1 @@
+"""The graphs of a bundle: what DMTD computes, written in each dialect."""

@@ -1,0 +1,170 @@
+"""Attention in ONNX Runtime's own dialect: GroupQueryAttention, KV updated in place.
+
+GroupQueryAttention takes either one new row for each of several sequences or several new rows for one sequence. D needs no
+more: it takes one row a sequence in decoding, and prompts one by one. T's refill is several rows for several sequences, and
+must still read T's weights once. So T (and E where it runs with T) takes **packed** rows, the windows of all slots one
+behind another, and a graph for ``slots`` sequences gives each slot an attention node of its own in every layer; all else
+runs over the rows of all slots together. Windows of different lengths need no padding, and a slot's attention is the very
+computation it would be alone.
+
+Positions are not an input: GroupQueryAttention derives them from the committed lengths, and rows are always contiguous.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dmtd_export.graphs.layers import COS, KINDS, SIN, State, kv_dims, linear, qk_norm_weights
+from dmtd_export.graphs.writer import GraphWriter
+from dmtd_models.config.model import ModelConfig
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.contract import Group
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedGroup:
+    """Values shared by all layers over packed rows; lists have one entry a slot."""
+
+    seqlens_k: list[str]  # int32 [1]
+    total_len: list[str]  # int32 [1]
+    slot_rows: list[str]  # int64 [slot_len.{slot}]; none where there is one slot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchGroup:
+    """Values shared by all layers over [batch, rows]."""
+
+    seqlens_k: str  # int32 [batch]
+    total_len: str  # int32 [1], the largest
+    shape: str  # int64 [3]: batch, rows, width of q + k + v
+
+
+class OrtDialect:
+    """Writes norms and attention of the onnxruntime dialect into ``writer``."""
+
+    def __init__(self, writer: GraphWriter, config: ModelConfig, dtype: str, slots: int) -> None:
+        self.writer = writer
+        self._config = config
+        self._dtype = dtype
+        self._slots = slots
+        self._qkv_width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self._packed: PackedGroup | None = None
+        self._batch: BatchGroup | None = None
+
+    def add_packed_group(self) -> None:
+        """Declare the lengths, and the packed rows, of the slots of the thinking group."""
+        w, slots = self.writer, self._slots
+        seqlens = w.input(contract.seqlens_k("thinking"), [slots], "int32")
+        totals = [w.input(contract.total_sequence_length("thinking", s), [1], "int32") for s in self._slot_names()]
+        if slots == 1:
+            self._packed = PackedGroup(seqlens_k=[seqlens], total_len=totals, slot_rows=[])
+            return
+        w.input(contract.KEPT_ROWS, ["window_len"], "int64")
+        split = {"axis": 0, "num_outputs": slots}
+        self._packed = PackedGroup(
+            seqlens_k=w.node("Split", [seqlens], "/thinking_rows/seqlens_k", outputs=slots, attrs=split),
+            total_len=totals,
+            slot_rows=[w.input(contract.slot_rows(s), [contract.slot_len(s)], "int64") for s in range(slots)],
+        )
+
+    def add_batch_group(self, like: str) -> None:
+        """Declare the lengths of the late group, whose rows have the outer shape of ``like`` [batch, rows]."""
+        w, path = self.writer, "/late_batch"
+        seqlens = w.input(contract.seqlens_k("late"), ["batch"], "int32")
+        total = w.input(contract.total_sequence_length("late"), [1], "int32")
+        outer = w.op("Shape", [like], f"{path}/outer")
+        shape = w.op("Concat", [outer, w.constant([self._qkv_width], "int64")], f"{path}/shape", attrs={"axis": 0})
+        self._batch = BatchGroup(seqlens_k=seqlens, total_len=total, shape=shape)
+
+    def norm(self, x: str, weight: str, path: str) -> str:
+        w = self.writer
+        return w.op(
+            "RMSNormalization", [x, w.weight(weight)], path, attrs={"axis": -1, "epsilon": self._config.rms_norm_eps}
+        )
+
+    def add_norm(self, state: State, weight: str, path: str) -> tuple[str, str]:
+        if state.delta is None:
+            return self.norm(state.residual, weight, path), state.residual
+        w = self.writer
+        normed, residual = (f"{path}/output", f"{path}/residual")
+        w.node(
+            "SkipSimplifiedLayerNormalization",
+            [state.residual, state.delta, w.weight(weight)],
+            path,
+            outputs=[normed, "", "", residual],
+            contrib=True,
+            attrs={"epsilon": self._config.rms_norm_eps},
+        )
+        return normed, residual
+
+    def declare_cache(self, layer: int, group: Group) -> None:
+        """Declare the layer's KV inputs and outputs: of the whole batch, or one pair a slot."""
+        packed = group == "thinking"
+        for slot in self._slot_names() if packed else [None]:
+            for kind in KINDS:
+                dims = kv_dims(self._config, 1 if packed else "batch")
+                self.writer.input(contract.past(layer, kind, slot), dims, self._dtype)
+                self.writer.output(contract.present(layer, kind, slot), dims, self._dtype)
+
+    def attention(self, x: str, layer: int, group: Group, path: str) -> str:
+        w, config = self.writer, self._config
+        module = f"model.layers.{layer}.self_attn"
+        qkv = linear(w, x, tuple(f"{module}.{kind}_proj" for kind in "qkv"), f"{path}/qkv_proj")
+        qkv = self._normed_qkv(qkv, layer, path)
+        if group == "thinking":
+            attended = self._packed_attention(qkv, layer, path)
+        else:
+            assert self._batch, "the late group is declared before its layers"
+            qkv = w.op("Reshape", [qkv, self._batch.shape], f"{path}/qkv")
+            attended = self._attend(qkv, layer, None, self._batch.seqlens_k, self._batch.total_len, path)
+        return w.op(
+            "Reshape", [attended, w.constant([-1, config.num_heads * config.head_dim], "int64")], f"{path}/rows"
+        )
+
+    def _packed_attention(self, qkv: str, layer: int, path: str) -> str:
+        """[rows, q + k + v] -> [1, rows, heads * head_dim], one attention node a slot."""
+        w, rows = self.writer, self._packed
+        assert rows, "the thinking group is declared before its layers"
+        qkv = w.op("Unsqueeze", [qkv, w.constant([0], "int64")], f"{path}/qkv")
+        if self._slots == 1:
+            return self._attend(qkv, layer, None, rows.seqlens_k[0], rows.total_len[0], path)
+        # Gathered and not split: what a Split of uneven parts copies to a GPU in every run cannot stand in a captured graph.
+        done = []
+        for slot, own in enumerate(rows.slot_rows):
+            part = w.op("Gather", [qkv, own], f"{path}/slot.{slot}", attrs={"axis": 1})
+            lengths = rows.seqlens_k[slot], rows.total_len[slot]
+            done.append(self._attend(part, layer, slot, *lengths, f"{path}/slot.{slot}"))
+        attended = w.op("Concat", done, f"{path}/slots", attrs={"axis": 1})
+        return w.op("Gather", [attended, contract.KEPT_ROWS], f"{path}/packed", attrs={"axis": 1})
+
+    def _normed_qkv(self, qkv: str, layer: int, path: str) -> str:
+        """Apply per-head norms to q and k: GroupQueryAttention's own are not implemented on the CPU."""
+        norms = qk_norm_weights(self.writer, layer)
+        if not norms:
+            return qkv
+        w, config = self.writer, self._config
+        sizes = [count * config.head_dim for count in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+        q, k, v = w.node("Split", [qkv, w.constant(sizes, "int64")], f"{path}/qkv", outputs=3, attrs={"axis": 1})
+        normed = []
+        for kind, x, size in (("q", q, sizes[0]), ("k", k, sizes[1])):
+            heads = w.constant([-1, size // config.head_dim, config.head_dim], "int64")
+            x = self.norm(w.op("Reshape", [x, heads], f"{path}/{kind}_heads"), norms[kind], f"{path}/{kind}_norm")
+            normed.append(w.op("Reshape", [x, w.constant([-1, size], "int64")], f"{path}/{kind}_merge"))
+        return w.op("Concat", [*normed, v], f"{path}/qkv_normed", attrs={"axis": 1})
+
+    def _attend(self, qkv: str, layer: int, slot: int | None, seqlens_k: str, total_len: str, path: str) -> str:
+        w, config = self.writer, self._config
+        kv = [contract.past(layer, kind, slot) for kind in KINDS]
+        out = [f"{path}/attended", *(contract.present(layer, kind, slot) for kind in KINDS)]
+        w.node(
+            "GroupQueryAttention",
+            [qkv, "", "", *kv, seqlens_k, total_len, w.weight(COS), w.weight(SIN)],
+            path,
+            outputs=out,
+            contrib=True,
+            attrs={"num_heads": config.num_heads, "kv_num_heads": config.num_kv_heads, "do_rotary": 1},
+        )
+        return out[0]
+
+    def _slot_names(self) -> list[int | None]:
+        return [None] if self._slots == 1 else list(range(self._slots))

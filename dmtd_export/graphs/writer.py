@@ -1,0 +1,147 @@
+"""A thin writer over ONNX protobufs: nodes with path-like names, weights by reference into the one external file.
+
+It knows ONNX and nothing of DMTD; ``layers.py`` and ``graphs.py`` say what to write.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.manifest import TensorInfo, WeightInfo
+
+OPSET = 24
+IR_VERSION = 10
+CONTRIB_DOMAIN = "com.microsoft"
+
+ONNX_DTYPES = {
+    "float32": onnx.TensorProto.FLOAT,
+    "float16": onnx.TensorProto.FLOAT16,
+    "bfloat16": onnx.TensorProto.BFLOAT16,
+    "int64": onnx.TensorProto.INT64,
+    "int32": onnx.TensorProto.INT32,
+    "bool": onnx.TensorProto.BOOL,
+}
+
+
+class GraphWriter:
+    """Collects the nodes, inputs, outputs and initializers of one graph."""
+
+    def __init__(self, name: str, weights: Mapping[str, WeightInfo]) -> None:
+        self.name = name
+        self.inputs: list[TensorInfo] = []
+        self.outputs: list[TensorInfo] = []
+        self._weights = weights
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._contrib = False
+
+    def input(self, name: str, dims: Sequence[int | str], dtype: str) -> str:
+        """Declare a graph input."""
+        self.inputs.append(TensorInfo(name=name, dims=tuple(dims), dtype=dtype))
+        return name
+
+    def output(self, name: str, dims: Sequence[int | str], dtype: str) -> str:
+        """Declare a graph output; a node must produce ``name``."""
+        self.outputs.append(TensorInfo(name=name, dims=tuple(dims), dtype=dtype))
+        return name
+
+    def node(
+        self,
+        op: str,
+        inputs: Sequence[str],
+        path: str,
+        *,
+        outputs: int | Sequence[str] = 1,
+        contrib: bool = False,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """Add a node named ``{path}/{op}`` and return its outputs' names (given, or derived from the node's name)."""
+        node_name = f"{path}/{op}"
+        if isinstance(outputs, int):
+            outputs = [f"{node_name}_output_{i}" for i in range(outputs)]
+        self._contrib |= contrib
+        domain = CONTRIB_DOMAIN if contrib else ""
+        self._nodes.append(
+            helper.make_node(op, list(inputs), list(outputs), name=node_name, domain=domain, **(attrs or {}))
+        )
+        return list(outputs)
+
+    def op(
+        self,
+        op: str,
+        inputs: Sequence[str],
+        path: str,
+        *,
+        output: str | None = None,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Add a standard node with one output and return the output's name."""
+        return self.node(op, inputs, path, outputs=[output] if output else 1, attrs=attrs)[0]
+
+    def constant(self, value: Sequence[int] | Sequence[float] | int | float, dtype: str) -> str:
+        """A small inline initializer; equal constants are shared."""
+        array = np.array(value, dtype=np.float32 if dtype in ("float16", "bfloat16") else dtype)
+        name = (
+            "/constants/" + dtype + "/" + ("_".join(map(str, array.ravel().tolist())) or "empty") + f"_rank{array.ndim}"
+        )
+        if name not in self._initializers:
+            proto = numpy_helper.from_array(array, name)
+            if dtype in ("float16", "bfloat16"):
+                proto = helper.make_tensor(name, ONNX_DTYPES[dtype], array.shape, array.ravel().tolist())
+            self._initializers[name] = proto
+        return name
+
+    def weight(self, *names: str) -> str:
+        """An initializer over one stored tensor, or over several that stand one behind another, stacked along axis 0."""
+        infos = [self._weights[name] for name in names]
+        first = infos[0]
+        for before, after in itertools.pairwise(infos):
+            assert before.offset + before.length == after.offset, f"{names} are not stored one behind another"
+            assert before.shape[1:] == after.shape[1:], f"{names} cannot be stacked along axis 0"
+        name = contract.stack_name(names)
+        if name not in self._initializers:
+            proto = onnx.TensorProto(name=name, data_type=ONNX_DTYPES[first.dtype])
+            proto.dims.extend((sum(info.shape[0] for info in infos), *first.shape[1:]))
+            proto.data_location = onnx.TensorProto.EXTERNAL
+            length = sum(info.length for info in infos)
+            for key, value in (("location", contract.WEIGHTS_FILE), ("offset", first.offset), ("length", length)):
+                proto.external_data.add(key=key, value=str(value))
+            self._initializers[name] = proto
+        return name
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The initializers that stand in the weights file."""
+        return tuple(name for name, proto in self._initializers.items() if proto.external_data)
+
+    def has_weight(self, name: str) -> bool:
+        """Whether the weights file holds the tensor."""
+        return name in self._weights
+
+    def finish(self, producer_version: str, doc: str) -> onnx.ModelProto:
+        """The model as a protobuf without weights (well under 1 MB)."""
+        graph = helper.make_graph(
+            self._nodes,
+            self.name,
+            [_value_info(info) for info in self.inputs],
+            [_value_info(info) for info in self.outputs],
+            list(self._initializers.values()),
+            doc_string=doc,
+        )
+        opsets = [helper.make_opsetid("", OPSET)]
+        if self._contrib:
+            opsets.append(helper.make_opsetid(CONTRIB_DOMAIN, 1))
+        return helper.make_model(
+            graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="dmtd", producer_version=producer_version
+        )
+
+
+def _value_info(info: TensorInfo) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(info.name, ONNX_DTYPES[info.dtype], list(info.dims))

@@ -1,0 +1,1 @@
+"""Adapters: what training changed, apart from the base."""

@@ -1,0 +1,221 @@
+"""A Hugging Face directory as a ``Checkpoint``: config.json and one or many safetensors files. No torch, no pickle.
+
+Stands behind ``checkpoint.open_checkpoint``. Does not interpret the tokenizer: its files are handed on as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from dmtd_models.checkpoints.checkpoint import ASSET_NAMES
+from dmtd_models.checkpoints.safetensors_file import FLOAT_TYPES, StoredTensor, map_tensor, read_header
+from dmtd_models.checkpoints.tensors import EMBEDDING, LM_HEAD, tensor_shapes
+from dmtd_models.config.model import DmtdSpec, ModelConfig, read_config
+from dmtd_models.errors import CheckpointError
+
+AnyArray = npt.NDArray[np.generic]
+
+_SINGLE_FILE, _INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+# Old checkpoints store this buffer, which follows from the config.
+_IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_COMPARED_ROWS = 4096
+
+
+class HuggingFaceCheckpoint:
+    """Implements ``Checkpoint`` over a directory; see there for the methods."""
+
+    def __init__(self, path: Path) -> None:
+        raw = _config_json(path)
+        config, self._dmtd = read_config(raw)
+        self._path = path
+        stored = _stored_tensors(path)
+        self._tensors = _checked(path, config, stored)
+        if raw.get("dtype") is None and raw.get("torch_dtype") is None:
+            config = replace(config, dtype=_DTYPE_NAMES[self._tensors[EMBEDDING].dtype_name])
+        self._config = config
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._config
+
+    @property
+    def dmtd(self) -> DmtdSpec | None:
+        return self._dmtd
+
+    @property
+    def tokenizer_problem(self) -> str | None:
+        if (self._path / "tokenizer.json").is_file():
+            return None
+        others = [name for name in ("tokenizer.model", "vocab.json") if (self._path / name).is_file()]
+        found = f" ({others[0]} alone is not read; save the fast tokenizer beside it)" if others else ""
+        return f"{self._path}: no tokenizer.json{found}"
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensor(name).shape
+
+    def read(self, name: str) -> AnyArray:
+        return map_tensor(self._tensor(name))
+
+    def assets(self) -> dict[str, bytes]:
+        found = {name: (self._path / name).read_bytes() for name in ASSET_NAMES if (self._path / name).is_file()}
+        if "chat_template.jinja" not in found and "tokenizer_config.json" in found:
+            template = embedded_chat_template(found["tokenizer_config.json"])
+            if template is not None:
+                found["chat_template.jinja"] = template.encode()
+        return found
+
+    def close(self) -> None:
+        """Nothing is held open between reads."""
+
+    def __enter__(self) -> HuggingFaceCheckpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _tensor(self, name: str) -> StoredTensor:
+        if name not in self._tensors:
+            raise CheckpointError(f"{self._path}: no tensor named {name}; names() lists them")
+        return self._tensors[name]
+
+
+def embedded_chat_template(tokenizer_config: bytes) -> str | None:
+    """The chat template inside a tokenizer_config.json: a string, or the entry named ``default`` of a list."""
+    try:
+        template = json.loads(tokenizer_config).get("chat_template")
+    except (ValueError, AttributeError):
+        return None
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _config_json(path: Path) -> dict[str, object]:
+    file = path / "config.json"
+    if not file.is_file():
+        gguf = sorted(path.glob("*.gguf"))
+        fix = f"give the GGUF file itself ({gguf[0]})" if gguf else "give the directory that holds config.json"
+        raise CheckpointError(f"{path}: no config.json; {fix}")
+    return _json_object(file)
+
+
+def _json_object(file: Path) -> dict[str, object]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not readable JSON ({error}); restore the file") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: got {type(value).__name__}, expected a JSON object; restore the file")
+    return value
+
+
+def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    if (path / _INDEX_FILE).is_file():
+        return _sharded_tensors(path)
+    if (path / _SINGLE_FILE).is_file():
+        return read_header(path / _SINGLE_FILE)
+    pickles = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
+    if pickles:
+        raise CheckpointError(
+            f"{path}: only PyTorch pickle files ({pickles[0].name}), which can run code when read and are refused; "
+            "convert them to safetensors"
+        )
+    raise CheckpointError(
+        f"{path}: got neither {_SINGLE_FILE} nor {_INDEX_FILE}, expected one of them (a bundle is no checkpoint: give the model "
+        "that it was exported from)"
+    )
+
+
+def _sharded_tensors(path: Path) -> dict[str, StoredTensor]:
+    weight_map = _json_object(path / _INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{path / _INDEX_FILE}: no usable weight_map; restore the file")
+    headers: dict[str, dict[str, StoredTensor]] = {}
+    for shard in sorted(set(weight_map.values())):
+        # A name with a directory part could point outside the checkpoint.
+        if shard != Path(shard).name or shard in ("", ".", ".."):
+            raise CheckpointError(f"{path / _INDEX_FILE}: shard {shard!r} leaves the directory; refuse or rename it")
+        if not (path / shard).is_file():
+            raise CheckpointError(f"{path}: shard {shard} is missing; download it")
+        headers[shard] = read_header(path / shard)
+    tensors = {}
+    for name, shard in weight_map.items():
+        if name not in headers[shard]:
+            raise CheckpointError(
+                f"{path}: tensor {name} is not in {shard} as the index says; download the shard again"
+            )
+        tensors[name] = headers[shard][name]
+    unlisted = {name for header in headers.values() for name in header} - tensors.keys()
+    if unlisted:
+        raise CheckpointError(f"{path / _INDEX_FILE}: shards hold {min(unlisted)}, which the index lacks; restore it")
+    return tensors
+
+
+def _checked(path: Path, config: ModelConfig, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The expected tensors in order; refuses what is missing, misshapen, not a float, or left over."""
+    expected = tensor_shapes(config)
+    missing = [name for name in expected if name not in stored]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{path}: tensor {missing[0]}{more} is missing, expected by config.json; check that both belong together"
+        )
+    for name, shape in expected.items():
+        tensor = stored[name]
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{path}: tensor {name}: got shape {list(tensor.shape)}, expected {list(shape)} by config.json"
+            )
+        if tensor.dtype_name not in FLOAT_TYPES:
+            raise CheckpointError(
+                f"{path}: tensor {name}: got type {tensor.dtype_name}, expected one of {', '.join(FLOAT_TYPES)}; "
+                "use an unquantised checkpoint"
+            )
+    for name in stored:
+        if name in expected or _IGNORED.fullmatch(name):
+            continue
+        if name == LM_HEAD:
+            _require_same_head(path, stored[EMBEDDING], stored[LM_HEAD])
+            continue
+        raise CheckpointError(
+            f"{path}: tensor {name} is not part of a {config.family} model as config.json describes it and would "
+            "change the output; check that both belong together"
+        )
+    return {name: stored[name] for name in expected}
+
+
+def _require_same_head(path: Path, embedding: StoredTensor, head: StoredTensor) -> None:
+    """A stored head of a tied model may only repeat the embedding; compared in slices so that memory stays flat."""
+    same = head.shape == embedding.shape and head.dtype_name in FLOAT_TYPES
+    if same:
+        left, right = map_tensor(embedding), map_tensor(head)
+        same = all(
+            np.array_equal(
+                left[row : row + _COMPARED_ROWS].astype(np.float64),
+                right[row : row + _COMPARED_ROWS].astype(np.float64),
+            )
+            for row in range(0, left.shape[0], _COMPARED_ROWS)
+        )
+    if not same:
+        raise CheckpointError(
+            f"{path}: {LM_HEAD} differs from {EMBEDDING} although config.json ties them; "
+            "set tie_word_embeddings to false or remove the tensor"
+        )

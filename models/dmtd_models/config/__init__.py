@@ -1,0 +1,1 @@
+"""A model's shape and split, from the configurations that checkpoints carry."""

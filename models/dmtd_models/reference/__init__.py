@@ -1,0 +1,1 @@
+"""The PyTorch reference of DMTD, and the oracle by full recomputation."""

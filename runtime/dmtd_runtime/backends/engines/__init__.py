@@ -1,0 +1,1 @@
+"""The backend over engines on a device: whole cycles without the host."""

@@ -1,0 +1,1 @@
+"""How the rows of several slots become the inputs of one graph."""

@@ -1,0 +1,1 @@
+"""The backend over a bundle's graphs in ONNX Runtime, on the CPU or a GPU."""

@@ -1,0 +1,356 @@
+"""The ONNX Runtime backend: sessions over a bundle's graphs, caches updated in place, one binding for each shape.
+
+A full pass runs staged by default: thinking over T's window, then late_decode over D's rows, ``thought`` handed over in a
+buffer both are bound to. How rows are laid out depends on the dialect: ``packed.py`` (onnxruntime) or
+``rectangular.py`` (standard). Where tensors lie is ``ort_memory.py``'s: on a GPU everything is allocated when the backend is
+made, all sessions share one stream and one copy of the weights, and a step waits once, for what it brings back.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dmtd_runtime.backends.base import Array, BackendOptions, RunStats, SlotStep, StepwiseBackend
+from dmtd_runtime.backends.kv_cache import HostKvCache
+from dmtd_runtime.backends.layouts.packed import PackedLayout
+from dmtd_runtime.backends.layouts.rectangular import RectangularLayout
+from dmtd_runtime.backends.onnxruntime.memory import (
+    Buffer,
+    GpuMemory,
+    OrtMemory,
+    host_buffer,
+    open_memory,
+    small_tensors,
+)
+from dmtd_runtime.backends.onnxruntime.sizes import OrtSizes
+from dmtd_runtime.backends.onnxruntime.trial import captures_agree, warm_up_steps
+from dmtd_runtime.backends.onnxruntime.weights import upload_weights
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.engine_record import default_full_pass
+from dmtd_runtime.bundle.manifest import Manifest
+from dmtd_runtime.device.base import check_room
+from dmtd_runtime.errors import BackendError, RequestError
+from dmtd_runtime.ort.session import Binding, open_session
+
+logger = logging.getLogger("dmtd.onnxruntime")
+
+KINDS: tuple[contract.Kind, ...] = ("key", "value")
+MAX_BINDINGS = 256
+ROOM_HINT = "lower --max-model-len or --max-num-seqs, or free the device"
+
+
+class Layout(Protocol):
+    """How the rows of several slots become the inputs of one graph."""
+
+    def split(self, steps: Sequence[SlotStep]) -> Sequence[Sequence[SlotStep]]:
+        """The runs that these steps need: the parts that may go together."""
+        ...
+
+    def batch_slots(self, steps: Sequence[SlotStep]) -> range:
+        """The slots that are the batch of the run."""
+        ...
+
+    def sizes(self, graph: contract.GraphName, steps: Sequence[SlotStep]) -> Mapping[str, int]:
+        """Symbolic dimensions of the run; with equal sizes and batch slots, runs share a binding."""
+        ...
+
+    def fill(
+        self, graph: contract.GraphName, arrays: Mapping[str, Array], steps: Sequence[SlotStep], fed: Sequence[int]
+    ) -> None:
+        """Write every input of the run; ``fed`` are the committed rows of all slots."""
+        ...
+
+    def logit_index(self, steps: Sequence[SlotStep]) -> Any:
+        """Index of the wanted rows in the logits output."""
+        ...
+
+
+class OnnxRuntimeBackend(StepwiseBackend):
+    """Runs a bundle in ONNX Runtime. See :class:`dmtd_runtime.backends.base.Backend`."""
+
+    def __init__(self, directory: Path, manifest: Manifest, options: BackendOptions) -> None:
+        _check_dtype(manifest, options)
+        self._manifest = manifest
+        self._options = options
+        dialect = options.dialect or manifest.default_dialect
+        packed = dialect == contract.ONNXRUNTIME
+        graph_slots = _graph_slots(manifest, options) if packed else 1
+        on_gpu = options.device == "cuda"
+        self.slots = options.max_batch
+        self.max_model_len = _max_model_len(manifest, options)
+        self.max_rows = manifest.model.max_window
+        self.capacity = self.max_model_len + manifest.model.max_window
+        self.stats = RunStats()
+        self.full_pass = options.full_pass or default_full_pass(manifest)
+        self.chooses_tokens = on_gpu if options.choose_on_device is None else options.choose_on_device
+        self._captures = on_gpu and options.cuda_graphs
+        constant_total = self.capacity if self._captures else None
+        self._layout: Layout = (
+            PackedLayout(graph_slots, constant_total=constant_total) if packed else RectangularLayout(self.slots)
+        )
+        self._fed = [0] * max(graph_slots, self.slots)
+        self._host_cache = None if on_gpu else HostKvCache(manifest.model, len(self._fed), self.capacity)
+        self._caches: dict[tuple[int, contract.Kind], Buffer] = {}
+        self._outputs: dict[str, Buffer] = {}
+        self._bindings: dict[tuple[contract.GraphName, range, tuple[tuple[str, int], ...], bool], Binding] = {}
+        self._choosers: dict[tuple[int, ...], Binding] = {}
+        self._graph_ids = itertools.count()
+        first = contract.FULL_PASS if self.full_pass == "fused" else contract.THINKING
+        self._graphs = {
+            first: manifest.graph(first, dialect, graph_slots),
+            contract.LATE_DECODE: manifest.graph(contract.LATE_DECODE, dialect),
+        }
+        if self.chooses_tokens or on_gpu:
+            self._graphs[contract.CHOOSE_TOKEN] = manifest.graph(contract.CHOOSE_TOKEN, contract.STANDARD)
+        self._sizes = OrtSizes(
+            manifest=manifest,
+            graphs=tuple(self._graphs.values()),
+            slots=len(self._fed),
+            capacity=self.capacity,
+            packed=packed,
+        )
+        self._sessions: dict[contract.GraphName, Any] = {}
+        self._weights: Mapping[str, Any] = {}
+        self._memory = self._open_memory()
+        try:
+            self._open(directory)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, steps: Sequence[SlotStep], *, greedy: bool = False) -> Array:
+        parts = self._layout.split(steps)
+        if len(parts) == 1:
+            return self._run_together(steps, greedy)
+        return np.concatenate([self._run_together(part, greedy).copy() for part in parts])
+
+    def reset(self, slot: int, *, clear: bool = False) -> None:
+        if clear and self._host_cache is not None:
+            self._host_cache.clear(slot, min(self.capacity, self._fed[slot] + self.max_rows))
+        elif clear:
+            for cache in self._caches.values():
+                self._memory.clear(cache.rows(slot, 1))
+        self._fed[slot] = 0
+
+    def move(self, source: int, target: int) -> bool:
+        if self._host_cache is not None:
+            self._host_cache.move(source, target, self._fed[source])
+        else:
+            for cache in self._caches.values():
+                self._memory.move_rows(cache, source, target, self._fed[source])
+        self._fed[target], self._fed[source] = self._fed[source], 0
+        return True
+
+    def warm_up(self) -> None:
+        """Run every common shape once: a GPU builds plans and captures graphs at their first use. The host does neither."""
+        if self._host_cache is not None:
+            return
+        tau = self._manifest.cycle.cycle_length
+        for steps in warm_up_steps(tau, self.slots, self.max_rows):
+            for s in steps:
+                self._fed[s.slot] = s.step.late.start
+            self.run(steps, greedy=True)
+        for slot in range(self.slots):
+            self.reset(slot, clear=True)
+        self.stats = RunStats()
+
+    def close(self) -> None:
+        for owned in (self._bindings, self._choosers, self._outputs, self._caches, self._sessions):
+            owned.clear()
+        self._weights = {}
+        if self._host_cache is not None:
+            self._host_cache.close()
+        self._memory.close()
+
+    def _open_memory(self) -> OrtMemory:
+        """The device's memory, once it is known to hold what the backend allocates."""
+        memory = open_memory(self._options)
+        try:
+            if isinstance(memory, GpuMemory):
+                check_room(memory.cuda, self._sizes.needed_bytes(), ROOM_HINT)
+        except BaseException:
+            memory.close()
+            raise
+        return memory
+
+    def _open(self, directory: Path) -> None:
+        """Allocate what stays where it is, and open the sessions: on a GPU over one copy of the weights."""
+        for graph in self._graphs.values():
+            self._memory.reserve(graph.name, small_tensors(graph, self._sizes.symbols))
+        for name, shape in self._sizes.outputs.items():
+            dtype = self._manifest.model.dtype if name == contract.THOUGHT else "float32"
+            self._outputs[name] = self._memory.zeros(shape, dtype, name)
+        names = list(self._graphs)
+        if isinstance(self._memory, GpuMemory):
+            self._sizes.warn_of_copies()
+            self._make_caches()
+            names.remove(contract.CHOOSE_TOKEN)
+            chooser = self._session(directory, contract.CHOOSE_TOKEN)
+            graphs = [self._graphs[name] for name in names]
+            self._weights = upload_weights(directory, self._manifest, graphs, self._memory, chooser)
+        for name in names:
+            self._session(directory, name)
+        if self._captures:
+            self._captures = captures_agree(self._trial, self._manifest.cycle.cycle_length, self.capacity)
+            self.reset(0, clear=True)
+            self.stats = RunStats()
+            if not self._captures:
+                logger.warning("captured graphs give other numbers on this GPU: steps run without them")
+
+    def _trial(self, step: SlotStep, captured: bool) -> Array:
+        self._fed[step.slot] = step.step.late.start
+        return self._run_together([step], greedy=False, captured=captured).copy()
+
+    def _session(self, directory: Path, name: contract.GraphName) -> Any:
+        graph = self._graphs[name]
+        self._sessions[name] = open_session(
+            directory / graph.file,
+            self._options,
+            stream=self._memory.stream,
+            graphs=self._captures and name != contract.CHOOSE_TOKEN,
+            weights={weight: self._weights[weight] for weight in graph.weights} if self._weights else None,
+        )
+        return self._sessions[name]
+
+    def _run_together(self, steps: Sequence[SlotStep], greedy: bool, *, captured: bool = True) -> Array:
+        """Run the graphs of one step; returns logits [n, vocab], or with ``greedy`` what the device chose, int64 [n]."""
+        late, fused = steps[0].step.kind == "late", self.full_pass == "fused"
+        if not late and not fused:
+            self._run_graph(contract.THINKING, steps, captured)
+        last = contract.LATE_DECODE if late or not fused else contract.FULL_PASS
+        sizes = self._run_graph(last, steps, captured)
+        if late:
+            self.stats.late_steps += 1
+        else:
+            self.stats.full_passes += 1
+            self.stats.prefill_passes += steps[0].step.kind == "prefill"
+            self.stats.refill_rows += sum(len(s.step.window) - len(s.step.late) for s in steps)
+        for slot_step in steps:
+            self._fed[slot_step.slot] = slot_step.step.late.stop
+        logits = self._output_buffer(last, contract.LOGITS, sizes)
+        start = time.perf_counter()
+        rows: Array
+        chooses = greedy and self.chooses_tokens
+        if not any(s.step.wants_logits for s in steps):
+            self._memory.wait()
+            rows = np.zeros(0, np.int64) if chooses else np.zeros((0, self._manifest.model.vocab_size), np.float32)
+        elif chooses:
+            rows = self._choose(logits)[self._layout.logit_index(steps)]
+        else:
+            rows = self._memory.read(logits)[self._layout.logit_index(steps)]
+        if self._memory.stream is not None:  # what was enqueued above has run meanwhile
+            self.stats.session_seconds += time.perf_counter() - start
+        return rows
+
+    def _run_graph(self, name: contract.GraphName, steps: Sequence[SlotStep], captured: bool) -> Mapping[str, int]:
+        """Fill and run a graph; returns the sizes of its symbolic dimensions."""
+        sizes, slots = self._layout.sizes(name, steps), self._layout.batch_slots(steps)
+        # Prompts have too many shapes to keep a captured graph for each.
+        captured = captured and self._captures and steps[0].step.kind != "prefill"
+        key = (name, slots, tuple(sizes.items()), captured)
+        binding = self._bindings.get(key)
+        if binding is None:
+            if len(self._bindings) == MAX_BINDINGS:  # windows of several slots have many combinations of lengths
+                del self._bindings[next(iter(self._bindings))]
+            binding = self._bindings[key] = self._bind(name, sizes, slots, captured)
+        binding.begin()
+        self._layout.fill(name, binding.arrays, steps, self._fed)
+        binding.run(self.stats)
+        return sizes
+
+    def _choose(self, logits: Buffer) -> Array:
+        """Arg-max on the device, [batch, num_logits]; -1 where a row is not finite."""
+        if logits.shape not in self._choosers:
+            sizes = {"batch": logits.shape[0], "num_logits": logits.shape[1]}
+            session, graph = self._sessions[contract.CHOOSE_TOKEN], self._graphs[contract.CHOOSE_TOKEN]
+            binding = Binding(session, graph, sizes, {contract.LOGITS: logits}, self._memory)
+            self._choosers[logits.shape] = binding
+        binding = self._choosers[logits.shape]
+        binding.run(self.stats)
+        binding.block.pull()
+        chosen: Array = np.where(binding.arrays[contract.IS_FINITE], binding.arrays[contract.TOKEN_IDS], -1)
+        return chosen
+
+    def _bind(self, name: contract.GraphName, sizes: Mapping[str, int], slots: range, captured: bool) -> Binding:
+        graph = self._graphs[name]
+        buffers: dict[str, Buffer] = {}
+        for info in (*graph.inputs, *graph.outputs):
+            if cache := contract.cache_name(info.name):
+                buffers[info.name] = self._cache_buffer(cache, info.dims[0], slots)
+            elif info.name in (contract.THOUGHT, contract.LOGITS):
+                buffers[info.name] = self._output_buffer(name, info.name, sizes)
+        graph_id = None
+        if self._options.device == "cuda" and self._options.cuda_graphs:  # the sessions were opened for captures
+            graph_id = next(self._graph_ids) if captured else -1
+        sizes = {**sizes, "capacity": self.capacity}
+        return Binding(self._sessions[name], graph, sizes, buffers, self._memory, graph_id=graph_id)
+
+    def _output_buffer(self, name: contract.GraphName, output: str, sizes: Mapping[str, int]) -> Buffer:
+        """The buffer of thought or logits in this shape, one for all graphs."""
+        info = next(i for i in (*self._graphs[name].outputs, *self._graphs[name].inputs) if i.name == output)
+        return self._outputs[output].prefix([sizes[dim] if isinstance(dim, str) else dim for dim in info.dims])
+
+    def _cache_buffer(self, cache: contract.CacheName, batch: int | str, slots: range) -> Buffer:
+        """The part of a layer's cache that a KV input or output stands for; both names of a pair are one buffer."""
+        if not self._caches:
+            self._make_caches()
+        buffer = self._caches[cache.layer, cache.kind]
+        if batch == "batch":
+            return buffer.rows(slots.start, len(slots))
+        return buffer.rows(cache.slot or 0, 1)
+
+    def _make_caches(self) -> None:
+        model = self._manifest.model
+        shape = (len(self._fed), model.num_kv_heads, self.capacity, model.head_dim)
+        for layer in range(model.num_layers):
+            for kind in KINDS:
+                self._caches[layer, kind] = (
+                    self._memory.zeros(shape, model.dtype, f"the cache of layer {layer}")
+                    if self._host_cache is None
+                    else host_buffer(self._host_cache.buffer(layer, kind))
+                )
+
+
+def _graph_slots(manifest: Manifest, options: BackendOptions) -> int:
+    """Slots of the packed graphs to load: the fewest that hold ``max_batch`` sequences."""
+    stored = sorted({graph.slots for graph in manifest.graphs if graph.dialect == contract.ONNXRUNTIME})
+    fitting = [slots for slots in stored if slots >= options.max_batch]
+    if not fitting:
+        most = max(stored, default=0)
+        raise RequestError(
+            f"max_batch: got {options.max_batch}, expected 1 to {most}, what the bundle was exported for; "
+            f"export it with a larger --max-batch"
+        )
+    return fitting[0]
+
+
+def _max_model_len(manifest: Manifest, options: BackendOptions) -> int:
+    limit = manifest.model.max_model_len
+    if options.max_model_len is not None and not 1 <= options.max_model_len <= limit:
+        raise RequestError(f"max_model_len: got {options.max_model_len}, expected 1 to {limit}, the bundle's limit")
+    return options.model_len(limit)
+
+
+def _check_dtype(manifest: Manifest, options: BackendOptions) -> None:
+    dtype = manifest.model.dtype
+    if options.device == "cpu" and dtype == "bfloat16":
+        raise BackendError(
+            "this bundle is bfloat16, which ONNX Runtime cannot run on the CPU; "
+            "export it with --dtype float32, or use --device cuda"
+        )
+    if (
+        options.device == "cuda"
+        and dtype == "float32"
+        and (options.dialect or manifest.default_dialect) == contract.ONNXRUNTIME
+    ):
+        raise BackendError(
+            "this bundle is float32, and GroupQueryAttention on CUDA takes float16 or bfloat16 only; "
+            "export it with --dtype bfloat16"
+        )

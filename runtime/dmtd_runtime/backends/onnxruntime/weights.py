@@ -1,0 +1,45 @@
+"""A bundle's weights on a GPU, each once, whichever graphs read it: uploaded here and handed to sessions as initializers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmtd_runtime.backends.onnxruntime.memory import Buffer, GpuMemory
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.manifest import GraphInfo, Manifest
+from dmtd_runtime.device.base import Address, aligned
+from dmtd_runtime.device.uploading import Uploader
+from dmtd_runtime.ort.session import value_at
+
+
+def weights_of(manifest: Manifest, graphs: Iterable[GraphInfo]) -> dict[str, tuple[int, int, tuple[int, ...], str]]:
+    """Initializers of several graphs by name: (offset in the weights file, bytes, shape, dtype)."""
+    found = {}
+    for name in {name: None for graph in graphs for name in graph.weights}:
+        parts = [manifest.weights[part] for part in contract.stack_parts(name)]
+        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        found[name] = (parts[0].offset, sum(part.length for part in parts), shape, parts[0].dtype)
+    return found
+
+
+def weight_bytes(manifest: Manifest, graphs: Iterable[GraphInfo]) -> int:
+    """What :func:`upload_weights` allocates."""
+    return sum(aligned(num_bytes) for _, num_bytes, _, _ in weights_of(manifest, graphs).values())
+
+
+def upload_weights(
+    directory: Path, manifest: Manifest, graphs: Iterable[GraphInfo], memory: GpuMemory, session: Any
+) -> Mapping[str, Any]:
+    """Upload what the graphs read, and give it as OrtValues by name. ``session`` is any one of the provider's."""
+    uploader, values = Uploader(memory.cuda), {}
+    for name, (offset, num_bytes, shape, dtype) in weights_of(manifest, graphs).items():
+        address = memory.cuda.alloc(num_bytes, name)
+        data = np.memmap(directory / contract.WEIGHTS_FILE, np.uint8, "r", offset=offset, shape=(num_bytes,))
+        uploader.upload(Address(address), data)
+        buffer = Buffer(address=address, shape=shape, dtype=dtype, array=None)
+        values[name] = value_at(session, buffer, memory.device)
+    return values

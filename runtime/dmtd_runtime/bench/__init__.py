@@ -1,0 +1,1 @@
+"""The benchmark: plain and DMTD decoding, interleaved."""

@@ -1,0 +1,107 @@
+"""What the bytes allow: weights and KV read for a token in plain mode and in a DMTD cycle, and the ratio of the two.
+
+Pure arithmetic over the manifest, used by ``inspect`` and ``bench``. A decode step at a small batch takes as long as its
+reads, so the ratio of the bytes bounds the speed-up:
+
+    bound = tau * (W(all) + KV(all)) / (W(T) + KV(T) + tau * (W(E, D, head) + KV(E, D)))
+
+1. T's weights and cache are read once a cycle (the refill and the head are one run), everything else in every step.
+2. The head is the final norm and lm_head. A tied embedding is read as the head; a look-up in the embedding reads one row
+   and counts as nothing, and so do the rotary tables.
+3. E counts once a step. A staged full pass reads it a second time at a head, which the bound does not forgive.
+4. Every sequence of a batch reads a cache of its own; the weights are read once for all of them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from dmtd_runtime.bundle.manifest import DTYPE_BYTES, Manifest
+
+EMBEDDING_NAME, HEAD_NAME, NORM_NAME = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitBytes:
+    """Bytes of a split model.
+
+    ``head`` is the final norm and lm_head, the tied embedding included; ``embedding`` is the table that is looked up, and
+    the same bytes as the head's where ``tied``. ``kv_row_bytes`` is one layer's key and value for one position.
+    """
+
+    embedding: int
+    encoding: int
+    thinking: int
+    decoding: int
+    head: int
+    tied: bool
+    num_layers: tuple[int, int, int]  # of E, T, D
+    kv_row_bytes: int
+    cycle_length: int
+
+    @property
+    def stored(self) -> int:
+        """Bytes of all weights, a tied tensor once."""
+        return self.layers + self.head + (0 if self.tied else self.embedding)
+
+    @property
+    def layers(self) -> int:
+        """Bytes of all layers."""
+        return self.encoding + self.thinking + self.decoding
+
+    @property
+    def fused_extra(self) -> int:
+        """Bytes that a fused full pass holds twice: its graph repeats the late layers and the head."""
+        return self.decoding + self.head
+
+    def kv_per_token(self) -> int:
+        """Bytes of one position in all layers' caches."""
+        return sum(self.num_layers) * self.kv_row_bytes
+
+    def plain_step(self, context: float, batch: int = 1) -> float:
+        """Bytes read by one plain decode step of ``batch`` sequences with ``context`` positions each."""
+        return self.layers + self.head + batch * context * self.kv_per_token()
+
+    def cycle(self, context: float, batch: int = 1) -> float:
+        """Bytes read by one whole DMTD cycle: a head with its refill, then the late steps."""
+        encoding, thinking, decoding = (count * self.kv_row_bytes * batch * context for count in self.num_layers)
+        every_step = self.encoding + self.decoding + self.head + encoding + decoding
+        return self.thinking + thinking + self.cycle_length * every_step
+
+    def bound(self, context: float, batch: int = 1) -> float:
+        """How many times faster than plain decoding the bytes allow DMTD to be."""
+        return self.cycle_length * self.plain_step(context, batch) / self.cycle(context, batch)
+
+
+def split_bytes(manifest: Manifest) -> SplitBytes:
+    """The bytes of a bundle's groups, from the tensors that its manifest lists."""
+    cycle, model = manifest.cycle, manifest.model
+    groups = {"encoding": 0, "thinking": 0, "decoding": 0}
+    for name, info in manifest.weights.items():
+        found = _LAYER.match(name)
+        if found:
+            layer = int(found.group(1))
+            group = next(g for g in groups if layer in getattr(cycle, f"{g}_range"))
+            groups[group] += info.length
+    sizes = {name: info.length for name, info in manifest.weights.items()}
+    embedding = sizes.get(EMBEDDING_NAME, 0)
+    return SplitBytes(
+        embedding=embedding,
+        encoding=groups["encoding"],
+        thinking=groups["thinking"],
+        decoding=groups["decoding"],
+        head=sizes.get(HEAD_NAME, embedding) + sizes.get(NORM_NAME, 0),
+        tied=HEAD_NAME not in sizes,
+        num_layers=(cycle.encoding_layers, cycle.thinking_layers, cycle.decoding_layers),
+        kv_row_bytes=2 * model.num_kv_heads * model.head_dim * DTYPE_BYTES[model.dtype],
+        cycle_length=cycle.cycle_length,
+    )
+
+
+def mean_context(prompt_len: int, num_tokens: int) -> float:
+    """Positions that a decode step sees on average while ``num_tokens`` are generated: steps feed positions
+    prompt_len .. prompt_len + num_tokens - 2, and a step at position c reads c + 1 rows.
+    """
+    return prompt_len + num_tokens / 2

@@ -1,0 +1,1 @@
+"""A device in host memory that computes, behind a GPU's rules."""

@@ -1,0 +1,1 @@
+"""ONNX Runtime itself: importing it, its CUDA provider, sessions."""
