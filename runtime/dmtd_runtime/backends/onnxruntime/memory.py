@@ -179,7 +179,9 @@ class GpuMemory:
     def reserve(self, name: str, arrays: Arrays) -> None:
         num_bytes = BlockLayout.of(arrays).num_bytes
         assert name not in self._reserved, f"{name} has its room already"
-        self._reserved[name] = self.cuda.alloc(num_bytes, f"inputs of {name}"), self.cuda.alloc_host(num_bytes)
+        address = self.cuda.alloc(num_bytes, f"inputs of {name}")
+        self.cuda.zero(address, num_bytes)  # a block is copied whole, gaps between its arrays too
+        self._reserved[name] = address, self.cuda.alloc_host(num_bytes)
 
     def block(self, name: str, arrays: Arrays) -> Block:
         layout = BlockLayout.of(arrays)
