@@ -19,7 +19,7 @@ FLOAT32_MARGIN = 2e-5  # of the largest |value|
 # A rotary angle is a float32 product of the position: one ULP of the frequency and one of the product, a position.
 ROTARY_ERROR_A_POSITION = 3e-7
 # Half precision against float32, in ULP of the type at the largest |value|. Rounding grows with depth about as its
-# root: see MEASURED in tests/export/test_verify_half.py.
+# root: see MEASURED in tests/export/verify/test_verify_half.py.
 HALF_ULP_AT_DEPTH_ONE = 6.0
 HALF_TOP1_AGREEMENT = 0.9
 MANTISSA_BITS = {"float16": 10, "bfloat16": 7}

@@ -22,7 +22,7 @@ from dmtd_export.options import ExportOptions
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import load_manifest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ENVIRON = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "runtime", "models"))}
 SPLIT = ("--decoding-layers", "2", "--cycle-length", "3")
 

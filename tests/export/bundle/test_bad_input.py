@@ -422,7 +422,7 @@ def test_ctrl_c(file: str, arguments: tuple[str, ...], place: Path) -> None:
     (place / "b/generation_config.json").write_text("{}")
     sealed("generation_config.json", nothing)()
     before = snapshot(place)
-    path = os.pathsep.join(str((Path(__file__).parents[2] / name).resolve()) for name in (".", "runtime", "models"))
+    path = os.pathsep.join(str((Path(__file__).parents[3] / name).resolve()) for name in (".", "runtime", "models"))
     done = subprocess.run(
         [sys.executable, "-c", INTERRUPTED, file, *arguments],
         cwd=place,

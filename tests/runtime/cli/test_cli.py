@@ -26,7 +26,7 @@ from dmtd_runtime.cli.common import human_bytes, printable
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.sampling.params import SamplingParams
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ENVIRON = {
     **os.environ,
     "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "runtime", "models")),
