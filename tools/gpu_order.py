@@ -142,8 +142,8 @@ def _speed_steps(sizes: Sizes, after: str | None) -> Iterator[Step]:
     for bundle in (small, large):
         for context in (short, long):
             yield bench_step(sizes, bundle, device, context=context, after=after)
-    no_cudnn, note = {"ORT_ENABLE_CUDNN_FLASH_ATTENTION": "0"}, ", no cuDNN attention"
-    yield bench_step(sizes, large, device, context=long, after=after, note=note, environ=no_cudnn)
+    cudnn, note = {"ORT_ENABLE_CUDNN_FLASH_ATTENTION": "1"}, ", cuDNN attention"
+    yield bench_step(sizes, large, device, context=long, after=after, note=note, environ=cudnn)
     captured, apart = ({**device, "dialect": "onnxruntime", "cuda_graphs": graphs} for graphs in (True, False))
     yield bench_step(sizes, small, captured, context=short, after=after, note=", captured graphs")
     yield bench_step(sizes, large, captured, context=short, after=after, note=", captured graphs")

@@ -4,8 +4,8 @@ The provider is a library of its own, which ONNX Runtime loads when a session fi
 Runtime says so on stdout ("EP Error") or not at all, and goes on with the CPU. ``prepare`` comes before: it finds what is
 missing by name, then opens and runs a graph of one node on the GPU. ``look`` is its first half, for ``dmtd doctor``.
 
-cuDNN is loaded when a kernel first needs it (ReduceMax, convolutions, attention on some GPUs), so ``prepare`` does not
-ask for it; ``look`` tells of it.
+cuDNN is loaded when a kernel first needs it (ReduceMax, convolutions, attention where it is asked for), so ``prepare`` does
+not ask for it; ``look`` tells of it.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ An absent execution provider makes ONNX Runtime fall back to the CPU without a w
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,11 @@ from dmtd_runtime.ort.library import import_onnxruntime
 
 ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
 CPU_PROVIDER = "CPUExecutionProvider"
+# Kernels of attention that may be taken, by the provider's numbers: flash, memory-efficient and unfused. Left to itself the
+# provider takes cuDNN's from Hopper on, which are compiled for every shape, thread and session anew, and fail without another
+# kernel being tried; for single rows XQA comes before all of them.
+ATTENTION_KERNELS = 1 | 2 | 16
+CUDNN_ATTENTION = "ORT_ENABLE_CUDNN_FLASH_ATTENTION"  # a variable of ONNX Runtime: 1 lets cuDNN's be tried all the same
 
 
 def provider_options(options: BackendOptions, *, stream: int | None, graphs: bool) -> dict[str, str]:
@@ -31,6 +37,8 @@ def provider_options(options: BackendOptions, *, stream: int | None, graphs: boo
         "use_tf32": "0",  # its default rounds float32 products to 10 bits on every card since Ampere
         "arena_extend_strategy": "kSameAsRequested",  # not twice as much each time
     }
+    if os.environ.get(CUDNN_ATTENTION) != "1":
+        chosen["sdpa_kernel"] = str(ATTENTION_KERNELS)
     if stream is not None:
         chosen["user_compute_stream"] = str(stream)
     if graphs:

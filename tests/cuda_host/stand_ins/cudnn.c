@@ -1,12 +1,13 @@
-/* cuDNN. It describes whatever it is asked to, computes nothing, and supports no graph of its backend interface, so that
- * attention goes to a kernel of the provider's own, as it does for most shapes. What computes is recorded as a call. */
+/* cuDNN. It describes whatever it is asked to, computes nothing, and supports no graph of its backend interface: where the
+ * provider takes cuDNN's attention, its node fails. The version is one whose attention it trusts (9.10.0 and 9.10.1 are none).
+ * What computes is recorded as a call. */
 #include <stdlib.h>
 
 #include "stand_in.h"
 
 enum { SUCCESS = 0, NOT_SUPPORTED = 3000 };
 
-size_t cudnnGetVersion(void) { return 91000; }
+size_t cudnnGetVersion(void) { return 91900; }
 const char *cudnnGetErrorString(int status) { return status ? "not supported by the stand-in" : "success"; }
 
 void cudnnGetLastErrorString(char *words, size_t bytes) {
