@@ -18,6 +18,7 @@ import secrets
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral, Number
 from pathlib import Path
 from types import TracebackType
@@ -106,7 +107,7 @@ class LLM:
             max_model_len=max_model_len,
             threads=threads,
         )
-        opened = open_backend(directory, self.manifest, options)
+        opened = open_backend(directory, self.manifest, replace(options, warm_up=False))
         self.max_model_len = opened.max_model_len
         self._at_limit = opened.max_model_len == self.manifest.model.max_model_len
         self.stats = opened.stats
@@ -114,7 +115,7 @@ class LLM:
         self._eos = tuple(dict.fromkeys((*self.manifest.model.eos_token_ids, *tokenizer_eos)))
         self._ids = itertools.count()
         self._requests: dict[str, Request] = {}
-        self._engine = Engine(opened, plan)
+        self._engine = Engine(opened, plan, warm_up=options.warm_up)
         self._close = weakref.finalize(self, Engine.close, self._engine)
         if not self.manifest.cycle.dmtd_trained and not plain:
             logger.info("%s: weights not trained for DMTD; its late steps choose poor words", directory)

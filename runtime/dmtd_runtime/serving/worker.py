@@ -27,9 +27,13 @@ JOIN_SECONDS = 60.0
 
 
 class Engine:
-    """Runs sequences on one backend in a thread of its own. All methods may be called from any thread."""
+    """Runs sequences on one backend in a thread of its own. All methods may be called from any thread.
 
-    def __init__(self, backend: Backend, plan: CyclePlan) -> None:
+    ``warm_up``: the backend warms up before this returns, in that thread, because ONNX Runtime keeps captured graphs and its
+    handles to CUDA's libraries for each thread. What fails in it is raised, and the backend closed.
+    """
+
+    def __init__(self, backend: Backend, plan: CyclePlan, *, warm_up: bool = False) -> None:
         self._backend = backend
         self._plan = plan
         self._changed = threading.Condition()
@@ -38,8 +42,17 @@ class Engine:
         self._closing = False
         self._process = os.getpid()
         self._failure: DmtdError | None = None
-        self._thread = threading.Thread(target=self._work, name="dmtd-engine", daemon=True)
-        self._thread.start()
+        self._is_warm = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(warm_up,), name="dmtd-engine", daemon=True)
+        try:
+            self._thread.start()
+            self._is_warm.wait()
+        except BaseException:
+            self.close()
+            raise
+        if self._failure is not None:
+            self._thread.join()
+            raise self._failure
 
     def submit(self, sequences: Sequence[SequenceRun]) -> None:
         """Queue sequences. Raises AbortedError after close, BackendError after a failure."""
@@ -61,8 +74,11 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join(JOIN_SECONDS)
 
-    def _work(self) -> None:
+    def _work(self, warm_up: bool) -> None:
         try:
+            if warm_up:
+                self._backend.warm_up()
+            self._is_warm.set()
             while batch := self._next_batch():
                 run_batch(self._backend, self._plan, batch, between_steps=self._end_waiting)
                 self._running = []
@@ -73,6 +89,7 @@ class Engine:
             logger.exception("the engine failed")
             self._fail(BackendError(f"the engine failed: {type(error).__name__}: {error}"))
         finally:
+            self._is_warm.set()
             for sequence in self._waiting:
                 if not sequence.end_from_outside():
                     sequence.tell(TokenEvent(choice=None, finish_reason="abort"))
