@@ -6,10 +6,10 @@ import os
 import shutil
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 # Before any test imports them: no look-ups on a model hub, no tokenizer threads that a fork would warn about.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,9 +18,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A shell ignores Ctrl-C for what it starts in the background, and children inherit that: tests send it on purpose.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A shared machine stalls now and then, and a failure must be the same failure on the next run.
-settings.register_profile("dmtd", deadline=None, derandomize=True)
-settings.load_profile("dmtd")
+with suppress(ImportError):  # tests marked gpu need nothing but pytest, on machines where nothing can be installed
+    from hypothesis import settings
+
+    # A shared machine stalls now and then, and a failure must be the same failure on the next run.
+    settings.register_profile("dmtd", deadline=None, derandomize=True)
+    settings.load_profile("dmtd")
 
 
 def _has_nvidia_gpu() -> bool:
