@@ -61,6 +61,7 @@ class Sizes:
     max_model_len: int
     repeats: int = 3
     copy_bytes: int = 1 << 30
+    cudnn_attention: str = "1"
 
 
 CHECK = Sizes(
@@ -96,6 +97,7 @@ def rehearsal(device: str, *, real_small: bool = False) -> Sizes:
         max_model_len=96,
         repeats=1,
         copy_bytes=1 << 26,
+        cudnn_attention="0",  # the stand-in of cuDNN has none
     )
 
 
@@ -142,7 +144,7 @@ def _speed_steps(sizes: Sizes, after: str | None) -> Iterator[Step]:
     for bundle in (small, large):
         for context in (short, long):
             yield bench_step(sizes, bundle, device, context=context, after=after)
-    cudnn, note = {"ORT_ENABLE_CUDNN_FLASH_ATTENTION": "1"}, ", cuDNN attention"
+    cudnn, note = {"ORT_ENABLE_CUDNN_FLASH_ATTENTION": sizes.cudnn_attention}, ", cuDNN attention"
     yield bench_step(sizes, large, device, context=long, after=after, note=note, environ=cudnn)
     captured, apart = ({**device, "dialect": "onnxruntime", "cuda_graphs": graphs} for graphs in (True, False))
     yield bench_step(sizes, small, captured, context=short, after=after, note=", captured graphs")
