@@ -135,6 +135,14 @@ def test_an_input_is_read_on_the_host_or_on_the_device_and_never_on_both(bundle:
     assert lengths
 
 
+def test_no_weight_is_read_on_the_host(bundle: Path, manifest: Manifest) -> None:
+    """On a GPU they are shared where they lie on the device, and a kernel that reads one on the host would read its address."""
+    for graph in manifest.graphs:
+        for node in onnx.load(bundle / graph.file, load_external_data=False).graph.node:
+            read = {node.input[place] for place in READ_ON_HOST.get(node.op_type, ()) if place < len(node.input)}
+            assert not read & set(graph.weights), f"{graph.file}: {node.name}"
+
+
 def test_no_graph_needs_cudnn(bundle: Path, manifest: Manifest) -> None:
     for graph in manifest.graphs:
         ops = {node.op_type for node in onnx.load(bundle / graph.file, load_external_data=False).graph.node}
