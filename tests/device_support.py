@@ -20,7 +20,8 @@ from dmtd_runtime.device.simulator.device import HostDevice
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import Sampler
 from dmtd_runtime.sampling.stops import StopRules
-from dmtd_runtime.serving.loop import SequenceRun, TokenEvent, run_batch
+from dmtd_runtime.serving.loop import run_batch
+from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
 
 Engines = tuple[Path, EngineRecord]
 

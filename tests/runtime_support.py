@@ -31,7 +31,8 @@ from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import Choice, Sampler
 from dmtd_runtime.sampling.stops import StopRules
-from dmtd_runtime.serving.loop import SequenceRun, TokenEvent, run_batch
+from dmtd_runtime.serving.loop import run_batch
+from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
 from dmtd_runtime.text.tokenizer import Tokenizer
 
 MARGIN = 2e-5  # of the largest |logit|, float32

@@ -309,7 +309,11 @@ class BlindBackend:
         return getattr(self._backend, name)
 
     def run(self, *args: Any, **options: Any) -> Any:
-        return np.zeros_like(self._backend.run(*args, **options))
+        output = self._backend.run(*args, **options)
+        found = {name: getattr(output, name) for name in ("logits", "tokens")}
+        return dataclasses.replace(
+            output, **{name: np.zeros_like(rows) for name, rows in found.items() if rows is not None}
+        )
 
     def finish_cycle(self) -> Any:
         return np.zeros_like(self._backend.finish_cycle())

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from dmtd_export.verify.forced import forced_logits
 from dmtd_export.verify.margins import FLOAT32, HALF_TOP1_AGREEMENT, Margin, top_two_gap, worst_difference
 from dmtd_export.verify.report import Check, Divergence, Level
-from dmtd_runtime.backends.base import Backend, BackendOptions, FullPass, SlotStep
+from dmtd_runtime.backends.base import Backend, BackendOptions, FullPass
 from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import Manifest
-from dmtd_runtime.cycle import CyclePlan, Position
+from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.errors import BackendError, BundleError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -164,7 +165,8 @@ def run_variant(directory: Path, manifest: Manifest, variant: Variant, cases: Se
             for start in range(0, len(wanted), variant.batch):
                 group = wanted[start : start + variant.batch]
                 plan = CyclePlan(cycle=manifest.cycle, plain=plain)
-                rows = run_group(backend, plan, variant.chunk, [cases[i] for i in group])
+                chosen = [cases[i] for i in group]
+                rows = forced_group(backend, plan, variant.chunk, chosen, manifest.model.vocab_size)
                 results.update(zip(group, rows, strict=True))
     finally:
         backend.close()
@@ -175,28 +177,19 @@ def _picked(count: int, variant: Variant) -> list[int]:
     return list(range(0, count, variant.case_step))
 
 
-def run_group(backend: Backend, plan: CyclePlan, chunk: int, cases: Sequence[Case]) -> list[Array]:
-    """Logits [num_new, vocab] of some cases, run as one batch, each in its own slot; a finished one leaves its slot idle."""
-    at = [Position(prompt_len=len(case.prompt)) for case in cases]
-    ids = [list(case.prompt) for case in cases]
-    rows: list[list[Array]] = [[] for _ in cases]
-    for slot in range(len(cases)):
-        backend.reset(slot)
-    while running := [i for i, case in enumerate(cases) if len(rows[i]) < case.num_new]:
-        planned = plan.next_steps([at[i] for i in running], min(chunk, backend.max_rows))
-        steps = [
-            SlotStep(slot=running[i], step=step, ids=ids[running[i]][(step.window or step.late).start : step.late.stop])
-            for i, step in planned
-        ]
-        logits = backend.run(steps)
-        wanting = [s for s in steps if s.step.wants_logits]
-        for s in steps:
-            at[s.slot].commit(s.step)
-        for row, s in zip(logits, wanting, strict=True):
-            rows[s.slot].append(row.copy())
-            forced = cases[s.slot].continuation
-            ids[s.slot].append(forced[len(rows[s.slot]) - 1] if forced else int(row.argmax()))
-    return [np.stack(r) for r in rows]
+def forced_group(
+    backend: Backend, plan: CyclePlan, max_rows: int, cases: Sequence[Case], vocab_size: int
+) -> list[Array]:
+    """Logits [num_new, vocab] of some cases, run as one batch."""
+    return forced_logits(
+        backend,
+        plan,
+        [case.prompt for case in cases],
+        [case.continuation for case in cases],
+        [case.num_new for case in cases],
+        vocab_size=vocab_size,
+        max_rows=max_rows,
+    )
 
 
 def _failed(name: str, variant: Variant, level: Level, detail: str) -> Check:

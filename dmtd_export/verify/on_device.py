@@ -20,7 +20,7 @@ import numpy as np
 
 from dmtd_export.bundle.split import spec_of
 from dmtd_export.errors import ExportError
-from dmtd_export.verify.cycles import Array, Case, Comparison, Variant, make_cases, run_group
+from dmtd_export.verify.cycles import Array, Case, Comparison, Variant, forced_group, make_cases
 from dmtd_export.verify.levels import installed
 from dmtd_export.verify.margins import FLOAT32, HALF_TOP1_AGREEMENT, Margin, half_margin
 from dmtd_export.verify.report import Check, VerifyReport
@@ -34,7 +34,8 @@ from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import Sampler
 from dmtd_runtime.sampling.stops import StopRules
-from dmtd_runtime.serving.loop import SequenceRun, TokenEvent, run_batch
+from dmtd_runtime.serving.loop import run_batch
+from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
 
 if TYPE_CHECKING:
     from dmtd_export.verify.reference import Reference
@@ -140,7 +141,8 @@ def _steps(
     found = Comparison(variant=_variant(backend, options, manifest, batch), margin=margin)
     for plain, group in _groups(cases, batch):
         plan = CyclePlan(cycle=manifest.cycle, plain=plain)
-        for case, rows in zip(group, run_group(backend, plan, backend.max_rows, group), strict=True):
+        found_rows = forced_group(backend, plan, backend.max_rows, group, manifest.model.vocab_size)
+        for case, rows in zip(group, found_rows, strict=True):
             chosen = replace(case, continuation=tuple(int(token) for token in rows.argmax(-1)))
             found.add(chosen, _expected(reference, chosen), rows)
     return found.check(f"step by step: {_name(options)}, {backend.full_pass}, batch {batch}", "oracle")

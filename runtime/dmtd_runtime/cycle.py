@@ -1,4 +1,4 @@
-"""The DMTD schedule in pure integers: which rows, positions and gates every step needs. All rules of the product live here.
+"""The law of DMTD in pure integers: which rows, positions and gates every step needs. All its rules in the product live here.
 
 Words: a sequence has ``fed`` tokens (rows in E's and D's caches) and ``thought`` rows in T's cache, ``thought <= fed``.
 
@@ -12,7 +12,6 @@ The oracle in dmtd_models has rules of its own, and a test holds the two against
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -112,38 +111,14 @@ class CyclePlan:
             wants_logits=True,
         )
 
-    def next_cycle(self, batch: Sequence[Position]) -> list[list[Step]] | None:
-        """The steps of a whole cycle for each sequence, if all stand at a head: then it can run without anybody looking.
+    def cycle_steps(self, at: Position) -> list[Step]:
+        """The steps of the whole cycle that begins at the head ``at``.
 
-        Every step feeds the token that the step before it chose, so nothing but tokens is unknown when the cycle starts. In
-        plain mode every position is a head, and a "cycle" is as many full passes. None while a sequence is in its prompt or
-        inside a cycle.
+        Every step feeds the token that the step before it chose, so nothing but tokens is unknown when the cycle starts.
         """
-        if any(at.in_prefill or not self.is_head(at.fed, at.prompt_len) for at in batch):
-            return None
-        cycles = []
-        for at in batch:
-            ahead, steps = replace(at), []
-            for _ in range(self.cycle.cycle_length):
-                steps.append(self.next_step(ahead, 1))
-                ahead.commit(steps[-1])
-            cycles.append(steps)
-        return cycles
-
-    def next_steps(self, batch: Sequence[Position], max_rows: int) -> list[tuple[int, Step]]:
-        """The next run of a batch: (index, step) of those that take part, all of one kind.
-
-        Prompts first, as many chunks as fit into ``max_rows``. Then, while any sequence stands inside a cycle, only those
-        step, and the ones at a head wait: after at most ``cycle_length - 1`` short runs all heads fall together, for good,
-        and T's weights are read once a cycle for the whole batch.
-        """
-        steps: list[tuple[int, Step]] = []
-        for index, at in enumerate(batch):
-            if at.in_prefill and max_rows > 0:
-                step = self.next_step(at, max_rows)
-                max_rows -= len(step.window)
-                steps.append((index, step))
-        if steps:
-            return steps
-        inside = [i for i, at in enumerate(batch) if not self.is_head(at.fed, at.prompt_len)]
-        return [(i, self.next_step(batch[i], max_rows)) for i in (inside or range(len(batch)))]
+        assert not at.in_prefill and self.is_head(at.fed, at.prompt_len), "a cycle begins at a head"
+        ahead, steps = replace(at), []
+        for _ in range(self.cycle.cycle_length):
+            steps.append(self.next_step(ahead, 1))
+            ahead.commit(steps[-1])
+        return steps

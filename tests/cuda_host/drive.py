@@ -21,7 +21,7 @@ from cuda_host.cases import CASES, MAX_TOKENS, WARM_UPS, Case
 
 import dmtd_runtime.llm
 from dmtd_runtime import LLM, SamplingParams
-from dmtd_runtime.backends.base import SlotStep
+from dmtd_runtime.backends.base import RunOutput, SlotStep
 
 CHOICES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
@@ -43,12 +43,15 @@ class MarkedBackend:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
-    def run(self, steps: Sequence[SlotStep], **options: Any) -> np.ndarray:
+    def run(self, steps: Sequence[SlotStep], committed: Sequence[int], **options: Any) -> RunOutput:
         tokens = sum(s.step.wants_logits for s in steps)
         mark("step", kind=steps[0].step.kind, sequences=len(steps), tokens=tokens)
-        rows = self._backend.run(steps, **options)
+        output = self._backend.run(steps, committed, **options)
         mark("between")
-        return np.zeros_like(rows)
+        zeros = {
+            name: np.zeros_like(found) for name in ("logits", "tokens") if (found := getattr(output, name)) is not None
+        }
+        return RunOutput(**zeros)
 
 
 def mark_graphs() -> None:

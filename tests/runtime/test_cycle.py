@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from runtime_support import CONVENTIONS
 
 from dmtd_models.config.model import DmtdSpec
@@ -161,45 +159,3 @@ def test_a_step_out_of_order_is_refused() -> None:
     at.commit(step)
     with pytest.raises(AssertionError, match="step writes from row 0, 3 rows are committed"):
         at.commit(step)
-
-
-@settings(max_examples=200)
-@given(
-    tau=st.sampled_from(TAUS),
-    convention=st.sampled_from(CONVENTIONS),
-    prompt_lens=st.lists(st.integers(1, 40), min_size=1, max_size=8),
-    max_rows=st.sampled_from((1, 5, 16, 256)),
-    plain=st.booleans(),
-)
-def test_a_batch_aligns_its_heads_and_starves_nobody(
-    tau: int, convention: tuple[str, str], prompt_lens: list[int], max_rows: int, plain: bool
-) -> None:
-    plan = plan_of(tau, convention, plain=plain)
-    batch = [Position(prompt_len=length) for length in prompt_lens]
-    runs, short_runs = 0, 0
-    while any(at.fed < at.prompt_len + 4 * tau for at in batch):
-        before = [at.fed for at in batch]
-        steps = plan.next_steps(batch, max_rows)
-        taking_part = [index for index, _ in steps]
-        assert taking_part == sorted(set(taking_part)), "the backend needs steps in order of the batch"
-        assert taking_part
-        assert len({step.kind for _, step in steps}) == 1
-        if steps[0][1].kind == "prefill":
-            assert sum(len(step.window) for _, step in steps) <= max_rows
-            assert taking_part[0] == next(i for i, at in enumerate(batch) if at.in_prefill)
-        else:
-            assert not any(at.in_prefill for at in batch), "a prompt waits while others decode"
-            short_runs += len(steps) < len(batch)
-            if steps[0][1].kind == "full":
-                assert len(steps) == len(batch), "T's weights are read for a part of the batch"
-        for index, step in steps:
-            # The step is the one that the sequence would take alone.
-            assert step == plan.next_step(batch[index], max(len(step.window), 1))
-            batch[index].commit(step)
-        assert sum(at.fed for at in batch) > sum(before)
-        runs += 1
-    assert short_runs <= tau - 1, "heads that once fell together came apart"
-    # All end within a cycle of one another: nobody is starved.
-    generated = [at.fed - at.prompt_len for at in batch]
-    assert max(generated) - min(generated) <= max(tau - 1, 0)
-    assert runs <= sum(prompt_lens) + 6 * tau

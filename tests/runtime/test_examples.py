@@ -94,9 +94,9 @@ def llm(bundle: TinyBundle) -> Iterator[LLM]:
     with LLM(bundle.directory, max_num_seqs=1, threads=1) as llm:
         run = llm._engine._backend.run
 
-        def slow(steps: Any) -> Any:
+        def slow(*args: Any, **options: Any) -> Any:
             time.sleep(0.003)
-            return run(steps)
+            return run(*args, **options)
 
         llm._engine._backend.run = slow  # type: ignore[method-assign]
         yield llm

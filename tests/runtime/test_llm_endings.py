@@ -82,9 +82,9 @@ def slow_down(llm: LLM, seconds: float) -> None:
     """Make every step of the real backend take longer."""
     run = llm._engine._backend.run
 
-    def slow(steps):
+    def slow(*args, **options):
         time.sleep(seconds)
-        return run(steps)
+        return run(*args, **options)
 
     llm._engine._backend.run = slow
 

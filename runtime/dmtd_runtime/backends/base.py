@@ -95,6 +95,20 @@ class SlotStep:
         return self.ids[len(self.ids) - len(self.step.late) :]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOutput:
+    """What a run gives for each row asked for, in the order of the steps; valid until the next call.
+
+    ``logits`` are float32 [n, vocab]; ``tokens``, where the device was to choose, int64 [n], negative where it could not.
+    """
+
+    logits: Array | None = None
+    tokens: Array | None = None
+
+
+Rows = Literal["last", "all"]
+
+
 class StepwiseBackend:
     """The part of the protocol that a backend lacks whose every step needs the host."""
 
@@ -154,11 +168,19 @@ class Backend(Protocol):
     chooses_tokens: bool  # logits stay on a device, where the arg-max can be taken
     runs_cycles: bool  # start_cycle and finish_cycle work; elsewhere nobody calls them
 
-    def run(self, steps: Sequence[SlotStep], *, greedy: bool = False) -> Array:
-        """Run one step of one kind for the named slots.
+    def run(
+        self, steps: Sequence[SlotStep], committed: Sequence[int], *, choose: bool = False, rows: Rows = "last"
+    ) -> RunOutput:
+        """Run one step of one kind for the named slots, in the order of their slots.
 
-        Returns logits, float32 [n, vocab], a row for each step that wants them, in order; valid until the next call. With
-        ``greedy`` a backend that ``chooses_tokens`` returns the arg-max of each row instead, int64 [n].
+        Args:
+            steps: what each slot does.
+            committed: committed rows of every slot, 0 for a free one: padding is written behind them.
+            choose: give the arg-max of each row instead of its logits; only of a backend that ``chooses_tokens``.
+            rows: of each step that wants logits the last row, or all its late rows.
+
+        Raises:
+            BackendError: the backend failed, or it has no logits but of last rows.
         """
         ...
 
@@ -183,12 +205,12 @@ class Backend(Protocol):
         """
         ...
 
-    def reset(self, slot: int, *, clear: bool = False) -> None:
-        """Forget the slot's sequence: its cache counts as empty, and is zeroed with ``clear`` (it may hold NaN)."""
+    def clear(self, slot: int, rows: int) -> None:
+        """Zero a slot's caches, of which ``rows`` rows are committed: they may hold NaN."""
         ...
 
-    def move(self, source: int, target: int) -> bool:
-        """Let the sequence of slot ``source`` live in the free slot ``target``; False where slots cannot be moved."""
+    def move(self, source: int, target: int, rows: int) -> None:
+        """Copy the first ``rows`` rows of slot ``source`` over those of slot ``target``."""
         ...
 
     def close(self) -> None:

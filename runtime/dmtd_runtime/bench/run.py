@@ -10,12 +10,13 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-from dmtd_runtime.backends.base import Array, Backend, SlotCycle, SlotStep
+from dmtd_runtime.backends.base import Array, Backend, Rows, RunOutput, SlotCycle, SlotStep
 from dmtd_runtime.cycle import CyclePlan, StepKind
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import Sampler
 from dmtd_runtime.sampling.stops import StopRules
-from dmtd_runtime.serving.loop import SequenceRun, TokenEvent, run_batch
+from dmtd_runtime.serving.loop import run_batch
+from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +48,11 @@ class _StepClock:
         self.cycle_ends: list[float] = []
         self._backend = backend
 
-    def run(self, steps: Sequence[SlotStep], *, greedy: bool = False) -> Array:
+    def run(
+        self, steps: Sequence[SlotStep], committed: Sequence[int], *, choose: bool = False, rows: Rows = "last"
+    ) -> RunOutput:
         self.marks.append((steps[0].step.kind, time.perf_counter(), self.stats.session_seconds))
-        return self._backend.run(steps, greedy=greedy)
+        return self._backend.run(steps, committed, choose=choose, rows=rows)
 
     def warm_up(self) -> None:
         self._backend.warm_up()
@@ -63,11 +66,11 @@ class _StepClock:
         self.cycle_ends.append(time.perf_counter())
         return tokens
 
-    def reset(self, slot: int, *, clear: bool = False) -> None:
-        self._backend.reset(slot, clear=clear)
+    def clear(self, slot: int, rows: int) -> None:
+        self._backend.clear(slot, rows)
 
-    def move(self, source: int, target: int) -> bool:
-        return self._backend.move(source, target)
+    def move(self, source: int, target: int, rows: int) -> None:
+        self._backend.move(source, target, rows)
 
     def close(self) -> None:
         self._backend.close()

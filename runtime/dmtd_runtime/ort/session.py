@@ -139,7 +139,7 @@ class Binding:
         """
         self._session, self._graph_id = session, graph_id
         self._binding = session.io_binding()
-        self._kept = list(buffers.values())
+        self.buffers = dict(buffers)
         self._has_inputs = any(info.name not in buffers for info in graph.inputs)
         self._run_options = _run_options(graph_id) if memory.stream is not None else None
         on_host = host_inputs(session) if memory.stream is not None else frozenset()

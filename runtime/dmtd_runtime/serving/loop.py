@@ -1,217 +1,171 @@
-"""One static batch, from prompts to finished sequences: plan -> run -> commit -> choose, until all are done.
+"""From waiting sequences to finished ones: schedule -> run -> commit -> choose, one step at a time.
 
 Where the backend runs cycles, and every sequence stands at a head, whole cycles are enqueued, the next one before the tokens
 of this one are looked at. Ends are then found when a cycle is over: what it chose behind the end is dropped unseen.
 
-No threads and no requests here: ``engine.py`` forms batches of :class:`SequenceRun` and is told of every token.
+What comes next is the scheduler's, numbers are the backend's; here sequences are told of their tokens. No threads:
+``worker.py`` has them.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
 
-from dmtd_runtime.backends.base import Array, Backend, SlotCycle, SlotStep
-from dmtd_runtime.cycle import CyclePlan, Position, Step
-from dmtd_runtime.errors import DmtdError
-from dmtd_runtime.sampling.sampler import Choice, Sampler
-from dmtd_runtime.sampling.stops import StopRules
-
-FinishReason = Literal["stop", "length", "abort", "deadline"]
+from dmtd_runtime.backends.base import Backend, SlotCycle, SlotStep
+from dmtd_runtime.cycle import CyclePlan, Step
+from dmtd_runtime.serving.scheduler import Planned, Scheduler
+from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenEvent:
-    """What happened to a sequence: a token and the text it released, and the end of it if ``finish_reason`` is set.
+class Loop:
+    """Runs sequences on one backend. Not thread-safe."""
 
-    ``choice`` is None where the sequence was ended from outside; ``error`` is set where it failed.
-    """
+    def __init__(
+        self,
+        backend: Backend,
+        plan: CyclePlan,
+        *,
+        max_rows: int | None = None,
+        closing: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """``max_rows``: of a pass over prompts; the backend's own limit where that is lower.
 
-    choice: Choice | None
-    text: str = ""
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-    error: DmtdError | None = None
+        ``closing``: whether who still waits is no longer to begin, and ends with ``abort``.
+        """
+        self._closing = closing
+        rows = backend.max_rows if max_rows is None else min(max_rows, backend.max_rows)
+        self._backend, self._cycle_length = backend, plan.cycle.cycle_length
+        self._scheduler = Scheduler(plan, num_slots=backend.slots, max_rows=rows)
+        self._sequences: dict[int, SequenceRun] = {}
+        self._numbers = itertools.count()
 
+    @property
+    def sequences(self) -> list[SequenceRun]:
+        """Those that have not left yet, waiting or running."""
+        return list(self._sequences.values())
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class SequenceRun:
-    """One sequence on its way through the loop, equal to itself alone. ``ids`` grows by every chosen token."""
+    def add(self, sequence: SequenceRun) -> None:
+        """Let a sequence wait for its turn."""
+        number = next(self._numbers)
+        self._sequences[number] = sequence
+        self._scheduler.admit(number, len(sequence.ids))
 
-    ids: list[int]
-    sampler: Sampler
-    stops: StopRules
-    on_event: Callable[[TokenEvent], None]
-    cancelled: Callable[[], FinishReason | None] = lambda: None
-    deadline: float | None = None  # of time.monotonic()
-    started: float | None = None  # when its batch began
-    ended: bool = False
-    failed: bool = False
-    slot: int = -1
-    position: Position = field(init=False)
+    def step(self) -> None:
+        """Let go of who was cancelled, then run what comes next and tell of its tokens. Errors of the backend pass through."""
+        self._leave(number for number, sequence in self._sequences.items() if sequence.end_from_outside())
+        if self._closing():
+            self._end_waiting()
+        if not self._sequences or self._run_cycles():
+            return
+        planned = self._scheduler.schedule()
+        for one in planned:
+            sequence = self._sequences[one.sequence]
+            if sequence.started is None:
+                sequence.started = time.monotonic()
+        steps = [self._slot_step(one) for one in planned]
+        wanting = [one for one in planned if one.step.wants_logits]
+        choose = self._backend.chooses_tokens and not any(
+            self._sequences[one.sequence].sampler.needs_logits for one in planned
+        )
+        output = self._backend.run(steps, self._scheduler.committed, choose=choose)
+        self._scheduler.commit(planned)
+        for row, one in enumerate(wanting):
+            if output.tokens is not None:
+                self._sequences[one.sequence].take(int(output.tokens[row]))
+            else:
+                assert output.logits is not None, "a run gives tokens or logits"
+                self._sequences[one.sequence].choose(output.logits[row])
+        self._leave(one.sequence for one in wanting if self._sequences[one.sequence].ended)
 
-    def __post_init__(self) -> None:
-        self.position = Position(prompt_len=len(self.ids))
+    def _run_cycles(self) -> bool:
+        """Run whole cycles until a sequence ends, if all may run them; whether any ran.
 
-    def end_from_outside(self) -> bool:
-        """End the sequence if it was cancelled or its deadline has passed; whether it did."""
-        late = self.deadline is not None and time.monotonic() > self.deadline
-        reason = self.cancelled() or ("deadline" if late else None)
-        if reason is None:
+        The cycle after the one under way is enqueued before that one's tokens are known, unless a sequence is certain to end.
+        """
+        running = [self._sequences[number] for number in self._scheduler.running]
+        if not running or not self._backend.runs_cycles or any(s.sampler.wants_logprobs for s in running):
             return False
-        self.tell(TokenEvent(choice=None, text=self.stops.flush(), finish_reason=reason))
+        planned = self._start_cycle(0)
+        if not planned:
+            return False
+        tau, under_way = self._cycle_length, deque([planned])
+        while under_way:
+            if not any(s.ended for s in running) and len(under_way) == 1 and _go_on(running, tau):
+                under_way.append(self._start_cycle(tau))
+            tokens, cycle = self._backend.finish_cycle(), under_way.popleft()
+            for step, index in itertools.product(range(tau), range(len(cycle))):
+                sequence = self._sequences[cycle[index].sequence]
+                if not sequence.ended:
+                    sequence.take(int(tokens[step, index]))
+            self._end_from_outside()
+        self._leave(number for number, sequence in self._sequences.items() if sequence.ended)
         return True
 
-    def tell(self, event: TokenEvent) -> None:
-        """Hand an event on, and note the end."""
-        self.failed = event.error is not None
-        self.ended = self.failed or event.finish_reason is not None
-        self.on_event(event)
+    def _start_cycle(self, unseen: int) -> list[Planned]:
+        """Enqueue the next cycle of all sequences and take its steps as run; nothing where they do not all stand at a head.
+
+        ``unseen``: tokens of a cycle under way, which this one follows.
+        """
+        planned = self._scheduler.schedule_cycle()
+        cycles = []
+        for one in planned:
+            sequence, window = self._sequences[one.sequence], one.steps[0].window
+            ids = () if unseen else sequence.ids[window.start : window.stop]
+            cycles.append(SlotCycle(slot=one.slot, steps=one.steps, ids=ids, sampler=sequence.sampler, unseen=unseen))
+        if planned:
+            self._backend.start_cycle(cycles, follows=unseen > 0)
+            self._scheduler.commit(planned)
+        return planned
+
+    def _end_waiting(self) -> None:
+        waiting = self._sequences.keys() - set(self._scheduler.running)
+        for number in waiting:
+            self._sequences[number].tell(TokenEvent(choice=None, finish_reason="abort"))
+        self._leave(waiting)
+
+    def _end_from_outside(self) -> None:
+        """End who was cancelled while a cycle ran. Those with a slot keep it until no cycle is under way."""
+        running = set(self._scheduler.running)
+        ended = [n for n, s in self._sequences.items() if not s.ended and s.end_from_outside()]
+        self._leave(number for number in ended if number not in running)
+
+    def _leave(self, numbers: Iterable[int]) -> None:
+        """Let sequences go, from the last slot down: what moves into a gap is then alive."""
+        leaving = set(numbers)
+        order = [number for number in reversed(self._scheduler.running) if number in leaving]
+        for number in (*order, *leaving.difference(order)):
+            sequence, committed = self._sequences.pop(number), self._scheduler.committed
+            slot = self._scheduler.slot_of(number)
+            if sequence.failed and slot is not None:  # it may have left NaN in the caches
+                self._backend.clear(slot, committed[slot])
+            move = self._scheduler.free(number)
+            if move is not None:
+                self._backend.move(move.source, move.target, move.rows)
+
+    def _slot_step(self, one: Planned) -> SlotStep:
+        ids = self._sequences[one.sequence].ids
+        return SlotStep(slot=one.slot, step=one.step, ids=ids[_first(one.step) : one.step.late.stop])
 
 
 def run_batch(
-    backend: Backend,
-    plan: CyclePlan,
-    sequences: Sequence[SequenceRun],
-    *,
-    between_steps: Callable[[], None] = lambda: None,
+    backend: Backend, plan: CyclePlan, sequences: Sequence[SequenceRun], *, max_rows: int | None = None
 ) -> None:
-    """Run ``sequences`` (at most ``backend.slots``) to their ends. Errors of the backend itself pass through."""
-    assert len(sequences) <= backend.slots, f"{len(sequences)} sequences for {backend.slots} slots"
-    active = list(sequences)
-    for slot, sequence in enumerate(active):
-        sequence.slot = slot
-        backend.reset(slot)
-    while True:
-        between_steps()
-        _end_cancelled(backend, active)
-        if not active:
-            return
-        if backend.runs_cycles and not any(sequence.sampler.wants_logprobs for sequence in active):
-            ran, finished = _run_cycles(backend, plan, active, between_steps)
-            for sequence in reversed(finished):
-                _leave(backend, active, sequence)
-            if ran:
-                continue
-        steps = plan.next_steps([sequence.position for sequence in active], backend.max_rows)
-        taking_part = [(active[index], step) for index, step in steps]
-        slot_steps = [_slot_step(sequence, step) for sequence, step in taking_part]
-        if backend.chooses_tokens and not any(sequence.sampler.needs_logits for sequence, _ in taking_part):
-            rows = backend.run(slot_steps, greedy=True)
-        else:
-            rows = backend.run(slot_steps)
-        finished = _take_tokens(taking_part, rows)
-        # From the last slot down: what moves into a gap is then alive, and NaN of a failed sequence is never carried along.
-        for sequence in reversed(finished):
-            _leave(backend, active, sequence)
+    """Run ``sequences`` to their ends. Errors of the backend itself pass through."""
+    loop = Loop(backend, plan, max_rows=max_rows)
+    for sequence in sequences:
+        loop.add(sequence)
+    while loop.sequences:
+        loop.step()
 
 
-def _run_cycles(
-    backend: Backend, plan: CyclePlan, active: Sequence[SequenceRun], between_cycles: Callable[[], None]
-) -> tuple[bool, list[SequenceRun]]:
-    """Run whole cycles until a sequence ends; (whether any ran, the sequences that ended).
-
-    The cycle after the one under way is enqueued before that one's tokens are known, unless a sequence is certain to end.
-    """
-    if not _start_cycle(backend, plan, active, 0):
-        return False, []
-    under_way, finished = deque([plan.cycle.cycle_length]), [False] * len(active)
-    while under_way:
-        if not any(finished) and len(under_way) == 1 and _goes_on(active, under_way[0]):
-            _start_cycle(backend, plan, active, under_way[0])
-            under_way.append(plan.cycle.cycle_length)
-        tokens = backend.finish_cycle()
-        for step in range(under_way.popleft()):
-            for index, sequence in enumerate(active):
-                if not sequence.ended:
-                    sequence.tell(_choose(sequence, tokens[step, index]))
-        between_cycles()
-        for sequence in active:
-            if not sequence.ended:
-                sequence.end_from_outside()
-        finished = [sequence.ended for sequence in active]
-    return True, [sequence for sequence in active if sequence.ended]
+def _first(step: Step) -> int:
+    return step.window.start if step.window else step.late.start
 
 
-def _start_cycle(backend: Backend, plan: CyclePlan, active: Sequence[SequenceRun], unseen: int) -> bool:
-    """Enqueue the next cycle of all sequences and take its steps as done; False where they do not all stand at a head.
-
-    ``unseen``: tokens of a cycle under way, which this one follows.
-    """
-    cycles = plan.next_cycle([sequence.position for sequence in active])
-    if cycles is None:
-        return False
-    slots = []
-    for sequence, steps in zip(active, cycles, strict=True):
-        window = steps[0].window
-        ids = () if unseen else sequence.ids[window.start : window.stop]
-        slots.append(SlotCycle(slot=sequence.slot, steps=steps, ids=ids, sampler=sequence.sampler, unseen=unseen))
-    backend.start_cycle(slots, follows=unseen > 0)
-    for sequence, steps in zip(active, cycles, strict=True):
-        for step in steps:
-            sequence.position.commit(step)
-    return True
-
-
-def _goes_on(active: Sequence[SequenceRun], tokens: int) -> bool:
+def _go_on(running: Sequence[SequenceRun], tokens: int) -> bool:
     """Whether no sequence is certain to end within so many tokens."""
-    left = [sequence.stops.remaining for sequence in active]
+    left = [sequence.stops.remaining for sequence in running]
     return all(remaining is None or remaining > tokens for remaining in left)
-
-
-def _slot_step(sequence: SequenceRun, step: Step) -> SlotStep:
-    first = step.window.start if step.window else step.late.start
-    return SlotStep(slot=sequence.slot, step=step, ids=sequence.ids[first : step.late.stop])
-
-
-def _take_tokens(steps: Sequence[tuple[SequenceRun, Step]], rows: Array) -> list[SequenceRun]:
-    """Commit every step, choose a token where one is due (from logits, or as the device chose); returns what ended."""
-    finished, row = [], 0
-    for sequence, step in steps:
-        sequence.position.commit(step)
-        if not step.wants_logits:
-            continue
-        event = _choose(sequence, rows[row])
-        row += 1
-        sequence.tell(event)
-        if sequence.ended:
-            finished.append(sequence)
-    return finished
-
-
-def _choose(sequence: SequenceRun, row: Array) -> TokenEvent:
-    """``row``: logits [vocab], or the device's choice, a scalar that is negative where logits were not finite."""
-    try:
-        if row.ndim == 1:
-            choice = sequence.sampler.choose(row)
-        else:
-            choice = sequence.sampler.take(int(row))
-    except DmtdError as error:
-        return TokenEvent(choice=None, error=error)
-    sequence.ids.append(choice.token_id)
-    outcome = sequence.stops.push(choice.token_id)
-    return TokenEvent(
-        choice=choice, text=outcome.text, finish_reason=outcome.finish_reason, stop_reason=outcome.stop_reason
-    )
-
-
-def _end_cancelled(backend: Backend, active: list[SequenceRun]) -> None:
-    for sequence in reversed(list(active)):
-        if sequence.end_from_outside():
-            _leave(backend, active, sequence)
-
-
-def _leave(backend: Backend, active: list[SequenceRun], sequence: SequenceRun) -> None:
-    """Free the slot; the last sequence moves into the gap, so that a smaller batch costs less."""
-    slot, last = sequence.slot, active[-1]
-    backend.reset(slot, clear=sequence.failed)  # a failed run may have left NaN in the cache
-    if last is sequence:
-        active.pop()
-    elif backend.move(last.slot, slot):
-        active[active.index(sequence)] = active.pop()
-        last.slot = slot
-    else:
-        active.remove(sequence)

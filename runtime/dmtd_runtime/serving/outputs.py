@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dmtd_runtime.serving.loop import FinishReason
+from dmtd_runtime.serving.sequence import FinishReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,8 @@ from dmtd_runtime.errors import DmtdError
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import Sampler
 from dmtd_runtime.sampling.stops import StopRules
-from dmtd_runtime.serving.loop import FinishReason, SequenceRun, TokenEvent
 from dmtd_runtime.serving.outputs import CompletionOutput, Delta, RequestMetrics, RequestOutput, TokenLogprob
+from dmtd_runtime.serving.sequence import FinishReason, SequenceRun, TokenEvent
 from dmtd_runtime.text.tokenizer import Tokenizer
 
 

@@ -1,10 +1,10 @@
-"""The engine: one thread that owns the backend, takes waiting sequences as static batches and runs them to their ends.
+"""The worker: one thread that owns the backend, takes sequences as they come and runs them to their ends.
 
-Life of a request: LLM.submit -> waiting list -> batch of up to ``backend.slots`` sequences -> run_batch -> events to the
-request -> finished. Callers never touch the backend, and only the engine's thread tells a sequence anything: cancelling sets
-a flag, which that thread sees between two steps, for running and waiting sequences alike, as it sees deadlines. (So a flag
-may be set from anywhere, a finalizer in the middle of a garbage collection included.) A failure of the backend ends every
-request with that error, and the engine takes no more.
+Life of a request: LLM.submit -> waiting list -> the loop's scheduler -> events to the request -> finished. Callers never
+touch the backend, and only the worker's thread tells a sequence anything: cancelling sets a flag, which that thread sees
+between two steps, for running and waiting sequences alike, as it sees deadlines. (So a flag may be set from anywhere, a
+finalizer in the middle of a garbage collection included.) A failure of the backend ends every request with that error, and
+the worker takes no more.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
 
 from dmtd_runtime.backends.base import Backend
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.errors import AbortedError, BackendError, DmtdError
-from dmtd_runtime.serving.loop import SequenceRun, TokenEvent, run_batch
+from dmtd_runtime.serving.loop import Loop
+from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
 
 logger = logging.getLogger("dmtd.engine")
 
@@ -35,11 +35,10 @@ class Engine:
 
     def __init__(self, backend: Backend, plan: CyclePlan, *, warm_up: bool = False) -> None:
         self._backend = backend
-        self._plan = plan
         self._changed = threading.Condition()
-        self._waiting: deque[SequenceRun] = deque()
-        self._running: list[SequenceRun] = []
         self._closing = False
+        self._loop = Loop(backend, plan, closing=self.is_closing)
+        self._incoming: deque[SequenceRun] = deque()
         self._process = os.getpid()
         self._failure: DmtdError | None = None
         self._is_warm = threading.Event()
@@ -63,7 +62,7 @@ class Engine:
                 raise AbortedError("the engine belongs to the process that opened it; open the bundle after forking")
             if self._closing or not self._thread.is_alive():
                 raise AbortedError("the engine is closed; open the bundle again")
-            self._waiting.extend(sequences)
+            self._incoming.extend(sequences)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -79,10 +78,8 @@ class Engine:
             if warm_up:
                 self._backend.warm_up()
             self._is_warm.set()
-            while batch := self._next_batch():
-                run_batch(self._backend, self._plan, batch, between_steps=self._end_waiting)
-                self._running = []
-                del batch
+            while self._wait_for_work():
+                self._loop.step()
         except DmtdError as error:
             self._fail(error)
         except BaseException as error:  # a panic of a native library is no Exception, and callers wait for an answer
@@ -90,35 +87,20 @@ class Engine:
             self._fail(BackendError(f"the engine failed: {type(error).__name__}: {error}"))
         finally:
             self._is_warm.set()
-            for sequence in self._waiting:
-                if not sequence.end_from_outside():
+            for sequence in (*self._loop.sequences, *self._incoming):
+                if not sequence.ended and not sequence.end_from_outside():
                     sequence.tell(TokenEvent(choice=None, finish_reason="abort"))
-            self._waiting.clear()
+            self._incoming.clear()
             self._backend.close()
 
-    def _end_waiting(self) -> None:
-        """End what still waits and was cancelled, has no time left, or finds the engine closing."""
-        if not self._waiting:
-            return
+    def _wait_for_work(self) -> bool:
+        """Hand what came in to the loop, and wait while it has nothing; False once the engine closes and nothing runs."""
         with self._changed:
-            waiting = list(self._waiting)
-        ended = [sequence for sequence in waiting if sequence.end_from_outside()]
-        with self._changed:
-            for sequence in ended:
-                self._waiting.remove(sequence)
-
-    def _next_batch(self) -> list[SequenceRun]:
-        """Wait for work; [] when the engine closes."""
-        with self._changed:
-            while not self._waiting and not self._closing:
+            while not self._incoming and not self._loop.sequences and not self._closing:
                 self._changed.wait()
-            if self._closing:
-                return []
-            count = min(len(self._waiting), self._backend.slots)
-            self._running = [self._waiting.popleft() for _ in range(count)]
-            for sequence in self._running:
-                sequence.started = time.monotonic()
-            return self._running
+            while self._incoming:
+                self._loop.add(self._incoming.popleft())
+            return bool(self._loop.sequences)
 
     def is_closing(self) -> bool:
         """Whether running sequences should end."""
@@ -127,8 +109,8 @@ class Engine:
     def _fail(self, error: DmtdError) -> None:
         with self._changed:
             self._failure = error
-            left = [*self._running, *self._waiting]
-            self._waiting.clear()
+            left = [*self._loop.sequences, *self._incoming]
+            self._incoming.clear()
         for sequence in left:
             if not sequence.ended:
                 sequence.tell(TokenEvent(choice=None, error=error))

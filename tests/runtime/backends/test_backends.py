@@ -312,7 +312,7 @@ def test_a_failing_session_becomes_a_backend_error(tiny: TinyBundles, capfd: pyt
     backend = OnnxRuntimeBackend(bundle.directory, bundle.manifest, BackendOptions(threads=1))
     step = plan_of(tiny, 4, ("prompt", "thinking")).next_step(Position(prompt_len=2), 256)
     with pytest.raises(BackendError, match="ONNX Runtime failed") as caught:
-        backend.run([SlotStep(slot=0, step=step, ids=[1, 10_000])])
+        backend.run([SlotStep(slot=0, step=step, ids=[1, 10_000])], [0])
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
     backend.close()

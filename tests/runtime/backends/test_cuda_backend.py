@@ -110,7 +110,7 @@ def test_a_graph_that_keeps_old_lengths_is_noticed_at_opening(
     try:
         assert "captured graphs give other numbers on this GPU" in caplog.text
         before = len(provider.runs)
-        opened.run([trial_step(0, 3)])
+        opened.run([trial_step(0, 3)], [3])
         assert provider.runs[before:] == ["-1"]
     finally:
         opened.close()
@@ -124,8 +124,8 @@ def test_warming_up_leaves_nothing_to_capture_and_nothing_behind(
         opened.warm_up()
         known = set(provider.runs)
         for count in (1, 3, 4):
-            opened.run([trial_step(3, 2, slot) for slot in range(count)])
-            opened.run([trial_step(0, 3, slot) for slot in range(count)], greedy=True)
+            opened.run([trial_step(3, 2, slot) for slot in range(count)], [2] * 4)
+            opened.run([trial_step(0, 3, slot) for slot in range(count)], [3] * 4, choose=True)
         assert set(provider.runs) == known
         assert provider.session_options[-1]["enable_cuda_graph"] == "1"
     finally:

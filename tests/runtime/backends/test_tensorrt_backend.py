@@ -21,7 +21,8 @@ from dmtd_runtime.errors import BackendError, BundleError, RequestError
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import Sampler
 from dmtd_runtime.sampling.stops import StopRules
-from dmtd_runtime.serving.loop import SequenceRun, TokenEvent, run_batch
+from dmtd_runtime.serving.loop import run_batch
+from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
 
 BUCKETS = (16, 32, 48)
 PROMPT_LENS = (3, 9, 1)

@@ -20,6 +20,7 @@ from dmtd_runtime.backends import opening
 from dmtd_runtime.backends.base import BackendOptions, RunStats
 from dmtd_runtime.backends.engines.backend import TensorRtBackend
 from dmtd_runtime.backends.engines.warm_up import Reach
+from dmtd_runtime.backends.onnxruntime.trial import trial_step
 from dmtd_runtime.bench import measure as bench
 from dmtd_runtime.bundle.opening import open_bundle
 from dmtd_runtime.cycle import CyclePlan
@@ -98,7 +99,7 @@ def test_slots_caches_and_counts_are_as_if_nothing_had_run(tiny: TinyBundles, en
 def test_warming_up_comes_before_the_first_sequence(tiny: TinyBundles, engines: Callable[..., Engines]) -> None:
     bundle = tiny.get()
     backend = engine_backend(bundle.directory, bundle.manifest, engines())
-    backend._fed[0] = 3
+    backend.run([trial_step(0, 0)], [0])
     with pytest.raises(AssertionError, match="before the first sequence"):
         backend.warm_up()
 

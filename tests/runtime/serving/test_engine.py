@@ -15,13 +15,13 @@ import pytest
 from runtime_support import TinyBundle, TinyBundles, poisoned_bundle
 
 from dmtd_runtime import LLM, AbortedError, BackendError, SamplingParams
-from dmtd_runtime.backends.base import Array, RunStats, SlotStep, StepwiseBackend
+from dmtd_runtime.backends.base import Rows, RunOutput, RunStats, SlotStep, StepwiseBackend
 from dmtd_runtime.bundle.manifest import CycleInfo
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.errors import DmtdError
 from dmtd_runtime.sampling.sampler import Sampler
 from dmtd_runtime.sampling.stops import StopRules
-from dmtd_runtime.serving.loop import SequenceRun, TokenEvent
+from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
 from dmtd_runtime.serving.worker import Engine
 
 pytestmark = pytest.mark.timeout(60)
@@ -51,30 +51,33 @@ class ScriptedBackend(StepwiseBackend):
         self.slots = slots
         self.stats = RunStats()
         self.asked: list[list[SlotStep]] = []
-        self.resets: list[tuple[int, bool]] = []
+        self.cleared: list[int] = []
         self.closed = 0
         self.gate = threading.Event()
         self.gate.set()
         self.fail_at: int | None = None
         self.nan_slots: set[int] = set()
 
-    def run(self, steps: Sequence[SlotStep], *, greedy: bool = False) -> Array:
+    def run(
+        self, steps: Sequence[SlotStep], committed: Sequence[int], *, choose: bool = False, rows: Rows = "last"
+    ) -> RunOutput:
+        assert len(committed) == self.slots
+        assert all(committed[s.slot] == s.step.late.start for s in steps), "the rows of a slot are counted once"
         assert self.gate.wait(30), "the test never opened the gate"
         self.asked.append(list(steps))
         if self.fail_at is not None and len(self.asked) >= self.fail_at:
             raise BackendError("the device is gone")
-        rows = [np.eye(VOCAB, dtype=np.float32)[(s.ids[-1] + 1) % VOCAB] for s in steps if s.step.wants_logits]
-        logits = np.stack(rows) if rows else np.zeros((0, VOCAB), np.float32)
+        found = [np.eye(VOCAB, dtype=np.float32)[(s.ids[-1] + 1) % VOCAB] for s in steps if s.step.wants_logits]
+        logits = np.stack(found) if found else np.zeros((0, VOCAB), np.float32)
         for row, s in enumerate(s for s in steps if s.step.wants_logits):
             if s.slot in self.nan_slots:
                 logits[row] = np.nan
-        return logits
+        return RunOutput(logits=logits)
 
-    def reset(self, slot: int, *, clear: bool = False) -> None:
-        self.resets.append((slot, clear))
+    def clear(self, slot: int, rows: int) -> None:
+        self.cleared.append(slot)
 
-    def move(self, source: int, target: int) -> bool:
-        return True
+    def move(self, source: int, target: int, rows: int) -> None: ...
 
     def close(self) -> None:
         self.closed += 1
@@ -144,8 +147,9 @@ def test_batches_of_as_many_as_there_are_slots(engine: Engine, backend: Scripted
     assert starts == sorted(starts)
 
 
-def test_slots_are_compact_and_in_order(engine: Engine, backend: ScriptedBackend) -> None:
-    backend.slots = 6
+def test_slots_are_compact_and_in_order() -> None:
+    backend = ScriptedBackend(slots=6)
+    engine = Engine(backend, CyclePlan(cycle=CYCLE))
     clients = [Client(first=i, tokens=tokens, prompt_len=1 + i) for i, tokens in enumerate((2, 9, 1, 5, 12, 3))]
     engine.submit([client.sequence for client in clients])
     for client in clients:
@@ -157,6 +161,7 @@ def test_slots_are_compact_and_in_order(engine: Engine, backend: ScriptedBackend
     full = [[step.slot for step in steps] for steps in backend.asked if steps[0].step.kind == "full"]
     assert all(slots == list(range(len(slots))) for slots in full)
     assert [client.tokens[-1] for client in clients] == [(i + n) % VOCAB for i, n in enumerate((2, 9, 1, 5, 12, 3))]
+    engine.close()
 
 
 def test_cancelling_between_two_steps(engine: Engine, backend: ScriptedBackend) -> None:
@@ -189,7 +194,7 @@ def test_a_panic_of_a_native_library_reaches_every_caller(engine: Engine, backen
     class Panic(BaseException):
         pass
 
-    def run(steps: Sequence[SlotStep], *, greedy: bool = False) -> Array:
+    def run(steps: Sequence[SlotStep], committed: Sequence[int], **options: object) -> RunOutput:
         raise Panic("native code gave up")
 
     backend.run = run  # type: ignore[method-assign]
@@ -200,11 +205,9 @@ def test_a_panic_of_a_native_library_reaches_every_caller(engine: Engine, backen
         engine.submit([Client().sequence])
 
 
-def test_a_finalizer_that_cancels_in_the_engines_own_thread_does_not_block_it(
-    engine: Engine, backend: ScriptedBackend
-) -> None:
+def test_a_finalizer_that_cancels_in_the_engines_own_thread_does_not_block_it() -> None:
     """As a dropped stream does whose reference cycle is collected while the engine tells its request of a token."""
-    backend.slots = 1
+    engine = Engine(ScriptedBackend(slots=1), CyclePlan(cycle=CYCLE))
     first, waiting = Client(tokens=50), Client()
     told = first.sequence.on_event
 
@@ -216,17 +219,19 @@ def test_a_finalizer_that_cancels_in_the_engines_own_thread_does_not_block_it(
     engine.submit([first.sequence, waiting.sequence])
     assert waiting.wait().end == "abort"
     assert first.wait().end == "length"
+    engine.close()
 
 
-def test_a_passed_deadline_ends_waiting_and_running_sequences(engine: Engine, backend: ScriptedBackend) -> None:
+def test_a_passed_deadline_ends_waiting_and_running_sequences() -> None:
     soon = time.monotonic() + 0.2
-    backend.slots = 1
+    engine = Engine(ScriptedBackend(slots=1), CyclePlan(cycle=CYCLE))
     running, waiting, patient = Client(tokens=1 << 19, deadline=soon + 0.3), Client(deadline=soon), Client()
     engine.submit([client.sequence for client in (running, waiting, patient)])
     assert (waiting.wait().end, waiting.tokens) == ("deadline", [])
     assert not running.done.is_set(), "the waiting one had to wait for the batch"
     assert running.wait().end == "deadline"
     assert patient.wait().end == "length"
+    engine.close()
 
 
 def test_a_failing_backend_ends_everything_with_its_error(engine: Engine, backend: ScriptedBackend) -> None:
@@ -245,7 +250,7 @@ def test_a_failing_backend_ends_everything_with_its_error(engine: Engine, backen
 def test_a_bug_in_the_backend_is_an_error_with_its_name(
     engine: Engine, backend: ScriptedBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def run(steps: Sequence[SlotStep]) -> Array:
+    def run(steps: Sequence[SlotStep], committed: Sequence[int], **options: object) -> RunOutput:
         raise ZeroDivisionError("a bug")
 
     backend.run = run  # type: ignore[method-assign]
@@ -264,8 +269,7 @@ def test_nan_ends_its_own_sequence_and_clears_its_slot(engine: Engine, backend: 
     assert isinstance(ill.wait().end, BackendError)
     backend.nan_slots = set()
     healthy.wait()
-    assert (0, True) in backend.resets
-    assert backend.resets.count((1, True)) == 0
+    assert backend.cleared == [0]
 
 
 def test_close_ends_what_runs_and_what_waits(backend: ScriptedBackend) -> None:
@@ -350,12 +354,12 @@ def test_every_request_gets_the_error_of_a_backend_that_fails(
         backend, calls = llm._engine._backend, []
         run = backend.run
 
-        def failing(steps: Sequence[SlotStep]) -> Array:
+        def failing(steps: Sequence[SlotStep], *args: object, **options: object) -> RunOutput:
             calls.append(steps)
             if len(calls) > 20:
                 raise BackendError("out of memory on the device")
             time.sleep(0.002)
-            return run(steps)
+            return run(steps, *args, **options)
 
         monkeypatch.setattr(backend, "run", failing)
         with ThreadPoolExecutor(5) as pool:

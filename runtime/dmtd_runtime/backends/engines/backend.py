@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dmtd_runtime.backends.base import Array, BackendOptions, RunStats, SlotCycle, SlotStep
+from dmtd_runtime.backends.base import Array, BackendOptions, Rows, RunOutput, RunStats, SlotCycle, SlotStep
 from dmtd_runtime.backends.engines.device_cycle import CycleProgram, CycleShape, control_layout, results_layout
 from dmtd_runtime.backends.engines.engine_set import TABLES, EngineSet
 from dmtd_runtime.backends.engines.warm_up import Reach
@@ -93,7 +93,6 @@ class TensorRtBackend:
             max_batch=self.slots,
             max_rows=self.max_rows,
         )
-        self._fed = [0] * self.slots
         self._layouts = {batch: RectangularLayout(batch, self.max_rows) for batch in range(1, self.slots + 1)}
         self._programs: dict[CycleShape, CycleProgram] = {}
         self._under_way: deque[_UnderWay] = deque()
@@ -125,29 +124,37 @@ class TensorRtBackend:
         self._host_tables = device.alloc_host(self._tables.num_bytes)
         device.wait(device.mark())
 
-    def run(self, steps: Sequence[SlotStep], *, greedy: bool = False) -> Array:
+    def run(
+        self, steps: Sequence[SlotStep], committed: Sequence[int], *, choose: bool = False, rows: Rows = "last"
+    ) -> RunOutput:
         assert not self._under_way, "a step runs when no cycle is under way"
+        if rows != "last":
+            raise BackendError(
+                "engines give the logits of last rows alone; score the bundle with --backend onnxruntime"
+            )
         self._begin()
         kind = steps[0].step.kind
         batch = self._batch_for(steps[-1].slot)
         layout = self._layouts[batch]
         sizes = {graph: layout.sizes(graph, steps) for graph in self._graphs_of(kind)}
-        rows = max(max(s.get("window_len", 0), s["late_len"]) for s in sizes.values())
-        visible_len = self._record.bucket_for(self._visible(steps, batch, rows))
-        self._run_graphs(kind, sizes, visible_len, lambda graph, arrays: layout.fill(graph, arrays, steps, self._fed))
+        longest = max(max(s.get("window_len", 0), s["late_len"]) for s in sizes.values())
+        visible_len = self._record.bucket_for(_visible(steps, committed[:batch], longest))
+        self._run_graphs(kind, sizes, visible_len, lambda graph, arrays: layout.fill(graph, arrays, steps, committed))
         self._count(steps)
-        rows_wanted = layout.logit_index(steps)[0]
-        if not rows_wanted:
+        wanted = [s.slot for s in steps if s.step.wants_logits]
+        if not wanted:
             self._device.wait(self._device.mark())
-            chosen: Array = np.zeros((0, self._vocab_size), np.float32)
+            output = RunOutput(tokens=np.zeros(0, np.int64))
+        elif choose:
+            output = RunOutput(tokens=self._choose(batch)[wanted])
         else:
-            chosen = self._choose(batch)[rows_wanted] if greedy else self._download_logits(batch)[rows_wanted]
+            output = RunOutput(logits=self._download_logits(batch)[wanted])
         self._end()
-        return chosen
+        return output
 
     def warm_up(self) -> None:
         """Run everything that ``warm_up.py`` lists, over padding alone, and zero what it wrote."""
-        assert not any(self._fed) and not self._under_way, "warming up comes before the first sequence"
+        assert self.stats == RunStats(), "warming up comes before the first sequence"
         longest = self._record.bucket_for(min(self.capacity, self.max_model_len + self.max_rows))
         reach = Reach(
             batches=sorted({self._batch_for(slot) for slot in range(self.slots)}),
@@ -231,8 +238,6 @@ class TensorRtBackend:
         self._under_way.append(
             _UnderWay(program=program, results=results, slots=tuple(s.slot for s in slots), mark=mark)
         )
-        for s in slots:
-            self._fed[s.slot] = s.steps[-1].late.stop
         full = sum(program.shape.full)
         self.stats.cycles += 1
         self.stats.full_passes += full
@@ -248,16 +253,11 @@ class TensorRtBackend:
             self._idle_since = time.perf_counter()
         return tokens
 
-    def reset(self, slot: int, *, clear: bool = False) -> None:
-        self._fed[slot], self._counted[slot], self._idle_since = 0, None, None
-        if clear:
-            self._engines.clear_slot(slot)
+    def clear(self, slot: int, rows: int) -> None:
+        self._engines.clear_slot(slot)
 
-    def move(self, source: int, target: int) -> bool:
-        self._engines.move_rows(source, target, self._fed[source])
-        self._fed[target], self._fed[source] = self._fed[source], 0
-        self._counted[source] = self._counted[target] = None
-        return True
+    def move(self, source: int, target: int, rows: int) -> None:
+        self._engines.move_rows(source, target, rows)
 
     def close(self) -> None:
         self._programs.clear()
@@ -304,13 +304,6 @@ class TensorRtBackend:
     def _batch_for(self, last_slot: int) -> int:
         """The batch bucket that takes the slots up to ``last_slot``."""
         return min((size for size in (*self._record.batch_buckets, self.slots) if size > last_slot), default=self.slots)
-
-    def _visible(self, steps: Sequence[SlotStep], batch: int, rows: int) -> int:
-        """Cache rows that a run writes or sees at most, padding and idle slots included."""
-        first = list(self._fed[:batch])
-        for s in steps:
-            first[s.slot] = s.step.late.start  # T's window starts earlier, and has no more rows behind it
-        return max(first) + rows
 
     def _step_layout(self, sizes: Mapping[str, int], graphs: Sequence[GraphName] | None = None) -> BlockLayout:
         """The inputs of single steps that change: those of each graph, by "graph:input"."""
@@ -365,7 +358,6 @@ class TensorRtBackend:
         self.stats.prefill_passes += kind == "prefill"
         for s in steps:
             self.stats.refill_rows += len(s.step.window) - len(s.step.late) if s.step.window else 0
-            self._fed[s.slot] = s.step.late.stop
 
     def _begin(self) -> None:
         if not self._under_way:
@@ -374,6 +366,14 @@ class TensorRtBackend:
     def _end(self) -> None:
         self._idle_since = None
         self.stats.session_seconds += time.perf_counter() - self._busy_since
+
+
+def _visible(steps: Sequence[SlotStep], committed: Sequence[int], rows: int) -> int:
+    """Cache rows that a run writes or sees at most, padding and idle slots included."""
+    first = list(committed)
+    for s in steps:
+        first[s.slot] = s.step.late.start  # T's window starts earlier, and has no more rows behind it
+    return max(first) + rows
 
 
 def _check_limits(options: BackendOptions, record: EngineRecord) -> None:

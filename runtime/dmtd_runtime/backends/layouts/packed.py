@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dmtd_runtime.backends.base import Array, SlotStep, rounded_rows
+from dmtd_runtime.backends.base import Array, Rows, SlotStep, rounded_rows
 from dmtd_runtime.bundle import contract
 
 
@@ -38,7 +38,7 @@ class PackedLayout:
             return range(steps[0].slot, steps[0].slot + 1)
         return range(steps[-1].slot + 1)
 
-    def sizes(self, graph: contract.GraphName, steps: Sequence[SlotStep]) -> Mapping[str, int]:
+    def sizes(self, graph: contract.GraphName, steps: Sequence[SlotStep], rows: Rows = "last") -> Mapping[str, int]:
         sizes = {"batch": len(self.batch_slots(steps)), "late_len": 1}
         if steps[0].step.kind == "prefill":
             sizes["late_len"] = rounded_rows(len(steps[0].step.late))
@@ -51,8 +51,9 @@ class PackedLayout:
                 sizes |= {contract.slot_len(slot): length for slot, length in enumerate(lengths)}
             sizes["window_len"] = window + (len(steps) < self._slots)
         if graph != contract.THINKING:
+            wanted = sum(s.step.wants_logits for s in steps)
             # Never none: an empty tensor is a risk on a GPU, and the row of a chunk that wants no logits is simply not read.
-            sizes["num_logits"] = max(1, sum(s.step.wants_logits for s in steps))
+            sizes["num_logits"] = max(1, wanted * (sizes["late_len"] if rows == "all" else 1))
         return sizes
 
     def fill(
@@ -62,13 +63,18 @@ class PackedLayout:
             self._fill_window(arrays, steps, fed)
         if graph != contract.THINKING:
             self._fill_late(arrays, steps, fed)
+            self._fill_logit_rows(arrays, steps)
             if graph == contract.LATE_DECODE:
                 ids, first = arrays[contract.INPUT_IDS], self.batch_slots(steps).start
                 for s in steps:
                     ids[s.slot - first, : len(s.step.late)] = s.late_ids
 
-    def logit_index(self, steps: Sequence[SlotStep]) -> Any:
-        return 0
+    def logit_index(self, steps: Sequence[SlotStep], rows: Rows = "last") -> Any:
+        wanting = [s for s in steps if s.step.wants_logits]
+        if rows == "last":
+            return 0, slice(0, len(wanting))
+        # Several late rows are of one sequence.
+        return 0, slice(0, sum(len(s.step.late) for s in wanting))
 
     def _slot_lengths(self, steps: Sequence[SlotStep], window: int) -> list[int]:
         """Rows of each slot's attention node; ``window``: packed rows without the idle one."""
@@ -136,13 +142,19 @@ class PackedLayout:
             seqlens[batch_row] = fed[slot] + rows - 1
         total = int(seqlens.max()) + 1
         arrays[contract.total_sequence_length("late")][0] = self._total(total, steps[0].step.kind == "prefill")
-        wanted = []
         for s in steps:
             batch_row, count = s.slot - slots.start, len(s.step.late)
             hidden[batch_row, :count], thought[batch_row, :count] = s.step.gate_hidden, s.step.gate_thought
-            if s.step.wants_logits:
-                wanted.append(batch_row * rows + count - 1)
-        arrays[contract.LOGIT_ROWS][:] = wanted or [0]
+
+    def _fill_logit_rows(self, arrays: Mapping[str, Array], steps: Sequence[SlotStep]) -> None:
+        """The last row of each sequence that wants logits, or as many of its rows as there is room for."""
+        logit_rows, width = arrays[contract.LOGIT_ROWS], arrays[contract.GATE_HIDDEN].shape[1]
+        first, wanting = self.batch_slots(steps).start, [s for s in steps if s.step.wants_logits]
+        if len(logit_rows) > max(1, len(wanting)):
+            logit_rows[:] = np.minimum(np.arange(len(logit_rows)), len(wanting[0].step.late) - 1)
+            return
+        last = [(s.slot - first) * width + len(s.step.late) - 1 for s in wanting]
+        logit_rows[:] = last or [0]
 
     def _total(self, true: int, prefill: bool) -> int:
         return true if prefill or self._constant_total is None else self._constant_total

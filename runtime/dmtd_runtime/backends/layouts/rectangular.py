@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dmtd_runtime.backends.base import PREFILL_ROUNDING, Array, SlotStep, rounded_rows
+from dmtd_runtime.backends.base import PREFILL_ROUNDING, Array, Rows, SlotStep, rounded_rows
 from dmtd_runtime.bundle import contract
 
 
@@ -27,15 +27,16 @@ class RectangularLayout:
     def batch_slots(self, steps: Sequence[SlotStep]) -> range:
         return range(self._slots)
 
-    def sizes(self, graph: contract.GraphName, steps: Sequence[SlotStep]) -> Mapping[str, int]:
+    def sizes(self, graph: contract.GraphName, steps: Sequence[SlotStep], rows: Rows = "last") -> Mapping[str, int]:
         window, late = max(len(s.step.window) for s in steps), max(len(s.step.late) for s in steps)
         if steps[0].step.kind == "prefill":
             window = late = max(window, min(rounded_rows(window), self._max_rows))
         if graph == contract.THINKING:
             return {"batch": self._slots, "window_len": window, "late_len": late}
+        num_logits = late if rows == "all" else 1
         if graph == contract.LATE_DECODE:
-            return {"batch": self._slots, "late_len": late, "num_logits": 1}
-        return {"batch": self._slots, "window_len": window, "late_len": late, "num_logits": 1}
+            return {"batch": self._slots, "late_len": late, "num_logits": num_logits}
+        return {"batch": self._slots, "window_len": window, "late_len": late, "num_logits": num_logits}
 
     def fill(
         self, graph: contract.GraphName, arrays: Mapping[str, Array], steps: Sequence[SlotStep], fed: Sequence[int]
@@ -62,8 +63,12 @@ class RectangularLayout:
             arrays[contract.write_indices("late")][:] = late_first
             self._fill_gates(arrays, steps)
 
-    def logit_index(self, steps: Sequence[SlotStep]) -> Any:
-        return [s.slot for s in steps if s.step.wants_logits], 0
+    def logit_index(self, steps: Sequence[SlotStep], rows: Rows = "last") -> Any:
+        wanting = [s for s in steps if s.step.wants_logits]
+        if rows == "last":
+            return [s.slot for s in wanting], 0
+        slots = np.repeat([s.slot for s in wanting], [len(s.step.late) for s in wanting])
+        return slots, np.concatenate([np.arange(len(s.step.late)) for s in wanting])
 
     def _fill_gates(self, arrays: Mapping[str, Array], steps: Sequence[SlotStep]) -> None:
         hidden, thought, logit_rows = (
@@ -73,4 +78,6 @@ class RectangularLayout:
         for s in steps:
             count = len(s.step.late)
             hidden[s.slot, :count], thought[s.slot, :count] = s.step.gate_hidden, s.step.gate_thought
-            logit_rows[s.slot, 0] = count - 1
+            # One row is the last; more are as many as there are.
+            room = logit_rows.shape[1]
+            logit_rows[s.slot] = count - 1 if room == 1 else np.minimum(np.arange(room), count - 1)

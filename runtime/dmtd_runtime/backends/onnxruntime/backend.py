@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dmtd_runtime.backends.base import Array, BackendOptions, RunStats, SlotStep, StepwiseBackend
+from dmtd_runtime.backends.base import Array, BackendOptions, Rows, RunOutput, RunStats, SlotStep, StepwiseBackend
 from dmtd_runtime.backends.kv_cache import HostKvCache
 from dmtd_runtime.backends.layouts.packed import PackedLayout
 from dmtd_runtime.backends.layouts.rectangular import RectangularLayout
@@ -57,7 +58,7 @@ class Layout(Protocol):
         """The slots that are the batch of the run."""
         ...
 
-    def sizes(self, graph: contract.GraphName, steps: Sequence[SlotStep]) -> Mapping[str, int]:
+    def sizes(self, graph: contract.GraphName, steps: Sequence[SlotStep], rows: Rows = "last") -> Mapping[str, int]:
         """Symbolic dimensions of the run; with equal sizes and batch slots, runs share a binding."""
         ...
 
@@ -67,7 +68,7 @@ class Layout(Protocol):
         """Write every input of the run; ``fed`` are the committed rows of all slots."""
         ...
 
-    def logit_index(self, steps: Sequence[SlotStep]) -> Any:
+    def logit_index(self, steps: Sequence[SlotStep], rows: Rows = "last") -> Any:
         """Index of the wanted rows in the logits output."""
         ...
 
@@ -95,8 +96,8 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self._layout: Layout = (
             PackedLayout(graph_slots, constant_total=constant_total) if packed else RectangularLayout(self.slots)
         )
-        self._fed = [0] * max(graph_slots, self.slots)
-        self._host_cache = None if on_gpu else HostKvCache(manifest.model, len(self._fed), self.capacity)
+        self._cache_slots = max(graph_slots, self.slots)
+        self._host_cache = None if on_gpu else HostKvCache(manifest.model, self._cache_slots, self.capacity)
         self._caches: dict[tuple[int, contract.Kind], Buffer] = {}
         self._outputs: dict[str, Buffer] = {}
         self._bindings: dict[tuple[contract.GraphName, range, tuple[tuple[str, int], ...], bool], Binding] = {}
@@ -112,7 +113,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self._sizes = OrtSizes(
             manifest=manifest,
             graphs=tuple(self._graphs.values()),
-            slots=len(self._fed),
+            slots=self._cache_slots,
             capacity=self.capacity,
             packed=packed,
         )
@@ -125,28 +126,33 @@ class OnnxRuntimeBackend(StepwiseBackend):
             self.close()
             raise
 
-    def run(self, steps: Sequence[SlotStep], *, greedy: bool = False) -> Array:
-        parts = self._layout.split(steps)
-        if len(parts) == 1:
-            return self._run_together(steps, greedy)
-        return np.concatenate([self._run_together(part, greedy).copy() for part in parts])
+    def run(
+        self, steps: Sequence[SlotStep], committed: Sequence[int], *, choose: bool = False, rows: Rows = "last"
+    ) -> RunOutput:
+        assert not choose or self.chooses_tokens, "this backend leaves the choice to the host"
+        parts, rows_of = self._layout.split(steps), [*committed, *(0,) * (self._cache_slots - len(committed))]
+        found: list[Array] = []
+        for part in parts:
+            chosen = self._run_together(part, rows_of, choose=choose, rows=rows)
+            found.append(chosen if len(parts) == 1 else chosen.copy())  # a later part overwrites it
+            for s in part:  # a later part writes padding behind what this one wrote
+                rows_of[s.slot] = s.step.late.stop
+        together = found[0] if len(found) == 1 else np.concatenate(found)
+        return RunOutput(tokens=together) if choose else RunOutput(logits=together)
 
-    def reset(self, slot: int, *, clear: bool = False) -> None:
-        if clear and self._host_cache is not None:
-            self._host_cache.clear(slot, min(self.capacity, self._fed[slot] + self.max_rows))
-        elif clear:
-            for cache in self._caches.values():
-                self._memory.clear(cache.rows(slot, 1))
-        self._fed[slot] = 0
-
-    def move(self, source: int, target: int) -> bool:
+    def clear(self, slot: int, rows: int) -> None:
         if self._host_cache is not None:
-            self._host_cache.move(source, target, self._fed[source])
-        else:
-            for cache in self._caches.values():
-                self._memory.move_rows(cache, source, target, self._fed[source])
-        self._fed[target], self._fed[source] = self._fed[source], 0
-        return True
+            self._host_cache.clear(slot, min(self.capacity, rows + self.max_rows))
+            return
+        for cache in self._caches.values():
+            self._memory.clear(cache.rows(slot, 1))
+
+    def move(self, source: int, target: int, rows: int) -> None:
+        if self._host_cache is not None:
+            self._host_cache.move(source, target, rows)
+            return
+        for cache in self._caches.values():
+            self._memory.move_rows(cache, source, target, rows)
 
     def warm_up(self) -> None:
         """Run every common shape once: a GPU builds plans and captures graphs at their first use. The host does neither."""
@@ -154,11 +160,12 @@ class OnnxRuntimeBackend(StepwiseBackend):
             return
         tau = self._manifest.cycle.cycle_length
         for steps in warm_up_steps(tau, self.slots, self.max_rows):
+            committed = [0] * self.slots
             for s in steps:
-                self._fed[s.slot] = s.step.late.start
-            self.run(steps, greedy=True)
+                committed[s.slot] = s.step.late.start
+            self.run(steps, committed, choose=self.chooses_tokens)
         for slot in range(self.slots):
-            self.reset(slot, clear=True)
+            self.clear(slot, self.capacity)
         self.stats = RunStats()
 
     def close(self) -> None:
@@ -199,14 +206,14 @@ class OnnxRuntimeBackend(StepwiseBackend):
             self._session(directory, name)
         if self._captures:
             self._captures = captures_agree(self._trial, self._manifest.cycle.cycle_length, self.capacity)
-            self.reset(0, clear=True)
+            self.clear(0, self.capacity)
             self.stats = RunStats()
             if not self._captures:
                 logger.warning("captured graphs give other numbers on this GPU: steps run without them")
 
     def _trial(self, step: SlotStep, captured: bool) -> Array:
-        self._fed[step.slot] = step.step.late.start
-        return self._run_together([step], greedy=False, captured=captured).copy()
+        committed = [step.step.late.start, *(0,) * (self._cache_slots - 1)]
+        return self._run_together([step], committed, captured=captured).copy()
 
     def _session(self, directory: Path, name: contract.GraphName) -> Any:
         graph = self._graphs[name]
@@ -219,39 +226,46 @@ class OnnxRuntimeBackend(StepwiseBackend):
         )
         return self._sessions[name]
 
-    def _run_together(self, steps: Sequence[SlotStep], greedy: bool, *, captured: bool = True) -> Array:
-        """Run the graphs of one step; returns logits [n, vocab], or with ``greedy`` what the device chose, int64 [n]."""
+    def _run_together(
+        self,
+        steps: Sequence[SlotStep],
+        committed: Sequence[int],
+        *,
+        choose: bool = False,
+        rows: Rows = "last",
+        captured: bool = True,
+    ) -> Array:
+        """Run the graphs of one step; returns logits [n, vocab], or with ``choose`` what the device chose, int64 [n]."""
         late, fused = steps[0].step.kind == "late", self.full_pass == "fused"
         if not late and not fused:
-            self._run_graph(contract.THINKING, steps, captured)
+            self._run_graph(contract.THINKING, steps, committed, rows, captured)
         last = contract.LATE_DECODE if late or not fused else contract.FULL_PASS
-        sizes = self._run_graph(last, steps, captured)
+        binding = self._run_graph(last, steps, committed, rows, captured)
         if late:
             self.stats.late_steps += 1
         else:
             self.stats.full_passes += 1
             self.stats.prefill_passes += steps[0].step.kind == "prefill"
             self.stats.refill_rows += sum(len(s.step.window) - len(s.step.late) for s in steps)
-        for slot_step in steps:
-            self._fed[slot_step.slot] = slot_step.step.late.stop
-        logits = self._output_buffer(last, contract.LOGITS, sizes)
+        logits, index = binding.buffers[contract.LOGITS], self._layout.logit_index(steps, rows)
         start = time.perf_counter()
-        rows: Array
-        chooses = greedy and self.chooses_tokens
+        found: Array
         if not any(s.step.wants_logits for s in steps):
             self._memory.wait()
-            rows = np.zeros(0, np.int64) if chooses else np.zeros((0, self._manifest.model.vocab_size), np.float32)
-        elif chooses:
-            rows = self._choose(logits)[self._layout.logit_index(steps)]
+            found = np.zeros(0, np.int64) if choose else np.zeros((0, self._manifest.model.vocab_size), np.float32)
+        elif choose:
+            found = self._choose(logits)[index]
         else:
-            rows = self._memory.read(logits)[self._layout.logit_index(steps)]
+            found = self._memory.read(logits)[index]
         if self._memory.stream is not None:  # what was enqueued above has run meanwhile
             self.stats.session_seconds += time.perf_counter() - start
-        return rows
+        return found
 
-    def _run_graph(self, name: contract.GraphName, steps: Sequence[SlotStep], captured: bool) -> Mapping[str, int]:
-        """Fill and run a graph; returns the sizes of its symbolic dimensions."""
-        sizes, slots = self._layout.sizes(name, steps), self._layout.batch_slots(steps)
+    def _run_graph(
+        self, name: contract.GraphName, steps: Sequence[SlotStep], committed: Sequence[int], rows: Rows, captured: bool
+    ) -> Binding:
+        """Fill and run a graph; returns its binding, whose buffers have the outputs."""
+        sizes, slots = self._layout.sizes(name, steps, rows), self._layout.batch_slots(steps)
         # Prompts have too many shapes to keep a captured graph for each.
         captured = captured and self._captures and steps[0].step.kind != "prefill"
         key = (name, slots, tuple(sizes.items()), captured)
@@ -261,9 +275,9 @@ class OnnxRuntimeBackend(StepwiseBackend):
                 del self._bindings[next(iter(self._bindings))]
             binding = self._bindings[key] = self._bind(name, sizes, slots, captured)
         binding.begin()
-        self._layout.fill(name, binding.arrays, steps, self._fed)
+        self._layout.fill(name, binding.arrays, steps, committed)
         binding.run(self.stats)
-        return sizes
+        return binding
 
     def _choose(self, logits: Buffer) -> Array:
         """Arg-max on the device, [batch, num_logits]; -1 where a row is not finite."""
@@ -295,7 +309,12 @@ class OnnxRuntimeBackend(StepwiseBackend):
     def _output_buffer(self, name: contract.GraphName, output: str, sizes: Mapping[str, int]) -> Buffer:
         """The buffer of thought or logits in this shape, one for all graphs."""
         info = next(i for i in (*self._graphs[name].outputs, *self._graphs[name].inputs) if i.name == output)
-        return self._outputs[output].prefix([sizes[dim] if isinstance(dim, str) else dim for dim in info.dims])
+        shape = [sizes[dim] if isinstance(dim, str) else dim for dim in info.dims]
+        if math.prod(shape) > math.prod(
+            self._outputs[output].shape
+        ):  # all rows of a window, asked for by who scores text
+            self._outputs[output] = self._memory.zeros(shape, info.dtype, output)
+        return self._outputs[output].prefix(shape)
 
     def _cache_buffer(self, cache: contract.CacheName, batch: int | str, slots: range) -> Buffer:
         """The part of a layer's cache that a KV input or output stands for; both names of a pair are one buffer."""
@@ -308,7 +327,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
 
     def _make_caches(self) -> None:
         model = self._manifest.model
-        shape = (len(self._fed), model.num_kv_heads, self.capacity, model.head_dim)
+        shape = (self._cache_slots, model.num_kv_heads, self.capacity, model.head_dim)
         for layer in range(model.num_layers):
             for kind in KINDS:
                 self._caches[layer, kind] = (

@@ -1,0 +1,79 @@
+"""Teacher-forced decoding through the product's own loop: the tokens are given, every row of logits is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dmtd_runtime.backends.base import Backend
+from dmtd_runtime.cycle import CyclePlan
+from dmtd_runtime.sampling.params import SamplingParams
+from dmtd_runtime.sampling.sampler import Choice, Logits, Sampler
+from dmtd_runtime.sampling.stops import StopRules
+from dmtd_runtime.serving.loop import run_batch
+from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class ForcedSampler(Sampler):
+    """Keeps each row of logits, and gives the next of ``tokens``, or the likeliest where there are none."""
+
+    def __init__(self, tokens: Sequence[int], *, params: SamplingParams, vocab_size: int) -> None:
+        super().__init__(params, vocab_size=vocab_size, prompt_ids=(), seed=0)
+        self.rows: list[Logits] = []
+        self._tokens = tokens
+
+    @property
+    def needs_logits(self) -> bool:
+        return True
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return True  # so every step comes by here, whole cycles included
+
+    def choose(self, logits: Logits) -> Choice:
+        self.rows.append(logits.copy())
+        token = self._tokens[len(self.rows) - 1] if self._tokens else int(logits.argmax())
+        self.observe(token)
+        return Choice(token_id=token)
+
+
+def forced_logits(
+    backend: Backend,
+    plan: CyclePlan,
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    num_new: Sequence[int],
+    *,
+    vocab_size: int,
+    max_rows: int,
+) -> list[Array]:
+    """Logits [num_new, vocab] of some sequences, run as one batch.
+
+    Args:
+        backend: with a slot for each.
+        plan: the law of the cycles.
+        prompts: token ids.
+        continuations: the tokens to feed; an empty one feeds what the logits like best.
+        num_new: rows of logits of each.
+        vocab_size: width of a row.
+        max_rows: of a prompt's chunk.
+
+    Raises:
+        BackendError: the backend failed.
+    """
+    samplers, sequences, told = [], [], list[TokenEvent]()
+    for prompt, tokens, count in zip(prompts, continuations, num_new, strict=True):
+        params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=count)
+        samplers.append(ForcedSampler(tokens, params=params, vocab_size=vocab_size))
+        sequences.append(
+            SequenceRun(ids=list(prompt), sampler=samplers[-1], stops=StopRules(params), on_event=told.append)
+        )
+    run_batch(backend, plan, sequences, max_rows=max_rows)
+    for event in told:
+        if event.error is not None:
+            raise event.error
+    return [np.stack(sampler.rows) for sampler in samplers]

@@ -1,0 +1,80 @@
+"""One sequence on its way through the loop: its tokens, how it chooses and ends, and whom it tells. No schedule, no tensor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from dmtd_runtime.errors import DmtdError
+from dmtd_runtime.sampling.sampler import Choice, Logits, Sampler
+from dmtd_runtime.sampling.stops import StopRules
+
+FinishReason = Literal["stop", "length", "abort", "deadline"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEvent:
+    """What happened to a sequence: a token and the text it released, and the end of it if ``finish_reason`` is set.
+
+    ``choice`` is None where the sequence was ended from outside; ``error`` is set where it failed.
+    """
+
+    choice: Choice | None
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: DmtdError | None = None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class SequenceRun:
+    """One sequence, equal to itself alone. ``ids`` grows by every chosen token."""
+
+    ids: list[int]
+    sampler: Sampler
+    stops: StopRules
+    on_event: Callable[[TokenEvent], None]
+    cancelled: Callable[[], FinishReason | None] = lambda: None
+    deadline: float | None = None  # of time.monotonic()
+    started: float | None = None  # when it left the queue
+    ended: bool = False
+    failed: bool = False
+
+    def end_from_outside(self) -> bool:
+        """End the sequence if it was cancelled or its deadline has passed; whether it did."""
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        reason = self.cancelled() or ("deadline" if late else None)
+        if reason is None:
+            return False
+        self.tell(TokenEvent(choice=None, text=self.stops.flush(), finish_reason=reason))
+        return True
+
+    def choose(self, logits: Logits) -> None:
+        """Take the next token from logits [vocab], and tell it."""
+        self._take(lambda: self.sampler.choose(logits))
+
+    def take(self, token_id: int) -> None:
+        """Take the token that a device chose, negative where it had none to give, and tell it."""
+        self._take(lambda: self.sampler.take(token_id))
+
+    def tell(self, event: TokenEvent) -> None:
+        """Hand an event on, and note the end."""
+        self.failed = event.error is not None
+        self.ended = self.failed or event.finish_reason is not None
+        self.on_event(event)
+
+    def _take(self, choose: Callable[[], Choice]) -> None:
+        try:
+            choice = choose()
+        except DmtdError as error:
+            self.tell(TokenEvent(choice=None, error=error))
+            return
+        self.ids.append(choice.token_id)
+        outcome = self.stops.push(choice.token_id)
+        self.tell(
+            TokenEvent(
+                choice=choice, text=outcome.text, finish_reason=outcome.finish_reason, stop_reason=outcome.stop_reason
+            )
+        )
