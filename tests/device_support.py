@@ -29,7 +29,7 @@ def host_engines(
     bundle: Path,
     *,
     fused: bool = False,
-    max_batch: int = 8,
+    max_num_seqs: int = 8,
     buckets: Sequence[int] = (),
     max_model_len: int | None = None,
 ) -> Engines:
@@ -37,7 +37,7 @@ def host_engines(
 
     Those stand in a directory of their own, beside their record, which the host device holds them to.
     """
-    options = BuildOptions(flavour="host", fused=fused, max_batch=max_batch, max_model_len=max_model_len)
+    options = BuildOptions(flavour="host", fused=fused, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
     result = build_engines(bundle, options)
     if not buckets:
         return result.directory, result.record
@@ -78,7 +78,9 @@ def engine_backend(
 ) -> TensorRtBackend:
     """A backend over engines on the host device; ``cycle`` takes the place of the manifest's."""
     directory, record = engines
-    options = BackendOptions(max_batch=slots, cuda_graphs=graphs, threads=1, full_pass="fused" if fused else "staged")
+    options = BackendOptions(
+        max_num_seqs=slots, cuda_graphs=graphs, threads=1, full_pass="fused" if fused else "staged"
+    )
     if cycle is not None:
         manifest = replace(manifest, cycle=cycle)
     return TensorRtBackend(bundle, manifest, options, device=device or HostDevice(), directory=directory, record=record)

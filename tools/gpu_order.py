@@ -129,7 +129,7 @@ def provider_steps(sizes: Sizes) -> Iterator[Step]:
             name=f"verify {bundle.shape} {what}",
             do="verify",
             limit_s=60,
-            options={"backend": options, "max_batch": batch},
+            options={"backend": options, "max_num_seqs": batch},
             bundles=(bundle,),
             after=after,
         )
@@ -197,7 +197,7 @@ def engine_steps(flavour: str, sizes: Sizes, bundles: tuple[Wanted, ...]) -> Ite
             name=build,
             do="build",
             limit_s=ENGINE_SECONDS,
-            options={"flavour": flavour, "max_batch": sizes.many, "max_model_len": sizes.max_model_len},
+            options={"flavour": flavour, "max_num_seqs": sizes.many, "max_model_len": sizes.max_model_len},
             bundles=(bundle,),
             after=library,
         )
@@ -206,7 +206,7 @@ def engine_steps(flavour: str, sizes: Sizes, bundles: tuple[Wanted, ...]) -> Ite
                 name=f"verify {bundle.shape} {bundle.dtype} {flavour}",
                 do="verify",
                 limit_s=ENGINE_SECONDS,
-                options={"backend": options, "max_batch": min(LARGEST_VERIFIED, sizes.many)},
+                options={"backend": options, "max_num_seqs": min(LARGEST_VERIFIED, sizes.many)},
                 bundles=(bundle,),
                 after=build,
             )

@@ -58,7 +58,7 @@ def bundle(work: Work) -> Found:
         Wanted(**options["wanted"]),
         Path(options["place"]),
         checkpoint=checkpoint,
-        max_batch=options["max_batch"],
+        max_num_seqs=options["max_num_seqs"],
         max_model_len=options["max_model_len"],
     )
     return {"ok": True, "bytes": sum(path.stat().st_size for path in made.iterdir())}
@@ -178,7 +178,7 @@ def verify(work: Work) -> Found:
     if not installed("torch"):
         raise NotHereError('the reference needs PyTorch; pip install "dmtd[oracle]"')
 
-    backend = BackendOptions(**work.options["backend"], max_batch=work.options["max_batch"])
+    backend = BackendOptions(**work.options["backend"], max_num_seqs=work.options["max_num_seqs"])
     found = verify_on_device(work.bundles[0], backend, quick=True).to_json()
     return {**found, "diagnosis": diagnosis(found["checks"])}
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from dmtd_export.cli.export import LIBRARIES
 from dmtd_export.cli.progress import StageDisplay
 from dmtd_export.engines.options import BuildOptions
-from dmtd_export.options import MAX_BATCH_LIMIT
+from dmtd_export.options import MAX_NUM_SEQS_LIMIT
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.engine_record import OLDEST_CAPABILITY, EngineRecord, Flavour
 from dmtd_runtime.cli.common import (
@@ -60,9 +60,9 @@ def build(
             metavar="8.9", help="tensorrt-rtx: build for this kind of GPU only; by default for any from 8.0 on."
         ),
     ] = _DEFAULT.compute_capability,
-    max_batch: Annotated[
-        int, typer.Option(help=f"Sequences at a time, 1 to {MAX_BATCH_LIMIT}.", rich_help_panel=_SIZES)
-    ] = _DEFAULT.max_batch,
+    max_num_seqs: Annotated[
+        int, typer.Option(help=f"Sequences at a time, 1 to {MAX_NUM_SEQS_LIMIT}.", rich_help_panel=_SIZES)
+    ] = _DEFAULT.max_num_seqs,
     max_model_len: Annotated[
         int | None,
         typer.Option(
@@ -107,7 +107,7 @@ def build(
     options = BuildOptions(
         flavour=flavour,
         fused=fused,
-        max_batch=max_batch,
+        max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         prefill_chunk=prefill_chunk,
         compute_capability=compute_capability,
@@ -205,7 +205,7 @@ def _preview_table(seen: Preview) -> Table:
         "for",
         f"{seen.target.flavour} {seen.target.version}, {_gpu(seen.target.flavour, seen.target.compute_capability)}, {seen.dtype}",
     )
-    _row(table, "sizes", _sizes(seen.plan.max_batch, seen.plan.max_model_len, seen.plan.length_buckets))
+    _row(table, "sizes", _sizes(seen.plan.max_num_seqs, seen.plan.max_model_len, seen.plan.length_buckets))
     for part in seen.parts:
         names = ", ".join(profile.name for profile in part.profiles)
         _row(table, part.graph.name, f"{human_bytes(part.weight_bytes)} of weights; profiles {names}")
@@ -259,7 +259,7 @@ def _result_table(result: BuildResult) -> Table:
         "for",
         f"{record.flavour} {record.version}, {_gpu(record.flavour, record.compute_capability)}, {record.dtype}",
     )
-    _row(table, "sizes", _sizes(record.max_batch, record.max_model_len, record.length_buckets))
+    _row(table, "sizes", _sizes(record.max_num_seqs, record.max_model_len, record.length_buckets))
     for engine in record.engines:
         scratch = "" if engine.scratch_bytes is None else f", {human_bytes(engine.scratch_bytes)} of activations"
         weights = f"{human_bytes(engine.weight_bytes)} of weights"
@@ -276,7 +276,7 @@ def _result_table(result: BuildResult) -> Table:
 
 
 def _verify_command(bundle: Path, record: EngineRecord) -> str:
-    fewer = f" --max-batch {record.max_batch}" if record.max_batch < BuildOptions().max_batch else ""
+    fewer = f" --max-num-seqs {record.max_num_seqs}" if record.max_num_seqs < BuildOptions().max_num_seqs else ""
     return f"dmtd verify {shlex.quote(str(bundle))} --backend tensorrt --flavour {record.flavour}{fewer}"
 
 
@@ -290,9 +290,9 @@ def _gpu(flavour: Flavour, compute_capability: str) -> str:
     )
 
 
-def _sizes(max_batch: int, max_model_len: int, buckets: tuple[int, ...]) -> str:
+def _sizes(max_num_seqs: int, max_model_len: int, buckets: tuple[int, ...]) -> str:
     lengths = ", ".join(map(str, buckets))
-    return f"batch 1 to {max_batch}, up to {max_model_len} tokens, attention over {lengths} cache rows"
+    return f"batch 1 to {max_num_seqs}, up to {max_model_len} tokens, attention over {lengths} cache rows"
 
 
 def _table() -> Table:

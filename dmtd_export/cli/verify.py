@@ -44,7 +44,7 @@ def verify(
     device: DeviceOption = "cpu",
     device_id: Annotated[int, typer.Option(help="Which GPU.")] = 0,
     full_pass: FullPassOption = None,
-    max_batch: Annotated[int | None, typer.Option(min=1, help="Of a device: the largest batch to check.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Of a device: the largest batch to check.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Check a bundle: files, graphs against each other, whole cycles against the PyTorch reference.
@@ -59,7 +59,7 @@ def verify(
     on_device = backend == "tensorrt" or device == "cuda"
     given = {
         "--flavour": flavour,
-        "--max-batch": max_batch,
+        "--max-num-seqs": max_num_seqs,
         "--full-pass": full_pass,
     }
     if (names := [name for name, value in given.items() if value is not None]) and not on_device:
@@ -86,7 +86,7 @@ def verify(
                 device=device,
                 device_id=device_id,
                 full_pass=full_pass,
-                max_batch=max_batch or LARGEST_BATCH,
+                max_num_seqs=max_num_seqs or LARGEST_BATCH,
             )
             report = verify_on_device(directory, options, on_stage=display.verified)
         else:

@@ -307,7 +307,7 @@ def _record(
         gpu_name=target.gpu_name,
         content_sha256=content_hash(manifest, [engine.graph for engine in engines]),
         dtype=manifest.model.dtype,
-        max_batch=plan.max_batch,
+        max_num_seqs=plan.max_num_seqs,
         max_model_len=plan.max_model_len,
         capacity=plan.capacity,
         prefill_chunk=plan.prefill_chunk,
@@ -329,7 +329,7 @@ def _arguments(plan: BuildPlan, target: Target, options: BuildOptions) -> str:
         words.append(f"--compute-capability {options.compute_capability}")
     if options.fused is not None:
         words.append("--fused" if options.fused else "--no-fused")
-    words.append(f"--max-batch {plan.max_batch} --max-model-len {plan.max_model_len}")
+    words.append(f"--max-num-seqs {plan.max_num_seqs} --max-model-len {plan.max_model_len}")
     if plan.prefill_chunk != BuildOptions().prefill_chunk:
         words.append(f"--prefill-chunk {plan.prefill_chunk}")
     return " ".join(words)

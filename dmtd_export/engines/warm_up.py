@@ -32,7 +32,7 @@ def warm_up_engines(bundle: Path, directory: Path, record: EngineRecord) -> str:
     """Run everything that a runtime can meet with these engines once, at their largest batch; why not, in one line, or ""."""
     manifest = open_bundle(bundle)
     options = BackendOptions(
-        backend="tensorrt", flavour=record.flavour, max_batch=record.max_batch, full_pass="staged", warm_up=True
+        backend="tensorrt", flavour=record.flavour, max_num_seqs=record.max_num_seqs, full_pass="staged", warm_up=True
     )
     fused = any(engine.graph == contract.FULL_PASS for engine in record.engines)
     try:

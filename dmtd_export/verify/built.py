@@ -43,14 +43,14 @@ def engines_hook(
     def hook(bundle: Path, engines: Path, built: EngineRecord) -> dict[str, Any]:
         if reason := why_not_here(built):
             return {SKIPPED: reason}
-        batch, quick = min(LARGEST_BATCH, built.max_batch), float32_bytes(load_manifest(bundle)) > LARGE_BYTES
+        batch, quick = min(LARGEST_BATCH, built.max_num_seqs), float32_bytes(load_manifest(bundle)) > LARGE_BYTES
         ways: list[FullPass] = ["staged"]
         if any(engine.graph == contract.FULL_PASS for engine in built.engines):
             ways.append("fused")
         reports = []
         try:
             for way in ways:
-                options = BackendOptions(backend="tensorrt", flavour=built.flavour, full_pass=way, max_batch=batch)
+                options = BackendOptions(backend="tensorrt", flavour=built.flavour, full_pass=way, max_num_seqs=batch)
                 reports.append(verify_on_device(bundle, options, quick=quick, engines=engines, on_stage=on_stage))
         except DmtdError as error:
             return {FAILED: str(error)}

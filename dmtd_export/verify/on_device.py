@@ -55,7 +55,7 @@ def verify_on_device(
 
     Args:
         directory: the bundle.
-        options: backend and device; ``max_batch`` is the largest batch that is checked.
+        options: backend and device; ``max_num_seqs`` is the largest batch that is checked.
         quick: fewer prompts.
         engines: the directory of the engines to run; by default those of the bundle that fit.
         on_stage: told (stage, steps done, steps of the stage).
@@ -72,8 +72,8 @@ def verify_on_device(
     checks: list[Check] = []
     done = 0
     # The largest first: what the engines or the device do not take is then said before any work is done.
-    for batch in sorted({1, options.max_batch}, reverse=True):
-        backend = open_backend(directory, manifest, replace(options, max_batch=batch), engines=engines)
+    for batch in sorted({1, options.max_num_seqs}, reverse=True):
+        backend = open_backend(directory, manifest, replace(options, max_num_seqs=batch), engines=engines)
         found = []
         try:
             for run in (_steps, _generations):

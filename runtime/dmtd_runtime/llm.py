@@ -39,7 +39,7 @@ logger = logging.getLogger("dmtd.llm")
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
-DEFAULT_MAX_BATCH = 1
+DEFAULT_MAX_NUM_SEQS = 1
 
 
 class LLM:
@@ -102,7 +102,7 @@ class LLM:
             device_id=device_id,
             dialect=dialect,
             full_pass=full_pass,
-            max_batch=DEFAULT_MAX_BATCH if max_num_seqs is None else max_num_seqs,
+            max_num_seqs=DEFAULT_MAX_NUM_SEQS if max_num_seqs is None else max_num_seqs,
             max_model_len=max_model_len,
             threads=threads,
         )

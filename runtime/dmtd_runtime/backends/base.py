@@ -26,7 +26,7 @@ PREFILL_ROUNDING = (16, 32, 64, 128, contract.MIN_WINDOW)
 class BackendOptions:
     """How to run a bundle.
 
-    ``max_batch`` sequences at a time, each with room for ``max_model_len`` tokens. A full pass is ``staged`` (thinking, then
+    ``max_num_seqs`` sequences at a time, each with room for ``max_model_len`` tokens. A full pass is ``staged`` (thinking, then
     late_decode: T, D and the head in memory once) or ``fused`` (one graph; its weights come on top of late_decode's). Staged
     reads encoding layers twice, so by default a split that has any runs fused.
     """
@@ -37,7 +37,7 @@ class BackendOptions:
     device_id: int = 0
     dialect: Literal["standard", "onnxruntime"] | None = None  # None: onnxruntime where the bundle has it
     full_pass: FullPass | None = None  # None: fused where the split has encoding layers (and engines were built for it)
-    max_batch: int = 1
+    max_num_seqs: int = 1
     max_model_len: int | None = None  # None: see model_len; of engines, what they were built for
     choose_on_device: bool | None = None  # arg-max by the bundle's choose_token graph; None: on a GPU only
     cuda_graphs: bool = True  # capture and replay: whole cycles of engines, steps of ONNX Runtime on CUDA
@@ -63,12 +63,12 @@ class BackendOptions:
         for name in ("cuda_graphs", "warm_up", "prepack"):
             if not isinstance(flag := getattr(self, name), bool):
                 raise RequestError(f"{name}: got {flag!r}, expected True or False")
-        for name in ("max_batch", "max_model_len", "threads"):
+        for name in ("max_num_seqs", "max_model_len", "threads"):
             if (count := getattr(self, name)) is not None and (
                 not isinstance(count, Integral) or isinstance(count, bool)
             ):
                 raise RequestError(f"{name}: got {count!r}, expected a whole number")
-        for name, most in (("max_batch", self.max_batch), ("threads", self.threads)):
+        for name, most in (("max_num_seqs", self.max_num_seqs), ("threads", self.threads)):
             if most is not None and most < 1:
                 raise RequestError(f"{name}: got {most}, expected at least 1")
         if self.dialect is not None and self.backend == "tensorrt":

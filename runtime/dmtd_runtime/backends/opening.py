@@ -101,7 +101,9 @@ def _choose(
     limit = manifest.model.max_model_len
     if options.max_model_len is not None and not 1 <= options.max_model_len <= limit:
         raise RequestError(f"max_model_len: got {options.max_model_len}, expected 1 to {limit}, the bundle's limit")
-    wish = replace(wish, full_pass=options.full_pass, max_batch=options.max_batch, max_model_len=options.max_model_len)
+    wish = replace(
+        wish, full_pass=options.full_pass, max_num_seqs=options.max_num_seqs, max_model_len=options.max_model_len
+    )
     if engines is None:
         directory, record = choose_record(bundle, manifest, wish)
         record.check_files(directory, hashes=False)

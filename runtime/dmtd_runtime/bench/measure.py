@@ -129,7 +129,7 @@ def run_bench(
     *,
     on_run: OnRun = lambda label, done, total: None,
 ) -> BenchReport:
-    """Measure a bundle. ``backend_options.max_batch`` is replaced by each batch size in turn.
+    """Measure a bundle. ``backend_options.max_num_seqs`` is replaced by each batch size in turn.
 
     Raises:
         RequestError: lengths or batch sizes that the bundle cannot run.
@@ -149,7 +149,7 @@ def run_bench(
             directory,
             manifest,
             options,
-            replace(backend_options, max_batch=batch),
+            replace(backend_options, max_num_seqs=batch),
             split,
             _shifted(on_run, done, total),
         )
@@ -199,7 +199,7 @@ def _bench_batch(
     on_run: Callable[[str, int], None],
 ) -> tuple[BatchReport, FullPass]:
     """What was measured, and how the backend ran full passes."""
-    batch, done = backend_options.max_batch, 0
+    batch, done = backend_options.max_num_seqs, 0
     generator = np.random.default_rng(options.seed)
     vocab = manifest.model.vocab_size
     prompts = generator.integers(0, vocab, (batch, options.prompt_len)).tolist()

@@ -37,7 +37,7 @@ class EngineWish:
     compute_capability: str | None = None  # of the device, "8.9"
     gpu_name: str | None = None
     full_pass: FullPass | None = None
-    max_batch: int | None = None
+    max_num_seqs: int | None = None
     max_model_len: int | None = None
     prefill_chunk: int | None = None  # of engines to build; any serves
 
@@ -66,7 +66,7 @@ def mismatches(record: EngineRecord, manifest: Manifest, wish: EngineWish) -> li
     if record.content_sha256 != content_hash(manifest, graphs):
         found.append("the bundle's graphs or weights have changed since")
     for what, limit, wanted in (
-        ("batch", record.max_batch, wish.max_batch),
+        ("batch", record.max_num_seqs, wish.max_num_seqs),
         ("max-model-len", record.max_model_len, wish.max_model_len),
     ):
         if wanted is not None and wanted > limit:
@@ -119,7 +119,7 @@ def _filled(wish: EngineWish, record: EngineRecord) -> EngineWish:
         compute_capability=wish.compute_capability if _is_named(record, wish) else None,
         gpu_name=wish.gpu_name,
         full_pass="fused" if any(e.graph == contract.FULL_PASS for e in record.engines) else wish.full_pass,
-        max_batch=max(wish.max_batch or 1, record.max_batch),
+        max_num_seqs=max(wish.max_num_seqs or 1, record.max_num_seqs),
         max_model_len=max(wish.max_model_len or 1, record.max_model_len),
         prefill_chunk=record.prefill_chunk,
     )
@@ -141,8 +141,8 @@ def build_command(bundle: Path, wish: EngineWish) -> str:
         words.append(f"--compute-capability {wish.compute_capability}")
     if wish.full_pass == "fused":
         words.append("--fused")
-    if wish.max_batch is not None:
-        words.append(f"--max-batch {wish.max_batch}")
+    if wish.max_num_seqs is not None:
+        words.append(f"--max-num-seqs {wish.max_num_seqs}")
     if wish.max_model_len is not None:
         words.append(f"--max-model-len {wish.max_model_len}")
     if wish.prefill_chunk not in (None, contract.MIN_WINDOW):

@@ -26,7 +26,7 @@ from dmtd_export.options import ExportOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.manifest import load_manifest
 
-OPTIONS = ExportOptions(decoding_layers=1, cycle_length=3, max_batch=1)
+OPTIONS = ExportOptions(decoding_layers=1, cycle_length=3, max_num_seqs=1)
 # Exports its checkpoints into the target, in turn, as often as asked; Ctrl-C ends it as it ends the command line.
 CHILD = """
 import sys
@@ -37,7 +37,7 @@ target, times, *sources = sys.argv[1:]
 print("ready", flush=True)
 try:
     for i in range(int(times)):
-        options = ExportOptions(decoding_layers=1, cycle_length=3, max_batch=1)
+        options = ExportOptions(decoding_layers=1, cycle_length=3, max_num_seqs=1)
         export_bundle(Path(sources[i % len(sources)]), Path(target), options)
 except KeyboardInterrupt:
     sys.exit(130)

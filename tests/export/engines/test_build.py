@@ -28,7 +28,7 @@ from dmtd_runtime.bundle.engine_record import read_record
 from dmtd_runtime.bundle.manifest import load_manifest
 from dmtd_runtime.errors import BackendError, BundleError
 
-SMALL = BuildOptions(flavour="tensorrt-rtx", max_batch=2, max_model_len=64)
+SMALL = BuildOptions(flavour="tensorrt-rtx", max_num_seqs=2, max_model_len=64)
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_engines_that_stand_there_are_kept_until_forced_or_damaged(bundle: Path)
     assert build_engines(bundle, BuildOptions(flavour="host", max_model_len=64, force=True)).built
     (first.directory / "thinking.onnx").write_bytes(b"")
     assert build_engines(bundle, BuildOptions(flavour="host", max_model_len=64)).built
-    other = build_engines(bundle, BuildOptions(flavour="host", max_model_len=64, max_batch=2))
+    other = build_engines(bundle, BuildOptions(flavour="host", max_model_len=64, max_num_seqs=2))
     assert other.built and other.directory != first.directory and first.directory.is_dir()
 
 
@@ -276,7 +276,7 @@ def test_ctrl_c_during_a_build_keeps_nothing(bundle: Path, repo_root: Path, seco
     rtx()
     path = os.pathsep.join(str(repo_root / part) for part in (".", "runtime", "models"))
     command = [sys.executable, "-m", "dmtd_export.cli", "build", str(bundle), "--flavour", "tensorrt-rtx"]
-    command += ["--max-batch", "2", "--max-model-len", "64"]
+    command += ["--max-num-seqs", "2", "--max-model-len", "64"]
     before = snapshot(bundle)
     child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None

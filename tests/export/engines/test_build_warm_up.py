@@ -31,7 +31,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = make_bundle(tmp_path_factory.mktemp("build_warm_up"), encoding=1, dtype="float32")
-    build_engines(made, BuildOptions(flavour="host", fused=True, max_batch=2, max_model_len=64))
+    build_engines(made, BuildOptions(flavour="host", fused=True, max_num_seqs=2, max_model_len=64))
     return made
 
 
@@ -83,12 +83,12 @@ def test_a_build_ends_with_it_once(
 
     def noted(bundle: Path, directory: Path, record: EngineRecord) -> str:
         assert read_record(directory) == record  # in their place
-        calls.append((bundle, directory, record.max_batch))
+        calls.append((bundle, directory, record.max_num_seqs))
         return "no room"
 
     monkeypatch.setattr(warm_up, "compiles_here", lambda record: True)
     monkeypatch.setattr(warm_up, "warm_up_engines", noted)
-    command = ("build", str(bundle), "--flavour", "host", "--max-batch", "1", "--no-verify", "--json")
+    command = ("build", str(bundle), "--flavour", "host", "--max-num-seqs", "1", "--no-verify", "--json")
     first, again = (CliRunner().invoke(app, command, prog_name="dmtd") for _ in range(2))
     assert (first.exit_code, again.exit_code) == (0, 0), first.output
     assert calls == [(bundle, Path(json.loads(first.stdout)["directory"]), 1)]

@@ -25,7 +25,7 @@ def bundle(bundles: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
     return made
 
 
-HOST = ("--flavour", "host", "--max-model-len", "64", "--max-batch", "2")
+HOST = ("--flavour", "host", "--max-model-len", "64", "--max-num-seqs", "2")
 
 
 def test_dry_run_then_build_then_nothing_to_do(bundle: Path) -> None:
@@ -62,7 +62,7 @@ def test_dry_run_says_what_stands_twice(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (("--max-batch", 99), "error: --max-batch: got 99, expected 1 to 32"),
+        (("--max-num-seqs", 99), "error: --max-num-seqs: got 99, expected 1 to 32"),
         (("--max-model-len", 65), "error: --max-model-len: got 65, expected 2 to 64"),
         (("--compute-capability", "8.9"), "error: --compute-capability: got 8.9, but the host flavour"),
     ],

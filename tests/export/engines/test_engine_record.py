@@ -24,7 +24,7 @@ def built(bundles: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
     """A bundle with engines of the host flavour, which takes no library."""
     bundle = tmp_path_factory.mktemp("built") / "bundle"
     shutil.copytree(bundles(family="qwen3", encoding=0, tie=True, dtype="float16"), bundle)
-    build_engines(bundle, BuildOptions(flavour="host", max_batch=4, fused=True))
+    build_engines(bundle, BuildOptions(flavour="host", max_num_seqs=4, fused=True))
     return bundle
 
 
@@ -86,12 +86,12 @@ def test_device_memory_counts_tables_once(built: Path, record: EngineRecord) -> 
     staged = table + 4 * layer + norm + 2 * rotary + caches
     assert record.device_bytes(manifest) == staged
     assert record.device_bytes(manifest, "fused") == staged + layer + norm
-    assert record.device_bytes(manifest, max_batch=1) == staged - caches * 3 // 4
+    assert record.device_bytes(manifest, max_num_seqs=1) == staged - caches * 3 // 4
 
 
 def test_engines_that_fit_are_found(built: Path, record: EngineRecord) -> None:
     manifest = load_manifest(built)
-    wish = EngineWish(flavour="host", version="1", compute_capability="8.9", full_pass="fused", max_batch=4)
+    wish = EngineWish(flavour="host", version="1", compute_capability="8.9", full_pass="fused", max_num_seqs=4)
     assert choose_record(built, manifest, wish)[1] == record
     assert choose_record(built, manifest, EngineWish())[1] == record
 
@@ -104,10 +104,10 @@ def test_engines_that_fit_are_found(built: Path, record: EngineRecord) -> None:
             r"host version: built for 1, here 2; build engines that do with: dmtd build .* --flavour host",
         ),
         (EngineWish(flavour="tensorrt-rtx"), "flavour: built for host, here tensorrt-rtx"),
-        (EngineWish(max_batch=8), r"batch: built for up to 4, asked for 8; .* --max-batch 8 --max-model-len 64"),
+        (EngineWish(max_num_seqs=8), r"batch: built for up to 4, asked for 8; .* --max-num-seqs 8 --max-model-len 64"),
         (
             EngineWish(max_model_len=65),
-            r"max-model-len: built for up to 64, asked for 65; .* --max-batch 4 --max-model-len 65",
+            r"max-model-len: built for up to 64, asked for 65; .* --max-num-seqs 4 --max-model-len 65",
         ),
     ],
 )
@@ -172,9 +172,9 @@ def test_a_changed_bundle_is_noticed(bundle: Path) -> None:
 
 def test_a_bundle_without_engines_says_how_to_build_them(bundles: Callable[..., Path]) -> None:
     plain = bundles(family="qwen3", encoding=0, tie=True, dtype="float16")
-    wish = EngineWish(flavour="tensorrt-rtx", compute_capability="8.9", full_pass="fused", max_batch=2)
+    wish = EngineWish(flavour="tensorrt-rtx", compute_capability="8.9", full_pass="fused", max_num_seqs=2)
     expected = f"{plain} has no engines; build them with: dmtd build {plain} --flavour tensorrt-rtx "
-    with pytest.raises(BackendError, match=f"^{expected}--compute-capability 8.9 --fused --max-batch 2$"):
+    with pytest.raises(BackendError, match=f"^{expected}--compute-capability 8.9 --fused --max-num-seqs 2$"):
         choose_record(plain, load_manifest(plain), wish)
 
 
@@ -208,7 +208,7 @@ def test_damaged_engines_are_refused(bundle: Path, damage: str, message: str) ->
     ("change", "message"),
     [
         ({"schema": 99}, "has schema 99, this version reads 1"),
-        ({"max_batch": "4"}, "engine.max_batch is '4', expected int"),
+        ({"max_num_seqs": "4"}, "engine.max_num_seqs is '4', expected int"),
         ({"engines": []}, "no engines, or length buckets"),
         ({"length_buckets": [256]}, "no engines, or length buckets that do not end at the capacity"),
     ],
@@ -262,7 +262,7 @@ def test_a_damaged_record_does_not_hide_the_engines_beside_it(bundle: Path, capl
 
 def test_commands_may_be_pasted_whatever_the_path(built: Path, record: EngineRecord) -> None:
     place = Path("my models/one's bundle")
-    for command in (record.rebuild_command(place), build_command(place, EngineWish(max_batch=2))):
+    for command in (record.rebuild_command(place), build_command(place, EngineWish(max_num_seqs=2))):
         assert shlex.split(command)[:3] == ["dmtd", "build", str(place)]
     with pytest.raises(BundleError, match="cannot be read") as caught:
         read_record(place / "engines" / "key")
@@ -275,10 +275,10 @@ def test_the_suggested_build_keeps_what_the_engines_served(bundle: Path) -> None
     raw = json.loads((directory / "engine.json").read_text())
     (directory / "engine.json").write_text(json.dumps(raw | {"prefill_chunk": 512}))
     with pytest.raises(BackendError) as caught:
-        choose_record(bundle, load_manifest(bundle), EngineWish(flavour="host", max_batch=64))
+        choose_record(bundle, load_manifest(bundle), EngineWish(flavour="host", max_num_seqs=64))
     words = shlex.split(str(caught.value).partition("with: ")[2])
     options = {word: words[place + 1] for place, word in enumerate(words[:-1]) if word.startswith("--")}
-    assert options["--prefill-chunk"] == "512" and options["--max-batch"] == "64"
+    assert options["--prefill-chunk"] == "512" and options["--max-num-seqs"] == "64"
     assert options["--max-model-len"] == str(record.max_model_len)
 
 

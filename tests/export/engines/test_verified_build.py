@@ -22,7 +22,7 @@ from dmtd_runtime.bundle.manifest import FileInfo, sha256_of
 from dmtd_runtime.device.libraries import GpuFacts
 from dmtd_runtime.errors import BackendError
 
-HOST = ("--flavour", "host", "--max-model-len", "64", "--max-batch", "2")
+HOST = ("--flavour", "host", "--max-model-len", "64", "--max-num-seqs", "2")
 
 
 def dmtd(*words: object) -> Result:
@@ -117,12 +117,12 @@ def test_without_a_gpu_one_line_says_so(bundle: Path, monkeypatch: pytest.Monkey
         raise BackendError("no NVIDIA driver on this machine; install one")
 
     monkeypatch.setattr(built, "gpu_here", no_gpu)
-    done = dmtd("build", bundle, "--flavour", "tensorrt-rtx", "--max-model-len", "64", "--max-batch", "1")
+    done = dmtd("build", bundle, "--flavour", "tensorrt-rtx", "--max-model-len", "64", "--max-num-seqs", "1")
     assert done.exit_code == 0, done.output
     [line] = [line for line in done.stderr.splitlines() if "verif" in line]
     assert line == (
         "not verified: no NVIDIA driver on this machine; where it can be done run: "
-        f"dmtd verify {bundle} --backend tensorrt --flavour tensorrt-rtx --max-batch 1"
+        f"dmtd verify {bundle} --backend tensorrt --flavour tensorrt-rtx --max-num-seqs 1"
     )
     record = read_record(directory_of(bundle))
     assert record.verification == {"skipped": "no NVIDIA driver on this machine"}

@@ -24,7 +24,7 @@ from dmtd_runtime.bundle.engine_record import read_record
 from dmtd_runtime.bundle.manifest import sha256_of
 from dmtd_runtime.errors import BackendError
 
-HOST = BackendOptions(backend="tensorrt", flavour="host", max_batch=3, threads=1)
+HOST = BackendOptions(backend="tensorrt", flavour="host", max_num_seqs=3, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = write_tiny_checkpoint(root / "model", layers=4, max_positions=96)
     options = ExportOptions(decoding_layers=2, cycle_length=3, cycle_origin="absolute", prompt_input="cyclical")
     export_bundle(source, root / "bundle", options)
-    build_engines(root / "bundle", BuildOptions(flavour="host", max_batch=3))
+    build_engines(root / "bundle", BuildOptions(flavour="host", max_num_seqs=3))
     return root / "bundle"
 
 
@@ -52,7 +52,7 @@ def test_what_the_engines_do_not_take_is_said_before_any_work(bundle: Path) -> N
     begun: list[str] = []
     with pytest.raises(BackendError, match="batch: built for up to 3, asked for 8"):
         verify_on_device(
-            bundle, replace(HOST, max_batch=8), quick=True, on_stage=lambda stage, done, total: begun.append(stage)
+            bundle, replace(HOST, max_num_seqs=8), quick=True, on_stage=lambda stage, done, total: begun.append(stage)
         )
     assert not begun
 
@@ -77,7 +77,7 @@ def test_a_wrong_engine_is_named(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_the_verb_takes_a_backend(bundle: Path) -> None:
-    arguments = ["verify", str(bundle), "--backend", "tensorrt", "--flavour", "host", "--max-batch", "2", "--json"]
+    arguments = ["verify", str(bundle), "--backend", "tensorrt", "--flavour", "host", "--max-num-seqs", "2", "--json"]
     result = CliRunner().invoke(app, arguments, prog_name="dmtd")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
@@ -87,7 +87,7 @@ def test_the_verb_takes_a_backend(bundle: Path) -> None:
     assert result.exit_code == 2
 
 
-@pytest.mark.parametrize("option", [("--flavour", "host"), ("--max-batch", "2"), ("--full-pass", "fused")])
+@pytest.mark.parametrize("option", [("--flavour", "host"), ("--max-num-seqs", "2"), ("--full-pass", "fused")])
 def test_what_is_for_a_device_is_not_ignored_without_one(bundle: Path, option: tuple[str, str]) -> None:
     """It would say of engines that were never run that all is well."""
     result = CliRunner().invoke(app, ["verify", str(bundle), *option], prog_name="dmtd")

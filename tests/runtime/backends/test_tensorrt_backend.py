@@ -248,7 +248,7 @@ def test_cancelling_acts_at_the_end_of_a_cycle(tiny: TinyBundles, engines: MakeE
 
 def test_nan_ends_its_own_sequence_and_leaves_no_trace(tmp_path: Path) -> None:
     directory, manifest = poisoned_bundle(tmp_path)
-    made = host_engines(directory, max_batch=2)
+    made = host_engines(directory, max_num_seqs=2)
     backend = engine_backend(directory, manifest, made, slots=2)
     plan, vocab = CyclePlan(cycle=manifest.cycle), manifest.model.vocab_size
     good, bad = random_prompt(3, 5, 200), [1, 255, 2]
@@ -265,7 +265,7 @@ def test_nan_ends_its_own_sequence_and_leaves_no_trace(tmp_path: Path) -> None:
 def test_limits_of_the_engines_are_told(tiny: TinyBundles, engines: MakeEngines) -> None:
     bundle, (directory, record) = tiny.get(), engines()
     for options, message in (
-        (BackendOptions(max_batch=9), r"max_batch: got 9, expected 1 to 8, .*--max-batch 9"),
+        (BackendOptions(max_num_seqs=9), r"max_num_seqs: got 9, expected 1 to 8, .*--max-num-seqs 9"),
         (BackendOptions(max_model_len=257), r"max_model_len: got 257, expected 1 to 256, .*--max-model-len 257"),
     ):
         with pytest.raises(RequestError, match=message):
@@ -324,7 +324,7 @@ def test_too_little_memory_is_said_with_numbers_before_anything_is_allocated(
     tiny: TinyBundles, engines: MakeEngines
 ) -> None:
     bundle, device = tiny.get(), HostDevice(memory_bytes=100_000)
-    with pytest.raises(BackendError, match=r"0\.00 of 0\.00 GB free; lower --max-batch") as refused:
+    with pytest.raises(BackendError, match=r"0\.00 of 0\.00 GB free; lower --max-num-seqs") as refused:
         engine_backend(bundle.directory, bundle.manifest, engines(), slots=8, device=device)
     assert "caches of 8 x 512 rows" in str(refused.value)
     assert device.memory() == (100_000, 100_000)

@@ -34,7 +34,7 @@ def dmtd(*arguments: str, stdin: str | None = None) -> Result:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = make_bundle(tmp_path_factory.mktemp("opening"))
-    build_engines(made, BuildOptions(flavour="host", max_batch=2))
+    build_engines(made, BuildOptions(flavour="host", max_num_seqs=2))
     return made
 
 
@@ -142,7 +142,7 @@ def test_a_damaged_engine_is_found_before_it_is_loaded(copied: Path) -> None:
 
 
 def test_more_than_the_engines_were_built_for_is_refused(bundle: Path) -> None:
-    with pytest.raises(BackendError, match=r"batch: built for up to 2, asked for 3; .*dmtd build .*--max-batch 3"):
+    with pytest.raises(BackendError, match=r"batch: built for up to 2, asked for 3; .*dmtd build .*--max-num-seqs 3"):
         LLM(bundle, backend="tensorrt", flavour="host", max_num_seqs=3)
     with pytest.raises(RequestError, match=r"max_model_len: got 1000, expected 1 to \d+, the bundle's limit"):
         LLM(bundle, backend="tensorrt", flavour="host", max_model_len=1000)
@@ -153,8 +153,8 @@ def test_more_than_the_engines_were_built_for_is_refused(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_num_seqs": 0}, "max_batch: got 0, expected at least 1$"),
-        ({"max_num_seqs": "2"}, "max_batch: got '2', expected a whole number"),
+        ({"max_num_seqs": 0}, "max_num_seqs: got 0, expected at least 1$"),
+        ({"max_num_seqs": "2"}, "max_num_seqs: got '2', expected a whole number"),
         ({"max_model_len": 2.5}, "max_model_len: got 2.5, expected a whole number"),
         ({"dialect": "standard"}, "dialect: got 'standard' with the backend tensorrt"),
         ({"cuda_graphs": "no"}, "cuda_graphs: got 'no', expected True or False"),
@@ -177,7 +177,7 @@ def test_a_bfloat16_bundle_is_refused_by_the_host_flavour(tmp_path: Path) -> Non
     """Building its graphs is not: they may be looked at."""
     options = ExportOptions(decoding_layers=2, cycle_length=3, dtype="bfloat16", verify=False)
     export_bundle(make_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", options)
-    build_engines(tmp_path / "bundle", BuildOptions(flavour="host", max_batch=1))
+    build_engines(tmp_path / "bundle", BuildOptions(flavour="host", max_num_seqs=1))
     one_line(
         generate(tmp_path / "bundle", *HOST), "bfloat16, which ONNX Runtime cannot run on the CPU", "--dtype float32"
     )
@@ -210,7 +210,7 @@ def test_engines_of_another_machine_are_refused_before_they_are_loaded(fake: Fak
         "compute capability: built for 12.0, here 8.9",
         "--compute-capability 8.9",
     )
-    as_rtx(copied, compute_capability="any", max_batch=2)
+    as_rtx(copied, compute_capability="any", max_num_seqs=2)
     path = engine_directory(copied) / "engine.json"
     path.write_text(replace(read_record(path.parent), version="1.6.0").to_json())
     one_line(generate(copied, "--backend", "tensorrt"), "version: built for 1.6.0, here 1.7.1.116", "dmtd build")

@@ -37,7 +37,7 @@ def engines(tiny: TinyBundles) -> Callable[..., Engines]:
         key = (encoding_layers, fused)
         if key not in made:
             directory = tiny.get("qwen3", encoding_layers).directory
-            made[key] = host_engines(directory, fused=fused, max_batch=3, buckets=BUCKETS)
+            made[key] = host_engines(directory, fused=fused, max_num_seqs=3, buckets=BUCKETS)
         return made[key]
 
     return make
@@ -126,7 +126,7 @@ def test_what_is_reached() -> None:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = make_bundle(tmp_path_factory.mktemp("warm_up"))
-    build_engines(made, BuildOptions(flavour="host", max_batch=2))
+    build_engines(made, BuildOptions(flavour="host", max_num_seqs=2))
     return made
 
 

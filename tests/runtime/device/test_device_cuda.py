@@ -44,7 +44,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, En
         decoding_layers=1, cycle_length=3, cycle_origin="prompt", prompt_input="thinking", target="tensorrt"
     )
     export_bundle(source, root / "bundle", options)
-    return root / "bundle", load_manifest(root / "bundle"), host_engines(root / "bundle", max_batch=2, buckets=(16,))
+    return root / "bundle", load_manifest(root / "bundle"), host_engines(root / "bundle", max_num_seqs=2, buckets=(16,))
 
 
 PARAMS = [SamplingParams(temperature=0.0, max_tokens=24), SamplingParams(temperature=0.8, top_k=9, max_tokens=13)]

@@ -28,7 +28,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EngineRecor
     root = tmp_path_factory.mktemp("host_device")
     source = write_tiny_checkpoint(root / "model", layers=3, max_positions=64)
     export_bundle(source, root / "bundle", ExportOptions(decoding_layers=1, cycle_length=3, target="tensorrt"))
-    return host_engines(root / "bundle", max_batch=2, buckets=(16,))
+    return host_engines(root / "bundle", max_num_seqs=2, buckets=(16,))
 
 
 @pytest.fixture

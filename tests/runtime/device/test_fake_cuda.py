@@ -29,7 +29,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
     root = tmp_path_factory.mktemp("fake_cuda")
     source = write_tiny_checkpoint(root / "model", layers=3, max_positions=64)
     export_bundle(source, root / "bundle", ExportOptions(decoding_layers=1, cycle_length=3, target="tensorrt"))
-    return host_engines(root / "bundle", max_batch=2)
+    return host_engines(root / "bundle", max_num_seqs=2)
 
 
 def made(engines: Engines, device: CudaDevice) -> tuple[Any, dict[str, tuple[int, ...]], Address]:
