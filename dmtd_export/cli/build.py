@@ -17,7 +17,7 @@ from dmtd_export.cli.progress import StageDisplay
 from dmtd_export.engines.options import BuildOptions
 from dmtd_export.options import MAX_NUM_SEQS_LIMIT
 from dmtd_runtime.bundle import contract
-from dmtd_runtime.bundle.engine_record import OLDEST_CAPABILITY, EngineRecord, Flavour
+from dmtd_runtime.bundle.engine_record import OLDEST_CAPABILITY, EngineBackend, EngineRecord
 from dmtd_runtime.cli.common import (
     EXIT_ERROR,
     BundleArgument,
@@ -40,12 +40,12 @@ _SIZES = "Sizes"
 def build(
     bundle: BundleArgument = None,
     model: BundleOption = None,
-    flavour: Annotated[
-        Flavour | None,
+    backend: Annotated[
+        EngineBackend | None,
         typer.Option(
-            help="Library; by default the one that is installed. host: the graphs alone, to try a runtime on a CPU."
+            help="Whose engines; by default of the library that is installed. simulator: the graphs alone, for the CPU."
         ),
-    ] = _DEFAULT.flavour,
+    ] = _DEFAULT.backend,
     fused: Annotated[
         bool | None,
         typer.Option(
@@ -105,7 +105,7 @@ def build(
     from dmtd_export.verify import engines_hook
 
     options = BuildOptions(
-        flavour=flavour,
+        backend=backend,
         fused=fused,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
@@ -172,7 +172,7 @@ def _preview_json(seen: Preview) -> dict[str, Any]:
         "dry_run": True,
         "directory": str(seen.directory),
         "exists": seen.exists,
-        "flavour": seen.target.flavour,
+        "backend": seen.target.backend,
         "version": seen.target.version,
         "compute_capability": seen.target.compute_capability,
         "dtype": seen.dtype,
@@ -203,7 +203,7 @@ def _preview_table(seen: Preview) -> Table:
     _row(
         table,
         "for",
-        f"{seen.target.flavour} {seen.target.version}, {_gpu(seen.target.flavour, seen.target.compute_capability)}, {seen.dtype}",
+        f"{seen.target.backend} {seen.target.version}, {_gpu(seen.target.backend, seen.target.compute_capability)}, {seen.dtype}",
     )
     _row(table, "sizes", _sizes(seen.plan.max_num_seqs, seen.plan.max_model_len, seen.plan.length_buckets))
     for part in seen.parts:
@@ -223,7 +223,7 @@ def _result_json(result: BuildResult) -> dict[str, Any]:
         "dry_run": False,
         "directory": str(result.directory),
         "built": result.built,
-        "flavour": record.flavour,
+        "backend": record.backend,
         "version": record.version,
         "compute_capability": record.compute_capability,
         "dtype": record.dtype,
@@ -257,7 +257,7 @@ def _result_table(result: BuildResult) -> Table:
     _row(
         table,
         "for",
-        f"{record.flavour} {record.version}, {_gpu(record.flavour, record.compute_capability)}, {record.dtype}",
+        f"{record.backend} {record.version}, {_gpu(record.backend, record.compute_capability)}, {record.dtype}",
     )
     _row(table, "sizes", _sizes(record.max_num_seqs, record.max_model_len, record.length_buckets))
     for engine in record.engines:
@@ -270,18 +270,18 @@ def _result_table(result: BuildResult) -> Table:
         _row(table, "verified", f"{len(checks)} checks against the float32 oracle", "green")
     else:
         _row(table, "verified", f"no; check them with: {_verify_command(result.bundle, record)}", "yellow")
-    if record.flavour == "host":
+    if record.backend == "simulator":
         _row(table, "", "graphs for ONNX Runtime on the CPU: no engine, no speed", "yellow")
     return table
 
 
 def _verify_command(bundle: Path, record: EngineRecord) -> str:
     fewer = f" --max-num-seqs {record.max_num_seqs}" if record.max_num_seqs < BuildOptions().max_num_seqs else ""
-    return f"dmtd verify {shlex.quote(str(bundle))} --backend tensorrt --flavour {record.flavour}{fewer}"
+    return f"dmtd verify {shlex.quote(str(bundle))} --backend {record.backend}{fewer}"
 
 
-def _gpu(flavour: Flavour, compute_capability: str) -> str:
-    if flavour == "host":
+def _gpu(backend: EngineBackend, compute_capability: str) -> str:
+    if backend == "simulator":
         return "the CPU"
     return (
         f"any GPU of compute capability {OLDEST_CAPABILITY} and later"

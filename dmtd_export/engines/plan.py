@@ -36,7 +36,7 @@ from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.contract import GraphName
 from dmtd_runtime.bundle.engine_record import (
     ANY_GPU,
-    Flavour,
+    EngineBackend,
     InputRange,
     PassKind,
     ProfileInfo,
@@ -61,7 +61,7 @@ KINDS: dict[GraphName, tuple[PassKind, ...]] = {
 class Target:
     """What engines are for: library, and GPU as far as they are tied to one. ``supported``: those that the library names."""
 
-    flavour: Flavour
+    backend: EngineBackend
     version: str
     compute_capability: str = ANY_GPU
     gpu_name: str | None = None
@@ -71,7 +71,7 @@ class Target:
     def label(self) -> str:
         """For directory names: any-tensorrt-rtx-1.7.1.116."""
         gpu = ANY_GPU if self.compute_capability == ANY_GPU else "sm" + self.compute_capability.replace(".", "")
-        return f"{gpu}-{self.flavour}-{self.version}"
+        return f"{gpu}-{self.backend}-{self.version}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,7 +197,7 @@ def ranges(inputs: tuple[TensorInfo, ...], sizes: Mapping[str, tuple[int, int, i
 
 
 def engine_key(plan: BuildPlan, target: Target, manifest: Manifest) -> str:
-    """Name of the directory: GPU, flavour, version, and a digest of everything else that makes an engine what it is."""
+    """Name of the directory: GPU, backend, version, and a digest of everything else that makes an engine what it is."""
     facts = {
         "revision": REVISION,
         "content": content_hash(

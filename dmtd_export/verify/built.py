@@ -50,7 +50,7 @@ def engines_hook(
         reports = []
         try:
             for way in ways:
-                options = BackendOptions(backend="tensorrt", flavour=built.flavour, full_pass=way, max_num_seqs=batch)
+                options = BackendOptions(backend=built.backend, full_pass=way, max_num_seqs=batch)
                 reports.append(verify_on_device(bundle, options, quick=quick, engines=engines, on_stage=on_stage))
         except DmtdError as error:
             return {FAILED: str(error)}
@@ -61,7 +61,7 @@ def engines_hook(
         if not report.ok:
             raise VerificationError(
                 f"the engines compute something else than the model: {report.first_divergence}; nothing was kept; "
-                "to keep them and look into it, build with --no-verify, then run dmtd verify --backend tensorrt"
+                f"to keep them and look into it, build with --no-verify, then run dmtd verify --backend {built.backend}"
             )
         return record(report)
 
@@ -72,7 +72,7 @@ def why_not_here(built: EngineRecord) -> str:
     """Why engines cannot be verified on this machine; empty where they can."""
     if not installed("torch"):
         return 'PyTorch, the reference, is not installed; run: pip install "dmtd[oracle]"'
-    if built.flavour == "host":
+    if built.backend == "simulator":
         return "ONNX Runtime has no bfloat16 kernels for the CPU" if built.dtype == "bfloat16" else ""
     try:
         gpu = gpu_here()

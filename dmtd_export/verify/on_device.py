@@ -1,4 +1,4 @@
-"""`dmtd verify --backend tensorrt | --device cuda`: a bundle as a device runs it, against the float32 oracle.
+"""`dmtd verify` with engines (`--backend`) or `--device cuda`: a bundle as a device runs it, against the float32 oracle.
 
 1. Step by step, batch 1 and the largest: every row of logits, teacher-forced, within the margin of the type (ULP), and the
    share of rows that choose the oracle's token.
@@ -108,13 +108,13 @@ def _reference(directory: Path, manifest: Manifest) -> Reference:
 
 
 def _name(options: BackendOptions) -> str:
-    if options.backend == "tensorrt":
-        return f"engines{f' of {options.flavour}' if options.flavour else ''}"
+    if options.runs_engines:
+        return f"engines of {options.backend}"
     return f"ONNX Runtime on {options.device}"
 
 
 def _variant(backend: Backend, options: BackendOptions, manifest: Manifest, batch: int) -> Variant:
-    dialect = contract.STANDARD if options.backend == "tensorrt" else options.dialect or manifest.default_dialect
+    dialect = contract.STANDARD if options.runs_engines else options.dialect or manifest.default_dialect
     return Variant(dialect=dialect, full_pass=backend.full_pass, batch=batch, chunk=manifest.model.max_window)
 
 

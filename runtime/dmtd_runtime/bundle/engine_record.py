@@ -46,7 +46,7 @@ choose otherwise), and the caches: :meth:`EngineRecord.device_bytes` adds them u
 **First runs.** TensorRT-RTX compiles kernels when a context first runs; ``device/kernel_cache.py`` keeps them, and
 ``backends/warm_up.py`` lists the runs that bring them all about.
 
-The flavour ``host`` holds engine graphs as ONNX (``file`` ends in .onnx, weights beside it) for a runtime that executes them in
+The simulator holds engine graphs as ONNX (``file`` ends in .onnx, weights beside it) for a runtime that executes them in
 ONNX Runtime on the CPU; everything else in the record is as for the others.
 """
 
@@ -66,10 +66,10 @@ from dmtd_runtime.bundle.contract import GraphName
 from dmtd_runtime.bundle.manifest import DTYPE_BYTES, FileInfo, Manifest, TensorInfo, decode, safe_relative, sha256_of
 from dmtd_runtime.errors import BundleError, RequestError
 
-Flavour = Literal["tensorrt", "tensorrt-rtx", "host"]
+EngineBackend = Literal["tensorrt", "tensorrt-rtx", "simulator"]
 FullPass = Literal["staged", "fused"]
 PassKind = Literal["prefill", "refill", "step", "choose"]
-FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx", "host")
+ENGINE_BACKENDS: tuple[EngineBackend, ...] = ("tensorrt", "tensorrt-rtx", "simulator")
 ANY_GPU = "any"
 OLDEST_CAPABILITY = "8.0"  # that has bfloat16 and TensorRT's fused attention
 RECORD_SCHEMA = 1
@@ -172,7 +172,7 @@ class EngineRecord:
     """engine.json."""
 
     schema: int
-    flavour: Flavour
+    backend: EngineBackend
     version: str  # of the library; an engine runs on no other
     compute_capability: str  # "8.9", or "any" (tensorrt-rtx)
     gpu_name: str | None  # tensorrt: the GPU that tactics were timed on

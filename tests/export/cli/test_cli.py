@@ -143,6 +143,20 @@ def test_wrong_usage_exits_2(arguments: Sequence[str], checkpoint: str) -> None:
     assert dmtd(*(checkpoint if word == "MODEL" else word for word in arguments)).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("build", "b", "--flavour", "host"), "error: --flavour: is called --backend now"),
+        (("generate", "b", "-p", "x", "--flavour=host"), "error: --flavour: is called --backend now"),
+        (("export", "MODEL", "-o", "x", "--max-batch", "2"), "error: --max-batch: is called --max-num-seqs now"),
+    ],
+)
+def test_an_option_of_old_is_told_its_new_name(arguments: Sequence[str], line: str) -> None:
+    result = dmtd(*arguments)
+    assert result.exit_code == 2 and result.stderr == line + "\n"
+    assert dmtd("generate", "b", "-p", "--flavour", "--raw", "--no-such").stderr != line + "\n"  # a prompt is no option
+
+
 def test_ctrl_c_leaves_the_old_bundle(bundle: Path, tmp_path: Path) -> None:
     target = tmp_path / "b"
     shutil.copytree(bundle, target)

@@ -23,7 +23,7 @@ from dmtd_export.engines.plan import (
 from dmtd_export.errors import ExportError
 from dmtd_runtime.bundle.manifest import Manifest, TensorInfo, load_manifest
 
-RTX = Target(flavour="tensorrt-rtx", version="1.7.1")
+RTX = Target(backend="tensorrt-rtx", version="1.7.1")
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from dmtd_runtime.backends.onnxruntime import memory as ort_memory
 from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from dmtd_runtime.backends.onnxruntime.trial import trial_step
 from dmtd_runtime.bundle.opening import open_bundle
-from dmtd_runtime.device.simulator.device import HostDevice
+from dmtd_runtime.device.simulator.device import SimulatedDevice
 from dmtd_runtime.ort import session as ort_session
 
 PROMPTS = [[1, 2, 3], [4] * 40, [5, 6], [7], [8] * 17, [9, 1]]
@@ -48,7 +48,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeOnnxRuntime]:
-    host = HostDevice()
+    host = SimulatedDevice()
     module = FakeOnnxRuntime(host)
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(__version__="13.5.0"))  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", FakeCuda(host))  # type: ignore[arg-type]

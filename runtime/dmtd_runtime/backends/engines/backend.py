@@ -1,4 +1,4 @@
-"""The backend over engines: TensorRT or TensorRT-RTX on a GPU, or the same engine graphs on the host device.
+"""The backend over engines: TensorRT or TensorRT-RTX on a GPU, or the same engine graphs on the simulator.
 
 Two ways through it. :meth:`TensorRtBackend.run` takes one step of any kind, as every backend does: prompts, steps whose
 logits the caller wants, and what brings sequences to a common head. :meth:`start_cycle` enqueues a whole cycle, replayed as
