@@ -7,9 +7,13 @@ bundle a (family, encoding layers) serves them all, through :meth:`TinyBundle.ma
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +28,7 @@ from dmtd_models.config.model import DmtdSpec, ModelConfig, resolve_dmtd
 from dmtd_models.reference import oracle
 from dmtd_models.reference.dmtd import DmtdModel, Forward
 from dmtd_models.reference.testing import write_tiny_checkpoint
+from dmtd_runtime import LLM
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from dmtd_runtime.bundle.manifest import CycleInfo, FileInfo, Manifest
@@ -249,6 +254,66 @@ def random_prompt(seed: int, length: int, vocab_size: int = 256) -> list[int]:
     """Seeded ids; with the tiny tokenizer 0 to 255 are the bytes, none of them special."""
     ids: list[int] = np.random.default_rng([seed, length]).integers(0, vocab_size, length).tolist()
     return ids
+
+
+class Held:
+    """The engine of an LLM stops before a step until it is let go: tests then act in the middle of an answer.
+
+    ``with held(llm, after=3) as hold``: three steps run, and no more until the block ends, :meth:`release` is called,
+    the LLM is being closed or ``until`` holds.
+    """
+
+    def __init__(self) -> None:
+        self._released = threading.Event()
+        self._reached = threading.Event()
+        self.steps = 0
+
+    def release(self) -> None:
+        self._released.set()
+
+    def wait(self) -> None:
+        """Until the engine stands still."""
+        assert self._reached.wait(120), "the engine never came to that step"
+
+    def _stand(self, go_on: Callable[[], bool]) -> None:
+        self._reached.set()
+        wait_until(lambda: self._released.is_set() or go_on())
+
+
+@contextmanager
+def held(llm: LLM, *, after: int, until: Callable[[], bool] = lambda: False) -> Iterator[Held]:
+    hold, backend = Held(), llm._engine._backend
+    run = backend.run
+
+    def step(*arguments: Any, **options: Any) -> Any:
+        if hold.steps >= after:
+            hold._stand(lambda: llm._engine.is_closing() or until())
+        hold.steps += 1
+        return run(*arguments, **options)
+
+    backend.run = step  # type: ignore[method-assign]
+    try:
+        yield hold
+    finally:
+        hold.release()
+        backend.run = run  # type: ignore[method-assign]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Patiently: a loaded machine is no failure."""
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.001)
+
+
+def growth(marks: Sequence[int]) -> int:
+    """How much memory grew over the rounds that ``marks`` were taken after, as a leak does: in most rounds, not at once.
+
+    The two largest steps do not count: an allocator takes a few megabytes at a time, in whatever round it comes to that.
+    """
+    steps = sorted(late - early for early, late in pairwise(marks))
+    return sum(steps[:-2])
 
 
 def private_bytes() -> int:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import email
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
@@ -101,6 +104,83 @@ def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path, repo_root:
     for package in PACKAGE_FOLDERS.values():
         assert {f"{package}/__init__.py", f"{package}/py.typed"} <= names
     assert not [name for name in names if name.split("/")[0] in NOT_PACKAGES]
+
+
+CONSUMER = """
+from collections.abc import Iterator
+from pathlib import Path
+from typing import assert_type
+
+from dmtd_export.bundle.export import export_bundle
+from dmtd_export.options import ExportOptions
+from dmtd_models.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from dmtd_runtime import LLM, CompletionOutput, Delta, DmtdError, RequestOutput, SamplingParams
+from dmtd_runtime.bundle.manifest import Manifest
+
+
+def answers(directory: Path, prompt: str) -> Iterator[str]:
+    try:
+        with LLM(directory, max_num_seqs=2) as llm:
+            found = llm.generate([prompt, "and"], SamplingParams(temperature=0, max_tokens=4))
+            assert_type(found, list[RequestOutput])
+            assert_type(found[0].outputs[0], CompletionOutput)
+            for delta in llm.stream(prompt):
+                assert_type(delta, Delta)
+                yield delta.text
+    except DmtdError as error:
+        yield str(error)
+
+
+def export(source: Path, target: Path) -> Manifest:
+    with open_checkpoint(source) as checkpoint:
+        assert_type(checkpoint, Checkpoint)
+    return export_bundle(source, target, ExportOptions(decoding_layers=8, cycle_length=4))
+
+
+LLM(1, max_num_seqs="2")  # type: ignore[arg-type]  # told only if the packages' types are read
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new environment's interpreter, with the wheel and none of its dependencies."""
+    place = tmp_path_factory.mktemp("environment")
+    venv.create(place, with_pip=False, symlinks=True)
+    [packages] = place.glob("lib/python*/site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(packages)
+    return place / "bin" / "python"
+
+
+def test_an_installed_wheel_brings_three_names_and_shadows_none(installed: Path, tmp_path: Path) -> None:
+    """A user's own folders ``runtime``, ``models`` and ``tools`` stay what they are."""
+    for name in NOT_PACKAGES:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "own.py").write_text(f"NAME = {name!r}")
+    code = (
+        "import importlib.metadata as m, json, sys\n"
+        f"names = {NOT_PACKAGES!r}\n"
+        "own = [__import__(f'{name}.own', fromlist=['NAME']).NAME for name in names]\n"
+        "paths = [list(sys.modules[name].__path__) for name in names]\n"
+        "tops = sorted({file.parts[0] for file in m.files('dmtd') or () if '.dist-info' not in file.parts[0]})\n"
+        "print(json.dumps([own, paths, tops]))"
+    )
+    done = subprocess.run([installed, "-c", code], cwd=tmp_path, env={}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    own, paths, tops = json.loads(done.stdout)
+    assert own == list(NOT_PACKAGES)
+    assert [[Path(path).resolve() for path in each] for each in paths] == [
+        [(tmp_path / name).resolve()] for name in NOT_PACKAGES
+    ]
+    assert tops == sorted(PACKAGE_FOLDERS.values())
+
+
+def test_a_users_project_type_checks_strictly_against_the_wheel(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "consumer.py").write_text(CONSUMER)
+    command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", str(installed), "consumer.py"]
+    environ = {name: value for name, value in os.environ.items() if name not in ("MYPYPATH", "PYTHONPATH")}
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
 
 
 def test_wheel_metadata(wheel: Path, repo_root: Path) -> None:

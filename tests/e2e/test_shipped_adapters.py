@@ -1,7 +1,7 @@
 """The adapters in models/: small enough, with a card that says what was recorded, and text that people would read.
 
-SmolLM2-135M with each adapter is exported and asked through the runtime, greedily, in cycles; the plain model answers the
-same prompts and reads what was written.
+SmolLM2-135M with an adapter is exported and asked through the runtime, greedily, in cycles; the plain model reads what was
+written. Under ``slow``, both adapters answer everything that they are judged by, and the plain model answers it too.
 """
 
 from __future__ import annotations
@@ -13,14 +13,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.evaluate import EvaluateOptions, OpenOptions
 from dmtd_export.evaluate import evaluate as run_evaluation
+from dmtd_export.evaluate.fluency import distinct_share
 from dmtd_export.evaluate.generation import GenerationResult
 from dmtd_export.evaluate.report import EvaluationReport
 from dmtd_export.options import ExportOptions
 from dmtd_models.checkpoints import smollm2
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.config.model import resolve_dmtd
+from dmtd_models.reference import oracle
+from dmtd_models.reference.dmtd import DmtdModel
+from dmtd_runtime import LLM, SamplingParams
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 FASTER, TRUER = "smollm2-135m-e4-d8-tau4", "smollm2-135m-e4-d8-tau2"
@@ -28,6 +35,11 @@ ADAPTERS = (FASTER, TRUER)
 CACHE = smollm2.default_cache_dir()  # now, before a fixture gives the tests a cache directory of their own
 FACTS = 48
 FACTS_KEPT = 0.8
+QUESTIONS = (
+    "What colour is the sky on a clear day?",
+    "Write two sentences about the sea.",
+    "Why do people sleep at night?",
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +71,27 @@ def report(adapter: str, gguf: Path, plain: Path, tmp_path_factory: pytest.TempP
         shutil.rmtree(bundle)
 
 
+def test_text_of_the_longer_cycles_is_fluent(gguf: Path, tmp_path: Path) -> None:
+    """The short form of what is judged below: three everyday questions, answered in cycles of 4."""
+    export_bundle(gguf, tmp_path, ExportOptions(target="onnxruntime", max_batch=1), adapter=MODELS / FASTER)
+    texts = []
+    with LLM(tmp_path, threads=1) as llm:
+        for question in QUESTIONS:
+            prompt = llm.tokenizer.encode(llm.render_chat([{"role": "user", "content": question}]))
+            [output] = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=32))
+            texts.append((prompt, output.outputs[0].token_ids))
+    with open_checkpoint(gguf) as checkpoint:
+        spec = resolve_dmtd(checkpoint.config, None, decoding_layers=8, cycle_length=4)
+        plain = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, torch.float32)
+    nats: list[float] = []
+    for prompt, ids in texts:
+        assert len(ids) >= 16 and distinct_share(ids) >= 0.8
+        logits = oracle.teacher_forced(plain, [*prompt, *ids], len(prompt), plain=True)[len(prompt) - 1 : -1]
+        nats += torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="none").tolist()
+    assert sum(nats) / len(nats) <= 2.5
+
+
+@pytest.mark.slow
 def test_text_is_fluent(report: EvaluationReport) -> None:
     """Nats a token under the plain model: human prose has 2.5 to 3.4, random tokens 11; a loop is likely too, so 3-grams."""
     assert report.fluency is not None and report.cycle.dmtd_trained
@@ -68,6 +101,7 @@ def test_text_is_fluent(report: EvaluationReport) -> None:
     assert written.distinct_3grams >= 0.8 * own.distinct_3grams
 
 
+@pytest.mark.slow
 def test_facts_are_kept(report: EvaluationReport) -> None:
     """Facts that the plain model answers in all of five wordings, and how many of them the cycles answer in most."""
     [facts] = report.tasks

@@ -14,15 +14,16 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from runtime_support import TinyBundle, TinyBundles
+from runtime_support import TinyBundle, TinyBundles, held
 
 from dmtd_runtime import LLM, SamplingParams
+from dmtd_runtime.serving import sequence
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "runtime" / "examples"
@@ -63,7 +64,7 @@ class Client:
 
     async def line(self) -> dict[str, str] | None:
         """The next line, None at the end of the connection."""
-        raw = await asyncio.wait_for(self.reader.readline(), 20)
+        raw = await asyncio.wait_for(self.reader.readline(), 60)
         answer: dict[str, str] | None = json.loads(raw) if raw else None
         return answer
 
@@ -83,22 +84,14 @@ async def serving(llm: LLM, module: ModuleType) -> AsyncIterator[int]:
         server.close()
         await asyncio.to_thread(llm.close)
         if service.clients:
-            await asyncio.wait(service.clients, timeout=5)
+            await asyncio.wait(service.clients, timeout=60)
     assert service.clients == set()
     service._pool.shutdown()
 
 
 @pytest.fixture
 def llm(bundle: TinyBundle) -> Iterator[LLM]:
-    """Every step takes 3 ms at least, so that tests can act in the middle of an answer."""
     with LLM(bundle.directory, max_num_seqs=1, threads=1) as llm:
-        run = llm._engine._backend.run
-
-        def slow(*args: Any, **options: Any) -> Any:
-            time.sleep(0.003)
-            return run(*args, **options)
-
-        llm._engine._backend.run = slow  # type: ignore[method-assign]
         yield llm
 
 
@@ -136,14 +129,18 @@ def test_a_client_that_leaves_frees_its_slot(llm: LLM, service_module: ModuleTyp
 
     async def main() -> None:
         async with serving(llm, service_module) as port:
-            async with Client(port) as leaver:
-                await leaver.ask(LONG)
-                for _ in range(3):
-                    assert "text" in (await leaver.line() or {})
-                # Meanwhile another one waits for the only slot.
-                stays = await Client(port).__aenter__()
-                await stays.ask({**GREEDY, "max_tokens": 2})
-            lines = await stays.rest()
+            with held(llm, after=20) as hold:
+                async with Client(port) as leaver:
+                    await leaver.ask(LONG)
+                    for _ in range(3):
+                        assert "text" in (await leaver.line() or {})
+                    [left] = llm._requests
+                    # Meanwhile another one waits for the only slot.
+                    stays = await Client(port).__aenter__()
+                    await stays.ask({**GREEDY, "max_tokens": 2})
+                await wait_until(lambda: left not in llm._requests)
+                hold.release()
+                lines = await stays.rest()
             assert lines[-1] == {"finish_reason": "length"}
             stays.writer.close()
             await wait_until(lambda: not llm._requests)
@@ -153,7 +150,7 @@ def test_a_client_that_leaves_frees_its_slot(llm: LLM, service_module: ModuleTyp
 
 
 async def wait_until(condition: Any) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end, "it never came to that"
         await asyncio.sleep(0.002)
@@ -191,18 +188,21 @@ def test_bad_requests_get_one_line(llm: LLM, service_module: ModuleType, request
 
 
 def test_limits_on_clients_and_time(llm: LLM, service_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(ahead=0.0, monotonic=lambda: time.monotonic() + clock.ahead)
+    monkeypatch.setattr(sequence, "time", clock)
     monkeypatch.setattr(service_module, "MAX_CLIENTS", 1)
-    monkeypatch.setattr(service_module, "ANSWER_SECONDS", 0.2)
-    monkeypatch.setattr(service_module, "READ_SECONDS", 0.3)
 
     async def main() -> None:
         async with serving(llm, service_module) as port:
             async with Client(port) as first, Client(port) as second:
-                await first.ask(LONG)
-                await first.line()
-                await second.ask(GREEDY)
-                assert "busy" in (await second.rest())[0]["error"]
+                with held(llm, after=8):
+                    await first.ask(LONG)
+                    await first.line()
+                    await second.ask(GREEDY)
+                    assert "busy" in (await second.rest())[0]["error"]
+                    clock.ahead = 2 * service_module.ANSWER_SECONDS
                 assert (await first.rest())[-1] == {"finish_reason": "deadline"}
+            monkeypatch.setattr(service_module, "READ_SECONDS", 0.1)
             async with Client(port) as silent:
                 assert await silent.rest() == []
 
@@ -211,10 +211,11 @@ def test_limits_on_clients_and_time(llm: LLM, service_module: ModuleType, monkey
 
 def test_closing_the_service_ends_its_streams(llm: LLM, service_module: ModuleType) -> None:
     async def main() -> None:
-        async with serving(llm, service_module) as port:
-            client = await Client(port).__aenter__()
-            await client.ask(LONG)
-            await client.line()
+        with held(llm, after=8):
+            async with serving(llm, service_module) as port:
+                client = await Client(port).__aenter__()
+                await client.ask(LONG)
+                await client.line()
         assert (await client.rest())[-1] == {"finish_reason": "abort"}
         client.writer.close()
 
@@ -238,7 +239,7 @@ def test_the_service_as_a_program(bundle: TinyBundle) -> None:
             first, second = asyncio.run(talk())
             assert text_of(first) == text_of(second) != ""
             process.send_signal(signal.SIGTERM)
-            _, errors = process.communicate(timeout=20)
+            _, errors = process.communicate(timeout=120)
         finally:
             process.kill()
     assert (process.returncode, errors) == (0, "")
@@ -251,7 +252,7 @@ def test_the_batch_script(bundle: TinyBundle) -> None:
         capture_output=True,
         text=True,
         env=ENVIRON,
-        timeout=50,
+        timeout=240,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
