@@ -1,1 +1,1 @@
-"""The device under the TensorRT backend: ``base`` says what it must do, ``cuda`` and ``host`` do it."""
+"""The device under the TensorRT backend: ``base`` says what it must do, ``cuda`` and ``simulator`` do it."""

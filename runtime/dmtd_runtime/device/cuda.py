@@ -5,7 +5,7 @@ keeps using its context's state, so a context's shapes never change after the fi
 memory from outside, one buffer for all, because they run one after another; a graph is captured after every context in it
 has run once. TensorRT-RTX compiles kernels at that first run, which blocks: it is timed, and what was compiled is saved at once.
 
-Never executed on a GPU so far; ``host.py`` is the same seam with numbers.
+Never executed on a GPU so far; ``simulator`` is the same seam with numbers.
 """
 
 from __future__ import annotations

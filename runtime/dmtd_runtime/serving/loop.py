@@ -3,7 +3,7 @@
 Where the backend runs cycles, and every sequence stands at a head, whole cycles are enqueued, the next one before the tokens
 of this one are looked at. Ends are then found when a cycle is over: what it chose behind the end is dropped unseen.
 
-No threads and no requests here: ``engine.py`` forms batches of :class:`SequenceRun` and is told of every token.
+No threads and no requests here: ``worker.py`` forms batches of :class:`SequenceRun` and is told of every token.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The engine: one thread that owns the backend, takes waiting sequences as static batches and runs them to their ends.
+"""The worker: one thread that owns the backend, takes waiting sequences as static batches and runs them to their ends.
 
 Life of a request: LLM.submit -> waiting list -> batch of up to ``backend.slots`` sequences -> run_batch -> events to the
-request -> finished. Callers never touch the backend, and only the engine's thread tells a sequence anything: cancelling sets
+request -> finished. Callers never touch the backend, and only the worker's thread tells a sequence anything: cancelling sets
 a flag, which that thread sees between two steps, for running and waiting sequences alike, as it sees deadlines. (So a flag
 may be set from anywhere, a finalizer in the middle of a garbage collection included.) A failure of the backend ends every
-request with that error, and the engine takes no more.
+request with that error, and the worker takes no more.
 """
 
 from __future__ import annotations
