@@ -14,7 +14,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 # The longest window of a graph: KV capacity and rotary tables leave this much room above the model length.
 MAX_WINDOW = contract.MIN_WINDOW
 assert MAX_WINDOW >= MAX_CYCLE_LENGTH, "a refill fits into a window"
-MAX_BATCH_LIMIT = 32
+MAX_NUM_SEQS_LIMIT = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,5 +30,5 @@ class ExportOptions:
     target: Target = "all"
     dtype: Dtype = "float32"
     max_model_len: int | None = None
-    max_batch: int = 8
+    max_num_seqs: int = 8
     verify: bool = True

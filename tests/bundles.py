@@ -18,7 +18,7 @@ def make_bundle(directory: Path, *, tokenizer: bool = True) -> Path:
     """E0 T3 D2, cycle of 3, float32, batches of up to 2."""
     checkpoint = make_checkpoint(directory / "checkpoint", tokenizer=tokenizer)
     options = ExportOptions(
-        decoding_layers=2, cycle_length=3, cycle_origin="prompt", prompt_input="thinking", max_batch=2
+        decoding_layers=2, cycle_length=3, cycle_origin="prompt", prompt_input="thinking", max_num_seqs=2
     )
     export_bundle(checkpoint, directory / "bundle", options)
     return directory / "bundle"

@@ -1,4 +1,4 @@
-"""Engines of the host flavour for tiny bundles, and backends over them: what the tests of the device runtime share."""
+"""Engines of the simulator for tiny bundles, and backends over them: what the tests of the device runtime share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dmtd_runtime.bundle.engine_record import EngineFile, EngineRecord, InputRan
 from dmtd_runtime.bundle.manifest import CycleInfo, Manifest
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.device.base import Device
-from dmtd_runtime.device.simulator.device import HostDevice
+from dmtd_runtime.device.simulator.device import SimulatedDevice
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import Sampler
 from dmtd_runtime.sampling.stops import StopRules
@@ -25,19 +25,19 @@ from dmtd_runtime.serving.loop import SequenceRun, TokenEvent, run_batch
 Engines = tuple[Path, EngineRecord]
 
 
-def host_engines(
+def simulator_engines(
     bundle: Path,
     *,
     fused: bool = False,
-    max_batch: int = 8,
+    max_num_seqs: int = 8,
     buckets: Sequence[int] = (),
     max_model_len: int | None = None,
 ) -> Engines:
-    """Engines of the host flavour; ``buckets``: lengths below the capacity, shorter than a build would make them.
+    """Engines of the simulator; ``buckets``: lengths below the capacity, shorter than a build would make them.
 
-    Those stand in a directory of their own, beside their record, which the host device holds them to.
+    Those stand in a directory of their own, beside their record, which the simulator holds them to.
     """
-    options = BuildOptions(flavour="host", fused=fused, max_batch=max_batch, max_model_len=max_model_len)
+    options = BuildOptions(backend="simulator", fused=fused, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
     result = build_engines(bundle, options)
     if not buckets:
         return result.directory, result.record
@@ -76,12 +76,16 @@ def engine_backend(
     fused: bool = False,
     device: Device | None = None,
 ) -> TensorRtBackend:
-    """A backend over engines on the host device; ``cycle`` takes the place of the manifest's."""
+    """A backend over engines on the simulator; ``cycle`` takes the place of the manifest's."""
     directory, record = engines
-    options = BackendOptions(max_batch=slots, cuda_graphs=graphs, threads=1, full_pass="fused" if fused else "staged")
+    options = BackendOptions(
+        max_num_seqs=slots, cuda_graphs=graphs, threads=1, full_pass="fused" if fused else "staged"
+    )
     if cycle is not None:
         manifest = replace(manifest, cycle=cycle)
-    return TensorRtBackend(bundle, manifest, options, device=device or HostDevice(), directory=directory, record=record)
+    return TensorRtBackend(
+        bundle, manifest, options, device=device or SimulatedDevice(), directory=directory, record=record
+    )
 
 
 def run_sequences(

@@ -22,7 +22,7 @@ WARNINGS_OF_PLAIN = 3  # no convention, not trained, no tokenizer
 
 def export(source: Path, output: Path, **options: Any) -> dict[str, Any]:
     """Export without verification; returns the manifest as plain JSON."""
-    given = {"max_batch": 1, **options}
+    given = {"max_num_seqs": 1, **options}
     if "num_thinking_layers" not in (source / "config.json").read_text():
         given = PLAIN | given
     export_bundle(source, output, ExportOptions(**given))

@@ -1,6 +1,6 @@
-"""Stand-ins for cuda-bindings' runtime module and TensorRT-RTX's that compute on the host device.
+"""Stand-ins for cuda-bindings' runtime module and TensorRT-RTX's that compute on the simulator.
 
-They let every line of the CUDA device run, with numbers, where there is no GPU: calls go to ``HostDevice``, which keeps its
+They let every line of the CUDA device run, with numbers, where there is no GPU: calls go to ``SimulatedDevice``, which keeps its
 rules, and they refuse what a driver or the library would take silently. Names, and numbers of arguments, are held against the
 installed libraries by ``test_device_cuda.py``.
 """
@@ -22,8 +22,8 @@ import pytest
 
 from dmtd_runtime.bundle.engine_record import InputRange
 from dmtd_runtime.device.base import Mark
-from dmtd_runtime.device.simulator.device import HostDevice
-from dmtd_runtime.device.simulator.engine import HostEngine
+from dmtd_runtime.device.simulator.device import SimulatedDevice
+from dmtd_runtime.device.simulator.engine import SimulatedEngine
 from dmtd_runtime.device.simulator.memory import SeamError
 
 TRT_DTYPES = {
@@ -37,8 +37,8 @@ TRT_DTYPES = {
 
 
 def install_fakes(patch: pytest.MonkeyPatch) -> FakeCuda:
-    """Both modules, over one host device, in the place of the real ones."""
-    host = HostDevice()
+    """Both modules, over one simulator, in the place of the real ones."""
+    host = SimulatedDevice()
     cuda = FakeCuda(host)
     patch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(__version__="13.5.0"))  # type: ignore[arg-type]
     patch.setitem(sys.modules, "cuda.bindings.runtime", cuda)  # type: ignore[arg-type]
@@ -49,8 +49,8 @@ def install_fakes(patch: pytest.MonkeyPatch) -> FakeCuda:
     return cuda
 
 
-# Of each host device: the stream that uses an activation memory.
-SCRATCH_STREAMS: weakref.WeakKeyDictionary[HostDevice, dict[int, int]] = weakref.WeakKeyDictionary()
+# Of each simulator: the stream that uses an activation memory.
+SCRATCH_STREAMS: weakref.WeakKeyDictionary[SimulatedDevice, dict[int, int]] = weakref.WeakKeyDictionary()
 
 
 class CudaError(IntEnum):
@@ -69,14 +69,14 @@ class Stream:
 
 
 class FakeCuda:
-    """``cuda.bindings.runtime`` over a host device. ``calls`` are (name, number of arguments) of everything asked."""
+    """``cuda.bindings.runtime`` over a simulator. ``calls`` are (name, number of arguments) of everything asked."""
 
     cudaError_t = CudaError
     cudaStreamNonBlocking, cudaHostAllocDefault, cudaEventDisableTiming = 1, 0, 2
     cudaMemcpyKind = Enum("cudaMemcpyKind", "cudaMemcpyHostToDevice cudaMemcpyDeviceToHost cudaMemcpyDeviceToDevice")
     cudaStreamCaptureMode = Enum("cudaStreamCaptureMode", "cudaStreamCaptureModeThreadLocal")
 
-    def __init__(self, host: HostDevice) -> None:
+    def __init__(self, host: SimulatedDevice) -> None:
         self.host = host
         self.calls: set[tuple[str, int]] = set()
         self.driver, self.count = 13000, 1
@@ -219,7 +219,7 @@ class ILogger:
     Severity = IntEnum("Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE", start=0)
 
 
-def profile_range(engine: HostEngine, name: str, index: int) -> InputRange | None:
+def profile_range(engine: SimulatedEngine, name: str, index: int) -> InputRange | None:
     """The shapes that a profile of the engine's record allows an input; None where its shape is fixed."""
     assert engine.file is not None, "engines of a GPU know their profiles: a record stands beside them"
     [profile] = [profile for profile in engine.file.profiles if profile.index == index]
@@ -340,7 +340,7 @@ class CudaEngine:
 
 
 class FakeRtx:
-    """The module ``tensorrt_rtx`` over a host device."""
+    """The module ``tensorrt_rtx`` over a simulator."""
 
     __version__ = "1.7.1.116"
     capturable = True
@@ -353,7 +353,7 @@ class FakeRtx:
     ProfilingVerbosity = SimpleNamespace(NONE="NONE")
     ComputeCapability = IntEnum("ComputeCapability", {"NONE": 0, "CURRENT": 1, "SM75": 75, "SM80": 80, "SM89": 89})
 
-    def __init__(self, host: HostDevice) -> None:
+    def __init__(self, host: SimulatedDevice) -> None:
         self._host = host
 
     def Runtime(self, log: Any) -> Any:

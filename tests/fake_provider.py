@@ -1,6 +1,6 @@
-"""A stand-in of ONNX Runtime's CUDA provider that computes: the CPU provider over a host device, behind a GPU's rules.
+"""A stand-in of ONNX Runtime's CUDA provider that computes: the CPU provider over a simulator, behind a GPU's rules.
 
-Sessions, bindings and values look as the CUDA provider's do. Work goes to the host device's lazy stream, so what is read
+Sessions, bindings and values look as the CUDA provider's do. Work goes to the simulator's lazy stream, so what is read
 without waiting is old, and what is overwritten before it was copied is lost. What a GPU would do silently wrong shows:
 
 1. Memory of the device has no array view; a value bound there is read and written when the stream comes to the run.
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from dmtd_runtime.device.simulator.device import HostDevice
+from dmtd_runtime.device.simulator.device import SimulatedDevice
 
 READ_ON_HOST = "total_sequence_length"
 
@@ -28,7 +28,7 @@ READ_ON_HOST = "total_sequence_length"
 class FakeOnnxRuntime:
     """The module, as far as the backend uses it. ``runs`` are the graph ids of all runs, None where none was given."""
 
-    def __init__(self, host: HostDevice) -> None:
+    def __init__(self, host: SimulatedDevice) -> None:
         self.host = host
         self.runs: list[str | None] = []
         self.session_options: list[Mapping[str, str]] = []
@@ -97,7 +97,7 @@ class Session:
 
 
 class Binding:
-    def __init__(self, session: Session, host: HostDevice) -> None:
+    def __init__(self, session: Session, host: SimulatedDevice) -> None:
         self._session, self._host = session, host
         self.real = session.real.io_binding()
         self.on_host: dict[str, np.ndarray] = {}  # what is read at each launch

@@ -116,7 +116,7 @@ class TinyBundles:
             if len(self._backends) == MAX_OPEN_BACKENDS:
                 self._backends.pop(next(iter(self._backends))).close()
             bundle = self.get(family, encoding_layers)
-            options = BackendOptions(dialect=dialect, full_pass=full_pass, max_batch=slots, threads=1)
+            options = BackendOptions(dialect=dialect, full_pass=full_pass, max_num_seqs=slots, threads=1)
             self._backends[key] = OnnxRuntimeBackend(bundle.directory, bundle.manifest, options)
         backend = self._backends[key] = self._backends.pop(key)  # the one used last stands last
         backend.max_rows = max_rows or self.get(family, encoding_layers).manifest.model.max_window
@@ -141,7 +141,7 @@ def make_bundle(
         cycle_length=4,
         cycle_origin="prompt",
         prompt_input="thinking",
-        max_batch=MAX_BATCH,
+        max_num_seqs=MAX_BATCH,
     )
     manifest = export_bundle(source, root / "bundle", options)
     with open_checkpoint(source) as checkpoint:

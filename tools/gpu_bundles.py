@@ -67,7 +67,7 @@ SHAPES = {
 }
 
 
-def make_bundle(wanted: Wanted, place: Path, *, checkpoint: Path | None, max_batch: int, max_model_len: int) -> Path:
+def make_bundle(wanted: Wanted, place: Path, *, checkpoint: Path | None, max_num_seqs: int, max_model_len: int) -> Path:
     """The bundle at ``place``/bundle, unless it is there; ``checkpoint`` is a real one of that shape."""
     bundle, shape = place / "bundle", SHAPES[wanted.shape]
     if (bundle / "manifest.json").exists():
@@ -82,7 +82,7 @@ def make_bundle(wanted: Wanted, place: Path, *, checkpoint: Path | None, max_bat
         cycle_origin="prompt",
         prompt_input="thinking",
         dtype=wanted.dtype,
-        max_batch=max_batch,
+        max_num_seqs=max_num_seqs,
         max_model_len=min(max_model_len, shape.max_positions),
         verify=False,
     )

@@ -129,7 +129,7 @@ def provider_steps(sizes: Sizes) -> Iterator[Step]:
             name=f"verify {bundle.shape} {what}",
             do="verify",
             limit_s=60,
-            options={"backend": options, "max_batch": batch},
+            options={"backend": options, "max_num_seqs": batch},
             bundles=(bundle,),
             after=after,
         )
@@ -187,30 +187,30 @@ def bench_step(
     )
 
 
-def engine_steps(flavour: str, sizes: Sizes, bundles: tuple[Wanted, ...]) -> Iterator[Step]:
+def engine_steps(backend: str, sizes: Sizes, bundles: tuple[Wanted, ...]) -> Iterator[Step]:
     """Engines of one library: build, verify, bench."""
-    library, options = f"library {flavour}", {"backend": "tensorrt", "flavour": flavour}
-    yield Step(name=library, do="library", limit_s=60, options={"flavour": flavour})
+    library, options = f"library {backend}", {"backend": backend}
+    yield Step(name=library, do="library", limit_s=60, options={"backend": backend})
     for bundle in bundles:
-        build = f"build {bundle.shape} {bundle.dtype} {flavour}"
+        build = f"build {bundle.shape} {bundle.dtype} {backend}"
         yield Step(
             name=build,
             do="build",
             limit_s=ENGINE_SECONDS,
-            options={"flavour": flavour, "max_batch": sizes.many, "max_model_len": sizes.max_model_len},
+            options={"backend": backend, "max_num_seqs": sizes.many, "max_model_len": sizes.max_model_len},
             bundles=(bundle,),
             after=library,
         )
         if bundle.shape in (sizes.small.shape, "tiny", "smollm2"):  # the oracle of a large one takes too long
             yield Step(
-                name=f"verify {bundle.shape} {bundle.dtype} {flavour}",
+                name=f"verify {bundle.shape} {bundle.dtype} {backend}",
                 do="verify",
                 limit_s=ENGINE_SECONDS,
-                options={"backend": options, "max_batch": min(LARGEST_VERIFIED, sizes.many)},
+                options={"backend": options, "max_num_seqs": min(LARGEST_VERIFIED, sizes.many)},
                 bundles=(bundle,),
                 after=build,
             )
-        for context in sizes.contexts[: 1 if flavour == "host" else 2]:
+        for context in sizes.contexts[: 1 if backend == "simulator" else 2]:
             for batch in (1, sizes.many):
                 yield bench_step(
                     sizes,
@@ -219,7 +219,7 @@ def engine_steps(flavour: str, sizes: Sizes, bundles: tuple[Wanted, ...]) -> Ite
                     context=context,
                     batch=batch,
                     after=build,
-                    way=f" {flavour}",
+                    way=f" {backend}",
                     limit_s=ENGINE_SECONDS,
                 )
 
@@ -231,9 +231,9 @@ def check_steps() -> list[Step]:
 
 
 def rehearsal_steps(device: str, *, real_small: bool = False) -> list[Step]:
-    """The same order over tiny models: on stand-ins of CUDA's libraries, or on the CPU; and engines on the host device."""
+    """The same order over tiny models: on stand-ins of CUDA's libraries, or on the CPU; and engines on the simulator."""
     host = rehearsal("cpu")
-    return [*provider_steps(rehearsal(device, real_small=real_small)), *engine_steps("host", host, (host.small,))]
+    return [*provider_steps(rehearsal(device, real_small=real_small)), *engine_steps("simulator", host, (host.small,))]
 
 
 def matrix_steps() -> list[Step]:
@@ -263,8 +263,8 @@ def _matrix_cells(bundle: Wanted) -> Iterator[Step]:
                 way=split,
                 limit_s=300,
             )
-    for flavour in ("tensorrt", "tensorrt-rtx"):
-        for step in engine_steps(flavour, MATRIX, (bundle,)):
+    for backend in ("tensorrt", "tensorrt-rtx"):
+        for step in engine_steps(backend, MATRIX, (bundle,)):
             yield _named(step, split)
 
 

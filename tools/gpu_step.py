@@ -58,7 +58,7 @@ def bundle(work: Work) -> Found:
         Wanted(**options["wanted"]),
         Path(options["place"]),
         checkpoint=checkpoint,
-        max_batch=options["max_batch"],
+        max_num_seqs=options["max_num_seqs"],
         max_model_len=options["max_model_len"],
     )
     return {"ok": True, "bytes": sum(path.stat().st_size for path in made.iterdir())}
@@ -178,7 +178,7 @@ def verify(work: Work) -> Found:
     if not installed("torch"):
         raise NotHereError('the reference needs PyTorch; pip install "dmtd[oracle]"')
 
-    backend = BackendOptions(**work.options["backend"], max_batch=work.options["max_batch"])
+    backend = BackendOptions(**work.options["backend"], max_num_seqs=work.options["max_num_seqs"])
     found = verify_on_device(work.bundles[0], backend, quick=True).to_json()
     return {**found, "diagnosis": diagnosis(found["checks"])}
 
@@ -252,21 +252,21 @@ def memory_in_use() -> Callable[[], int | None]:
 
 def library(work: Work) -> Found:
     """Whether engines of a library can run here."""
-    if work.options["flavour"] == "host":
+    if work.options["backend"] == "simulator":
         return {"ok": True}
     from dmtd_runtime.device.cuda import CudaDevice
 
     try:
-        device = CudaDevice(flavour=work.options["flavour"])
+        device = CudaDevice(work.options["backend"])
     except BackendError as error:
         raise NotHereError(str(error)) from None
     version, gpu = device.library_version, device.gpu
     device.close()
-    if work.options["flavour"] == "tensorrt-rtx":
+    if work.options["backend"] == "tensorrt-rtx":
         from dmtd_export.engines.library import capabilities
-        from dmtd_runtime.device.libraries import import_flavour
+        from dmtd_runtime.device.libraries import import_tensorrt
 
-        known = capabilities(import_flavour("tensorrt-rtx")[1])
+        known = capabilities(import_tensorrt("tensorrt-rtx"))
         if gpu.compute_capability not in known:
             raise NotHereError(
                 f"it knows {', '.join(known)}, and {gpu.name} is of compute capability {gpu.compute_capability}"

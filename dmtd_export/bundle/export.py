@@ -19,7 +19,7 @@ from dmtd_export.bundle.target import check_disk, check_target, one_line_os_erro
 from dmtd_export.bundle.weights import stored_bytes, write_weights
 from dmtd_export.errors import ExportError as ExportError
 from dmtd_export.graphs.build import GraphSpec, build_graph
-from dmtd_export.options import MAX_BATCH_LIMIT, MAX_WINDOW, ExportOptions
+from dmtd_export.options import MAX_NUM_SEQS_LIMIT, MAX_WINDOW, ExportOptions
 from dmtd_models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dmtd_models.config.model import DmtdSpec, ModelConfig, resolve_dmtd
 from dmtd_runtime.bundle import contract
@@ -164,16 +164,16 @@ def _write_bundle(
     return manifest
 
 
-def slot_counts(max_batch: int) -> list[int]:
-    """1, 2, 4, ... and ``max_batch``: an idle slot costs a little in every layer, so a runtime takes the smallest graph."""
-    return sorted({1, max_batch, *(1 << i for i in range(max_batch.bit_length()) if 1 << i < max_batch)})
+def slot_counts(max_num_seqs: int) -> list[int]:
+    """1, 2, 4, ... and ``max_num_seqs``: an idle slot costs a little in every layer, so a runtime takes the smallest graph."""
+    return sorted({1, max_num_seqs, *(1 << i for i in range(max_num_seqs.bit_length()) if 1 << i < max_num_seqs)})
 
 
 def wanted_graphs(options: ExportOptions) -> list[tuple[contract.GraphName, contract.Dialect, int]]:
     """(graph, dialect, slots) of every graph file that the options ask for."""
     wanted: list[tuple[contract.Dialect, int]] = []
     if options.target in ("onnxruntime", "all"):
-        wanted += [(contract.ONNXRUNTIME, slots) for slots in slot_counts(options.max_batch)]
+        wanted += [(contract.ONNXRUNTIME, slots) for slots in slot_counts(options.max_num_seqs)]
     if options.target in ("tensorrt", "all"):
         wanted.append((contract.STANDARD, 1))
     # late_decode takes any batch as it is: only T's layers need a node for every slot.
@@ -209,6 +209,6 @@ def _max_model_len(config: ModelConfig, options: ExportOptions) -> int:
     wanted = options.max_model_len if options.max_model_len is not None else config.max_positions
     if not 2 <= wanted <= config.max_positions:
         raise ExportError(f"--max-model-len: got {wanted}, expected 2 to {config.max_positions}, the model's own limit")
-    if not 1 <= options.max_batch <= MAX_BATCH_LIMIT:
-        raise ExportError(f"--max-batch: got {options.max_batch}, expected 1 to {MAX_BATCH_LIMIT}")
+    if not 1 <= options.max_num_seqs <= MAX_NUM_SEQS_LIMIT:
+        raise ExportError(f"--max-num-seqs: got {options.max_num_seqs}, expected 1 to {MAX_NUM_SEQS_LIMIT}")
     return wanted

@@ -5,7 +5,7 @@
 Random inputs are not valid ones: lengths, row indices and write indices must fit one another. ``load_data`` takes the
 graph from the command line (a file name of this bundle among the arguments) or from the variable DMTD_GRAPH. An input's
 values depend on its name alone, so that both dialects of a graph get the same tokens, caches and gates. The directory is a
-bundle, or one that `dmtd build --flavour host` made (engine.json): its graphs have caches of fixed capacity, as TensorRT wants.
+bundle, or one that `dmtd build --backend simulator` made (engine.json): caches have a fixed capacity there, as TensorRT wants.
 """
 
 import json

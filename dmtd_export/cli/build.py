@@ -15,9 +15,9 @@ from rich.text import Text
 from dmtd_export.cli.export import LIBRARIES
 from dmtd_export.cli.progress import StageDisplay
 from dmtd_export.engines.options import BuildOptions
-from dmtd_export.options import MAX_BATCH_LIMIT
+from dmtd_export.options import MAX_NUM_SEQS_LIMIT
 from dmtd_runtime.bundle import contract
-from dmtd_runtime.bundle.engine_record import OLDEST_CAPABILITY, EngineRecord, Flavour
+from dmtd_runtime.bundle.engine_record import OLDEST_CAPABILITY, EngineBackend, EngineRecord
 from dmtd_runtime.cli.common import (
     EXIT_ERROR,
     BundleArgument,
@@ -40,12 +40,12 @@ _SIZES = "Sizes"
 def build(
     bundle: BundleArgument = None,
     model: BundleOption = None,
-    flavour: Annotated[
-        Flavour | None,
+    backend: Annotated[
+        EngineBackend | None,
         typer.Option(
-            help="Library; by default the one that is installed. host: the graphs alone, to try a runtime on a CPU."
+            help="Whose engines; by default of the library that is installed. simulator: the graphs alone, for the CPU."
         ),
-    ] = _DEFAULT.flavour,
+    ] = _DEFAULT.backend,
     fused: Annotated[
         bool | None,
         typer.Option(
@@ -60,9 +60,9 @@ def build(
             metavar="8.9", help="tensorrt-rtx: build for this kind of GPU only; by default for any from 8.0 on."
         ),
     ] = _DEFAULT.compute_capability,
-    max_batch: Annotated[
-        int, typer.Option(help=f"Sequences at a time, 1 to {MAX_BATCH_LIMIT}.", rich_help_panel=_SIZES)
-    ] = _DEFAULT.max_batch,
+    max_num_seqs: Annotated[
+        int, typer.Option(help=f"Sequences at a time, 1 to {MAX_NUM_SEQS_LIMIT}.", rich_help_panel=_SIZES)
+    ] = _DEFAULT.max_num_seqs,
     max_model_len: Annotated[
         int | None,
         typer.Option(
@@ -105,9 +105,9 @@ def build(
     from dmtd_export.verify import engines_hook
 
     options = BuildOptions(
-        flavour=flavour,
+        backend=backend,
         fused=fused,
-        max_batch=max_batch,
+        max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         prefill_chunk=prefill_chunk,
         compute_capability=compute_capability,
@@ -172,7 +172,7 @@ def _preview_json(seen: Preview) -> dict[str, Any]:
         "dry_run": True,
         "directory": str(seen.directory),
         "exists": seen.exists,
-        "flavour": seen.target.flavour,
+        "backend": seen.target.backend,
         "version": seen.target.version,
         "compute_capability": seen.target.compute_capability,
         "dtype": seen.dtype,
@@ -203,9 +203,9 @@ def _preview_table(seen: Preview) -> Table:
     _row(
         table,
         "for",
-        f"{seen.target.flavour} {seen.target.version}, {_gpu(seen.target.flavour, seen.target.compute_capability)}, {seen.dtype}",
+        f"{seen.target.backend} {seen.target.version}, {_gpu(seen.target.backend, seen.target.compute_capability)}, {seen.dtype}",
     )
-    _row(table, "sizes", _sizes(seen.plan.max_batch, seen.plan.max_model_len, seen.plan.length_buckets))
+    _row(table, "sizes", _sizes(seen.plan.max_num_seqs, seen.plan.max_model_len, seen.plan.length_buckets))
     for part in seen.parts:
         names = ", ".join(profile.name for profile in part.profiles)
         _row(table, part.graph.name, f"{human_bytes(part.weight_bytes)} of weights; profiles {names}")
@@ -223,7 +223,7 @@ def _result_json(result: BuildResult) -> dict[str, Any]:
         "dry_run": False,
         "directory": str(result.directory),
         "built": result.built,
-        "flavour": record.flavour,
+        "backend": record.backend,
         "version": record.version,
         "compute_capability": record.compute_capability,
         "dtype": record.dtype,
@@ -257,9 +257,9 @@ def _result_table(result: BuildResult) -> Table:
     _row(
         table,
         "for",
-        f"{record.flavour} {record.version}, {_gpu(record.flavour, record.compute_capability)}, {record.dtype}",
+        f"{record.backend} {record.version}, {_gpu(record.backend, record.compute_capability)}, {record.dtype}",
     )
-    _row(table, "sizes", _sizes(record.max_batch, record.max_model_len, record.length_buckets))
+    _row(table, "sizes", _sizes(record.max_num_seqs, record.max_model_len, record.length_buckets))
     for engine in record.engines:
         scratch = "" if engine.scratch_bytes is None else f", {human_bytes(engine.scratch_bytes)} of activations"
         weights = f"{human_bytes(engine.weight_bytes)} of weights"
@@ -270,18 +270,18 @@ def _result_table(result: BuildResult) -> Table:
         _row(table, "verified", f"{len(checks)} checks against the float32 oracle", "green")
     else:
         _row(table, "verified", f"no; check them with: {_verify_command(result.bundle, record)}", "yellow")
-    if record.flavour == "host":
+    if record.backend == "simulator":
         _row(table, "", "graphs for ONNX Runtime on the CPU: no engine, no speed", "yellow")
     return table
 
 
 def _verify_command(bundle: Path, record: EngineRecord) -> str:
-    fewer = f" --max-batch {record.max_batch}" if record.max_batch < BuildOptions().max_batch else ""
-    return f"dmtd verify {shlex.quote(str(bundle))} --backend tensorrt --flavour {record.flavour}{fewer}"
+    fewer = f" --max-num-seqs {record.max_num_seqs}" if record.max_num_seqs < BuildOptions().max_num_seqs else ""
+    return f"dmtd verify {shlex.quote(str(bundle))} --backend {record.backend}{fewer}"
 
 
-def _gpu(flavour: Flavour, compute_capability: str) -> str:
-    if flavour == "host":
+def _gpu(backend: EngineBackend, compute_capability: str) -> str:
+    if backend == "simulator":
         return "the CPU"
     return (
         f"any GPU of compute capability {OLDEST_CAPABILITY} and later"
@@ -290,9 +290,9 @@ def _gpu(flavour: Flavour, compute_capability: str) -> str:
     )
 
 
-def _sizes(max_batch: int, max_model_len: int, buckets: tuple[int, ...]) -> str:
+def _sizes(max_num_seqs: int, max_model_len: int, buckets: tuple[int, ...]) -> str:
     lengths = ", ".join(map(str, buckets))
-    return f"batch 1 to {max_batch}, up to {max_model_len} tokens, attention over {lengths} cache rows"
+    return f"batch 1 to {max_num_seqs}, up to {max_model_len} tokens, attention over {lengths} cache rows"
 
 
 def _table() -> Table:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dmtd_export.cli.progress import StageDisplay
-from dmtd_export.options import MAX_BATCH_LIMIT, Dtype, ExportOptions, Target
+from dmtd_export.options import MAX_NUM_SEQS_LIMIT, Dtype, ExportOptions, Target
 from dmtd_runtime.bundle.speed_bound import split_bytes
 from dmtd_runtime.cli.common import JsonOption, human_bytes, logs_to_stderr, pick, require
 
@@ -69,9 +69,9 @@ def export(
         int | None,
         typer.Option(help="Prompt and answer together; by default the model's limit.", rich_help_panel=_BUNDLE),
     ] = _DEFAULT.max_model_len,
-    max_batch: Annotated[
-        int, typer.Option(help=f"Sequences at a time, 1 to {MAX_BATCH_LIMIT}.", rich_help_panel=_BUNDLE)
-    ] = _DEFAULT.max_batch,
+    max_num_seqs: Annotated[
+        int, typer.Option(help=f"Sequences at a time, 1 to {MAX_NUM_SEQS_LIMIT}.", rich_help_panel=_BUNDLE)
+    ] = _DEFAULT.max_num_seqs,
     verify: Annotated[
         bool,
         typer.Option("--verify/--no-verify", help="Verify before the bundle takes its place.", rich_help_panel=_BUNDLE),
@@ -98,7 +98,7 @@ def export(
         target=target,
         dtype=dtype,
         max_model_len=max_model_len,
-        max_batch=max_batch,
+        max_num_seqs=max_num_seqs,
         verify=verify,
     )
     with logs_to_stderr(), StageDisplay() as display:

@@ -17,9 +17,10 @@ import typer
 import typer.core
 import typer.main
 
-from dmtd_runtime.cli.common import friendly_errors
+from dmtd_runtime.cli.common import EXIT_USAGE, friendly_errors, note
 from dmtd_runtime.version import __version__
 
+RENAMED = {"--flavour": "--backend", "--max-batch": "--max-num-seqs"}
 _HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
 
@@ -86,7 +87,15 @@ class _LazyCommand(typer.core.TyperCommand):
         self._verb = verb
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        return self.load().make_context(*args, **kwargs)
+        command = self.load()
+        try:
+            return command.make_context(*args, **kwargs)
+        except Exception as error:  # typer's own, for an option that it does not know
+            old = getattr(error, "option_name", None)
+            if old not in RENAMED:
+                raise
+        note(f"error: {old}: is called {RENAMED[old]} now")
+        raise typer.Exit(EXIT_USAGE)
 
     def load(self) -> Any:
         """The verb as a command of typer."""

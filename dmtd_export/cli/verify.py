@@ -18,7 +18,6 @@ from dmtd_runtime.cli.common import (
     BundleArgument,
     BundleOption,
     DeviceOption,
-    FlavourOption,
     FullPassOption,
     JsonOption,
     logs_to_stderr,
@@ -40,26 +39,24 @@ def verify(
         typer.Option(help="How far to go; by default as far as this machine can."),
     ] = None,
     backend: BackendOption = "onnxruntime",
-    flavour: FlavourOption = None,
     device: DeviceOption = "cpu",
     device_id: Annotated[int, typer.Option(help="Which GPU.")] = 0,
     full_pass: FullPassOption = None,
-    max_batch: Annotated[int | None, typer.Option(min=1, help="Of a device: the largest batch to check.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Of a device: the largest batch to check.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Check a bundle: files, graphs against each other, whole cycles against the PyTorch reference.
 
-    With --backend tensorrt or --device cuda: what that device computes, against the reference.
+    With another backend than onnxruntime, or --device cuda: what that device computes, against the reference.
 
     Exit code 1 if anything diverges; the first divergence is named.
     """
     directory = pick(bundle, model, "BUNDLE")
     if adapter is not None and checkpoint is None:
         raise typer.BadParameter("--adapter: give the checkpoint it was made of with --checkpoint")
-    on_device = backend == "tensorrt" or device == "cuda"
+    on_device = backend != "onnxruntime" or device == "cuda"
     given = {
-        "--flavour": flavour,
-        "--max-batch": max_batch,
+        "--max-num-seqs": max_num_seqs,
         "--full-pass": full_pass,
     }
     if (names := [name for name, value in given.items() if value is not None]) and not on_device:
@@ -82,11 +79,10 @@ def verify(
                 )
             options = BackendOptions(
                 backend=backend,
-                flavour=flavour,
                 device=device,
                 device_id=device_id,
                 full_pass=full_pass,
-                max_batch=max_batch or LARGEST_BATCH,
+                max_num_seqs=max_num_seqs or LARGEST_BATCH,
             )
             report = verify_on_device(directory, options, on_stage=display.verified)
         else:

@@ -160,7 +160,7 @@ def _build(
     built = not steps.cancelled.is_set() and builder.build_serialized_network_to_stream(network, config, writer)
     writer.finish()
     if not built:
-        raise ExportError(f"{library.flavour} {library.version} cannot build {graph.name}: {messages.first()}")
+        raise ExportError(f"{library.backend} {library.version} cannot build {graph.name}: {messages.first()}")
     if cache is not None and timing_cache is not None:
         _save(timing_cache, bytes(config.get_timing_cache().serialize()))
     return BuiltEngine(
@@ -189,8 +189,8 @@ def _new_network(module: Any, logger: Any, library: Library) -> tuple[Any, Any]:
         network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     except (TypeError, RuntimeError, AttributeError) as error:
         raise BackendError(
-            f"{library.flavour} {library.version} cannot start here ({str(error).splitlines()[0]}): no usable GPU or driver; "
-            "see `dmtd doctor`, or build without a GPU with: --flavour tensorrt-rtx"
+            f"{library.backend} {library.version} cannot start here ({str(error).splitlines()[0]}): no usable GPU or driver; "
+            "see `dmtd doctor`, or build without a GPU with: --backend tensorrt-rtx"
         ) from error
     return builder, network
 
@@ -200,7 +200,7 @@ def _parse(parser: Any, graph: EngineGraph, bundle: Path, library: Library, mess
     if not parser.parse(graph.model.SerializeToString(), str(place)):
         reason = parser.get_error(0).desc() if parser.num_errors else messages.first()
         raise ExportError(
-            f"{library.flavour} {library.version} cannot parse {graph.name}: {reason}; export the bundle again"
+            f"{library.backend} {library.version} cannot parse {graph.name}: {reason}; export the bundle again"
         )
 
 

@@ -50,7 +50,7 @@ def one_line_disk_errors(directory: Path) -> Iterator[None]:
 
 
 def copy_companions(bundle: Path, directory: Path, manifest: Manifest) -> dict[str, FileInfo]:
-    """What graphs of the host flavour need beside them: the weights file, and valid inputs for trying them by hand.
+    """What engines of the simulator need beside them: the weights file, and valid inputs for trying them by hand.
 
     Copies, no links: onnx's checker takes a linked weights file for an attack, the bundle's own as well.
     """

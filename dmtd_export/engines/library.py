@@ -1,8 +1,8 @@
 """The two builder libraries behind one seam: TensorRT 11 and TensorRT-RTX 1, whose Python APIs are nearly one.
 
 Everything that differs stands here: what is installed and fits, which GPU an engine is for, and the few settings that only
-one of them has. ``builder`` uses ``Library.module`` for the rest. The third flavour, host, has no library: its engines
-are the ONNX graphs themselves, for a runtime that executes them on the CPU.
+one of them has. ``builder`` uses ``Library.module`` for the rest. The simulator has no library: its engines are the
+ONNX graphs themselves, executed on the CPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dmtd_export.engines.plan import Target
-from dmtd_runtime.bundle.engine_record import ANY_GPU, OLDEST_CAPABILITY, Flavour, is_new_enough
+from dmtd_runtime.bundle.engine_record import ANY_GPU, OLDEST_CAPABILITY, EngineBackend, is_new_enough
 from dmtd_runtime.device.libraries import capabilities, gpu_here, pass_interrupt_on
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.machine.hardware import look_at_gpus
@@ -27,7 +27,7 @@ class _Package:
     install: str
 
 
-PACKAGES: dict[Flavour, _Package] = {
+PACKAGES: dict[EngineBackend, _Package] = {
     "tensorrt": _Package(module="tensorrt", major=11, install='"dmtd[tensorrt]"'),
     "tensorrt-rtx": _Package(module="tensorrt_rtx", major=1, install='"dmtd[tensorrt-rtx]"'),
 }
@@ -35,24 +35,24 @@ PACKAGES: dict[Flavour, _Package] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Library:
-    """An imported builder library; ``module`` is None for the host flavour."""
+    """An imported builder library; ``module`` is None for the simulator."""
 
-    flavour: Flavour
+    backend: EngineBackend
     version: str
     module: Any
 
 
-def load_library(flavour: Flavour | None) -> Library:
-    """Import the flavour asked for, or the first that is installed: tensorrt where there is a GPU, else tensorrt-rtx.
+def load_library(backend: EngineBackend | None) -> Library:
+    """Import the backend asked for, or the first that is installed: tensorrt where there is a GPU, else tensorrt-rtx.
 
     Raises:
         BackendError: it is not installed, or of another major version; with the pip line.
     """
-    if flavour == "host":
-        return Library(flavour="host", version="1", module=None)
-    if flavour is not None:
-        return _import(flavour)
-    order: list[Flavour] = ["tensorrt", "tensorrt-rtx"] if look_at_gpus()[0] else ["tensorrt-rtx", "tensorrt"]
+    if backend == "simulator":
+        return Library(backend="simulator", version="1", module=None)
+    if backend is not None:
+        return _import(backend)
+    order: list[EngineBackend] = ["tensorrt", "tensorrt-rtx"] if look_at_gpus()[0] else ["tensorrt-rtx", "tensorrt"]
     problems = []
     for name in order:
         try:
@@ -62,8 +62,8 @@ def load_library(flavour: Flavour | None) -> Library:
     raise BackendError(f"dmtd build needs TensorRT-RTX or TensorRT: {problems[0]}")
 
 
-def _import(flavour: Flavour) -> Library:
-    package = PACKAGES[flavour]
+def _import(backend: EngineBackend) -> Library:
+    package = PACKAGES[backend]
     try:
         module = importlib.import_module(package.module)
     except (ImportError, OSError) as error:
@@ -76,7 +76,7 @@ def _import(flavour: Flavour) -> Library:
         raise BackendError(
             f"{package.module}: got version {version}, expected {package.major}.x; run: pip install -U {package.install}"
         )
-    return Library(flavour=flavour, version=version, module=module)
+    return Library(backend=backend, version=version, module=module)
 
 
 def _first_line(error: BaseException) -> str:
@@ -87,28 +87,28 @@ def target_of(library: Library, compute_capability: str | None) -> Target:
     """Which GPU engines of ``library`` are for.
 
     Raises:
-        BackendError: a compute capability that the flavour cannot build for, or a GPU that it needs and that is not there.
+        BackendError: a compute capability that the backend cannot build for, or a GPU that it needs and that is not there.
     """
-    if library.flavour == "tensorrt-rtx":
+    if library.backend == "tensorrt-rtx":
         return _rtx_target(library, compute_capability or ANY_GPU)
     if compute_capability is not None:
         raise BackendError(
-            f"--compute-capability: got {compute_capability}, but the {library.flavour} flavour builds for the machine it "
-            "runs on; leave it out, or use --flavour tensorrt-rtx"
+            f"--compute-capability: got {compute_capability}, but {library.backend} builds for the machine it "
+            "runs on; leave it out, or use --backend tensorrt-rtx"
         )
-    if library.flavour == "host":
-        return Target(flavour="host", version=library.version)
+    if library.backend == "simulator":
+        return Target(backend="simulator", version=library.version)
     try:
         gpu = gpu_here()
     except BackendError as error:
         raise BackendError(
-            f"the tensorrt flavour times its kernels on the GPU it builds for: {error}; to build without one use: "
-            "--flavour tensorrt-rtx"
+            f"tensorrt times its kernels on the GPU it builds for: {error}; to build without one use: "
+            "--backend tensorrt-rtx"
         ) from None
     if not is_new_enough(gpu.compute_capability):
         raise BackendError(_too_old(f"{gpu.name} has compute capability {gpu.compute_capability}"))
     return Target(
-        flavour="tensorrt", version=library.version, compute_capability=gpu.compute_capability, gpu_name=gpu.name
+        backend="tensorrt", version=library.version, compute_capability=gpu.compute_capability, gpu_name=gpu.name
     )
 
 
@@ -122,7 +122,7 @@ def _rtx_target(library: Library, wanted: str) -> Target:
             f"{numbers}, TensorRT-RTX {library.version} names {', '.join(known)}; leave it out: engines for any GPU run on "
             f"compute capability {OLDEST_CAPABILITY} and later"
         )
-    return Target(flavour=library.flavour, version=library.version, compute_capability=wanted, supported=tuple(known))
+    return Target(backend=library.backend, version=library.version, compute_capability=wanted, supported=tuple(known))
 
 
 def _too_old(what: str) -> str:
@@ -133,11 +133,11 @@ def _too_old(what: str) -> str:
 
 
 def configure(library: Library, config: Any, target: Target, timing_cache: Path | None) -> Any:
-    """Set what only one flavour has. Returns the timing cache object, which must live as long as ``config``, or None."""
+    """Set what only one backend has. Returns the timing cache object, which must live as long as ``config``, or None."""
     module, flags = library.module, library.module.BuilderFlag
     config.clear_flag(flags.TF32)  # float32 engines are held to the float32 oracle
     config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
-    if library.flavour == "tensorrt-rtx":
+    if library.backend == "tensorrt-rtx":
         if hasattr(flags, "REQUIRE_USER_ALLOCATION"):
             config.set_flag(flags.REQUIRE_USER_ALLOCATION)  # no allocation in a run: a CUDA graph can capture it
         if target.compute_capability != ANY_GPU:

@@ -18,7 +18,7 @@ whole cache, and the whole capacity, fixed. Prefill and refill have one, with le
     Qwen3-4B, bfloat16, 147 kB of cache a position, one sequence, context 200, a plain step over 8.0 GB of weights: bucket 256
     moves 0.11 GB. Without buckets it is 0.64 GB at capacity 4352 and 6.1 GB at 41216.
 
-**Rows.** Prefill takes chunks of up to ``prefill_chunk`` rows, a refill 1 to tau, a late step 1; batches are 1 to ``max_batch``.
+**Rows.** Prefill takes chunks of up to ``prefill_chunk`` rows, a refill 1 to tau, a late step 1; batches 1 to ``max_num_seqs``.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from dataclasses import asdict, dataclass
 
 from dmtd_export.engines.options import BuildOptions
 from dmtd_export.errors import ExportError
-from dmtd_export.options import MAX_BATCH_LIMIT
+from dmtd_export.options import MAX_NUM_SEQS_LIMIT
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.contract import GraphName
 from dmtd_runtime.bundle.engine_record import (
     ANY_GPU,
-    Flavour,
+    EngineBackend,
     InputRange,
     PassKind,
     ProfileInfo,
@@ -61,7 +61,7 @@ KINDS: dict[GraphName, tuple[PassKind, ...]] = {
 class Target:
     """What engines are for: library, and GPU as far as they are tied to one. ``supported``: those that the library names."""
 
-    flavour: Flavour
+    backend: EngineBackend
     version: str
     compute_capability: str = ANY_GPU
     gpu_name: str | None = None
@@ -71,7 +71,7 @@ class Target:
     def label(self) -> str:
         """For directory names: any-tensorrt-rtx-1.7.1.116."""
         gpu = ANY_GPU if self.compute_capability == ANY_GPU else "sm" + self.compute_capability.replace(".", "")
-        return f"{gpu}-{self.flavour}-{self.version}"
+        return f"{gpu}-{self.backend}-{self.version}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ class BuildPlan:
     """Sizes of a build. ``length_buckets`` end with the capacity."""
 
     graphs: tuple[GraphName, ...]
-    max_batch: int
+    max_num_seqs: int
     max_model_len: int
     capacity: int
     prefill_chunk: int
@@ -105,7 +105,7 @@ def plan_build(manifest: Manifest, options: BuildOptions) -> BuildPlan:
         max_model_len = min(model.max_model_len, contract.DEVICE_MODEL_LEN)
     for name, got, least, most in (
         ("--max-model-len", max_model_len, 2, model.max_model_len),
-        ("--max-batch", options.max_batch, 1, MAX_BATCH_LIMIT),
+        ("--max-num-seqs", options.max_num_seqs, 1, MAX_NUM_SEQS_LIMIT),
         ("--prefill-chunk", options.prefill_chunk, manifest.cycle.cycle_length, model.max_window),
     ):
         if not least <= got <= most:
@@ -115,13 +115,13 @@ def plan_build(manifest: Manifest, options: BuildOptions) -> BuildPlan:
     fused: tuple[GraphName, ...] = (contract.FULL_PASS,) if wanted else ()
     return BuildPlan(
         graphs=(contract.THINKING, contract.LATE_DECODE, *fused),
-        max_batch=options.max_batch,
+        max_num_seqs=options.max_num_seqs,
         max_model_len=max_model_len,
         capacity=capacity,
         prefill_chunk=options.prefill_chunk,
         cycle_length=manifest.cycle.cycle_length,
         length_buckets=length_buckets(capacity),
-        batch_buckets=batch_buckets(options.max_batch),
+        batch_buckets=batch_buckets(options.max_num_seqs),
     )
 
 
@@ -134,9 +134,9 @@ def length_buckets(capacity: int) -> tuple[int, ...]:
     return (*sliced, capacity)
 
 
-def batch_buckets(max_batch: int) -> tuple[int, ...]:
-    """1, 2, 4, ... and ``max_batch``."""
-    return tuple(sorted({max_batch, *(1 << i for i in range(max_batch.bit_length()) if 1 << i < max_batch)}))
+def batch_buckets(max_num_seqs: int) -> tuple[int, ...]:
+    """1, 2, 4, ... and ``max_num_seqs``."""
+    return tuple(sorted({max_num_seqs, *(1 << i for i in range(max_num_seqs.bit_length()) if 1 << i < max_num_seqs)}))
 
 
 def profiles(plan: BuildPlan, name: GraphName, inputs: tuple[TensorInfo, ...]) -> tuple[ProfileInfo, ...]:
@@ -146,7 +146,7 @@ def profiles(plan: BuildPlan, name: GraphName, inputs: tuple[TensorInfo, ...]) -
         rows = {"prefill": plan.prefill_chunk, "refill": plan.cycle_length, "step": 1}[kind]
         late = rows if kind == "prefill" else 1
         sizes = {
-            "batch": (1, 1, plan.max_batch),
+            "batch": (1, 1, plan.max_num_seqs),
             "window_len": (1, rows, rows),
             "late_len": (1, late, late),
             "num_logits": (1, 1, 1),
@@ -177,7 +177,7 @@ def _lengths(plan: BuildPlan, rows: int) -> list[tuple[int, int, int]]:
 
 def choice_profile(plan: BuildPlan, inputs: tuple[TensorInfo, ...]) -> ProfileInfo:
     """The one profile of a graph that chooses tokens from logits."""
-    sizes = {"batch": (1, 1, plan.max_batch), "num_logits": (1, 1, 1)}
+    sizes = {"batch": (1, 1, plan.max_num_seqs), "num_logits": (1, 1, 1)}
     return ProfileInfo(
         index=0, kind="choose", whole=False, max_rows=1, min_visible=0, max_visible=0, inputs=ranges(inputs, sizes)
     )
@@ -197,7 +197,7 @@ def ranges(inputs: tuple[TensorInfo, ...], sizes: Mapping[str, tuple[int, int, i
 
 
 def engine_key(plan: BuildPlan, target: Target, manifest: Manifest) -> str:
-    """Name of the directory: GPU, flavour, version, and a digest of everything else that makes an engine what it is."""
+    """Name of the directory: GPU, backend, version, and a digest of everything else that makes an engine what it is."""
     facts = {
         "revision": REVISION,
         "content": content_hash(

@@ -26,7 +26,7 @@ from dmtd_export.engines.library import Library, load_library, target_of
 from dmtd_export.engines.memory import check_memory, expected_peak_bytes, give_back, tight_heap
 from dmtd_export.engines.options import BuildOptions
 from dmtd_export.engines.plan import BuildPlan, Target, choice_profile, engine_key, plan_build, profiles
-from dmtd_export.engines.simulator import write_host_engine
+from dmtd_export.engines.simulator import write_simulator_engine
 from dmtd_export.graphs.engine import EngineGraph, choice_graph, engine_graph, stored_weights
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.engine_record import (
@@ -57,7 +57,7 @@ class Part:
     profiles: tuple[ProfileInfo, ...]
     weight_bytes: int
     layers: int
-    compiled: bool  # False: the host flavour's, the graph as it is
+    compiled: bool  # False: the simulator's, the graph as it is
 
     @property
     def expected_peak_bytes(self) -> int:
@@ -82,12 +82,12 @@ class Preview:
     dtype: str
     tables_bytes: int
     extra_bytes: int  # weights that stand in more than one engine
-    copied_bytes: int  # host: of the weights file that stands beside the graphs
+    copied_bytes: int  # simulator: of the weights file that stands beside the graphs
     exists: bool  # fitting engines stand there already
 
     @property
     def peak_bytes(self) -> int:
-        """Largest anonymous memory of the engines, built one after another; the host flavour's graphs take none."""
+        """Largest anonymous memory of the engines, built one after another; the simulator's graphs take none."""
         return max(part.expected_peak_bytes for part in self.parts)
 
     @property
@@ -121,7 +121,7 @@ def preview(bundle: Path, options: BuildOptions) -> Preview:
         BundleError, BackendError, ExportError: the bundle, library, GPU or sizes do not allow it.
     """
     manifest, contents = with_standard_graphs(bundle, open_bundle(bundle))
-    return _preview(bundle, manifest, contents, options, load_library(options.flavour))
+    return _preview(bundle, manifest, contents, options, load_library(options.backend))
 
 
 def build_engines(
@@ -143,7 +143,7 @@ def build_engines(
         Whatever is raised, engines that stood there stand, and nothing of the new ones; standard graphs that were added stay.
     """
     progress = progress or BuildProgress()
-    library = load_library(options.flavour)
+    library = load_library(options.backend)
     manifest, contents = with_standard_graphs(bundle, open_bundle(bundle))
     seen = _preview(bundle, manifest, contents, options, library)
     if seen.exists and not options.force:
@@ -243,7 +243,7 @@ def _build_all(
     for part in seen.parts:
         progress.stage(part.graph.name)
         if library.module is None:
-            engines.append(write_host_engine(work, part.graph, part.profiles))
+            engines.append(write_simulator_engine(work, part.graph, part.profiles))
             continue
         file = f"{part.graph.name}.engine"
         with tight_heap():
@@ -265,7 +265,7 @@ def _build_all(
     facts = BuildFacts(
         seconds=round(time.perf_counter() - started, 3),
         peak_bytes=peak,
-        tools={"dmtd": __version__, "onnx": metadata.version("onnx"), seen.target.flavour: seen.target.version},
+        tools={"dmtd": __version__, "onnx": metadata.version("onnx"), seen.target.backend: seen.target.version},
         machine=platform.platform(),
     )
     return _record(manifest, seen, options, tuple(engines), facts, files)
@@ -301,13 +301,13 @@ def _record(
     plan, target = seen.plan, seen.target
     return EngineRecord(
         schema=RECORD_SCHEMA,
-        flavour=target.flavour,
+        backend=target.backend,
         version=target.version,
         compute_capability=target.compute_capability,
         gpu_name=target.gpu_name,
         content_sha256=content_hash(manifest, [engine.graph for engine in engines]),
         dtype=manifest.model.dtype,
-        max_batch=plan.max_batch,
+        max_num_seqs=plan.max_num_seqs,
         max_model_len=plan.max_model_len,
         capacity=plan.capacity,
         prefill_chunk=plan.prefill_chunk,
@@ -324,12 +324,12 @@ def _record(
 
 
 def _arguments(plan: BuildPlan, target: Target, options: BuildOptions) -> str:
-    words = [f"--flavour {target.flavour}"]
+    words = [f"--backend {target.backend}"]
     if options.compute_capability is not None:
         words.append(f"--compute-capability {options.compute_capability}")
     if options.fused is not None:
         words.append("--fused" if options.fused else "--no-fused")
-    words.append(f"--max-batch {plan.max_batch} --max-model-len {plan.max_model_len}")
+    words.append(f"--max-num-seqs {plan.max_num_seqs} --max-model-len {plan.max_model_len}")
     if plan.prefill_chunk != BuildOptions().prefill_chunk:
         words.append(f"--prefill-chunk {plan.prefill_chunk}")
     return " ".join(words)

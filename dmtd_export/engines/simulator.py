@@ -1,6 +1,6 @@
-"""The flavour host: engine graphs as they are, for a runtime that executes them in ONNX Runtime on the CPU.
+"""Engines of the simulator: engine graphs as they are, which it executes in ONNX Runtime on the CPU.
 
-It shares everything with the other flavours but the library: graphs, profiles, record. So what a runtime does with engines
+They share everything with the other backends' but the library: graphs, profiles, record. So what a runtime does with engines
 can be run, and its numbers checked, on a machine without a GPU.
 """
 
@@ -16,7 +16,7 @@ from dmtd_runtime.bundle.engine_record import EngineFile, ProfileInfo
 from dmtd_runtime.bundle.manifest import sha256_of
 
 
-def write_host_engine(directory: Path, graph: EngineGraph, profiles: tuple[ProfileInfo, ...]) -> EngineFile:
+def write_simulator_engine(directory: Path, graph: EngineGraph, profiles: tuple[ProfileInfo, ...]) -> EngineFile:
     """Write the graph into ``directory``, where the weights file must stand too when it is loaded."""
     check_attention_nodes(graph.model)
     path = directory / f"{graph.name}.onnx"

@@ -20,7 +20,7 @@ from dmtd_runtime.errors import BackendError, DmtdError
 
 def compiles_here(record: EngineRecord) -> bool:
     """Whether the engines are of a library that compiles when they run, and this machine's GPU may run them."""
-    if record.flavour != "tensorrt-rtx":
+    if record.backend != "tensorrt-rtx":
         return False
     try:
         return record.runs_on(gpu_here().compute_capability)
@@ -31,9 +31,7 @@ def compiles_here(record: EngineRecord) -> bool:
 def warm_up_engines(bundle: Path, directory: Path, record: EngineRecord) -> str:
     """Run everything that a runtime can meet with these engines once, at their largest batch; why not, in one line, or ""."""
     manifest = open_bundle(bundle)
-    options = BackendOptions(
-        backend="tensorrt", flavour=record.flavour, max_batch=record.max_batch, full_pass="staged", warm_up=True
-    )
+    options = BackendOptions(backend=record.backend, max_num_seqs=record.max_num_seqs, full_pass="staged", warm_up=True)
     fused = any(engine.graph == contract.FULL_PASS for engine in record.engines)
     try:
         for each in (options, *([replace(options, full_pass="fused")] if fused else [])):

@@ -153,7 +153,7 @@ def _open_checkpoint(path: Path, options: OpenOptions, plain_only: bool, opened:
                 export_bundle(
                     path,
                     bundle,
-                    replace(split, target=target, dtype="float32", max_batch=GENERATION_BATCH, verify=False),
+                    replace(split, target=target, dtype="float32", max_num_seqs=GENERATION_BATCH, verify=False),
                     adapter=options.adapter,
                 )
         return bundle

@@ -1,4 +1,4 @@
-"""Standard graph of a bundle -> engine graph: what a builder is given, and what the host flavour executes.
+"""Standard graph of a bundle -> engine graph: what a builder is given, and what the simulator executes.
 
 Three changes, and nothing else (see ``dmtd_runtime.bundle.engine_record`` for what a runtime makes of them):
 

@@ -43,14 +43,14 @@ def engines_hook(
     def hook(bundle: Path, engines: Path, built: EngineRecord) -> dict[str, Any]:
         if reason := why_not_here(built):
             return {SKIPPED: reason}
-        batch, quick = min(LARGEST_BATCH, built.max_batch), float32_bytes(load_manifest(bundle)) > LARGE_BYTES
+        batch, quick = min(LARGEST_BATCH, built.max_num_seqs), float32_bytes(load_manifest(bundle)) > LARGE_BYTES
         ways: list[FullPass] = ["staged"]
         if any(engine.graph == contract.FULL_PASS for engine in built.engines):
             ways.append("fused")
         reports = []
         try:
             for way in ways:
-                options = BackendOptions(backend="tensorrt", flavour=built.flavour, full_pass=way, max_batch=batch)
+                options = BackendOptions(backend=built.backend, full_pass=way, max_num_seqs=batch)
                 reports.append(verify_on_device(bundle, options, quick=quick, engines=engines, on_stage=on_stage))
         except DmtdError as error:
             return {FAILED: str(error)}
@@ -61,7 +61,7 @@ def engines_hook(
         if not report.ok:
             raise VerificationError(
                 f"the engines compute something else than the model: {report.first_divergence}; nothing was kept; "
-                "to keep them and look into it, build with --no-verify, then run dmtd verify --backend tensorrt"
+                f"to keep them and look into it, build with --no-verify, then run dmtd verify --backend {built.backend}"
             )
         return record(report)
 
@@ -72,7 +72,7 @@ def why_not_here(built: EngineRecord) -> str:
     """Why engines cannot be verified on this machine; empty where they can."""
     if not installed("torch"):
         return 'PyTorch, the reference, is not installed; run: pip install "dmtd[oracle]"'
-    if built.flavour == "host":
+    if built.backend == "simulator":
         return "ONNX Runtime has no bfloat16 kernels for the CPU" if built.dtype == "bfloat16" else ""
     try:
         gpu = gpu_here()

@@ -152,7 +152,7 @@ def run_variant(directory: Path, manifest: Manifest, variant: Variant, cases: Se
     options = BackendOptions(
         dialect=variant.dialect,
         full_pass=variant.full_pass,
-        max_batch=variant.batch,
+        max_num_seqs=variant.batch,
         max_model_len=min(longest, manifest.model.max_model_len),
         prepack=variant.prepack,
     )

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from dmtd_runtime.backends.base import BackendName, BackendOptions, Flavour, FullPass
+from dmtd_runtime.backends.base import BackendName, BackendOptions, FullPass
 from dmtd_runtime.backends.opening import open_backend
 from dmtd_runtime.bundle.opening import open_bundle, read_generation_config
 from dmtd_runtime.cycle import CyclePlan
@@ -39,7 +39,7 @@ logger = logging.getLogger("dmtd.llm")
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
-DEFAULT_MAX_BATCH = 1
+DEFAULT_MAX_NUM_SEQS = 1
 
 
 class LLM:
@@ -47,9 +47,8 @@ class LLM:
 
     Args:
         bundle: directory made by `dmtd export`.
-        backend: ``onnxruntime``, or ``tensorrt`` for engines that `dmtd build` made of the bundle.
-        flavour: of the engines: ``tensorrt``, ``tensorrt-rtx``, or ``host``, which runs engine graphs on the CPU; None takes
-            the library that is installed.
+        backend: ``onnxruntime`` runs the bundle's graphs; ``tensorrt``, ``tensorrt-rtx`` and ``simulator`` run the engines that
+            `dmtd build` made of it, the simulator on the CPU.
         cuda_graphs: on a GPU, capture work once and replay it: whole cycles of engines, steps of ONNX Runtime.
         warm_up: on a GPU, run every shape once at opening, so that no request waits for kernels to be compiled or chosen.
         device: ``cpu``, or ``cuda`` for ONNX Runtime's CUDA provider (a float16 or bfloat16 bundle).
@@ -73,7 +72,6 @@ class LLM:
         bundle: str | os.PathLike[str],
         *,
         backend: BackendName = "onnxruntime",
-        flavour: Flavour | None = None,
         cuda_graphs: bool = True,
         warm_up: bool = False,
         device: Literal["cpu", "cuda"] = "cpu",
@@ -95,14 +93,13 @@ class LLM:
         plan = CyclePlan(cycle=self.manifest.cycle, plain=plain)
         options = BackendOptions(
             backend=backend,
-            flavour=flavour,
             cuda_graphs=cuda_graphs,
             warm_up=warm_up,
             device=device,
             device_id=device_id,
             dialect=dialect,
             full_pass=full_pass,
-            max_batch=DEFAULT_MAX_BATCH if max_num_seqs is None else max_num_seqs,
+            max_num_seqs=DEFAULT_MAX_NUM_SEQS if max_num_seqs is None else max_num_seqs,
             max_model_len=max_model_len,
             threads=threads,
         )

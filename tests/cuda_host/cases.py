@@ -44,7 +44,7 @@ class Model:
                 decoding_layers=2,
                 cycle_length=3,
                 dtype=self.dtype,
-                max_batch=MAX_BATCH,
+                max_num_seqs=MAX_BATCH,
                 verify=False,
             )
             export_bundle(checkpoint, bundle, options)

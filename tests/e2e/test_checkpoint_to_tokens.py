@@ -104,7 +104,7 @@ def assert_clear(run: OracleRun) -> None:
 def test_commands_give_the_oracles_tokens(case: Case, tmp_path: Path) -> None:
     source, bundle = write_tiny_checkpoint(tmp_path / "m", layers=5, **case.checkpoint), str(tmp_path / "b")
     options = [word for name, value in case.split.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    told, warned = dmtd("export", str(source), "-o", bundle, *options, "--max-batch", "1", "--json")
+    told, warned = dmtd("export", str(source), "-o", bundle, *options, "--max-num-seqs", "1", "--json")
     assert json.loads(told)["verification"]["ok"] is True
     assert json.loads(told)["verification"]["level"] == "oracle"
     assert warned.count("warning: ") == case.warnings
@@ -134,7 +134,7 @@ def _generated(bundle: str, options: Sequence[str]) -> list[int]:
 def test_a_checkpoint_with_a_tokenizer_chats(tmp_path: Path) -> None:
     source = write_tiny_checkpoint(tmp_path / "m", tokenizer=True, dmtd=ORIGINAL, layers=5)
     bundle = str(tmp_path / "b")
-    dmtd("export", str(source), "-o", bundle, "--max-batch", "2")
+    dmtd("export", str(source), "-o", bundle, "--max-num-seqs", "2")
     dmtd("verify", bundle)
     text, figures = dmtd("generate", bundle, "-p", "Hello", "--greedy", "--max-tokens", "9", "--ignore-eos")
     assert text and "9 tokens" in figures

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from dmtd_runtime.version import __version__
+
 ROOT = Path(__file__).resolve().parents[2]
 SKIPPED = {"build", "dist", "node_modules"}
 PAGES = sorted(
@@ -122,3 +124,8 @@ def test_quoted_errors_are_those_of_the_code() -> None:
     quoted = symptoms()
     assert len(quoted) > 40
     assert [text for text in quoted if not is_message(text)] == []
+
+
+def test_the_changelog_has_the_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## \[(.+?)\]", text, re.MULTILINE)[:2] == ["Unreleased", __version__]

@@ -166,7 +166,7 @@ def test_the_result_is_a_checkpoint_and_an_adapter(finished: tuple[Path, dict[st
 
 def test_the_result_exports(finished: tuple[Path, dict[str, Any]], base: str, tmp_path: Path) -> None:
     output, _ = finished
-    options = ("--max-batch", "1", "--max-model-len", "64", "--no-verify", "--json")
+    options = ("--max-num-seqs", "1", "--max-model-len", "64", "--no-verify", "--json")
     result = dmtd("export", str(output), "-o", str(tmp_path / "b"), *options)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["dmtd_trained"] is True

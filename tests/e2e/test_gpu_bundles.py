@@ -29,7 +29,7 @@ def test_a_ring_of_weights_runs_and_counts_its_bytes_in_full(
 ) -> None:
     monkeypatch.setattr(tools, "RING_BYTES", 1)  # as small as the largest group: it wraps around
     wanted = tools.Wanted(shape="tiny-ring", dtype="float32", tau=3, late=2)
-    options = {"checkpoint": None, "max_batch": 2, "max_model_len": 96}
+    options = {"checkpoint": None, "max_num_seqs": 2, "max_model_len": 96}
     bundle = tools.make_bundle(wanted, tmp_path / "ring", **options)
     assert tools.make_bundle(wanted, tmp_path / "ring", **options) == bundle  # it is not made twice
     manifest = open_bundle(bundle)

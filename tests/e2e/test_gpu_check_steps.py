@@ -174,7 +174,7 @@ def test_the_order_is_that_of_worth_and_every_step_can_be_done(tool: ModuleType)
             assert each.after is None or each.after in names[:place], each
             assert all(bundle.shape in shapes.SHAPES for bundle in each.bundles), each
     # A check over a rehearsal: the same steps on other models.
-    over_stand_ins = [each for each in order.rehearsal_steps("cuda") if "host" not in each.name]
+    over_stand_ins = [each for each in order.rehearsal_steps("cuda") if "simulator" not in each.name]
     assert [each.do for each in over_stand_ins] == kinds
 
 

@@ -62,7 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "items.jsonl").write_text(f"{json.dumps(item)}\n" * 4, encoding="utf-8")
     (directory / "prompts.txt").write_text("One\nTwo\n", encoding="utf-8")
     run(FIRST, directory)
-    run("dmtd build bundle --flavour host", directory)
+    run("dmtd build bundle --backend simulator", directory)
     return directory
 
 

@@ -38,7 +38,7 @@ def gguf() -> Path:
 @pytest.fixture(scope="module")
 def plain(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     bundle = tmp_path_factory.mktemp("plain") / "bundle"
-    export_bundle(gguf, bundle, ExportOptions(decoding_layers=8, cycle_length=4, target="onnxruntime", max_batch=8))
+    export_bundle(gguf, bundle, ExportOptions(decoding_layers=8, cycle_length=4, target="onnxruntime", max_num_seqs=8))
     return bundle
 
 
@@ -50,7 +50,7 @@ def adapter(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def report(adapter: str, gguf: Path, plain: Path, tmp_path_factory: pytest.TempPathFactory) -> EvaluationReport:
     bundle = tmp_path_factory.mktemp("adapted") / "bundle"
-    export_bundle(gguf, bundle, ExportOptions(target="onnxruntime", max_batch=8), adapter=MODELS / adapter)
+    export_bundle(gguf, bundle, ExportOptions(target="onnxruntime", max_num_seqs=8), adapter=MODELS / adapter)
     try:
         alone = OpenOptions(threads=1)  # thread pools that share cores spin against each other
         chosen = EvaluateOptions(tasks=("facts",), limit=FACTS, fluency=True, open=alone, base_open=alone)

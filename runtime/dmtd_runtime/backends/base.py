@@ -10,15 +10,14 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from dmtd_runtime.bundle import contract
-from dmtd_runtime.bundle.engine_record import FLAVOURS
-from dmtd_runtime.bundle.engine_record import Flavour as Flavour
+from dmtd_runtime.bundle.engine_record import ENGINE_BACKENDS, EngineBackend
 from dmtd_runtime.bundle.engine_record import FullPass as FullPass
 from dmtd_runtime.cycle import Step
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.sampling.sampler import Sampler
 
 Array = np.ndarray[Any, np.dtype[Any]]
-BackendName = Literal["onnxruntime", "tensorrt"]
+BackendName = Literal["onnxruntime"] | EngineBackend
 PREFILL_ROUNDING = (16, 32, 64, 128, contract.MIN_WINDOW)
 
 
@@ -26,18 +25,17 @@ PREFILL_ROUNDING = (16, 32, 64, 128, contract.MIN_WINDOW)
 class BackendOptions:
     """How to run a bundle.
 
-    ``max_batch`` sequences at a time, each with room for ``max_model_len`` tokens. A full pass is ``staged`` (thinking, then
+    ``max_num_seqs`` sequences at a time, each with room for ``max_model_len`` tokens. A full pass is ``staged`` (thinking, then
     late_decode: T, D and the head in memory once) or ``fused`` (one graph; its weights come on top of late_decode's). Staged
     reads encoding layers twice, so by default a split that has any runs fused.
     """
 
     backend: BackendName = "onnxruntime"
-    flavour: Flavour | None = None  # tensorrt: whose engines; None: of the library that is installed
     device: Literal["cpu", "cuda"] = "cpu"
     device_id: int = 0
     dialect: Literal["standard", "onnxruntime"] | None = None  # None: onnxruntime where the bundle has it
     full_pass: FullPass | None = None  # None: fused where the split has encoding layers (and engines were built for it)
-    max_batch: int = 1
+    max_num_seqs: int = 1
     max_model_len: int | None = None  # None: see model_len; of engines, what they were built for
     choose_on_device: bool | None = None  # arg-max by the bundle's choose_token graph; None: on a GPU only
     cuda_graphs: bool = True  # capture and replay: whole cycles of engines, steps of ONNX Runtime on CUDA
@@ -45,14 +43,18 @@ class BackendOptions:
     threads: int | None = None  # None: one for each core this process may use
     prepack: bool = True  # False: weights stay in the page cache, slower; for models that hardly fit into memory
 
+    @property
+    def runs_engines(self) -> bool:
+        """Whether the backend runs what `dmtd build` made, rather than the bundle's own graphs."""
+        return self.backend != "onnxruntime"
+
     def model_len(self, limit: int) -> int:
         """Tokens of a sequence of a bundle that takes ``limit``: all, but on a GPU, which commits its caches whole, 4096."""
         return self.max_model_len or (limit if self.device == "cpu" else min(limit, contract.DEVICE_MODEL_LEN))
 
     def __post_init__(self) -> None:
         allowed: dict[str, tuple[str | None, ...]] = {
-            "backend": ("onnxruntime", "tensorrt"),
-            "flavour": (None, *FLAVOURS),
+            "backend": ("onnxruntime", *ENGINE_BACKENDS),
             "device": ("cpu", "cuda"),
             "dialect": (None, *contract.DIALECTS),
             "full_pass": (None, "staged", "fused"),
@@ -63,22 +65,17 @@ class BackendOptions:
         for name in ("cuda_graphs", "warm_up", "prepack"):
             if not isinstance(flag := getattr(self, name), bool):
                 raise RequestError(f"{name}: got {flag!r}, expected True or False")
-        for name in ("max_batch", "max_model_len", "threads"):
+        for name in ("max_num_seqs", "max_model_len", "threads"):
             if (count := getattr(self, name)) is not None and (
                 not isinstance(count, Integral) or isinstance(count, bool)
             ):
                 raise RequestError(f"{name}: got {count!r}, expected a whole number")
-        for name, most in (("max_batch", self.max_batch), ("threads", self.threads)):
+        for name, most in (("max_num_seqs", self.max_num_seqs), ("threads", self.threads)):
             if most is not None and most < 1:
                 raise RequestError(f"{name}: got {most}, expected at least 1")
-        if self.dialect is not None and self.backend == "tensorrt":
+        if self.dialect is not None and self.runs_engines:
             raise RequestError(
-                f"dialect: got {self.dialect!r} with the backend tensorrt, which runs engines; leave the dialect out"
-            )
-        if self.flavour is not None and self.backend != "tensorrt":
-            raise RequestError(
-                f"flavour: got {self.flavour!r} with the backend {self.backend}, which runs no engines; "
-                "ask for the backend tensorrt too (--backend tensorrt), or leave the flavour out"
+                f"dialect: got {self.dialect!r} with the backend {self.backend}, which runs engines; leave the dialect out"
             )
 
 

@@ -15,6 +15,7 @@ from dmtd_runtime.bundle.engine_choice import EngineWish, choose_record, require
 from dmtd_runtime.bundle.engine_record import OLDEST_CAPABILITY, EngineRecord, is_new_enough
 from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.bundle.opening import checked_once
+from dmtd_runtime.device.libraries import CudaBackend
 from dmtd_runtime.errors import BackendError, RequestError
 
 
@@ -45,35 +46,32 @@ def _open(directory: Path, manifest: Manifest, options: BackendOptions, engines:
         from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(directory, manifest, options)
-    return (
-        _open_host(directory, manifest, options, engines)
-        if options.flavour == "host"
-        else _open_gpu(directory, manifest, options, engines)
-    )
+    if options.backend == "simulator":
+        return _open_simulator(directory, manifest, options, engines)
+    return _open_gpu(directory, manifest, options, options.backend, engines)
 
 
-def _open_host(bundle: Path, manifest: Manifest, options: BackendOptions, engines: Path | None) -> Backend:
+def _open_simulator(bundle: Path, manifest: Manifest, options: BackendOptions, engines: Path | None) -> Backend:
     from dmtd_runtime.backends.engines.backend import TensorRtBackend
-    from dmtd_runtime.device.simulator.device import HostDevice
+    from dmtd_runtime.device.simulator.device import SimulatedDevice
 
     if manifest.model.dtype == "bfloat16":
         raise BackendError(
-            "this bundle is bfloat16, which ONNX Runtime cannot run on the CPU, nor the host flavour therefore; "
+            "this bundle is bfloat16, which ONNX Runtime cannot run on the CPU, nor the simulator therefore; "
             "export it with --dtype float32 or float16, or run engines for a GPU"
         )
-    directory, record = _choose(bundle, manifest, options, EngineWish(flavour="host"), engines)
-    device = HostDevice(threads=options.threads or 1)
+    directory, record = _choose(bundle, manifest, options, EngineWish(backend="simulator"), engines)
+    device = SimulatedDevice(threads=options.threads or 1)
     return TensorRtBackend(bundle, manifest, options, device=device, directory=directory, record=record)
 
 
-def _open_gpu(bundle: Path, manifest: Manifest, options: BackendOptions, engines: Path | None) -> Backend:
+def _open_gpu(
+    bundle: Path, manifest: Manifest, options: BackendOptions, library: CudaBackend, engines: Path | None
+) -> Backend:
     from dmtd_runtime.backends.engines.backend import TensorRtBackend
     from dmtd_runtime.device.cuda import CudaDevice
 
-    device = CudaDevice(
-        flavour=None if options.flavour is None or options.flavour == "host" else options.flavour,
-        device_id=options.device_id,
-    )
+    device = CudaDevice(library, device_id=options.device_id)
     try:
         capability = device.gpu.compute_capability
         if not is_new_enough(capability):
@@ -82,7 +80,7 @@ def _open_gpu(bundle: Path, manifest: Manifest, options: BackendOptions, engines
                 "and fused attention; run the bundle with: --backend onnxruntime"
             )
         wish = EngineWish(
-            flavour=device.flavour,
+            backend=device.backend,
             version=device.library_version,
             compute_capability=capability,
             gpu_name=device.gpu.name,
@@ -101,7 +99,9 @@ def _choose(
     limit = manifest.model.max_model_len
     if options.max_model_len is not None and not 1 <= options.max_model_len <= limit:
         raise RequestError(f"max_model_len: got {options.max_model_len}, expected 1 to {limit}, the bundle's limit")
-    wish = replace(wish, full_pass=options.full_pass, max_batch=options.max_batch, max_model_len=options.max_model_len)
+    wish = replace(
+        wish, full_pass=options.full_pass, max_num_seqs=options.max_num_seqs, max_model_len=options.max_model_len
+    )
     if engines is None:
         directory, record = choose_record(bundle, manifest, wish)
         record.check_files(directory, hashes=False)

@@ -129,14 +129,14 @@ def run_bench(
     *,
     on_run: OnRun = lambda label, done, total: None,
 ) -> BenchReport:
-    """Measure a bundle. ``backend_options.max_batch`` is replaced by each batch size in turn.
+    """Measure a bundle. ``backend_options.max_num_seqs`` is replaced by each batch size in turn.
 
     Raises:
         RequestError: lengths or batch sizes that the bundle cannot run.
         BackendError: the device or library cannot be used.
     """
     check_options(options, manifest, backend_options)
-    if backend_options.backend == "tensorrt" or backend_options.device == "cuda":
+    if backend_options.runs_engines or backend_options.device == "cuda":
         # Kernels are compiled or chosen when a shape first runs: the same runs go untimed first, whatever was asked for.
         options = replace(options, warmup=max(1, options.warmup))
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -149,7 +149,7 @@ def run_bench(
             directory,
             manifest,
             options,
-            replace(backend_options, max_batch=batch),
+            replace(backend_options, max_num_seqs=batch),
             split,
             _shifted(on_run, done, total),
         )
@@ -199,7 +199,7 @@ def _bench_batch(
     on_run: Callable[[str, int], None],
 ) -> tuple[BatchReport, FullPass]:
     """What was measured, and how the backend ran full passes."""
-    batch, done = backend_options.max_batch, 0
+    batch, done = backend_options.max_num_seqs, 0
     generator = np.random.default_rng(options.seed)
     vocab = manifest.model.vocab_size
     prompts = generator.integers(0, vocab, (batch, options.prompt_len)).tolist()
@@ -325,8 +325,8 @@ def _conditions(
     directory: Path, manifest: Manifest, options: BenchOptions, backend: BackendOptions, load: float | None
 ) -> dict[str, Any]:
     machine, cycle = look_at_machine(), manifest.cycle
-    engines = backend.backend == "tensorrt"
-    on_gpu = backend.device == "cuda" or (engines and backend.flavour != "host")
+    engines = backend.runs_engines
+    on_gpu = backend.device == "cuda" or (engines and backend.backend != "simulator")
     gpu = _gpu_name(backend.device_id) if on_gpu else None
     return {
         "bundle": str(directory),
@@ -338,7 +338,6 @@ def _conditions(
         "dtype": manifest.model.dtype,
         "backend": backend.backend,
         "device": backend.device,
-        "flavour": backend.flavour,
         "dialect": "standard" if engines else backend.dialect or manifest.default_dialect,
         "full_pass": backend.full_pass,
         "max_model_len": backend.max_model_len or manifest.model.max_model_len,
@@ -371,12 +370,9 @@ def _gpu_name(device_id: int) -> str | None:
 
 
 def _tensorrt_of(backend: BackendOptions) -> str | None:
-    """The library that runs engines, as the device chooses it."""
-    if backend.flavour == "host":
-        return "host flavour"
+    """The library that runs engines; the simulator's is ONNX Runtime."""
     names = {"tensorrt": ("tensorrt-cu13", "tensorrt"), "tensorrt-rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx")}
-    chosen = [names[backend.flavour]] if backend.flavour is not None else list(names.values())
-    return _version_of(*(name for each in chosen for name in each))
+    return _version_of(*names.get(backend.backend, ()))
 
 
 def _version_of(*distributions: str) -> str | None:

@@ -15,8 +15,8 @@ from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.engine_record import (
     ANY_GPU,
     OLDEST_CAPABILITY,
+    EngineBackend,
     EngineRecord,
-    Flavour,
     FullPass,
     content_hash,
     read_record,
@@ -32,12 +32,12 @@ logger = logging.getLogger("dmtd.engines")
 class EngineWish:
     """What a runtime has and wants; None: it does not matter, or is not known."""
 
-    flavour: Flavour | None = None
+    backend: EngineBackend | None = None
     version: str | None = None  # of the installed library
     compute_capability: str | None = None  # of the device, "8.9"
     gpu_name: str | None = None
     full_pass: FullPass | None = None
-    max_batch: int | None = None
+    max_num_seqs: int | None = None
     max_model_len: int | None = None
     prefill_chunk: int | None = None  # of engines to build; any serves
 
@@ -50,8 +50,8 @@ def mismatches(record: EngineRecord, manifest: Manifest, wish: EngineWish) -> li
         if expected is not None and got != expected:
             found.append(f"{what}: built for {got}, here {expected}")
 
-    compare("flavour", record.flavour, wish.flavour)
-    compare(f"{record.flavour} version", record.version, wish.version)
+    compare("backend", record.backend, wish.backend)
+    compare(f"{record.backend} version", record.version, wish.version)
     if wish.compute_capability is not None and not record.runs_on(wish.compute_capability):
         here = f"here {wish.compute_capability}"
         if record.compute_capability == ANY_GPU:
@@ -66,8 +66,8 @@ def mismatches(record: EngineRecord, manifest: Manifest, wish: EngineWish) -> li
     if record.content_sha256 != content_hash(manifest, graphs):
         found.append("the bundle's graphs or weights have changed since")
     for what, limit, wanted in (
-        ("batch", record.max_batch, wish.max_batch),
-        ("max-model-len", record.max_model_len, wish.max_model_len),
+        ("max_num_seqs", record.max_num_seqs, wish.max_num_seqs),
+        ("max_model_len", record.max_model_len, wish.max_model_len),
     ):
         if wanted is not None and wanted > limit:
             found.append(f"{what}: built for up to {limit}, asked for {wanted}")
@@ -114,12 +114,12 @@ def require_fit(bundle: Path, directory: Path, manifest: Manifest, wish: EngineW
 def _filled(wish: EngineWish, record: EngineRecord) -> EngineWish:
     """The wish, and what the record served besides."""
     return EngineWish(
-        flavour=wish.flavour or record.flavour,
+        backend=wish.backend or record.backend,
         version=wish.version,
         compute_capability=wish.compute_capability if _is_named(record, wish) else None,
         gpu_name=wish.gpu_name,
         full_pass="fused" if any(e.graph == contract.FULL_PASS for e in record.engines) else wish.full_pass,
-        max_batch=max(wish.max_batch or 1, record.max_batch),
+        max_num_seqs=max(wish.max_num_seqs or 1, record.max_num_seqs),
         max_model_len=max(wish.max_model_len or 1, record.max_model_len),
         prefill_chunk=record.prefill_chunk,
     )
@@ -135,14 +135,14 @@ def _is_named(record: EngineRecord, wish: EngineWish) -> bool:
 def build_command(bundle: Path, wish: EngineWish) -> str:
     """The `dmtd build` command for a wish."""
     words = [f"dmtd build {shlex.quote(str(bundle))}"]
-    if wish.flavour is not None:
-        words.append(f"--flavour {wish.flavour}")
-    if wish.compute_capability is not None and wish.flavour == "tensorrt-rtx":
+    if wish.backend is not None:
+        words.append(f"--backend {wish.backend}")
+    if wish.compute_capability is not None and wish.backend == "tensorrt-rtx":
         words.append(f"--compute-capability {wish.compute_capability}")
     if wish.full_pass == "fused":
         words.append("--fused")
-    if wish.max_batch is not None:
-        words.append(f"--max-batch {wish.max_batch}")
+    if wish.max_num_seqs is not None:
+        words.append(f"--max-num-seqs {wish.max_num_seqs}")
     if wish.max_model_len is not None:
         words.append(f"--max-model-len {wish.max_model_len}")
     if wish.prefill_chunk not in (None, contract.MIN_WINDOW):

@@ -12,8 +12,8 @@ those of the standard dialect (``dmtd_export.graphs.build``), with four differen
    (an untied head stays a weight of late_decode): :attr:`EngineFile.tables` maps each such input to a tensor of the
    bundle's weights file. Upload each tensor once, bind the one buffer to all inputs that name it, both in one engine too.
 2. KV inputs and outputs have the fixed capacity of the record, ``[batch, kv_heads, capacity, head_dim]``; ``present.*`` must be
-   bound to the address of ``past_key_values.*`` (:attr:`EngineFile.aliases`). Allocate for ``max_batch`` once, zero-filled
-   (NaN in a stale row survives a mask), 256-byte aligned; a run of ``batch`` < max_batch binds the same addresses
+   bound to the address of ``past_key_values.*`` (:attr:`EngineFile.aliases`). Allocate for ``max_num_seqs`` once, zero-filled
+   (NaN in a stale row survives a mask), 256-byte aligned; a run of ``batch`` < max_num_seqs binds the same addresses
    and takes the first ``batch`` slots. A run over slots i, i+1, ... binds addresses moved by i slots, if those are aligned.
 3. ``visible_rows`` int64 [visible_len] holds 0, 1, 2, ...: attention reads the first ``visible_len`` cache rows only. Fill one
    buffer of ``capacity`` once and bind it with the shape of the bucket. It must reach past the last row written in the run,
@@ -37,7 +37,7 @@ those of the standard dialect (``dmtd_export.graphs.build``), with four differen
 ``length_buckets`` are the values of visible_len to use (any other in a profile's range would run as well, but each costs a
 captured graph): the smallest that holds the longest sequence of the batch after the run, see :meth:`EngineRecord.bucket_for`; a
 profile that is ``whole`` takes the capacity in its place, see :meth:`ProfileInfo.visible_len`. Why: ``dmtd_export.engines.plan``.
-``batch_buckets`` are the batch sizes to capture graphs for; every size up to ``max_batch`` runs.
+``batch_buckets`` are the batch sizes to capture graphs for; every size up to ``max_num_seqs`` runs.
 
 **Memory.** Device memory of a record is the tables once, the engines' ``weight_bytes``, one activation buffer of the largest
 ``scratch_bytes`` (once deserialised ``engine.device_memory_size_v2`` has the exact number: a library that compiles at load may
@@ -46,7 +46,7 @@ choose otherwise), and the caches: :meth:`EngineRecord.device_bytes` adds them u
 **First runs.** TensorRT-RTX compiles kernels when a context first runs; ``device/kernel_cache.py`` keeps them, and
 ``backends/engines/warm_up.py`` lists the runs that bring them all about.
 
-The flavour ``host`` holds engine graphs as ONNX (``file`` ends in .onnx, weights beside it) for a runtime that executes them in
+The simulator holds engine graphs as ONNX (``file`` ends in .onnx, weights beside it) for a runtime that executes them in
 ONNX Runtime on the CPU; everything else in the record is as for the others.
 """
 
@@ -66,10 +66,10 @@ from dmtd_runtime.bundle.contract import GraphName
 from dmtd_runtime.bundle.manifest import DTYPE_BYTES, FileInfo, Manifest, TensorInfo, decode, safe_relative, sha256_of
 from dmtd_runtime.errors import BundleError, RequestError
 
-Flavour = Literal["tensorrt", "tensorrt-rtx", "host"]
+EngineBackend = Literal["tensorrt", "tensorrt-rtx", "simulator"]
 FullPass = Literal["staged", "fused"]
 PassKind = Literal["prefill", "refill", "step", "choose"]
-FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx", "host")
+ENGINE_BACKENDS: tuple[EngineBackend, ...] = ("tensorrt", "tensorrt-rtx", "simulator")
 ANY_GPU = "any"
 OLDEST_CAPABILITY = "8.0"  # that has bfloat16 and TensorRT's fused attention
 RECORD_SCHEMA = 1
@@ -145,7 +145,7 @@ class EngineFile:
         if not 1 <= batch <= most:
             raise RequestError(
                 f"{self.graph}, {first}: got a batch of {batch}, expected 1 to {most}; "
-                f"build for more with: dmtd build BUNDLE --max-batch {batch}"
+                f"build for more with: dmtd build BUNDLE --max-num-seqs {batch}"
             )
         for profile in fitting:
             if visible_len <= profile.max_visible:
@@ -172,13 +172,13 @@ class EngineRecord:
     """engine.json."""
 
     schema: int
-    flavour: Flavour
+    backend: EngineBackend
     version: str  # of the library; an engine runs on no other
     compute_capability: str  # "8.9", or "any" (tensorrt-rtx)
     gpu_name: str | None  # tensorrt: the GPU that tactics were timed on
     content_sha256: str  # of the bundle's graphs and weights, see content_hash
     dtype: Literal["float32", "float16", "bfloat16"]
-    max_batch: int
+    max_num_seqs: int
     max_model_len: int
     capacity: int
     prefill_chunk: int
@@ -233,12 +233,12 @@ class EngineRecord:
         other = contract.THINKING if full_pass == "fused" else contract.FULL_PASS
         return tuple(engine for engine in self.engines if engine.graph != other)
 
-    def device_bytes(self, manifest: Manifest, full_pass: FullPass = "staged", max_batch: int | None = None) -> int:
-        """Device memory that a runtime needs: weights, tables once, one activation buffer, caches of ``max_batch`` slots."""
+    def device_bytes(self, manifest: Manifest, full_pass: FullPass = "staged", max_num_seqs: int | None = None) -> int:
+        """Device memory that a runtime needs: weights, tables once, one activation buffer, caches of ``max_num_seqs`` slots."""
         engines = self.engines_for(full_pass)
         tables = {tensor for engine in engines for tensor in engine.tables.values()}
         caches = {info.name: info for e in engines for info in e.inputs if contract.cache_name(info.name)}
-        slots = self.max_batch if max_batch is None else max_batch
+        slots = self.max_num_seqs if max_num_seqs is None else max_num_seqs
         return (
             sum(manifest.weights[name].length for name in tables)
             + sum(engine.weight_bytes for engine in engines)

@@ -26,7 +26,6 @@ from dmtd_runtime.cli.common import (
     CudaGraphsOption,
     DeviceOption,
     DialectOption,
-    FlavourOption,
     FullPassOption,
     JsonOption,
     MaxModelLenOption,
@@ -56,7 +55,6 @@ def bench(
         bool, typer.Option("--whole-model", help="Also measure plain decoding over one graph of the whole model.")
     ] = _BENCH.whole_model,
     backend: BackendOption = _BACKEND.backend,
-    flavour: FlavourOption = _BACKEND.flavour,
     cuda_graphs: CudaGraphsOption = _BACKEND.cuda_graphs,
     full_pass: FullPassOption = _BACKEND.full_pass,
     device: DeviceOption = _BACKEND.device,
@@ -82,7 +80,6 @@ def bench(
     )
     backend_options = BackendOptions(
         backend=backend,
-        flavour=flavour,
         cuda_graphs=cuda_graphs,
         device=device,
         device_id=device_id,
@@ -162,7 +159,7 @@ def _card(manifest: Manifest, split: SplitBytes, options: BenchOptions, backend:
 def _where(backend: BackendOptions) -> str:
     if backend.backend == "onnxruntime":
         return backend.device
-    return f"engines{f' of {backend.flavour}' if backend.flavour else ''}"
+    return f"engines of {backend.backend}"
 
 
 def _table(report: BenchReport) -> Table:
@@ -231,7 +228,7 @@ def _footer(report: BenchReport) -> Text:
     load = facts["load_average"]
     commit = f", commit {facts['commit']}" if facts["commit"] else ""
     gpu = f"{facts['gpu']}, driver {facts['driver']}; " if facts["gpu"] else ""
-    library = facts["onnxruntime"] if facts["tensorrt"] in (None, "host flavour") else facts["tensorrt"]
+    library = facts["tensorrt"] or facts["onnxruntime"]
     lines = [
         f"{gpu}{facts['cpu']}, {facts['cores']:g} cores, {facts['threads']} threads; {library}, "
         f"{facts['dialect']} dialect; dmtd {facts['dmtd']}{commit}",

@@ -24,7 +24,6 @@ from dmtd_runtime.cli.common import (
     CudaGraphsOption,
     DeviceOption,
     DialectOption,
-    FlavourOption,
     FullPassOption,
     MaxModelLenOption,
     ThreadsOption,
@@ -86,7 +85,6 @@ def chat(
     max_tokens: opt.MaxTokensOption = None,
     stop: opt.StopOption = None,
     backend: BackendOption = _BACKEND.backend,
-    flavour: FlavourOption = _BACKEND.flavour,
     cuda_graphs: CudaGraphsOption = _BACKEND.cuda_graphs,
     warm_up: WarmUpOption = _BACKEND.warm_up,
     full_pass: FullPassOption = _BACKEND.full_pass,
@@ -103,7 +101,6 @@ def chat(
     directory = pick(bundle, model, "BUNDLE")
     options = BackendOptions(
         backend=backend,
-        flavour=flavour,
         cuda_graphs=cuda_graphs,
         warm_up=warm_up,
         device=device,

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from dmtd_runtime.errors import DmtdError
 
-EXIT_ERROR, EXIT_INTERRUPTED = 1, 130  # 2, for usage, is typer's own
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
 
 BundleArgument = Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="Directory made by `dmtd export`.")]
@@ -41,12 +41,8 @@ class MissingExtraError(DmtdError):
 # The values of backends.base.BackendOptions, spelled again because that module needs numpy; a test compares them.
 FullPass = Literal["staged", "fused"]
 BackendOption = Annotated[
-    Literal["onnxruntime", "tensorrt"],
-    typer.Option(help="tensorrt runs the engines that `dmtd build` made of the bundle."),
-]
-FlavourOption = Annotated[
-    Literal["tensorrt", "tensorrt-rtx", "host"] | None,
-    typer.Option(help="Of the engines; by default that of the library installed. host runs them on the CPU."),
+    Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "simulator"],
+    typer.Option(help="onnxruntime runs the bundle's graphs, the others the engines that `dmtd build` made of it."),
 ]
 CudaGraphsOption = Annotated[
     bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="With engines: replay every cycle as one graph.")

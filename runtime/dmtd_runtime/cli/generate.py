@@ -20,7 +20,6 @@ from dmtd_runtime.cli.common import (
     CudaGraphsOption,
     DeviceOption,
     DialectOption,
-    FlavourOption,
     FullPassOption,
     JsonOption,
     MaxModelLenOption,
@@ -96,7 +95,6 @@ def generate(
     logit_bias: opt.LogitBiasOption = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds after which the answer is cut.")] = None,
     backend: BackendOption = _BACKEND.backend,
-    flavour: FlavourOption = _BACKEND.flavour,
     cuda_graphs: CudaGraphsOption = _BACKEND.cuda_graphs,
     warm_up: WarmUpOption = _BACKEND.warm_up,
     full_pass: FullPassOption = _BACKEND.full_pass,
@@ -131,7 +129,6 @@ def generate(
     }
     options = BackendOptions(
         backend=backend,
-        flavour=flavour,
         cuda_graphs=cuda_graphs,
         warm_up=warm_up,
         device=device,

@@ -98,7 +98,6 @@ def open_llm(bundle: Path, options: BackendOptions, *, plain: bool, max_num_seqs
         LLM(
             bundle,
             backend=options.backend,
-            flavour=options.flavour,
             cuda_graphs=options.cuda_graphs,
             warm_up=options.warm_up,
             device=options.device,

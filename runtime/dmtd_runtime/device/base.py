@@ -1,6 +1,6 @@
 """The seam between the engine backend and the device that runs its engines: memory, one stream, engines, captured graphs.
 
-``cuda.py`` stands on cuda-bindings and TensorRT; ``simulator`` runs the same engine graphs in ONNX Runtime on the CPU and
+``cuda.py`` stands on cuda-bindings and TensorRT; ``simulator/`` runs the same engine graphs in ONNX Runtime on the CPU and
 refuses what a GPU would do silently wrong. All work goes to one stream, in order, and is asynchronous: what a call reads
 from host memory may be read, and what it writes there may be written, at any time until :meth:`Device.wait` returns.
 

@@ -5,7 +5,7 @@ keeps using its context's state, so a context's shapes never change after the fi
 memory from outside, one buffer for all, because they run one after another; a graph is captured after every context in it
 has run once. TensorRT-RTX compiles kernels at that first run, which blocks: it is timed, and what was compiled is saved at once.
 
-Never executed on a GPU so far; ``simulator`` is the same seam with numbers.
+Never executed on a GPU so far; ``simulator/`` is the same seam with numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dmtd_runtime.bundle import contract
 from dmtd_runtime.device.base import Address, Capture, Engine, EngineTensor
 from dmtd_runtime.device.cuda_memory import CudaMemory
 from dmtd_runtime.device.kernel_cache import KernelCache
-from dmtd_runtime.device.libraries import CudaFlavour, capabilities, import_flavour
+from dmtd_runtime.device.libraries import CudaBackend, capabilities, import_tensorrt
 from dmtd_runtime.device.library_log import make_log
 from dmtd_runtime.errors import BackendError
 
@@ -37,15 +37,15 @@ class CudaDevice(CudaMemory):
     """See :class:`dmtd_runtime.device.base.Device`.
 
     Args:
-        flavour: whose engines it runs; None takes what is installed.
+        backend: the library whose engines it runs.
         device_id: which GPU.
 
     Raises:
         BackendError: a library, the driver or the GPU is missing or unfit.
     """
 
-    def __init__(self, *, flavour: CudaFlavour | None = None, device_id: int = 0) -> None:
-        self.flavour, self._trt = import_flavour(flavour)
+    def __init__(self, backend: CudaBackend, *, device_id: int = 0) -> None:
+        self.backend, self._trt = backend, import_tensorrt(backend)
         self.library_version = str(self._trt.__version__)
         super().__init__(device_id)
         self._graphs: dict[int, Any] = {}
@@ -55,7 +55,7 @@ class CudaDevice(CudaMemory):
         except (TypeError, RuntimeError):  # pybind's words for a null pointer
             self.call("cudaStreamDestroy", self._stream)
             raise BackendError(
-                f"{self.flavour} cannot start on {self.name}: {self._log.take()}; see `dmtd doctor`"
+                f"{self.backend} cannot start on {self.name}: {self._log.take()}; see `dmtd doctor`"
             ) from None
         self._engines: list[CudaEngine] = []
 
@@ -96,8 +96,8 @@ class CudaDevice(CudaMemory):
 
     def _rebuild(self) -> str:
         here = self.gpu.compute_capability
-        if self.flavour == "tensorrt-rtx" and here not in capabilities(self._trt):
-            return f"TensorRT-RTX does not name compute capability {here}: dmtd build BUNDLE --flavour tensorrt may serve it"
+        if self.backend == "tensorrt-rtx" and here not in capabilities(self._trt):
+            return f"TensorRT-RTX does not name compute capability {here}: dmtd build BUNDLE --backend tensorrt may serve it"
         return REBUILD
 
     def _release(self) -> None:
@@ -117,7 +117,7 @@ class CudaEngine:
         self.scratch_bytes = int(engine.device_memory_size_v2)
         self._contexts: list[CudaContext] = []
         self._kernels: KernelCache | None = None
-        self._config = self._make_config(path) if device.flavour == "tensorrt-rtx" else None
+        self._config = self._make_config(path) if device.backend == "tensorrt-rtx" else None
         self.tensors: dict[str, EngineTensor] = {}
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)

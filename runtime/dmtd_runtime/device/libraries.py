@@ -5,7 +5,9 @@ Everything missing or unfit is one :class:`BackendError` with the command that m
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.util
 import os
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,12 +15,12 @@ from typing import Any, Literal
 from dmtd_runtime.bundle.engine_record import is_new_enough
 from dmtd_runtime.errors import BackendError
 
-CudaFlavour = Literal["tensorrt", "tensorrt-rtx"]
-CUDA_FLAVOURS: tuple[CudaFlavour, ...] = ("tensorrt", "tensorrt-rtx")
-MODULES: dict[CudaFlavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+CudaBackend = Literal["tensorrt", "tensorrt-rtx"]
+CUDA_BACKENDS: tuple[CudaBackend, ...] = ("tensorrt", "tensorrt-rtx")
+MODULES: dict[CudaBackend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 # The major versions whose API this code speaks.
-MAJOR_VERSIONS: dict[CudaFlavour, int] = {"tensorrt": 11, "tensorrt-rtx": 1}
-INSTALL: dict[CudaFlavour, str] = {
+MAJOR_VERSIONS: dict[CudaBackend, int] = {"tensorrt": 11, "tensorrt-rtx": 1}
+INSTALL: dict[CudaBackend, str] = {
     "tensorrt": 'pip install "dmtd[tensorrt]"',
     "tensorrt-rtx": 'pip install "dmtd[tensorrt-rtx]"',
 }
@@ -35,25 +37,34 @@ class GpuFacts:
     compute_capability: str  # "8.9"
 
 
-def import_flavour(flavour: CudaFlavour | None) -> tuple[CudaFlavour, Any]:
-    """The library asked for, or the first one installed: TensorRT, then TensorRT-RTX.
+def import_tensorrt(backend: CudaBackend) -> Any:
+    """The library that runs engines of a backend.
 
     Raises:
-        BackendError: none is installed, it cannot be imported, or it is of another major version.
+        BackendError: it is not installed, cannot be imported, or is of another major version.
     """
-    problems = []
-    for name in (flavour,) if flavour is not None else CUDA_FLAVOURS:
-        try:
-            module = importlib.import_module(MODULES[name])
-        except (ImportError, OSError) as error:  # OSError: the wheel is there, a library that it loads is not
-            pass_interrupt_on(error)
-            problems.append(f"{name} cannot be imported ({_one_line(error)}); install it with: {INSTALL[name]}")
-            continue
-        version = str(getattr(module, "__version__", "0"))
-        if version.partition(".")[0] == str(MAJOR_VERSIONS[name]):
-            return name, module
-        problems.append(f"{name} is {version}, expected {MAJOR_VERSIONS[name]}.x; install it with: {INSTALL[name]}")
-    raise BackendError("; or ".join(problems))
+    try:
+        module = importlib.import_module(MODULES[backend])
+    except (ImportError, OSError) as error:  # OSError: the wheel is there, a library that it loads is not
+        pass_interrupt_on(error)
+        raise BackendError(
+            f"{backend} cannot be imported ({_one_line(error)}); install it with: {INSTALL[backend]}{_other(backend)}"
+        ) from None
+    version = str(getattr(module, "__version__", "0"))
+    if version.partition(".")[0] != str(MAJOR_VERSIONS[backend]):
+        raise BackendError(
+            f"{backend} is {version}, expected {MAJOR_VERSIONS[backend]}.x; install it with: {INSTALL[backend]}"
+        )
+    return module
+
+
+def _other(missing: CudaBackend) -> str:
+    """The other library, where it is installed: what somebody who did not know there are two has asked for."""
+    for name in CUDA_BACKENDS:
+        with contextlib.suppress(ValueError):  # a module in sys.modules without a spec
+            if name != missing and importlib.util.find_spec(MODULES[name]) is not None:
+                return f"; {name} is installed: --backend {name} runs its engines"
+    return ""
 
 
 def pass_interrupt_on(error: BaseException) -> None:

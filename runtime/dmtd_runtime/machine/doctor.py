@@ -24,7 +24,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from dmtd_runtime.device.libraries import CUDA_FLAVOURS, CUDA_MAJOR, INSTALL, MAJOR_VERSIONS
+from dmtd_runtime.device.libraries import CUDA_BACKENDS, CUDA_MAJOR, INSTALL, MAJOR_VERSIONS
 from dmtd_runtime.machine.hardware import Gpu, Machine, look_at_gpus, look_at_machine
 from dmtd_runtime.ort.cuda_provider import CUDA_PROVIDER, CUDNN, DRIVER_PAGE, CudaNeeds, look
 from dmtd_runtime.version import __version__
@@ -294,14 +294,14 @@ def _component_problems(components: tuple[Component, ...]) -> tuple[str, ...]:
 def _engine_problems(components: tuple[Component, ...], *, has_gpu: bool, cuda_provider: bool) -> tuple[str, ...]:
     """What keeps a TensorRT library or the CUDA provider from a GPU; building engines needs neither it nor a driver."""
     versions = {part.name: part.version for part in components}
-    problems, installed = [], [flavour for flavour in CUDA_FLAVOURS if versions[flavour] is not None]
-    for flavour in installed:
-        if _major(str(versions[flavour])) != MAJOR_VERSIONS[flavour]:
+    problems, installed = [], [backend for backend in CUDA_BACKENDS if versions[backend] is not None]
+    for backend in installed:
+        if _major(str(versions[backend])) != MAJOR_VERSIONS[backend]:
             problems.append(
-                f"{flavour}: got {versions[flavour]}, expected {MAJOR_VERSIONS[flavour]}.x; run: {INSTALL[flavour]}"
+                f"{backend}: got {versions[backend]}, expected {MAJOR_VERSIONS[backend]}.x; run: {INSTALL[backend]}"
             )
     bindings, fix = versions["cuda-bindings"], f'pip install "cuda-bindings>={CUDA_MAJOR},<{CUDA_MAJOR + 1}"'
-    users = [f"{flavour} needs it to run engines" for flavour in installed]
+    users = [f"{backend} needs it to run engines" for backend in installed]
     users += ["--device cuda needs it"] if cuda_provider else []
     if users and has_gpu and bindings is None:
         problems.append(f"cuda-bindings: not installed, but {users[0]}; run: {fix}")

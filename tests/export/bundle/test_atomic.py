@@ -26,7 +26,7 @@ from dmtd_export.options import ExportOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.manifest import load_manifest
 
-OPTIONS = ExportOptions(decoding_layers=1, cycle_length=3, max_batch=1)
+OPTIONS = ExportOptions(decoding_layers=1, cycle_length=3, max_num_seqs=1)
 # Exports its checkpoints into the target, in turn, as often as asked; Ctrl-C ends it as it ends the command line.
 CHILD = """
 import sys
@@ -37,7 +37,7 @@ target, times, *sources = sys.argv[1:]
 print("ready", flush=True)
 try:
     for i in range(int(times)):
-        options = ExportOptions(decoding_layers=1, cycle_length=3, max_batch=1)
+        options = ExportOptions(decoding_layers=1, cycle_length=3, max_num_seqs=1)
         export_bundle(Path(sources[i % len(sources)]), Path(target), options)
 except KeyboardInterrupt:
     sys.exit(130)
@@ -377,9 +377,9 @@ def test_an_empty_directory_and_an_older_bundle_used_by_polygraphy_are_replaced(
 def test_engines_go_with_the_bundle_that_they_were_built_from(
     target: Path, sources: list[Path], weights_of: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    (target / "engines/any-host-1-0123").mkdir(parents=True)
-    (target / "engines/any-host-1-0123/engine.json").write_text("{}")
-    (target / "engines/.any-host-1-4567.partial-abcd").mkdir()
+    (target / "engines/any-simulator-1-0123").mkdir(parents=True)
+    (target / "engines/any-simulator-1-0123/engine.json").write_text("{}")
+    (target / "engines/.any-simulator-1-4567.partial-abcd").mkdir()
     (target / "engines/mine.txt").write_text("mine")
     with pytest.raises(ExportError, match="holds engines besides its bundle"):
         export(sources[1], target)
@@ -389,7 +389,7 @@ def test_engines_go_with_the_bundle_that_they_were_built_from(
     assert not (target / "engines").exists()
     [line] = [record.getMessage() for record in caplog.records if "go with it" in record.getMessage()]
     assert line == (
-        f"{target}/engines: the engines of the bundle that is replaced go with it, they fit no other (any-host-1-0123); "
+        f"{target}/engines: the engines of the bundle that is replaced go with it, they fit no other (any-simulator-1-0123); "
         f"build new ones afterwards with: dmtd build {target}"
     )
 
@@ -399,8 +399,8 @@ def test_the_build_command_may_be_pasted_whatever_the_path(
 ) -> None:
     place = tmp_path / "my bundle"
     export(sources[1], place)
-    (place / "engines/any-host-1-0123").mkdir(parents=True)
-    (place / "engines/any-host-1-0123/engine.json").write_text("{}")
+    (place / "engines/any-simulator-1-0123").mkdir(parents=True)
+    (place / "engines/any-simulator-1-0123/engine.json").write_text("{}")
     export(sources[1], place)
     [line] = [record.getMessage() for record in caplog.records if "go with it" in record.getMessage()]
     assert shlex.split(line.rpartition("with: ")[2]) == ["dmtd", "build", str(place)]

@@ -328,7 +328,7 @@ LIBRARY: list[tuple[str, Damage, Callable[[], object], type[Exception], str]] = 
         nothing,
         lambda: LLM("b", max_num_seqs=2),
         RequestError,
-        "exported for; export it with a larger --max-batch",
+        "exported for; export it with a larger --max-num-seqs",
     ),
     ("no dialect", nothing, lambda: _half_only(), BackendError, "bfloat16, which ONNX Runtime cannot run on the CPU"),
     ("contradiction", nothing, lambda: SamplingParams(min_tokens=5, max_tokens=2), RequestError, "min_tokens: got 5"),

@@ -45,12 +45,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("options", "graphs"),
     [
         ({}, STANDARD | ORT | ORT_BATCH),
-        ({"target": "all", "max_batch": 8}, STANDARD | ORT | ORT_BATCH),
-        ({"target": "onnxruntime", "max_batch": 8}, ORT | ORT_BATCH),
+        ({"target": "all", "max_num_seqs": 8}, STANDARD | ORT | ORT_BATCH),
+        ({"target": "onnxruntime", "max_num_seqs": 8}, ORT | ORT_BATCH),
         ({"target": "tensorrt"}, STANDARD),
-        ({"target": "onnxruntime", "max_batch": 1}, ORT),
+        ({"target": "onnxruntime", "max_num_seqs": 1}, ORT),
         (
-            {"target": "onnxruntime", "max_batch": 3},
+            {"target": "onnxruntime", "max_num_seqs": 3},
             ORT | {f"{graph}.ort.batch{slots}.onnx" for graph in ("full_pass", "thinking") for slots in (2, 3)},
         ),
     ],
@@ -66,7 +66,7 @@ def test_targets_write_exactly_their_graphs(plain: Path, tmp_path: Path, options
 
 
 def test_manifest_says_exactly_what_stands_there(plain: Path, tmp_path: Path) -> None:
-    manifest = export(plain, tmp_path / "b", max_batch=2)
+    manifest = export(plain, tmp_path / "b", max_num_seqs=2)
     assert manifest["schema"] == 1
     listed = {name: info["sha256"] for name, info in manifest["files"].items()}
     found = snapshot(tmp_path / "b")
@@ -144,7 +144,7 @@ def test_split_by_option_over_a_plain_checkpoint(plain: Path, tmp_path: Path, op
 )
 def test_recorded_split_with_options_over_it(tmp_path: Path, fields: dict, options: dict, split: tuple) -> None:
     source = write_tiny_checkpoint(tmp_path / "m", dmtd=fields)
-    export_bundle(source, tmp_path / "b", ExportOptions(max_batch=1, **options))
+    export_bundle(source, tmp_path / "b", ExportOptions(max_num_seqs=1, **options))
     manifest = read_manifest(tmp_path / "b")
     # Another split or cycle than the weights were trained for counts as not trained.
     as_recorded = not {"encoding_layers", "cycle_length"} & set(options)
@@ -170,8 +170,8 @@ def test_max_model_len_bounds_the_bundle_and_its_rotary_tables(plain: Path, tmp_
     [
         ({"max_model_len": 257}, "--max-model-len: got 257, expected 2 to 256"),
         ({"max_model_len": 0}, "--max-model-len: got 0"),
-        ({"max_batch": 0}, "--max-batch: got 0, expected 1 to 32"),
-        ({"max_batch": 33}, "--max-batch: got 33"),
+        ({"max_num_seqs": 0}, "--max-num-seqs: got 0, expected 1 to 32"),
+        ({"max_num_seqs": 33}, "--max-num-seqs: got 33"),
         ({"cycle_length": 257}, "cycle length: got 257, expected 1 to 256"),
         ({"cycle_length": 0}, "cycle length: got 0"),
         ({"decoding_layers": 4}, "encoding 0 + thinking 0 + decoding 4"),
@@ -242,7 +242,7 @@ def test_sharding_and_stored_type_make_no_difference(tmp_path: Path) -> None:
 
 
 def test_all_ways_to_run_a_bundle_give_the_same_tokens(plain: Path, tmp_path: Path) -> None:
-    export(plain, tmp_path / "b", max_batch=2)
+    export(plain, tmp_path / "b", max_num_seqs=2)
     told = set()
     for dialect in ("standard", "onnxruntime"):
         for full_pass in ("staged", "fused"):
@@ -260,7 +260,7 @@ def test_verify_hook_sees_the_bundle_and_its_record_is_kept(plain: Path, tmp_pat
         assert not (tmp_path / "b").exists(), "it is not in its place before it has been verified"
         return {"ok": True, "level": "none"}
 
-    options = ExportOptions(decoding_layers=1, cycle_length=3, max_batch=1)
+    options = ExportOptions(decoding_layers=1, cycle_length=3, max_num_seqs=1)
     export_bundle(plain, tmp_path / "b", options, verify=hook)
     assert seen["files"] == {path.name for path in (tmp_path / "b").iterdir()}
     assert read_manifest(tmp_path / "b") == seen["manifest"] | {"verification": {"ok": True, "level": "none"}}
@@ -269,7 +269,7 @@ def test_verify_hook_sees_the_bundle_and_its_record_is_kept(plain: Path, tmp_pat
 def test_progress_counts_every_byte_of_the_weights(plain: Path, tmp_path: Path) -> None:
     stages, counted = [], []
     progress = Progress(stage=lambda name, total: stages.append((name, total)), advance=counted.append)
-    options = ExportOptions(decoding_layers=1, cycle_length=3, max_batch=1)
+    options = ExportOptions(decoding_layers=1, cycle_length=3, max_num_seqs=1)
     export_bundle(plain, tmp_path / "b", options, progress=progress, verify=lambda bundle, checkpoint: {})
     weights = read_manifest(tmp_path / "b")["weights"]
     assert stages[0] == ("weights", sum(info["length"] for info in weights.values()))
@@ -294,7 +294,7 @@ def test_export_needs_no_torch_and_prints_nothing(plain: Path, tmp_path: Path) -
         env={"PYTHONPATH": ":".join(path for path in sys.path if path), "PATH": ""},
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    export(plain, tmp_path / "here", max_batch=8)
+    export(plain, tmp_path / "here", max_num_seqs=8)
     assert snapshot(tmp_path / "b") == snapshot(tmp_path / "here")
 
 
@@ -309,7 +309,7 @@ def test_another_convention_than_the_recorded_one_counts_as_not_trained(tmp_path
         export_bundle(
             source,
             tmp_path / origin,
-            ExportOptions(max_batch=1, cycle_origin=origin, prompt_input=None if trained else "thinking"),
+            ExportOptions(max_num_seqs=1, cycle_origin=origin, prompt_input=None if trained else "thinking"),
         )
         assert read_manifest(tmp_path / origin)["cycle"]["dmtd_trained"] is trained
 

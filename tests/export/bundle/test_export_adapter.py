@@ -59,7 +59,7 @@ def generated(bundle: str, *options: str) -> list[int]:
 
 def test_the_bundle_is_that_of_the_tuned_model(places: dict[str, str], tmp_path: Path) -> None:
     bundle = str(tmp_path / "b")
-    export = ["export", places["base"], "--adapter", places["adapter"], "-o", bundle, "--max-batch", "1", "--json"]
+    export = ["export", places["base"], "--adapter", places["adapter"], "-o", bundle, "--max-num-seqs", "1", "--json"]
     done = dmtd(*export)
     told = json.loads(done.stdout)
     assert told["verification"]["ok"] is True and told["verification"]["level"] == "oracle"
@@ -76,7 +76,7 @@ def test_the_bundle_is_that_of_the_tuned_model(places: dict[str, str], tmp_path:
     dmtd("verify", bundle, "--checkpoint", places["base"], "--adapter", places["adapter"])
     if places["kind"] == "lora":  # factors lose nothing; a delta is cut to 8 bits
         other = str(tmp_path / "tuned")
-        dmtd("export", places["tuned"], "-o", other, "--max-batch", "1", "--no-verify")
+        dmtd("export", places["tuned"], "-o", other, "--max-num-seqs", "1", "--no-verify")
         assert generated(other) == found
 
 

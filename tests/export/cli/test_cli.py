@@ -51,7 +51,7 @@ def test_defaults_are_those_of_the_options() -> None:
 
 
 def test_export_says_what_it_made_and_what_comes_next(checkpoint: str, tmp_path: Path) -> None:
-    result = dmtd("export", checkpoint, "-o", str(tmp_path / "b"), *SPLIT, "--no-verify", "--max-batch", "1")
+    result = dmtd("export", checkpoint, "-o", str(tmp_path / "b"), *SPLIT, "--no-verify", "--max-num-seqs", "1")
     assert result.exit_code == 0, result.output
     assert "E0 T3 D2, cycle of 3" in result.stdout
     assert "dmtd chat" in result.stdout
@@ -66,7 +66,17 @@ def test_every_option_arrives(checkpoint: str, tmp_path: Path) -> None:
     result = dmtd(
         *("export", "-m", checkpoint, "--output", str(target), "--encoding-layers", "1", "--thinking-layers", "2"),
         *("--decoding-layers", "2", "--cycle-length", "4", "--cycle-origin", "absolute", "--prompt-input", "cyclical"),
-        *("--target", "onnxruntime", "--dtype", "float16", "--max-model-len", "100", "--max-batch", "3", "--no-verify"),
+        *(
+            "--target",
+            "onnxruntime",
+            "--dtype",
+            "float16",
+            "--max-model-len",
+            "100",
+            "--max-num-seqs",
+            "3",
+            "--no-verify",
+        ),
         "--json",
     )
     assert result.exit_code == 0, result.output
@@ -88,7 +98,7 @@ def test_export_verifies_by_default(checkpoint: str, tmp_path: Path) -> None:
     pytest.importorskip("dmtd_export.verify")
     target = tmp_path / "b"
     result = dmtd(
-        "export", checkpoint, "-o", str(target), *SPLIT, "--max-batch", "1", "--target", "onnxruntime", "--json"
+        "export", checkpoint, "-o", str(target), *SPLIT, "--max-num-seqs", "1", "--target", "onnxruntime", "--json"
     )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["verification"]["ok"] is True
@@ -102,7 +112,7 @@ REFUSED: list[tuple[str, Sequence[str], str]] = [
     ("sum", ("MODEL", "--thinking-layers", "1", *SPLIT), "correct the split"),
     ("convention", ("MODEL", *SPLIT, "--cycle-origin", "prompt", "--prompt-input", "cyclical"), "undefined"),
     ("model length", ("MODEL", *SPLIT, "--max-model-len", "300"), "expected 2 to 256"),
-    ("batch", ("MODEL", *SPLIT, "--max-batch", "99"), "--max-batch: got 99"),
+    ("batch", ("MODEL", *SPLIT, "--max-num-seqs", "99"), "--max-num-seqs: got 99"),
     ("cycle", ("MODEL", "--decoding-layers", "2", "--cycle-length", "999"), "cycle length: got 999, expected 1 to 256"),
 ]
 
@@ -131,6 +141,20 @@ def test_a_target_that_is_no_bundle_is_left_alone(checkpoint: str, tmp_path: Pat
 )
 def test_wrong_usage_exits_2(arguments: Sequence[str], checkpoint: str) -> None:
     assert dmtd(*(checkpoint if word == "MODEL" else word for word in arguments)).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("build", "b", "--flavour", "host"), "error: --flavour: is called --backend now"),
+        (("generate", "b", "-p", "x", "--flavour=host"), "error: --flavour: is called --backend now"),
+        (("export", "MODEL", "-o", "x", "--max-batch", "2"), "error: --max-batch: is called --max-num-seqs now"),
+    ],
+)
+def test_an_option_of_old_is_told_its_new_name(arguments: Sequence[str], line: str) -> None:
+    result = dmtd(*arguments)
+    assert result.exit_code == 2 and result.stderr == line + "\n"
+    assert dmtd("generate", "b", "-p", "--flavour", "--raw", "--no-such").stderr != line + "\n"  # a prompt is no option
 
 
 def test_ctrl_c_leaves_the_old_bundle(bundle: Path, tmp_path: Path) -> None:

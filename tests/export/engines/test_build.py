@@ -28,7 +28,7 @@ from dmtd_runtime.bundle.engine_record import read_record
 from dmtd_runtime.bundle.manifest import load_manifest
 from dmtd_runtime.errors import BackendError, BundleError
 
-SMALL = BuildOptions(flavour="tensorrt-rtx", max_batch=2, max_model_len=64)
+SMALL = BuildOptions(backend="tensorrt-rtx", max_num_seqs=2, max_model_len=64)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_every_family_builds(tmp_path: Path, family: str, encoding: int, dtype: 
     graphs = [*decoders, *(g.name for g in load_manifest(bundle).graphs if g.name.endswith("_token"))]
     assert stages == [engine.graph for engine in record.engines] == graphs
     assert counts and all(0 <= done <= total for done, total in counts)
-    assert (record.flavour, record.compute_capability, record.dtype) == ("tensorrt-rtx", "any", dtype)
+    assert (record.backend, record.compute_capability, record.dtype) == ("tensorrt-rtx", "any", dtype)
     assert record.build.seconds > 0 and record.build.peak_bytes > 0
     manifest = load_manifest(bundle)
     layers = {"thinking": 3, "late_decode": 1 + encoding, "full_pass": 4}
@@ -81,9 +81,9 @@ def test_extra_bytes_are_what_stands_in_two_engines(bundles: Callable[..., Path]
     for encoding in (0, 2):
         bundle = bundles(family="llama", encoding=encoding, tie=True, dtype="float16")
         layer = 2 * (64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 96 * 64 + 2 * 64)
-        host = BuildOptions(flavour="host", max_model_len=64, fused=False)
+        host = BuildOptions(backend="simulator", max_model_len=64, fused=False)
         assert preview(bundle, host).extra_bytes == rotary + encoding * layer
-        fused = preview(bundle, BuildOptions(flavour="host", max_model_len=64, fused=True))
+        fused = preview(bundle, BuildOptions(backend="simulator", max_model_len=64, fused=True))
         assert fused.extra_bytes == 2 * rotary + (4 + encoding) * layer + 2 * 64
 
 
@@ -111,28 +111,28 @@ def test_device_weights_are_the_models_bytes_once(tmp_path: Path) -> None:
 
 
 def test_engines_that_stand_there_are_kept_until_forced_or_damaged(bundle: Path) -> None:
-    first = build_engines(bundle, BuildOptions(flavour="host", max_model_len=64))
-    again = build_engines(bundle, BuildOptions(flavour="host", max_model_len=64))
+    first = build_engines(bundle, BuildOptions(backend="simulator", max_model_len=64))
+    again = build_engines(bundle, BuildOptions(backend="simulator", max_model_len=64))
     assert (first.built, again.built, again.directory) == (True, False, first.directory)
-    assert build_engines(bundle, BuildOptions(flavour="host", max_model_len=64, force=True)).built
+    assert build_engines(bundle, BuildOptions(backend="simulator", max_model_len=64, force=True)).built
     (first.directory / "thinking.onnx").write_bytes(b"")
-    assert build_engines(bundle, BuildOptions(flavour="host", max_model_len=64)).built
-    other = build_engines(bundle, BuildOptions(flavour="host", max_model_len=64, max_batch=2))
+    assert build_engines(bundle, BuildOptions(backend="simulator", max_model_len=64)).built
+    other = build_engines(bundle, BuildOptions(backend="simulator", max_model_len=64, max_num_seqs=2))
     assert other.built and other.directory != first.directory and first.directory.is_dir()
 
 
 def test_a_dry_run_writes_nothing_and_names_the_place(bundle: Path) -> None:
     before = snapshot(bundle)
-    options = BuildOptions(flavour="host", max_model_len=64)
+    options = BuildOptions(backend="simulator", max_model_len=64)
     seen = preview(bundle, options)
     assert not seen.exists and snapshot(bundle) == before
     assert build_engines(bundle, options).directory == seen.directory
     assert preview(bundle, options).exists
 
 
-def test_the_host_flavour_takes_its_graphs_and_a_copy_of_the_weights(bundle: Path) -> None:
+def test_the_simulator_takes_its_graphs_and_a_copy_of_the_weights(bundle: Path) -> None:
     """No library builds, so what one would take is not asked for; the weights file holds the tables too."""
-    options = BuildOptions(flavour="host", max_model_len=64, fused=True)
+    options = BuildOptions(backend="simulator", max_model_len=64, fused=True)
     seen = preview(bundle, options)
     record = build_engines(bundle, options).record
     written = sum(engine.bytes for engine in record.engines) + sum(info.bytes for info in record.files.values())
@@ -143,7 +143,7 @@ def test_a_bundle_without_standard_graphs_gets_them(tmp_path: Path, caplog: pyte
     bundle = make_bundle(tmp_path / "a", target="onnxruntime", dtype="float32")
     whole = make_bundle(tmp_path / "b", target="all", dtype="float32")
     before = snapshot(bundle)
-    options = BuildOptions(flavour="host", max_model_len=64)
+    options = BuildOptions(backend="simulator", max_model_len=64)
     seen = preview(bundle, options)
     assert snapshot(bundle) == before
     result = build_engines(bundle, options)
@@ -181,7 +181,7 @@ def test_without_a_config_missing_graphs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ExportError, match=r"no config\.json to make them from; export the bundle again with --target tensorrt"
     ):
-        build_engines(bundle, BuildOptions(flavour="host", max_model_len=64))
+        build_engines(bundle, BuildOptions(backend="simulator", max_model_len=64))
 
 
 def test_too_little_memory_is_refused_before_anything_is_written(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def test_too_little_memory_is_refused_before_anything_is_written(bundle: Path, m
 def test_too_little_disk_is_refused_before_anything_is_written(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 9, 1_000_000))
     with pytest.raises(ExportError, match=r"has 0.00 GB free, the engines need up to"):
-        build_engines(bundle, BuildOptions(flavour="host", max_model_len=64))
+        build_engines(bundle, BuildOptions(backend="simulator", max_model_len=64))
     assert not (bundle / "engines").exists()
 
 
@@ -203,9 +203,9 @@ def test_a_full_disk_during_the_build_leaves_nothing(bundle: Path, monkeypatch: 
     def full(*arguments: object, **words: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run, "write_host_engine", full)
+    monkeypatch.setattr(run, "write_simulator_engine", full)
     with pytest.raises(ExportError, match=r"no space left while writing .*; nothing was kept"):
-        build_engines(bundle, BuildOptions(flavour="host", max_model_len=64))
+        build_engines(bundle, BuildOptions(backend="simulator", max_model_len=64))
     assert not list((bundle / "engines").iterdir())
 
 
@@ -224,14 +224,14 @@ def test_a_disk_that_fills_under_the_library_is_one_line(bundle: Path, monkeypat
 def test_what_a_killed_build_left_goes_with_the_next_of_any_sizes(bundle: Path) -> None:
     """What a build that is still at work holds stays."""
     engines = bundle / "engines"
-    dead, at_work = engines / ".any-host-1-abc.partial-xyz", engines / ".any-host-1-def.partial-xyz"
+    dead, at_work = engines / ".any-simulator-1-abc.partial-xyz", engines / ".any-simulator-1-def.partial-xyz"
     for place in (dead, at_work):
         (place / "new").mkdir(parents=True)
         (place / "new" / "thinking.engine").write_bytes(b"x")
     held = os.open(at_work, os.O_RDONLY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX)
-        built = build_engines(bundle, BuildOptions(flavour="host", max_model_len=64)).directory
+        built = build_engines(bundle, BuildOptions(backend="simulator", max_model_len=64)).directory
     finally:
         os.close(held)
     assert sorted(engines.iterdir()) == [at_work, built]
@@ -240,7 +240,7 @@ def test_what_a_killed_build_left_goes_with_the_next_of_any_sizes(bundle: Path) 
 def test_an_altered_bundle_is_refused(bundle: Path) -> None:
     (bundle / "thinking.onnx").write_bytes(b"x")
     with pytest.raises(BundleError, match=r"thinking\.onnx has 1 bytes"):
-        build_engines(bundle, BuildOptions(flavour="host", max_model_len=64))
+        build_engines(bundle, BuildOptions(backend="simulator", max_model_len=64))
 
 
 def test_a_graph_that_the_parser_refuses_is_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,8 +275,8 @@ def test_a_library_that_cannot_start_is_one_line(bundle: Path, monkeypatch: pyte
 def test_ctrl_c_during_a_build_keeps_nothing(bundle: Path, repo_root: Path, seconds: float) -> None:
     rtx()
     path = os.pathsep.join(str(repo_root / part) for part in (".", "runtime", "models"))
-    command = [sys.executable, "-m", "dmtd_export.cli", "build", str(bundle), "--flavour", "tensorrt-rtx"]
-    command += ["--max-batch", "2", "--max-model-len", "64"]
+    command = [sys.executable, "-m", "dmtd_export.cli", "build", str(bundle), "--backend", "tensorrt-rtx"]
+    command += ["--max-num-seqs", "2", "--max-model-len", "64"]
     before = snapshot(bundle)
     child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None

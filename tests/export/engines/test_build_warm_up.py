@@ -31,16 +31,16 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = make_bundle(tmp_path_factory.mktemp("build_warm_up"), encoding=1, dtype="float32")
-    build_engines(made, BuildOptions(flavour="host", fused=True, max_batch=2, max_model_len=64))
+    build_engines(made, BuildOptions(backend="simulator", fused=True, max_num_seqs=2, max_model_len=64))
     return made
 
 
 @pytest.fixture
 def as_rtx(built: Path, tmp_path: Path) -> tuple[Path, Path, EngineRecord]:
-    """The host flavour's engines, said to be TensorRT-RTX's: bundle, directory, record."""
+    """The simulator's engines, said to be TensorRT-RTX's: bundle, directory, record."""
     bundle = shutil.copytree(built, tmp_path / "bundle")
     [directory] = (bundle / "engines").iterdir()
-    record = replace(read_record(directory), flavour="tensorrt-rtx", version=FakeRtx.__version__, supported=("8.9",))
+    record = replace(read_record(directory), backend="tensorrt-rtx", version=FakeRtx.__version__, supported=("8.9",))
     (directory / "engine.json").write_text(record.to_json())
     return bundle, directory, record
 
@@ -48,8 +48,8 @@ def as_rtx(built: Path, tmp_path: Path) -> tuple[Path, Path, EngineRecord]:
 def test_only_what_compiles_at_run_time_is_warmed_up(fake: FakeCuda, as_rtx: tuple[Path, Path, EngineRecord]) -> None:
     record = as_rtx[2]
     assert compiles_here(record)
-    assert not compiles_here(replace(record, flavour="host"))
-    assert not compiles_here(replace(record, flavour="tensorrt"))
+    assert not compiles_here(replace(record, backend="simulator"))
+    assert not compiles_here(replace(record, backend="tensorrt"))
     fake.capability = (7, 5)
     assert not compiles_here(record)
     fake.driver = 0
@@ -66,7 +66,7 @@ def test_kernels_of_every_engine_are_kept_and_read_by_the_next_one(
     assert fake.host.stalled_s > 100
     assert len(list((tmp_path / "cache" / "dmtd" / "kernels").iterdir())) == len(record.engines) == 5
     RuntimeCache.read.clear()
-    open_backend(bundle, open_bundle(bundle), BackendOptions(backend="tensorrt")).close()
+    open_backend(bundle, open_bundle(bundle), BackendOptions(backend="tensorrt-rtx")).close()
     assert RuntimeCache.read == [b"kernels"] * 4  # thinking is not loaded where full passes are fused
 
 
@@ -83,12 +83,12 @@ def test_a_build_ends_with_it_once(
 
     def noted(bundle: Path, directory: Path, record: EngineRecord) -> str:
         assert read_record(directory) == record  # in their place
-        calls.append((bundle, directory, record.max_batch))
+        calls.append((bundle, directory, record.max_num_seqs))
         return "no room"
 
     monkeypatch.setattr(warm_up, "compiles_here", lambda record: True)
     monkeypatch.setattr(warm_up, "warm_up_engines", noted)
-    command = ("build", str(bundle), "--flavour", "host", "--max-batch", "1", "--no-verify", "--json")
+    command = ("build", str(bundle), "--backend", "simulator", "--max-num-seqs", "1", "--no-verify", "--json")
     first, again = (CliRunner().invoke(app, command, prog_name="dmtd") for _ in range(2))
     assert (first.exit_code, again.exit_code) == (0, 0), first.output
     assert calls == [(bundle, Path(json.loads(first.stdout)["directory"]), 1)]

@@ -25,11 +25,11 @@ def bundle(bundles: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
     return made
 
 
-HOST = ("--flavour", "host", "--max-model-len", "64", "--max-batch", "2")
+SIMULATOR = ("--backend", "simulator", "--max-model-len", "64", "--max-num-seqs", "2")
 
 
 def test_dry_run_then_build_then_nothing_to_do(bundle: Path) -> None:
-    seen = dmtd("build", bundle, *HOST, "--dry-run", "--json")
+    seen = dmtd("build", bundle, *SIMULATOR, "--dry-run", "--json")
     assert seen.exit_code == 0, seen.output
     plan = json.loads(seen.stdout)
     assert plan["dry_run"] and not plan["exists"]
@@ -38,21 +38,21 @@ def test_dry_run_then_build_then_nothing_to_do(bundle: Path) -> None:
     assert plan["engines"][1]["profiles"] == ["prefill", "step_whole"]
     assert (plan["capacity"], plan["length_buckets"], plan["batch_buckets"]) == (320, [256, 320], [1, 2])
     assert plan["extra_bytes"] > 0  # E = 2
-    built = dmtd("build", bundle, *HOST, "--json")
+    built = dmtd("build", bundle, *SIMULATOR, "--json")
     assert built.exit_code == 0, built.output
     result = json.loads(built.stdout)
     assert result["built"] and result["directory"] == plan["directory"]
     assert {"engines", "peak_bytes", "seconds"} <= result.keys()
     assert all(Path(result["directory"], engine["file"]).is_file() for engine in result["engines"])
-    assert f"building {len(plan['engines'])} engines for any-host-1: up to" in built.stderr
-    again = dmtd("build", bundle, *HOST)
+    assert f"building {len(plan['engines'])} engines for any-simulator-1: up to" in built.stderr
+    again = dmtd("build", bundle, *SIMULATOR)
     assert again.exit_code == 0 and "stood there already" in again.stdout
 
 
 def test_dry_run_says_what_stands_twice(bundle: Path) -> None:
-    small = json.loads(dmtd("build", bundle, *HOST, "--no-fused", "--dry-run", "--json").stdout)
+    small = json.loads(dmtd("build", bundle, *SIMULATOR, "--no-fused", "--dry-run", "--json").stdout)
     assert "full_pass" not in [engine["graph"] for engine in small["engines"]]
-    seen = dmtd("build", bundle, *HOST, "--fused", "--dry-run")
+    seen = dmtd("build", bundle, *SIMULATOR, "--fused", "--dry-run")
     assert seen.exit_code == 0, seen.output
     text = " ".join(seen.stdout.split())
     assert "full_pass" in text and "of weights stand in more than one engine" in text
@@ -62,13 +62,13 @@ def test_dry_run_says_what_stands_twice(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (("--max-batch", 99), "error: --max-batch: got 99, expected 1 to 32"),
+        (("--max-num-seqs", 99), "error: --max-num-seqs: got 99, expected 1 to 32"),
         (("--max-model-len", 65), "error: --max-model-len: got 65, expected 2 to 64"),
-        (("--compute-capability", "8.9"), "error: --compute-capability: got 8.9, but the host flavour"),
+        (("--compute-capability", "8.9"), "error: --compute-capability: got 8.9, but simulator builds"),
     ],
 )
 def test_bad_options_are_one_line(bundle: Path, words: tuple, line: str) -> None:
-    done = dmtd("build", bundle, "--flavour", "host", *words)
+    done = dmtd("build", bundle, "--backend", "simulator", *words)
     assert done.exit_code == 1 and done.stderr.startswith(line) and done.stderr.count("\n") == 1
 
 
@@ -81,6 +81,6 @@ def test_no_library_is_one_line_with_the_pip_line(bundle: Path, monkeypatch: pyt
 
 
 def test_what_is_no_bundle_is_one_line(tmp_path: Path) -> None:
-    done = dmtd("build", tmp_path, "--flavour", "host")
+    done = dmtd("build", tmp_path, "--backend", "simulator")
     assert done.exit_code == 1 and "has no manifest.json, so it is not a bundle" in done.stderr
     assert dmtd("build").exit_code == 2

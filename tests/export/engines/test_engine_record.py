@@ -21,10 +21,10 @@ from dmtd_runtime.errors import BackendError, BundleError, RequestError
 
 @pytest.fixture(scope="module")
 def built(bundles: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with engines of the host flavour, which takes no library."""
+    """A bundle with engines of the simulator, which takes no library."""
     bundle = tmp_path_factory.mktemp("built") / "bundle"
     shutil.copytree(bundles(family="qwen3", encoding=0, tie=True, dtype="float16"), bundle)
-    build_engines(bundle, BuildOptions(flavour="host", max_batch=4, fused=True))
+    build_engines(bundle, BuildOptions(backend="simulator", max_num_seqs=4, fused=True))
     return bundle
 
 
@@ -86,12 +86,12 @@ def test_device_memory_counts_tables_once(built: Path, record: EngineRecord) -> 
     staged = table + 4 * layer + norm + 2 * rotary + caches
     assert record.device_bytes(manifest) == staged
     assert record.device_bytes(manifest, "fused") == staged + layer + norm
-    assert record.device_bytes(manifest, max_batch=1) == staged - caches * 3 // 4
+    assert record.device_bytes(manifest, max_num_seqs=1) == staged - caches * 3 // 4
 
 
 def test_engines_that_fit_are_found(built: Path, record: EngineRecord) -> None:
     manifest = load_manifest(built)
-    wish = EngineWish(flavour="host", version="1", compute_capability="8.9", full_pass="fused", max_batch=4)
+    wish = EngineWish(backend="simulator", version="1", compute_capability="8.9", full_pass="fused", max_num_seqs=4)
     assert choose_record(built, manifest, wish)[1] == record
     assert choose_record(built, manifest, EngineWish())[1] == record
 
@@ -101,13 +101,16 @@ def test_engines_that_fit_are_found(built: Path, record: EngineRecord) -> None:
     [
         (
             EngineWish(version="2"),
-            r"host version: built for 1, here 2; build engines that do with: dmtd build .* --flavour host",
+            r"simulator version: built for 1, here 2; build engines that do with: dmtd build .* --backend simulator",
         ),
-        (EngineWish(flavour="tensorrt-rtx"), "flavour: built for host, here tensorrt-rtx"),
-        (EngineWish(max_batch=8), r"batch: built for up to 4, asked for 8; .* --max-batch 8 --max-model-len 64"),
+        (EngineWish(backend="tensorrt-rtx"), "backend: built for simulator, here tensorrt-rtx"),
+        (
+            EngineWish(max_num_seqs=8),
+            r"max_num_seqs: built for up to 4, asked for 8; .* --max-num-seqs 8 --max-model-len 64",
+        ),
         (
             EngineWish(max_model_len=65),
-            r"max-model-len: built for up to 64, asked for 65; .* --max-batch 4 --max-model-len 65",
+            r"max_model_len: built for up to 64, asked for 65; .* --max-num-seqs 4 --max-model-len 65",
         ),
     ],
 )
@@ -118,7 +121,7 @@ def test_what_does_not_fit_is_told_with_the_command(built: Path, wish: EngineWis
 
 def test_the_gpu_counts_where_the_engine_is_tied_to_one(built: Path, record: EngineRecord) -> None:
     manifest = load_manifest(built)
-    tied = dataclasses.replace(record, flavour="tensorrt", compute_capability="9.0", gpu_name="NVIDIA H200")
+    tied = dataclasses.replace(record, backend="tensorrt", compute_capability="9.0", gpu_name="NVIDIA H200")
     here = EngineWish(compute_capability="9.0", gpu_name="NVIDIA H200")
     assert mismatches(tied, manifest, here) == []
     other = EngineWish(compute_capability="8.9", gpu_name="NVIDIA L40S")
@@ -130,7 +133,7 @@ def test_the_gpu_counts_where_the_engine_is_tied_to_one(built: Path, record: Eng
 
 
 def test_any_gpu_means_8_0_and_later(built: Path, record: EngineRecord) -> None:
-    rtx = dataclasses.replace(record, flavour="tensorrt-rtx", supported=("7.5", "8.9", "12.0"))
+    rtx = dataclasses.replace(record, backend="tensorrt-rtx", supported=("7.5", "8.9", "12.0"))
     manifest = load_manifest(built)
     for capability in ("8.0", "8.9", "9.0", "10.3", "12.0", "13.0"):
         assert mismatches(rtx, manifest, EngineWish(compute_capability=capability)) == []
@@ -143,10 +146,10 @@ def test_any_gpu_means_8_0_and_later(built: Path, record: EngineRecord) -> None:
 def test_engines_for_another_gpu_name_the_command_for_this_one(bundle: Path, here: str, option: str) -> None:
     """One that the library does not name is served by engines for any."""
     [(directory, record)] = records(bundle)
-    rtx = dataclasses.replace(record, flavour="tensorrt-rtx", compute_capability="12.0", supported=("8.9", "12.0"))
+    rtx = dataclasses.replace(record, backend="tensorrt-rtx", compute_capability="12.0", supported=("8.9", "12.0"))
     (directory / "engine.json").write_text(rtx.to_json())
     with pytest.raises(
-        BackendError, match=rf"built for 12.0, here {here}; .*: dmtd build \S+ --flavour tensorrt-rtx{option} --fused"
+        BackendError, match=rf"built for 12.0, here {here}; .*: dmtd build \S+ --backend tensorrt-rtx{option} --fused"
     ):
         choose_record(bundle, load_manifest(bundle), EngineWish(compute_capability=here))
 
@@ -172,9 +175,9 @@ def test_a_changed_bundle_is_noticed(bundle: Path) -> None:
 
 def test_a_bundle_without_engines_says_how_to_build_them(bundles: Callable[..., Path]) -> None:
     plain = bundles(family="qwen3", encoding=0, tie=True, dtype="float16")
-    wish = EngineWish(flavour="tensorrt-rtx", compute_capability="8.9", full_pass="fused", max_batch=2)
-    expected = f"{plain} has no engines; build them with: dmtd build {plain} --flavour tensorrt-rtx "
-    with pytest.raises(BackendError, match=f"^{expected}--compute-capability 8.9 --fused --max-batch 2$"):
+    wish = EngineWish(backend="tensorrt-rtx", compute_capability="8.9", full_pass="fused", max_num_seqs=2)
+    expected = f"{plain} has no engines; build them with: dmtd build {plain} --backend tensorrt-rtx "
+    with pytest.raises(BackendError, match=f"^{expected}--compute-capability 8.9 --fused --max-num-seqs 2$"):
         choose_record(plain, load_manifest(plain), wish)
 
 
@@ -208,7 +211,7 @@ def test_damaged_engines_are_refused(bundle: Path, damage: str, message: str) ->
     ("change", "message"),
     [
         ({"schema": 99}, "has schema 99, this version reads 1"),
-        ({"max_batch": "4"}, "engine.max_batch is '4', expected int"),
+        ({"max_num_seqs": "4"}, "engine.max_num_seqs is '4', expected int"),
         ({"engines": []}, "no engines, or length buckets"),
         ({"length_buckets": [256]}, "no engines, or length buckets that do not end at the capacity"),
     ],
@@ -250,19 +253,19 @@ def test_a_damaged_record_does_not_hide_the_engines_beside_it(bundle: Path, capl
     other.mkdir()
     (other / "engine.json").write_text('{"schema": 99}')
     manifest = load_manifest(bundle)
-    assert choose_record(bundle, manifest, EngineWish(flavour="host")) == (directory, record)
+    assert choose_record(bundle, manifest, EngineWish(backend="simulator")) == (directory, record)
     remedy = f"remove {other} and build its engines again with: dmtd build {bundle}"
     assert f"passed over: {other}/engine.json has schema 99" in caplog.text and remedy in caplog.text
-    with pytest.raises(BackendError, match="flavour: built for host, here tensorrt"):
-        choose_record(bundle, manifest, EngineWish(flavour="tensorrt"))
+    with pytest.raises(BackendError, match="backend: built for simulator, here tensorrt"):
+        choose_record(bundle, manifest, EngineWish(backend="tensorrt"))
     shutil.rmtree(directory)
     with pytest.raises(BundleError, match="has schema 99"):
-        choose_record(bundle, manifest, EngineWish(flavour="host"))
+        choose_record(bundle, manifest, EngineWish(backend="simulator"))
 
 
 def test_commands_may_be_pasted_whatever_the_path(built: Path, record: EngineRecord) -> None:
     place = Path("my models/one's bundle")
-    for command in (record.rebuild_command(place), build_command(place, EngineWish(max_batch=2))):
+    for command in (record.rebuild_command(place), build_command(place, EngineWish(max_num_seqs=2))):
         assert shlex.split(command)[:3] == ["dmtd", "build", str(place)]
     with pytest.raises(BundleError, match="cannot be read") as caught:
         read_record(place / "engines" / "key")
@@ -275,10 +278,10 @@ def test_the_suggested_build_keeps_what_the_engines_served(bundle: Path) -> None
     raw = json.loads((directory / "engine.json").read_text())
     (directory / "engine.json").write_text(json.dumps(raw | {"prefill_chunk": 512}))
     with pytest.raises(BackendError) as caught:
-        choose_record(bundle, load_manifest(bundle), EngineWish(flavour="host", max_batch=64))
+        choose_record(bundle, load_manifest(bundle), EngineWish(backend="simulator", max_num_seqs=64))
     words = shlex.split(str(caught.value).partition("with: ")[2])
     options = {word: words[place + 1] for place, word in enumerate(words[:-1]) if word.startswith("--")}
-    assert options["--prefill-chunk"] == "512" and options["--max-batch"] == "64"
+    assert options["--prefill-chunk"] == "512" and options["--max-num-seqs"] == "64"
     assert options["--max-model-len"] == str(record.max_model_len)
 
 
@@ -300,5 +303,5 @@ def test_a_later_shorter_build_does_not_take_over_unasked(bundle: Path) -> None:
     (shorter / "engine.json").write_text(json.dumps(raw | {"max_model_len": record.max_model_len // 2}))
     manifest = load_manifest(bundle)
     assert [path for path, _ in records(bundle)] == [shorter, directory], "newest first"
-    assert choose_record(bundle, manifest, EngineWish(flavour="host"))[0] == directory
-    assert choose_record(bundle, manifest, EngineWish(flavour="host", max_model_len=16))[0] == shorter
+    assert choose_record(bundle, manifest, EngineWish(backend="simulator"))[0] == directory
+    assert choose_record(bundle, manifest, EngineWish(backend="simulator", max_model_len=16))[0] == shorter

@@ -23,7 +23,7 @@ from dmtd_export.engines.plan import (
 from dmtd_export.errors import ExportError
 from dmtd_runtime.bundle.manifest import Manifest, TensorInfo, load_manifest
 
-RTX = Target(flavour="tensorrt-rtx", version="1.7.1")
+RTX = Target(backend="tensorrt-rtx", version="1.7.1")
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_capacity_holds_the_longest_sequence_and_a_padded_chunk(manifest: Manife
     ("options", "message"),
     [
         (BuildOptions(max_model_len=50000), "--max-model-len: got 50000, expected 2 to 40960"),
-        (BuildOptions(max_batch=33), "--max-batch: got 33, expected 1 to 32"),
+        (BuildOptions(max_num_seqs=33), "--max-num-seqs: got 33, expected 1 to 32"),
         (BuildOptions(prefill_chunk=512), "--prefill-chunk: got 512, expected 3 to 256"),
         (BuildOptions(prefill_chunk=2), "--prefill-chunk: got 2, expected 3 to 256"),
     ],
@@ -76,7 +76,7 @@ def test_sizes_outside_the_bundles_limits_are_refused(manifest: Manifest, option
 
 def test_late_steps_cut_short_lengths_and_read_long_ones_whole(bundle: Path, manifest: Manifest) -> None:
     """A cut moves three rows for each of its own: up to a third of 4352 it pays, that is up to the bucket 1024."""
-    plan = plan_build(manifest, BuildOptions(max_batch=4))
+    plan = plan_build(manifest, BuildOptions(max_num_seqs=4))
     assert plan.sliced_limit == 1024
     graph = load_engine_graph(bundle, "late_decode", plan.capacity)
     made = profiles(plan, "late_decode", graph.inputs)
@@ -120,7 +120,7 @@ def test_full_pass_is_built_besides_thinking(manifest: Manifest) -> None:
 
 def test_a_choice_profile_takes_one_row_a_sequence(manifest: Manifest) -> None:
     logits = TensorInfo(name="logits", dims=("batch", "num_logits", 128), dtype="float32")
-    profile = choice_profile(plan_build(manifest, BuildOptions(max_batch=4)), (logits,))
+    profile = choice_profile(plan_build(manifest, BuildOptions(max_num_seqs=4)), (logits,))
     assert profile.kind == "choose" and profile.inputs["logits"].max == (4, 1, 128)
 
 
@@ -135,7 +135,7 @@ def test_the_key_changes_with_everything_that_makes_an_engine(manifest: Manifest
     assert key.startswith("any-tensorrt-rtx-1.7.1-") and key == engine_key(plan, RTX, manifest)
     weights = dataclasses.replace(manifest.files["model.onnx.data"], sha256="0" * 64)
     others = [
-        engine_key(plan_build(manifest, BuildOptions(max_batch=4)), RTX, manifest),
+        engine_key(plan_build(manifest, BuildOptions(max_num_seqs=4)), RTX, manifest),
         engine_key(plan_build(manifest, BuildOptions(fused=True)), RTX, manifest),
         engine_key(plan, dataclasses.replace(RTX, version="1.7.2"), manifest),
         engine_key(plan, dataclasses.replace(RTX, compute_capability="8.9"), manifest),

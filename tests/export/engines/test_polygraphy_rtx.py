@@ -1,6 +1,6 @@
-"""Polygraphy with TensorRT-RTX on engine graphs (`dmtd build --flavour host`), as far as it goes without a GPU.
+"""Polygraphy with TensorRT-RTX on engine graphs (`dmtd build --backend simulator`), as far as it goes without a GPU.
 
-A bundle's own graphs have caches of any capacity, which TensorRT refuses; the host flavour fixes it.
+A bundle's own graphs have caches of any capacity, which TensorRT refuses; the simulator fixes it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def engines(bundles: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     rtx()
     bundle = tmp_path_factory.mktemp("polygraphy") / "bundle"
     shutil.copytree(bundles(family="qwen3", encoding=0, tie=True, dtype="float16"), bundle)
-    return build_engines(bundle, BuildOptions(flavour="host", max_model_len=64)).directory
+    return build_engines(bundle, BuildOptions(backend="simulator", max_model_len=64)).directory
 
 
 def polygraphy(directory: Path, *words: str) -> str:

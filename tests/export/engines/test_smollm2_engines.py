@@ -23,7 +23,7 @@ def test_all_graphs_build(tmp_path: Path, dtype: str) -> None:
     source = smollm2.fetch_smollm2(SMOLLM2_CACHE)
     export = ExportOptions(decoding_layers=8, cycle_length=4, target="tensorrt", dtype=dtype, max_model_len=256)
     export_bundle(source, tmp_path, export)
-    record = build_engines(tmp_path, BuildOptions(flavour="tensorrt-rtx", max_batch=2, fused=True)).record
+    record = build_engines(tmp_path, BuildOptions(backend="tensorrt-rtx", max_num_seqs=2, fused=True)).record
     sizes = {engine.graph: engine.weight_bytes for engine in record.engines}
     rotary = 512 * 64
     expected = {"thinking": 22 * LAYER, "late_decode": 8 * LAYER + NORM, "full_pass": 30 * LAYER + NORM}

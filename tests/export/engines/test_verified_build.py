@@ -1,4 +1,4 @@
-"""The verification at the end of `dmtd build`, on the host device; and the one line where there is nothing to run it on."""
+"""The verification at the end of `dmtd build`, on the simulator; and the one line where there is nothing to run it on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dmtd_runtime.bundle.manifest import FileInfo, sha256_of
 from dmtd_runtime.device.libraries import GpuFacts
 from dmtd_runtime.errors import BackendError
 
-HOST = ("--flavour", "host", "--max-model-len", "64", "--max-batch", "2")
+SIMULATOR = ("--backend", "simulator", "--max-model-len", "64", "--max-num-seqs", "2")
 
 
 def dmtd(*words: object) -> Result:
@@ -58,30 +58,30 @@ def wrong_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_build_ends_with_verification(bundle: Path) -> None:
-    done = dmtd("build", bundle, *HOST, "--fused", "--json")
+    done = dmtd("build", bundle, *SIMULATOR, "--fused", "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)["verification"]
     assert found["ok"] is True and found["level"] == "oracle"
     kinds = ("step by step", "generated")
     assert [check["name"] for check in found["checks"]] == [
-        f"{kind}: engines of host, {way}, batch {batch}"
+        f"{kind}: engines of simulator, {way}, batch {batch}"
         for way in ("staged", "fused")
         for batch in (1, 2)
         for kind in kinds
     ]
     assert all(check["cases"] > 0 for check in found["checks"])
     assert read_record(directory_of(bundle)).verification == found
-    again = dmtd("build", bundle, *HOST, "--fused")
+    again = dmtd("build", bundle, *SIMULATOR, "--fused")
     assert "8 checks against the float32 oracle" in again.stdout
 
 
 def test_wrong_engines_do_not_take_the_place_of_those_that_stood_there(
     bundle: Path, request: pytest.FixtureRequest
 ) -> None:
-    assert dmtd("build", bundle, *HOST, "--no-verify").exit_code == 0
+    assert dmtd("build", bundle, *SIMULATOR, "--no-verify").exit_code == 0
     before = (directory_of(bundle) / "engine.json").read_bytes()
     request.getfixturevalue("wrong_weights")
-    done = dmtd("build", bundle, *HOST, "--force")
+    done = dmtd("build", bundle, *SIMULATOR, "--force")
     assert done.exit_code == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: the engines compute something else than the model: whole cycles (standard dialect)")
@@ -91,7 +91,7 @@ def test_wrong_engines_do_not_take_the_place_of_those_that_stood_there(
 
 
 def test_no_verify_builds_alone(bundle: Path, wrong_weights: None) -> None:
-    done = dmtd("build", bundle, *HOST, "--no-verify")
+    done = dmtd("build", bundle, *SIMULATOR, "--no-verify")
     assert done.exit_code == 0, done.output
     assert "not verified" not in done.stderr
     assert "no; check them with: dmtd verify" in " ".join(done.stdout.split())
@@ -100,14 +100,14 @@ def test_no_verify_builds_alone(bundle: Path, wrong_weights: None) -> None:
 
 def test_a_device_that_fails_does_not_cost_the_build(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*arguments: object, **words: object) -> None:
-        raise BackendError("host device: 9.00 GB needed")
+        raise BackendError("simulator: 9.00 GB needed")
 
     monkeypatch.setattr(built, "verify_on_device", failing)
-    done = dmtd("build", bundle, *HOST)
+    done = dmtd("build", bundle, *SIMULATOR)
     assert done.exit_code == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last == "error: built, but verification did not run to its end: host device: 9.00 GB needed"
-    assert read_record(directory_of(bundle)).verification == {"failed": "host device: 9.00 GB needed"}
+    assert last == "error: built, but verification did not run to its end: simulator: 9.00 GB needed"
+    assert read_record(directory_of(bundle)).verification == {"failed": "simulator: 9.00 GB needed"}
 
 
 def test_without_a_gpu_one_line_says_so(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,12 +117,12 @@ def test_without_a_gpu_one_line_says_so(bundle: Path, monkeypatch: pytest.Monkey
         raise BackendError("no NVIDIA driver on this machine; install one")
 
     monkeypatch.setattr(built, "gpu_here", no_gpu)
-    done = dmtd("build", bundle, "--flavour", "tensorrt-rtx", "--max-model-len", "64", "--max-batch", "1")
+    done = dmtd("build", bundle, "--backend", "tensorrt-rtx", "--max-model-len", "64", "--max-num-seqs", "1")
     assert done.exit_code == 0, done.output
     [line] = [line for line in done.stderr.splitlines() if "verif" in line]
     assert line == (
         "not verified: no NVIDIA driver on this machine; where it can be done run: "
-        f"dmtd verify {bundle} --backend tensorrt --flavour tensorrt-rtx --max-batch 1"
+        f"dmtd verify {bundle} --backend tensorrt-rtx --max-num-seqs 1"
     )
     record = read_record(directory_of(bundle))
     assert record.verification == {"skipped": "no NVIDIA driver on this machine"}

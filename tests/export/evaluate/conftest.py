@@ -26,7 +26,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(checkpoint: Path) -> Path:
     """Of the checkpoint, with the default convention."""
     directory = checkpoint.parent / "bundle"
-    export_bundle(checkpoint, directory, ExportOptions(max_batch=2))
+    export_bundle(checkpoint, directory, ExportOptions(max_num_seqs=2))
     return directory
 
 

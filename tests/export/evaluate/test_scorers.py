@@ -41,7 +41,7 @@ class Made:
         recorded = {**fields, "cycle_origin": convention[0], "prompt_input": convention[1]}
         write_tiny_checkpoint(directory / "checkpoint", dmtd=recorded, max_positions=512)
         self.bundle = directory / "bundle"
-        export_bundle(directory / "checkpoint", self.bundle, ExportOptions(max_batch=1))
+        export_bundle(directory / "checkpoint", self.bundle, ExportOptions(max_num_seqs=1))
         with open_checkpoint(directory / "checkpoint") as checkpoint:
             assert checkpoint.dmtd is not None
             self.spec: DmtdSpec = checkpoint.dmtd

@@ -23,7 +23,12 @@ from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import Manifest, load_manifest
 
 OPTIONS = ExportOptions(
-    encoding_layers=1, decoding_layers=2, cycle_length=3, cycle_origin="absolute", prompt_input="cyclical", max_batch=3
+    encoding_layers=1,
+    decoding_layers=2,
+    cycle_length=3,
+    cycle_origin="absolute",
+    prompt_input="cyclical",
+    max_num_seqs=3,
 )
 
 

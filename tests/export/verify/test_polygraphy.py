@@ -22,7 +22,7 @@ GRAPHS = ["full_pass.onnx", "late_decode.ort.onnx", "thinking.ort.batch3.onnx"]
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("polygraphy")
     checkpoint = write_tiny_checkpoint(root / "model", layers=3)
-    export_bundle(checkpoint, root / "bundle", ExportOptions(decoding_layers=1, cycle_length=2, max_batch=3))
+    export_bundle(checkpoint, root / "bundle", ExportOptions(decoding_layers=1, cycle_length=2, max_num_seqs=3))
     return root / "bundle"
 
 

@@ -43,7 +43,7 @@ def checkpoint_and_bundle(
 ) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp(request.param)
     model = write_tiny_checkpoint(root / "model", layers=LAYERS)
-    options = ExportOptions(encoding_layers=1, decoding_layers=1, cycle_length=2, max_batch=2, dtype=request.param)
+    options = ExportOptions(encoding_layers=1, decoding_layers=1, cycle_length=2, max_num_seqs=2, dtype=request.param)
     export_bundle(model, root / "bundle", options)
     return model, root / "bundle"
 

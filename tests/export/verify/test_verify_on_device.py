@@ -1,4 +1,4 @@
-"""Verification of what a device computes, on the host device: a good bundle passes, a wrong one is named."""
+"""Verification of what a device computes, on the simulator: a good bundle passes, a wrong one is named."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dmtd_runtime.bundle.engine_record import read_record
 from dmtd_runtime.bundle.manifest import sha256_of
 from dmtd_runtime.errors import BackendError
 
-HOST = BackendOptions(backend="tensorrt", flavour="host", max_batch=3, threads=1)
+SIMULATOR = BackendOptions(backend="simulator", max_num_seqs=3, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = write_tiny_checkpoint(root / "model", layers=4, max_positions=96)
     options = ExportOptions(decoding_layers=2, cycle_length=3, cycle_origin="absolute", prompt_input="cyclical")
     export_bundle(source, root / "bundle", options)
-    build_engines(root / "bundle", BuildOptions(flavour="host", max_batch=3))
+    build_engines(root / "bundle", BuildOptions(backend="simulator", max_num_seqs=3))
     return root / "bundle"
 
 
 def test_a_good_bundle_passes_step_by_step_and_in_whole_cycles(bundle: Path) -> None:
-    report = verify_on_device(bundle, HOST, quick=True)
+    report = verify_on_device(bundle, SIMULATOR, quick=True)
     assert report.ok
     assert [check.name.split(":")[0] for check in report.checks] == ["step by step", "generated"] * 2
     assert all(check.cases > 0 for check in report.checks)
@@ -50,9 +50,12 @@ def test_a_good_bundle_passes_step_by_step_and_in_whole_cycles(bundle: Path) -> 
 def test_what_the_engines_do_not_take_is_said_before_any_work(bundle: Path) -> None:
     """Batch 1 would run; it is not worked through first."""
     begun: list[str] = []
-    with pytest.raises(BackendError, match="batch: built for up to 3, asked for 8"):
+    with pytest.raises(BackendError, match="max_num_seqs: built for up to 3, asked for 8"):
         verify_on_device(
-            bundle, replace(HOST, max_batch=8), quick=True, on_stage=lambda stage, done, total: begun.append(stage)
+            bundle,
+            replace(SIMULATOR, max_num_seqs=8),
+            quick=True,
+            on_stage=lambda stage, done, total: begun.append(stage),
         )
     assert not begun
 
@@ -69,7 +72,7 @@ def test_a_wrong_engine_is_named(bundle: Path, tmp_path: Path) -> None:
     record = read_record(directory)
     info = replace(record.files[data.name], sha256=sha256_of(data))
     (directory / "engine.json").write_text(replace(record, files={data.name: info}).to_json())
-    report = verify_on_device(tmp_path / "bundle", HOST, quick=True)
+    report = verify_on_device(tmp_path / "bundle", SIMULATOR, quick=True)
     assert not report.ok
     steps, generated = report.checks[:2]
     assert "of max in the logits; dmtd mode" in steps.detail
@@ -77,7 +80,7 @@ def test_a_wrong_engine_is_named(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_the_verb_takes_a_backend(bundle: Path) -> None:
-    arguments = ["verify", str(bundle), "--backend", "tensorrt", "--flavour", "host", "--max-batch", "2", "--json"]
+    arguments = ["verify", str(bundle), "--backend", "simulator", "--max-num-seqs", "2", "--json"]
     result = CliRunner().invoke(app, arguments, prog_name="dmtd")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
@@ -87,7 +90,7 @@ def test_the_verb_takes_a_backend(bundle: Path) -> None:
     assert result.exit_code == 2
 
 
-@pytest.mark.parametrize("option", [("--flavour", "host"), ("--max-batch", "2"), ("--full-pass", "fused")])
+@pytest.mark.parametrize("option", [("--max-num-seqs", "2"), ("--full-pass", "fused")])
 def test_what_is_for_a_device_is_not_ignored_without_one(bundle: Path, option: tuple[str, str]) -> None:
     """It would say of engines that were never run that all is well."""
     result = CliRunner().invoke(app, ["verify", str(bundle), *option], prog_name="dmtd")

@@ -83,7 +83,7 @@ def test_neighbours_change_no_bit_at_ordinary_widths(tmp_path: Path, threads: in
     plan = CyclePlan(cycle=manifest.cycle)
     prompts = [random_prompt(i, 1 + 7 * i) for i in range(MAX_BATCH)]
     backends = [
-        OnnxRuntimeBackend(tmp_path / "bundle", manifest, BackendOptions(max_batch=slots, threads=threads))
+        OnnxRuntimeBackend(tmp_path / "bundle", manifest, BackendOptions(max_num_seqs=slots, threads=threads))
         for slots in (1, MAX_BATCH)
     ]
     wanted = [run_prompts(backends[0], plan, [prompt], LONG)[0] for prompt in prompts]
@@ -115,7 +115,7 @@ def test_a_used_backend_gives_the_same_bits_as_a_fresh_one(tiny: TinyBundles) ->
     """What earlier sequences left in the caches is never seen."""
     bundle = tiny.get()
     plan = plan_of(tiny, 4, ("prompt", "thinking"))
-    options = BackendOptions(max_batch=4, threads=1)
+    options = BackendOptions(max_num_seqs=4, threads=1)
     backend = OnnxRuntimeBackend(bundle.directory, bundle.manifest, options)
     prompts = [random_prompt(i, 5 + i) for i in range(4)]
     first = run_prompts(backend, plan, prompts, LONG)
@@ -158,7 +158,7 @@ def test_rubbish_in_unused_rows_is_never_seen(tiny: TinyBundles, dialect: str, f
     """Rows above the committed length may hold anything finite."""
     bundle = tiny.get("qwen3", 1)
     plan = plan_of(tiny, 3, ("prompt", "sum"), 1)
-    options = BackendOptions(dialect=dialect, full_pass=full_pass, max_batch=3, threads=1)
+    options = BackendOptions(dialect=dialect, full_pass=full_pass, max_num_seqs=3, threads=1)
     prompts = [random_prompt(20 + i, n) for i, n in enumerate((1, 9, 4))]
     clean = run_prompts(tiny.backend("qwen3", 1, dialect=dialect, full_pass=full_pass, slots=3), plan, prompts, LONG)
     backend = OnnxRuntimeBackend(bundle.directory, bundle.manifest, options)
@@ -177,7 +177,7 @@ def test_the_whole_model_length_can_be_used(tmp_path: Path, dialect: str, full_p
     """Up to the last position, where padded rows come closest to the end of the buffers."""
     bundle = make_bundle(tmp_path, max_positions=40)
     convention = ("prompt", "thinking")
-    options = BackendOptions(dialect=dialect, full_pass=full_pass, max_batch=slots, threads=1)
+    options = BackendOptions(dialect=dialect, full_pass=full_pass, max_num_seqs=slots, threads=1)
     backend = OnnxRuntimeBackend(bundle.directory, bundle.manifest, options)
     assert backend.max_model_len == 40
     plan = CyclePlan(cycle=bundle.cycle(4, convention))
@@ -200,7 +200,7 @@ def test_nan_fails_its_own_sequence_and_leaves_nothing_behind(
     poisoned: tuple[Path, Manifest], dialect: str, full_pass: str
 ) -> None:
     directory, manifest = poisoned
-    options = BackendOptions(dialect=dialect, full_pass=full_pass, max_batch=4, threads=1)
+    options = BackendOptions(dialect=dialect, full_pass=full_pass, max_num_seqs=4, threads=1)
     plan = CyclePlan(cycle=manifest.cycle)
     # Token 255 is never chosen, so only the prompts that hold it are ill.
     params = SamplingParams(temperature=0, max_tokens=9, logit_bias={255: -100})
@@ -251,7 +251,7 @@ def test_bindings_are_made_once(tiny: TinyBundles) -> None:
 def test_prompts_of_all_lengths_need_few_buffers(tiny: TinyBundles, dialect: str) -> None:
     """A process that serves for long sees every length: shapes, and with them memory, must stay few."""
     bundle = tiny.get()
-    options = BackendOptions(dialect=dialect, max_batch=2, threads=1)
+    options = BackendOptions(dialect=dialect, max_num_seqs=2, threads=1)
     backend = OnnxRuntimeBackend(bundle.directory, bundle.manifest, options)
     plan = plan_of(tiny, 4, ("prompt", "thinking"))
     for length in range(1, 120):
@@ -264,10 +264,10 @@ def test_prompts_of_all_lengths_need_few_buffers(tiny: TinyBundles, dialect: str
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"max_batch": 9}, RequestError, "got 9, expected 1 to 8"),
-        ({"max_batch": 0}, RequestError, "got 0, expected"),
-        ({"max_batch": 0, "dialect": "standard"}, RequestError, "got 0, expected"),
-        ({"max_batch": -1, "dialect": "standard"}, RequestError, "got -1, expected"),
+        ({"max_num_seqs": 9}, RequestError, "got 9, expected 1 to 8"),
+        ({"max_num_seqs": 0}, RequestError, "got 0, expected"),
+        ({"max_num_seqs": 0, "dialect": "standard"}, RequestError, "got 0, expected"),
+        ({"max_num_seqs": -1, "dialect": "standard"}, RequestError, "got -1, expected"),
         ({"max_model_len": 257}, RequestError, "got 257, expected 1 to 256"),
         ({"max_model_len": 0}, RequestError, "got 0, expected 1 to 256"),
         ({"threads": 0}, RequestError, "threads: got 0, expected"),

@@ -96,7 +96,7 @@ def test_on_a_gpu_drawn_tokens_are_the_cpus(
 
 @pytest.mark.gpu
 def test_on_a_gpu_every_row_of_logits_is_the_oracles(bundles: dict[str, Path]) -> None:
-    report = verify_on_device(bundles["bfloat16"], BackendOptions(device="cuda", max_batch=4), quick=True)
+    report = verify_on_device(bundles["bfloat16"], BackendOptions(device="cuda", max_num_seqs=4), quick=True)
     assert report.ok, report.first_divergence
 
 

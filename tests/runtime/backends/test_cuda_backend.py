@@ -22,7 +22,7 @@ from dmtd_runtime.backends.onnxruntime import memory as ort_memory
 from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from dmtd_runtime.backends.onnxruntime.trial import trial_step
 from dmtd_runtime.bundle.opening import open_bundle
-from dmtd_runtime.device.simulator.device import HostDevice
+from dmtd_runtime.device.simulator.device import SimulatedDevice
 from dmtd_runtime.ort import session as ort_session
 
 PROMPTS = [[1, 2, 3], [4] * 40, [5, 6], [7], [8] * 17, [9, 1]]
@@ -39,7 +39,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for dtype, layers in (("float16", 0), ("float32", 1)):
         source = write_tiny_checkpoint(root / f"model-{dtype}", family="qwen3", layers=5)
         options = ExportOptions(
-            encoding_layers=layers, decoding_layers=2, cycle_length=3, dtype=dtype, verify=False, max_batch=4
+            encoding_layers=layers, decoding_layers=2, cycle_length=3, dtype=dtype, verify=False, max_num_seqs=4
         )
         export_bundle(source, root / dtype, options)
         found[dtype] = root / dtype
@@ -48,7 +48,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeOnnxRuntime]:
-    host = HostDevice()
+    host = SimulatedDevice()
     module = FakeOnnxRuntime(host)
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(__version__="13.5.0"))  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", FakeCuda(host))  # type: ignore[arg-type]
@@ -119,7 +119,7 @@ def test_a_graph_that_keeps_old_lengths_is_noticed_at_opening(
 def test_warming_up_leaves_nothing_to_capture_and_nothing_behind(
     bundles: dict[str, Path], provider: FakeOnnxRuntime
 ) -> None:
-    opened = backend(bundles["float16"], max_batch=4)
+    opened = backend(bundles["float16"], max_num_seqs=4)
     try:
         opened.warm_up()
         known = set(provider.runs)
@@ -139,7 +139,7 @@ def test_too_long_a_model_is_refused_before_anything_is_allocated(
     with pytest.raises(
         BackendError, match=r"needed \(weights 0.00 GB, caches of 4 x .* --max-model-len or --max-num-seqs"
     ):
-        backend(bundles["float16"], max_batch=4)
+        backend(bundles["float16"], max_num_seqs=4)
     assert provider.host.memory()[0] == 1 << 20
     assert not provider.session_options
 

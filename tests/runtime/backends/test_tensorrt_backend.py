@@ -1,4 +1,4 @@
-"""The engine backend on the host device, equal to the oracle: every bucket, whole cycles, capture and replay."""
+"""The engine backend on the simulator, equal to the oracle: every bucket, whole cycles, capture and replay."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_support import Engines, engine_backend, host_engines, run_sequences, tokens_of
+from device_support import Engines, engine_backend, run_sequences, simulator_engines, tokens_of
 from runtime_support import CONVENTIONS, TinyBundles, poisoned_bundle, random_prompt
 
 from dmtd_models.reference import oracle
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.backends.engines.backend import TensorRtBackend
 from dmtd_runtime.cycle import CyclePlan
-from dmtd_runtime.device.simulator.device import HostDevice
+from dmtd_runtime.device.simulator.device import SimulatedDevice
 from dmtd_runtime.errors import BackendError, BundleError, RequestError
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import Sampler
@@ -37,7 +37,7 @@ def engines(tiny: TinyBundles) -> MakeEngines:
     def make(encoding_layers: int = 0, *, fused: bool = False, buckets: tuple[int, ...] = BUCKETS) -> Engines:
         key = (encoding_layers, fused, buckets)
         if key not in made:
-            made[key] = host_engines(tiny.get("qwen3", encoding_layers).directory, fused=fused, buckets=buckets)
+            made[key] = simulator_engines(tiny.get("qwen3", encoding_layers).directory, fused=fused, buckets=buckets)
         return made[key]
 
     return make
@@ -66,7 +66,7 @@ def test_greedy_tokens_are_the_oracles(
     tiny: TinyBundles, engines: MakeEngines, encoding_layers: int, tau: int, convention: Any, plain: bool
 ) -> None:
     """Three sequences of unlike lengths and ends, over four length buckets, then two: slots move, batches shrink."""
-    bundle, device = tiny.get("qwen3", encoding_layers), HostDevice()
+    bundle, device = tiny.get("qwen3", encoding_layers), SimulatedDevice()
     cycle = bundle.cycle(tau, convention)
     backend = engine_backend(
         bundle.directory, bundle.manifest, engines(encoding_layers), cycle=cycle, slots=3, device=device
@@ -84,7 +84,7 @@ def test_greedy_tokens_are_the_oracles(
 
 @pytest.mark.parametrize("graphs", [False, True])
 def test_one_graph_for_each_batch_and_length_bucket(tiny: TinyBundles, engines: MakeEngines, graphs: bool) -> None:
-    bundle, device = tiny.get(), HostDevice()
+    bundle, device = tiny.get(), SimulatedDevice()
     backend = engine_backend(bundle.directory, bundle.manifest, engines(), slots=4, graphs=graphs, device=device)
     plan = CyclePlan(cycle=bundle.manifest.cycle)
     for slots in (1, 2, 3):  # the last one runs in the bucket of 4
@@ -149,7 +149,7 @@ def test_full_passes_run_fused_where_layers_and_engines_ask_for_it(
         bundle.directory,
         bundle.manifest,
         BackendOptions(threads=1),
-        device=HostDevice(),
+        device=SimulatedDevice(),
         directory=directory,
         record=record,
     )
@@ -248,7 +248,7 @@ def test_cancelling_acts_at_the_end_of_a_cycle(tiny: TinyBundles, engines: MakeE
 
 def test_nan_ends_its_own_sequence_and_leaves_no_trace(tmp_path: Path) -> None:
     directory, manifest = poisoned_bundle(tmp_path)
-    made = host_engines(directory, max_batch=2)
+    made = simulator_engines(directory, max_num_seqs=2)
     backend = engine_backend(directory, manifest, made, slots=2)
     plan, vocab = CyclePlan(cycle=manifest.cycle), manifest.model.vocab_size
     good, bad = random_prompt(3, 5, 200), [1, 255, 2]
@@ -265,12 +265,12 @@ def test_nan_ends_its_own_sequence_and_leaves_no_trace(tmp_path: Path) -> None:
 def test_limits_of_the_engines_are_told(tiny: TinyBundles, engines: MakeEngines) -> None:
     bundle, (directory, record) = tiny.get(), engines()
     for options, message in (
-        (BackendOptions(max_batch=9), r"max_batch: got 9, expected 1 to 8, .*--max-batch 9"),
+        (BackendOptions(max_num_seqs=9), r"max_num_seqs: got 9, expected 1 to 8, .*--max-num-seqs 9"),
         (BackendOptions(max_model_len=257), r"max_model_len: got 257, expected 1 to 256, .*--max-model-len 257"),
     ):
         with pytest.raises(RequestError, match=message):
             TensorRtBackend(
-                bundle.directory, bundle.manifest, options, device=HostDevice(), directory=directory, record=record
+                bundle.directory, bundle.manifest, options, device=SimulatedDevice(), directory=directory, record=record
             )
 
 
@@ -304,15 +304,15 @@ def test_an_engines_own_dimensions_must_take_the_profiles_ranges(
     fits: bool,
 ) -> None:
     bundle = tiny.get()
-    load = HostDevice.load_engine
+    load = SimulatedDevice.load_engine
 
-    def told_otherwise(self: HostDevice, path: Path) -> Any:
+    def told_otherwise(self: SimulatedDevice, path: Path) -> Any:
         engine: Any = load(self, path)
         if path.stem == "late_decode":
             engine.tensors[name] = replace(engine.tensors[name], dims=dims)
         return engine
 
-    monkeypatch.setattr(HostDevice, "load_engine", told_otherwise)
+    monkeypatch.setattr(SimulatedDevice, "load_engine", told_otherwise)
     if not fits:
         with pytest.raises(BackendError, match=rf"late_decode.onnx, {name}: the engine has .*, its record says"):
             engine_backend(bundle.directory, bundle.manifest, engines())
@@ -323,8 +323,8 @@ def test_an_engines_own_dimensions_must_take_the_profiles_ranges(
 def test_too_little_memory_is_said_with_numbers_before_anything_is_allocated(
     tiny: TinyBundles, engines: MakeEngines
 ) -> None:
-    bundle, device = tiny.get(), HostDevice(memory_bytes=100_000)
-    with pytest.raises(BackendError, match=r"0\.00 of 0\.00 GB free; lower --max-batch") as refused:
+    bundle, device = tiny.get(), SimulatedDevice(memory_bytes=100_000)
+    with pytest.raises(BackendError, match=r"0\.00 of 0\.00 GB free; lower --max-num-seqs") as refused:
         engine_backend(bundle.directory, bundle.manifest, engines(), slots=8, device=device)
     assert "caches of 8 x 512 rows" in str(refused.value)
     assert device.memory() == (100_000, 100_000)
@@ -332,7 +332,7 @@ def test_too_little_memory_is_said_with_numbers_before_anything_is_allocated(
 
 def test_a_prompt_longer_than_a_chunk(tiny: TinyBundles) -> None:
     bundle = tiny.get()
-    made = host_engines(bundle.directory, max_model_len=128)
+    made = simulator_engines(bundle.directory, max_model_len=128)
     backend = engine_backend(bundle.directory, bundle.manifest, made, slots=2)
     backend.max_rows = 16
     prompts = [random_prompt(5, 60), random_prompt(6, 3)]

@@ -24,7 +24,7 @@ from dmtd_runtime import LLM, BackendError, BundleError, RequestError, SamplingP
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.bundle.engine_record import read_record
 
-HOST = ("--backend", "tensorrt", "--flavour", "host")
+SIMULATOR = ("--backend", "simulator")
 
 
 def dmtd(*arguments: str, stdin: str | None = None) -> Result:
@@ -34,7 +34,7 @@ def dmtd(*arguments: str, stdin: str | None = None) -> Result:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = make_bundle(tmp_path_factory.mktemp("opening"))
-    build_engines(made, BuildOptions(flavour="host", max_batch=2))
+    build_engines(made, BuildOptions(backend="simulator", max_num_seqs=2))
     return made
 
 
@@ -52,14 +52,14 @@ def engine_directory(bundle: Path) -> Path:
 def test_generate_prints_what_onnxruntime_prints(bundle: Path) -> None:
     for options in (("--greedy",), ("--seed", "5", "--temperature", "0.9", "--repetition-penalty", "1.2")):
         arguments = ("generate", str(bundle), "-p", "Hello there", "--max-tokens", "21", "--json", *options)
-        wanted, got = (json.loads(dmtd(*arguments, *more).stdout) for more in ((), HOST))
+        wanted, got = (json.loads(dmtd(*arguments, *more).stdout) for more in ((), SIMULATOR))
         assert got["token_ids"] == wanted["token_ids"]
         assert got["text"] == wanted["text"]
         assert got["full_passes"] > 0
 
 
 def test_chat_answers(bundle: Path) -> None:
-    result = dmtd("chat", str(bundle), "--greedy", "--max-tokens", "9", *HOST, stdin="Hi\n")
+    result = dmtd("chat", str(bundle), "--greedy", "--max-tokens", "9", *SIMULATOR, stdin="Hi\n")
     assert result.exit_code == 0, result.output
     assert result.stdout == dmtd("chat", str(bundle), "--greedy", "--max-tokens", "9", stdin="Hi\n").stdout
 
@@ -68,11 +68,10 @@ def test_chat_answers(bundle: Path) -> None:
 def test_bench_times_whole_cycles(bundle: Path, graphs: str) -> None:
     result = dmtd(
         *("bench", str(bundle), "--batch", "1,2", "--prompt-len", "5", "--max-tokens", "20"),
-        *("--repeats", "1", "--warmup", "0", "--json", graphs, *HOST),
+        *("--repeats", "1", "--warmup", "0", "--json", graphs, *SIMULATOR),
     )
     assert result.exit_code == 0, result.output
     report: dict[str, Any] = json.loads(result.stdout)
-    assert report["conditions"]["backend"] == "tensorrt"
     for batch in report["batches"]:
         assert batch["cycle_ms"] > 0
         assert batch["full_pass_ms"] is None
@@ -80,19 +79,19 @@ def test_bench_times_whole_cycles(bundle: Path, graphs: str) -> None:
         assert batch["runs"]["plain"][0]["late_steps"] == 0
     shown = dmtd(
         *("bench", str(bundle), "--batch", "1", "--prompt-len", "5", "--max-tokens", "20"),
-        *("--repeats", "1", "--warmup", "0", *HOST),
+        *("--repeats", "1", "--warmup", "0", *SIMULATOR),
     )
     assert "cycle, ms" in shown.stdout
     assert "standard dialect" in " ".join(shown.stdout.split())
     conditions = report["conditions"]
-    assert (conditions["flavour"], conditions["tensorrt"], conditions["gpu"]) == ("host", "host flavour", None)
+    assert (conditions["backend"], conditions["tensorrt"], conditions["gpu"]) == ("simulator", None, None)
 
 
 def test_several_requests_share_batches_and_stop_strings_are_never_shown(bundle: Path) -> None:
     params = SamplingParams(temperature=0, max_tokens=30)
     with LLM(bundle, max_num_seqs=2) as llm:
         wanted = [output.outputs[0].text for output in llm.generate(["one", "two", "three"], params)]
-    with LLM(bundle, backend="tensorrt", flavour="host", max_num_seqs=2) as llm:
+    with LLM(bundle, backend="simulator", max_num_seqs=2) as llm:
         got = [output.outputs[0].text for output in llm.generate(["one", "two", "three"], params)]
         assert got == wanted
         for text, prompt in zip(wanted, ("one", "two", "three"), strict=True):
@@ -121,14 +120,14 @@ def generate(bundle: Path, *options: str) -> Result:
 
 def test_a_bundle_without_engines_names_the_build_command(copied: Path) -> None:
     shutil.rmtree(copied / "engines")
-    one_line(generate(copied, *HOST), "has no engines; build them with: dmtd build", "--flavour host")
+    one_line(generate(copied, *SIMULATOR), "has no engines; build them with: dmtd build", "--backend simulator")
 
 
 def test_engines_of_other_weights_are_refused(copied: Path) -> None:
     path = engine_directory(copied) / "engine.json"
     record = read_record(path.parent)
     path.write_text(replace(record, content_sha256="0" * 64).to_json())
-    one_line(generate(copied, *HOST), "graphs or weights have changed since", "dmtd build")
+    one_line(generate(copied, *SIMULATOR), "graphs or weights have changed since", "dmtd build")
 
 
 def test_a_damaged_engine_is_found_before_it_is_loaded(copied: Path) -> None:
@@ -136,50 +135,49 @@ def test_a_damaged_engine_is_found_before_it_is_loaded(copied: Path) -> None:
     content = bytearray(engine.read_bytes())
     content[len(content) // 2] ^= 1
     engine.write_bytes(content)
-    one_line(generate(copied, *HOST), "altered; build it again with: dmtd build")
+    one_line(generate(copied, *SIMULATOR), "altered; build it again with: dmtd build")
     engine.write_bytes(content[:100])
-    one_line(generate(copied, *HOST), "has 100 bytes", "truncated or altered; build it again")
+    one_line(generate(copied, *SIMULATOR), "has 100 bytes", "truncated or altered; build it again")
 
 
 def test_more_than_the_engines_were_built_for_is_refused(bundle: Path) -> None:
-    with pytest.raises(BackendError, match=r"batch: built for up to 2, asked for 3; .*dmtd build .*--max-batch 3"):
-        LLM(bundle, backend="tensorrt", flavour="host", max_num_seqs=3)
+    with pytest.raises(
+        BackendError, match=r"max_num_seqs: built for up to 2, asked for 3; .*dmtd build .*--max-num-seqs 3"
+    ):
+        LLM(bundle, backend="simulator", max_num_seqs=3)
     with pytest.raises(RequestError, match=r"max_model_len: got 1000, expected 1 to \d+, the bundle's limit"):
-        LLM(bundle, backend="tensorrt", flavour="host", max_model_len=1000)
-    with pytest.raises(RequestError, match="flavour: got 'cuda', expected one of None, tensorrt, tensorrt-rtx, host"):
-        BackendOptions(flavour="cuda")  # type: ignore[arg-type]
+        LLM(bundle, backend="simulator", max_model_len=1000)
+    with pytest.raises(
+        RequestError, match="backend: got 'cuda', expected one of onnxruntime, tensorrt, tensorrt-rtx, simulator"
+    ):
+        BackendOptions(backend="cuda")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_num_seqs": 0}, "max_batch: got 0, expected at least 1$"),
-        ({"max_num_seqs": "2"}, "max_batch: got '2', expected a whole number"),
+        ({"max_num_seqs": 0}, "max_num_seqs: got 0, expected at least 1$"),
+        ({"max_num_seqs": "2"}, "max_num_seqs: got '2', expected a whole number"),
         ({"max_model_len": 2.5}, "max_model_len: got 2.5, expected a whole number"),
-        ({"dialect": "standard"}, "dialect: got 'standard' with the backend tensorrt"),
+        ({"dialect": "standard"}, "dialect: got 'standard' with the backend simulator"),
         ({"cuda_graphs": "no"}, "cuda_graphs: got 'no', expected True or False"),
         ({"threads": 0}, "threads: got 0, expected at least 1"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(bundle: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        LLM(bundle, backend="tensorrt", flavour="host", **options)
+        LLM(bundle, backend="simulator", **options)
 
 
-@pytest.mark.parametrize("verb", [("generate", "-p", "x"), ("bench", "--prompt-len", "4", "--max-tokens", "4")])
-def test_a_flavour_without_the_backend_is_not_ignored(bundle: Path, verb: tuple[str, ...]) -> None:
-    """It would show ONNX Runtime's answer or speed to somebody who asked for engines."""
-    result = dmtd(verb[0], str(bundle), *verb[1:], "--flavour", "host")
-    one_line(result, "flavour: got 'host' with the backend onnxruntime", "--backend tensorrt")
-
-
-def test_a_bfloat16_bundle_is_refused_by_the_host_flavour(tmp_path: Path) -> None:
+def test_a_bfloat16_bundle_is_refused_by_the_simulator(tmp_path: Path) -> None:
     """Building its graphs is not: they may be looked at."""
     options = ExportOptions(decoding_layers=2, cycle_length=3, dtype="bfloat16", verify=False)
     export_bundle(make_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", options)
-    build_engines(tmp_path / "bundle", BuildOptions(flavour="host", max_batch=1))
+    build_engines(tmp_path / "bundle", BuildOptions(backend="simulator", max_num_seqs=1))
     one_line(
-        generate(tmp_path / "bundle", *HOST), "bfloat16, which ONNX Runtime cannot run on the CPU", "--dtype float32"
+        generate(tmp_path / "bundle", *SIMULATOR),
+        "bfloat16, which ONNX Runtime cannot run on the CPU",
+        "--dtype float32",
     )
 
 
@@ -189,16 +187,16 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 
 def as_rtx(bundle: Path, **changes: Any) -> None:
-    """The host flavour's engines, said to be TensorRT-RTX's."""
+    """The simulator's engines, said to be TensorRT-RTX's."""
     path = engine_directory(bundle) / "engine.json"
-    record = replace(read_record(path.parent), flavour="tensorrt-rtx", version=FakeRtx.__version__, **changes)
+    record = replace(read_record(path.parent), backend="tensorrt-rtx", version=FakeRtx.__version__, **changes)
     path.write_text(record.to_json())
 
 
 def test_the_whole_way_over_the_cuda_device(fake: FakeCuda, copied: Path) -> None:
-    wanted = generate(copied, *HOST, "--greedy").stdout
+    wanted = generate(copied, *SIMULATOR, "--greedy").stdout
     as_rtx(copied)
-    result = generate(copied, "--backend", "tensorrt", "--greedy")
+    result = generate(copied, "--backend", "tensorrt-rtx", "--greedy")
     assert result.exit_code == 0, result.output
     assert result.stdout == wanted
 
@@ -206,21 +204,21 @@ def test_the_whole_way_over_the_cuda_device(fake: FakeCuda, copied: Path) -> Non
 def test_engines_of_another_machine_are_refused_before_they_are_loaded(fake: FakeCuda, copied: Path) -> None:
     as_rtx(copied, compute_capability="12.0")
     one_line(
-        generate(copied, "--backend", "tensorrt"),
+        generate(copied, "--backend", "tensorrt-rtx"),
         "compute capability: built for 12.0, here 8.9",
         "--compute-capability 8.9",
     )
-    as_rtx(copied, compute_capability="any", max_batch=2)
+    as_rtx(copied, compute_capability="any", max_num_seqs=2)
     path = engine_directory(copied) / "engine.json"
     path.write_text(replace(read_record(path.parent), version="1.6.0").to_json())
-    one_line(generate(copied, "--backend", "tensorrt"), "version: built for 1.6.0, here 1.7.1.116", "dmtd build")
+    one_line(generate(copied, "--backend", "tensorrt-rtx"), "version: built for 1.6.0, here 1.7.1.116", "dmtd build")
 
 
 def test_a_gpu_that_is_too_old_is_refused_before_engines_are_looked_for(fake: FakeCuda, copied: Path) -> None:
     fake.capability = (7, 5)
     as_rtx(copied)
     one_line(
-        generate(copied, "--backend", "tensorrt"),
+        generate(copied, "--backend", "tensorrt-rtx"),
         "(Fake GPU) has compute capability 7.5, engines need 8.0 or later, for bfloat16 and fused attention",
     )
 
@@ -228,7 +226,7 @@ def test_a_gpu_that_is_too_old_is_refused_before_engines_are_looked_for(fake: Fa
 def test_a_gpu_newer_than_the_library_names_is_served(fake: FakeCuda, copied: Path) -> None:
     as_rtx(copied, compute_capability="any", supported=("8.0", "8.9"))
     fake.capability = (13, 0)
-    assert generate(copied, "--backend", "tensorrt", "--greedy").exit_code == 0
+    assert generate(copied, "--backend", "tensorrt-rtx", "--greedy").exit_code == 0
 
 
 def test_bench_names_the_gpu_that_it_ran_on(
@@ -242,7 +240,7 @@ def test_bench_names_the_gpu_that_it_ran_on(
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     as_rtx(copied)
     result = dmtd(
-        *("bench", str(copied), "--backend", "tensorrt", "--prompt-len", "5", "--max-tokens", "8"),
+        *("bench", str(copied), "--backend", "tensorrt-rtx", "--prompt-len", "5", "--max-tokens", "8"),
         *("--repeats", "1", "--warmup", "0", "--json"),
     )
     assert result.exit_code == 0, result.output
@@ -252,12 +250,12 @@ def test_bench_names_the_gpu_that_it_ran_on(
 
 def test_no_driver_and_no_library_are_one_line(fake: FakeCuda, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.driver = 0
-    one_line(generate(copied, "--backend", "tensorrt"), "no NVIDIA driver on this machine")
+    one_line(generate(copied, "--backend", "tensorrt-rtx"), "no NVIDIA driver on this machine")
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)  # type: ignore[arg-type]
-    one_line(generate(copied, "--backend", "tensorrt"), 'pip install "dmtd[tensorrt-rtx]"')
+    one_line(generate(copied, "--backend", "tensorrt-rtx"), 'pip install "dmtd[tensorrt-rtx]"')
 
 
 def test_a_record_that_is_no_record_is_one_line(copied: Path) -> None:
     (engine_directory(copied) / "engine.json").write_text("{")
     with pytest.raises(BundleError, match=r"engine\.json cannot be read as JSON"):
-        LLM(copied, backend="tensorrt", flavour="host")
+        LLM(copied, backend="simulator")

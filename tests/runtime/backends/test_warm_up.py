@@ -1,4 +1,4 @@
-"""Warming up: what generation meets later has run before. The host device counts a fake second for each first run."""
+"""Warming up: what generation meets later has run before. The simulator counts a fake second for each first run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import make_bundle
-from device_support import Engines, engine_backend, host_engines, run_sequences, tokens_of
+from device_support import Engines, engine_backend, run_sequences, simulator_engines, tokens_of
 from runtime_support import CONVENTIONS, TinyBundles, random_prompt
 
 from dmtd_export.engines.options import BuildOptions
@@ -24,7 +24,7 @@ from dmtd_runtime.bench import measure as bench
 from dmtd_runtime.bundle.opening import open_bundle
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.device.simulator import device as host
-from dmtd_runtime.device.simulator.device import HostDevice
+from dmtd_runtime.device.simulator.device import SimulatedDevice
 
 BUCKETS = (16, 48)
 
@@ -37,7 +37,7 @@ def engines(tiny: TinyBundles) -> Callable[..., Engines]:
         key = (encoding_layers, fused)
         if key not in made:
             directory = tiny.get("qwen3", encoding_layers).directory
-            made[key] = host_engines(directory, fused=fused, max_batch=3, buckets=BUCKETS)
+            made[key] = simulator_engines(directory, fused=fused, max_num_seqs=3, buckets=BUCKETS)
         return made[key]
 
     return make
@@ -63,14 +63,14 @@ def everything(backend: TensorRtBackend, plan: CyclePlan, vocab: int) -> list[li
 def test_nothing_stalls_and_nothing_is_captured_after_warming_up(
     tiny: TinyBundles, engines: Callable[..., Engines], graphs: bool, fused: bool, tau: int, convention: Any
 ) -> None:
-    bundle, device = tiny.get("qwen3", 2), HostDevice()
+    bundle, device = tiny.get("qwen3", 2), SimulatedDevice()
     cycle, vocab = bundle.cycle(tau, convention), bundle.manifest.model.vocab_size
     words = {"cycle": cycle, "slots": 3, "graphs": graphs, "fused": fused}
     backend = engine_backend(bundle.directory, bundle.manifest, engines(2, fused), device=device, **words)
     backend.warm_up()
     stalled, captures, contexts = device.stalled_s, device.captures, len(backend._engines._contexts)
     assert stalled == contexts > 100
-    cold = HostDevice()
+    cold = SimulatedDevice()
     fresh = engine_backend(bundle.directory, bundle.manifest, engines(2, fused), device=cold, **words)
     for plain in (False, True):
         plan = CyclePlan(cycle=cycle, plain=plain)
@@ -82,7 +82,7 @@ def test_nothing_stalls_and_nothing_is_captured_after_warming_up(
 
 
 def test_slots_caches_and_counts_are_as_if_nothing_had_run(tiny: TinyBundles, engines: Callable[..., Engines]) -> None:
-    bundle, device = tiny.get(), HostDevice()
+    bundle, device = tiny.get(), SimulatedDevice()
     backend = engine_backend(bundle.directory, bundle.manifest, engines(), slots=3, device=device)
     kept = {block.what: block.data.copy() for block in device._blocks.values()}
     backend.warm_up()
@@ -126,27 +126,27 @@ def test_what_is_reached() -> None:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = make_bundle(tmp_path_factory.mktemp("warm_up"))
-    build_engines(made, BuildOptions(flavour="host", max_batch=2))
+    build_engines(made, BuildOptions(backend="simulator", max_num_seqs=2))
     return made
 
 
 @pytest.fixture
-def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[HostDevice]]:
-    """Every host device that is made."""
-    made: list[HostDevice] = []
+def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SimulatedDevice]]:
+    """Every simulator that is made."""
+    made: list[SimulatedDevice] = []
 
-    class Noted(HostDevice):
+    class Noted(SimulatedDevice):
         def __init__(self, **words: Any) -> None:
             super().__init__(**words)
             made.append(self)
 
-    monkeypatch.setattr(host, "HostDevice", Noted)
+    monkeypatch.setattr(host, "SimulatedDevice", Noted)
     return made
 
 
-def test_opening_warms_up_where_it_is_asked_to(bundle: Path, devices: list[HostDevice]) -> None:
+def test_opening_warms_up_where_it_is_asked_to(bundle: Path, devices: list[SimulatedDevice]) -> None:
     for warm_up in (False, True):
-        with LLM(bundle, backend="tensorrt", flavour="host", max_num_seqs=2, warm_up=warm_up) as llm:
+        with LLM(bundle, backend="simulator", max_num_seqs=2, warm_up=warm_up) as llm:
             opened = devices[-1].stalled_s
             llm.generate(["one", "another"], SamplingParams(temperature=0, max_tokens=20))
             assert (devices[-1].stalled_s > opened) == (not warm_up)
@@ -158,19 +158,19 @@ def test_opening_warms_up_where_it_is_asked_to(bundle: Path, devices: list[HostD
 
 
 def test_a_device_that_fails_while_it_warms_up_is_closed(
-    bundle: Path, devices: list[HostDevice], monkeypatch: pytest.MonkeyPatch
+    bundle: Path, devices: list[SimulatedDevice], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(self: TensorRtBackend) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(TensorRtBackend, "warm_up", interrupted)
-    options = BackendOptions(backend="tensorrt", flavour="host", warm_up=True)
+    options = BackendOptions(backend="simulator", warm_up=True)
     with pytest.raises(KeyboardInterrupt):
         opening.open_backend(bundle, open_bundle(bundle), options)
     assert not devices[-1]._blocks
 
 
-def test_no_first_run_falls_into_what_the_benchmark_times(bundle: Path, devices: list[HostDevice]) -> None:
+def test_no_first_run_falls_into_what_the_benchmark_times(bundle: Path, devices: list[SimulatedDevice]) -> None:
     """Even where no warm-up was asked for."""
     seen: list[tuple[str, float]] = []
 
@@ -179,7 +179,7 @@ def test_no_first_run_falls_into_what_the_benchmark_times(bundle: Path, devices:
         seen.append((label, sum(device.stalled_s for device in devices)))
 
     options = bench.BenchOptions(batches=(1, 2), prompt_len=5, max_tokens=20, repeats=1, warmup=0)
-    backend = BackendOptions(backend="tensorrt", flavour="host")
+    backend = BackendOptions(backend="simulator")
     report = bench.run_bench(bundle, open_bundle(bundle), options, backend, on_run=on_run)
     seen.append(("the end", sum(device.stalled_s for device in devices)))
     spent = {label: later - before for (label, before), (_, later) in itertools.pairwise(seen)}

@@ -128,7 +128,7 @@ def test_other_ways_to_run(full_pass: str, dialect: str, bundle: Path, manifest:
         (BenchOptions(batches=()), "--batch"),
         (BenchOptions(batches=(0,)), "--batch"),
         (BenchOptions(repeats=0, max_tokens=20), "--repeats"),
-        (BenchOptions(batches=(3,), prompt_len=4, max_tokens=8), "max_batch: got 3"),
+        (BenchOptions(batches=(3,), prompt_len=4, max_tokens=8), "max_num_seqs: got 3"),
     ],
 )
 def test_what_cannot_be_run_is_refused(options: BenchOptions, words: str, bundle: Path, manifest: Manifest) -> None:

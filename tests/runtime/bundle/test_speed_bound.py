@@ -86,7 +86,7 @@ def test_bytes_of_a_bundle(tie: bool, tmp_path: Path) -> None:
         cycle_length=3,
         cycle_origin="prompt",
         prompt_input="thinking",
-        max_batch=1,
+        max_num_seqs=1,
     )
     split = split_bytes(export_bundle(checkpoint, tmp_path / "b", options))
     # Hidden 64, 4 heads and 2 KV heads of 16, MLP 96, vocabulary 128, float32.

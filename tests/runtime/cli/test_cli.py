@@ -86,7 +86,6 @@ def test_defaults_are_those_of_the_dataclasses(verb: str) -> None:
         "max_model_len",
         "threads",
         "backend",
-        "flavour",
         "cuda_graphs",
     }
     shared |= {"warm_up"} if verb != "bench" else set()  # which always warms up

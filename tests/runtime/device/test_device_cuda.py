@@ -1,4 +1,4 @@
-"""The CUDA device without a GPU: its calls held against the installed libraries, its lines run over the host device."""
+"""The CUDA device without a GPU: its calls held against the installed libraries, its lines run over the simulator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_support import Engines, engine_backend, host_engines, run_sequences, tokens_of
+from device_support import Engines, engine_backend, run_sequences, simulator_engines, tokens_of
 from fake_cuda import Context, CudaEngine, CudaError, FakeCuda, FakeRtx, RuntimeCache, RuntimeConfig, install_fakes
 
 from dmtd_export.bundle.export import export_bundle
@@ -25,8 +25,8 @@ from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.device import cuda
 from dmtd_runtime.device.base import Address
 from dmtd_runtime.device.cuda import CudaDevice
-from dmtd_runtime.device.libraries import gpu_here, import_cuda, import_flavour, look_at_gpu
-from dmtd_runtime.device.simulator.device import HostDevice
+from dmtd_runtime.device.libraries import gpu_here, import_cuda, import_tensorrt, look_at_gpu
+from dmtd_runtime.device.simulator.device import SimulatedDevice
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.sampling.params import SamplingParams
 
@@ -44,7 +44,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, En
         decoding_layers=1, cycle_length=3, cycle_origin="prompt", prompt_input="thinking", target="tensorrt"
     )
     export_bundle(source, root / "bundle", options)
-    return root / "bundle", load_manifest(root / "bundle"), host_engines(root / "bundle", max_batch=2, buckets=(16,))
+    return (
+        root / "bundle",
+        load_manifest(root / "bundle"),
+        simulator_engines(root / "bundle", max_num_seqs=2, buckets=(16,)),
+    )
 
 
 PARAMS = [SamplingParams(temperature=0.0, max_tokens=24), SamplingParams(temperature=0.8, top_k=9, max_tokens=13)]
@@ -62,14 +66,14 @@ def run(bundle: tuple[Path, Manifest, Engines], device: Any) -> list[list[int]]:
 def test_the_cuda_device_runs_the_backend_as_the_host_device_does(
     fake: FakeCuda, bundle: tuple[Path, Manifest, Engines]
 ) -> None:
-    assert run(bundle, CudaDevice()) == run(bundle, HostDevice())
+    assert run(bundle, CudaDevice("tensorrt-rtx")) == run(bundle, SimulatedDevice())
     called = {name for name, _ in fake.calls}
     for name in ("cudaGraphLaunch", "cudaMemcpy2DAsync", "cudaEventSynchronize", "cudaStreamDestroy", "cudaSetDevice"):
         assert name in called
 
 
 def test_every_call_is_one_that_cuda_bindings_have(fake: FakeCuda, bundle: tuple[Path, Manifest, Engines]) -> None:
-    run(bundle, CudaDevice())
+    run(bundle, CudaDevice("tensorrt-rtx"))
     calls, fakes = set(fake.calls), dict(sys.modules)
     for name in ("cuda.bindings", "cuda.bindings.runtime"):
         del sys.modules[name]
@@ -130,9 +134,9 @@ def test_engines_that_cannot_be_captured_run_without_graphs(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    wanted = run(bundle, HostDevice())
+    wanted = run(bundle, SimulatedDevice())
     monkeypatch.setattr(FakeRtx, "capturable", False)
-    assert run(bundle, CudaDevice()) == wanted
+    assert run(bundle, CudaDevice("tensorrt-rtx")) == wanted
     assert "cycles run without CUDA graphs: thinking.onnx cannot be captured" in caplog.text
     assert fake.host._recording is None
 
@@ -148,7 +152,7 @@ def test_closing_frees_engines_and_contexts_at_once(
     gc.collect()
     gc.disable()
     try:
-        backend = engine_backend(directory, manifest, engines, slots=2, device=CudaDevice())
+        backend = engine_backend(directory, manifest, engines, slots=2, device=CudaDevice("tensorrt-rtx"))
         run_sequences(backend, CyclePlan(cycle=manifest.cycle), manifest.model.vocab_size, [[1, 2, 3]], PARAMS[0])
         contexts = [each for each in alive if isinstance(each, Context)]
         # Single steps: two of the prefill, one that chooses. Cycles: thinking, late_decode and the choice, for each bucket.
@@ -175,21 +179,21 @@ def test_a_library_that_cannot_start_is_one_line(fake: FakeCuda, monkeypatch: py
 
     monkeypatch.setattr(FakeRtx, "Runtime", broken)
     with pytest.raises(BackendError, match=r"tensorrt-rtx cannot start on GPU 0 \(Fake GPU\): .*`dmtd doctor`"):
-        CudaDevice()
+        CudaDevice("tensorrt-rtx")
     assert ("cudaStreamDestroy", 1) in fake.calls
 
 
 def test_a_damaged_engine_is_one_line_with_the_fix(fake: FakeCuda, tmp_path: Path) -> None:
     (tmp_path / "x.engine").write_bytes(b"damaged engine")
     with pytest.raises(BackendError) as refused:
-        CudaDevice().load_engine(tmp_path / "x.engine")
+        CudaDevice("tensorrt-rtx").load_engine(tmp_path / "x.engine")
     assert str(refused.value) == (
         f"{tmp_path}/x.engine cannot be loaded on GPU 0 (Fake GPU): the header does not conform; "
         "build the engines again with: dmtd build BUNDLE --force"
     )
 
 
-def test_an_engine_refused_by_a_gpu_that_the_library_does_not_name_leads_to_the_other_flavour(
+def test_an_engine_refused_by_a_gpu_that_the_library_does_not_name_leads_to_the_other_library(
     fake: FakeCuda, tmp_path: Path
 ) -> None:
     fake.capability = (9, 0)
@@ -197,7 +201,7 @@ def test_an_engine_refused_by_a_gpu_that_the_library_does_not_name_leads_to_the_
     with pytest.raises(
         BackendError, match=r"conform; TensorRT-RTX does not name compute capability 9.0: dmtd build BUNDLE"
     ):
-        CudaDevice().load_engine(tmp_path / "x.engine")
+        CudaDevice("tensorrt-rtx").load_engine(tmp_path / "x.engine")
 
 
 def test_gpus_are_numbered_as_nvidia_smi_numbers_them(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,12 +218,12 @@ def test_compiled_kernels_are_kept_for_the_next_time(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(RuntimeCache, "read", [])
-    wanted = run(bundle, CudaDevice())
+    wanted = run(bundle, CudaDevice("tensorrt-rtx"))
     files = sorted((tmp_path / "dmtd" / "kernels").iterdir())
     assert len(files) == 4  # thinking, late_decode and the two that choose
     assert RuntimeCache.read == []
     files[0].write_bytes(b"damaged")
-    assert run(bundle, CudaDevice()) == wanted
+    assert run(bundle, CudaDevice("tensorrt-rtx")) == wanted
     assert sorted(RuntimeCache.read) == [b"damaged", b"kernels", b"kernels", b"kernels"]
     assert files[0].read_bytes() == b"kernels"
     assert sorted((tmp_path / "dmtd" / "kernels").iterdir()) == files
@@ -232,7 +236,7 @@ def test_kernels_are_saved_after_the_first_run_of_each_context(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(RuntimeCache, "asked", 0)
     directory, manifest, engines = bundle
-    backend = engine_backend(directory, manifest, engines, slots=2, device=CudaDevice())
+    backend = engine_backend(directory, manifest, engines, slots=2, device=CudaDevice("tensorrt-rtx"))
     assert RuntimeCache.asked == 0
     plan, vocab = CyclePlan(cycle=manifest.cycle), manifest.model.vocab_size
     run_sequences(backend, plan, vocab, [[1, 2, 3]], PARAMS[0])
@@ -256,7 +260,7 @@ def test_a_compilation_is_logged_with_its_shape(
     monkeypatch.setattr(cuda, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(Context, "execute_async_v3", slow)
     caplog.set_level("INFO", "dmtd.cuda")
-    run(bundle, CudaDevice())
+    run(bundle, CudaDevice("tensorrt-rtx"))
     lines = [record.getMessage() for record in caplog.records if "compiled" in record.getMessage()]
     assert "choose_token.onnx: 0.4 s to start with logits [1, 1, 128]: kernels were compiled" in lines
     assert not [line for line in lines if "thinking" in line or "late_decode" in line]
@@ -278,13 +282,13 @@ def test_engines_say_nothing_to_profilers_and_are_asked_before_a_capture(
 
     monkeypatch.setattr(Context, "execute_async_v3", noted)
     monkeypatch.setattr(Context, "is_stream_capturable", noted_ask)
-    run(bundle, CudaDevice())
+    run(bundle, CudaDevice("tensorrt-rtx"))
     assert set(seen) == {"NONE"}
     assert asked and not any(asked)
 
 
 def test_errors_of_cuda_are_named(fake: FakeCuda) -> None:
-    device = CudaDevice()
+    device = CudaDevice("tensorrt-rtx")
     fake.failing["cudaMalloc"] = CudaError.cudaErrorMemoryAllocation
     with pytest.raises(
         BackendError, match=r"GPU 0 \(Fake GPU\): no memory for caches, 3.00 GB: .*cudaErrorMemoryAllocation"
@@ -293,7 +297,7 @@ def test_errors_of_cuda_are_named(fake: FakeCuda) -> None:
 
 
 def test_marks_may_be_waited_for_in_any_order_and_twice(fake: FakeCuda) -> None:
-    device = CudaDevice()
+    device = CudaDevice("tensorrt-rtx")
     address, staging = device.alloc(4, "x"), device.alloc_host(4)
     staging[:] = 9
     first = device.mark()
@@ -323,18 +327,16 @@ def test_what_a_machine_lacks_is_told(fake: FakeCuda, change: dict[str, int], me
     for name, value in change.items():
         setattr(fake, name, value)
     with pytest.raises(BackendError, match=message):
-        CudaDevice(device_id=device_id)
+        CudaDevice("tensorrt-rtx", device_id=device_id)
 
 
 def test_libraries_of_another_version_or_none_are_told(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert import_flavour(None)[0] == "tensorrt-rtx"
+    assert import_tensorrt("tensorrt-rtx") is sys.modules["tensorrt_rtx"]
     with pytest.raises(BackendError, match=r'tensorrt cannot be imported .*pip install "dmtd\[tensorrt\]"'):
-        import_flavour("tensorrt")
+        import_tensorrt("tensorrt")
     monkeypatch.setattr(FakeRtx, "__version__", "2.0.1")
     with pytest.raises(BackendError, match=r"tensorrt-rtx is 2\.0\.1, expected 1\.x; install it with: pip install"):
-        import_flavour("tensorrt-rtx")
-    with pytest.raises(BackendError, match=r"tensorrt cannot be imported .*; or tensorrt-rtx is 2\.0\.1"):
-        import_flavour(None)
+        import_tensorrt("tensorrt-rtx")
     monkeypatch.setattr(sys.modules["cuda.bindings"], "__version__", "12.9.0")
     with pytest.raises(BackendError, match=r"cuda-bindings is 12\.9\.0, expected 13\.x; run: pip install"):
         import_cuda()
@@ -355,7 +357,7 @@ def test_this_machine_without_a_gpu_gets_one_line() -> None:
 @pytest.mark.gpu
 def test_memory_copies_and_capture_on_a_gpu() -> None:
     importlib.import_module("cuda.bindings.runtime")
-    device = CudaDevice()
+    device = CudaDevice("tensorrt-rtx")
     staging, back = device.alloc_host(1024), device.alloc_host(1024)
     staging[:] = np.arange(1024) % 251
     one, two = device.alloc(1024, "one"), device.alloc(1024, "two")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from device_support import Engines, host_engines
+from device_support import Engines, simulator_engines
 from fake_cuda import FakeCuda, install_fakes
 
 from dmtd_export.bundle.export import export_bundle
@@ -29,7 +29,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
     root = tmp_path_factory.mktemp("fake_cuda")
     source = write_tiny_checkpoint(root / "model", layers=3, max_positions=64)
     export_bundle(source, root / "bundle", ExportOptions(decoding_layers=1, cycle_length=3, target="tensorrt"))
-    return host_engines(root / "bundle", max_batch=2)
+    return simulator_engines(root / "bundle", max_num_seqs=2)
 
 
 def made(engines: Engines, device: CudaDevice) -> tuple[Any, dict[str, tuple[int, ...]], Address]:
@@ -41,14 +41,14 @@ def made(engines: Engines, device: CudaDevice) -> tuple[Any, dict[str, tuple[int
 
 
 def test_the_stand_in_refuses_what_a_capture_does_not_hold(fake: FakeCuda, engines: Engines) -> None:
-    device = CudaDevice()
+    device = CudaDevice("tensorrt-rtx")
     engine, shapes, scratch = made(engines, device)
     context = engine.context(0, shapes, scratch, engine.scratch_bytes)
     for work, message in (
         (lambda: engine.context(0, shapes, scratch, engine.scratch_bytes), "making a context within a capture"),
         (lambda: made(engines, device), "loading an engine within a capture"),
         (context.is_capturable, "asking whether a context may be captured within a capture"),
-        (lambda: CudaDevice(), "starting the library within a capture"),
+        (lambda: CudaDevice("tensorrt-rtx"), "starting the library within a capture"),
         (lambda: context._context.set_optimization_profile_async(0, device.stream), "choosing a profile within"),
         (lambda: context._context.set_input_shape("logits", shapes["logits"]), "choosing a shape within"),
     ):
@@ -58,7 +58,7 @@ def test_the_stand_in_refuses_what_a_capture_does_not_hold(fake: FakeCuda, engin
 
 
 def test_the_stand_in_refuses_activations_that_are_missing_small_or_shared(fake: FakeCuda, engines: Engines) -> None:
-    device, other = CudaDevice(), CudaDevice()
+    device, other = CudaDevice("tensorrt-rtx"), CudaDevice("tensorrt-rtx")
     engine, shapes, scratch = made(engines, device)
     with pytest.raises(SeamError, match="scratch: got 100 bytes"):
         engine.context(0, shapes, scratch, 100)

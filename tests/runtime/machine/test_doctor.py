@@ -292,7 +292,7 @@ def test_json_and_table_tell_the_report(tmp_path: Path, onnxruntime_is) -> None:
 def test_engines_libraries_are_installed_as_everywhere_else(tmp_path: Path, onnxruntime_is) -> None:
     """By the extra, which bounds their version and brings cuda-bindings."""
     told = {part.name: part.install for part in report_of(tmp_path, HEALTHY, {}).components}
-    assert {flavour: told[flavour] for flavour in INSTALL} == INSTALL
+    assert {backend: told[backend] for backend in INSTALL} == INSTALL
 
 
 def test_this_machine() -> None:

@@ -1,4 +1,4 @@
-"""The backend over engines: TensorRT or TensorRT-RTX on a GPU, or the same engine graphs on the host device.
+"""The backend over engines: TensorRT or TensorRT-RTX on a GPU, or the same engine graphs on the simulator.
 
 Two ways through it. :meth:`TensorRtBackend.run` takes one step of any kind, as every backend does: prompts, steps whose
 logits the caller wants, and what brings sequences to a common head. :meth:`start_cycle` enqueues a whole cycle, replayed as
@@ -72,7 +72,7 @@ class TensorRtBackend:
         """
         _check_limits(options, record)
         self._device, self._record, self._manifest = device, record, manifest
-        self.slots = options.max_batch
+        self.slots = options.max_num_seqs
         self.max_model_len = options.max_model_len or record.max_model_len
         self.capacity = record.capacity
         self.max_rows = record.prefill_chunk
@@ -90,7 +90,7 @@ class TensorRtBackend:
             manifest,
             record,
             full_pass=self.full_pass,
-            max_batch=self.slots,
+            max_num_seqs=self.slots,
             max_rows=self.max_rows,
         )
         self._fed = [0] * self.slots
@@ -378,7 +378,7 @@ class TensorRtBackend:
 
 def _check_limits(options: BackendOptions, record: EngineRecord) -> None:
     limits = (
-        ("max_batch", options.max_batch, record.max_batch, "--max-batch"),
+        ("max_num_seqs", options.max_num_seqs, record.max_num_seqs, "--max-num-seqs"),
         ("max_model_len", options.max_model_len, record.max_model_len, "--max-model-len"),
     )
     for name, value, most, option in limits:

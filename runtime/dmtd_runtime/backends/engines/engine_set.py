@@ -1,7 +1,7 @@
 """The engines of one record on a device, with everything that stays where it is: tables, caches, activations, logits.
 
 Flow: ``engine_record`` chooses a directory -> here its engines are loaded and their constant addresses bound ->
-``backend.py`` enqueues contexts over inputs that change. Caches are ``[max_batch, kv_heads, capacity, head_dim]``, zeroed
+``backend.py`` enqueues contexts over inputs that change. Caches are ``[max_num_seqs, kv_heads, capacity, head_dim]``, zeroed
 once and never moved; a run of fewer sequences takes the first slots of the same buffers.
 
 It plans no cycles and chooses no tokens.
@@ -37,7 +37,7 @@ class EngineSet:
         record: EngineRecord,
         *,
         full_pass: FullPass,
-        max_batch: int,
+        max_num_seqs: int,
         max_rows: int,
     ) -> None:
         """Load everything. ``directory`` holds the engines; ``max_rows`` is the longest window of a run.
@@ -46,7 +46,7 @@ class EngineSet:
             BundleError: engines of an older bundle, which does not choose tokens on the device.
             BackendError: too little device memory, said before anything is allocated; or an engine that does not load.
         """
-        self.device, self.record, self.max_batch = device, record, max_batch
+        self.device, self.record, self.max_num_seqs = device, record, max_num_seqs
         self._files = record.engines_for(full_pass)
         self._manifest, self._max_rows = manifest, max_rows
         self._rebuild = record.rebuild_command(bundle)
@@ -198,18 +198,18 @@ class EngineSet:
     def _buffer_bytes(self) -> dict[str, int]:
         """Bytes of every buffer but scratch, by name."""
         model = self._manifest.model
-        caches = {name: self.max_batch * self._cache_strides(info)[2] for name, info in self._cache_infos().items()}
+        caches = {name: self.max_num_seqs * self._cache_strides(info)[2] for name, info in self._cache_infos().items()}
         width = DTYPE_BYTES[model.dtype] * model.hidden_size
         sizes = {
             **{name: self._manifest.weights[name].length for name in sorted(self._table_names())},
             **caches,
-            contract.THOUGHT: self.max_batch * self._max_rows * width,
-            contract.LOGITS: self.max_batch * model.vocab_size * DTYPE_BYTES["float32"],
+            contract.THOUGHT: self.max_num_seqs * self._max_rows * width,
+            contract.LOGITS: self.max_num_seqs * model.vocab_size * DTYPE_BYTES["float32"],
             contract.VISIBLE_ROWS: self.record.capacity * DTYPE_BYTES["int64"],
         }
         for name in (*TABLES, contract.NEXT_OUTPUT_COUNTS):
             if name in self._infos:
-                sizes[name] = self.max_batch * model.vocab_size * DTYPE_BYTES[self._infos[name].dtype]
+                sizes[name] = self.max_num_seqs * model.vocab_size * DTYPE_BYTES[self._infos[name].dtype]
         return sizes
 
     def _needed_bytes(self) -> dict[str, int]:
@@ -219,7 +219,7 @@ class EngineSet:
         return {
             "engines": sum(engine.weight_bytes for engine in self._files),
             "tables": sum(sizes[name] for name in tables),
-            f"caches of {self.max_batch} x {self.record.capacity} rows": sum(sizes[name] for name in caches),
+            f"caches of {self.max_num_seqs} x {self.record.capacity} rows": sum(sizes[name] for name in caches),
             "activations": max(engine.scratch_bytes or 0 for engine in self._files),
             "other buffers": sum(count for name, count in sizes.items() if name not in caches | tables),
         }
@@ -234,7 +234,7 @@ class EngineSet:
         self._uploader.upload(self._buffers[contract.VISIBLE_ROWS], np.arange(self.record.capacity).view(np.uint8))
 
 
-_HINT = "lower --max-batch or --max-model-len (dmtd build takes them too), or free the device"
+_HINT = "lower --max-num-seqs or --max-model-len (dmtd build takes them too), or free the device"
 
 
 def _input_shapes(file: EngineFile, sizes: Mapping[str, int]) -> dict[str, Sequence[int]]:

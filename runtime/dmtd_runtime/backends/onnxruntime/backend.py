@@ -83,7 +83,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         packed = dialect == contract.ONNXRUNTIME
         graph_slots = _graph_slots(manifest, options) if packed else 1
         on_gpu = options.device == "cuda"
-        self.slots = options.max_batch
+        self.slots = options.max_num_seqs
         self.max_model_len = _max_model_len(manifest, options)
         self.max_rows = manifest.model.max_window
         self.capacity = self.max_model_len + manifest.model.max_window
@@ -319,14 +319,14 @@ class OnnxRuntimeBackend(StepwiseBackend):
 
 
 def _graph_slots(manifest: Manifest, options: BackendOptions) -> int:
-    """Slots of the packed graphs to load: the fewest that hold ``max_batch`` sequences."""
+    """Slots of the packed graphs to load: the fewest that hold ``max_num_seqs`` sequences."""
     stored = sorted({graph.slots for graph in manifest.graphs if graph.dialect == contract.ONNXRUNTIME})
-    fitting = [slots for slots in stored if slots >= options.max_batch]
+    fitting = [slots for slots in stored if slots >= options.max_num_seqs]
     if not fitting:
         most = max(stored, default=0)
         raise RequestError(
-            f"max_batch: got {options.max_batch}, expected 1 to {most}, what the bundle was exported for; "
-            f"export it with a larger --max-batch"
+            f"max_num_seqs: got {options.max_num_seqs}, expected 1 to {most}, what the bundle was exported for; "
+            f"export it with a larger --max-num-seqs"
         )
     return fitting[0]
 

@@ -1,4 +1,4 @@
-"""A device in host memory: the engine graphs run in ONNX Runtime, with real numbers, behind the rules of a GPU.
+"""The simulator, a device in host memory: the engine graphs run in ONNX Runtime, with real numbers, behind the rules of a GPU.
 
 It is what tests run the TensorRT backend on where there is no GPU. The stream is lazy: nothing runs before somebody waits,
 so a missing wait reads old numbers and a buffer that is rewritten too early is uploaded as it then is. What a GPU or
@@ -14,8 +14,8 @@ TensorRT does silently wrong raises :class:`SeamError` here, when the call is ma
 6. Uploads and downloads use page-locked memory of this device.
 7. Shapes lie within the profile that the record beside the engine names, and a context has all the activation memory it needs.
 
-The first run of a context costs ``first_run_s`` of a time that only :attr:`HostDevice.stalled_s` counts: what compiling kernels
-costs on a GPU. Whoever times a run, or has warmed up, can look whether any of it fell there.
+The first run of a context costs ``first_run_s`` of a time that only :attr:`SimulatedDevice.stalled_s` counts: what compiling
+kernels costs on a GPU. Whoever times a run, or has warmed up, can look whether any of it fell there.
 
 An engine file is the engine's ONNX graph in the standard dialect. Float32 and float16 only: ONNX Runtime's CPU kernels.
 """
@@ -30,16 +30,16 @@ from pathlib import Path
 import numpy as np
 
 from dmtd_runtime.device.base import ALIGNMENT, Address, Array, Capture, Engine, Mark
-from dmtd_runtime.device.simulator.engine import HostEngine
+from dmtd_runtime.device.simulator.engine import SimulatedEngine
 from dmtd_runtime.device.simulator.memory import Block, SeamError
 from dmtd_runtime.errors import BackendError
 
-__all__ = ["HostDevice", "SeamError"]
+__all__ = ["SeamError", "SimulatedDevice"]
 
 Work = Callable[[], None]
 
 
-class HostDevice:
+class SimulatedDevice:
     """See :class:`dmtd_runtime.device.base.Device`.
 
     Args:
@@ -49,7 +49,7 @@ class HostDevice:
     """
 
     def __init__(self, *, memory_bytes: int = 1 << 34, threads: int = 1, first_run_s: float = 1.0) -> None:
-        self.name = "host device"
+        self.name = "simulator"
         self.captures = 0
         self.replays = 0
         self.stalled_s = 0.0
@@ -143,7 +143,7 @@ class HostDevice:
 
     def load_engine(self, path: Path) -> Engine:
         self.forbid_in_capture("loading an engine")
-        return HostEngine(self, path, self._threads)
+        return SimulatedEngine(self, path, self._threads)
 
     def capture(self, work: Callable[[], None]) -> Capture:
         self.forbid_in_capture("a second capture")

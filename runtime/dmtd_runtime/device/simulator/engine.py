@@ -1,4 +1,4 @@
-"""Engines of the host device: an engine graph in ONNX Runtime, bound by address, every run checked before it is made."""
+"""Engines of the simulator: an engine graph in ONNX Runtime, bound by address, every run checked before it is made."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dmtd_runtime.errors import BackendError
 from dmtd_runtime.ort.session import open_session
 
 if TYPE_CHECKING:
-    from dmtd_runtime.device.simulator.device import HostDevice
+    from dmtd_runtime.device.simulator.device import SimulatedDevice
 
 ORT_DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -30,12 +30,12 @@ ORT_DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
-class HostEngine:
+class SimulatedEngine:
     """An engine graph in ONNX Runtime. See :class:`dmtd_runtime.device.base.Engine`."""
 
     scratch_bytes = 4 * ALIGNMENT
 
-    def __init__(self, device: HostDevice, path: Path, threads: int) -> None:
+    def __init__(self, device: SimulatedDevice, path: Path, threads: int) -> None:
         self.device, self.file = device, _recorded(path)
         self.session = open_session(path, BackendOptions(threads=threads))
         infos: list[tuple[Any, bool]] = [(info, True) for info in self.session.get_inputs()]
@@ -53,7 +53,7 @@ class HostEngine:
 
     def context(
         self, profile: int, shapes: Mapping[str, Sequence[int]], scratch: Address, scratch_bytes: int
-    ) -> HostContext:
+    ) -> SimulatedContext:
         self.device.forbid_in_capture("making a context")
         if scratch_bytes < self.scratch_bytes:
             raise SeamError(f"scratch: got {scratch_bytes} bytes, expected {self.scratch_bytes}")
@@ -61,7 +61,7 @@ class HostEngine:
         if self.file is not None:
             _check_profile(self.file, profile, shapes)
         taken = {name: tuple(shape) for name, shape in shapes.items()}
-        return HostContext(self, taken, (scratch, scratch + scratch_bytes))
+        return SimulatedContext(self, taken, (scratch, scratch + scratch_bytes))
 
 
 def _recorded(path: Path) -> EngineFile | None:
@@ -85,10 +85,12 @@ def _check_profile(file: EngineFile, number: int, shapes: Mapping[str, Sequence[
             raise SeamError(f"{name}: got shape {shape}, profile {number} takes {allowed.min} to {allowed.max}")
 
 
-class HostContext:
+class SimulatedContext:
     """See :class:`dmtd_runtime.device.base.EngineContext`."""
 
-    def __init__(self, engine: HostEngine, shapes: Mapping[str, tuple[int, ...]], scratch: tuple[int, int]) -> None:
+    def __init__(
+        self, engine: SimulatedEngine, shapes: Mapping[str, tuple[int, ...]], scratch: tuple[int, int]
+    ) -> None:
         """``scratch``: where its activations begin and end."""
         self._engine, self._device = engine, engine.device
         self._shapes, self._scratch = dict(shapes), scratch

@@ -1,4 +1,4 @@
-"""What the host device remembers of an allocation, and the error for a broken rule. The rules are ``device.py``'s."""
+"""What the simulator remembers of an allocation, and the error for a broken rule. The rules are ``device.py``'s."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The host device: it computes, and it refuses what a GPU would do silently wrong. One test a rule of its docstring."""
+"""The simulator: it computes, and it refuses what a GPU would do silently wrong. One test a rule of its docstring."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from device_support import host_engines
+from device_support import simulator_engines
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
@@ -16,8 +16,8 @@ from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.engine_record import EngineRecord
 from dmtd_runtime.bundle.manifest import DTYPE_BYTES
 from dmtd_runtime.device.base import ALIGNMENT, Address, EngineContext, aligned, check_room
-from dmtd_runtime.device.simulator.device import HostDevice, SeamError
-from dmtd_runtime.device.simulator.engine import HostEngine
+from dmtd_runtime.device.simulator.device import SeamError, SimulatedDevice
+from dmtd_runtime.device.simulator.engine import SimulatedEngine
 from dmtd_runtime.errors import BackendError
 
 SIZES = {"batch": 1, "window_len": 3, "late_len": 1, "visible_len": 16, "num_logits": 1}
@@ -25,24 +25,24 @@ SIZES = {"batch": 1, "window_len": 3, "late_len": 1, "visible_len": 16, "num_log
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EngineRecord]:
-    root = tmp_path_factory.mktemp("host_device")
+    root = tmp_path_factory.mktemp("simulator")
     source = write_tiny_checkpoint(root / "model", layers=3, max_positions=64)
     export_bundle(source, root / "bundle", ExportOptions(decoding_layers=1, cycle_length=3, target="tensorrt"))
-    return host_engines(root / "bundle", max_batch=2, buckets=(16,))
+    return simulator_engines(root / "bundle", max_num_seqs=2, buckets=(16,))
 
 
 @pytest.fixture
-def device() -> HostDevice:
-    return HostDevice()
+def device() -> SimulatedDevice:
+    return SimulatedDevice()
 
 
-def written(device: HostDevice, num_bytes: int) -> Address:
+def written(device: SimulatedDevice, num_bytes: int) -> Address:
     address = device.alloc(num_bytes, "numbers")
     device.zero(address, num_bytes)
     return address
 
 
-def settle(device: HostDevice) -> None:
+def settle(device: SimulatedDevice) -> None:
     device.wait(device.mark())
 
 
@@ -50,7 +50,7 @@ class Bound:
     """An engine with a buffer of its own for every input and output."""
 
     def __init__(
-        self, device: HostDevice, engines: tuple[Path, EngineRecord], graph: contract.GraphName, **changes: int
+        self, device: SimulatedDevice, engines: tuple[Path, EngineRecord], graph: contract.GraphName, **changes: int
     ) -> None:
         self.device, sizes = device, {**SIZES, **changes}
         directory, record = engines
@@ -81,7 +81,7 @@ class Bound:
             self.device.upload(self.addresses[name], staging)
 
 
-def test_the_stream_is_lazy_and_in_order(device: HostDevice) -> None:
+def test_the_stream_is_lazy_and_in_order(device: SimulatedDevice) -> None:
     staging, back = device.alloc_host(8), device.alloc_host(8)
     address = device.alloc(8, "numbers")
     staging[:] = 1
@@ -93,7 +93,7 @@ def test_the_stream_is_lazy_and_in_order(device: HostDevice) -> None:
     assert back.tolist() == [2] * 8
 
 
-def test_copies_of_rows_with_pitches(device: HostDevice) -> None:
+def test_copies_of_rows_with_pitches(device: SimulatedDevice) -> None:
     staging, back = device.alloc_host(12), device.alloc_host(12)
     staging[:] = np.arange(12)
     source, target = device.alloc(12, "source"), written(device, 12)
@@ -106,7 +106,7 @@ def test_copies_of_rows_with_pitches(device: HostDevice) -> None:
         device.copy(target, source, row_bytes=2, rows=3, target_pitch=1, source_pitch=4)
 
 
-def test_memory_is_aligned_counted_and_starts_as_nan(device: HostDevice) -> None:
+def test_memory_is_aligned_counted_and_starts_as_nan(device: SimulatedDevice) -> None:
     free = device.memory()[0]
     addresses = [device.alloc(count, "some") for count in (1, 300, 7)]
     assert [address % ALIGNMENT for address in addresses] == [0, 0, 0]
@@ -120,7 +120,7 @@ def test_memory_is_aligned_counted_and_starts_as_nan(device: HostDevice) -> None
 
 
 # Rule 1.
-def test_addresses_must_be_aligned_live_and_large_enough(device: HostDevice) -> None:
+def test_addresses_must_be_aligned_live_and_large_enough(device: SimulatedDevice) -> None:
     address = written(device, 1000)
     with pytest.raises(SeamError, match="not a multiple of 256"):
         device.tensor(address + 8, 8, "x")
@@ -133,7 +133,7 @@ def test_addresses_must_be_aligned_live_and_large_enough(device: HostDevice) -> 
 
 # Rule 2.
 def test_a_cache_is_updated_in_place_and_nothing_else_overlaps(
-    device: HostDevice, engines: tuple[Path, EngineRecord]
+    device: SimulatedDevice, engines: tuple[Path, EngineRecord]
 ) -> None:
     bound = Bound(device, engines, contract.LATE_DECODE)
     bound.context.enqueue()
@@ -150,7 +150,9 @@ def test_a_cache_is_updated_in_place_and_nothing_else_overlaps(
 
 
 # Rule 3.
-def test_bytes_that_nothing_has_written_are_not_read(device: HostDevice, engines: tuple[Path, EngineRecord]) -> None:
+def test_bytes_that_nothing_has_written_are_not_read(
+    device: SimulatedDevice, engines: tuple[Path, EngineRecord]
+) -> None:
     bound = Bound(device, engines, contract.LATE_DECODE)
     bound.context.set_address(contract.THOUGHT, device.alloc(1 << 12, "fresh"))
     bound.context.enqueue()
@@ -161,7 +163,7 @@ def test_bytes_that_nothing_has_written_are_not_read(device: HostDevice, engines
 # Rule 4.
 @pytest.mark.parametrize(("first", "message"), [(-1, "writes rows -1"), (5, "rows from 0 are not written")])
 def test_cache_rows_are_written_in_order_and_in_range(
-    device: HostDevice, engines: tuple[Path, EngineRecord], first: int, message: str
+    device: SimulatedDevice, engines: tuple[Path, EngineRecord], first: int, message: str
 ) -> None:
     bound = Bound(device, engines, contract.LATE_DECODE)
     bound.write({contract.write_indices("late"): first})
@@ -172,7 +174,7 @@ def test_cache_rows_are_written_in_order_and_in_range(
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_window_past_the_rows_that_the_run_sees_is_refused(
-    device: HostDevice, engines: tuple[Path, EngineRecord], whole: bool
+    device: SimulatedDevice, engines: tuple[Path, EngineRecord], whole: bool
 ) -> None:
     """TensorRT writes it within the capacity, and attention never sees it; past the capacity nothing is written at all."""
     visible = engines[1].capacity if whole else SIZES["visible_len"]
@@ -187,7 +189,7 @@ def test_a_window_past_the_rows_that_the_run_sees_is_refused(
 
 
 # Rule 5.
-def test_a_capture_records_device_work_alone(device: HostDevice, engines: tuple[Path, EngineRecord]) -> None:
+def test_a_capture_records_device_work_alone(device: SimulatedDevice, engines: tuple[Path, EngineRecord]) -> None:
     bound = Bound(device, engines, contract.CHOOSE_TOKEN)
     assert bound.context.is_capturable()
     address, staging = written(device, 8), device.alloc_host(8)
@@ -207,7 +209,7 @@ def test_a_capture_records_device_work_alone(device: HostDevice, engines: tuple[
 
 
 def test_a_replay_runs_the_same_work_on_the_same_addresses(
-    device: HostDevice, engines: tuple[Path, EngineRecord]
+    device: SimulatedDevice, engines: tuple[Path, EngineRecord]
 ) -> None:
     bound = Bound(device, engines, contract.CHOOSE_TOKEN)
     with pytest.raises(SeamError, match="has not run before"):
@@ -230,7 +232,7 @@ def test_a_replay_runs_the_same_work_on_the_same_addresses(
 
 
 # Rule 6.
-def test_only_page_locked_memory_goes_up_and_down(device: HostDevice) -> None:
+def test_only_page_locked_memory_goes_up_and_down(device: SimulatedDevice) -> None:
     address = written(device, 16)
     with pytest.raises(SeamError, match="not page-locked"):
         device.upload(address, np.zeros(16, np.uint8))
@@ -250,7 +252,7 @@ def test_only_page_locked_memory_goes_up_and_down(device: HostDevice) -> None:
     ],
 )
 def test_shapes_must_lie_within_the_profile(
-    device: HostDevice, engines: tuple[Path, EngineRecord], profile: int, changes: dict[str, int], message: str
+    device: SimulatedDevice, engines: tuple[Path, EngineRecord], profile: int, changes: dict[str, int], message: str
 ) -> None:
     bound = Bound(device, engines, contract.THINKING)
     sizes = {**SIZES, **changes}
@@ -260,15 +262,15 @@ def test_shapes_must_lie_within_the_profile(
 
 
 def test_activations_are_there_large_enough_and_the_devices_own(
-    device: HostDevice, engines: tuple[Path, EngineRecord]
+    device: SimulatedDevice, engines: tuple[Path, EngineRecord]
 ) -> None:
-    bound, needed = Bound(device, engines, contract.CHOOSE_TOKEN), HostEngine.scratch_bytes
+    bound, needed = Bound(device, engines, contract.CHOOSE_TOKEN), SimulatedEngine.scratch_bytes
     for address, count, message in (
         (bound.scratch, needed - 1, f"scratch: got {needed - 1} bytes, expected {needed}"),
         (Address(bound.scratch + ALIGNMENT), needed, "scratch: 1024 bytes from 256 pass the end"),
         (Address(bound.scratch + 8), needed, "scratch: address .* is not a multiple of 256"),
         (Address(0), needed, "scratch: address 0x0 lies in no allocation"),
-        (written(HostDevice(), needed), needed, "lies in no allocation"),  # of another device: in another stream
+        (written(SimulatedDevice(), needed), needed, "lies in no allocation"),  # of another device: in another stream
     ):
         with pytest.raises(SeamError, match=message):
             bound.engine.context(0, bound.inputs, address, count)
@@ -278,7 +280,7 @@ def test_activations_are_there_large_enough_and_the_devices_own(
 
 
 def test_an_address_that_is_not_aligned_is_refused_when_it_is_set(
-    device: HostDevice, engines: tuple[Path, EngineRecord]
+    device: SimulatedDevice, engines: tuple[Path, EngineRecord]
 ) -> None:
     bound = Bound(device, engines, contract.CHOOSE_TOKEN)
     with pytest.raises(SeamError, match=r"token_ids: address .* is not a multiple of 256"):
@@ -286,7 +288,7 @@ def test_an_address_that_is_not_aligned_is_refused_when_it_is_set(
 
 
 def test_the_first_run_of_each_context_costs_time_that_is_counted(engines: tuple[Path, EngineRecord]) -> None:
-    device = HostDevice(first_run_s=2.5)
+    device = SimulatedDevice(first_run_s=2.5)
     bound = Bound(device, engines, contract.CHOOSE_TOKEN)
     bound.context.enqueue()
     assert device.stalled_s == 0  # the stream has not come to it
@@ -302,7 +304,7 @@ def test_the_first_run_of_each_context_costs_time_that_is_counted(engines: tuple
     assert device.stalled_s == 5
 
 
-def test_shapes_must_fit_the_engine(device: HostDevice, engines: tuple[Path, EngineRecord]) -> None:
+def test_shapes_must_fit_the_engine(device: SimulatedDevice, engines: tuple[Path, EngineRecord]) -> None:
     directory, record = engines
     file = record.engine(contract.CHOOSE_TOKEN)
     engine, scratch = device.load_engine(directory / file.file), written(device, 4096)
@@ -313,11 +315,11 @@ def test_shapes_must_fit_the_engine(device: HostDevice, engines: tuple[Path, Eng
 
 
 def test_room_is_checked_with_numbers() -> None:
-    device = HostDevice(memory_bytes=3_000_000_000)
+    device = SimulatedDevice(memory_bytes=3_000_000_000)
     check_room(device, {"engines": 2_000_000_000}, "use less")
     with pytest.raises(BackendError) as refused:
         check_room(device, {"engines": 2_000_000_000, "caches": 1_500_000_000}, "use less")
     assert str(refused.value) == (
-        "host device: 3.50 GB needed (engines 2.00 GB, caches 1.50 GB), 3.00 of 3.00 GB free; use less"
+        "simulator: 3.50 GB needed (engines 2.00 GB, caches 1.50 GB), 3.00 of 3.00 GB free; use less"
     )
     assert [aligned(count) for count in (0, 1, 256, 257)] == [256, 256, 256, 512]

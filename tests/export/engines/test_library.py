@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from dmtd_export.engines import library as flavour
+from dmtd_export.engines import library as builder
 from dmtd_export.engines.library import Library, configure, load_library, target_of
 from dmtd_export.engines.plan import Target
-from dmtd_runtime.device.libraries import GpuFacts, capabilities, import_cuda, import_flavour
+from dmtd_runtime.bundle.engine_record import EngineBackend
+from dmtd_runtime.device.libraries import GpuFacts, capabilities, import_cuda, import_tensorrt
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.machine.hardware import Gpu
 
@@ -33,14 +34,14 @@ def install(patch: pytest.MonkeyPatch, **versions: str | None) -> None:
 
 
 def gpus(patch: pytest.MonkeyPatch, *found: Gpu) -> None:
-    patch.setattr(flavour, "look_at_gpus", lambda: (found, None))
+    patch.setattr(builder, "look_at_gpus", lambda: (found, None))
 
     def gpu_here() -> GpuFacts:
         if not found:
             raise BackendError("no NVIDIA driver on this machine")
         return GpuFacts(device_id=0, name=found[0].name, compute_capability=str(found[0].compute_capability))
 
-    patch.setattr(flavour, "gpu_here", gpu_here)
+    patch.setattr(builder, "gpu_here", gpu_here)
 
 
 def test_ctrl_c_while_a_library_starts_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +51,7 @@ def test_ctrl_c_while_a_library_starts_is_ctrl_c(monkeypatch: pytest.MonkeyPatch
         raise ImportError("initialization failed") from KeyboardInterrupt()
 
     monkeypatch.setattr("importlib.import_module", interrupted)
-    for call in (load_library, import_flavour):
+    for call in (load_library, import_tensorrt):
         with pytest.raises(KeyboardInterrupt):
             call("tensorrt-rtx")
     with pytest.raises(KeyboardInterrupt):
@@ -60,15 +61,15 @@ def test_ctrl_c_while_a_library_starts_is_ctrl_c(monkeypatch: pytest.MonkeyPatch
 def test_without_a_gpu_rtx_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, tensorrt="11.4.0", tensorrt_rtx="1.7.1")
     gpus(monkeypatch)
-    assert load_library(None).flavour == "tensorrt-rtx"
+    assert load_library(None).backend == "tensorrt-rtx"
     gpus(monkeypatch, H200)
-    assert load_library(None).flavour == "tensorrt"
+    assert load_library(None).backend == "tensorrt"
 
 
 def test_what_is_installed_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, H200)
     install(monkeypatch, tensorrt=None, tensorrt_rtx="1.7.1")
-    assert (load_library(None).flavour, load_library(None).version) == ("tensorrt-rtx", "1.7.1")
+    assert (load_library(None).backend, load_library(None).version) == ("tensorrt-rtx", "1.7.1")
 
 
 def test_nothing_installed_names_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +87,7 @@ def test_nothing_installed_names_the_pip_line(monkeypatch: pytest.MonkeyPatch) -
     ("name", "version", "expected"), [("tensorrt", "10.14.1", "11.x"), ("tensorrt-rtx", "2.0.0", "1.x")]
 )
 def test_another_major_version_is_refused(
-    monkeypatch: pytest.MonkeyPatch, name: flavour.Flavour, version: str, expected: str
+    monkeypatch: pytest.MonkeyPatch, name: EngineBackend, version: str, expected: str
 ) -> None:
     install(monkeypatch, **{name.replace("-", "_"): version})
     with pytest.raises(BackendError, match=f"got version {version}, expected {expected}; run: pip install -U"):
@@ -94,7 +95,7 @@ def test_another_major_version_is_refused(
 
 
 def test_rtx_builds_for_any_gpu_or_one_it_knows() -> None:
-    library = Library(flavour="tensorrt-rtx", version="1.7.1", module=module("1.7.1"))
+    library = Library(backend="tensorrt-rtx", version="1.7.1", module=module("1.7.1"))
     assert target_of(library, None).label == target_of(library, "any").label == "any-tensorrt-rtx-1.7.1"
     assert target_of(library, "12.0").label == "sm120-tensorrt-rtx-1.7.1"
     assert target_of(library, None).supported == ("8.0", "8.9", "12.0")
@@ -110,29 +111,29 @@ def test_turing_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> N
     reason = (
         r"engines need 8.0 or later: TensorRT's attention does, and no bfloat16 or float32 .*--backend onnxruntime$"
     )
-    library = Library(flavour="tensorrt-rtx", version="1.7.1", module=module("1.7.1"))
+    library = Library(backend="tensorrt-rtx", version="1.7.1", module=module("1.7.1"))
     with pytest.raises(BackendError, match=rf"^--compute-capability: got 7.5, {reason}"):
         target_of(library, "7.5")
     assert list(capabilities(library.module)) == ["8.0", "8.9", "12.0"]
     gpus(monkeypatch, Gpu(name="NVIDIA T4", memory_mib=None, compute_capability="7.5"))
     with pytest.raises(BackendError, match=rf"^NVIDIA T4 has compute capability 7.5, {reason}"):
-        target_of(Library(flavour="tensorrt", version="11.4.0", module=module("11.4.0")), None)
+        target_of(Library(backend="tensorrt", version="11.4.0", module=module("11.4.0")), None)
 
 
 def test_tensorrt_builds_for_the_gpu_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = Library(flavour="tensorrt", version="11.4.0", module=module("11.4.0"))
+    library = Library(backend="tensorrt", version="11.4.0", module=module("11.4.0"))
     gpus(monkeypatch, H200)
     target = target_of(library, None)
     assert (target.label, target.gpu_name) == ("sm90-tensorrt-11.4.0", "NVIDIA H200")
     with pytest.raises(BackendError, match="builds for the machine it runs on"):
         target_of(library, "8.9")
     gpus(monkeypatch)
-    with pytest.raises(BackendError, match=r"for: no NVIDIA driver on this machine; .*--flavour tensorrt-rtx"):
+    with pytest.raises(BackendError, match=r"for: no NVIDIA driver on this machine; .*--backend tensorrt-rtx"):
         target_of(library, None)
 
 
 class FakeConfig:
-    """The few calls of an IBuilderConfig that differ between the flavours."""
+    """The few calls of an IBuilderConfig that differ between the backends."""
 
     def __init__(self) -> None:
         self.flags: set[str] = {"TF32"}
@@ -152,11 +153,11 @@ class FakeConfig:
         self.cache = cache
 
 
-def fake_library(name: flavour.Flavour) -> Library:
+def fake_library(name: EngineBackend) -> Library:
     made = module("0")
     made.BuilderFlag = types.SimpleNamespace(TF32="TF32", REQUIRE_USER_ALLOCATION="USER")  # type: ignore[attr-defined]
     made.ProfilingVerbosity = types.SimpleNamespace(DETAILED="detailed")  # type: ignore[attr-defined]
-    return Library(flavour=name, version="0", module=made)
+    return Library(backend=name, version="0", module=made)
 
 
 @pytest.mark.parametrize(
@@ -166,12 +167,12 @@ def test_tensorrt_starts_from_its_timing_cache(tmp_path: Path, content: bytes | 
     file = tmp_path / "timing.cache"
     if content is not None:
         file.write_bytes(content)
-    config, target = FakeConfig(), Target(flavour="tensorrt", version="0")
+    config, target = FakeConfig(), Target(backend="tensorrt", version="0")
     assert configure(fake_library("tensorrt"), config, target, file) == expected == config.cache
     assert config.flags == set()  # no TF32
 
 
 def test_rtx_has_no_timing_cache_and_asks_for_capturable_engines(tmp_path: Path) -> None:
-    config, target = FakeConfig(), Target(flavour="tensorrt-rtx", version="0")
+    config, target = FakeConfig(), Target(backend="tensorrt-rtx", version="0")
     assert configure(fake_library("tensorrt-rtx"), config, target, tmp_path / "none") is None
     assert config.flags == {"USER"} and config.cache is None
