@@ -1,4 +1,4 @@
-"""``dmtd export``: options, progress and the closing table. The work is ``export.export_bundle``'s."""
+"""``dmtd export``: options, progress and the closing table. The work is ``dmtd_export.bundle.export``'s."""
 
 from __future__ import annotations
 

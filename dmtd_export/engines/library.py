@@ -1,7 +1,7 @@
 """The two builder libraries behind one seam: TensorRT 11 and TensorRT-RTX 1, whose Python APIs are nearly one.
 
 Everything that differs stands here: what is installed and fits, which GPU an engine is for, and the few settings that only
-one of them has. ``engine_builder`` uses ``Library.module`` for the rest. The simulator has no library: its engines are the
+one of them has. ``builder`` uses ``Library.module`` for the rest. The simulator has no library: its engines are the
 ONNX graphs themselves, executed on the CPU.
 """
 

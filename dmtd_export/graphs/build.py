@@ -4,7 +4,7 @@
     thinking     input_ids -> E -> T -> thought (late rows only)
     late_decode  input_ids, thought -> E -> D -> norm -> lm_head -> logits
 
-and beside them choose_token and sample_token, logits -> token_ids, for a device that keeps its logits (``choose_graphs``).
+and beside them choose_token and sample_token, logits -> token_ids, for a device that keeps its logits (``token_choice``).
 
 Inputs and outputs (standard dialect; the onnxruntime dialect differs in its rows, see ``contract``):
 

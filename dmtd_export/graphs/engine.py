@@ -2,7 +2,7 @@
 
 Three changes, and nothing else (see ``dmtd_runtime.bundle.engine_record`` for what a runtime makes of them):
 
-1. The embedding table becomes the input ``embedding_table``, and where the head is tied to it also ``lm_head_table``. Two
+1. The embedding table becomes the input ``embedding_table``, and where lm_head is tied to it also ``lm_head_table``. Two
    inputs for one buffer, because one input that is both gathered from and multiplied by is copied in every run.
 2. The caches get a fixed capacity: TensorRT updates a cache in place only where that length is static.
 3. Attention sees the first ``visible_len`` rows of the caches, the length of the new input ``visible_rows`` (0, 1, 2, ...), which

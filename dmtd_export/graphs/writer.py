@@ -1,6 +1,6 @@
 """A thin writer over ONNX protobufs: nodes with path-like names, weights by reference into the one external file.
 
-It knows ONNX and nothing of DMTD; ``layers.py`` and ``graphs.py`` say what to write.
+It knows ONNX and nothing of DMTD; ``layers.py`` and ``build.py`` say what to write.
 """
 
 from __future__ import annotations

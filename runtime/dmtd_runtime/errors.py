@@ -4,7 +4,7 @@
     ├── BundleError                a file of the bundle is missing, altered, too new or not a bundle
     ├── RequestError (ValueError)  a prompt or an option that cannot be served
     ├── BackendError               the library, device or provider asked for is not usable
-    └── AbortedError               the request was cancelled, timed out, or its engine was closed
+    └── AbortedError               the request was cancelled, timed out, or its LLM was closed
 
 The command line prints the message and exits 1; anything that is not a ``DmtdError`` is a bug and keeps its traceback.
 """
@@ -27,4 +27,4 @@ class BackendError(DmtdError):
 
 
 class AbortedError(DmtdError):
-    """The request was cancelled, passed its deadline, or its engine was closed."""
+    """The request was cancelled, passed its deadline, or its LLM was closed."""

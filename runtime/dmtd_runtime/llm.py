@@ -55,7 +55,7 @@ class LLM:
         device: ``cpu``, or ``cuda`` for ONNX Runtime's CUDA provider (a float16 or bfloat16 bundle).
         device_id: which GPU.
         dialect: which graphs; None takes ONNX Runtime's own where the bundle has them.
-        full_pass: ``staged`` (T, D and the head in memory once) or ``fused`` (one graph, encoding layers read once); None takes
+        full_pass: ``staged`` (T, D and lm_head in memory once) or ``fused`` (one graph, encoding layers read once); None takes
             fused where the split has encoding layers.
         max_num_seqs: sequences that may run at a time. 1, the default, is the fastest for a single sequence.
         max_model_len: prompt and answer together, at most the bundle's own limit, the default.
@@ -126,7 +126,7 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """End every request, stop the engine and free its memory. Safe to call twice."""
+        """End every request, stop the worker and free its memory. Safe to call twice."""
         self._close()
 
     def generate(

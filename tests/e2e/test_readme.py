@@ -1,12 +1,14 @@
-"""Every command and every Python block of README.md that is marked as tested runs, on a small random model in ``model/``."""
+"""Every command and every Python block of the READMEs that is marked as tested runs, on a small random model in ``model/``."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,19 +16,41 @@ import pytest
 from dmtd_models.reference.testing import write_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = ("README.md", "dmtd_export/README.md", "runtime/README.md", "models/README.md", "tools/README.md")
 MARKED = re.compile(r"<!-- tested[^>]*-->\n```(\w+)\n(.*?)```", re.DOTALL)
-BLOCKS = MARKED.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-CONSOLES = [
-    [line.removeprefix("$ ") for line in text.splitlines() if line.startswith("$ ")]
-    for language, text in BLOCKS
-    if language == "console"
+
+
+@dataclass(frozen=True)
+class Block:
+    page: str
+    language: str
+    text: str
+
+    @property
+    def commands(self) -> list[str]:
+        return [line.removeprefix("$ ") for line in self.text.splitlines() if line.startswith("$ ")]
+
+    def __str__(self) -> str:
+        first = self.commands[0] if self.commands else self.text
+        return f"{self.page}: {' '.join(first.split()[:3])}"
+
+
+BLOCKS = [
+    Block(page, language, text)
+    for page in PAGES
+    for language, text in MARKED.findall((ROOT / page).read_text(encoding="utf-8"))
 ]
-SCRIPTS = [text for language, text in BLOCKS if language == "python"]
+CONSOLES = [block for block in BLOCKS if block.language == "console"]
+SCRIPTS = [block for block in BLOCKS if block.language == "python"]
+FIRST = CONSOLES[0].commands[0]
+
+# One worker: all blocks share a directory, and those of a page may use what an earlier one of it made.
+pytestmark = pytest.mark.xdist_group("readme")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with ``model/``, and ``bundle/`` made by the README's own first command."""
+    """A directory with ``model/`` and text, and ``bundle/`` made by README.md's own first command, with engines in it."""
     directory = tmp_path_factory.mktemp("readme")
     write_tiny_checkpoint(directory / "model", family="llama", layers=12, tokenizer=True)
     chat = {
@@ -34,7 +58,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name in ("chats.jsonl", "held_out.jsonl"):
         (directory / name).write_text(f"{json.dumps(chat)}\n" * 40, encoding="utf-8")
-    run(CONSOLES[0][0], directory)
+    item = {"prompt": "The sky is", "choices": [" blue today", " made of bread"], "answer": 0}
+    (directory / "items.jsonl").write_text(f"{json.dumps(item)}\n" * 4, encoding="utf-8")
+    (directory / "prompts.txt").write_text("One\nTwo\n", encoding="utf-8")
+    run(FIRST, directory)
+    run("dmtd build bundle --backend simulator", directory)
     return directory
 
 
@@ -42,32 +70,47 @@ def run(command: str, directory: Path) -> str:
     program, *arguments = shlex.split(command)
     if program == "dmtd":
         launcher = [sys.executable, "-c", "from dmtd_export.cli.main import main; main()"]
+    elif program == "python":
+        launcher = [sys.executable]
+    elif program.startswith("tools/"):
+        launcher = [sys.executable, str(ROOT / program)]
     else:
         launcher = [str(Path(sys.executable).with_name(program))]
+    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "runtime", "models"))
     done = subprocess.run(
-        [*launcher, *arguments], cwd=directory, capture_output=True, text=True, timeout=300, check=False
+        [*launcher, *(str(ROOT / a) if a.startswith("runtime/examples/") else a for a in arguments)],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
-def test_the_readme_has_marked_blocks() -> None:
-    assert CONSOLES[0][0].startswith("dmtd export model -o bundle")
-    assert {shlex.split(command)[0] for block in CONSOLES for command in block} == {"dmtd", "polygraphy"}
+def test_every_page_has_marked_blocks() -> None:
+    assert FIRST.startswith("dmtd export model -o bundle")
+    assert {block.page for block in BLOCKS} == set(PAGES)
     assert SCRIPTS
 
 
-@pytest.mark.parametrize("commands", CONSOLES, ids=lambda commands: " ".join(commands[0].split()[:2]))
-def test_commands_run(place: Path, commands: list[str]) -> None:
-    """Those of one block in order: they build on one another."""
-    for command in commands:
-        assert command == CONSOLES[0][0] or run(command, place).strip(), command
+@pytest.mark.parametrize("block", CONSOLES, ids=str)
+def test_commands_run(place: Path, block: Block) -> None:
+    """Those of one block in order. ``cd`` holds until the block's end."""
+    directory = place
+    for command in block.commands:
+        if command.startswith("cd "):
+            (directory,) = directory.glob(command.removeprefix("cd "))
+        elif command != FIRST:
+            assert run(command, directory).strip(), command
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_python_blocks_run(place: Path, script: str) -> None:
+@pytest.mark.parametrize("block", SCRIPTS, ids=str)
+def test_python_blocks_run(place: Path, block: Block) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=place, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", block.text], cwd=place, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

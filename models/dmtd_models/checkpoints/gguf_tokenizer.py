@@ -1,6 +1,6 @@
 """The Hugging Face tokenizer of a GGUF file, rebuilt from its metadata. No torch, no transformers.
 
-Stands under ``gguf_checkpoint``. Byte-level BPE only, for the pre-tokenizers named in ``_PRE_TOKENIZERS``: a GGUF file
+Stands under ``gguf``. Byte-level BPE only, for the pre-tokenizers named in ``_PRE_TOKENIZERS``: a GGUF file
 names its pre-tokenizer by a label instead of describing it, so each must be known to give the original's tokens.
 Other kinds get no tokenizer.json but a reason; the model still works on token ids.
 """

@@ -1,6 +1,6 @@
 """One safetensors file, memory-mapped tensor by tensor, checked against its own header. No torch.
 
-Stands under ``hf_checkpoint``. The format is 8 bytes of header length, a JSON header, then the tensors' bytes; reading
+Stands under ``hf``. The format is 8 bytes of header length, a JSON header, then the tensors' bytes; reading
 it here rather than through the library gives bfloat16 without torch, mapped (not copied) arrays and precise errors.
 """
 

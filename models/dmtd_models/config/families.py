@@ -1,6 +1,6 @@
 """The decoder families as data: which config.json each one writes and what it means when a key is absent.
 
-Read by ``config.read_config``. No behaviour lives here: every difference between families ends up as a field of
+Read by ``model.read_config``. No behaviour lives here: every difference between families ends up as a field of
 ``ModelConfig`` (biases, q/k norms, head size), and nothing after that asks for the family again. No torch.
 
 The defaults are those of transformers 5 (LlamaConfig, Qwen2Config, Qwen3Config); version 4 has the same ones.

@@ -1,6 +1,6 @@
 """Translating a GGUF file's metadata to ``ModelConfig``. No torch, no file access.
 
-Stands under ``gguf_checkpoint``. Keys of the architecture that are not known here are refused by name: they may change
+Stands under ``checkpoints.gguf``. Keys of the architecture that are not known here are refused by name: they may change
 the output.
 """
 

@@ -1,4 +1,4 @@
-"""Writing config.json: the inverse of ``config.read_config``, in the form of transformers 4, which version 5 reads too.
+"""Writing config.json: the inverse of ``model.read_config``, in the form of transformers 4, which version 5 reads too.
 
 Used where a checkpoint has no config.json of its own (GGUF), by fine-tuning, and by the tiny test checkpoints.
 """

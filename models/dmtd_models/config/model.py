@@ -1,6 +1,6 @@
 """What a checkpoint is: the architecture of its decoder and its DMTD split, read from config.json. No torch.
 
-Foreign keys (Hugging Face's, the published DMTD ones) are translated here, in ``rope_config`` and in ``families``, and
+Foreign keys (Hugging Face's, the published DMTD ones) are translated here, in ``rope`` and in ``families``, and
 nowhere else.
 """
 

