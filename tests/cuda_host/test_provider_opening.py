@@ -14,7 +14,7 @@ pytestmark = pytest.mark.cuda_host
 OPEN = """
 import sys
 from dmtd_runtime.ort.cuda_provider import prepare
-from dmtd_runtime.ort.session import import_onnxruntime
+from dmtd_runtime.ort.library import import_onnxruntime
 from dmtd_runtime.errors import BackendError
 try:
     prepare(import_onnxruntime(), 0)

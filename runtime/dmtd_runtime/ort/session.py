@@ -1,4 +1,4 @@
-"""Opening ONNX Runtime sessions and binding their inputs and outputs once.
+"""Opening ONNX Runtime sessions.
 
 An absent execution provider makes ONNX Runtime fall back to the CPU without a word; here that is an error.
 """
@@ -6,22 +6,16 @@ An absent execution provider makes ONNX Runtime fall back to the CPU without a w
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from dmtd_runtime.backends.base import Array, BackendOptions, RunStats
-from dmtd_runtime.backends.onnxruntime.memory import Block, Buffer, OrtMemory
-from dmtd_runtime.bundle.manifest import GraphInfo
 from dmtd_runtime.errors import BackendError, BundleError
 from dmtd_runtime.machine.hardware import default_threads
 from dmtd_runtime.ort.cuda_provider import CUDA_PROVIDER, prepare
 from dmtd_runtime.ort.library import import_onnxruntime
 
-ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
 CPU_PROVIDER = "CPUExecutionProvider"
 # Kernels of attention that may be taken, by the provider's numbers: flash, memory-efficient and unfused. Left to itself the
 # provider takes cuDNN's from Hopper on, which are compiled for every shape, thread and session anew, and fail without another
@@ -30,165 +24,83 @@ ATTENTION_KERNELS = 1 | 2 | 16
 CUDNN_ATTENTION = "ORT_ENABLE_CUDNN_FLASH_ATTENTION"  # a variable of ONNX Runtime: 1 lets cuDNN's be tried all the same
 
 
-def provider_options(options: BackendOptions, *, stream: int | None, graphs: bool) -> dict[str, str]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CudaOptions:
+    """A session on a GPU: ``stream`` is for all that it does, ``graphs`` lets runs be captured as CUDA graphs."""
+
+    device_id: int = 0
+    stream: int | None = None
+    graphs: bool = False
+
+
+def provider_options(cuda: CudaOptions) -> dict[str, str]:
     """Options of the CUDA provider."""
     chosen = {
-        "device_id": str(options.device_id),
+        "device_id": str(cuda.device_id),
         "use_tf32": "0",  # its default rounds float32 products to 10 bits on every card since Ampere
         "arena_extend_strategy": "kSameAsRequested",  # not twice as much each time
     }
     if os.environ.get(CUDNN_ATTENTION) != "1":
         chosen["sdpa_kernel"] = str(ATTENTION_KERNELS)
-    if stream is not None:
-        chosen["user_compute_stream"] = str(stream)
-    if graphs:
+    if cuda.stream is not None:
+        chosen["user_compute_stream"] = str(cuda.stream)
+    if cuda.graphs:
         chosen["enable_cuda_graph"] = "1"
     return chosen
 
 
 def open_session(
     path: Path,
-    options: BackendOptions,
     *,
-    stream: int | None = None,
-    graphs: bool = False,
+    threads: int | None = None,
+    prepack: bool = True,
+    cuda: CudaOptions | None = None,
     weights: Mapping[str, Any] | None = None,
 ) -> Any:
     """An InferenceSession whose first provider is the one asked for.
 
     Args:
         path: the graph.
-        options: device and threads.
-        stream: of CUDA, for all that the session does.
-        graphs: runs may be captured as CUDA graphs.
+        threads: None: one for each core this process may use.
+        prepack: weights are copied into the kernels' own layout.
+        cuda: None: on the CPU.
         weights: initializers by name that are on the device already; they must outlive the session.
+
+    Raises:
+        BundleError: the graph cannot be loaded.
+        BackendError: ONNX Runtime or its CUDA provider is missing or unfit.
     """
     ort = import_onnxruntime()
     settings = ort.SessionOptions()
-    settings.intra_op_num_threads = options.threads or default_threads()
+    settings.intra_op_num_threads = threads or default_threads()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 4  # its errors come as exceptions; a library writes nothing to stderr
     # The two sessions of a bundle run in turn: a pool that spins on after its run takes the cores from the other one.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
-    if not options.prepack:
+    if not prepack:
         settings.add_session_config_entry("session.disable_prepacking", "1")
     for name, value in (weights or {}).items():
         settings.add_initializer(name, value)
     providers: list[Any] = [CPU_PROVIDER]
-    if options.device == "cuda":
-        prepare(ort, options.device_id)
+    if cuda is not None:
+        prepare(ort, cuda.device_id)
         settings.enable_mem_pattern = False  # a second run of the same shapes would allocate everything anew
         settings.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-        providers = [(CUDA_PROVIDER, provider_options(options, stream=stream, graphs=graphs)), CPU_PROVIDER]
+        providers = [(CUDA_PROVIDER, provider_options(cuda)), CPU_PROVIDER]
     try:
         # Without the fallback, which would print to stdout and go on with the CPU.
         session = ort.InferenceSession(str(path), settings, providers=providers, enable_fallback=0)
     except Exception as error:
-        raise BundleError(f"ONNX Runtime cannot load {path}: {_first_line(error)}; export the bundle again") from error
-    wanted = CUDA_PROVIDER if options.device == "cuda" else CPU_PROVIDER
+        raise BundleError(f"ONNX Runtime cannot load {path}: {first_line(error)}; export the bundle again") from error
+    wanted = CPU_PROVIDER if cuda is None else CUDA_PROVIDER
     if session.get_providers()[0] != wanted:
         raise BackendError(
-            f"--device {options.device}: ONNX Runtime fell back to {session.get_providers()[0]}; "
+            f"ONNX Runtime fell back to {session.get_providers()[0]}; "
             "see `dmtd doctor` for the driver, CUDA and cuDNN it needs"
         )
     return session
 
 
-def host_inputs(session: Any) -> frozenset[str]:
-    """The inputs that nodes read in host memory, as the session itself tells."""
-    infos = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
-    return frozenset(info.name for info, memory in infos if memory.name.lower() == "cpu")
-
-
-def value_at(session: Any, buffer: Buffer, device: tuple[str, int]) -> Any:
-    """An OrtValue over memory that is not ONNX Runtime's: what a binding of any session makes of an address."""
-    output = session.get_outputs()[0].name
-    binding = session.io_binding()
-    binding.bind_output(output, *device, _element(buffer), buffer.shape, buffer.address)
-    return binding.get_outputs()[0]
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an exception of ONNX Runtime says first."""
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-
-
-def _element(buffer: Buffer) -> Any:
-    return ONNX_BFLOAT16 if buffer.dtype == "bfloat16" else np.dtype(buffer.dtype)
-
-
-class Binding:
-    """One (graph, row counts): every input and output bound once, written in place before each run.
-
-    ``arrays`` are the small inputs by name, to be filled between :meth:`begin` and :meth:`run`.
-    """
-
-    def __init__(
-        self,
-        session: Any,
-        graph: GraphInfo,
-        sizes: Mapping[str, int],
-        buffers: Mapping[str, Buffer],
-        memory: OrtMemory,
-        *,
-        graph_id: int | None = None,
-    ) -> None:
-        """``buffers`` are caches, thought and logits by input or output name; ``sizes`` resolves symbolic dimensions.
-
-        Outputs that are no buffer stand in the block, to be pulled. ``graph_id``: in a session with CUDA graphs, the one
-        that these runs are captured into; -1 for none. None elsewhere.
-        """
-        self._session, self._graph_id = session, graph_id
-        self._binding = session.io_binding()
-        self.buffers = dict(buffers)
-        self._has_inputs = any(info.name not in buffers for info in graph.inputs)
-        self._run_options = _run_options(graph_id) if memory.stream is not None else None
-        on_host = host_inputs(session) if memory.stream is not None else frozenset()
-        shapes = {
-            info.name: ([sizes[dim] if isinstance(dim, str) else dim for dim in info.dims], info.dtype)
-            for info in (*graph.inputs, *graph.outputs)
-            if info.name not in buffers
-        }
-        self._host_arrays = {name: np.zeros(*shapes.pop(name)) for name in on_host if name in shapes}
-        self.block: Block = memory.block(graph.name, [(name, *shape) for name, shape in shapes.items()])
-        self.arrays: Mapping[str, Array] = {**self.block.arrays, **self._host_arrays}
-        for infos, bind in ((graph.inputs, self._binding.bind_input), (graph.outputs, self._binding.bind_output)):
-            for info in infos:
-                if info.name in self._host_arrays:
-                    array = self._host_arrays[info.name]
-                    bind(info.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-                    continue
-                buffer = buffers.get(info.name)
-                if buffer is None:
-                    array = self.block.arrays[info.name]
-                    address, shape = self.block.addresses[info.name], array.shape
-                    bind(info.name, *memory.device, array.dtype, shape, address)
-                else:
-                    bind(info.name, *memory.device, _element(buffer), buffer.shape, buffer.address)
-
-    def begin(self) -> None:
-        """Before the arrays are filled."""
-        self.block.begin()
-
-    def run(self, stats: RunStats) -> None:
-        """Run the graph over what stands in ``arrays``; errors of ONNX Runtime become BackendError.
-
-        A GPU may still be at it on return.
-        """
-        start = time.perf_counter()
-        if self._has_inputs:
-            self.block.push()
-        try:
-            self._session.run_with_iobinding(self._binding, self._run_options)
-        except Exception as error:
-            hint = "; try --no-cuda-graphs" if self._graph_id not in (None, -1) else ""
-            raise BackendError(f"ONNX Runtime failed: {_first_line(error)}{hint}") from error
-        stats.session_seconds += time.perf_counter() - start
-
-
-def _run_options(graph_id: int | None) -> Any:
-    """Options of a run on a GPU: nothing is waited for, the stream keeps the order."""
-    run_options = import_onnxruntime().RunOptions()
-    run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-    if graph_id is not None:
-        run_options.add_run_config_entry("gpu_graph_id", str(graph_id))
-    return run_options

@@ -15,7 +15,7 @@ from dmtd_runtime import LLM, BackendError, SamplingParams
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.ort.cuda_provider import CUDA_PROVIDER
 from dmtd_runtime.ort.library import import_onnxruntime
-from dmtd_runtime.ort.session import provider_options
+from dmtd_runtime.ort.session import CudaOptions, provider_options
 
 PROMPTS = [[1, 2, 3], [4] * 9, [5, 6]]
 CHOICES = {
@@ -101,13 +101,12 @@ def test_on_a_gpu_every_row_of_logits_is_the_oracles(bundles: dict[str, Path]) -
 
 
 def test_what_is_asked_of_the_provider(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = BackendOptions(device="cuda", device_id=2)
     always = {"device_id": "2", "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested", "sdpa_kernel": "19"}
-    assert provider_options(options, stream=None, graphs=False) == always
+    assert provider_options(CudaOptions(device_id=2)) == always
     shared = {"user_compute_stream": "77", "enable_cuda_graph": "1"}
-    assert provider_options(options, stream=77, graphs=True) == always | shared
+    assert provider_options(CudaOptions(device_id=2, stream=77, graphs=True)) == always | shared
     monkeypatch.setenv("ORT_ENABLE_CUDNN_FLASH_ATTENTION", "1")
-    assert "sdpa_kernel" not in provider_options(options, stream=None, graphs=False)
+    assert "sdpa_kernel" not in provider_options(CudaOptions())
 
 
 def test_ctrl_c_within_the_import_of_onnxruntime_is_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

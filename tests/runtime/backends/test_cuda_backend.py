@@ -18,6 +18,7 @@ from dmtd_export.options import ExportOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime import LLM, BackendError, SamplingParams
 from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.backends.onnxruntime import binding
 from dmtd_runtime.backends.onnxruntime import memory as ort_memory
 from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from dmtd_runtime.backends.onnxruntime.trial import trial_step
@@ -52,7 +53,8 @@ def provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeOnnxRuntime]:
     module = FakeOnnxRuntime(host)
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(__version__="13.5.0"))  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", FakeCuda(host))  # type: ignore[arg-type]
-    monkeypatch.setattr(ort_session, "import_onnxruntime", lambda: module)
+    for user in (ort_session, binding):
+        monkeypatch.setattr(user, "import_onnxruntime", lambda: module)
     monkeypatch.setattr(ort_session, "prepare", lambda ort, device_id: None)
     monkeypatch.setattr(ort_memory, "prepare", lambda ort, device_id: None)
     return module
@@ -104,7 +106,8 @@ def test_tokens_are_those_of_the_cpu(
     captured = {graph_id for graph_id in provider.runs if graph_id not in (None, "-1")}
     assert bool(captured) is cuda_graphs
     with pytest.MonkeyPatch.context() as undone:
-        undone.setattr(ort_session, "import_onnxruntime", ort_memory.import_onnxruntime)
+        for user in (ort_session, binding):
+            undone.setattr(user, "import_onnxruntime", ort_memory.import_onnxruntime)
         expected = generated(bundles[dtype], choice, **same)
     for (ids, logprobs), (expected_ids, expected_logprobs) in zip(got, expected, strict=True):
         assert ids == expected_ids

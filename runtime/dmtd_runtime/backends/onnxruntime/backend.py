@@ -22,6 +22,7 @@ from dmtd_runtime.backends.base import Array, BackendOptions, Rows, RunOutput, R
 from dmtd_runtime.backends.kv_cache import HostKvCache
 from dmtd_runtime.backends.layouts.packed import PackedLayout
 from dmtd_runtime.backends.layouts.rectangular import RectangularLayout
+from dmtd_runtime.backends.onnxruntime.binding import Binding
 from dmtd_runtime.backends.onnxruntime.memory import (
     Buffer,
     GpuMemory,
@@ -38,7 +39,7 @@ from dmtd_runtime.bundle.engine_record import default_full_pass
 from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.device.base import check_room
 from dmtd_runtime.errors import BackendError, RequestError
-from dmtd_runtime.ort.session import Binding, open_session
+from dmtd_runtime.ort.session import CudaOptions, open_session
 
 logger = logging.getLogger("dmtd.onnxruntime")
 
@@ -217,11 +218,15 @@ class OnnxRuntimeBackend(StepwiseBackend):
 
     def _session(self, directory: Path, name: contract.GraphName) -> Any:
         graph = self._graphs[name]
+        cuda = None
+        if self._options.device == "cuda":
+            captures = self._captures and name != contract.CHOOSE_TOKEN
+            cuda = CudaOptions(device_id=self._options.device_id, stream=self._memory.stream, graphs=captures)
         self._sessions[name] = open_session(
             directory / graph.file,
-            self._options,
-            stream=self._memory.stream,
-            graphs=self._captures and name != contract.CHOOSE_TOKEN,
+            threads=self._options.threads,
+            prepack=self._options.prepack,
+            cuda=cuda,
             weights={weight: self._weights[weight] for weight in graph.weights} if self._weights else None,
         )
         return self._sessions[name]

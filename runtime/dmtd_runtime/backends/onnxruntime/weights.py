@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from dmtd_runtime.backends.onnxruntime.binding import value_at
 from dmtd_runtime.backends.onnxruntime.memory import Buffer, GpuMemory
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import GraphInfo, Manifest
 from dmtd_runtime.device.base import Address, aligned
 from dmtd_runtime.device.uploading import Uploader
-from dmtd_runtime.ort.session import value_at
 
 
 def weights_of(manifest: Manifest, graphs: Iterable[GraphInfo]) -> dict[str, tuple[int, int, tuple[int, ...], str]]:

@@ -6,20 +6,16 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.engine_record import EngineFile, read_record
 from dmtd_runtime.device.base import ALIGNMENT, Address, Array, EngineTensor
-from dmtd_runtime.device.simulator.memory import Block, SeamError
+from dmtd_runtime.device.simulator.memory import Block, SeamError, SimulatedStream
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.ort.session import open_session
-
-if TYPE_CHECKING:
-    from dmtd_runtime.device.simulator.device import SimulatedDevice
 
 ORT_DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -35,9 +31,9 @@ class SimulatedEngine:
 
     scratch_bytes = 4 * ALIGNMENT
 
-    def __init__(self, device: SimulatedDevice, path: Path, threads: int) -> None:
+    def __init__(self, device: SimulatedStream, path: Path, threads: int) -> None:
         self.device, self.file = device, _recorded(path)
-        self.session = open_session(path, BackendOptions(threads=threads))
+        self.session = open_session(path, threads=threads)
         infos: list[tuple[Any, bool]] = [(info, True) for info in self.session.get_inputs()]
         infos += [(info, False) for info in self.session.get_outputs()]
         self.tensors: dict[str, EngineTensor] = {}

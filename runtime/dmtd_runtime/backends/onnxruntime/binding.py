@@ -1,0 +1,114 @@
+"""The inputs and outputs of a session, bound once for each set of row counts and written in place before each run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dmtd_runtime.backends.base import Array, RunStats
+from dmtd_runtime.backends.onnxruntime.memory import Block, Buffer, OrtMemory
+from dmtd_runtime.bundle.manifest import GraphInfo
+from dmtd_runtime.errors import BackendError
+from dmtd_runtime.ort.library import import_onnxruntime
+from dmtd_runtime.ort.session import first_line
+
+ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
+
+
+def host_inputs(session: Any) -> frozenset[str]:
+    """The inputs that nodes read in host memory, as the session itself tells."""
+    infos = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
+    return frozenset(info.name for info, memory in infos if memory.name.lower() == "cpu")
+
+
+def value_at(session: Any, buffer: Buffer, device: tuple[str, int]) -> Any:
+    """An OrtValue over memory that is not ONNX Runtime's: what a binding of any session makes of an address."""
+    output = session.get_outputs()[0].name
+    binding = session.io_binding()
+    binding.bind_output(output, *device, _element(buffer), buffer.shape, buffer.address)
+    return binding.get_outputs()[0]
+
+
+def _element(buffer: Buffer) -> Any:
+    return ONNX_BFLOAT16 if buffer.dtype == "bfloat16" else np.dtype(buffer.dtype)
+
+
+class Binding:
+    """One (graph, row counts): every input and output bound once, written in place before each run.
+
+    ``arrays`` are the small inputs by name, to be filled between :meth:`begin` and :meth:`run`.
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        graph: GraphInfo,
+        sizes: Mapping[str, int],
+        buffers: Mapping[str, Buffer],
+        memory: OrtMemory,
+        *,
+        graph_id: int | None = None,
+    ) -> None:
+        """``buffers`` are caches, thought and logits by input or output name; ``sizes`` resolves symbolic dimensions.
+
+        Outputs that are no buffer stand in the block, to be pulled. ``graph_id``: in a session with CUDA graphs, the one
+        that these runs are captured into; -1 for none. None elsewhere.
+        """
+        self._session, self._graph_id = session, graph_id
+        self._binding = session.io_binding()
+        self.buffers = dict(buffers)
+        self._has_inputs = any(info.name not in buffers for info in graph.inputs)
+        self._run_options = _run_options(graph_id) if memory.stream is not None else None
+        on_host = host_inputs(session) if memory.stream is not None else frozenset()
+        shapes = {
+            info.name: ([sizes[dim] if isinstance(dim, str) else dim for dim in info.dims], info.dtype)
+            for info in (*graph.inputs, *graph.outputs)
+            if info.name not in buffers
+        }
+        self._host_arrays = {name: np.zeros(*shapes.pop(name)) for name in on_host if name in shapes}
+        self.block: Block = memory.block(graph.name, [(name, *shape) for name, shape in shapes.items()])
+        self.arrays: Mapping[str, Array] = {**self.block.arrays, **self._host_arrays}
+        for infos, bind in ((graph.inputs, self._binding.bind_input), (graph.outputs, self._binding.bind_output)):
+            for info in infos:
+                if info.name in self._host_arrays:
+                    array = self._host_arrays[info.name]
+                    bind(info.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+                    continue
+                buffer = buffers.get(info.name)
+                if buffer is None:
+                    array = self.block.arrays[info.name]
+                    address, shape = self.block.addresses[info.name], array.shape
+                    bind(info.name, *memory.device, array.dtype, shape, address)
+                else:
+                    bind(info.name, *memory.device, _element(buffer), buffer.shape, buffer.address)
+
+    def begin(self) -> None:
+        """Before the arrays are filled."""
+        self.block.begin()
+
+    def run(self, stats: RunStats) -> None:
+        """Run the graph over what stands in ``arrays``; errors of ONNX Runtime become BackendError.
+
+        A GPU may still be at it on return.
+        """
+        start = time.perf_counter()
+        if self._has_inputs:
+            self.block.push()
+        try:
+            self._session.run_with_iobinding(self._binding, self._run_options)
+        except Exception as error:
+            hint = "; try --no-cuda-graphs" if self._graph_id not in (None, -1) else ""
+            raise BackendError(f"ONNX Runtime failed: {first_line(error)}{hint}") from error
+        stats.session_seconds += time.perf_counter() - start
+
+
+def _run_options(graph_id: int | None) -> Any:
+    """Options of a run on a GPU: nothing is waited for, the stream keeps the order."""
+    run_options = import_onnxruntime().RunOptions()
+    run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    if graph_id is not None:
+        run_options.add_run_config_entry("gpu_graph_id", str(graph_id))
+    return run_options
