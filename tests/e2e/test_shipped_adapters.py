@@ -6,6 +6,7 @@ same prompts and reads what was written.
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -21,6 +22,9 @@ from dmtd_export.evaluate.generation import GenerationResult
 from dmtd_export.evaluate.report import EvaluationReport
 from dmtd_export.options import ExportOptions
 from dmtd_models.checkpoints import smollm2
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+study_text = importlib.import_module("study_text")
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 FASTER, TRUER = "smollm2-135m-e4-d8-tau4", "smollm2-135m-e4-d8-tau2"
@@ -51,9 +55,11 @@ def adapter(request: pytest.FixtureRequest) -> str:
 def report(adapter: str, gguf: Path, plain: Path, tmp_path_factory: pytest.TempPathFactory) -> EvaluationReport:
     bundle = tmp_path_factory.mktemp("adapted") / "bundle"
     export_bundle(gguf, bundle, ExportOptions(target="onnxruntime", max_batch=8), adapter=MODELS / adapter)
+    items = bundle.with_name("facts.jsonl")
+    study_text.write_lines(items, study_text.facts())
     try:
         alone = OpenOptions(threads=1)  # thread pools that share cores spin against each other
-        chosen = EvaluateOptions(tasks=("facts",), limit=FACTS, fluency=True, open=alone, base_open=alone)
+        chosen = EvaluateOptions(tasks=(str(items),), limit=FACTS, fluency=True, open=alone, base_open=alone)
         return run_evaluation(bundle, plain, chosen)
     finally:
         shutil.rmtree(bundle)
