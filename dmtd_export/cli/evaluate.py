@@ -53,11 +53,11 @@ def evaluate(
         list[str] | None,
         _what(
             "--text",
-            text="Held-out text: a registered corpus, a text file, or data as --data of finetune takes. May be repeated.",
+            text="Held-out text: a text file, or data as --data of finetune takes. May be repeated.",
         ),
     ] = None,
     task: Annotated[
-        list[str] | None, _what("--task", text="A registered task or a file of items (.jsonl). May be repeated.")
+        list[str] | None, _what("--task", text="A file of items of your own (.jsonl). May be repeated.")
     ] = None,
     fluency: Annotated[
         bool,
@@ -80,7 +80,7 @@ def evaluate(
         bool,
         _what(
             "--run-unsafe-code",
-            text="Let tasks like HumanEval and MBPP run the code that models write, on this machine.",
+            text="Let --lm-eval tasks like HumanEval and MBPP run the code that models write, on this machine.",
         ),
     ] = False,
     encoding_layers: Annotated[int | None, _split("E: layers before the thinking layers.")] = None,
@@ -110,9 +110,7 @@ def evaluate(
     ] = _DEFAULT.open.dtype,
     device: DeviceOption = _DEFAULT.open.device,
     threads: ThreadsOption = None,
-    cache_dir: Annotated[
-        Path | None, _how("--cache-dir", text="Where downloaded texts and tasks are kept; by default the user's cache.")
-    ] = None,
+    cache_dir: Annotated[Path | None, typer.Option("--cache-dir", hidden=True)] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory for report.json and plots (PNG).")
     ] = None,
@@ -124,6 +122,10 @@ def evaluate(
     checkpoint is scored in PyTorch, a bundle by its own graphs; both give the same numbers.
     """
     path = pick(target, model, "MODEL_OR_BUNDLE")
+    if cache_dir is not None:
+        raise typer.BadParameter(
+            "--cache-dir: has gone, for texts and tasks are files and nothing is downloaded; leave it out"
+        )
     require("evaluate", ("numpy",), _INSTALL)
     from dmtd_export.evaluate import evaluate as run
     from dmtd_export.evaluate.subject import is_bundle
@@ -156,7 +158,6 @@ def evaluate(
         prefixes=prefixes,
         max_run=max_run,
         seed=seed,
-        cache_dir=cache_dir,
         fluency=fluency,
         compare_conventions=compare_conventions,
         offsets=offsets,

@@ -14,7 +14,6 @@ from rich.table import Table
 
 from dmtd_export.cli.progress import StageDisplay
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
-from dmtd_models.data.corpora import corpus_names
 from dmtd_runtime.cli.common import JsonOption, logs_to_stderr, pick, require
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "matplotlib")
@@ -53,14 +52,14 @@ def finetune(
     ] = None,
     data: Annotated[
         list[str] | None,
-        _option(
-            _TEXT,
-            "Text: JSON lines, parquet, a datasets directory, or a corpus by name "
-            f"({', '.join(corpus_names())}). Give it several times.",
-        ),
+        _option(_TEXT, "Text: JSON lines, parquet, or a datasets directory. Give it several times."),
     ] = None,
     held_out: Annotated[
         list[str] | None, _option(_TEXT, "Text to evaluate on while training; by default 2% of the documents.")
+    ] = None,
+    decontaminate: Annotated[
+        list[str] | None,
+        _option(_TEXT, "Items, chats or texts that will be evaluated on: documents in which they occur are left out."),
     ] = None,
     answer_tokens: Annotated[
         int, _option(_TEXT, "Let the base model first write chats of so many answer tokens.", min=0)
@@ -201,6 +200,7 @@ def finetune(
         initial=initial,
         data=tuple(data or ()),
         held_out=tuple(held_out or ()),
+        decontaminate=tuple(decontaminate or ()),
         answer_tokens=answer_tokens,
         max_length=max_length,
         save=save,

@@ -16,10 +16,32 @@ import numpy as np
 from dmtd_export.evaluate.generation import Answer, GenerationRun, write_answers
 from dmtd_export.evaluate.scorer import Scorer, ScoreRequest
 from dmtd_export.evaluate.statistics import Bootstrap, Estimate
-from dmtd_models.data.facts import everyday_prompts
 from dmtd_models.data.items import GenerationItem
 
 MAX_NEW_TOKENS = 96
+EVERYDAY = (
+    "What is a good way to start the morning?",
+    "Can you explain why the sky looks blue during the day?",
+    "Tell me a short story about a fox who learns to share.",
+    "I have a job interview tomorrow. What should I do to prepare?",
+    "How do I cook rice so that it does not stick?",
+    "Write a short thank-you note to a neighbour who watered my plants.",
+    "What are some healthy snacks for children?",
+    "Explain how a bicycle stays upright, in simple words.",
+    "My friend is feeling sad. How can I cheer her up?",
+    "What should I pack for a weekend trip to the mountains?",
+    "Write a short poem about rain in autumn.",
+    "How does a refrigerator keep food cold?",
+    "Give me three ideas for a birthday party at home.",
+    "What is the difference between a lake and a river?",
+    "Tell me a story about an old lighthouse keeper and a lost boat.",
+    "How can I fall asleep faster at night?",
+    "Why is it important to learn to read?",
+    "Write an email asking my landlord to repair the heating.",
+    "What makes a good friend?",
+    "Describe a walk through a busy market on a summer day.",
+)
+"""Questions, advice, small stories and explanations: no single right answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +73,7 @@ def everyday_items() -> list[GenerationItem]:
             score=lambda text: float(bool(text.strip())),
             chance=0.0,
         )
-        for number, prompt in enumerate(everyday_prompts())
+        for number, prompt in enumerate(EVERYDAY)
     ]
 
 
@@ -65,7 +87,7 @@ def measure_fluency(
     """Let both write, and the base's ``scorer`` read."""
     items = everyday_items()
     ours, theirs = (_voice(write_answers(run, items, on_done), scorer, bootstrap) for run in (model, base))
-    return FluencyResult(prompts=everyday_prompts(), model=ours, base=theirs)
+    return FluencyResult(prompts=EVERYDAY, model=ours, base=theirs)
 
 
 def distinct_share(ids: Sequence[int], n: int = 3) -> float:

@@ -39,8 +39,8 @@ class HarnessOptions:
 class EvaluateOptions:
     """What to measure and how."""
 
-    texts: tuple[str, ...] = ()  # corpora or files
-    tasks: tuple[str, ...] = ()  # task names or files
+    texts: tuple[str, ...] = ()  # files, or directories of data
+    tasks: tuple[str, ...] = ()  # files of items
     max_tokens: int = 20_000  # of text, all texts together
     window_len: int = 512
     context_len: int = 32  # tokens of a window that are fed and not scored
@@ -49,11 +49,10 @@ class EvaluateOptions:
     max_run: int = 32  # run lengths: how far
     resamples: int = 1000
     seed: int = 0
-    cache_dir: Path | None = None  # where packages of texts and tasks are kept; None: the user's cache directory
     fluency: bool = False  # texts on the everyday prompts
     compare_conventions: bool = False
     offsets: bool = False  # texts with the first head at every place of a cycle
-    run_unsafe_code: bool = False  # tasks like HumanEval and MBPP execute what the models write
+    run_unsafe_code: bool = False  # tasks of the harness like HumanEval and MBPP execute what the models write
     harness: HarnessOptions = field(default_factory=HarnessOptions)
     open: OpenOptions = field(default_factory=OpenOptions)
     base_open: OpenOptions = field(default_factory=OpenOptions)
@@ -75,7 +74,7 @@ class EvaluateOptions:
         useless = {
             "lm-eval-include": (harness.include is not None and not harness.tasks, "--lm-eval"),
             "lm-eval-chat": (harness.chat and not harness.tasks, "--lm-eval"),
-            "run-unsafe-code": (self.run_unsafe_code and not (harness.tasks or self.tasks), "--task or --lm-eval"),
+            "run-unsafe-code": (self.run_unsafe_code and not harness.tasks, "--lm-eval"),
         }
         for name, (given, missing) in useless.items():
             if given:

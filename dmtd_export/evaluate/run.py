@@ -24,11 +24,11 @@ from dmtd_export.evaluate.report import EvaluationReport, TaskResult, scores_of
 from dmtd_export.evaluate.run_lengths import CHAT, TEXT, RunLengths, draw_prefixes, measure_run_lengths
 from dmtd_export.evaluate.statistics import Bootstrap, retention
 from dmtd_export.evaluate.subject import Subject, open_subject
-from dmtd_export.evaluate.tasks import Items, read_task
+from dmtd_export.evaluate.tasks import read_task
 from dmtd_export.evaluate.text_metrics import TextResult, measure_text
 from dmtd_export.evaluate.texts import TextWindow, WindowPlan, collect_windows
 from dmtd_models.data.items import GenerationItem, MultipleChoiceItem
-from dmtd_models.data.packages import default_cache_dir
+from dmtd_models.data.task_file import Items
 from dmtd_runtime.text.chat_template import ChatTemplate
 
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
@@ -46,19 +46,13 @@ def evaluate(
         DmtdError, ModelError: something cannot be opened, read or compared; one line says what.
     """
     if not (options.texts or options.tasks or options.harness.tasks or options.fluency):
-        raise EvaluateError(
-            "nothing to evaluate on: give --text NAME|FILE, --task NAME|FILE, --fluency or --lm-eval TASKS"
-        )
+        raise EvaluateError("nothing to evaluate on: give --text FILE, --task FILE, --fluency or --lm-eval TASKS")
     for kind, names in (("text", options.texts), ("task", options.tasks)):
         stems = [Path(name).stem for name in names]
         for name, stem in zip(names, stems, strict=True):
             if stems.count(stem) > 1:
                 raise EvaluateError(f"--{kind} {name}: given twice, or two files of one name; results go by name")
-    cache = options.cache_dir or default_cache_dir()
-    tasks = [
-        read_task(name, cache, options.limit, options.seed, run_unsafe_code=options.run_unsafe_code)
-        for name in options.tasks
-    ]
+    tasks = [read_task(name, options.limit) for name in options.tasks]
     with contextlib.ExitStack() as opened:
         on_progress("open", 0, 0)
         subject = opened.enter_context(open_subject(model, options.open))
@@ -136,9 +130,7 @@ class _Run:
             max_tokens=options.max_tokens,
             seed=options.seed,
         )
-        return collect_windows(
-            options.texts, self.subject.encode, self.subject.chats, plan, options.cache_dir or default_cache_dir()
-        )
+        return collect_windows(options.texts, self.subject.encode, self.subject.chats, plan)
 
     @property
     def longest(self) -> int:

@@ -1,6 +1,6 @@
-"""Held-out text as windows of token ids, and where text comes from: a registered corpus by name, or a file.
+"""Held-out text as windows of token ids, and where text comes from: a file, or a directory of data files.
 
---text NAME | FILE --> TextItem --> TextWindow --> perplexity, run lengths
+--text FILE --> TextItem --> TextWindow --> perplexity, run lengths
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import numpy as np
 
 from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.options import MIN_SCORED
-from dmtd_models.data import corpora
 from dmtd_models.data.chat import TextTokenizer
 from dmtd_models.data.examples import Examples, checked_text, form_of
 from dmtd_models.data.items import TextItem
@@ -38,34 +37,29 @@ class TextWindow:
     is_chat: bool = False
 
 
-def read_texts(name: str, cache_dir: Path) -> Iterator[TextItem]:
-    """Held-out documents of a registered corpus, of data files (objects with ``text``), or one plain file.
+def read_texts(name: str) -> Iterator[TextItem]:
+    """Held-out documents of data files (objects with ``text``), or one plain file.
 
     Chats are ``chat_windows``'s business.
 
     Raises:
-        EvaluateError: neither a corpus nor readable, or a package that cannot be had.
+        EvaluateError: not there, or not readable.
     """
     path = Path(name)
-    if _is_data(name):
+    if _is_data(path):
         yield from _records(path)
         return
-    if path.is_file():
-        yield _whole_file(path)
-        return
-    if name not in corpora.corpus_names():
-        known = ", ".join(corpora.corpus_names())
-        raise EvaluateError(f"--text: got {name}, expected a file, a directory or a registered corpus ({known})")
-    try:
-        yield from corpora.load_text(name, split="held_out", cache_dir=cache_dir)
-    except ModelError as error:
-        raise EvaluateError(f"--text {name}: {error}") from error
+    if not path.is_file():
+        raise EvaluateError(
+            f"--text {name}: no such file or directory; give a text file, or {', '.join(SUFFIXES)} data as --data of "
+            "dmtd finetune takes"
+        )
+    yield _whole_file(path)
 
 
-def _is_data(name: str) -> bool:
-    """Records rather than one text: a file with such a suffix, or a directory that does not have a corpus's name."""
-    path = Path(name)
-    return (path.is_file() and path.suffix in SUFFIXES) or (path.is_dir() and name not in corpora.corpus_names())
+def _is_data(path: Path) -> bool:
+    """Records rather than one text: a file with such a suffix, or a directory."""
+    return path.is_dir() or (path.is_file() and path.suffix in SUFFIXES)
 
 
 def _whole_file(path: Path) -> TextItem:
@@ -161,7 +155,7 @@ def is_chats(name: str) -> bool:
     Raises:
         EvaluateError: a first record of no known form.
     """
-    if not _is_data(name):
+    if not _is_data(Path(name)):
         return False
     try:
         row = next(read_rows(Path(name)), None)
@@ -203,7 +197,6 @@ def collect_windows(
     encode: Callable[[str], list[int]],
     chats: Callable[[], TextTokenizer],
     plan: WindowPlan,
-    cache_dir: Path,
 ) -> tuple[TextWindow, ...]:
     """Windows of several texts, the budget shared evenly. ``chats`` gives the tokenizer with its chat template.
 
@@ -221,7 +214,7 @@ def collect_windows(
         if is_chats(name):
             windows = chat_windows(name, chats(), share)
         else:
-            windows = cut_windows(read_texts(name, cache_dir), encode, share)
+            windows = cut_windows(read_texts(name), encode, share)
         if not windows:
             raise EvaluateError(
                 f"--text {name}: no document has {plan.context_len + MIN_SCORED} tokens; give a longer text"

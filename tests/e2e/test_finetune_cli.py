@@ -20,12 +20,11 @@ from typer.testing import CliRunner, Result
 
 from dmtd_export.cli.main import VERBS, _LazyCommand, app
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
-from dmtd_models.data.errors import PackageError
-from dmtd_models.data.items import GenerationItem
 from dmtd_models.reference.testing import write_tiny_checkpoint
 
 SPLIT = ("--decoding-layers", "2", "--cycle-length", "3")
 QUICK = (*SPLIT, "--precision", "float32", "--tokens-per-step", "128", "--top-k", "4", "--device", "cpu")
+LISTS = {"curriculum", "data", "held_out", "decontaminate"}  # None or empty: the same
 SUMMARY_KEYS = {
     "schema",
     "base",
@@ -53,11 +52,6 @@ def _small_world(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     torch.set_num_threads(1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setattr("dmtd_models.finetune.run._matmul_peak", lambda dtype, device: 1e12)
-    monkeypatch.setattr("dmtd_models.data.tasks.fetch", no_network)
-
-
-def no_network(package: Any, cache_dir: Path) -> Any:
-    raise PackageError(f"{package.name}: no network")
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +107,7 @@ def test_defaults_are_those_of_the_library() -> None:
     compared = 0
     for name, default in given.items():
         key = names.get(name, name)
-        if key in library and name not in ("output", "curriculum", "data", "held_out", "precision"):  # the device's
+        if key in library and name not in LISTS | {"output", "precision"}:  # the device's
             assert library[key] == default, name
             compared += 1
     assert compared >= 27
@@ -125,7 +119,6 @@ def finished(base: str, chats: str, tmp_path_factory: pytest.TempPathFactory) ->
     output = tmp_path_factory.mktemp("finished") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-        patch.setattr("dmtd_models.data.tasks.fetch", no_network)
         result = finetune(base, output, chats, "--held-out", chats, "--save", "both", "--epochs", "2", "--json")
     assert result.exit_code == 0, (result.output, result.exception)
     return output, json.loads(result.stdout)
@@ -429,36 +422,28 @@ def test_an_output_that_cannot_be_written(base: str, chats: str, tmp_path: Path,
     assert "Permission denied" in error_line(finetune(base, tmp_path / "out", chats))
 
 
-def test_what_evaluation_asks_is_not_learnt(
-    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_forward: Any
-) -> None:
+def test_what_is_evaluated_on_is_not_learnt(base: str, tmp_path: Path, at_forward: Any) -> None:
     question = "A farmer has twelve sheep and sells five of them; how many are left?"
-    item = GenerationItem(
-        task="gsm8k",
-        item_id="1",
-        messages=({"role": "user", "content": question},),
-        max_new_tokens=8,
-        score=lambda text: 0.0,
-        chance=0.0,
-    )
     asked = [{"role": "user", "content": question}, ANSWER]
     chats = [{"messages": [{"role": "user", "content": f"Say {number}."}, ANSWER]} for number in range(30)]
     data = write_lines(tmp_path / "d.jsonl", {"messages": asked}, *chats)
+    items = write_lines(tmp_path / "items.jsonl", {"messages": asked[:1], "accepted": ["seven"]})
     command = ("--max-tokens", "600", "--eval-every", "0", "--json")
-    monkeypatch.setattr("dmtd_models.data.tasks._LOADERS", {"facts": lambda cache: [], "gsm8k": lambda cache: [item]})
     at_forward(2, lambda: signal.raise_signal(signal.SIGINT))
-    assert finetune(base, tmp_path / "out", data, *command).exit_code == 130
+    assert finetune(base, tmp_path / "out", data, *command, "--decontaminate", items).exit_code == 130
     record = json.loads((tmp_path / "out" / "training" / "job.json").read_text())
-    assert record["documents"] == [30, 0] and "gsm8k" in record["probed"]
-    # What a run began with holds when it goes on, though now there is more to look for.
-    more = {"new": lambda cache: [item], "facts": lambda cache: [], "gsm8k": lambda cache: [item]}
-    monkeypatch.setattr("dmtd_models.data.tasks._LOADERS", more)
-    result = finetune(base, tmp_path / "out", data, *command)
+    assert record["documents"] == [30, 0] and record["decontaminate"] == [items]
+    assert "--decontaminate" in error_line(finetune(base, tmp_path / "out", data, *command))
+    result = finetune(base, tmp_path / "out", data, *command, "--decontaminate", items)
     assert result.exit_code == 0, (result.output, result.exception)
     text = json.loads(result.stdout)["text"]
-    assert "documents left out because evaluation items occur in them: 1 of 31" in text
-    assert any("looked for: everyday, facts, gsm8k, 12 of reasoning_gym/*" in line for line in text)
-    assert not any("new" in line for line in text)
+    assert "documents left out because something of --decontaminate occurs in them: 1 of 31" in text
+
+
+@pytest.mark.parametrize("option", ["--data", "--held-out", "--decontaminate"])
+def test_names_of_corpora_and_tasks_are_no_files(base: str, chats: str, tmp_path: Path, option: str) -> None:
+    line = error_line(finetune(base, tmp_path / "out", chats, option, "austen"))
+    assert "austen: no such file or directory; give" in line
 
 
 def test_help_names_every_option_whole_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ written. Under ``slow``, both adapters answer everything that they are judged by
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -28,6 +29,9 @@ from dmtd_models.config.model import resolve_dmtd
 from dmtd_models.reference import oracle
 from dmtd_models.reference.dmtd import DmtdModel
 from dmtd_runtime import LLM, SamplingParams
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+study_text = importlib.import_module("study_text")
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 FASTER, TRUER = "smollm2-135m-e4-d8-tau4", "smollm2-135m-e4-d8-tau2"
@@ -63,9 +67,11 @@ def adapter(request: pytest.FixtureRequest) -> str:
 def report(adapter: str, gguf: Path, plain: Path, tmp_path_factory: pytest.TempPathFactory) -> EvaluationReport:
     bundle = tmp_path_factory.mktemp("adapted") / "bundle"
     export_bundle(gguf, bundle, ExportOptions(target="onnxruntime", max_num_seqs=8), adapter=MODELS / adapter)
+    items = bundle.with_name("facts.jsonl")
+    study_text.write_lines(items, study_text.facts())
     try:
         alone = OpenOptions(threads=1)  # thread pools that share cores spin against each other
-        chosen = EvaluateOptions(tasks=("facts",), limit=FACTS, fluency=True, open=alone, base_open=alone)
+        chosen = EvaluateOptions(tasks=(str(items),), limit=FACTS, fluency=True, open=alone, base_open=alone)
         return run_evaluation(bundle, plain, chosen)
     finally:
         shutil.rmtree(bundle)

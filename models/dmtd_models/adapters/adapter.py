@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dmtd_models.adapters.delta import delta_difference, misfit
-from dmtd_models.checkpoints.checkpoint import AnyArray, Checkpoint
+from dmtd_models.checkpoints.protocol import AnyArray, Checkpoint
 from dmtd_models.checkpoints.saving import make_directory, replacing, write_json
 from dmtd_models.config.hf import with_dmtd_fields
 from dmtd_models.config.model import DmtdSpec, ModelConfig, read_config

@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from dmtd_models.checkpoints.checkpoint import AnyArray
+from dmtd_models.checkpoints.protocol import AnyArray
 
 Float32 = npt.NDArray[np.float32]
 FEWEST_BITS: Final = 3

@@ -9,69 +9,11 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from dmtd_models.config.model import DmtdSpec, ModelConfig
+from dmtd_models.checkpoints.protocol import Checkpoint
 from dmtd_models.errors import CheckpointError
 
-AnyArray = npt.NDArray[np.generic]
-
-ASSET_NAMES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "config.json",
-)
-
-
-class Checkpoint(Protocol):
-    """A checked checkpoint. Tensors carry Hugging Face's names, in Hugging Face's layout (linear weights [out, in])."""
-
-    @property
-    def path(self) -> Path:
-        """The directory or file it was opened from."""
-
-    @property
-    def config(self) -> ModelConfig:
-        """The architecture."""
-
-    @property
-    def dmtd(self) -> DmtdSpec | None:
-        """The split that the checkpoint records; None for a plain model."""
-
-    @property
-    def tokenizer_problem(self) -> str | None:
-        """Why ``assets`` has no tokenizer.json, in one line; None if it has one."""
-
-    def names(self) -> list[str]:
-        """Names of the tensors in the order of computation; ``lm_head.weight`` only if it is not tied."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor."""
-
-    def read(self, name: str) -> AnyArray:
-        """One tensor in a float type: mapped read-only from the file where it is stored so, else a fresh array.
-
-        Nothing is kept: reading tensor by tensor holds one tensor in memory.
-        """
-
-    def assets(self) -> dict[str, bytes]:
-        """Those of ``ASSET_NAMES`` that exist, by name."""
-
-    def close(self) -> None:
-        """Let go of the files. Arrays already read stay valid."""
-
-    def __enter__(self) -> Checkpoint: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+__all__ = ["Checkpoint", "open_checkpoint"]
 
 
 def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:

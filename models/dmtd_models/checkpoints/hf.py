@@ -14,7 +14,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from dmtd_models.checkpoints.checkpoint import ASSET_NAMES
+from dmtd_models.checkpoints.protocol import ASSET_NAMES
 from dmtd_models.checkpoints.safetensors_file import FLOAT_TYPES, StoredTensor, map_tensor, read_header
 from dmtd_models.checkpoints.tensors import EMBEDDING, LM_HEAD, tensor_shapes
 from dmtd_models.config.model import DmtdSpec, ModelConfig, read_config

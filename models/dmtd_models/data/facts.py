@@ -1,8 +1,4 @@
-"""Questions written for this project: simple facts with accepted answers, and everyday prompts without a right answer.
-
-``tasks.py`` makes items of the first; the second measure fluency (how likely and how varied a model's text is). Neither
-may occur in training data: ``overlap.py`` finds them there by whole question.
-"""
+"""Questions written for this project: simple facts with accepted answers. ``tasks.py`` makes items of them."""
 
 from __future__ import annotations
 
@@ -67,32 +63,3 @@ REWORDINGS: Final = (
     "Please tell me: {}",
 )
 """Other ways of asking each: a small model that answers one wording by chance seldom answers all."""
-
-EVERYDAY: Final = (
-    "What is a good way to start the morning?",
-    "Can you explain why the sky looks blue during the day?",
-    "Tell me a short story about a fox who learns to share.",
-    "I have a job interview tomorrow. What should I do to prepare?",
-    "How do I cook rice so that it does not stick?",
-    "Write a short thank-you note to a neighbour who watered my plants.",
-    "What are some healthy snacks for children?",
-    "Explain how a bicycle stays upright, in simple words.",
-    "My friend is feeling sad. How can I cheer her up?",
-    "What should I pack for a weekend trip to the mountains?",
-    "Write a short poem about rain in autumn.",
-    "How does a refrigerator keep food cold?",
-    "Give me three ideas for a birthday party at home.",
-    "What is the difference between a lake and a river?",
-    "Tell me a story about an old lighthouse keeper and a lost boat.",
-    "How can I fall asleep faster at night?",
-    "Why is it important to learn to read?",
-    "Write an email asking my landlord to repair the heating.",
-    "What makes a good friend?",
-    "Describe a walk through a busy market on a summer day.",
-)
-"""Questions, advice, small stories and explanations: no single right answer, for fluency alone."""
-
-
-def everyday_prompts() -> tuple[str, ...]:
-    """The twenty fixed everyday prompts."""
-    return EVERYDAY

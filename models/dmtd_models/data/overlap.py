@@ -119,15 +119,13 @@ def probes_of(items: Iterable[MultipleChoiceItem | GenerationItem | TextItem]) -
             asked = tuple(
                 message["content"] for messages in item.wordings for message in messages if message["role"] == "user"
             )
-            # Questions made to order share their wording; only a whole one is a leak.
-            texts = () if item.task.startswith("reasoning_gym/") else asked
-            yield Probe(item=f"{item.task}/{item.item_id}", texts=texts, questions=asked)
+            yield Probe(item=f"{item.task}/{item.item_id}", texts=asked, questions=asked)
         else:
             yield Probe(item=f"{item.source}/{item.text_id}", texts=(item.text,))
 
 
 def prompt_probes(task: str, prompts: Iterable[str]) -> Iterator[Probe]:
-    """The same for bare prompts (``everyday_prompts()``)."""
+    """The same for bare prompts."""
     for number, prompt in enumerate(prompts):
         yield Probe(item=f"{task}/{number}", texts=(prompt,), questions=(prompt,))
 

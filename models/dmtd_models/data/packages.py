@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import lzma
-import os
 import re
 import shutil
 import subprocess
@@ -61,12 +60,6 @@ class Archive:
     sha256: str
     pinned: bool
     """Whether these are the bytes that the code was written for."""
-
-
-def default_cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/dmtd``, or ``~/.cache/dmtd``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "dmtd"
 
 
 def sha256_of(file: Path) -> str:

@@ -1,6 +1,6 @@
-"""A user's data, or a registered corpus, as a tokenised data set: ``read_training_data``. Needs datasets.
+"""A user's data as a tokenised data set: ``read_training_data``. Needs datasets.
 
-Flow: path or corpus name -> ``rows`` / ``corpora`` -> ``examples`` -> one Arrow file in the cache -> ``datasets.Dataset``
+Flow: path -> ``rows`` -> ``examples`` -> one Arrow file in the cache -> ``datasets.Dataset``
 with columns ``input_ids`` (list of int32), ``prompt_len`` and ``document`` (int64, the number of its record: a long text and a
 chat of several answers give several examples), memory-mapped, in the order of the source.
 Nothing here shuffles, packs or holds out; all checks of single records are in ``examples.py``.
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dmtd_models.data.chat import TextTokenizer
-from dmtd_models.data.corpora import corpus_fingerprint, corpus_names, load_text
 from dmtd_models.data.errors import DataError
 from dmtd_models.data.examples import Example, Examples
 from dmtd_models.data.rows import read_rows, source_files
@@ -39,8 +38,6 @@ class ReadOptions:
     """Tokens of an example, at most."""
     cycle_origin: Literal["absolute", "prompt"] = "prompt"
     """``prompt``: a chat gives one example for each answer. ``absolute``: one example, its prompt ends at the first."""
-    split: Literal["train", "held_out"] = "train"
-    """Of a registered corpus; a user's own data has no split."""
 
     def __post_init__(self) -> None:
         if self.max_length < 8:
@@ -93,42 +90,27 @@ def read_training_data(source: str, tokenizer: TextTokenizer, options: ReadOptio
     """Read, check and tokenise a source, or find it done in the cache.
 
     Args:
-        source: a path (see ``rows.py`` for what is read), or the name of a corpus (``corpus_names()``) if there is
-            no such path.
+        source: a path; see ``rows.py`` for what is read.
         tokenizer: the model's.
         options: lengths and form of examples.
-        cache_dir: packages and tokenised files are kept here.
+        cache_dir: tokenised files are kept here.
 
     Raises:
         DataError: nothing to train on, or a record with something wrong, by file and line.
     """
-    target = cache_dir / "tokenized" / f"{_fingerprint(source, tokenizer, options, cache_dir)}.arrow"
+    target = cache_dir / "tokenized" / f"{_fingerprint(source, tokenizer, options)}.arrow"
     note = target.with_suffix(".json")
     if not (target.is_file() and note.is_file()):
-        _write(source, tokenizer, options, cache_dir, target)
+        _write(source, tokenizer, options, target)
     from datasets import Dataset
 
     counts = ReadCounts(**json.loads(note.read_text(encoding="utf-8")))
     return TrainingData(dataset=Dataset.from_file(str(target)), counts=counts, path=target)
 
 
-def _corpus(source: str) -> str | None:
-    """The corpus that a source names; a path of that name goes first."""
-    return source if source in corpus_names() and not Path(source).exists() else None
-
-
-def _fingerprint(source: str, tokenizer: TextTokenizer, options: ReadOptions, cache_dir: Path) -> str:
-    corpus = _corpus(source)
-    if corpus is not None:
-        origin: list[object] = [corpus, corpus_fingerprint(corpus, cache_dir)]
-    else:
-        try:
-            files = source_files(Path(source))
-        except DataError as error:
-            if Path(source).exists():
-                raise
-            raise DataError(f"{error}; or one of the corpora {', '.join(corpus_names())}") from error
-        origin = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+def _fingerprint(source: str, tokenizer: TextTokenizer, options: ReadOptions) -> str:
+    files = source_files(Path(source))
+    origin = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     told = json.dumps([_FORMAT, origin, tokenizer.fingerprint, asdict(options)], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:32]
 
@@ -136,31 +118,21 @@ def _fingerprint(source: str, tokenizer: TextTokenizer, options: ReadOptions, ca
 _Numbered = tuple[int, Example]
 
 
-def _examples(
-    source: str, maker: Examples, split: Literal["train", "held_out"], cache_dir: Path
-) -> Iterator[_Numbered]:
+def _examples(source: str, maker: Examples) -> Iterator[_Numbered]:
     """Examples, each with the number of its record."""
-    corpus = _corpus(source)
-    if corpus is None:
-        for number, row in enumerate(read_rows(Path(source))):
-            for example in maker.of_row(row):
-                yield number, example
-        return
-    maker.form = "text"
-    for number, item in enumerate(load_text(corpus, split, cache_dir)):
-        maker.tally.records += 1
-        for example in maker.of_document(f"{item.source}/{item.text_id}", item.text):
+    for number, row in enumerate(read_rows(Path(source))):
+        for example in maker.of_row(row):
             yield number, example
 
 
-def _write(source: str, tokenizer: TextTokenizer, options: ReadOptions, cache_dir: Path, target: Path) -> None:
+def _write(source: str, tokenizer: TextTokenizer, options: ReadOptions, target: Path) -> None:
     """Write the Arrow file and, last, its counts; both appear whole or not at all."""
     maker = Examples(tokenizer=tokenizer, max_length=options.max_length, whole_chats=options.cycle_origin == "absolute")
     # Every process of a distributed run may come here at once: each writes its own file, and the last one stays.
     part = target.with_name(f".{target.stem}-{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write_arrow(part, _examples(source, maker, options.split, cache_dir))
+        _write_arrow(part, _examples(source, maker))
         tally = maker.tally
         if maker.form is None:
             raise DataError(f"{source}: no data: got 0 records, expected chats or documents; check the file")

@@ -1,4 +1,4 @@
-"""The text of a run: sources read and joined, a held-out share set apart, what evaluation asks taken out.
+"""The text of a run: sources read and joined, a held-out share set apart, what must not be learnt taken out.
 
 Stands between ``dmtd_models.data``, which reads single sources, and ``run``. Nothing here tokenises or packs.
 """
@@ -45,13 +45,13 @@ def read_run_text(
     """Read training and held-out text.
 
     Args:
-        sources: files, directories or corpus names.
+        sources: files or directories.
         held_out: the same, for evaluation during training; without any, a seeded 2% of the documents (at most 128), all
             pieces of each: what is held out shares no document with what is trained on.
         tokenizer: the model's.
         options: lengths, and the form of examples.
-        cache_dir: of packages and tokenised text.
-        probes: evaluation items; documents in which one occurs are left out.
+        cache_dir: of tokenised text.
+        probes: what must not be trained on; documents in which something of it occurs are left out.
         seed: of the held-out choice.
 
     Raises:
@@ -67,12 +67,14 @@ def read_run_text(
         parts.append(data.dataset.add_column("source", np.full(len(data.dataset), number)))
         notes.append(f"{source}: {data.counts.summary()}")
     if not parts:
-        raise ModelError("training text: got no source; give --data FILE, DIRECTORY or a corpus, or --answer-tokens")
+        raise ModelError("training text: got no source; give --data FILE or DIRECTORY, or --answer-tokens")
     whole = concatenate_datasets(parts)
     if probes:
         before = len(whole)
         whole, _ = drop_leaks(whole, OverlapIndex(probes), tokenizer)
-        notes.append(f"documents left out because evaluation items occur in them: {before - len(whole)} of {before}")
+        notes.append(
+            f"documents left out because something of --decontaminate occurs in them: {before - len(whole)} of {before}"
+        )
     if held_out:
         kept = [read_training_data(source, tokenizer, options, cache_dir).dataset for source in held_out]
         notes += [

@@ -22,9 +22,9 @@ from accelerate import PartialState
 
 from dmtd_models.adapters.adapter import CONFIG_FILE
 from dmtd_models.adapters.delta import MOST_BITS
+from dmtd_models.cache import default_cache_dir
 from dmtd_models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dmtd_models.checkpoints.saving import make_directory, write_json
-from dmtd_models.checkpoints.smollm2 import default_cache_dir
 from dmtd_models.config.model import CycleOrigin, DmtdSpec, PromptInput, resolve_dmtd
 from dmtd_models.data.chat import TextTokenizer
 from dmtd_models.data.read_data import ReadOptions
@@ -33,7 +33,7 @@ from dmtd_models.finetune.claim import claimed
 from dmtd_models.finetune.curves import MOST_PHASES, draw_curves, read_log
 from dmtd_models.finetune.data import RunText, read_run_text, text_digest
 from dmtd_models.finetune.options import TrainOptions, check_options
-from dmtd_models.finetune.probes import PROBED, EvaluationProbes, evaluation_probes, probed_before
+from dmtd_models.finetune.probes import read_probes
 from dmtd_models.finetune.record import recorded_options, require_same_run, write_record
 from dmtd_models.finetune.result import save_adapter, save_checkpoint
 from dmtd_models.finetune.run import Hooks, RunResult, checkpoint_digest, finetune
@@ -58,6 +58,7 @@ class Job:
     initial: Path | None = None  # an adapter of an earlier run to go on from
     data: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
+    decontaminate: tuple[str, ...] = ()  # files of what must not be trained on
     answer_tokens: int = 0
     max_length: int = 1024
     save: Literal["checkpoint", "adapter", "both"] = "checkpoint"
@@ -102,10 +103,7 @@ def run_job(job: Job, display: Display) -> dict[str, Any]:
         tokenizer = TextTokenizer.of_checkpoint(checkpoint)
         # One process writes and tokenises, the others find it done.
         with processes.main_process_first():
-            display.stage("reading evaluation items", 0)
-            kept_out = evaluation_probes(default_cache_dir(), probed_before(training))
-            text = _text(checkpoint, tokenizer, job, kept_out, display)
-            record[PROBED] = list(kept_out.tasks)
+            text = _text(checkpoint, tokenizer, job, display)
             record["documents"] = [len(text.train), len(text.held_out)]
             record["text"] = text_digest(text.train)
             if processes.is_main_process:
@@ -178,6 +176,7 @@ def _record(checkpoint: Checkpoint, spec: DmtdSpec, job: Job, processes: int) ->
         "split": asdict(spec),
         "data": list(job.data),
         "held_out": list(job.held_out),
+        "decontaminate": list(job.decontaminate),
         "answer_tokens": job.answer_tokens,
         "max_length": job.max_length,
         "train": recorded_options(asdict(job.train)) | {"learning_rate": job.train.peak_learning_rate},
@@ -209,10 +208,8 @@ def _spec(checkpoint: Checkpoint, job: Job) -> DmtdSpec:
     )
 
 
-def _text(
-    checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, kept_out: EvaluationProbes, display: Display
-) -> RunText:
-    cache = default_cache_dir()
+def _text(checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display: Display) -> RunText:
+    probes = read_probes(job.decontaminate)
     sources = list(job.data)
     if job.answer_tokens:
         sources.append(str(_answers(checkpoint, tokenizer, job, display)))
@@ -222,16 +219,9 @@ def _text(
         bound = "--tokens-per-step" if longest == job.train.tokens_per_step else "the model takes no more"
         display.line(f"documents have at most {longest} tokens: {bound}")
     options = ReadOptions(max_length=longest, cycle_origin=job.cycle_origin)
-    text = read_run_text(
-        sources,
-        job.held_out,
-        tokenizer,
-        options,
-        cache,
-        probes=kept_out.probes,
-        seed=job.train.seed,
+    return read_run_text(
+        sources, job.held_out, tokenizer, options, default_cache_dir(), probes=probes, seed=job.train.seed
     )
-    return replace(text, notes=(*text.notes, *kept_out.notes))
 
 
 def _answers(checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display: Display) -> Path:

@@ -1,95 +1,75 @@
-"""What evaluation asks, to be kept out of a run's text: the items of every local task that can be had here.
+"""What must not be trained on, out of files of one's own: ``read_probes(("facts.jsonl", "held_out.txt"))``.
 
-Stands between ``dmtd_models.data``, which has tasks and the search, and ``job``. A task whose package is neither in the cache nor
-to be downloaded is left out and named: a run must not fail for want of a network. A run that goes on looks for the tasks that it
-began with, so that its documents stay the same.
+A file holds evaluation items (see ``dmtd_models.data.task_file``), chats, texts, or is one plain text. Stands between
+``--decontaminate`` and ``data``, which leaves out the documents in which something of it occurs (``dmtd_models.data.overlap``
+has the rules).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dmtd_models.data.errors import DataError, PackageError
-from dmtd_models.data.facts import everyday_prompts
-from dmtd_models.data.overlap import Probe, probes_of, prompt_probes
-from dmtd_models.data.packages import Package
-from dmtd_models.data.tasks import GYM_PREFIX, load_task, package_of, task_names
-from dmtd_models.finetune.record import RECORD
-from dmtd_models.finetune.states import latest_checkpoint
-
-EVERYDAY = "everyday"
-PROBED = "probed"
-"""Where a run's record names the tasks."""
-_BEFORE_RECORDED = ("facts", EVERYDAY)
-"""What runs kept out when their record did not say."""
+from dmtd_models.data.errors import DataError
+from dmtd_models.data.examples import checked_text
+from dmtd_models.data.overlap import Probe, probes_of
+from dmtd_models.data.rows import SUFFIXES, Row, read_rows
+from dmtd_models.data.task_file import is_item, read_items
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationProbes:
-    """Items to look for in training text."""
+def read_probes(files: Sequence[str]) -> tuple[Probe, ...]:
+    """What to look for, of every file.
 
-    probes: tuple[Probe, ...]
-    tasks: tuple[str, ...]  # whose items these are
-    missing: tuple[str, ...]  # tasks that cannot be had here
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """A line about what is looked for, and one about what is not."""
-        lines = [f"evaluation items looked for: {_shortly(self.tasks)}"]
-        if self.missing:
-            lines.append(
-                f"not looked for, as their packages cannot be had here: {_shortly(self.missing)}; do not evaluate on them, "
-                "or run where they can be downloaded"
-            )
-        return tuple(lines)
-
-
-def evaluation_probes(cache_dir: Path, tasks: Sequence[str] | None = None) -> EvaluationProbes:
-    """The items of tasks, packages being downloaded if they are not in the cache.
-
-    Args:
-        cache_dir: of packages.
-        tasks: names of tasks; all that there are by default.
+    Raises:
+        DataError: a file that is not there, cannot be read, or has nothing to look for.
     """
-    probes: list[Probe] = []
-    found: list[str] = []
-    missing: list[str] = []
-    unavailable: set[Package] = set()  # each is tried once: without a network that takes a while
-    for name in (EVERYDAY, *task_names()) if tasks is None else tasks:
-        if name == EVERYDAY:
-            probes += prompt_probes(EVERYDAY, everyday_prompts())
-            found.append(name)
-            continue
-        package = package_of(name)
-        if package in unavailable:
-            missing.append(name)
-            continue
-        try:
-            probes += probes_of(load_task(name, cache_dir, allow_code_execution=True))  # items are read, nothing runs
-            found.append(name)
-        except (PackageError, DataError):
-            missing.append(name)
-            if package is not None:
-                unavailable.add(package)
-    return EvaluationProbes(probes=tuple(probes), tasks=tuple(found), missing=tuple(missing))
+    return tuple(probe for name in files for probe in _of_file(Path(name)))
 
 
-def probed_before(training: Path) -> tuple[str, ...] | None:
-    """The tasks whose items were kept out of the run that has states in ``training``; None: there is no such run."""
-    if latest_checkpoint(training) is None:
-        return None
+def _of_file(path: Path) -> list[Probe]:
+    if not path.exists():
+        raise DataError(f"--decontaminate {path}: no such file or directory; give items, chats or texts that you have")
     try:
-        record = json.loads((training / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # the record's own check says what is wrong with it
-    return tuple(record.get(PROBED, _BEFORE_RECORDED)) if isinstance(record, dict) else None
+        found = _of_records(path) if path.is_dir() or path.suffix in SUFFIXES else [_of_text(path)]
+    except DataError as error:
+        raise DataError(f"--decontaminate {error}") from error
+    if not found:
+        raise DataError(f"--decontaminate {path}: got no records, expected items, chats or texts; leave the file out")
+    return found
 
 
-def _shortly(names: Sequence[str]) -> str:
-    """The names, the many of reasoning-gym as one."""
-    plain = [name for name in names if not name.startswith(GYM_PREFIX)]
-    made = len(names) - len(plain)
-    return ", ".join([*plain, *([f"{made} of {GYM_PREFIX}*"] if made else [])])
+def _of_records(path: Path) -> list[Probe]:
+    first = next(read_rows(path), None)
+    if first is None:
+        return []
+    if is_item(first.values):
+        return list(probes_of(read_items(path)))
+    return [_of_row(path, row) for row in read_rows(path)]
+
+
+def _of_row(path: Path, row: Row) -> Probe:
+    text, messages = row.values.get("text"), row.values.get("messages")
+    if isinstance(text, str):
+        return Probe(item=row.where, texts=(checked_text(text, row.where),))
+    if isinstance(messages, Sequence) and messages:
+        said = list(_said(messages))
+        if said:
+            questions = tuple(words for role, words in said if role == "user")
+            return Probe(item=row.where, texts=tuple(words for _, words in said), questions=questions)
+    raise DataError(
+        f"{row.where}: got neither an item nor `messages` nor `text`, expected one of them; correct {path.name}"
+    )
+
+
+def _said(messages: Sequence[object]) -> Iterator[tuple[str, str]]:
+    """Role and words of every message that has words."""
+    for message in messages:
+        if isinstance(message, dict) and isinstance(message.get("content"), str):
+            yield str(message.get("role")), message["content"]
+
+
+def _of_text(path: Path) -> Probe:
+    try:
+        return Probe(item=path.name, texts=(path.read_text(encoding="utf-8"),))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}); give a text or {SUFFIXES[0]} file") from error

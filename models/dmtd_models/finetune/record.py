@@ -24,7 +24,6 @@ _OPTIONS = {
     "documents": "--data (documents read)",
     "text": "--data (digest of what stands in it)",
     "processes": "number of processes",
-    "probed": "evaluation tasks kept out of the text",
 }
 
 

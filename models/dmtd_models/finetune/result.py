@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dmtd_models.adapters.adapter import delta_settings, weights_fingerprint, write_adapter
 from dmtd_models.adapters.delta import MOST_BITS, delta_difference, quantised_delta
-from dmtd_models.checkpoints.checkpoint import AnyArray, Checkpoint
+from dmtd_models.checkpoints.protocol import AnyArray, Checkpoint
 from dmtd_models.checkpoints.saving import make_directory, replacing, write_json
 from dmtd_models.config.hf import with_dmtd_fields
 from dmtd_models.config.model import DmtdSpec

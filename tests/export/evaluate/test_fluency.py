@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmtd_export.evaluate.fluency import distinct_share, measure_fluency
+from dmtd_export.evaluate.fluency import EVERYDAY, distinct_share, measure_fluency
 from dmtd_export.evaluate.generation import GenerationRun
 from dmtd_export.evaluate.statistics import Bootstrap
 from dmtd_export.evaluate.subject import OpenOptions, open_subject
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
-from dmtd_models.data.facts import everyday_prompts
 from dmtd_models.reference.dmtd import DmtdModel
 from dmtd_models.reference.oracle import greedy, teacher_forced
 from dmtd_runtime.text.tokenizer import Tokenizer
@@ -40,7 +39,7 @@ def test_texts_and_likelihoods_are_the_oracle_s(
         assert opened.dmtd is not None
         model = DmtdModel.from_reader(opened.config, opened.dmtd, opened.read, torch.float64)
     tokenizer = Tokenizer.from_directory(checkpoint)
-    assert tokenizer is not None and found.prompts == everyday_prompts() and len(found.prompts) == 20
+    assert tokenizer is not None and found.prompts == EVERYDAY and len(set(EVERYDAY)) == 20
     for voice, plain in ((found.model, False), (found.base, True)):
         total, tokens = 0.0, 0
         for number, question in enumerate(found.prompts):

@@ -94,14 +94,12 @@ def test_what_is_looked_for_of_items():
     )
     asked = ({"role": "system", "content": "s"}, {"role": "user", "content": "Q?"})
     made = GenerationItem(task="g", item_id="2", messages=asked, max_new_tokens=1, score=len, chance=0)
-    gym = GenerationItem(task="reasoning_gym/gcd", item_id="3", messages=asked, max_new_tokens=1, score=len, chance=0)
     again = replace(made, item_id="5", rewordings=(({"role": "user", "content": "Please: Q?"},),))
     text = TextItem(source="s", text_id="4", text="words")
-    assert list(probes_of([choice, framed, made, gym, again, text])) == [
+    assert list(probes_of([choice, framed, made, again, text])) == [
         Probe(item="h/1", texts=("A man runs.", "A man sits."), questions=("A man",)),
         Probe(item="h/6", texts=("Q: Why?\nA: So.",), questions=("Why?",)),
         Probe(item="g/2", texts=("Q?",), questions=("Q?",)),
-        Probe(item="reasoning_gym/gcd/3", texts=(), questions=("Q?",)),
         Probe(item="g/5", texts=("Q?", "Please: Q?"), questions=("Q?", "Please: Q?")),
         Probe(item="s/4", texts=("words",)),
     ]

