@@ -79,7 +79,7 @@ def report(adapter: str, gguf: Path, plain: Path, tmp_path_factory: pytest.TempP
 
 def test_text_of_the_longer_cycles_is_fluent(gguf: Path, tmp_path: Path) -> None:
     """The short form of what is judged below: three everyday questions, answered in cycles of 4."""
-    export_bundle(gguf, tmp_path, ExportOptions(target="onnxruntime", max_batch=1), adapter=MODELS / FASTER)
+    export_bundle(gguf, tmp_path, ExportOptions(target="onnxruntime", max_num_seqs=1), adapter=MODELS / FASTER)
     texts = []
     with LLM(tmp_path, threads=1) as llm:
         for question in QUESTIONS:
