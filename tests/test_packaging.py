@@ -16,6 +16,7 @@ import pytest
 
 PACKAGE_FOLDERS = {
     "dmtd_export": "dmtd_export",
+    "runtime/dmtd_errors": "dmtd_errors",
     "runtime/dmtd_runtime": "dmtd_runtime",
     "models/dmtd_models": "dmtd_models",
 }
@@ -95,7 +96,7 @@ def expected_wheel_files(repo_root: Path) -> set[str]:
     }
 
 
-def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path, repo_root: Path) -> None:
+def test_wheel_holds_the_packages_and_nothing_else(wheel: Path, repo_root: Path) -> None:
     names = names_in(wheel)
     assert names == expected_wheel_files(repo_root)
     for package in PACKAGE_FOLDERS.values():

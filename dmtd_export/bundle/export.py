@@ -208,7 +208,9 @@ def _model_info(config: ModelConfig, options: ExportOptions, max_model_len: int)
 def _max_model_len(config: ModelConfig, options: ExportOptions) -> int:
     wanted = options.max_model_len if options.max_model_len is not None else config.max_positions
     if not 2 <= wanted <= config.max_positions:
-        raise ExportError(f"--max-model-len: got {wanted}, expected 2 to {config.max_positions}, the model's own limit")
+        raise ExportError(
+            f"got {wanted}, expected 2 to {config.max_positions}, the model's own limit", param="max_model_len"
+        )
     if not 1 <= options.max_num_seqs <= MAX_NUM_SEQS_LIMIT:
-        raise ExportError(f"--max-num-seqs: got {options.max_num_seqs}, expected 1 to {MAX_NUM_SEQS_LIMIT}")
+        raise ExportError(f"got {options.max_num_seqs}, expected 1 to {MAX_NUM_SEQS_LIMIT}", param="max_num_seqs")
     return wanted

@@ -99,7 +99,7 @@ def build(
     TensorRT-RTX builds without a GPU, for any of 8.0 and later; TensorRT builds for the GPU of this machine.
     """
     directory = pick(bundle, model, "BUNDLE")
-    require("build", LIBRARIES, '"dmtd[export]"')
+    require("build", LIBRARIES, "export")
     from dmtd_export.engines.run import BuildProgress, build_engines, preview
     from dmtd_export.engines.warm_up import compiles_here, warm_up_engines
     from dmtd_export.verify import engines_hook

@@ -15,13 +15,12 @@ from dmtd_export.cli.progress import StageDisplay
 from dmtd_export.evaluate import EvaluateOptions, HarnessOptions, OpenOptions
 from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.options import ExportOptions
-from dmtd_models.checkpoints.saving import make_directory
 from dmtd_runtime.cli.common import DeviceOption, JsonOption, ThreadsOption, logs_to_stderr, note, pick, require
 
 _SPLIT = "Split and convention of a checkpoint (by default as it records them)"
 _WHAT, _HOW = "What is measured", "How much, and where"
 _DEFAULT = EvaluateOptions()
-_INSTALL = '"dmtd[evaluate]"'
+_EXTRA = "evaluate"
 
 
 def _split(text: str) -> Any:
@@ -124,18 +123,18 @@ def evaluate(
     checkpoint is scored in PyTorch, a bundle by its own graphs; both give the same numbers.
     """
     path = pick(target, model, "MODEL_OR_BUNDLE")
-    require("evaluate", ("numpy",), _INSTALL)
+    require("evaluate", ("numpy",), _EXTRA)
     from dmtd_export.evaluate import evaluate as run
     from dmtd_export.evaluate.subject import is_bundle
     from dmtd_export.evaluate.table import render
 
     if not is_bundle(path) or (base is not None and not is_bundle(base)):
-        require("evaluate", (*LIBRARIES, "torch"), _INSTALL)
+        require("evaluate", (*LIBRARIES, "torch"), _EXTRA)
     if output is not None:
-        require("evaluate -o", ("matplotlib",), _INSTALL)
+        require("evaluate -o", ("matplotlib",), _EXTRA)
         _require_writable(output)  # an evaluation takes long: what it found must not be lost for a wrong name
     if lm_eval is not None:
-        require("evaluate --lm-eval", ("lm_eval",), '"dmtd[lm-eval]"')
+        require("evaluate --lm-eval", ("lm_eval",), "lm-eval")
     if adapter is not None and base is None:
         base = path
     split = ExportOptions(
@@ -185,6 +184,8 @@ def evaluate(
 
 
 def _require_writable(directory: Path) -> None:
+    from dmtd_models.checkpoints.saving import make_directory
+
     if directory.is_file():
         raise EvaluateError(f"-o {directory}: is a file, expected a directory; give another one")
     make_directory(directory)

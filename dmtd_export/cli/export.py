@@ -85,7 +85,7 @@ def export(
     source = pick(checkpoint, model, "MODEL")
     if output is None:
         raise typer.BadParameter("-o / --output: missing; name the directory of the bundle")
-    require("export", LIBRARIES, '"dmtd[export]"')
+    require("export", LIBRARIES, "export")
     from dmtd_export.bundle.export import Progress, export_bundle
 
     options = ExportOptions(

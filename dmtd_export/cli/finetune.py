@@ -156,7 +156,7 @@ def finetune(
         display.stage("starting", 0)
         with open_checkpoint(source):
             pass  # a wrong name need not wait for the libraries
-        require("finetune", LIBRARIES, '"dmtd[train]"')
+        require("finetune", LIBRARIES, "train")
     import torch
 
     from dmtd_models.finetune.batches import BatchOptions

@@ -63,7 +63,7 @@ def verify(
         raise typer.BadParameter(
             f"{', '.join(names)}: for a device, not for the bundle; say which: --backend tensorrt or --device cuda"
         )
-    require("verify", LIBRARIES, '"dmtd[export]"')
+    require("verify", LIBRARIES, "export")
     from dmtd_export.verify import LARGEST_BATCH, render, verify_bundle, verify_on_device
     from dmtd_models.checkpoints.checkpoint import open_checkpoint
 

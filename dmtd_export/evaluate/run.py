@@ -53,7 +53,7 @@ def evaluate(
         stems = [Path(name).stem for name in names]
         for name, stem in zip(names, stems, strict=True):
             if stems.count(stem) > 1:
-                raise EvaluateError(f"--{kind} {name}: given twice, or two files of one name; results go by name")
+                raise EvaluateError(f"{name} is given twice, or two files of one name; results go by name", param=kind)
     cache = options.cache_dir or default_cache_dir()
     tasks = [
         read_task(name, cache, options.limit, options.seed, run_unsafe_code=options.run_unsafe_code)
@@ -156,8 +156,9 @@ class _Run:
             return
         if subject.scorer.vocab_size != base.scorer.vocab_size:
             raise EvaluateError(
-                f"--base {base.path}: has a vocabulary of {base.scorer.vocab_size}, {subject.path} one of "
-                f"{subject.scorer.vocab_size}; give the model that it was trained from"
+                f"{base.path} has a vocabulary of {base.scorer.vocab_size}, {subject.path} one of "
+                f"{subject.scorer.vocab_size}; give the model that it was trained from",
+                param="base",
             )
         if base.tokenizer is None:
             return
@@ -165,8 +166,9 @@ class _Run:
         for sample in samples[:20]:
             if subject.encode(sample) != base.encode(sample):
                 raise EvaluateError(
-                    f"--base {base.path}: its tokenizer reads {sample[:40]!r} otherwise than that of {subject.path}; give "
-                    "the model that it was trained from"
+                    f"{base.path}: its tokenizer reads {sample[:40]!r} otherwise than that of {subject.path}; give "
+                    "the model that it was trained from",
+                    param="base",
                 )
 
     def conventions(self, windows: Sequence[TextWindow]) -> ConventionResult | None:
@@ -174,7 +176,7 @@ class _Run:
         if not self.options.compare_conventions:
             return None
         if not windows:
-            raise EvaluateError("--compare-conventions measures perplexity: give --text")
+            raise EvaluateError("measures perplexity: give --text", param="compare_conventions")
         return measure_conventions(
             self.subject,
             self.base.scorer,
@@ -188,7 +190,7 @@ class _Run:
         if not self.options.offsets:
             return None
         if not windows:
-            raise EvaluateError("--offsets measures perplexity: give --text")
+            raise EvaluateError("measures perplexity: give --text", param="offsets")
         return measure_offsets(
             self.subject.scorer,
             self.base.scorer,

@@ -36,9 +36,9 @@ def read_task(name: str, cache_dir: Path, limit: int | None, seed: int, *, run_u
         try:
             items = load_task(name, cache_dir, limit, seed, allow_code_execution=run_unsafe_code)
         except ModelError as error:
-            raise EvaluateError(f"--task {name}, which is no file: {error}") from error
+            raise EvaluateError(f"{name}, which is no file: {error}", param="task") from error
     if not items:
-        raise EvaluateError(f"--task {name}: no items; give a task that has some, or a larger --limit")
+        raise EvaluateError(f"{name}: no items; give a task that has some, or a larger --limit", param="task")
     return items
 
 
@@ -59,7 +59,7 @@ def _read_file(path: Path) -> list[Any]:
                     "messages and accepted"
                 ) from None
     except ModelError as error:
-        raise EvaluateError(f"--task {error}") from error
+        raise EvaluateError(f"{error}", param="task") from error
     if len({type(item) for item in items}) > 1:
         raise EvaluateError(f"{path}: mixes multiple choice and generation; put them into two files")
     return items

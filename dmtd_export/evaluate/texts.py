@@ -55,11 +55,11 @@ def read_texts(name: str, cache_dir: Path) -> Iterator[TextItem]:
         return
     if name not in corpora.corpus_names():
         known = ", ".join(corpora.corpus_names())
-        raise EvaluateError(f"--text: got {name}, expected a file, a directory or a registered corpus ({known})")
+        raise EvaluateError(f"got {name}, expected a file, a directory or a registered corpus ({known})", param="text")
     try:
         yield from corpora.load_text(name, split="held_out", cache_dir=cache_dir)
     except ModelError as error:
-        raise EvaluateError(f"--text {name}: {error}") from error
+        raise EvaluateError(f"{name}: {error}", param="text") from error
 
 
 def _is_data(name: str) -> bool:
@@ -82,7 +82,7 @@ def _records(path: Path) -> Iterator[TextItem]:
         for row in read_rows(path):
             text = row.values.get("text")
             if not isinstance(text, str):
-                raise EvaluateError(f"--text {row.where}: expected an object whose text is a string")
+                raise EvaluateError(f"{row.where}: expected an object whose text is a string", param="text")
             number = row.where.removeprefix(path.name).lstrip(":, ")
             yield TextItem(
                 source=path.name,
@@ -90,7 +90,7 @@ def _records(path: Path) -> Iterator[TextItem]:
                 text=checked_text(text, f"{row.where}: text"),
             )
     except ModelError as error:
-        raise EvaluateError(f"--text {error}") from None
+        raise EvaluateError(f"{error}", param="text") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +167,7 @@ def is_chats(name: str) -> bool:
         row = next(read_rows(Path(name)), None)
         return row is not None and form_of(row) != "text"
     except ModelError as error:
-        raise EvaluateError(f"--text {error}") from error
+        raise EvaluateError(f"{error}", param="text") from error
 
 
 def chat_windows(name: str, tokenizer: TextTokenizer, plan: WindowPlan) -> tuple[TextWindow, ...]:
@@ -195,7 +195,7 @@ def chat_windows(name: str, tokenizer: TextTokenizer, plan: WindowPlan) -> tuple
             plan,
         )
     except ModelError as error:
-        raise EvaluateError(f"--text {error}") from error
+        raise EvaluateError(f"{error}", param="text") from error
 
 
 def collect_windows(
@@ -224,7 +224,7 @@ def collect_windows(
             windows = cut_windows(read_texts(name, cache_dir), encode, share)
         if not windows:
             raise EvaluateError(
-                f"--text {name}: no document has {plan.context_len + MIN_SCORED} tokens; give a longer text"
+                f"{name}: no document has {plan.context_len + MIN_SCORED} tokens; give a longer text", param="text"
             )
         found += windows
     return tuple(found)

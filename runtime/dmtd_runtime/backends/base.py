@@ -61,21 +61,22 @@ class BackendOptions:
         }
         for name, values in allowed.items():
             if (value := getattr(self, name)) not in values:
-                raise RequestError(f"{name}: got {value!r}, expected one of {', '.join(map(str, values))}")
+                raise RequestError(f"got {value!r}, expected one of {', '.join(map(str, values))}", param=name)
         for name in ("cuda_graphs", "warm_up", "prepack"):
             if not isinstance(flag := getattr(self, name), bool):
-                raise RequestError(f"{name}: got {flag!r}, expected True or False")
+                raise RequestError(f"got {flag!r}, expected True or False", param=name)
         for name in ("max_num_seqs", "max_model_len", "threads"):
             if (count := getattr(self, name)) is not None and (
                 not isinstance(count, Integral) or isinstance(count, bool)
             ):
-                raise RequestError(f"{name}: got {count!r}, expected a whole number")
+                raise RequestError(f"got {count!r}, expected a whole number", param=name)
         for name, most in (("max_num_seqs", self.max_num_seqs), ("threads", self.threads)):
             if most is not None and most < 1:
-                raise RequestError(f"{name}: got {most}, expected at least 1")
+                raise RequestError(f"got {most}, expected at least 1", param=name)
         if self.dialect is not None and self.runs_engines:
             raise RequestError(
-                f"dialect: got {self.dialect!r} with the backend {self.backend}, which runs engines; leave the dialect out"
+                f"got {self.dialect!r} with the backend {self.backend}, which runs engines; leave the dialect out",
+                param="dialect",
             )
 
 

@@ -170,23 +170,28 @@ def _shifted(on_run: OnRun, base: int, total: int) -> Callable[[str, int], None]
 def check_options(options: BenchOptions, manifest: Manifest, backend_options: BackendOptions) -> None:
     """Raise RequestError for lengths that the bundle cannot run; the backend checks the batch sizes itself."""
     if not options.batches or min(options.batches) < 1:
-        raise RequestError(f"--batch: got {list(options.batches)}, expected sizes of at least 1")
-    if options.prompt_len < 1 or options.repeats < 1 or options.warmup < 0:
-        raise RequestError("--prompt-len and --repeats must be at least 1, --warmup at least 0")
+        raise RequestError(f"got {list(options.batches)}, expected sizes of at least 1", param="batches")
+    for name, least in (("prompt_len", 1), ("repeats", 1), ("warmup", 0)):
+        if (value := getattr(options, name)) < least:
+            raise RequestError(f"got {value}, expected at least {least}", param=name)
     cycle = manifest.cycle.cycle_length
     if options.max_tokens < cycle + 2:
-        raise RequestError(f"--max-tokens: got {options.max_tokens}, expected at least {cycle + 2}, a cycle and a head")
+        raise RequestError(
+            f"got {options.max_tokens}, expected at least {cycle + 2}, a cycle and a head", param="max_tokens"
+        )
     limit = backend_options.model_len(manifest.model.max_model_len)
     standard = (backend_options.dialect or manifest.default_dialect) == contract.STANDARD
     if backend_options.backend == "onnxruntime" and backend_options.device == "cuda" and standard:
         raise RequestError(
-            "--device cuda with the standard dialect: its attention copies whole caches for every head in each step, which "
-            "hides what DMTD saves; measure a bundle with the onnxruntime dialect (dmtd export --dtype bfloat16)"
+            "got standard with the device cuda: its attention copies whole caches for every head in each step, which "
+            "hides what DMTD saves; measure a bundle with the onnxruntime dialect (dmtd export --dtype bfloat16)",
+            param="dialect",
         )
     if options.prompt_len + options.max_tokens > limit:
         raise RequestError(
-            f"--prompt-len {options.prompt_len} and --max-tokens {options.max_tokens} make "
-            f"{options.prompt_len + options.max_tokens} tokens, expected at most {limit}, the model length; lower one of them"
+            f"got {options.prompt_len}, and {options.max_tokens} new tokens, expected at most {limit} together, the model "
+            "length; lower one of them",
+            param="prompt_len",
         )
 
 

@@ -43,7 +43,7 @@ _BACKEND = BackendOptions()
 def bench(
     bundle: BundleArgument = None,
     model: BundleOption = None,
-    batch: Annotated[str, typer.Option(help="Batch sizes, one or a list: 1,2,4,8.")] = ",".join(
+    batches: Annotated[str, typer.Option("--batch", help="Batch sizes, one or a list: 1,2,4,8.")] = ",".join(
         map(str, _BENCH.batches)
     ),
     prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = _BENCH.prompt_len,
@@ -70,7 +70,7 @@ def bench(
     """
     directory = pick(bundle, model, "BUNDLE")
     options = BenchOptions(
-        batches=_sizes(batch),
+        batches=_sizes(batches),
         prompt_len=prompt_len,
         max_tokens=max_tokens,
         repeats=repeats,
@@ -106,7 +106,9 @@ def _sizes(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(size) for size in text.split(","))
     except ValueError:
-        raise RequestError(f"--batch: got {text!r}, expected whole numbers with commas, such as 1,2,4") from None
+        raise RequestError(
+            f"got {text!r}, expected whole numbers with commas, such as 1,2,4", param="batches"
+        ) from None
 
 
 @contextmanager

@@ -93,7 +93,9 @@ def generate(
     stop_token_ids: opt.StopIdsOption = None,
     ignore_eos: opt.IgnoreEosOption = False,
     logit_bias: opt.LogitBiasOption = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds after which the answer is cut.")] = None,
+    timeout_s: Annotated[
+        float | None, typer.Option("--timeout", help="Seconds after which the answer is cut; by default never.")
+    ] = None,
     backend: BackendOption = _BACKEND.backend,
     cuda_graphs: CudaGraphsOption = _BACKEND.cuda_graphs,
     warm_up: WarmUpOption = _BACKEND.warm_up,
@@ -111,7 +113,7 @@ def generate(
     takes --token-ids and prints token ids.
     """
     directory = pick(bundle, model, "BUNDLE")
-    asked = _read_prompt(prompt, prompt_file, opt.parse_ids(token_ids, "--token-ids"))
+    asked = _read_prompt(prompt, prompt_file, opt.parse_ids(token_ids, "token_ids"))
     given = {
         "top_p": top_p,
         "top_k": top_k,
@@ -123,7 +125,7 @@ def generate(
         "max_tokens": max_tokens,
         "min_tokens": min_tokens,
         "stop": stop or None,
-        "stop_token_ids": opt.parse_ids(stop_token_ids, "--stop-token-ids"),
+        "stop_token_ids": opt.parse_ids(stop_token_ids, "stop_token_ids"),
         "ignore_eos": ignore_eos,
         "logit_bias": opt.parse_logit_bias(logit_bias),
     }
@@ -141,7 +143,7 @@ def generate(
     with opt.open_llm(directory, options, plain=plain) as llm:
         params = opt.sampling_params(llm.default_params, greedy=greedy, temperature=temperature, given=given)
         ids = _prompt_ids(llm, asked, raw=raw, system=system)
-        answer = _run(llm, ids, params, timeout, show=not json)
+        answer = _run(llm, ids, params, timeout_s, show=not json)
     if json:
         typer.echo(json_text.dumps({"schema": 1, "plain": plain, **asdict(answer)}))
     else:
@@ -157,7 +159,9 @@ def _read_prompt(prompt: str | None, file: Path | None, ids: list[int] | None) -
         try:
             return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"--prompt-file: {file} cannot be read ({error}); name a UTF-8 text file") from None
+            raise RequestError(
+                f"{file} cannot be read ({error}); name a UTF-8 text file", param="prompt_file"
+            ) from None
     if prompt is not None and prompt != "-":
         return prompt
     if sys.stdin.isatty() and prompt is None:
@@ -165,7 +169,9 @@ def _read_prompt(prompt: str | None, file: Path | None, ids: list[int] | None) -
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RequestError(f"prompt: stdin is not UTF-8 at byte {error.start}; convert it, e.g. with iconv") from None
+        raise RequestError(
+            f"stdin is not UTF-8 at byte {error.start}; convert it, e.g. with iconv", param="prompt"
+        ) from None
 
 
 def _prompt_ids(llm: LLM, asked: str | list[int], *, raw: bool, system: str | None) -> list[int]:
@@ -173,23 +179,23 @@ def _prompt_ids(llm: LLM, asked: str | list[int], *, raw: bool, system: str | No
     if isinstance(asked, list):
         return asked
     if not (asked if raw else asked.strip()):
-        raise RequestError("prompt: got an empty prompt, expected text; give it with -p or on stdin")
+        raise RequestError("got an empty prompt, expected text; give it with -p or on stdin", param="prompt")
     if llm.tokenizer is None:
         raise RequestError("this bundle has no tokenizer: give --token-ids 1,2,3 instead of text")
     if raw or not llm.has_chat_template:
         if system is not None:
-            raise RequestError("--system needs a chat template and no --raw; put it into the prompt instead")
+            raise RequestError("needs a chat template and no --raw; put it into the prompt instead", param="system")
         return llm.tokenizer.encode(asked)
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": asked})
     return llm.tokenizer.encode(llm.render_chat(messages), add_special_tokens=False)
 
 
-def _run(llm: LLM, ids: list[int], params: SamplingParams, timeout: float | None, *, show: bool) -> Answer:
+def _run(llm: LLM, ids: list[int], params: SamplingParams, timeout_s: float | None, *, show: bool) -> Answer:
     answer, times = Answer(prompt_tokens=len(ids)), []
     before = replace(llm.stats)  # only this request runs, so what comes on top is its own
     start = time.perf_counter()
-    for delta in llm.stream(ids, params, timeout_s=timeout):
+    for delta in llm.stream(ids, params, timeout_s=timeout_s):
         if delta.token_ids:
             times.append(delta.at_s)
         _take(answer, delta)

@@ -56,7 +56,7 @@ def sampling_params(
         RequestError: values out of range, or two that contradict each other.
     """
     if greedy and temperature:
-        raise RequestError(f"--greedy and --temperature {temperature:g} contradict each other; give one of them")
+        raise RequestError(f"got {temperature:g} with --greedy, which is 0; give one of them", param="temperature")
     changes = {name: value for name, value in given.items() if value is not None and value is not False}
     if greedy or temperature is not None:
         changes["temperature"] = 0.0 if greedy else temperature
@@ -67,14 +67,14 @@ def sampling_params(
     return params
 
 
-def parse_ids(text: str | None, option: str) -> list[int] | None:
+def parse_ids(text: str | None, param: str) -> list[int] | None:
     """Token ids written with commas or spaces."""
     if text is None:
         return None
     try:
         return [int(part) for part in text.replace(",", " ").split()]
     except ValueError:
-        raise RequestError(f"{option}: got {text[:60]!r}, expected whole numbers such as 1,2,3") from None
+        raise RequestError(f"got {text[:60]!r}, expected whole numbers such as 1,2,3", param=param) from None
 
 
 def parse_logit_bias(text: str | None) -> dict[int, float] | None:
@@ -85,7 +85,7 @@ def parse_logit_bias(text: str | None) -> dict[int, float] | None:
         raw = json.loads(text)
         return {int(token_id): value for token_id, value in raw.items()}
     except (ValueError, AttributeError):
-        raise RequestError(f'--logit-bias: got {text[:60]!r}, expected JSON such as {{"50": -100}}') from None
+        raise RequestError(f'got {text[:60]!r}, expected JSON such as {{"50": -100}}', param="logit_bias") from None
 
 
 @contextlib.contextmanager

@@ -80,8 +80,9 @@ def open_session(
     wanted = CUDA_PROVIDER if options.device == "cuda" else CPU_PROVIDER
     if session.get_providers()[0] != wanted:
         raise BackendError(
-            f"--device {options.device}: ONNX Runtime fell back to {session.get_providers()[0]}; "
-            "see `dmtd doctor` for the driver, CUDA and cuDNN it needs"
+            f"got {options.device}, but ONNX Runtime fell back to {session.get_providers()[0]}; "
+            "see `dmtd doctor` for the driver, CUDA and cuDNN it needs",
+            param="device",
         )
     return session
 

@@ -168,12 +168,12 @@ def test_max_model_len_bounds_the_bundle_and_its_rotary_tables(plain: Path, tmp_
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_model_len": 257}, "--max-model-len: got 257, expected 2 to 256"),
-        ({"max_model_len": 0}, "--max-model-len: got 0"),
-        ({"max_num_seqs": 0}, "--max-num-seqs: got 0, expected 1 to 32"),
-        ({"max_num_seqs": 33}, "--max-num-seqs: got 33"),
-        ({"cycle_length": 257}, "cycle length: got 257, expected 1 to 256"),
-        ({"cycle_length": 0}, "cycle length: got 0"),
+        ({"max_model_len": 257}, "max_model_len: got 257, expected 2 to 256"),
+        ({"max_model_len": 0}, "max_model_len: got 0"),
+        ({"max_num_seqs": 0}, "max_num_seqs: got 0, expected 1 to 32"),
+        ({"max_num_seqs": 33}, "max_num_seqs: got 33"),
+        ({"cycle_length": 257}, "cycle_length: got 257, expected 1 to 256"),
+        ({"cycle_length": 0}, "cycle_length: got 0"),
         ({"decoding_layers": 4}, "encoding 0 + thinking 0 + decoding 4"),
         ({"decoding_layers": 2, "thinking_layers": 3}, "encoding 0 + thinking 3 + decoding 2 = 5 layers"),
         ({"cycle_origin": "prompt", "prompt_input": "cyclical"}, "prompt + prompt input cyclical"),
