@@ -11,20 +11,16 @@ import typer
 from rich.console import Console
 
 from dmtd_export.cli.export import LIBRARIES
+from dmtd_export.cli.options.export import SplitGroup
 from dmtd_export.cli.progress import StageDisplay
 from dmtd_export.evaluate import EvaluateOptions, HarnessOptions, OpenOptions
 from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.options import ExportOptions
-from dmtd_runtime.cli.common import DeviceOption, JsonOption, ThreadsOption, logs_to_stderr, note, pick, require
+from dmtd_runtime.cli.common import JsonOption, logs_to_stderr, note, pick, require
 
-_SPLIT = "Split and convention of a checkpoint (by default as it records them)"
 _WHAT, _HOW = "What is measured", "How much, and where"
 _DEFAULT = EvaluateOptions()
 _EXTRA = "evaluate"
-
-
-def _split(text: str) -> Any:
-    return typer.Option(help=text, rich_help_panel=_SPLIT)
 
 
 def _what(*names: str, text: str) -> Any:
@@ -82,17 +78,7 @@ def evaluate(
             text="Let tasks like HumanEval and MBPP run the code that models write, on this machine.",
         ),
     ] = False,
-    encoding_layers: Annotated[int | None, _split("E: layers before the thinking layers.")] = None,
-    thinking_layers: Annotated[int | None, _split("T: layers that run once a cycle; the rest by default.")] = None,
-    decoding_layers: Annotated[int | None, _split("D: late layers, that run for every token.")] = None,
-    cycle_length: Annotated[int | None, _split("Tokens of a cycle (tau).")] = None,
-    cycle_origin: Annotated[
-        Literal["absolute", "prompt"] | None,
-        _split("Where cycles count from: the sequence's start or the prompt's end."),
-    ] = None,
-    prompt_input: Annotated[
-        Literal["cyclical", "thinking", "sum"] | None, _split("What prompt positions feed to the late layers.")
-    ] = None,
+    split: SplitGroup = ExportOptions(),
     max_tokens: Annotated[
         int, _how(text="Tokens of text, all texts together; a window of each at least.")
     ] = _DEFAULT.max_tokens,
@@ -102,13 +88,15 @@ def evaluate(
     ] = _DEFAULT.context_len,
     limit: Annotated[int, _how(text="Items of each task.")] = _DEFAULT.limit,
     prefixes: Annotated[int, _how(text="Prefixes continued for run lengths; 0: none.")] = _DEFAULT.prefixes,
-    max_run: Annotated[int, _how(text="Where a run length is cut off.")] = _DEFAULT.max_run,
-    seed: Annotated[int, _how(text="Of every draw: windows, prefixes, items, bootstrap.")] = _DEFAULT.seed,
+    max_run: Annotated[int, _how(text="Tokens at which a run length is cut off.")] = _DEFAULT.max_run,
+    seed: Annotated[int, _how(text="Seed of every draw: windows, prefixes, items, bootstrap.")] = _DEFAULT.seed,
     dtype: Annotated[
         Literal["float32", "bfloat16"], _how(text="Type of a checkpoint in memory; a bundle has its own.")
     ] = _DEFAULT.open.dtype,
-    device: DeviceOption = _DEFAULT.open.device,
-    threads: ThreadsOption = None,
+    device: Annotated[Literal["cpu", "cuda"], _how(text="Where to run.")] = _DEFAULT.open.device,
+    threads: Annotated[
+        int | None, _how(text="CPU threads; by default one for each core this process may use.")
+    ] = _DEFAULT.open.threads,
     cache_dir: Annotated[
         Path | None, _how("--cache-dir", text="Where downloaded texts and tasks are kept; by default the user's cache.")
     ] = None,
@@ -137,14 +125,6 @@ def evaluate(
         require("evaluate --lm-eval", ("lm_eval",), "lm-eval")
     if adapter is not None and base is None:
         base = path
-    split = ExportOptions(
-        encoding_layers=encoding_layers,
-        thinking_layers=thinking_layers,
-        decoding_layers=decoding_layers,
-        cycle_length=cycle_length,
-        cycle_origin=cycle_origin,
-        prompt_input=prompt_input,
-    )
     options = EvaluateOptions(
         texts=tuple(text or ()),
         tasks=tuple(task or ()),

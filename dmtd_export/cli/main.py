@@ -18,6 +18,7 @@ import typer.core
 import typer.main
 
 from dmtd_runtime.cli.common import EXIT_USAGE, friendly_errors, note
+from dmtd_runtime.cli.options.groups import takes_groups
 from dmtd_runtime.version import __version__
 
 RENAMED = {"--flavour": "--backend", "--max-batch": "--max-num-seqs"}
@@ -114,7 +115,7 @@ class _LazyCommand(typer.core.TyperCommand):
             rich_markup_mode="rich",
             context_settings=_HELP_NAMES,
         )
-        single.command(name=self.name)(guarded(function, flags, self._verb.extra))
+        single.command(name=self.name)(guarded(takes_groups(function), flags, self._verb.extra))
         command = typer.main.get_command(single)
         options = [each for each in command.params if each.param_type_name == "option"]
         flags |= {str(each.name): max(each.opts, key=len) for each in options}

@@ -10,14 +10,14 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from dmtd_runtime.bundle import contract
-from dmtd_runtime.bundle.engine_record import ENGINE_BACKENDS, EngineBackend
+from dmtd_runtime.bundle.engine_record import ENGINE_BACKENDS
 from dmtd_runtime.bundle.engine_record import FullPass as FullPass
 from dmtd_runtime.cycle import Step
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.sampling.sampler import Sampler
 
 Array = np.ndarray[Any, np.dtype[Any]]
-BackendName = Literal["onnxruntime"] | EngineBackend
+BackendName = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "simulator"]  # ENGINE_BACKENDS and the bundle's graphs
 PREFILL_ROUNDING = (16, 32, 64, 128, contract.MIN_WINDOW)
 
 

@@ -17,7 +17,7 @@ import traceback
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -33,41 +33,6 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 
 T = TypeVar("T")
 _OWN_EXTRAS = {"onnxruntime": "cpu", "lm_eval": "lm-eval"}
-
-
-# The values of backends.base.BackendOptions, spelled again because that module needs numpy; a test compares them.
-FullPass = Literal["staged", "fused"]
-BackendOption = Annotated[
-    Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "simulator"],
-    typer.Option(help="onnxruntime runs the bundle's graphs, the others the engines that `dmtd build` made of it."),
-]
-CudaGraphsOption = Annotated[
-    bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="With engines: replay every cycle as one graph.")
-]
-WarmUpOption = Annotated[
-    bool,
-    typer.Option("--warm-up", help="On a GPU: run every shape once at opening, so that no answer waits for kernels."),
-]
-DeviceOption = Annotated[
-    Literal["cpu", "cuda"], typer.Option(help="Where to run; cuda takes a float16 or bfloat16 bundle.")
-]
-DialectOption = Annotated[
-    Literal["onnxruntime", "standard"] | None,
-    typer.Option(help="Which graphs; by default onnxruntime's where the bundle has them."),
-]
-FullPassOption = Annotated[
-    FullPass | None,
-    typer.Option(
-        help="staged holds T, D and the head once; fused runs one graph, takes more memory and reads encoding layers once: "
-        "the default where there are any."
-    ),
-]
-ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="Threads; by default one for each core this process may use.")
-]
-MaxModelLenOption = Annotated[
-    int | None, typer.Option(min=1, help="Prompt and answer together; by default the bundle's limit.")
-]
 
 
 def error_console() -> Console:

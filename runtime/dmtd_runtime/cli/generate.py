@@ -12,31 +12,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dmtd_runtime.backends.base import BackendOptions
-from dmtd_runtime.cli import sampling_options as opt
 from dmtd_runtime.cli.common import (
-    BackendOption,
     BundleArgument,
     BundleOption,
-    CudaGraphsOption,
-    DeviceOption,
-    DialectOption,
-    FullPassOption,
     JsonOption,
-    MaxModelLenOption,
-    ThreadsOption,
-    WarmUpOption,
     note,
     pick,
     printable,
 )
+from dmtd_runtime.cli.opening import open_llm
+from dmtd_runtime.cli.options.backend import AnswerBackend
+from dmtd_runtime.cli.options.sampling import GenerateSampling, GivenSampling, parse_ids
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.serving.outputs import Delta
 
 if TYPE_CHECKING:
     from dmtd_runtime.llm import LLM
     from dmtd_runtime.sampling.params import SamplingParams
-
-_BACKEND = BackendOptions()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,33 +70,11 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="The prompt as it stands, without the chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="System message, for the chat template.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Every layer for every token: the baseline.")] = False,
-    greedy: opt.GreedyOption = False,
-    temperature: opt.TemperatureOption = None,
-    top_p: opt.TopPOption = None,
-    top_k: opt.TopKOption = None,
-    min_p: opt.MinPOption = None,
-    presence_penalty: opt.PresenceOption = None,
-    frequency_penalty: opt.FrequencyOption = None,
-    repetition_penalty: opt.RepetitionOption = None,
-    seed: opt.SeedOption = None,
-    max_tokens: opt.MaxTokensOption = None,
-    min_tokens: opt.MinTokensOption = None,
-    stop: opt.StopOption = None,
-    stop_token_ids: opt.StopIdsOption = None,
-    ignore_eos: opt.IgnoreEosOption = False,
-    logit_bias: opt.LogitBiasOption = None,
+    sampling: GenerateSampling = GivenSampling(),
     timeout_s: Annotated[
         float | None, typer.Option("--timeout", help="Seconds after which the answer is cut; by default never.")
     ] = None,
-    backend: BackendOption = _BACKEND.backend,
-    cuda_graphs: CudaGraphsOption = _BACKEND.cuda_graphs,
-    warm_up: WarmUpOption = _BACKEND.warm_up,
-    full_pass: FullPassOption = _BACKEND.full_pass,
-    device: DeviceOption = _BACKEND.device,
-    device_id: Annotated[int, typer.Option(help="Which GPU.")] = _BACKEND.device_id,
-    dialect: DialectOption = _BACKEND.dialect,
-    max_model_len: MaxModelLenOption = _BACKEND.max_model_len,
-    threads: ThreadsOption = _BACKEND.threads,
+    backend: AnswerBackend = BackendOptions(),
     json: JsonOption = False,
 ) -> None:
     """Generate text for a prompt; it appears as it is made.
@@ -113,35 +83,9 @@ def generate(
     takes --token-ids and prints token ids.
     """
     directory = pick(bundle, model, "BUNDLE")
-    asked = _read_prompt(prompt, prompt_file, opt.parse_ids(token_ids, "token_ids"))
-    given = {
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "max_tokens": max_tokens,
-        "min_tokens": min_tokens,
-        "stop": stop or None,
-        "stop_token_ids": opt.parse_ids(stop_token_ids, "stop_token_ids"),
-        "ignore_eos": ignore_eos,
-        "logit_bias": opt.parse_logit_bias(logit_bias),
-    }
-    options = BackendOptions(
-        backend=backend,
-        cuda_graphs=cuda_graphs,
-        warm_up=warm_up,
-        device=device,
-        device_id=device_id,
-        dialect=dialect,
-        full_pass=full_pass,
-        max_model_len=max_model_len,
-        threads=threads,
-    )
-    with opt.open_llm(directory, options, plain=plain) as llm:
-        params = opt.sampling_params(llm.default_params, greedy=greedy, temperature=temperature, given=given)
+    asked = _read_prompt(prompt, prompt_file, parse_ids(token_ids, "token_ids"))
+    with open_llm(directory, backend, plain=plain) as llm:
+        params = sampling.over(llm.default_params)
         ids = _prompt_ids(llm, asked, raw=raw, system=system)
         answer = _run(llm, ids, params, timeout_s, show=not json)
     if json:
