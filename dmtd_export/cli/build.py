@@ -60,7 +60,7 @@ def build(
     """
     directory = pick(bundle, model, "BUNDLE")
     require("build", LIBRARIES, "export")
-    from dmtd_export.engines.run import BuildProgress, build_engines, preview
+    from dmtd_export.engines.run import build_engines, preview
     from dmtd_export.engines.warm_up import compiles_here, warm_up_engines
     from dmtd_export.verify import engines_hook
 
@@ -74,13 +74,10 @@ def build(
             console.print(_preview_table(seen))
         return
     with logs_to_stderr(), StageDisplay() as display:
-        progress = BuildProgress(
-            ready=lambda seen: note(_statement(seen)),
-            stage=lambda name: display.stage(name, 0),
-            steps=display.progress,
+        hook = engines_hook(progress=display.verified) if verify else None
+        result = build_engines(
+            directory, options, progress=display.counted, on_ready=lambda seen: note(_statement(seen)), verify=hook
         )
-        hook = engines_hook(on_stage=display.verified) if verify else None
-        result = build_engines(directory, options, progress=progress, verify=hook)
         cold = ""
         if warm_up and result.built and compiles_here(result.record):
             display.stage("compiling kernels", 0)

@@ -149,7 +149,7 @@ def evaluate(
         base_open=OpenOptions(device=device, dtype=dtype, threads=threads),
     )
     with logs_to_stderr(), StageDisplay() as display:
-        report = run(path, base, options, _Stages(display))
+        report = run(path, base, options, display.counted)
     found = report.to_json()
     if json:
         typer.echo(json_text.dumps(found))
@@ -171,18 +171,3 @@ def _require_writable(directory: Path) -> None:
     make_directory(directory)
     if not os.access(directory, os.W_OK):
         raise EvaluateError(f"-o {directory}: cannot be written to; give another directory")
-
-
-class _Stages:
-    """(stage, done, total) as a display of stages wants it."""
-
-    def __init__(self, display: StageDisplay) -> None:
-        self._display = display
-        self._name, self._done = "", 0
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage != self._name or done < self._done:
-            self._name, self._done = stage, 0
-            self._display.stage(stage, total)
-        self._display.advance(done - self._done)
-        self._done = done

@@ -50,20 +50,20 @@ def export(
     if output is None:
         raise typer.BadParameter("-o / --output: missing; name the directory of the bundle")
     require("export", LIBRARIES, "export")
-    from dmtd_export.bundle.export import Progress, export_bundle
+    from dmtd_export.bundle.export import export_bundle
 
     with logs_to_stderr(), StageDisplay() as display:
         hook = None
         if options.verify:
             from dmtd_export.verify import VerifyOptions, verify_hook
 
-            hook = verify_hook(VerifyOptions(), on_stage=display.verified)
+            hook = verify_hook(VerifyOptions(), progress=display.verified)
         manifest = export_bundle(
             source,
             output,
             options,
             adapter=adapter,
-            progress=Progress(stage=display.stage, advance=display.advance),
+            progress=display.counted,
             verify=hook,
         )
     if json:

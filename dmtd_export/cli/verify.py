@@ -73,9 +73,9 @@ def verify(
                 raise typer.BadParameter(
                     "--checkpoint and --level are for the bundle, not for a device; leave them out"
                 )
-            report = verify_on_device(directory, backend, on_stage=display.verified)
+            report = verify_on_device(directory, backend, progress=display.verified)
         else:
-            report = verify_bundle(directory, checkpoint=source, level=level, on_stage=display.verified)
+            report = verify_bundle(directory, checkpoint=source, level=level, progress=display.verified)
     if json:
         typer.echo(json_text.dumps({"schema": 1, **report.to_json()}))
     else:

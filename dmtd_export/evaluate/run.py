@@ -27,18 +27,17 @@ from dmtd_export.evaluate.subject import Subject, open_subject
 from dmtd_export.evaluate.tasks import Items, read_task
 from dmtd_export.evaluate.text_metrics import TextResult, measure_text
 from dmtd_export.evaluate.texts import TextWindow, WindowPlan, collect_windows
+from dmtd_export.progress import Progress, counter, silent
 from dmtd_models.data.items import GenerationItem, MultipleChoiceItem
 from dmtd_models.data.packages import default_cache_dir
 from dmtd_runtime.text.chat_template import ChatTemplate
-
-OnProgress = Callable[[str, int, int], None]  # stage, done, total
 
 
 def evaluate(
     model: Path,
     base: Path | None,
     options: EvaluateOptions,
-    on_progress: OnProgress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> EvaluationReport:
     """Measure ``model`` against the plain ``base`` (None: the model itself in plain mode).
 
@@ -60,12 +59,12 @@ def evaluate(
         for name in options.tasks
     ]
     with contextlib.ExitStack() as opened:
-        on_progress("open", 0, 0)
+        progress("open", 0, 0)
         subject = opened.enter_context(open_subject(model, options.open))
         against = subject
         if base is not None:
             against = opened.enter_context(open_subject(base, options.base_open, plain_only=True))
-        run = _Run(subject=subject, base=against, options=options, on_progress=on_progress)
+        run = _Run(subject=subject, base=against, options=options, progress=progress)
         windows = run.windows()
         shortened = run.longest if windows and run.longest < options.window_len else None
         run.check_base(windows, tasks)
@@ -112,7 +111,7 @@ class _Run:
     subject: Subject
     base: Subject
     options: EvaluateOptions
-    on_progress: OnProgress
+    progress: Progress
 
     @property
     def bootstrap(self) -> Bootstrap:
@@ -129,7 +128,7 @@ class _Run:
                 f"the model takes {longest} tokens, the context of {options.context_len} leaves nothing to score; lower "
                 "--context-len"
             )
-        self.on_progress("read text", 0, 0)
+        self.progress("read text", 0, 0)
         plan = WindowPlan(
             window_len=longest,
             context_len=options.context_len,
@@ -296,15 +295,7 @@ class _Run:
         )
 
     def _counter(self, stage: str, total: int) -> Callable[[int], None]:
-        done = 0
-        self.on_progress(stage, 0, total)
-
-        def count(more: int) -> None:
-            nonlocal done
-            done += more
-            self.on_progress(stage, done, total)
-
-        return count
+        return counter(self.progress, stage, total)
 
 
 _PROBE = "The 3 quick brown foxes (aged 12) didn't jump:\n\tnaïve = café + 北京 # 😀\n"

@@ -11,7 +11,9 @@ _PANEL = "Backend"
 BACKEND = Group(
     {
         "backend": option(
-            "onnxruntime: the bundle's graphs; the others: engines that `dmtd build` made.", panel=_PANEL
+            "onnxruntime runs the bundle's graphs; tensorrt, tensorrt-rtx and simulator run engines that `dmtd build` made.",
+            panel=_PANEL,
+            metavar="NAME",
         ),
         "device": option("Of onnxruntime; cuda takes a float16 or bfloat16 bundle.", panel=_PANEL),
         "device_id": option("Which GPU, as nvidia-smi numbers them.", panel=_PANEL),
