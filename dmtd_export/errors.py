@@ -1,7 +1,7 @@
-"""Errors of the exporter, beside those of ``dmtd_models`` (checkpoints) and ``dmtd_runtime`` (bundles)."""
+"""The error of exports and builds. The whole tree stands in ``dmtd_errors``."""
 
 from dmtd_runtime.errors import DmtdError
 
 
 class ExportError(DmtdError):
-    """The export cannot be done as asked; nothing was written."""
+    """The export or build cannot be done as asked; nothing was written."""

@@ -13,12 +13,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {
+    "dmtd_errors": ROOT / "runtime" / "dmtd_errors",
     "dmtd_export": ROOT / "dmtd_export",
     "dmtd_runtime": ROOT / "runtime" / "dmtd_runtime",
     "dmtd_models": ROOT / "models" / "dmtd_models",
 }
 ENVIRON = {**os.environ, "PYTHONPATH": os.pathsep.join(str(folder.parent) for folder in PACKAGES.values())}
 FORBIDDEN = {
+    "dmtd_errors": {"dmtd_export", "dmtd_models", "dmtd_runtime"},
     "dmtd_runtime": {"dmtd_export", "dmtd_models", "torch", "transformers", "onnx", "onnx_ir", "onnxscript"},
     "dmtd_models": {"dmtd_export", "dmtd_runtime"},
     "dmtd_export": {"transformers"},

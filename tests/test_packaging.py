@@ -19,6 +19,7 @@ import pytest
 
 PACKAGE_FOLDERS = {
     "dmtd_export": "dmtd_export",
+    "runtime/dmtd_errors": "dmtd_errors",
     "runtime/dmtd_runtime": "dmtd_runtime",
     "models/dmtd_models": "dmtd_models",
 }
@@ -98,7 +99,7 @@ def expected_wheel_files(repo_root: Path) -> set[str]:
     }
 
 
-def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path, repo_root: Path) -> None:
+def test_wheel_holds_the_packages_and_nothing_else(wheel: Path, repo_root: Path) -> None:
     names = names_in(wheel)
     assert names == expected_wheel_files(repo_root)
     for package in PACKAGE_FOLDERS.values():
@@ -247,7 +248,16 @@ def test_sdist_holds_what_a_build_and_a_test_run_need(source_copy: Path, repo_ro
         archive.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     folders = ("dmtd_export/", "runtime/", "models/", "tests/", "tools/")
     wanted = {name for name in tracked_files(repo_root) if name.startswith(folders)}
-    assert wanted | {"pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"} <= names
+    top = {"pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"}
+    assert wanted | top <= names
     # hatchling adds its own metadata and .gitignore, which it needs to build the same wheel again.
-    assert names - wanted == {"pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "PKG-INFO", ".gitignore"}
+    assert names - wanted == {
+        "pyproject.toml",
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        "PKG-INFO",
+        ".gitignore",
+    }
     assert names_in(build(tmp_path / prefix, "wheel", tmp_path / "wheel")) == expected_wheel_files(repo_root)

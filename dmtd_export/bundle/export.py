@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import metadata
 from importlib.resources import files as resource_files
 from pathlib import Path
@@ -20,6 +20,7 @@ from dmtd_export.bundle.weights import stored_bytes, write_weights
 from dmtd_export.errors import ExportError as ExportError
 from dmtd_export.graphs.build import GraphSpec, build_graph
 from dmtd_export.options import MAX_NUM_SEQS_LIMIT, MAX_WINDOW, ExportOptions
+from dmtd_export.progress import Progress, counter, silent
 from dmtd_models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dmtd_models.config.model import DmtdSpec, ModelConfig, resolve_dmtd
 from dmtd_runtime.bundle import contract
@@ -33,30 +34,21 @@ GQA_HEAD_MULTIPLE = 16
 VerifyHook = Callable[[Path, Checkpoint], Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """Callbacks for a progress display: a stage begins (name, bytes or 0), some bytes of it are done."""
-
-    stage: Callable[[str, int], None] = lambda name, total: None
-    advance: Callable[[int], None] = lambda count: None
-
-
 def export_bundle(
     model: Path,
     output: Path,
     options: ExportOptions,
     *,
     adapter: Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     verify: VerifyHook | None = None,
 ) -> Manifest:
     """Export the checkpoint at ``model`` (a Hugging Face directory or a GGUF file) into the bundle ``output``.
 
     ``adapter`` is a directory that ``dmtd finetune`` made of that checkpoint; its difference is added to the weights.
     ``verify`` is called with the finished but not yet placed bundle and the open checkpoint; it returns the record for the
-    manifest and raises to refuse the bundle. Raises ExportError, dmtd_models' ModelError, or what ``verify`` raises.
+    manifest and raises to refuse the bundle. Raises ExportError, ModelError, or what ``verify`` raises.
     """
-    progress = progress or Progress()
     with one_line_os_errors(output), open_checkpoint(model, adapter) as checkpoint:
         check_target(output)
         spec = resolve(checkpoint, options)
@@ -65,7 +57,7 @@ def export_bundle(
         with atomic_directory(output) as work:
             manifest = _write_bundle(work, checkpoint, spec, max_model_len, options, progress)
             if verify is not None:
-                progress.stage("verify", 0)
+                progress("verify", 0, 0)
                 manifest = replace(manifest, verification=verify(work, checkpoint))
                 (work / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
@@ -130,16 +122,15 @@ def _write_bundle(
     loader = resource_files("dmtd_export").joinpath("bundle", "polygraphy_data.py").read_text(encoding="utf-8")
     (work / contract.DATA_LOADER_FILE).write_text(loader, encoding="utf-8")
     rotary_rows = max_model_len + MAX_WINDOW
-    progress.stage("weights", stored_bytes(config, checkpoint, options.dtype, rotary_rows))
     weights, weights_file = write_weights(
         work / contract.WEIGHTS_FILE,
         checkpoint,
         config,
         options.dtype,
         rotary_rows,
-        progress.advance,
+        counter(progress, "weights", stored_bytes(config, checkpoint, options.dtype, rotary_rows)),
     )
-    progress.stage("graphs", 0)
+    progress("graphs", 0, 0)
     graph_spec = GraphSpec(config=config, dmtd=spec, dtype=options.dtype, weights=weights)
     graphs: list[GraphInfo] = []
     for name, dialect, slots in wanted_graphs(options):
@@ -208,7 +199,9 @@ def _model_info(config: ModelConfig, options: ExportOptions, max_model_len: int)
 def _max_model_len(config: ModelConfig, options: ExportOptions) -> int:
     wanted = options.max_model_len if options.max_model_len is not None else config.max_positions
     if not 2 <= wanted <= config.max_positions:
-        raise ExportError(f"--max-model-len: got {wanted}, expected 2 to {config.max_positions}, the model's own limit")
+        raise ExportError(
+            f"got {wanted}, expected 2 to {config.max_positions}, the model's own limit", param="max_model_len"
+        )
     if not 1 <= options.max_num_seqs <= MAX_NUM_SEQS_LIMIT:
-        raise ExportError(f"--max-num-seqs: got {options.max_num_seqs}, expected 1 to {MAX_NUM_SEQS_LIMIT}")
+        raise ExportError(f"got {options.max_num_seqs}, expected 1 to {MAX_NUM_SEQS_LIMIT}", param="max_num_seqs")
     return wanted

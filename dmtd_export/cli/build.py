@@ -13,10 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from dmtd_export.cli.export import LIBRARIES
+from dmtd_export.cli.options.build import BuildGroup
 from dmtd_export.cli.progress import StageDisplay
 from dmtd_export.engines.options import BuildOptions
-from dmtd_export.options import MAX_NUM_SEQS_LIMIT
-from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.engine_record import OLDEST_CAPABILITY, EngineBackend, EngineRecord
 from dmtd_runtime.cli.common import (
     EXIT_ERROR,
@@ -33,50 +32,11 @@ from dmtd_runtime.cli.common import (
 if TYPE_CHECKING:
     from dmtd_export.engines.run import BuildResult, Preview
 
-_DEFAULT = BuildOptions()
-_SIZES = "Sizes"
-
 
 def build(
     bundle: BundleArgument = None,
     model: BundleOption = None,
-    backend: Annotated[
-        EngineBackend | None,
-        typer.Option(
-            help="Whose engines; by default of the library that is installed. simulator: the graphs alone, for the CPU."
-        ),
-    ] = _DEFAULT.backend,
-    fused: Annotated[
-        bool | None,
-        typer.Option(
-            "--fused/--no-fused",
-            help="Build full_pass too: one launch for a full pass, D and the head twice in memory; by default where the "
-            "split has encoding layers, which it reads once.",
-        ),
-    ] = _DEFAULT.fused,
-    compute_capability: Annotated[
-        str | None,
-        typer.Option(
-            metavar="8.9", help="tensorrt-rtx: build for this kind of GPU only; by default for any from 8.0 on."
-        ),
-    ] = _DEFAULT.compute_capability,
-    max_num_seqs: Annotated[
-        int, typer.Option(help=f"Sequences at a time, 1 to {MAX_NUM_SEQS_LIMIT}.", rich_help_panel=_SIZES)
-    ] = _DEFAULT.max_num_seqs,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            help=f"Prompt and answer together; by default the bundle's limit, at most {contract.DEVICE_MODEL_LEN}.",
-            rich_help_panel=_SIZES,
-        ),
-    ] = _DEFAULT.max_model_len,
-    prefill_chunk: Annotated[
-        int, typer.Option(help="Most prompt rows in one pass.", rich_help_panel=_SIZES)
-    ] = _DEFAULT.prefill_chunk,
-    timing_cache: Annotated[
-        Path | None, typer.Option(help="tensorrt: file that remembers timings; by default under the user's cache.")
-    ] = _DEFAULT.timing_cache,
-    force: Annotated[bool, typer.Option("--force", help="Build again what stands there already.")] = _DEFAULT.force,
+    options: BuildGroup = BuildOptions(),
     verify: Annotated[
         bool,
         typer.Option(
@@ -99,21 +59,11 @@ def build(
     TensorRT-RTX builds without a GPU, for any of 8.0 and later; TensorRT builds for the GPU of this machine.
     """
     directory = pick(bundle, model, "BUNDLE")
-    require("build", LIBRARIES, '"dmtd[export]"')
-    from dmtd_export.engines.run import BuildProgress, build_engines, preview
+    require("build", LIBRARIES, "export")
+    from dmtd_export.engines.run import build_engines, preview
     from dmtd_export.engines.warm_up import compiles_here, warm_up_engines
     from dmtd_export.verify import engines_hook
 
-    options = BuildOptions(
-        backend=backend,
-        fused=fused,
-        max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len,
-        prefill_chunk=prefill_chunk,
-        compute_capability=compute_capability,
-        timing_cache=timing_cache,
-        force=force,
-    )
     console = Console(highlight=False)
     if dry_run:
         with logs_to_stderr():
@@ -124,13 +74,10 @@ def build(
             console.print(_preview_table(seen))
         return
     with logs_to_stderr(), StageDisplay() as display:
-        progress = BuildProgress(
-            ready=lambda seen: note(_statement(seen)),
-            stage=lambda name: display.stage(name, 0),
-            steps=display.progress,
+        hook = engines_hook(progress=display.verified) if verify else None
+        result = build_engines(
+            directory, options, progress=display.counted, on_ready=lambda seen: note(_statement(seen)), verify=hook
         )
-        hook = engines_hook(on_stage=display.verified) if verify else None
-        result = build_engines(directory, options, progress=progress, verify=hook)
         cold = ""
         if warm_up and result.built and compiles_here(result.record):
             display.stage("compiling kernels", 0)

@@ -11,21 +11,16 @@ import typer
 from rich.console import Console
 
 from dmtd_export.cli.export import LIBRARIES
+from dmtd_export.cli.options.export import SplitGroup
 from dmtd_export.cli.progress import StageDisplay
 from dmtd_export.evaluate import EvaluateOptions, HarnessOptions, OpenOptions
 from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.options import ExportOptions
-from dmtd_models.checkpoints.saving import make_directory
-from dmtd_runtime.cli.common import DeviceOption, JsonOption, ThreadsOption, logs_to_stderr, note, pick, require
+from dmtd_runtime.cli.common import JsonOption, logs_to_stderr, note, pick, require
 
-_SPLIT = "Split and convention of a checkpoint (by default as it records them)"
 _WHAT, _HOW = "What is measured", "How much, and where"
 _DEFAULT = EvaluateOptions()
-_INSTALL = '"dmtd[evaluate]"'
-
-
-def _split(text: str) -> Any:
-    return typer.Option(help=text, rich_help_panel=_SPLIT)
+_EXTRA = "evaluate"
 
 
 def _what(*names: str, text: str) -> Any:
@@ -83,17 +78,7 @@ def evaluate(
             text="Let --lm-eval tasks like HumanEval and MBPP run the code that models write, on this machine.",
         ),
     ] = False,
-    encoding_layers: Annotated[int | None, _split("E: layers before the thinking layers.")] = None,
-    thinking_layers: Annotated[int | None, _split("T: layers that run once a cycle; the rest by default.")] = None,
-    decoding_layers: Annotated[int | None, _split("D: late layers, that run for every token.")] = None,
-    cycle_length: Annotated[int | None, _split("Tokens of a cycle (tau).")] = None,
-    cycle_origin: Annotated[
-        Literal["absolute", "prompt"] | None,
-        _split("Where cycles count from: the sequence's start or the prompt's end."),
-    ] = None,
-    prompt_input: Annotated[
-        Literal["cyclical", "thinking", "sum"] | None, _split("What prompt positions feed to the late layers.")
-    ] = None,
+    split: SplitGroup = ExportOptions(),
     max_tokens: Annotated[
         int, _how(text="Tokens of text, all texts together; a window of each at least.")
     ] = _DEFAULT.max_tokens,
@@ -103,13 +88,15 @@ def evaluate(
     ] = _DEFAULT.context_len,
     limit: Annotated[int, _how(text="Items of each task.")] = _DEFAULT.limit,
     prefixes: Annotated[int, _how(text="Prefixes continued for run lengths; 0: none.")] = _DEFAULT.prefixes,
-    max_run: Annotated[int, _how(text="Where a run length is cut off.")] = _DEFAULT.max_run,
-    seed: Annotated[int, _how(text="Of every draw: windows, prefixes, items, bootstrap.")] = _DEFAULT.seed,
+    max_run: Annotated[int, _how(text="Tokens at which a run length is cut off.")] = _DEFAULT.max_run,
+    seed: Annotated[int, _how(text="Seed of every draw: windows, prefixes, items, bootstrap.")] = _DEFAULT.seed,
     dtype: Annotated[
         Literal["float32", "bfloat16"], _how(text="Type of a checkpoint in memory; a bundle has its own.")
     ] = _DEFAULT.open.dtype,
-    device: DeviceOption = _DEFAULT.open.device,
-    threads: ThreadsOption = None,
+    device: Annotated[Literal["cpu", "cuda"], _how(text="Where to run.")] = _DEFAULT.open.device,
+    threads: Annotated[
+        int | None, _how(text="CPU threads; by default one for each core this process may use.")
+    ] = _DEFAULT.open.threads,
     cache_dir: Annotated[Path | None, typer.Option("--cache-dir", hidden=True)] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory for report.json and plots (PNG).")
@@ -126,28 +113,20 @@ def evaluate(
         raise typer.BadParameter(
             "--cache-dir: has gone, for texts and tasks are files and nothing is downloaded; leave it out"
         )
-    require("evaluate", ("numpy",), _INSTALL)
+    require("evaluate", ("numpy",), _EXTRA)
     from dmtd_export.evaluate import evaluate as run
     from dmtd_export.evaluate.subject import is_bundle
     from dmtd_export.evaluate.table import render
 
     if not is_bundle(path) or (base is not None and not is_bundle(base)):
-        require("evaluate", (*LIBRARIES, "torch"), _INSTALL)
+        require("evaluate", (*LIBRARIES, "torch"), _EXTRA)
     if output is not None:
-        require("evaluate -o", ("matplotlib",), _INSTALL)
+        require("evaluate -o", ("matplotlib",), _EXTRA)
         _require_writable(output)  # an evaluation takes long: what it found must not be lost for a wrong name
     if lm_eval is not None:
-        require("evaluate --lm-eval", ("lm_eval",), '"dmtd[lm-eval]"')
+        require("evaluate --lm-eval", ("lm_eval",), "lm-eval")
     if adapter is not None and base is None:
         base = path
-    split = ExportOptions(
-        encoding_layers=encoding_layers,
-        thinking_layers=thinking_layers,
-        decoding_layers=decoding_layers,
-        cycle_length=cycle_length,
-        cycle_origin=cycle_origin,
-        prompt_input=prompt_input,
-    )
     options = EvaluateOptions(
         texts=tuple(text or ()),
         tasks=tuple(task or ()),
@@ -171,7 +150,7 @@ def evaluate(
         base_open=OpenOptions(device=device, dtype=dtype, threads=threads),
     )
     with logs_to_stderr(), StageDisplay() as display:
-        report = run(path, base, options, _Stages(display))
+        report = run(path, base, options, display.counted)
     found = report.to_json()
     if json:
         typer.echo(json_text.dumps(found))
@@ -186,23 +165,10 @@ def evaluate(
 
 
 def _require_writable(directory: Path) -> None:
+    from dmtd_models.checkpoints.saving import make_directory
+
     if directory.is_file():
         raise EvaluateError(f"-o {directory}: is a file, expected a directory; give another one")
     make_directory(directory)
     if not os.access(directory, os.W_OK):
         raise EvaluateError(f"-o {directory}: cannot be written to; give another directory")
-
-
-class _Stages:
-    """(stage, done, total) as a display of stages wants it."""
-
-    def __init__(self, display: StageDisplay) -> None:
-        self._display = display
-        self._name, self._done = "", 0
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage != self._name or done < self._done:
-            self._name, self._done = stage, 0
-            self._display.stage(stage, total)
-        self._display.advance(done - self._done)
-        self._done = done

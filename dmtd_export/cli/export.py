@@ -5,15 +5,16 @@ from __future__ import annotations
 import json as json_text
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dmtd_export.cli.options.export import ExportGroup
 from dmtd_export.cli.progress import StageDisplay
-from dmtd_export.options import MAX_NUM_SEQS_LIMIT, Dtype, ExportOptions, Target
+from dmtd_export.options import ExportOptions
 from dmtd_runtime.bundle.speed_bound import split_bytes
 from dmtd_runtime.cli.common import JsonOption, human_bytes, logs_to_stderr, pick, require
 
@@ -21,12 +22,6 @@ if TYPE_CHECKING:
     from dmtd_runtime.bundle.manifest import Manifest
 
 LIBRARIES = ("numpy", "onnx", "safetensors", "gguf", "ml_dtypes")
-_DEFAULT = ExportOptions()
-_SPLIT, _BUNDLE = "Split and convention (by default as the checkpoint records them)", "Bundle"
-
-
-def _split(text: str) -> Any:
-    return typer.Option(help=text, rich_help_panel=_SPLIT)
 
 
 def export(
@@ -44,38 +39,7 @@ def export(
     adapter: Annotated[
         Path | None, typer.Option(help="A directory that `dmtd finetune` made of MODEL; it is merged into the weights.")
     ] = None,
-    encoding_layers: Annotated[
-        int | None, _split("E: layers before the thinking layers; 0 for a plain checkpoint.")
-    ] = (_DEFAULT.encoding_layers),
-    thinking_layers: Annotated[int | None, _split("T: layers that run once a cycle; the rest by default.")] = (
-        _DEFAULT.thinking_layers
-    ),
-    decoding_layers: Annotated[
-        int | None, _split("D: late layers, that run for every token.")
-    ] = _DEFAULT.decoding_layers,
-    cycle_length: Annotated[int | None, _split("Tokens of a cycle (tau).")] = _DEFAULT.cycle_length,
-    cycle_origin: Annotated[
-        Literal["absolute", "prompt"] | None,
-        _split("Cycles count from the start of the sequence, or from the end of the prompt."),
-    ] = _DEFAULT.cycle_origin,
-    prompt_input: Annotated[
-        Literal["cyclical", "thinking", "sum"] | None, _split("What prompt positions feed to the late layers.")
-    ] = (_DEFAULT.prompt_input),
-    target: Annotated[
-        Target, typer.Option(help="Graphs for ONNX Runtime, for TensorRT, or both.", rich_help_panel=_BUNDLE)
-    ] = _DEFAULT.target,
-    dtype: Annotated[Dtype, typer.Option(help="Type of weights and caches.", rich_help_panel=_BUNDLE)] = _DEFAULT.dtype,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(help="Prompt and answer together; by default the model's limit.", rich_help_panel=_BUNDLE),
-    ] = _DEFAULT.max_model_len,
-    max_num_seqs: Annotated[
-        int, typer.Option(help=f"Sequences at a time, 1 to {MAX_NUM_SEQS_LIMIT}.", rich_help_panel=_BUNDLE)
-    ] = _DEFAULT.max_num_seqs,
-    verify: Annotated[
-        bool,
-        typer.Option("--verify/--no-verify", help="Verify before the bundle takes its place.", rich_help_panel=_BUNDLE),
-    ] = _DEFAULT.verify,
+    options: ExportGroup = ExportOptions(),
     json: JsonOption = False,
 ) -> None:
     """Make a bundle of ONNX graphs from a checkpoint, and verify it.
@@ -85,34 +49,21 @@ def export(
     source = pick(checkpoint, model, "MODEL")
     if output is None:
         raise typer.BadParameter("-o / --output: missing; name the directory of the bundle")
-    require("export", LIBRARIES, '"dmtd[export]"')
-    from dmtd_export.bundle.export import Progress, export_bundle
+    require("export", LIBRARIES, "export")
+    from dmtd_export.bundle.export import export_bundle
 
-    options = ExportOptions(
-        encoding_layers=encoding_layers,
-        thinking_layers=thinking_layers,
-        decoding_layers=decoding_layers,
-        cycle_length=cycle_length,
-        cycle_origin=cycle_origin,
-        prompt_input=prompt_input,
-        target=target,
-        dtype=dtype,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        verify=verify,
-    )
     with logs_to_stderr(), StageDisplay() as display:
         hook = None
         if options.verify:
             from dmtd_export.verify import VerifyOptions, verify_hook
 
-            hook = verify_hook(VerifyOptions(), on_stage=display.verified)
+            hook = verify_hook(VerifyOptions(), progress=display.verified)
         manifest = export_bundle(
             source,
             output,
             options,
             adapter=adapter,
-            progress=Progress(stage=display.stage, advance=display.advance),
+            progress=display.counted,
             verify=hook,
         )
     if json:

@@ -62,7 +62,7 @@ def finetune(
         _option(_TEXT, "Items, chats or texts that will be evaluated on: documents in which they occur are left out."),
     ] = None,
     answer_tokens: Annotated[
-        int, _option(_TEXT, "Let the base model first write chats of so many answer tokens.", min=0)
+        int, _option(_TEXT, "Answer tokens of chats that the base model writes first; 0: none.", min=0)
     ] = 0,
     max_length: Annotated[int, _option(_TEXT, "Tokens of a document; longer ones are cut.", min=8)] = 1024,
     learn_prompt: Annotated[
@@ -79,7 +79,7 @@ def finetune(
     ] = "late",
     train_embedding: Annotated[bool, _option(_LEARN, "Train embedding and head too.", "--train-embedding")] = False,
     last_layers: Annotated[
-        int | None, _option(_LEARN, "Of full and lora: train so many last layers, not all.", min=1)
+        int | None, _option(_LEARN, "With full or lora: how many last layers are trained; by default all.", min=1)
     ] = None,
     lora_rank: Annotated[int, _option(_LEARN, "Rank of the factors.", min=1, max=1024)] = 32,
     distill: Annotated[
@@ -88,9 +88,9 @@ def finetune(
     top_k: Annotated[
         int, _option(_LEARN, "Likeliest tokens of the base that are learnt; 0: the whole vocabulary.", min=0)
     ] = 32,
-    temperature: Annotated[float, _option(_LEARN, "Of the distillation.")] = 1.0,
+    temperature: Annotated[float, _option(_LEARN, "Temperature of both distributions in the distillation.")] = 1.0,
     curriculum: Annotated[
-        str | None, _option(_LEARN, "Smaller cycles first: LENGTH:SHARE pairs, as 2:0.2,3:0.5.")
+        str | None, _option(_LEARN, "Smaller cycles first: LENGTH:SHARE pairs, as 2:0.2,3:0.5; by default none.")
     ] = None,
     epochs: Annotated[float, _option(_RUN, "Passes over the text.", min=0)] = 1.0,
     max_tokens: Annotated[int | None, _option(_RUN, "Length of the run in tokens, instead of epochs.", min=1)] = None,
@@ -99,7 +99,7 @@ def finetune(
         int, _option(_RUN, "Forward passes before the optimiser steps; each counts the same.", min=1)
     ] = 1,
     learning_rate: Annotated[
-        float | None, _option(_RUN, "The largest; by default 1e-3 for late and lora, 3e-4 for full.")
+        float | None, _option(_RUN, "Largest learning rate; by default 1e-3 for late and lora, 3e-4 for full.")
     ] = None,
     schedule: Annotated[
         Literal["warmup_stable_decay", "linear", "cosine"],
@@ -110,35 +110,49 @@ def finetune(
             show_default=False,
         ),
     ] = "warmup_stable_decay",
-    warmup: Annotated[float, _option(_RUN, "Share of the run.")] = 0.03,
+    warmup: Annotated[float, _option(_RUN, "Share of the run in which the learning rate rises, 0 to 1.")] = 0.03,
     precision: Annotated[
         Literal["bfloat16", "float32"] | None,
         _option(
             _RUN,
-            "Of matrix products and frozen weights: bfloat16 or float32. By default bfloat16 where the device has "
+            "Type of matrix products and frozen weights: bfloat16 or float32. By default bfloat16 where the device has "
             "instructions for it.",
             metavar="TYPE",
         ),
     ] = None,
     gradient_checkpointing: Annotated[
-        bool, _option(_RUN, "Less memory, a third more work.", "--gradient-checkpointing")
+        bool,
+        _option(
+            _RUN,
+            "Compute activations again in the backward pass: less memory, a third more work.",
+            "--gradient-checkpointing",
+        ),
     ] = False,
     cache: Annotated[
         bool | None,
-        _option(_STORED, "Store it; by default on a CPU where layers are frozen.", "--cache/--no-cache"),
+        _option(
+            _STORED,
+            "Store what frozen layers compute, once for all epochs; by default on a CPU where layers are frozen.",
+            "--cache/--no-cache",
+        ),
     ] = None,
-    cache_dir: Annotated[Path | None, _option(_STORED, "Where; by default in the output.")] = None,
+    cache_dir: Annotated[
+        Path | None, _option(_STORED, "Directory of what is stored; by default in the output.")
+    ] = None,
     eval_every: Annotated[int, _option(_RUN, "Tokens between evaluations; 0: none.", min=0)] = 500_000,
     save_every: Annotated[float, _option(_RUN, "Seconds between saved states.", min=1)] = 300.0,
-    device: Annotated[Literal["cpu", "cuda"] | None, _option(_RUN, "By default cuda where there is one.")] = None,
-    threads: Annotated[int | None, _option(_RUN, "CPU threads.", min=1)] = None,
-    seed: Annotated[int, _option(_RUN, "Of data order, phases and factors.", min=0)] = 0,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, _option(_RUN, "Where to train; by default cuda where there is one.")
+    ] = None,
+    threads: Annotated[int | None, _option(_RUN, "CPU threads; by default as PyTorch chooses.", min=1)] = None,
+    seed: Annotated[int, _option(_RUN, "Seed of data order, phases and factors.", min=0)] = 0,
     save: Annotated[
         Literal["checkpoint", "adapter", "both"],
         _option(_RUN, "checkpoint: a whole one; adapter: the small difference to the base; both.", metavar="FORM"),
     ] = "checkpoint",
     adapter_bits: Annotated[
-        int, _option(_RUN, "Of a weight's difference in an adapter, lora's factors apart.", min=3, max=8)
+        int,
+        _option(_RUN, "Bits of a weight's difference in an adapter; a lora's factors are kept whole.", min=3, max=8),
     ] = 8,
     json: JsonOption = False,
 ) -> None:
@@ -155,7 +169,7 @@ def finetune(
         display.stage("starting", 0)
         with open_checkpoint(source):
             pass  # a wrong name need not wait for the libraries
-        require("finetune", LIBRARIES, '"dmtd[train]"')
+        require("finetune", LIBRARIES, "train")
     import torch
 
     from dmtd_models.finetune.batches import BatchOptions

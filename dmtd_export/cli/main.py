@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -18,6 +18,7 @@ import typer.core
 import typer.main
 
 from dmtd_runtime.cli.common import EXIT_USAGE, friendly_errors, note
+from dmtd_runtime.cli.options.groups import takes_groups
 from dmtd_runtime.version import __version__
 
 RENAMED = {"--flavour": "--backend", "--max-batch": "--max-num-seqs"}
@@ -31,6 +32,7 @@ class Verb:
     module: str
     function: str
     help: str
+    extra: str = "cpu"  # of the distribution: what the verb needs besides the runtime's dependencies
 
 
 VERBS: dict[str, Verb] = {
@@ -38,26 +40,31 @@ VERBS: dict[str, Verb] = {
         module="dmtd_export.cli.finetune",
         function="finetune",
         help="Train a model for DMTD; its plain self is the teacher.",
+        extra="train",
     ),
     "export": Verb(
         module="dmtd_export.cli.export",
         function="export",
         help="Make a bundle of ONNX graphs from a checkpoint, and verify it.",
+        extra="export",
     ),
     "build": Verb(
         module="dmtd_export.cli.build",
         function="build",
         help="Build TensorRT engines from a bundle; TensorRT-RTX needs no GPU for it.",
+        extra="export",
     ),
     "verify": Verb(
         module="dmtd_export.cli.verify",
         function="verify",
         help="Check a bundle: files, graphs against each other, whole cycles against the reference.",
+        extra="export",
     ),
     "evaluate": Verb(
         module="dmtd_export.cli.evaluate",
         function="evaluate",
         help="Measure what a DMTD model keeps of its plain base: perplexity, agreement, tasks.",
+        extra="evaluate",
     ),
     "inspect": Verb(
         module="dmtd_runtime.cli.inspect",
@@ -99,7 +106,8 @@ class _LazyCommand(typer.core.TyperCommand):
 
     def load(self) -> Any:
         """The verb as a command of typer."""
-        with friendly_errors():
+        flags: dict[str, str] = {}
+        with friendly_errors(extra=self._verb.extra):
             function = getattr(importlib.import_module(self._verb.module), self._verb.function)
         single = typer.Typer(
             add_completion=False,
@@ -107,8 +115,11 @@ class _LazyCommand(typer.core.TyperCommand):
             rich_markup_mode="rich",
             context_settings=_HELP_NAMES,
         )
-        single.command(name=self.name)(guarded(function))
-        return typer.main.get_command(single)
+        single.command(name=self.name)(guarded(takes_groups(function), flags, self._verb.extra))
+        command = typer.main.get_command(single)
+        options = [each for each in command.params if each.param_type_name == "option"]
+        flags |= {str(each.name): max(each.opts, key=len) for each in options}
+        return command
 
 
 class _LazyGroup(typer.core.TyperGroup):
@@ -120,12 +131,12 @@ class _LazyGroup(typer.core.TyperGroup):
             self.add_command(_LazyCommand(name, verb))
 
 
-def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The verb with the conventions of errors around it."""
+def guarded(function: Callable[..., Any], flags: Mapping[str, str], extra: str) -> Callable[..., Any]:
+    """The verb with the conventions of errors around it; ``flags``: parameter -> option, as errors name it."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with friendly_errors():
+        with friendly_errors(flags, extra=extra):
             return function(*args, **kwargs)
 
     return run

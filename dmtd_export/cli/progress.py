@@ -50,11 +50,6 @@ class StageDisplay:
         else:
             self._task = self._bar.add_task(name, total=total or None)
 
-    def advance(self, count: int) -> None:
-        """``count`` more of the stage's total are done."""
-        if self._task is not None:
-            self._bar.advance(self._task, count)
-
     def verified(self, name: str, done: int, total: int) -> None:
         """A part of verification: ``done`` of ``total`` steps."""
         self.counted(f"verify: {name}", done, total)
@@ -69,11 +64,6 @@ class StageDisplay:
     def line(self, text: str) -> None:
         """One line that stays above the bars."""
         self._console.print(text, markup=False)
-
-    def progress(self, done: int, total: int) -> None:
-        """``done`` of ``total`` steps of the stage, where both may grow."""
-        if self._task is not None:
-            self._bar.update(self._task, completed=done, total=total or None)
 
     def _finish(self) -> None:
         if self._task is None:

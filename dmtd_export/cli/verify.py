@@ -12,19 +12,21 @@ from rich.console import Console
 
 from dmtd_export.cli.export import LIBRARIES
 from dmtd_export.cli.progress import StageDisplay
+from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.cli.common import (
     EXIT_ERROR,
-    BackendOption,
     BundleArgument,
     BundleOption,
-    DeviceOption,
-    FullPassOption,
     JsonOption,
     logs_to_stderr,
     note,
     pick,
     require,
 )
+from dmtd_runtime.cli.options.backend import BACKEND
+
+ON_DEVICE = BackendOptions(max_num_seqs=8)  # verify.LARGEST_BATCH, which needs more libraries
+VerifyBackend = Annotated[BackendOptions, BACKEND.only("backend", "device", "device_id", "full_pass", "max_num_seqs")]
 
 
 def verify(
@@ -38,11 +40,7 @@ def verify(
         Literal["structure", "graphs", "oracle"] | None,
         typer.Option(help="How far to go; by default as far as this machine can."),
     ] = None,
-    backend: BackendOption = "onnxruntime",
-    device: DeviceOption = "cpu",
-    device_id: Annotated[int, typer.Option(help="Which GPU.")] = 0,
-    full_pass: FullPassOption = None,
-    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Of a device: the largest batch to check.")] = None,
+    backend: VerifyBackend = ON_DEVICE,
     json: JsonOption = False,
 ) -> None:
     """Check a bundle: files, graphs against each other, whole cycles against the PyTorch reference.
@@ -54,39 +52,30 @@ def verify(
     directory = pick(bundle, model, "BUNDLE")
     if adapter is not None and checkpoint is None:
         raise typer.BadParameter("--adapter: give the checkpoint it was made of with --checkpoint")
-    on_device = backend != "onnxruntime" or device == "cuda"
+    on_device = backend.runs_engines or backend.device == "cuda"
     given = {
-        "--max-num-seqs": max_num_seqs,
-        "--full-pass": full_pass,
+        "--max-num-seqs": backend.max_num_seqs != ON_DEVICE.max_num_seqs,
+        "--full-pass": backend.full_pass is not None,
     }
-    if (names := [name for name, value in given.items() if value is not None]) and not on_device:
+    if (names := [name for name, was_given in given.items() if was_given]) and not on_device:
         raise typer.BadParameter(
             f"{', '.join(names)}: for a device, not for the bundle; say which: --backend tensorrt or --device cuda"
         )
-    require("verify", LIBRARIES, '"dmtd[export]"')
-    from dmtd_export.verify import LARGEST_BATCH, render, verify_bundle, verify_on_device
+    require("verify", LIBRARIES, "export")
+    from dmtd_export.verify import render, verify_bundle, verify_on_device
     from dmtd_models.checkpoints.checkpoint import open_checkpoint
 
     with logs_to_stderr(), contextlib.ExitStack() as opened:
         display = opened.enter_context(StageDisplay())
         source = opened.enter_context(open_checkpoint(checkpoint, adapter)) if checkpoint is not None else None
         if on_device:
-            from dmtd_runtime.backends.base import BackendOptions
-
             if checkpoint is not None or level is not None:
                 raise typer.BadParameter(
                     "--checkpoint and --level are for the bundle, not for a device; leave them out"
                 )
-            options = BackendOptions(
-                backend=backend,
-                device=device,
-                device_id=device_id,
-                full_pass=full_pass,
-                max_num_seqs=max_num_seqs or LARGEST_BATCH,
-            )
-            report = verify_on_device(directory, options, on_stage=display.verified)
+            report = verify_on_device(directory, backend, progress=display.verified)
         else:
-            report = verify_bundle(directory, checkpoint=source, level=level, on_stage=display.verified)
+            report = verify_bundle(directory, checkpoint=source, level=level, progress=display.verified)
     if json:
         typer.echo(json_text.dumps({"schema": 1, **report.to_json()}))
     else:

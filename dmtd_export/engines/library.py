@@ -93,8 +93,9 @@ def target_of(library: Library, compute_capability: str | None) -> Target:
         return _rtx_target(library, compute_capability or ANY_GPU)
     if compute_capability is not None:
         raise BackendError(
-            f"--compute-capability: got {compute_capability}, but {library.backend} builds for the machine it "
-            "runs on; leave it out, or use --backend tensorrt-rtx"
+            f"got {compute_capability}, but {library.backend} builds for the machine it "
+            "runs on; leave it out, or use --backend tensorrt-rtx",
+            param="compute_capability",
         )
     if library.backend == "simulator":
         return Target(backend="simulator", version=library.version)
@@ -115,12 +116,12 @@ def target_of(library: Library, compute_capability: str | None) -> Target:
 def _rtx_target(library: Library, wanted: str) -> Target:
     known = capabilities(library.module)
     if wanted != ANY_GPU and wanted not in known:
-        numbers = f"--compute-capability: got {wanted}"
         if re.fullmatch(r"\d+\.\d+", wanted) and not is_new_enough(wanted):
-            raise BackendError(_too_old(numbers))
+            raise BackendError(_too_old(f"got {wanted}"), param="compute_capability")
         raise BackendError(
-            f"{numbers}, TensorRT-RTX {library.version} names {', '.join(known)}; leave it out: engines for any GPU run on "
-            f"compute capability {OLDEST_CAPABILITY} and later"
+            f"got {wanted}, TensorRT-RTX {library.version} names {', '.join(known)}; leave it out: engines for any GPU run on "
+            f"compute capability {OLDEST_CAPABILITY} and later",
+            param="compute_capability",
         )
     return Target(backend=library.backend, version=library.version, compute_capability=wanted, supported=tuple(known))
 

@@ -104,12 +104,12 @@ def plan_build(manifest: Manifest, options: BuildOptions) -> BuildPlan:
     if max_model_len is None:
         max_model_len = min(model.max_model_len, contract.DEVICE_MODEL_LEN)
     for name, got, least, most in (
-        ("--max-model-len", max_model_len, 2, model.max_model_len),
-        ("--max-num-seqs", options.max_num_seqs, 1, MAX_NUM_SEQS_LIMIT),
-        ("--prefill-chunk", options.prefill_chunk, manifest.cycle.cycle_length, model.max_window),
+        ("max_model_len", max_model_len, 2, model.max_model_len),
+        ("max_num_seqs", options.max_num_seqs, 1, MAX_NUM_SEQS_LIMIT),
+        ("prefill_chunk", options.prefill_chunk, manifest.cycle.cycle_length, model.max_window),
     ):
         if not least <= got <= most:
-            raise ExportError(f"{name}: got {got}, expected {least} to {most}; choose one in that range")
+            raise ExportError(f"got {got}, expected {least} to {most}; choose one in that range", param=name)
     capacity = math.ceil((max_model_len + options.prefill_chunk) / CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
     wanted = default_full_pass(manifest) == "fused" if options.fused is None else options.fused
     fused: tuple[GraphName, ...] = (contract.FULL_PASS,) if wanted else ()

@@ -7,6 +7,7 @@ Running engines is the runtime's; it reads ``engine.json`` (``dmtd_runtime.bundl
 
 from __future__ import annotations
 
+import functools
 import logging
 import platform
 import time
@@ -28,6 +29,7 @@ from dmtd_export.engines.options import BuildOptions
 from dmtd_export.engines.plan import BuildPlan, Target, choice_profile, engine_key, plan_build, profiles
 from dmtd_export.engines.simulator import write_simulator_engine
 from dmtd_export.graphs.engine import EngineGraph, choice_graph, engine_graph, stored_weights
+from dmtd_export.progress import Progress, silent
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.engine_record import (
     RECORD_SCHEMA,
@@ -96,15 +98,6 @@ class Preview:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BuildProgress:
-    """Callbacks for a display: what will be built; an engine begins; steps done, steps known so far."""
-
-    ready: Callable[[Preview], None] = lambda seen: None
-    stage: Callable[[str], None] = lambda name: None
-    steps: Callable[[int, int], None] = lambda done, total: None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class BuildResult:
     """Where the engines stand, and whether they were built now."""
 
@@ -128,12 +121,15 @@ def build_engines(
     bundle: Path,
     options: BuildOptions,
     *,
-    progress: BuildProgress | None = None,
+    progress: Progress = silent,
+    on_ready: Callable[[Preview], None] = lambda seen: None,
     verify: Callable[[Path, Path, EngineRecord], Mapping[str, Any]] | None = None,
 ) -> BuildResult:
     """Build the engines that ``options`` ask for into ``bundle/engines/<key>/``, unless they stand there already.
 
-    A bundle without standard graphs gets them first. ``verify`` is called with the bundle, the directory of the new engines and
+    A bundle without standard graphs gets them first. ``on_ready`` is told what will be built.
+
+    ``verify`` is called with the bundle, the directory of the new engines and
     their record, before they take their place; what it returns stands in the record, and what it raises keeps them out.
 
     Raises:
@@ -142,7 +138,6 @@ def build_engines(
         KeyboardInterrupt: Ctrl-C.
         Whatever is raised, engines that stood there stand, and nothing of the new ones; standard graphs that were added stay.
     """
-    progress = progress or BuildProgress()
     library = load_library(options.backend)
     manifest, contents = with_standard_graphs(bundle, open_bundle(bundle))
     seen = _preview(bundle, manifest, contents, options, library)
@@ -150,7 +145,7 @@ def build_engines(
         return BuildResult(bundle=bundle, directory=seen.directory, record=read_record(seen.directory), built=False)
     if library.module is not None:
         check_memory(seen.peak_bytes, f"engines for {seen.target.label}")
-    progress.ready(seen)
+    on_ready(seen)
     with one_line_disk_errors(seen.directory):
         remove_all_leftovers(seen.directory.parent)  # gigabytes, of builds with other sizes too
         check_disk(seen.directory, seen.disk_bytes)
@@ -236,12 +231,12 @@ def _write(work: Path, record: EngineRecord) -> None:
 
 
 def _build_all(
-    work: Path, manifest: Manifest, seen: Preview, library: Library, options: BuildOptions, progress: BuildProgress
+    work: Path, manifest: Manifest, seen: Preview, library: Library, options: BuildOptions, progress: Progress
 ) -> EngineRecord:
     started, peak, engines = time.perf_counter(), 0, []
     cache = options.timing_cache or cache_directory() / "timing" / f"{seen.target.label}.cache"
     for part in seen.parts:
-        progress.stage(part.graph.name)
+        progress(part.graph.name, 0, 0)
         if library.module is None:
             engines.append(write_simulator_engine(work, part.graph, part.profiles))
             continue
@@ -256,7 +251,7 @@ def _build_all(
                 dtype=seen.dtype,
                 output=work / file,
                 timing_cache=cache,
-                on_steps=progress.steps,
+                on_steps=functools.partial(progress, part.graph.name),
             )
         peak = max(peak, built.peak_bytes)
         engines.append(_engine_file(part, file, built))

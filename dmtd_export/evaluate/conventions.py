@@ -51,7 +51,8 @@ def measure_conventions(
     scorer = subject.scorer
     if not isinstance(scorer, TorchScorer):
         raise EvaluateError(
-            f"--compare-conventions: {subject.path} is a bundle, which has one convention; give the checkpoint it is made of"
+            f"{subject.path} is a bundle, which has one convention; give the checkpoint it is made of",
+            param="compare_conventions",
         )
     sums: dict[Convention, Array] = {}
     for origin, prompt in LEGAL_CONVENTIONS:

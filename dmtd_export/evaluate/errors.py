@@ -1,4 +1,4 @@
-"""The error of evaluation, beside those of checkpoints and bundles."""
+"""The error of evaluation, a branch of the tree in ``dmtd_errors``."""
 
 from dmtd_runtime.errors import DmtdError
 

@@ -74,7 +74,7 @@ def _task_manager(options: HarnessOptions) -> Any:
 
     if options.include is not None:
         if not options.include.is_dir():
-            raise EvaluateError(f"--lm-eval-include {options.include}: not a directory")
+            raise EvaluateError(f"{options.include} is no directory", param="lm_eval_include")
         own = TaskManager(include_path=str(options.include), include_defaults=False)
         if set(options.tasks) <= set(own.all_tasks):
             return own
@@ -115,7 +115,7 @@ def _evaluate(
             )
     except (ValueError, KeyError, OSError, ImportError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise EvaluateError(f"--lm-eval {','.join(options.tasks)}: {lines[0]}") from error
+        raise EvaluateError(f"{','.join(options.tasks)}: {lines[0]}", param="lm_eval") from error
     finally:
         adapter.close()
     assert found is not None, "one process has all results"

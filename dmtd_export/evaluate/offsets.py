@@ -43,12 +43,12 @@ def measure_offsets(
     length = cycle.cycle_length
     if cycle.cycle_origin != "prompt":
         raise EvaluateError(
-            "--offsets: cycles of origin absolute count from the start of the sequence; no head can move"
+            "cycles of origin absolute count from the start of the sequence; no head can move", param="offsets"
         )
     windows = [window for window in windows if len(window.token_ids) > window.context_len + length]
     if not windows:
         raise EvaluateError(
-            f"--offsets: no window of the text has more than a cycle of {length} tokens; give longer text"
+            f"no window of the text has more than a cycle of {length} tokens; give longer text", param="offsets"
         )
     sums = np.zeros((len(windows), 4, length, length))  # by offset and phase
     for at, window in enumerate(windows):

@@ -69,18 +69,19 @@ class EvaluateOptions:
         }
         for name, least in lowest.items():
             if (value := getattr(self, name)) < least:
-                raise EvaluateError(f"--{name.replace('_', '-')}: got {value}, expected {least} or more")
+                raise EvaluateError(f"got {value}, expected {least} or more", param=name)
         harness = self.harness
         useless = {
-            "lm-eval-include": (harness.include is not None and not harness.tasks, "--lm-eval"),
-            "lm-eval-chat": (harness.chat and not harness.tasks, "--lm-eval"),
-            "run-unsafe-code": (self.run_unsafe_code and not harness.tasks, "--lm-eval"),
+            "lm_eval_include": (harness.include is not None and not harness.tasks, "--lm-eval"),
+            "lm_eval_chat": (harness.chat and not harness.tasks, "--lm-eval"),
+            "run_unsafe_code": (self.run_unsafe_code and not harness.tasks, "--lm-eval"),
         }
         for name, (given, missing) in useless.items():
             if given:
-                raise EvaluateError(f"--{name}: has no effect without {missing}; leave it out, or give that")
+                raise EvaluateError(f"has no effect without {missing}; leave it out, or give that", param=name)
         if self.window_len < self.context_len + 2 * MIN_SCORED:
             raise EvaluateError(
-                f"--window-len: got {self.window_len}, expected {self.context_len + 2 * MIN_SCORED} or more: the context "
-                f"of {self.context_len} tokens is not scored"
+                f"got {self.window_len}, expected {self.context_len + 2 * MIN_SCORED} or more: the context "
+                f"of {self.context_len} tokens is not scored",
+                param="window_len",
             )

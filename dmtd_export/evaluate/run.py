@@ -27,18 +27,17 @@ from dmtd_export.evaluate.subject import Subject, open_subject
 from dmtd_export.evaluate.tasks import read_task
 from dmtd_export.evaluate.text_metrics import TextResult, measure_text
 from dmtd_export.evaluate.texts import TextWindow, WindowPlan, collect_windows
+from dmtd_export.progress import Progress, counter, silent
 from dmtd_models.data.items import GenerationItem, MultipleChoiceItem
 from dmtd_models.data.task_file import Items
 from dmtd_runtime.text.chat_template import ChatTemplate
-
-OnProgress = Callable[[str, int, int], None]  # stage, done, total
 
 
 def evaluate(
     model: Path,
     base: Path | None,
     options: EvaluateOptions,
-    on_progress: OnProgress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> EvaluationReport:
     """Measure ``model`` against the plain ``base`` (None: the model itself in plain mode).
 
@@ -51,15 +50,15 @@ def evaluate(
         stems = [Path(name).stem for name in names]
         for name, stem in zip(names, stems, strict=True):
             if stems.count(stem) > 1:
-                raise EvaluateError(f"--{kind} {name}: given twice, or two files of one name; results go by name")
+                raise EvaluateError(f"{name} is given twice, or two files of one name; results go by name", param=kind)
     tasks = [read_task(name, options.limit) for name in options.tasks]
     with contextlib.ExitStack() as opened:
-        on_progress("open", 0, 0)
+        progress("open", 0, 0)
         subject = opened.enter_context(open_subject(model, options.open))
         against = subject
         if base is not None:
             against = opened.enter_context(open_subject(base, options.base_open, plain_only=True))
-        run = _Run(subject=subject, base=against, options=options, on_progress=on_progress)
+        run = _Run(subject=subject, base=against, options=options, progress=progress)
         windows = run.windows()
         shortened = run.longest if windows and run.longest < options.window_len else None
         run.check_base(windows, tasks)
@@ -106,7 +105,7 @@ class _Run:
     subject: Subject
     base: Subject
     options: EvaluateOptions
-    on_progress: OnProgress
+    progress: Progress
 
     @property
     def bootstrap(self) -> Bootstrap:
@@ -123,7 +122,7 @@ class _Run:
                 f"the model takes {longest} tokens, the context of {options.context_len} leaves nothing to score; lower "
                 "--context-len"
             )
-        self.on_progress("read text", 0, 0)
+        self.progress("read text", 0, 0)
         plan = WindowPlan(
             window_len=longest,
             context_len=options.context_len,
@@ -148,8 +147,9 @@ class _Run:
             return
         if subject.scorer.vocab_size != base.scorer.vocab_size:
             raise EvaluateError(
-                f"--base {base.path}: has a vocabulary of {base.scorer.vocab_size}, {subject.path} one of "
-                f"{subject.scorer.vocab_size}; give the model that it was trained from"
+                f"{base.path} has a vocabulary of {base.scorer.vocab_size}, {subject.path} one of "
+                f"{subject.scorer.vocab_size}; give the model that it was trained from",
+                param="base",
             )
         if base.tokenizer is None:
             return
@@ -157,8 +157,9 @@ class _Run:
         for sample in samples[:20]:
             if subject.encode(sample) != base.encode(sample):
                 raise EvaluateError(
-                    f"--base {base.path}: its tokenizer reads {sample[:40]!r} otherwise than that of {subject.path}; give "
-                    "the model that it was trained from"
+                    f"{base.path}: its tokenizer reads {sample[:40]!r} otherwise than that of {subject.path}; give "
+                    "the model that it was trained from",
+                    param="base",
                 )
 
     def conventions(self, windows: Sequence[TextWindow]) -> ConventionResult | None:
@@ -166,7 +167,7 @@ class _Run:
         if not self.options.compare_conventions:
             return None
         if not windows:
-            raise EvaluateError("--compare-conventions measures perplexity: give --text")
+            raise EvaluateError("measures perplexity: give --text", param="compare_conventions")
         return measure_conventions(
             self.subject,
             self.base.scorer,
@@ -180,7 +181,7 @@ class _Run:
         if not self.options.offsets:
             return None
         if not windows:
-            raise EvaluateError("--offsets measures perplexity: give --text")
+            raise EvaluateError("measures perplexity: give --text", param="offsets")
         return measure_offsets(
             self.subject.scorer,
             self.base.scorer,
@@ -286,15 +287,7 @@ class _Run:
         )
 
     def _counter(self, stage: str, total: int) -> Callable[[int], None]:
-        done = 0
-        self.on_progress(stage, 0, total)
-
-        def count(more: int) -> None:
-            nonlocal done
-            done += more
-            self.on_progress(stage, done, total)
-
-        return count
+        return counter(self.progress, stage, total)
 
 
 _PROBE = "The 3 quick brown foxes (aged 12) didn't jump:\n\tnaïve = café + 北京 # 😀\n"

@@ -21,13 +21,14 @@ def read_task(name: str, limit: int | None) -> Items:
     path = Path(name)
     if not path.exists():
         raise EvaluateError(
-            f"--task {name}: no such file; a task is a file of items of your own (.jsonl), names are those of the lm-eval "
-            f"harness: --lm-eval {name}"
+            f"{name}: no such file; a task is a file of items of your own (.jsonl), names are those of the lm-eval "
+            f"harness: --lm-eval {name}",
+            param="task",
         )
     try:
         items = read_items(path)[:limit]
     except ModelError as error:
-        raise EvaluateError(f"--task {error}") from error
+        raise EvaluateError(f"{error}", param="task") from error
     if not items:
-        raise EvaluateError(f"--task {name}: no items; give a task that has some, or a larger --limit")
+        raise EvaluateError(f"{name}: no items; give a task that has some, or a larger --limit", param="task")
     return items

@@ -55,7 +55,7 @@ class TorchScorer:
         """
         if device == "cuda" and not torch.cuda.is_available():
             raise EvaluateError(
-                "--device cuda: this PyTorch sees no GPU; use --device cpu, or install torch's CUDA build"
+                "got cuda, but this PyTorch sees no GPU; use cpu, or install torch's CUDA build", param="device"
             )
         model = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, getattr(torch, dtype))
         return cls(model.to(device), cycle_of(spec))

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dmtd_export.progress import Progress, silent
 from dmtd_export.verify.levels import LARGE_BYTES, float32_bytes, installed
 from dmtd_export.verify.on_device import LARGEST_BATCH, verify_on_device
 from dmtd_export.verify.report import VerificationError, VerifyReport, record
@@ -31,7 +32,7 @@ Hook = Callable[[Path, Path, EngineRecord], dict[str, Any]]
 
 def engines_hook(
     *,
-    on_stage: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = silent,
     on_report: Callable[[VerifyReport], None] | None = None,
 ) -> Hook:
     """The hook for ``build_engines``: (bundle, directory of the engines, their record) -> what the record keeps of it.
@@ -51,7 +52,7 @@ def engines_hook(
         try:
             for way in ways:
                 options = BackendOptions(backend=built.backend, full_pass=way, max_num_seqs=batch)
-                reports.append(verify_on_device(bundle, options, quick=quick, engines=engines, on_stage=on_stage))
+                reports.append(verify_on_device(bundle, options, quick=quick, engines=engines, progress=progress))
         except DmtdError as error:
             return {FAILED: str(error)}
         seconds, checks = sum(one.seconds for one in reports), tuple(check for one in reports for check in one.checks)

@@ -11,7 +11,7 @@ The backend comes from ``dmtd_runtime``; the structure and the CPU's numbers are
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ import numpy as np
 
 from dmtd_export.bundle.split import spec_of
 from dmtd_export.errors import ExportError
+from dmtd_export.progress import Progress, silent
 from dmtd_export.verify.cycles import Array, Case, Comparison, Variant, forced_group, make_cases
 from dmtd_export.verify.levels import installed
 from dmtd_export.verify.margins import FLOAT32, HALF_TOP1_AGREEMENT, Margin, half_margin
@@ -50,7 +51,7 @@ def verify_on_device(
     *,
     quick: bool = False,
     engines: Path | None = None,
-    on_stage: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> VerifyReport:
     """Hold a bundle, run as ``options`` say, to the oracle over the bundle's own weights.
 
@@ -59,7 +60,7 @@ def verify_on_device(
         options: backend and device; ``max_num_seqs`` is the largest batch that is checked.
         quick: fewer prompts.
         engines: the directory of the engines to run; by default those of the bundle that fit.
-        on_stage: told (stage, steps done, steps of the stage).
+        progress: told (stage, steps done, steps of the stage).
 
     Raises:
         ExportError: PyTorch is missing, or the bundle's weights are not a model that it knows.
@@ -78,7 +79,7 @@ def verify_on_device(
         found = []
         try:
             for run in (_steps, _generations):
-                on_stage("device", done, 4)
+                progress("device", done, 4)
                 found.append(run(backend, manifest, reference, cases, margin, options, batch))
                 done += 1
         finally:

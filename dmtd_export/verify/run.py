@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from dmtd_export.bundle.atomic import work_directory
 from dmtd_export.bundle.split import spec_of
+from dmtd_export.progress import Progress, silent
 from dmtd_export.verify import cycles
 from dmtd_export.verify.choice_checks import check_choose_token, check_sample_token
 from dmtd_export.verify.graph_checks import check_graphs, graphs_as_expected, ordered
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from dmtd_export.verify.reference import Reference
 
 EVALUATOR_BYTES = 16 << 20  # float32 bytes of the largest model that ONNX's reference evaluator is asked to run
-OnStage = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,16 +57,16 @@ def verify_bundle(
     checkpoint: Checkpoint | None = None,
     level: Level | None = None,
     quick: bool = False,
-    on_stage: OnStage | None = None,
+    progress: Progress = silent,
 ) -> VerifyReport:
     """Verify the bundle at ``directory``; ``checkpoint`` is the source it was exported from, where that is at hand.
 
-    ``on_stage`` is told (stage, steps done, steps of the stage). Raises BundleError where there is no bundle to verify;
+    ``progress`` is told (stage, steps done, steps of the stage). Raises BundleError where there is no bundle to verify;
     everything that is wrong with one stands in the report.
     """
     start = time.monotonic()
     manifest = load_manifest(directory)
-    run = _Run(directory, manifest, checkpoint, quick, on_stage or _silent)
+    run = _Run(directory, manifest, checkpoint, quick, progress)
     plan = make_plan(directory, manifest, level, run.config)
     checks = run.structure()
     notes: list[str] = []
@@ -97,7 +97,7 @@ def verify_bundle(
 def verify_hook(
     options: VerifyOptions,
     *,
-    on_stage: OnStage | None = None,
+    progress: Progress = silent,
     on_report: Callable[[VerifyReport], None] | None = None,
 ) -> Callable[[Path, Checkpoint], dict[str, Any]]:
     """The hook for ``export_bundle``: verifies, hands the report to ``on_report``, returns the manifest's record.
@@ -107,7 +107,7 @@ def verify_hook(
 
     def hook(directory: Path, checkpoint: Checkpoint) -> dict[str, Any]:
         report = verify_bundle(
-            directory, checkpoint=checkpoint, level=options.level, quick=options.quick, on_stage=on_stage
+            directory, checkpoint=checkpoint, level=options.level, quick=options.quick, progress=progress
         )
         if on_report is not None:
             on_report(report)
@@ -121,16 +121,11 @@ def verify_hook(
     return hook
 
 
-def _silent(stage: str, done: int, total: int) -> None:
-    """No progress display."""
-    del stage, done, total
-
-
 class _Run:
     """One verification: the bundle, and everything that its stages share."""
 
     def __init__(
-        self, directory: Path, manifest: Manifest, checkpoint: Checkpoint | None, quick: bool, on_stage: OnStage
+        self, directory: Path, manifest: Manifest, checkpoint: Checkpoint | None, quick: bool, progress: Progress
     ) -> None:
         self.config: ModelConfig | None = checkpoint.config if checkpoint is not None else model_config(directory)
         self._directory = directory
@@ -138,7 +133,7 @@ class _Run:
         self._checkpoint = checkpoint
         self._source = checkpoint
         self._quick = quick
-        self._on_stage = on_stage
+        self._progress = progress
 
     def structure(self) -> list[Check]:
         with self._counting("structure", steps(self._manifest)) as done:
@@ -279,12 +274,12 @@ class _Run:
     @contextmanager
     def _counting(self, stage: str, total: int) -> Iterator[Callable[[], None]]:
         count = 0
-        self._on_stage(stage, 0, total)
+        self._progress(stage, 0, total)
 
         def done() -> None:
             nonlocal count
             count += 1
-            self._on_stage(stage, min(count, total), total)
+            self._progress(stage, min(count, total), total)
 
         yield done
-        self._on_stage(stage, total, total)
+        self._progress(stage, total, total)

@@ -1,12 +1,9 @@
-"""Errors of the model package: one line that says what was found, what was expected and how to fix it.
+"""Errors of the model package. The whole tree, and the base, stand in ``dmtd_errors``."""
 
-ModelError (ValueError)
-├── ConfigError        config.json or the DMTD options: unsupported or contradictory
-└── CheckpointError    files missing, truncated, or of an unknown form
-"""
+from dmtd_errors import DmtdError
 
 
-class ModelError(ValueError):
+class ModelError(DmtdError, ValueError):
     """Base of the package's errors."""
 
 

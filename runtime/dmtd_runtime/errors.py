@@ -1,17 +1,6 @@
-"""Every error that the runtime raises on purpose.
+"""The errors of the runtime. The whole tree, and the base, stand in ``dmtd_errors``."""
 
-    DmtdError                      one line for the user: what, got, expected, how to fix it
-    ├── BundleError                a file of the bundle is missing, altered, too new or not a bundle
-    ├── RequestError (ValueError)  a prompt or an option that cannot be served
-    ├── BackendError               the library, device or provider asked for is not usable
-    └── AbortedError               the request was cancelled, timed out, or its LLM was closed
-
-The command line prints the message and exits 1; anything that is not a ``DmtdError`` is a bug and keeps its traceback.
-"""
-
-
-class DmtdError(Exception):
-    """Base of all errors with a message meant for the user."""
+from dmtd_errors import DmtdError as DmtdError
 
 
 class BundleError(DmtdError):
@@ -19,7 +8,7 @@ class BundleError(DmtdError):
 
 
 class RequestError(DmtdError, ValueError):
-    """A prompt or an option that cannot be served."""
+    """A prompt or an option that cannot be served; ``param`` names it."""
 
 
 class BackendError(DmtdError):
@@ -28,3 +17,7 @@ class BackendError(DmtdError):
 
 class AbortedError(DmtdError):
     """The request was cancelled, passed its deadline, or its LLM was closed."""
+
+
+class MissingExtraError(DmtdError):
+    """A library of an optional extra is not installed."""

@@ -85,7 +85,7 @@ class LLM:
         plain: bool = False,
     ) -> None:
         if not isinstance(plain, bool):
-            raise RequestError(f"plain: got {plain!r}, expected True or False")
+            raise RequestError(f"got {plain!r}, expected True or False", param="plain")
         directory = Path(bundle)
         self.manifest = open_bundle(directory)
         self.tokenizer = Tokenizer.from_directory(directory)
@@ -153,7 +153,7 @@ class LLM:
         each = [params] * len(listed) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(listed):
             raise RequestError(
-                f"params: got {len(each)} for {len(listed)} prompts, expected one for all or one for each"
+                f"got {len(each)} for {len(listed)} prompts, expected one for all or one for each", param="params"
             )
         requests = [self._request(p, s, timeout_s, None) for p, s in zip(listed, each, strict=True)]
         return self._finish(requests)
@@ -227,9 +227,9 @@ class LLM:
         params = params or self.default_params
         ids = self._token_ids(prompt, add_special_tokens=not from_template)
         if not isinstance(params, SamplingParams):
-            raise RequestError(f"params: got {type(params).__name__}, expected SamplingParams")
+            raise RequestError(f"got {type(params).__name__}, expected SamplingParams", param="params")
         if timeout_s is not None and not (isinstance(timeout_s, int | float) and timeout_s > 0):
-            raise RequestError(f"timeout_s: got {timeout_s!r}, expected more than 0 seconds")
+            raise RequestError(f"got {timeout_s!r}, expected more than 0 seconds", param="timeout_s")
         request_id = request_id or next(name for i in self._ids if (name := f"request-{i}") not in self._requests)
         return Request(
             request_id=request_id,
@@ -255,11 +255,12 @@ class LLM:
         else:
             ids = _as_ids(prompt, self.manifest.model.vocab_size)
         if not ids:
-            raise RequestError("prompt: got no tokens, expected at least one")
+            raise RequestError("got no tokens, expected at least one", param="prompt")
         if len(ids) >= self.max_model_len:
             raise RequestError(
-                f"prompt: got {len(ids)} tokens, expected at most {self.max_model_len - 1}, one less than the model length; "
-                + ("shorten it" if self._at_limit else "shorten it, or open the bundle with a larger max_model_len")
+                f"got {len(ids)} tokens, expected at most {self.max_model_len - 1}, one less than the model length; "
+                + ("shorten it" if self._at_limit else "shorten it, or open the bundle with a larger max_model_len"),
+                param="prompt",
             )
         return ids
 
@@ -267,7 +268,9 @@ class LLM:
         for request in requests:
             # One step, so that of two threads with the same name one is refused.
             if self._requests.setdefault(request.request_id, request) is not request:
-                raise RequestError(f"request_id: {request.request_id!r} is in use; choose another or leave it out")
+                raise RequestError(
+                    f"{request.request_id!r} is in use; choose another or leave it out", param="request_id"
+                )
         self._engine.submit([sequence for request in requests for sequence in request.sequences])
 
     def _finish(self, requests: Sequence[Request]) -> list[RequestOutput]:
@@ -328,21 +331,25 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     if isinstance(prompts, bytes | bytearray | Mapping) or not isinstance(prompts, Iterable):
-        raise RequestError(f"prompts: got {type(prompts).__name__}, expected text, token ids, or a list of them")
+        raise RequestError(
+            f"got {type(prompts).__name__}, expected text, token ids, or a list of them", param="prompts"
+        )
     listed: list[Any] = list(prompts)
     if not listed:
-        raise RequestError("prompts: got an empty list, expected at least one prompt")
+        raise RequestError("got an empty list, expected at least one prompt", param="prompts")
     return [listed] if isinstance(listed[0], Number) else listed
 
 
 def _as_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
     """Token ids as plain integers within the vocabulary."""
     if isinstance(prompt, bytes | bytearray | Mapping) or not isinstance(prompt, Iterable):
-        raise RequestError(f"prompt: got {type(prompt).__name__}, expected text or a list of token ids")
+        raise RequestError(f"got {type(prompt).__name__}, expected text or a list of token ids", param="prompt")
     ids = []
     for token_id in prompt:
         whole = isinstance(token_id, Integral) and not isinstance(token_id, bool)
         if not whole or not 0 <= token_id < vocab_size:
-            raise RequestError(f"prompt: got token id {token_id!r}, expected integers from 0 to {vocab_size - 1}")
+            raise RequestError(
+                f"got token id {token_id!r}, expected integers from 0 to {vocab_size - 1}", param="prompt"
+            )
         ids.append(int(token_id))
     return ids

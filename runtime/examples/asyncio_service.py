@@ -87,7 +87,7 @@ async def _read_request(reader: asyncio.StreamReader) -> tuple[str, SamplingPara
     prompt = fields.pop("prompt")
     params = SamplingParams(**{"max_tokens": MAX_TOKENS, **fields})
     if params.max_tokens is None or params.max_tokens > MAX_TOKENS:
-        raise RequestError(f"max_tokens: got {params.max_tokens}, expected at most {MAX_TOKENS}")
+        raise RequestError(f"got {params.max_tokens}, expected at most {MAX_TOKENS}", param="max_tokens")
     return prompt, params
 
 

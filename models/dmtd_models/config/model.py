@@ -175,7 +175,8 @@ def check_dmtd(spec: DmtdSpec, num_layers: int) -> None:
         )
     if not 1 <= spec.cycle_length <= MAX_CYCLE_LENGTH:
         raise ConfigError(
-            f"cycle length: got {spec.cycle_length}, expected 1 to {MAX_CYCLE_LENGTH}; correct mtp_horizon or --cycle-length"
+            f"got {spec.cycle_length}, expected 1 to {MAX_CYCLE_LENGTH}; correct it, or the checkpoint's mtp_horizon",
+            param="cycle_length",
         )
     if (spec.cycle_origin, spec.prompt_input) not in LEGAL_CONVENTIONS:
         legal = ", ".join(f"{origin} + {prompt}" for origin, prompt in LEGAL_CONVENTIONS)

@@ -1,9 +1,4 @@
-"""Errors of text and data: one line that says what was found, what was expected and how to fix it.
-
-ModelError (ValueError)
-└── DataError          training data or an evaluation item that cannot be used
-    └── PackageError   a package that cannot be downloaded, or holds other bytes than expected
-"""
+"""Errors of text and data, branches of the tree in ``dmtd_errors``."""
 
 from dmtd_models.errors import ModelError
 

@@ -89,9 +89,7 @@ def run_job(job: Job, display: Display) -> dict[str, Any]:
     """
     _require_own_output(job)
     if job.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "--device: got cuda, but torch finds no GPU; give --device cpu, or install torch's CUDA build"
-        )
+        raise ConfigError("got cuda, but torch finds no GPU; use cpu, or install torch's CUDA build", param="device")
     training = job.output / TRAINING
     with contextlib.ExitStack() as opened:
         checkpoint = opened.enter_context(open_checkpoint(job.base))
@@ -156,15 +154,20 @@ def _telling_where_to_go_on(training: Path, display: Display) -> Iterator[None]:
 def _require_own_output(job: Job) -> None:
     """Refuse to write over a model that is not this command's."""
     if job.output.resolve() == job.base.resolve():
-        raise ConfigError(f"-o: {job.output} is the base itself, which would be lost; give another directory")
+        raise ConfigError(
+            f"{job.output} is the base itself, which would be lost; give another directory", param="output"
+        )
     if job.output.is_file():
-        raise ConfigError(f"-o: {job.output} is a file, expected a directory; give another place")
+        raise ConfigError(f"{job.output} is a file, expected a directory; give another place", param="output")
     if job.initial is not None and job.output.resolve() == job.initial.resolve():
-        raise ConfigError(f"-o: {job.output} is the adapter of --initial, which would be lost; give another directory")
+        raise ConfigError(
+            f"{job.output} is the adapter of --initial, which would be lost; give another directory", param="output"
+        )
     for name, kind in (("config.json", "a model"), (CONFIG_FILE, "an adapter")):
         if (job.output / name).is_file() and not (job.output / TRAINING).is_dir():
             raise ConfigError(
-                f"-o: {job.output} holds {kind} that dmtd finetune did not make there; give another directory"
+                f"{job.output} holds {kind} that dmtd finetune did not make there; give another directory",
+                param="output",
             )
 
 
@@ -189,12 +192,13 @@ def _spec(checkpoint: Checkpoint, job: Job) -> DmtdSpec:
         raise ConfigError(f"{job.base}: is a DMTD checkpoint already; fine-tuning starts from the plain model")
     if job.adapter_bits != MOST_BITS and (job.save == "checkpoint" or job.train.trained == "lora"):
         raise ConfigError(
-            "--adapter-bits: has no effect on a checkpoint or a lora's factors; give --save adapter with --train late or full"
+            "has no effect on a checkpoint or a lora's factors; give --save adapter with --train late or full",
+            param="adapter_bits",
         )
     if job.feature_dir is not None and job.train.cache_features is False:
-        raise ConfigError("--cache-dir: has no effect with --no-cache; leave one of them out")
+        raise ConfigError("has no effect with --no-cache; leave one of them out", param="cache_dir")
     if job.initial is not None and job.train.trained == "lora":
-        raise ConfigError("--initial: an adapter's factors are made anew in a lora run; use --train late or full")
+        raise ConfigError("an adapter's factors are made anew in a lora run; use --train late or full", param="initial")
     prompt_input = job.prompt_input or ("cyclical" if job.cycle_origin == "absolute" else "thinking")
     return resolve_dmtd(
         checkpoint.config,

@@ -88,56 +88,61 @@ def check_options(options: TrainOptions, spec: DmtdSpec) -> None:
         ConfigError: names the option.
     """
     if spec.cycle_length < 2:
-        raise ConfigError(f"--cycle-length: got {spec.cycle_length}, expected 2 or more: a cycle of 1 has no late step")
+        raise ConfigError(
+            f"got {spec.cycle_length}, expected 2 or more: a cycle of 1 has no late step", param="cycle_length"
+        )
     loss = options.loss
     ranges = {
         "distill": (loss.distill, 0.0, 1.0),
         "temperature": (loss.temperature, 0.1, 100.0),
-        "learning-rate": (options.peak_learning_rate, 1e-9, 1.0),
+        "learning_rate": (options.peak_learning_rate, 1e-9, 1.0),
         "warmup": (options.warmup, 0.0, 1.0),
     }
     for name, (value, low, high) in ranges.items():
         if not low <= value <= high:
-            raise ConfigError(f"--{name}: got {value}, expected {low} to {high}")
+            raise ConfigError(f"got {value}, expected {low} to {high}", param=name)
     if 0 < loss.distill < 1 and loss.top_k == 0:
         raise ConfigError(
-            "--distill: a share between 0 and 1 needs --top-k 1 or more (the whole vocabulary: --distill 1)"
+            "a share between 0 and 1 needs --top-k 1 or more (the whole vocabulary: --distill 1)", param="distill"
         )
     _refuse_without_effect(options, spec)
     if options.train_embedding and options.trained == "lora":
-        raise ConfigError("--train-embedding: factors leave the embedding alone; give --train late or full with it")
+        raise ConfigError(
+            "factors leave the embedding alone; give --train late or full with it", param="train_embedding"
+        )
     if options.last_layers is not None:
         _check_last_layers(options, options.last_layers, spec)
     if not 0 <= options.seed < 2**32:  # what numpy's own generator takes
-        raise ConfigError(f"--seed: got {options.seed}, expected 0 to {2**32 - 1}")
+        raise ConfigError(f"got {options.seed}, expected 0 to {2**32 - 1}", param="seed")
     if options.tokens_per_step < 16:
-        raise ConfigError(f"--tokens-per-step: got {options.tokens_per_step}, expected 16 or more")
+        raise ConfigError(f"got {options.tokens_per_step}, expected 16 or more", param="tokens_per_step")
     if not (math.isfinite(options.epochs) and options.epochs > 0) and options.max_tokens is None:
-        raise ConfigError(f"--epochs: got {options.epochs}, expected more than 0")
+        raise ConfigError(f"got {options.epochs}, expected more than 0", param="epochs")
     last = 0.0
     for cycle_length, until in options.curriculum:
         if cycle_length < 1 or not last < until <= 1:
             raise ConfigError(
-                f"--curriculum: got {cycle_length}:{until}, expected cycle lengths of 1 or more, each until a greater share of "
-                "the run than the one before, 1 at most, as 2:0.3,3:0.6"
+                f"got {cycle_length}:{until}, expected cycle lengths of 1 or more, each until a greater share of "
+                "the run than the one before, 1 at most, as 2:0.3,3:0.6",
+                param="curriculum",
             )
         last = until
     if options.curriculum and spec.cycle_length < max(cycle for cycle, _ in options.curriculum):
-        raise ConfigError(f"--curriculum: goes above the cycle length {spec.cycle_length} that the run ends with")
+        raise ConfigError(f"goes above the cycle length {spec.cycle_length} that the run ends with", param="curriculum")
 
 
 def _refuse_without_effect(options: TrainOptions, spec: DmtdSpec) -> None:
     """What is given and would change nothing was meant otherwise."""
     usual, loss = TrainOptions(precision=options.precision), options.loss
     useless = {
-        "lora-rank": (options.trained != "lora" and options.lora_rank != usual.lora_rank, "--train lora"),
+        "lora_rank": (options.trained != "lora" and options.lora_rank != usual.lora_rank, "--train lora"),
         "temperature": (loss.distill == 0 and loss.temperature != usual.loss.temperature, "--distill above 0"),
-        "top-k": (loss.distill == 0 and loss.top_k != usual.loss.top_k, "--distill above 0"),
+        "top_k": (loss.distill == 0 and loss.top_k != usual.loss.top_k, "--distill above 0"),
         "cache": (options.cache_features is True and not options.frozen_layers(spec), "frozen layers"),
     }
     for name, (given, missing) in useless.items():
         if given:
-            raise ConfigError(f"--{name}: has no effect without {missing}; leave it out, or give that")
+            raise ConfigError(f"has no effect without {missing}; leave it out, or give that", param=name)
 
 
 def _check_last_layers(options: TrainOptions, last_layers: int, spec: DmtdSpec) -> None:
@@ -145,8 +150,8 @@ def _check_last_layers(options: TrainOptions, last_layers: int, spec: DmtdSpec) 
     layers = spec.encoding_layers + reading
     if options.trained == "late" and last_layers != late:
         raise ConfigError(
-            f"--last-layers: got {last_layers}, --train late trains the {late} decoding layers; give --train full"
+            f"got {last_layers}, --train late trains the {late} decoding layers; give --train full", param="last_layers"
         )
     if not late <= last_layers <= reading and last_layers != layers:
         whole = f", or {layers} for all" if layers != reading else ""
-        raise ConfigError(f"--last-layers: got {last_layers}, expected {late} (D) to {reading} (T + D){whole}")
+        raise ConfigError(f"got {last_layers}, expected {late} (D) to {reading} (T + D){whole}", param="last_layers")

@@ -142,7 +142,7 @@ def finetune(
     check_options(options, spec)
     if options.loss.top_k > checkpoint.config.vocab_size:
         raise ConfigError(
-            f"--top-k: got {options.loss.top_k}, expected at most {checkpoint.config.vocab_size} (the vocabulary)"
+            f"got {options.loss.top_k}, expected at most {checkpoint.config.vocab_size} (the vocabulary)", param="top_k"
         )
     use_cpu = (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu"
     if use_cpu:
@@ -272,8 +272,9 @@ def _require_used(initial: Checkpoint, model: nn.Module) -> None:
     lost = sorted(initial.changed - trained)
     if lost:
         raise ConfigError(
-            f"--initial: it changes {lost[0]} (and {len(lost) - 1} more), which this run would leave as the base has them; "
-            "train what it trained: its --decoding-layers, --train full with its --last-layers, --train-embedding"
+            f"it changes {lost[0]} (and {len(lost) - 1} more), which this run would leave as the base has them; "
+            "train what it trained: its --decoding-layers, --train full with its --last-layers, --train-embedding",
+            param="initial",
         )
 
 

@@ -10,14 +10,14 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from dmtd_runtime.bundle import contract
-from dmtd_runtime.bundle.engine_record import ENGINE_BACKENDS, EngineBackend
+from dmtd_runtime.bundle.engine_record import ENGINE_BACKENDS
 from dmtd_runtime.bundle.engine_record import FullPass as FullPass
 from dmtd_runtime.cycle import Step
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.sampling.sampler import Sampler
 
 Array = np.ndarray[Any, np.dtype[Any]]
-BackendName = Literal["onnxruntime"] | EngineBackend
+BackendName = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "simulator"]  # ENGINE_BACKENDS and the bundle's graphs
 PREFILL_ROUNDING = (16, 32, 64, 128, contract.MIN_WINDOW)
 
 
@@ -61,21 +61,22 @@ class BackendOptions:
         }
         for name, values in allowed.items():
             if (value := getattr(self, name)) not in values:
-                raise RequestError(f"{name}: got {value!r}, expected one of {', '.join(map(str, values))}")
+                raise RequestError(f"got {value!r}, expected one of {', '.join(map(str, values))}", param=name)
         for name in ("cuda_graphs", "warm_up", "prepack"):
             if not isinstance(flag := getattr(self, name), bool):
-                raise RequestError(f"{name}: got {flag!r}, expected True or False")
+                raise RequestError(f"got {flag!r}, expected True or False", param=name)
         for name in ("max_num_seqs", "max_model_len", "threads"):
             if (count := getattr(self, name)) is not None and (
                 not isinstance(count, Integral) or isinstance(count, bool)
             ):
-                raise RequestError(f"{name}: got {count!r}, expected a whole number")
+                raise RequestError(f"got {count!r}, expected a whole number", param=name)
         for name, most in (("max_num_seqs", self.max_num_seqs), ("threads", self.threads)):
             if most is not None and most < 1:
-                raise RequestError(f"{name}: got {most}, expected at least 1")
+                raise RequestError(f"got {most}, expected at least 1", param=name)
         if self.dialect is not None and self.runs_engines:
             raise RequestError(
-                f"dialect: got {self.dialect!r} with the backend {self.backend}, which runs engines; leave the dialect out"
+                f"got {self.dialect!r} with the backend {self.backend}, which runs engines; leave the dialect out",
+                param="dialect",
             )
 
 

@@ -98,7 +98,9 @@ def _choose(
     """The engines that fit; their files are there, and unaltered the first time they are seen on this machine."""
     limit = manifest.model.max_model_len
     if options.max_model_len is not None and not 1 <= options.max_model_len <= limit:
-        raise RequestError(f"max_model_len: got {options.max_model_len}, expected 1 to {limit}, the bundle's limit")
+        raise RequestError(
+            f"got {options.max_model_len}, expected 1 to {limit}, the bundle's limit", param="max_model_len"
+        )
     wish = replace(
         wish, full_pass=options.full_pass, max_num_seqs=options.max_num_seqs, max_model_len=options.max_model_len
     )

@@ -13,9 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import importlib.metadata
 import os
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,13 +25,13 @@ import numpy as np
 from dmtd_runtime.backends.base import Backend, BackendOptions, FullPass
 from dmtd_runtime.backends.kv_cache import kv_bytes
 from dmtd_runtime.backends.opening import open_backend
+from dmtd_runtime.bench.conditions import commit, gpu_name, tensorrt_of, version_of
 from dmtd_runtime.bench.run import RunRecord, private_bytes, run_once
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.bundle.speed_bound import SplitBytes, mean_context, split_bytes
 from dmtd_runtime.cycle import CyclePlan
-from dmtd_runtime.device.libraries import gpu_here
-from dmtd_runtime.errors import BackendError, RequestError
+from dmtd_runtime.errors import RequestError
 from dmtd_runtime.machine.hardware import default_threads, look_at_gpus, look_at_machine
 from dmtd_runtime.version import __version__
 
@@ -170,23 +168,28 @@ def _shifted(on_run: OnRun, base: int, total: int) -> Callable[[str, int], None]
 def check_options(options: BenchOptions, manifest: Manifest, backend_options: BackendOptions) -> None:
     """Raise RequestError for lengths that the bundle cannot run; the backend checks the batch sizes itself."""
     if not options.batches or min(options.batches) < 1:
-        raise RequestError(f"--batch: got {list(options.batches)}, expected sizes of at least 1")
-    if options.prompt_len < 1 or options.repeats < 1 or options.warmup < 0:
-        raise RequestError("--prompt-len and --repeats must be at least 1, --warmup at least 0")
+        raise RequestError(f"got {list(options.batches)}, expected sizes of at least 1", param="batches")
+    for name, least in (("prompt_len", 1), ("repeats", 1), ("warmup", 0)):
+        if (value := getattr(options, name)) < least:
+            raise RequestError(f"got {value}, expected at least {least}", param=name)
     cycle = manifest.cycle.cycle_length
     if options.max_tokens < cycle + 2:
-        raise RequestError(f"--max-tokens: got {options.max_tokens}, expected at least {cycle + 2}, a cycle and a head")
+        raise RequestError(
+            f"got {options.max_tokens}, expected at least {cycle + 2}, a cycle and a head", param="max_tokens"
+        )
     limit = backend_options.model_len(manifest.model.max_model_len)
     standard = (backend_options.dialect or manifest.default_dialect) == contract.STANDARD
     if backend_options.backend == "onnxruntime" and backend_options.device == "cuda" and standard:
         raise RequestError(
-            "--device cuda with the standard dialect: its attention copies whole caches for every head in each step, which "
-            "hides what DMTD saves; measure a bundle with the onnxruntime dialect (dmtd export --dtype bfloat16)"
+            "got standard with the device cuda: its attention copies whole caches for every head in each step, which "
+            "hides what DMTD saves; measure a bundle with the onnxruntime dialect (dmtd export --dtype bfloat16)",
+            param="dialect",
         )
     if options.prompt_len + options.max_tokens > limit:
         raise RequestError(
-            f"--prompt-len {options.prompt_len} and --max-tokens {options.max_tokens} make "
-            f"{options.prompt_len + options.max_tokens} tokens, expected at most {limit}, the model length; lower one of them"
+            f"got {options.prompt_len}, and {options.max_tokens} new tokens, expected at most {limit} together, the model "
+            "length; lower one of them",
+            param="prompt_len",
         )
 
 
@@ -327,7 +330,7 @@ def _conditions(
     machine, cycle = look_at_machine(), manifest.cycle
     engines = backend.runs_engines
     on_gpu = backend.device == "cuda" or (engines and backend.backend != "simulator")
-    gpu = _gpu_name(backend.device_id) if on_gpu else None
+    gpu = gpu_name(backend.device_id) if on_gpu else None
     return {
         "bundle": str(directory),
         "family": manifest.model.family,
@@ -354,46 +357,10 @@ def _conditions(
         "load_average": load,
         "platform": machine.platform,
         "python": machine.python,
-        "onnxruntime": _version_of("onnxruntime", "onnxruntime-gpu"),
-        "tensorrt": _tensorrt_of(backend) if engines else None,
+        "onnxruntime": version_of("onnxruntime", "onnxruntime-gpu"),
+        "tensorrt": tensorrt_of(backend) if engines else None,
         "gpu": gpu,
         "driver": look_at_gpus()[1] if on_gpu else None,
         "dmtd": __version__,
-        "commit": _commit(),
+        "commit": commit(),
     }
-
-
-def _gpu_name(device_id: int) -> str | None:
-    with contextlib.suppress(BackendError):
-        return gpu_here(device_id).name
-    return None
-
-
-def _tensorrt_of(backend: BackendOptions) -> str | None:
-    """The library that runs engines; the simulator's is ONNX Runtime."""
-    names = {"tensorrt": ("tensorrt-cu13", "tensorrt"), "tensorrt-rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx")}
-    return _version_of(*names.get(backend.backend, ()))
-
-
-def _version_of(*distributions: str) -> str | None:
-    for name in distributions:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return f"{name} {importlib.metadata.version(name)}"
-    return None
-
-
-def _commit() -> str | None:
-    """The commit of the sources that run, "+" if they were changed; None where they are no checkout of git."""
-    here = Path(__file__).resolve()
-
-    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, check=False)
-
-    try:
-        # An installed copy may lie inside a checkout of something else: only tracked sources have a commit.
-        if git("ls-files", "--error-unmatch", here.name).returncode != 0:
-            return None
-        head = git("rev-parse", "--short=12", "HEAD").stdout.strip()
-        return head + ("+" if git("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
-    except OSError:
-        return None

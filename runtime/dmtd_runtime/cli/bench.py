@@ -20,48 +20,34 @@ from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.bundle.opening import open_bundle
 from dmtd_runtime.bundle.speed_bound import SplitBytes, mean_context, split_bytes
 from dmtd_runtime.cli.common import (
-    BackendOption,
     BundleArgument,
     BundleOption,
-    CudaGraphsOption,
-    DeviceOption,
-    DialectOption,
-    FullPassOption,
     JsonOption,
-    MaxModelLenOption,
-    ThreadsOption,
     error_console,
     human_bytes,
     pick,
 )
+from dmtd_runtime.cli.options.backend import BenchBackend
 from dmtd_runtime.errors import RequestError
 
 _BENCH = BenchOptions()
-_BACKEND = BackendOptions()
 
 
 def bench(
     bundle: BundleArgument = None,
     model: BundleOption = None,
-    batch: Annotated[str, typer.Option(help="Batch sizes, one or a list: 1,2,4,8.")] = ",".join(
+    batches: Annotated[str, typer.Option("--batch", help="Batch sizes, one or a list: 1,2,4,8.")] = ",".join(
         map(str, _BENCH.batches)
     ),
     prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = _BENCH.prompt_len,
     max_tokens: Annotated[int, typer.Option(help="New tokens of each sequence.")] = _BENCH.max_tokens,
     repeats: Annotated[int, typer.Option(help="Measured runs of each mode.")] = _BENCH.repeats,
     warmup: Annotated[int, typer.Option(help="Runs of each mode before them; on a GPU at least one.")] = _BENCH.warmup,
-    seed: Annotated[int, typer.Option(help="Of the random prompts.")] = _BENCH.seed,
+    seed: Annotated[int, typer.Option(help="Seed of the random prompts.")] = _BENCH.seed,
     whole_model: Annotated[
         bool, typer.Option("--whole-model", help="Also measure plain decoding over one graph of the whole model.")
     ] = _BENCH.whole_model,
-    backend: BackendOption = _BACKEND.backend,
-    cuda_graphs: CudaGraphsOption = _BACKEND.cuda_graphs,
-    full_pass: FullPassOption = _BACKEND.full_pass,
-    device: DeviceOption = _BACKEND.device,
-    device_id: Annotated[int, typer.Option(help="Which GPU.")] = _BACKEND.device_id,
-    dialect: DialectOption = _BACKEND.dialect,
-    max_model_len: MaxModelLenOption = _BACKEND.max_model_len,
-    threads: ThreadsOption = _BACKEND.threads,
+    backend: BenchBackend = BackendOptions(),
     json: JsonOption = False,
 ) -> None:
     """Measure plain and DMTD decoding, interleaved on the same weights and prompts.
@@ -70,7 +56,7 @@ def bench(
     """
     directory = pick(bundle, model, "BUNDLE")
     options = BenchOptions(
-        batches=_sizes(batch),
+        batches=_sizes(batches),
         prompt_len=prompt_len,
         max_tokens=max_tokens,
         repeats=repeats,
@@ -78,23 +64,13 @@ def bench(
         seed=seed,
         whole_model=whole_model,
     )
-    backend_options = BackendOptions(
-        backend=backend,
-        cuda_graphs=cuda_graphs,
-        device=device,
-        device_id=device_id,
-        dialect=dialect,
-        full_pass=full_pass,
-        max_model_len=max_model_len,
-        threads=threads,
-    )
     manifest = open_bundle(directory)
-    check_options(options, manifest, backend_options)
+    check_options(options, manifest, backend)
     console = Console(highlight=False)
     if not json:
-        console.print(_card(manifest, split_bytes(manifest), options, backend_options))
+        console.print(_card(manifest, split_bytes(manifest), options, backend))
     with _progress() as on_run:
-        report = run_bench(directory, manifest, options, backend_options, on_run=on_run)
+        report = run_bench(directory, manifest, options, backend, on_run=on_run)
     if json:
         typer.echo(json_text.dumps(report.to_json()))
     else:
@@ -106,7 +82,9 @@ def _sizes(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(size) for size in text.split(","))
     except ValueError:
-        raise RequestError(f"--batch: got {text!r}, expected whole numbers with commas, such as 1,2,4") from None
+        raise RequestError(
+            f"got {text!r}, expected whole numbers with commas, such as 1,2,4", param="batches"
+        ) from None
 
 
 @contextmanager

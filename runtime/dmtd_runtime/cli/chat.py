@@ -16,29 +16,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dmtd_runtime.backends.base import BackendOptions
-from dmtd_runtime.cli import sampling_options as opt
 from dmtd_runtime.cli.common import (
-    BackendOption,
     BundleArgument,
     BundleOption,
-    CudaGraphsOption,
-    DeviceOption,
-    DialectOption,
-    FullPassOption,
-    MaxModelLenOption,
-    ThreadsOption,
-    WarmUpOption,
     note,
     pick,
     printable,
 )
+from dmtd_runtime.cli.opening import open_llm
+from dmtd_runtime.cli.options.backend import AnswerBackend
+from dmtd_runtime.cli.options.sampling import ChatSampling, GivenSampling
 from dmtd_runtime.errors import AbortedError, BackendError, DmtdError, RequestError
 
 if TYPE_CHECKING:
     from dmtd_runtime.llm import LLM
     from dmtd_runtime.sampling.params import SamplingParams
 
-_BACKEND = BackendOptions()
 QUOTES = '"""'
 HELP = '''\
   /help                  these lines
@@ -75,55 +68,19 @@ def chat(
     model: BundleOption = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Every layer for every token: the baseline.")] = False,
-    greedy: opt.GreedyOption = False,
-    temperature: opt.TemperatureOption = None,
-    top_p: opt.TopPOption = None,
-    top_k: opt.TopKOption = None,
-    min_p: opt.MinPOption = None,
-    repetition_penalty: opt.RepetitionOption = None,
-    seed: opt.SeedOption = None,
-    max_tokens: opt.MaxTokensOption = None,
-    stop: opt.StopOption = None,
-    backend: BackendOption = _BACKEND.backend,
-    cuda_graphs: CudaGraphsOption = _BACKEND.cuda_graphs,
-    warm_up: WarmUpOption = _BACKEND.warm_up,
-    full_pass: FullPassOption = _BACKEND.full_pass,
-    device: DeviceOption = _BACKEND.device,
-    device_id: Annotated[int, typer.Option(help="Which GPU.")] = _BACKEND.device_id,
-    dialect: DialectOption = _BACKEND.dialect,
-    max_model_len: MaxModelLenOption = _BACKEND.max_model_len,
-    threads: ThreadsOption = _BACKEND.threads,
+    sampling: ChatSampling = GivenSampling(),
+    backend: AnswerBackend = BackendOptions(),
 ) -> None:
     """Talk to a bundle. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.
 
     Messages may come from a pipe, one a line.
     """
     directory = pick(bundle, model, "BUNDLE")
-    options = BackendOptions(
-        backend=backend,
-        cuda_graphs=cuda_graphs,
-        warm_up=warm_up,
-        device=device,
-        device_id=device_id,
-        dialect=dialect,
-        full_pass=full_pass,
-        max_model_len=max_model_len,
-        threads=threads,
-    )
-    given = {
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "max_tokens": max_tokens,
-        "stop": stop or None,
-    }
-    with opt.open_llm(directory, options, plain=plain) as llm:
+    with open_llm(directory, backend, plain=plain) as llm:
         if llm.tokenizer is None or not llm.has_chat_template:
             missing = "tokenizer" if llm.tokenizer is None else "chat template"
             raise RequestError(f"this bundle has no {missing}, which chatting needs; use dmtd generate instead")
-        params = opt.sampling_params(llm.default_params, greedy=greedy, temperature=temperature, given=given)
+        params = sampling.over(llm.default_params)
         _talk(llm, Conversation(params=params, system=system))
 
 

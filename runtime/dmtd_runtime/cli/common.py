@@ -1,6 +1,6 @@
 """What all verbs share: which bundle, how errors end, where lines go.
 
-Results go to stdout, everything else to stderr. A ``DmtdError`` (or dmtd_models' ModelError, or a full disk) is one line and
+Results go to stdout, everything else to stderr. A ``DmtdError`` (or a full disk) is one line and
 exit code 1, wrong usage 2 (typer's own), Ctrl-C 130; a bug keeps its traceback. Nothing here knows a model.
 """
 
@@ -15,14 +15,14 @@ import signal
 import sys
 import traceback
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
 
-from dmtd_runtime.errors import DmtdError
+from dmtd_runtime.errors import DmtdError, MissingExtraError
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
@@ -32,45 +32,7 @@ BundleOption = Annotated[Path | None, typer.Option("--model", "-m", help="The bu
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 
 T = TypeVar("T")
-
-
-class MissingExtraError(DmtdError):
-    """A library of an optional extra is not installed."""
-
-
-# The values of backends.base.BackendOptions, spelled again because that module needs numpy; a test compares them.
-FullPass = Literal["staged", "fused"]
-BackendOption = Annotated[
-    Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "simulator"],
-    typer.Option(help="onnxruntime runs the bundle's graphs, the others the engines that `dmtd build` made of it."),
-]
-CudaGraphsOption = Annotated[
-    bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="With engines: replay every cycle as one graph.")
-]
-WarmUpOption = Annotated[
-    bool,
-    typer.Option("--warm-up", help="On a GPU: run every shape once at opening, so that no answer waits for kernels."),
-]
-DeviceOption = Annotated[
-    Literal["cpu", "cuda"], typer.Option(help="Where to run; cuda takes a float16 or bfloat16 bundle.")
-]
-DialectOption = Annotated[
-    Literal["onnxruntime", "standard"] | None,
-    typer.Option(help="Which graphs; by default onnxruntime's where the bundle has them."),
-]
-FullPassOption = Annotated[
-    FullPass | None,
-    typer.Option(
-        help="staged holds T, D and the head once; fused runs one graph, takes more memory and reads encoding layers once: "
-        "the default where there are any."
-    ),
-]
-ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="Threads; by default one for each core this process may use.")
-]
-MaxModelLenOption = Annotated[
-    int | None, typer.Option(min=1, help="Prompt and answer together; by default the bundle's limit.")
-]
+_OWN_EXTRAS = {"onnxruntime": "cpu", "lm_eval": "lm-eval"}
 
 
 def error_console() -> Console:
@@ -94,25 +56,41 @@ def pick(argument: T | None, option: T | None, name: str) -> T:
     return option
 
 
-def require(verb: str, modules: Sequence[str], install: str) -> None:
-    """Raise MissingExtraError with the pip line if one of ``modules`` cannot be imported."""
+def pip_name(library: str, extra: str) -> str:
+    """What pip is asked for: the verb's extra, unless the library is of one that no verb needs as a whole."""
+    return f'"dmtd[{_OWN_EXTRAS.get(library, extra)}]"'
+
+
+def require(verb: str, modules: Sequence[str], extra: str) -> None:
+    """Raise MissingExtraError with the pip line of the extra if one of ``modules`` cannot be imported."""
     for name in modules:
         try:
             importlib.import_module(name)
         except ImportError as error:
             raise MissingExtraError(
-                f"dmtd {verb} needs {name}, which cannot be imported ({error}); run: pip install {install}"
+                f"dmtd {verb} needs {name}, which cannot be imported ({error}); run: pip install {pip_name(name, extra)}"
             ) from None
 
 
 @contextlib.contextmanager
-def friendly_errors() -> Iterator[None]:
-    """Turn what a verb raises on purpose into one line on stderr and an exit code."""
+def friendly_errors(flags: Mapping[str, str] | None = None, *, extra: str = "cpu") -> Iterator[None]:
+    """Turn what a verb raises on purpose into one line on stderr and an exit code.
+
+    Args:
+        flags: parameter -> the option that sets it. An error that names a parameter of Python's is told with the option.
+        extra: what to install where a library is missing that the verb did not ask for before it began.
+    """
     try:
         yield
         sys.stdout.flush()
     except DmtdError as error:
-        raise _fail(str(error)) from error
+        flag = (flags or {}).get(error.param or "")
+        raise _fail(f"{flag}: {error.problem}" if flag else str(error)) from error
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if not library or library.startswith("dmtd_") or library in sys.stdlib_module_names:
+            raise
+        raise _fail(f"{library} is not installed; run: pip install {pip_name(library, extra)}") from error
     except KeyboardInterrupt:
         _release_streams()
         note("interrupted")
@@ -127,11 +105,6 @@ def friendly_errors() -> Iterator[None]:
                 f"no space left on the device ({error.filename or 'output'}); free some and try again"
             ) from error
         raise
-    except ValueError as error:
-        # By name and with its subclasses, wherever they stand: this package must not import that one.
-        if not any(kind.__module__ == "dmtd_models.errors" for kind in type(error).__mro__):
-            raise
-        raise _fail(str(error)) from error
 
 
 def _fail(message: str) -> typer.Exit:

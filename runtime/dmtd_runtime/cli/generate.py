@@ -12,31 +12,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dmtd_runtime.backends.base import BackendOptions
-from dmtd_runtime.cli import sampling_options as opt
 from dmtd_runtime.cli.common import (
-    BackendOption,
     BundleArgument,
     BundleOption,
-    CudaGraphsOption,
-    DeviceOption,
-    DialectOption,
-    FullPassOption,
     JsonOption,
-    MaxModelLenOption,
-    ThreadsOption,
-    WarmUpOption,
     note,
     pick,
     printable,
 )
+from dmtd_runtime.cli.opening import open_llm
+from dmtd_runtime.cli.options.backend import AnswerBackend
+from dmtd_runtime.cli.options.sampling import GenerateSampling, GivenSampling, parse_ids
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.serving.outputs import Delta
 
 if TYPE_CHECKING:
     from dmtd_runtime.llm import LLM
     from dmtd_runtime.sampling.params import SamplingParams
-
-_BACKEND = BackendOptions()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,31 +70,11 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="The prompt as it stands, without the chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="System message, for the chat template.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Every layer for every token: the baseline.")] = False,
-    greedy: opt.GreedyOption = False,
-    temperature: opt.TemperatureOption = None,
-    top_p: opt.TopPOption = None,
-    top_k: opt.TopKOption = None,
-    min_p: opt.MinPOption = None,
-    presence_penalty: opt.PresenceOption = None,
-    frequency_penalty: opt.FrequencyOption = None,
-    repetition_penalty: opt.RepetitionOption = None,
-    seed: opt.SeedOption = None,
-    max_tokens: opt.MaxTokensOption = None,
-    min_tokens: opt.MinTokensOption = None,
-    stop: opt.StopOption = None,
-    stop_token_ids: opt.StopIdsOption = None,
-    ignore_eos: opt.IgnoreEosOption = False,
-    logit_bias: opt.LogitBiasOption = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds after which the answer is cut.")] = None,
-    backend: BackendOption = _BACKEND.backend,
-    cuda_graphs: CudaGraphsOption = _BACKEND.cuda_graphs,
-    warm_up: WarmUpOption = _BACKEND.warm_up,
-    full_pass: FullPassOption = _BACKEND.full_pass,
-    device: DeviceOption = _BACKEND.device,
-    device_id: Annotated[int, typer.Option(help="Which GPU.")] = _BACKEND.device_id,
-    dialect: DialectOption = _BACKEND.dialect,
-    max_model_len: MaxModelLenOption = _BACKEND.max_model_len,
-    threads: ThreadsOption = _BACKEND.threads,
+    sampling: GenerateSampling = GivenSampling(),
+    timeout_s: Annotated[
+        float | None, typer.Option("--timeout", help="Seconds after which the answer is cut; by default never.")
+    ] = None,
+    backend: AnswerBackend = BackendOptions(),
     json: JsonOption = False,
 ) -> None:
     """Generate text for a prompt; it appears as it is made.
@@ -111,37 +83,11 @@ def generate(
     takes --token-ids and prints token ids.
     """
     directory = pick(bundle, model, "BUNDLE")
-    asked = _read_prompt(prompt, prompt_file, opt.parse_ids(token_ids, "--token-ids"))
-    given = {
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "max_tokens": max_tokens,
-        "min_tokens": min_tokens,
-        "stop": stop or None,
-        "stop_token_ids": opt.parse_ids(stop_token_ids, "--stop-token-ids"),
-        "ignore_eos": ignore_eos,
-        "logit_bias": opt.parse_logit_bias(logit_bias),
-    }
-    options = BackendOptions(
-        backend=backend,
-        cuda_graphs=cuda_graphs,
-        warm_up=warm_up,
-        device=device,
-        device_id=device_id,
-        dialect=dialect,
-        full_pass=full_pass,
-        max_model_len=max_model_len,
-        threads=threads,
-    )
-    with opt.open_llm(directory, options, plain=plain) as llm:
-        params = opt.sampling_params(llm.default_params, greedy=greedy, temperature=temperature, given=given)
+    asked = _read_prompt(prompt, prompt_file, parse_ids(token_ids, "token_ids"))
+    with open_llm(directory, backend, plain=plain) as llm:
+        params = sampling.over(llm.default_params)
         ids = _prompt_ids(llm, asked, raw=raw, system=system)
-        answer = _run(llm, ids, params, timeout, show=not json)
+        answer = _run(llm, ids, params, timeout_s, show=not json)
     if json:
         typer.echo(json_text.dumps({"schema": 1, "plain": plain, **asdict(answer)}))
     else:
@@ -157,7 +103,9 @@ def _read_prompt(prompt: str | None, file: Path | None, ids: list[int] | None) -
         try:
             return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"--prompt-file: {file} cannot be read ({error}); name a UTF-8 text file") from None
+            raise RequestError(
+                f"{file} cannot be read ({error}); name a UTF-8 text file", param="prompt_file"
+            ) from None
     if prompt is not None and prompt != "-":
         return prompt
     if sys.stdin.isatty() and prompt is None:
@@ -165,7 +113,9 @@ def _read_prompt(prompt: str | None, file: Path | None, ids: list[int] | None) -
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RequestError(f"prompt: stdin is not UTF-8 at byte {error.start}; convert it, e.g. with iconv") from None
+        raise RequestError(
+            f"stdin is not UTF-8 at byte {error.start}; convert it, e.g. with iconv", param="prompt"
+        ) from None
 
 
 def _prompt_ids(llm: LLM, asked: str | list[int], *, raw: bool, system: str | None) -> list[int]:
@@ -173,23 +123,23 @@ def _prompt_ids(llm: LLM, asked: str | list[int], *, raw: bool, system: str | No
     if isinstance(asked, list):
         return asked
     if not (asked if raw else asked.strip()):
-        raise RequestError("prompt: got an empty prompt, expected text; give it with -p or on stdin")
+        raise RequestError("got an empty prompt, expected text; give it with -p or on stdin", param="prompt")
     if llm.tokenizer is None:
         raise RequestError("this bundle has no tokenizer: give --token-ids 1,2,3 instead of text")
     if raw or not llm.has_chat_template:
         if system is not None:
-            raise RequestError("--system needs a chat template and no --raw; put it into the prompt instead")
+            raise RequestError("needs a chat template and no --raw; put it into the prompt instead", param="system")
         return llm.tokenizer.encode(asked)
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": asked})
     return llm.tokenizer.encode(llm.render_chat(messages), add_special_tokens=False)
 
 
-def _run(llm: LLM, ids: list[int], params: SamplingParams, timeout: float | None, *, show: bool) -> Answer:
+def _run(llm: LLM, ids: list[int], params: SamplingParams, timeout_s: float | None, *, show: bool) -> Answer:
     answer, times = Answer(prompt_tokens=len(ids)), []
     before = replace(llm.stats)  # only this request runs, so what comes on top is its own
     start = time.perf_counter()
-    for delta in llm.stream(ids, params, timeout_s=timeout):
+    for delta in llm.stream(ids, params, timeout_s=timeout_s):
         if delta.token_ids:
             times.append(delta.at_s)
         _take(answer, delta)

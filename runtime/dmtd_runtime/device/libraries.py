@@ -61,7 +61,7 @@ def import_tensorrt(backend: CudaBackend) -> Any:
 def _other(missing: CudaBackend) -> str:
     """The other library, where it is installed: what somebody who did not know there are two has asked for."""
     for name in CUDA_BACKENDS:
-        with contextlib.suppress(ValueError):  # a module in sys.modules without a spec
+        with contextlib.suppress(ImportError, ValueError):  # ValueError: a module without a spec
             if name != missing and importlib.util.find_spec(MODULES[name]) is not None:
                 return f"; {name} is installed: --backend {name} runs its engines"
     return ""
@@ -126,7 +126,7 @@ def look_at_gpu(runtime: Any, device_id: int) -> GpuFacts:
         hidden = f" (CUDA_VISIBLE_DEVICES is {visible!r})" if visible is not None else ""
         raise BackendError(f"no NVIDIA GPU can be used{hidden}: {_name(runtime, error)}; see `nvidia-smi`")
     if not 0 <= device_id < count:
-        raise BackendError(f"device_id: got {device_id}, expected 0 to {count - 1}, the GPUs of this machine")
+        raise BackendError(f"got {device_id}, expected 0 to {count - 1}, the GPUs of this machine", param="device_id")
     error, properties = runtime.cudaGetDeviceProperties(device_id)
     if error != runtime.cudaError_t.cudaSuccess:
         raise BackendError(f"GPU {device_id} cannot be used: {_name(runtime, error)}; see `nvidia-smi`")

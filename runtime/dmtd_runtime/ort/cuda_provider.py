@@ -109,20 +109,23 @@ def prepare(ort: Any, device_id: int = 0) -> None:
     needs = look(ort)
     if needs.driver_error is not None:
         raise BackendError(
-            f"--device cuda: no NVIDIA driver on this machine ({needs.driver_error}); install one, {needs.oldest_driver} or "
-            f"newer ({DRIVER_PAGE}), or give the container the GPU (docker run --gpus all)"
+            f"got cuda, but no NVIDIA driver is on this machine ({needs.driver_error}); install {needs.oldest_driver} or "
+            f"newer ({DRIVER_PAGE}), or give the container the GPU (docker run --gpus all)",
+            param="device",
         )
     if needs.driver_is_too_old:
         version = look_at_gpus()[1]
         raise BackendError(
-            f"--device cuda: the NVIDIA driver{f' {version}' if version else ''} takes CUDA {needs.driver_cuda}, and this ONNX "
+            f"got cuda, but the NVIDIA driver{f' {version}' if version else ''} takes CUDA {needs.driver_cuda}, and this ONNX "
             f"Runtime is built for CUDA {needs.cuda_major}; update the driver to {needs.oldest_driver} or newer "
-            f"({DRIVER_PAGE})"
+            f"({DRIVER_PAGE})",
+            param="device",
         )
     if missing := [library for library in needs.missing if library.name != CUDNN]:
         raise BackendError(
-            f"--device cuda: ONNX Runtime's CUDA provider needs {', '.join(library.name for library in missing)}, which "
-            f"cannot be loaded ({missing[0].error}); run: {INSTALL}"
+            f"got cuda, but ONNX Runtime's CUDA provider needs {', '.join(library.name for library in missing)}, which "
+            f"cannot be loaded ({missing[0].error}); run: {INSTALL}",
+            param="device",
         )
     _probe(ort, device_id, needs)
 
@@ -223,13 +226,16 @@ def _probe(ort: Any, device_id: int, needs: CudaNeeds) -> None:
         if found == CUDA_PROVIDER:
             session.run(None, {"a": np.ones(1, np.float32)})
     except Exception as error:
-        raise BackendError(f"--device cuda: GPU {device_id} cannot be used: {_reason(str(error), needs)}") from error
+        raise BackendError(
+            f"got cuda, but GPU {device_id} cannot be used: {_reason(str(error), needs)}", param="device"
+        ) from error
     finally:
         ort.set_default_logger_severity(ERRORS)
     if found != CUDA_PROVIDER:
         raise BackendError(
-            f"--device cuda: ONNX Runtime cannot load its CUDA provider and takes {found}; run: pip install "
-            "--force-reinstall --no-deps onnxruntime-gpu, and see `dmtd doctor`"
+            f"got cuda, but ONNX Runtime cannot load its CUDA provider and takes {found}; run: pip install "
+            "--force-reinstall --no-deps onnxruntime-gpu, and see `dmtd doctor`",
+            param="device",
         )
 
 

@@ -96,7 +96,8 @@ def open_session(
     if session.get_providers()[0] != wanted:
         raise BackendError(
             f"ONNX Runtime fell back to {session.get_providers()[0]}; "
-            "see `dmtd doctor` for the driver, CUDA and cuDNN it needs"
+            "see `dmtd doctor` for the driver, CUDA and cuDNN it needs",
+            param="device",
         )
     return session
 

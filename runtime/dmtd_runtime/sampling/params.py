@@ -128,8 +128,9 @@ class SamplingParams:
         for name, token_id in ids:
             if token_id >= vocab_size:
                 raise RequestError(
-                    f"{name}: got token id {token_id}, expected ids from 0 to {vocab_size - 1}; "
-                    "take ids from this model's tokenizer"
+                    f"got token id {token_id}, expected ids from 0 to {vocab_size - 1}; "
+                    "take ids from this model's tokenizer",
+                    param=name,
                 )
 
     @staticmethod
@@ -164,57 +165,60 @@ class SamplingParams:
     def _refuse_contradictions(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
-                f"min_tokens: got {self.min_tokens} with max_tokens {self.max_tokens}, expected at most max_tokens; "
-                "lower min_tokens or raise max_tokens"
+                f"got {self.min_tokens} with max_tokens {self.max_tokens}, expected at most max_tokens; "
+                "lower min_tokens or raise max_tokens",
+                param="min_tokens",
             )
         if self.greedy and self.n > 1:
             raise RequestError(
-                f"n: got {self.n} with temperature 0, expected 1 (greedy sequences would all be the same); "
-                "set a temperature above 0"
+                f"got {self.n} with temperature 0, expected 1 (greedy sequences would all be the same); "
+                "set a temperature above 0",
+                param="n",
             )
 
 
 def _integer(name: str, value: object, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise RequestError(f"{name}: got {_shown(value)}, expected a whole number from {low} to {high}")
+        raise RequestError(f"got {_shown(value)}, expected a whole number from {low} to {high}", param=name)
     number = int(value)
     if not low <= number <= high:
-        raise RequestError(f"{name}: got {_shown(number)}, expected {low} to {high}")
+        raise RequestError(f"got {_shown(number)}, expected {low} to {high}", param=name)
     return number
 
 
 def _number(name: str, value: object, low: float, high: float, *, low_open: bool = False) -> float:
     expected = f"a finite number {f'above {low:g} up to' if low_open else f'from {low:g} to'} {high:g}"
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise RequestError(f"{name}: got {_shown(value)}, expected {expected}")
+        raise RequestError(f"got {_shown(value)}, expected {expected}", param=name)
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     # NaN fails every comparison, infinity is above every limit.
     if not (low < number if low_open else low <= number) or not number <= high:
-        raise RequestError(f"{name}: got {_shown(value)}, expected {expected}")
+        raise RequestError(f"got {_shown(value)}, expected {expected}", param=name)
     return number
 
 
 def _boolean(name: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise RequestError(f"{name}: got {_shown(value)}, expected True or False")
+        raise RequestError(f"got {_shown(value)}, expected True or False", param=name)
     return value
 
 
 def _stop_strings(stop: object) -> tuple[str, ...]:
     strings = () if stop is None else (stop,) if isinstance(stop, str) else stop
     if not isinstance(strings, Sequence) or isinstance(strings, bytes | bytearray):
-        raise RequestError(f"stop: got {_shown(stop)}, expected a string or a list of strings")
+        raise RequestError(f"got {_shown(stop)}, expected a string or a list of strings", param="stop")
     if len(strings) > MAX_STOP_STRINGS:
-        raise RequestError(f"stop: got {len(strings)} strings, expected at most {MAX_STOP_STRINGS}")
+        raise RequestError(f"got {len(strings)} strings, expected at most {MAX_STOP_STRINGS}", param="stop")
     for string in strings:
         if not isinstance(string, str):
-            raise RequestError(f"stop: got {_shown(string)}, expected a string or a list of strings")
+            raise RequestError(f"got {_shown(string)}, expected a string or a list of strings", param="stop")
         if not 1 <= len(string) <= MAX_STOP_STRING_CHARS:
             raise RequestError(
-                f"stop: got a string of {len(string)} characters, expected 1 to {MAX_STOP_STRING_CHARS} characters"
+                f"got a string of {len(string)} characters, expected 1 to {MAX_STOP_STRING_CHARS} characters",
+                param="stop",
             )
     return tuple(strings)
 
@@ -223,9 +227,9 @@ def _stop_token_ids(ids: object) -> tuple[int, ...]:
     if ids is None:
         return ()
     if not isinstance(ids, Sequence) or isinstance(ids, str | bytes | bytearray):
-        raise RequestError(f"stop_token_ids: got {_shown(ids)}, expected a list of token ids")
+        raise RequestError(f"got {_shown(ids)}, expected a list of token ids", param="stop_token_ids")
     if len(ids) > MAX_STOP_TOKEN_IDS:
-        raise RequestError(f"stop_token_ids: got {len(ids)} ids, expected at most {MAX_STOP_TOKEN_IDS}")
+        raise RequestError(f"got {len(ids)} ids, expected at most {MAX_STOP_TOKEN_IDS}", param="stop_token_ids")
     return tuple(_integer("stop_token_ids", token_id, 0, MAX_TOKEN_ID) for token_id in ids)
 
 
@@ -233,13 +237,11 @@ def _logit_bias(bias: object) -> dict[int, float] | None:
     if bias is None:
         return None
     if not isinstance(bias, Mapping):
-        raise RequestError(f"logit_bias: got {_shown(bias)}, expected a mapping from token id to number")
+        raise RequestError(f"got {_shown(bias)}, expected a mapping from token id to number", param="logit_bias")
     if len(bias) > MAX_LOGIT_BIAS_ENTRIES:
-        raise RequestError(f"logit_bias: got {len(bias)} entries, expected at most {MAX_LOGIT_BIAS_ENTRIES}")
+        raise RequestError(f"got {len(bias)} entries, expected at most {MAX_LOGIT_BIAS_ENTRIES}", param="logit_bias")
     checked = {
-        _integer("logit_bias (token id)", token_id, 0, MAX_TOKEN_ID): _number(
-            "logit_bias", value, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS
-        )
+        _integer("logit_bias", token_id, 0, MAX_TOKEN_ID): _number("logit_bias", value, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
         for token_id, value in bias.items()
     }
     return checked or None

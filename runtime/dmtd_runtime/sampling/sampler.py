@@ -303,7 +303,9 @@ class _Penalties:
         if params.repetition_penalty != 1:
             for token_id in np.unique(np.asarray(prompt_ids, np.int64)).tolist():
                 if not 0 <= token_id < vocab_size:
-                    raise RequestError(f"prompt: got token id {token_id}, expected ids from 0 to {vocab_size - 1}")
+                    raise RequestError(
+                        f"got token id {token_id}, expected ids from 0 to {vocab_size - 1}", param="prompt"
+                    )
                 self._all.add(token_id)
 
     @classmethod

@@ -72,7 +72,8 @@ class StopRules:
         """
         if text is None and params.stop_strings:
             raise RequestError(
-                "stop: got stop strings, but the bundle has no tokenizer to make text; use stop_token_ids instead"
+                "got stop strings, but the bundle has no tokenizer to make text; use stop_token_ids instead",
+                param="stop",
             )
         assert room is None or room >= 1, f"room for at least one token, got {room}"
         limits = [limit for limit in (params.max_tokens, room) if limit is not None]

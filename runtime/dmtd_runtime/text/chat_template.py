@@ -121,7 +121,7 @@ class ChatTemplate:
         for name in _RESERVED:
             if name in names:
                 raise RequestError(
-                    f"extra: got {name!r}, which has its own argument or belongs to the model; remove it"
+                    f"got {name!r}, which has its own argument or belongs to the model; remove it", param="extra"
                 )
         names = {"documents": None, **names, **self._tokens}
         names["messages"] = _checked_messages(messages, budget)
@@ -157,7 +157,7 @@ class _Budget:
 
     def plain(self, value: object, depth: int = 0) -> Any:
         if depth > MAX_DEPTH:
-            raise RequestError(f"messages: got values nested more than {MAX_DEPTH} deep, expected fewer levels")
+            raise RequestError(f"got values nested more than {MAX_DEPTH} deep, expected fewer levels", param="messages")
         self._spend(1)
         if value is None or isinstance(value, bool):
             return value
@@ -173,45 +173,54 @@ class _Budget:
         if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
             return [self.plain(item, depth + 1) for item in value]
         raise RequestError(
-            f"messages: got a value of type {type(value).__name__}, expected JSON values "
-            "(text, numbers, true / false, null, lists, objects)"
+            f"got a value of type {type(value).__name__}, expected JSON values "
+            "(text, numbers, true / false, null, lists, objects)",
+            param="messages",
         )
 
     def _key(self, key: object) -> str:
         if not isinstance(key, str):
-            raise RequestError(f"messages: got an object with a key of type {type(key).__name__}, expected text keys")
+            raise RequestError(
+                f"got an object with a key of type {type(key).__name__}, expected text keys", param="messages"
+            )
         self._spend(len(key))
         return str.__str__(key)
 
     def _spend(self, chars: int) -> None:
         self._left -= chars
         if self._left < 0:
-            raise RequestError(f"messages: got more than {self._max_chars} characters, expected fewer; shorten them")
+            raise RequestError(
+                f"got more than {self._max_chars} characters, expected fewer; shorten them", param="messages"
+            )
 
 
 def _checked_messages(messages: object, budget: _Budget) -> list[dict[str, Any]]:
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
-        raise RequestError(f"messages: got {type(messages).__name__}, expected a list of {{role, content}} objects")
+        raise RequestError(
+            f"got {type(messages).__name__}, expected a list of {{role, content}} objects", param="messages"
+        )
     if not 1 <= len(messages) <= MAX_MESSAGES:
-        raise RequestError(f"messages: got {len(messages)} messages, expected 1 to {MAX_MESSAGES}")
+        raise RequestError(f"got {len(messages)} messages, expected 1 to {MAX_MESSAGES}", param="messages")
     return [_checked_message(index, message, budget) for index, message in enumerate(messages)]
 
 
 def _checked_message(index: int, message: object, budget: _Budget) -> dict[str, Any]:
     where = f"messages[{index}]"
     if not isinstance(message, Mapping):
-        raise RequestError(f"{where}: got {type(message).__name__}, expected an object with role and content")
+        raise RequestError(f"got {type(message).__name__}, expected an object with role and content", param=where)
     plain: dict[str, Any] = budget.plain(message)
     role = plain.get("role")
     if not isinstance(role, str) or not 1 <= len(role) <= MAX_ROLE_CHARS:
-        raise RequestError(f"{where}.role: got {_short(role)}, expected text such as 'system', 'user' or 'assistant'")
+        raise RequestError(
+            f"got {_short(role)}, expected text such as 'system', 'user' or 'assistant'", param=f"{where}.role"
+        )
     content = plain.get("content")
     if content is None and plain.get("tool_calls"):
         content = ""
     if isinstance(content, list):
         content = "\n".join(_part_text(f"{where}.content[{i}]", part) for i, part in enumerate(content))
     if not isinstance(content, str):
-        raise RequestError(f"{where}.content: got {_short(content)}, expected text or a list of text parts")
+        raise RequestError(f"got {_short(content)}, expected text or a list of text parts", param=f"{where}.content")
     return {**plain, "content": content}
 
 
@@ -219,14 +228,14 @@ def _part_text(where: str, part: object) -> str:
     text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
     if not isinstance(text, str):
         raise RequestError(
-            f"{where}: got {_short(part)}, expected {{'type': 'text', 'text': ...}}: this model reads text"
+            f"got {_short(part)}, expected {{'type': 'text', 'text': ...}}: this model reads text", param=where
         )
     return text
 
 
 def _checked_tool(tool: object, budget: _Budget) -> object:
     if not isinstance(tool, Mapping):
-        raise RequestError(f"tools: got {type(tool).__name__}, expected JSON schemas of functions")
+        raise RequestError(f"got {type(tool).__name__}, expected JSON schemas of functions", param="tools")
     return budget.plain(tool)
 
 

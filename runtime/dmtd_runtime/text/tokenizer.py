@@ -127,13 +127,13 @@ class Tokenizer:
             RequestError: Not text, or text with half a surrogate pair.
         """
         if not isinstance(text, str):
-            raise RequestError(f"prompt: got {type(text).__name__}, expected a string")
+            raise RequestError(f"got {type(text).__name__}, expected a string", param="prompt")
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(
-                f"prompt: got half a surrogate pair at character {error.start}, expected text that UTF-8 can write; "
-                "remove it"
+                f"got half a surrogate pair at character {error.start}, expected text that UTF-8 can write; remove it",
+                param="prompt",
             ) from error
         return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
 

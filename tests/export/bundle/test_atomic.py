@@ -20,7 +20,7 @@ from export_support import export, snapshot
 
 from dmtd_export.bundle import atomic
 from dmtd_export.bundle.atomic import atomic_directory
-from dmtd_export.bundle.export import Progress, export_bundle
+from dmtd_export.bundle.export import export_bundle
 from dmtd_export.errors import ExportError
 from dmtd_export.options import ExportOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
@@ -169,13 +169,13 @@ def test_failing_in_any_stage_keeps_the_old_bundle(
 def test_failing_in_the_middle_of_the_weights(target: Path, sources: list[Path]) -> None:
     before, told = snapshot(target), []
 
-    def advance(count: int) -> None:
-        told.append(count)
+    def progress(stage: str, done: int, total: int) -> None:
+        told.append(done)
         if len(told) == 20:
             raise OSError(errno.EIO, "Input/output error")
 
     with pytest.raises(ExportError, match=r"Input/output error; .*nothing was kept"):
-        export_bundle(sources[1], target, OPTIONS, progress=Progress(advance=advance))
+        export_bundle(sources[1], target, OPTIONS, progress=progress)
     assert snapshot(target) == before
     assert [path.name for path in target.parent.iterdir()] == ["b"]
 

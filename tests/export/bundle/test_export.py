@@ -12,7 +12,7 @@ import onnx
 import pytest
 from export_support import WARNINGS_OF_PLAIN, export, read_manifest, snapshot
 
-from dmtd_export.bundle.export import Progress, export_bundle
+from dmtd_export.bundle.export import export_bundle
 from dmtd_export.errors import ExportError
 from dmtd_export.options import ExportOptions
 from dmtd_models.errors import ModelError
@@ -67,7 +67,7 @@ def test_targets_write_exactly_their_graphs(plain: Path, tmp_path: Path, options
 
 def test_manifest_says_exactly_what_stands_there(plain: Path, tmp_path: Path) -> None:
     manifest = export(plain, tmp_path / "b", max_num_seqs=2)
-    assert manifest["schema"] == 1
+    assert manifest["schema"] == 2
     listed = {name: info["sha256"] for name, info in manifest["files"].items()}
     found = snapshot(tmp_path / "b")
     del found["manifest.json"]
@@ -168,12 +168,12 @@ def test_max_model_len_bounds_the_bundle_and_its_rotary_tables(plain: Path, tmp_
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_model_len": 257}, "--max-model-len: got 257, expected 2 to 256"),
-        ({"max_model_len": 0}, "--max-model-len: got 0"),
-        ({"max_num_seqs": 0}, "--max-num-seqs: got 0, expected 1 to 32"),
-        ({"max_num_seqs": 33}, "--max-num-seqs: got 33"),
-        ({"cycle_length": 257}, "cycle length: got 257, expected 1 to 256"),
-        ({"cycle_length": 0}, "cycle length: got 0"),
+        ({"max_model_len": 257}, "max_model_len: got 257, expected 2 to 256"),
+        ({"max_model_len": 0}, "max_model_len: got 0"),
+        ({"max_num_seqs": 0}, "max_num_seqs: got 0, expected 1 to 32"),
+        ({"max_num_seqs": 33}, "max_num_seqs: got 33"),
+        ({"cycle_length": 257}, "cycle_length: got 257, expected 1 to 256"),
+        ({"cycle_length": 0}, "cycle_length: got 0"),
         ({"decoding_layers": 4}, "encoding 0 + thinking 0 + decoding 4"),
         ({"decoding_layers": 2, "thinking_layers": 3}, "encoding 0 + thinking 3 + decoding 2 = 5 layers"),
         ({"cycle_origin": "prompt", "prompt_input": "cyclical"}, "prompt + prompt input cyclical"),
@@ -267,14 +267,15 @@ def test_verify_hook_sees_the_bundle_and_its_record_is_kept(plain: Path, tmp_pat
 
 
 def test_progress_counts_every_byte_of_the_weights(plain: Path, tmp_path: Path) -> None:
-    stages, counted = [], []
-    progress = Progress(stage=lambda name, total: stages.append((name, total)), advance=counted.append)
+    told: list[tuple[str, int, int]] = []
     options = ExportOptions(decoding_layers=1, cycle_length=3, max_num_seqs=1)
-    export_bundle(plain, tmp_path / "b", options, progress=progress, verify=lambda bundle, checkpoint: {})
-    weights = read_manifest(tmp_path / "b")["weights"]
-    assert stages[0] == ("weights", sum(info["length"] for info in weights.values()))
-    assert sum(counted) == stages[0][1]
-    assert [name for name, _ in stages] == ["weights", "graphs", "verify"]
+    export_bundle(
+        plain, tmp_path / "b", options, progress=lambda *each: told.append(each), verify=lambda bundle, checkpoint: {}
+    )
+    size = sum(info["length"] for info in read_manifest(tmp_path / "b")["weights"].values())
+    counts = [done for stage, done, total in told if stage == "weights" and total == size]
+    assert counts[0] == 0 and counts[-1] == size and counts == sorted(counts)
+    assert list(dict.fromkeys(stage for stage, _, _ in told)) == ["weights", "graphs", "verify"]
 
 
 def test_export_needs_no_torch_and_prints_nothing(plain: Path, tmp_path: Path) -> None:

@@ -113,7 +113,11 @@ REFUSED: list[tuple[str, Sequence[str], str]] = [
     ("convention", ("MODEL", *SPLIT, "--cycle-origin", "prompt", "--prompt-input", "cyclical"), "undefined"),
     ("model length", ("MODEL", *SPLIT, "--max-model-len", "300"), "expected 2 to 256"),
     ("batch", ("MODEL", *SPLIT, "--max-num-seqs", "99"), "--max-num-seqs: got 99"),
-    ("cycle", ("MODEL", "--decoding-layers", "2", "--cycle-length", "999"), "cycle length: got 999, expected 1 to 256"),
+    (
+        "cycle",
+        ("MODEL", "--decoding-layers", "2", "--cycle-length", "999"),
+        "--cycle-length: got 999, expected 1 to 256",
+    ),
 ]
 
 

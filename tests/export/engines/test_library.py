@@ -112,7 +112,7 @@ def test_turing_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> N
         r"engines need 8.0 or later: TensorRT's attention does, and no bfloat16 or float32 .*--backend onnxruntime$"
     )
     library = Library(backend="tensorrt-rtx", version="1.7.1", module=module("1.7.1"))
-    with pytest.raises(BackendError, match=rf"^--compute-capability: got 7.5, {reason}"):
+    with pytest.raises(BackendError, match=rf"^compute_capability: got 7.5, {reason}"):
         target_of(library, "7.5")
     assert list(capabilities(library.module)) == ["8.0", "8.9", "12.0"]
     gpus(monkeypatch, Gpu(name="NVIDIA T4", memory_mib=None, compute_capability="7.5"))

@@ -155,7 +155,7 @@ def test_every_token_stands_once_at_every_place() -> None:
 
 def test_heads_of_an_absolute_cycle_stay() -> None:
     scorer = FakeScorer(lambda request, position: (-1.0, 0), cycle(3, "absolute", "cyclical"))
-    with pytest.raises(EvaluateError, match=r"--offsets: cycles of origin absolute"):
+    with pytest.raises(EvaluateError, match=r"offsets: cycles of origin absolute"):
         measure_offsets(scorer, scorer, windows(2), bootstrap=BOOTSTRAP)
 
 

@@ -231,7 +231,7 @@ def test_the_json_has_what_it_promises(bundle: Path) -> None:
 
 def test_stages_are_told_and_end_complete(bundle: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    verify_bundle(bundle, quick=True, on_stage=lambda *stage: told.append(stage))
+    verify_bundle(bundle, quick=True, progress=lambda *stage: told.append(stage))
     assert list(dict.fromkeys(stage for stage, _, _ in told)) == ["structure", "reference", "graphs", "cycles"]
     last = {stage: (done, total) for stage, done, total in told}
     assert all(done == total for done, total in last.values())

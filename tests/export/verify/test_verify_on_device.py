@@ -55,7 +55,7 @@ def test_what_the_engines_do_not_take_is_said_before_any_work(bundle: Path) -> N
             bundle,
             replace(SIMULATOR, max_num_seqs=8),
             quick=True,
-            on_stage=lambda stage, done, total: begun.append(stage),
+            progress=lambda stage, done, total: begun.append(stage),
         )
     assert not begun
 

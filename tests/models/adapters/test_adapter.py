@@ -292,5 +292,5 @@ def test_a_run_that_would_lose_part_of_an_adapter_is_refused(tmp_path: Path) -> 
     made, spec = Made(tmp_path, "delta"), spec_of(thinking=3, decoding=1)
     with open_checkpoint(made.base) as plain, open_checkpoint(made.base, made.adapter) as adapted:
         base = DmtdModel.from_reader(plain.config, spec, plain.read, torch.float32).requires_grad_(False)
-        with pytest.raises(ModelError, match=r"--initial: it changes model\.layers\.2\..* \(and 10 more\)"):
+        with pytest.raises(ModelError, match=r"initial: it changes model\.layers\.2\..* \(and 10 more\)"):
             _student(adapted, base, TrainOptions(precision="float32"))

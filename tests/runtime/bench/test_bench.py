@@ -123,11 +123,11 @@ def test_other_ways_to_run(full_pass: str, dialect: str, bundle: Path, manifest:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (BenchOptions(prompt_len=200, max_tokens=57), "257 tokens, expected at most 256"),
-        (BenchOptions(prompt_len=4, max_tokens=4), "--max-tokens: got 4, expected at least 5"),
-        (BenchOptions(batches=()), "--batch"),
-        (BenchOptions(batches=(0,)), "--batch"),
-        (BenchOptions(repeats=0, max_tokens=20), "--repeats"),
+        (BenchOptions(prompt_len=200, max_tokens=57), "prompt_len: got 200, and 57 new tokens, expected at most 256"),
+        (BenchOptions(prompt_len=4, max_tokens=4), "max_tokens: got 4, expected at least 5"),
+        (BenchOptions(batches=()), "batches: got"),
+        (BenchOptions(batches=(0,)), "batches: got"),
+        (BenchOptions(repeats=0, max_tokens=20), "repeats: got 0"),
         (BenchOptions(batches=(3,), prompt_len=4, max_tokens=8), "max_num_seqs: got 3"),
     ],
 )

@@ -94,7 +94,7 @@ def test_defaults_are_those_of_the_dataclasses(verb: str) -> None:
         bench = BenchOptions()
         own = {f.name for f in fields(BenchOptions)} - {"batches"}
         assert {name: options[name].default for name in own} == {name: getattr(bench, name) for name in own}
-        assert options["batch"].default == "1"
+        assert options["batches"].default == "1"
     else:
         # Not given means: as generation_config.json or SamplingParams says.
         own = {f.name for f in fields(SamplingParams)} & set(options)
@@ -250,18 +250,22 @@ BAD_REQUESTS: list[tuple[str, Sequence[str], str]] = [
         "expected at most 8",
     ),
     ("model length", ("generate", "BUNDLE", "-p", "x", "--max-model-len", "257"), "expected 1 to 256"),
-    ("contradiction", ("generate", "BUNDLE", "-p", "x", "--greedy", "--temperature", "1"), "contradict each other"),
-    ("tokens", ("generate", "BUNDLE", "-p", "x", "--min-tokens", "5", "--max-tokens", "2"), "min_tokens: got 5"),
-    ("range", ("generate", "BUNDLE", "-p", "x", "--top-p", "2"), "top_p: got 2"),
-    ("stop id", ("generate", "BUNDLE", "-p", "x", "--stop-token-ids", "999"), "stop_token_ids: got token id 999"),
+    (
+        "contradiction",
+        ("generate", "BUNDLE", "-p", "x", "--greedy", "--temperature", "1"),
+        "--temperature: got 1 with --greedy",
+    ),
+    ("tokens", ("generate", "BUNDLE", "-p", "x", "--min-tokens", "5", "--max-tokens", "2"), "--min-tokens: got 5"),
+    ("range", ("generate", "BUNDLE", "-p", "x", "--top-p", "2"), "--top-p: got 2"),
+    ("stop id", ("generate", "BUNDLE", "-p", "x", "--stop-token-ids", "999"), "--stop-token-ids: got token id 999"),
     ("bias", ("generate", "BUNDLE", "-p", "x", "--logit-bias", "nope"), "--logit-bias: got 'nope'"),
-    ("timeout", ("generate", "BUNDLE", "-p", "x", "--timeout", "0"), "timeout_s: got 0"),
+    ("timeout", ("generate", "BUNDLE", "-p", "x", "--timeout", "0"), "--timeout: got 0"),
     ("no file", ("generate", "BUNDLE", "--prompt-file", "/no/such"), "cannot be read"),
-    ("system and raw", ("generate", "BUNDLE", "-p", "x", "--raw", "--system", "y"), "--system needs a chat template"),
+    ("system and raw", ("generate", "BUNDLE", "-p", "x", "--raw", "--system", "y"), "--system: needs a chat template"),
     ("cuda", ("generate", "BUNDLE", "-p", "x", "--device", "cuda"), "float16 or bfloat16 only"),
     ("text without tokenizer", ("generate", "MUTE", "-p", "x"), "no tokenizer: give --token-ids"),
     ("chat without tokenizer", ("chat", "MUTE"), "no tokenizer, which chatting needs"),
-    ("bench length", ("bench", "BUNDLE"), "384 tokens, expected at most 256"),
+    ("bench length", ("bench", "BUNDLE"), "--prompt-len: got 128, and 256 new tokens, expected at most 256"),
     ("bench sizes", ("bench", "BUNDLE", "--batch", "1,b"), "--batch: got '1,b'"),
 ]
 

@@ -132,7 +132,7 @@ def test_cudnn_alone_keeps_nothing_from_opening_but_is_told(machine) -> None:
 def test_no_driver_comes_before_missing_libraries(machine) -> None:
     machine(*LINKED)
     text = refusal(FakeOrt())
-    assert "no NVIDIA driver on this machine" in text
+    assert "device: got cuda, but no NVIDIA driver is on this machine" in text
     assert "580 or newer (https://www.nvidia.com/drivers), or give the container the GPU" in text
 
 

@@ -384,6 +384,7 @@ def _check_limits(options: BackendOptions, record: EngineRecord) -> None:
     for name, value, most, option in limits:
         if value is not None and not 1 <= value <= most:
             raise RequestError(
-                f"{name}: got {value}, expected 1 to {most}, what the engines were built for; "
-                f"for more, build them with: dmtd build BUNDLE {option} {value}"
+                f"got {value}, expected 1 to {most}, what the engines were built for; "
+                f"for more, build them with: dmtd build BUNDLE {option} {value}",
+                param=name,
             )

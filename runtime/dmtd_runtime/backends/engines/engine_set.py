@@ -43,7 +43,7 @@ class EngineSet:
         """Load everything. ``directory`` holds the engines; ``max_rows`` is the longest window of a run.
 
         Raises:
-            BundleError: engines of an older bundle, which does not choose tokens on the device.
+            BundleError: no engine among them chooses tokens on the device.
             BackendError: too little device memory, said before anything is allocated; or an engine that does not load.
         """
         self.device, self.record, self.max_num_seqs = device, record, max_num_seqs

@@ -349,8 +349,9 @@ def _graph_slots(manifest: Manifest, options: BackendOptions) -> int:
     if not fitting:
         most = max(stored, default=0)
         raise RequestError(
-            f"max_num_seqs: got {options.max_num_seqs}, expected 1 to {most}, what the bundle was exported for; "
-            f"export it with a larger --max-num-seqs"
+            f"got {options.max_num_seqs}, expected 1 to {most}, what the bundle was exported for; "
+            f"export it with a larger --max-num-seqs",
+            param="max_num_seqs",
         )
     return fitting[0]
 
@@ -358,7 +359,9 @@ def _graph_slots(manifest: Manifest, options: BackendOptions) -> int:
 def _max_model_len(manifest: Manifest, options: BackendOptions) -> int:
     limit = manifest.model.max_model_len
     if options.max_model_len is not None and not 1 <= options.max_model_len <= limit:
-        raise RequestError(f"max_model_len: got {options.max_model_len}, expected 1 to {limit}, the bundle's limit")
+        raise RequestError(
+            f"got {options.max_model_len}, expected 1 to {limit}, the bundle's limit", param="max_model_len"
+        )
     return options.model_len(limit)
 
 

@@ -1,0 +1,25 @@
+"""The bundle of a verb that generates, opened."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.cli.common import logs_to_stderr, note
+from dmtd_runtime.llm import LLM
+
+UNTRAINED = "note: weights not trained for DMTD: the speed is real, the words are not (compare with --plain)"
+_OWN = ("choose_on_device", "prepack")  # of the backend alone: no option of LLM's
+
+
+@contextlib.contextmanager
+def open_llm(bundle: Path, options: BackendOptions, *, plain: bool) -> Iterator[LLM]:
+    """The bundle, open; says on stderr if its weights were not trained for DMTD."""
+    given = {name: value for name, value in asdict(options).items() if name not in _OWN}
+    with logs_to_stderr(without="not trained for DMTD"), LLM(bundle, plain=plain, **given) as llm:
+        if not llm.manifest.cycle.dmtd_trained and not plain:
+            note(UNTRAINED)
+        yield llm

@@ -1,0 +1,113 @@
+"""The sampling options of generate and chat, and how they become ``SamplingParams``.
+
+An option that is not given keeps the value of the bundle's generation_config.json, then that of ``SamplingParams``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any
+
+from dmtd_runtime.cli.common import note
+from dmtd_runtime.cli.options.groups import Group, option
+from dmtd_runtime.errors import RequestError
+from dmtd_runtime.sampling.params import SamplingParams
+
+_PANEL = "Sampling (by default as the bundle's generation_config.json says)"
+
+
+def _option(text: str, *flags: str) -> Any:
+    return option(text, *flags, panel=_PANEL, show_default=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenSampling:
+    """What was given on the command line; None, False: not given."""
+
+    greedy: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: list[str] | None = None
+    stop_token_ids: str | None = None
+    ignore_eos: bool = False
+    logit_bias: str | None = None
+
+    def over(self, defaults: SamplingParams) -> SamplingParams:
+        """``defaults`` with what was given.
+
+        Raises:
+            RequestError: values out of range, or two that contradict each other.
+        """
+        if self.greedy and self.temperature:
+            raise RequestError(
+                f"got {self.temperature:g} with --greedy, which is 0; give one of them", param="temperature"
+            )
+        given: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
+        given["temperature"] = 0.0 if given.pop("greedy") else self.temperature
+        given["stop_token_ids"] = parse_ids(self.stop_token_ids, "stop_token_ids")
+        given["logit_bias"] = _parse_logit_bias(self.logit_bias)
+        changes = {
+            name: value for name, value in given.items() if value is not None and value is not False and value != []
+        }
+        params = replace(defaults, **changes)
+        idle = [f"--{name.replace('_', '-')}" for name in ("top_p", "top_k", "min_p", "seed") if name in changes]
+        if params.greedy and idle:
+            note(f"note: {', '.join(idle)} changes nothing at temperature 0; add --temperature 0.7, say")
+        return params
+
+
+SAMPLING = Group(
+    {
+        "greedy": _option("The most likely token, always: --temperature 0.", "--greedy"),
+        "temperature": _option("0 takes the most likely token."),
+        "top_p": _option("Fewest tokens whose probabilities reach this sum; 1 is off."),
+        "top_k": _option("This many most likely tokens; 0 is off."),
+        "min_p": _option("Tokens at least this share as likely as the best; 0 is off."),
+        "presence_penalty": _option("Subtracted from the logit of tokens already generated."),
+        "frequency_penalty": _option("Subtracted once for every time a token was generated."),
+        "repetition_penalty": _option("Above 1: repeats become less likely."),
+        "seed": _option("The same seed gives the same tokens; by default drawn anew."),
+        "max_tokens": _option("Most new tokens; by default until the end of the sequence."),
+        "min_tokens": _option("No end of sequence before this many tokens; by default 0."),
+        "stop": _option("A string that ends the text; may be given again.", "--stop"),
+        "stop_token_ids": _option("Token ids that end the sequence: 1,2,3.", "--stop-token-ids"),
+        "ignore_eos": _option("Go on after an end-of-sequence token.", "--ignore-eos"),
+        "logit_bias": _option('JSON object, token id to number: {"50": -100}.', "--logit-bias"),
+    }
+)
+GenerateSampling = Annotated[GivenSampling, SAMPLING]
+ChatSampling = Annotated[
+    GivenSampling,
+    SAMPLING.only(
+        *("greedy", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_tokens", "stop"),
+    ),
+]
+
+
+def parse_ids(text: str | None, param: str) -> list[int] | None:
+    """Token ids written with commas or spaces."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise RequestError(f"got {text[:60]!r}, expected whole numbers such as 1,2,3", param=param) from None
+
+
+def _parse_logit_bias(text: str | None) -> dict[int, float] | None:
+    """A JSON object of token ids and numbers."""
+    if text is None:
+        return None
+    try:
+        return {int(token_id): value for token_id, value in json.loads(text).items()}
+    except (ValueError, AttributeError):
+        raise RequestError(f'got {text[:60]!r}, expected JSON such as {{"50": -100}}', param="logit_bias") from None

@@ -1,0 +1,135 @@
+"""One tree of errors: its picture is the tree, and what a user can call raises nothing else for bad input."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from bundles import make_bundle, make_checkpoint
+from test_imports import modules_of
+
+import dmtd_errors
+from dmtd_errors import DmtdError
+from dmtd_export.bundle.export import export_bundle
+from dmtd_export.engines.options import BuildOptions
+from dmtd_export.engines.run import build_engines, preview
+from dmtd_export.evaluate import EvaluateOptions, evaluate
+from dmtd_export.options import ExportOptions
+from dmtd_export.verify import verify_bundle, verify_on_device
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.errors import ModelError
+from dmtd_runtime import LLM, RequestError, SamplingParams
+from dmtd_runtime.backends.base import BackendOptions
+
+SPLIT = ExportOptions(decoding_layers=2, cycle_length=3, verify=False)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("errors"))
+
+
+def subclasses(kind: type, depth: int = 1) -> Iterator[tuple[int, type]]:
+    for each in kind.__subclasses__():
+        yield depth, each
+        yield from subclasses(each, depth + 1)
+
+
+def test_the_picture_is_the_tree() -> None:
+    for package in ("dmtd_runtime", "dmtd_export", "dmtd_models"):
+        for name in modules_of(package):
+            if "rror" in modules_of(package)[name].read_text(encoding="utf-8"):
+                importlib.import_module(name)
+    drawn = re.findall(r"^    ([ │]*)[├└]── (\w+)", dmtd_errors.__doc__ or "", flags=re.MULTILINE)
+    found = {(depth, kind.__name__) for depth, kind in subclasses(DmtdError) if kind.__module__.startswith("dmtd_")}
+    assert {(len(indent) // 4 + 1, name) for indent, name in drawn} == found
+
+
+def test_an_error_names_what_is_at_fault_and_can_be_sent_to_another_process() -> None:
+    error = RequestError("got 0, expected at least 1", param="max_num_seqs")
+    assert str(error) == "max_num_seqs: got 0, expected at least 1"
+    sent = copy.copy(error)  # as pickle does
+    assert (str(sent), sent.param, sent.problem) == (str(error), error.param, error.problem)
+    assert RequestError("busy").param is None
+    assert issubclass(RequestError, ValueError) and issubclass(ModelError, ValueError)
+
+
+NOWHERE = Path("/no/such/place")
+BAD: dict[str, Callable[[Path, Path], object]] = {
+    "export: no checkpoint": lambda bundle, place: export_bundle(NOWHERE, place / "b", SPLIT),
+    "export: a damaged checkpoint": lambda bundle, place: export_bundle(damaged(place), place / "b", SPLIT),
+    "export: no split": lambda bundle, place: export_bundle(bundle.parent / "checkpoint", place / "b", ExportOptions()),
+    "open_checkpoint": lambda bundle, place: open_checkpoint(NOWHERE).__enter__(),
+    "verify": lambda bundle, place: verify_bundle(NOWHERE),
+    "verify on a device": lambda bundle, place: verify_on_device(NOWHERE, BackendOptions()),
+    "build": lambda bundle, place: build_engines(NOWHERE, BuildOptions(backend="simulator")),
+    "build: preview": lambda bundle, place: preview(NOWHERE, BuildOptions(backend="simulator")),
+    "evaluate: nowhere": lambda bundle, place: evaluate(NOWHERE, None, EvaluateOptions(texts=("x",))),
+    "evaluate: no such text": lambda bundle, place: evaluate(bundle, None, EvaluateOptions(texts=("no such text",))),
+    "LLM: nowhere": lambda bundle, place: LLM(NOWHERE),
+    "finetune": lambda bundle, place: finetune(place, NOWHERE),
+    "finetune: no split": lambda bundle, place: finetune(place, bundle.parent / "checkpoint"),
+}
+NAMED: dict[str, Callable[[Path, Path], object]] = {
+    "max_num_seqs": lambda bundle, place: LLM(bundle, max_num_seqs=0),
+    "max_model_len": lambda bundle, place: LLM(bundle, max_model_len=10**6),
+    "threads": lambda bundle, place: LLM(bundle, threads=0),
+    "backend": lambda bundle, place: LLM(bundle, backend="host"),  # type: ignore[arg-type]
+    "plain": lambda bundle, place: LLM(bundle, plain=1),  # type: ignore[arg-type]
+    "temperature": lambda bundle, place: SamplingParams(temperature=-1),
+    "logit_bias": lambda bundle, place: SamplingParams(logit_bias={-1: 1.0}),
+    "stop": lambda bundle, place: SamplingParams(stop=[""]),
+    "prompts": lambda bundle, place: generated(bundle, lambda llm: llm.generate([])),
+    "prompt": lambda bundle, place: generated(bundle, lambda llm: llm.generate([[10**6]])),
+    "timeout_s": lambda bundle, place: generated(bundle, lambda llm: llm.generate([[1]], timeout_s=0)),
+    "messages[0].role": lambda bundle, place: generated(bundle, lambda llm: llm.chat([{"role": 1, "content": "x"}])),
+    "window_len": lambda bundle, place: EvaluateOptions(window_len=1),
+    "limit": lambda bundle, place: EvaluateOptions(limit=0),
+    "prefill_chunk": lambda bundle, place: preview(bundle, BuildOptions(backend="simulator", prefill_chunk=10**6)),
+    "cycle_length": lambda bundle, place: export_bundle(
+        bundle.parent / "checkpoint", place / "b", ExportOptions(decoding_layers=2, cycle_length=999)
+    ),
+}
+
+
+def damaged(place: Path) -> Path:
+    checkpoint = make_checkpoint(place / "checkpoint")
+    [weights] = checkpoint.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    return checkpoint
+
+
+def generated(bundle: Path, ask: Callable[[LLM], object]) -> None:
+    with LLM(bundle, threads=1) as llm:
+        ask(llm)
+
+
+def finetune(place: Path, base: Path) -> None:
+    from dmtd_models.finetune.batches import BatchOptions
+    from dmtd_models.finetune.job import Job, run_job
+    from dmtd_models.finetune.options import TrainOptions
+    from dmtd_models.finetune.student import LossOptions
+
+    train = TrainOptions(precision="float32", loss=LossOptions(), batch=BatchOptions())
+    run_job(Job(base=base, output=place / "out", data=("no such data",), train=train), None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("call", BAD.values(), ids=BAD)
+def test_bad_input_is_an_error_of_the_tree(call: Callable[[Path, Path], object], bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(DmtdError) as caught:
+        call(bundle, tmp_path)
+    assert str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("param", "call"), NAMED.items(), ids=NAMED)
+def test_what_is_at_fault_is_named_as_its_caller_wrote_it(
+    param: str, call: Callable[[Path, Path], object], bundle: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DmtdError) as caught:
+        call(bundle, tmp_path)
+    assert caught.value.param == param
+    assert str(caught.value).startswith(f"{param}: ") and "--" not in caught.value.problem.partition(";")[0]
