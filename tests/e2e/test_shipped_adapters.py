@@ -6,7 +6,6 @@ same prompts and reads what was written.
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 import subprocess
@@ -21,10 +20,8 @@ from dmtd_export.evaluate import evaluate as run_evaluation
 from dmtd_export.evaluate.generation import GenerationResult
 from dmtd_export.evaluate.report import EvaluationReport
 from dmtd_export.options import ExportOptions
-from dmtd_models.checkpoints import smollm2
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
-study_text = importlib.import_module("study_text")
+from study import smollm2
+from study.text import facts, write_lines
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 FASTER, TRUER = "smollm2-135m-e4-d8-tau4", "smollm2-135m-e4-d8-tau2"
@@ -56,7 +53,7 @@ def report(adapter: str, gguf: Path, plain: Path, tmp_path_factory: pytest.TempP
     bundle = tmp_path_factory.mktemp("adapted") / "bundle"
     export_bundle(gguf, bundle, ExportOptions(target="onnxruntime", max_batch=8), adapter=MODELS / adapter)
     items = bundle.with_name("facts.jsonl")
-    study_text.write_lines(items, study_text.facts())
+    write_lines(items, facts())
     try:
         alone = OpenOptions(threads=1)  # thread pools that share cores spin against each other
         chosen = EvaluateOptions(tasks=(str(items),), limit=FACTS, fluency=True, open=alone, base_open=alone)

@@ -9,11 +9,7 @@ from pathlib import Path
 import pytest
 
 from dmtd_models.cache import default_cache_dir
-from dmtd_models.data import tasks
-from dmtd_models.data.code_runner import RunLimits, runs_to_its_end
 from dmtd_models.data.errors import DataError
-from dmtd_models.data.facts import FACTS
-from dmtd_models.data.packages import Archive
 from dmtd_models.data.scoring import (
     code_of,
     ends_in_number,
@@ -23,7 +19,11 @@ from dmtd_models.data.scoring import (
     stated_answer,
     states_one_of,
 )
-from dmtd_models.data.tasks import load_task, task_names
+from study import tasks
+from study.code_runner import RunLimits, runs_to_its_end
+from study.facts import FACTS
+from study.packages import Archive
+from study.tasks import load_task, task_names
 
 
 @pytest.mark.parametrize(

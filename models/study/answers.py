@@ -26,10 +26,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dmtd_models.data.repetition import TAIL, is_loop, number_ids
-from dmtd_models.finetune.decode import SlotDecoder
 from dmtd_models.finetune.self_written import ChatFrame, chat_frame
 from dmtd_models.finetune.shards import AnswersError, Document, ShardStore
 from dmtd_models.reference.dmtd import DmtdModel
+from study.decode import SlotDecoder
 
 Render = Callable[[str], str]
 
