@@ -65,9 +65,8 @@ def write_evaluation(directory: Path) -> None:
     """Files of held-out documents and of the tasks' items."""
     from dmtd_export.evaluate.fluency import EVERYDAY
     from dmtd_models.cache import default_cache_dir
-    from dmtd_models.data.items import MultipleChoiceItem
     from study.corpora import load_text
-    from study.tasks import load_task
+    from study.tasks import hellaswag
 
     cache = default_cache_dir()
     for name in HELD_OUT_CORPORA:
@@ -75,8 +74,7 @@ def write_evaluation(directory: Path) -> None:
         write_lines(directory / f"{name}.jsonl", ({"id": one.text_id, "text": one.text} for one in documents))
     choices = (
         {"id": item.item_id, "prompt": item.prompt, "choices": item.choices, "answer": item.answer}
-        for item in load_task("hellaswag", cache)
-        if isinstance(item, MultipleChoiceItem)
+        for item in hellaswag(cache)
     )
     for name, records in zip(TASKS, (facts(), choices), strict=True):
         write_lines(directory / f"{name}.jsonl", records)

@@ -31,6 +31,12 @@ FACTS = 48
 FACTS_KEPT = 0.8
 
 
+in_repository = pytest.mark.skipif(
+    not all((MODELS / name / "adapter_model.safetensors").is_file() for name in ADAPTERS),
+    reason="the adapters' weights are in the repository, not in the sdist",
+)
+
+
 @pytest.fixture(scope="module")
 def gguf() -> Path:
     return smollm2.fetch_smollm2(CACHE)
@@ -62,6 +68,7 @@ def report(adapter: str, gguf: Path, plain: Path, tmp_path_factory: pytest.TempP
         shutil.rmtree(bundle)
 
 
+@in_repository
 def test_text_is_fluent(report: EvaluationReport) -> None:
     """Nats a token under the plain model: human prose has 2.5 to 3.4, random tokens 11; a loop is likely too, so 3-grams."""
     assert report.fluency is not None and report.cycle.dmtd_trained
@@ -71,6 +78,7 @@ def test_text_is_fluent(report: EvaluationReport) -> None:
     assert written.distinct_3grams >= 0.8 * own.distinct_3grams
 
 
+@in_repository
 def test_facts_are_kept(report: EvaluationReport) -> None:
     """Facts that the plain model answers in all of five wordings, and how many of them the cycles answer in most."""
     [facts] = report.tasks
@@ -95,6 +103,7 @@ def test_the_card_says_what_was_recorded(name: str, tmp_path: Path, repo_root: P
         assert f"**{prompt}**" in card and all(line in card for line in text.strip().splitlines())
 
 
+@in_repository
 def test_adapters_are_small() -> None:
     found = sorted(path.parent.name for path in MODELS.glob("*/adapter_config.json"))
     assert found == sorted(ADAPTERS), "every adapter is tested"
