@@ -11,9 +11,9 @@ import pytest
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.graphs.engine import EngineGraph, engine_graph
 from dmtd_export.options import ExportOptions
-from dmtd_models.checkpoints import smollm2
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle import contract
+from study import smollm2
 
 CAPACITY = 320
 SMOLLM2_CACHE = smollm2.default_cache_dir()  # now, before a fixture gives the tests a cache directory of their own

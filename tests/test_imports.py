@@ -27,7 +27,7 @@ FORBIDDEN = {
 }
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 # Reading a checkpoint must not need torch: the exporter does it.
-TORCH_FREE_MODELS = {"config", "errors", "families", "checkpoint", "gguf", "smollm2"}
+TORCH_FREE_MODELS = {"config", "errors", "families", "checkpoint", "gguf"}
 
 # Runs in a fresh interpreter: argv[1] names what to block, argv[2] what to import; prints a JSON list of failures.
 IMPORTER = """

@@ -23,7 +23,8 @@ PACKAGE_FOLDERS = {
     "runtime/dmtd_runtime": "dmtd_runtime",
     "models/dmtd_models": "dmtd_models",
 }
-NOT_PACKAGES = ("runtime", "models", "tools", "tests")
+NOT_PACKAGES = ("runtime", "models", "tools", "tests", "study")
+ADAPTER = "/adapter_model.safetensors"
 
 
 def tracked_files(root: Path) -> list[str]:
@@ -235,6 +236,15 @@ def test_the_gpu_extra_brings_what_the_cuda_provider_links(repo_root: Path) -> N
     ]
 
 
+def test_the_wheel_is_small_and_downloads_nothing(wheel: Path) -> None:
+    """What fetches packages is the study's. What lm-eval needs of the network, lm-eval fetches, and is asked for by name."""
+    assert wheel.stat().st_size < 500 * 1024
+    with zipfile.ZipFile(wheel) as archive:
+        sources = {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".py")}
+    fetching = re.compile(r"\burllib\b|\brequests\.|\"pip\"|apt-get|snapshot_download|hf_hub_download")
+    assert [name for name, source in sources.items() if fetching.search(source)] == []
+
+
 def test_the_folders_around_the_packages_are_no_packages(repo_root: Path) -> None:
     assert [folder for folder in NOT_PACKAGES if (repo_root / folder / "__init__.py").exists()] == []
 
@@ -247,17 +257,10 @@ def test_sdist_holds_what_a_build_and_a_test_run_need(source_copy: Path, repo_ro
         # Python before 3.11.4 knows no filters; the archive is our own.
         archive.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     folders = ("dmtd_export/", "runtime/", "models/", "tests/", "tools/")
-    wanted = {name for name in tracked_files(repo_root) if name.startswith(folders)}
+    wanted = {name for name in tracked_files(repo_root) if name.startswith(folders) and not name.endswith(ADAPTER)}
+    assert sdist.stat().st_size < 2_000_000
     top = {"pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"}
     assert wanted | top <= names
     # hatchling adds its own metadata and .gitignore, which it needs to build the same wheel again.
-    assert names - wanted == {
-        "pyproject.toml",
-        "README.md",
-        "CHANGELOG.md",
-        "CONTRIBUTING.md",
-        "LICENSE",
-        "PKG-INFO",
-        ".gitignore",
-    }
+    assert names - wanted == top | {"PKG-INFO", ".gitignore"}
     assert names_in(build(tmp_path / prefix, "wheel", tmp_path / "wheel")) == expected_wheel_files(repo_root)

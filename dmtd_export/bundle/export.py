@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import metadata
 from importlib.resources import files as resource_files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 
@@ -76,7 +77,7 @@ def resolve(checkpoint: Checkpoint, options: ExportOptions) -> DmtdSpec:
         prompt_input=options.prompt_input,
     )
     head_dim = checkpoint.config.head_dim
-    if options.target != "tensorrt" and head_dim % GQA_HEAD_MULTIPLE:
+    if options.target != "tensorrt" and runnable_target(head_dim) == "tensorrt":
         raise ExportError(
             f"head_dim: got {head_dim}, ONNX Runtime's attention takes multiples of {GQA_HEAD_MULTIPLE}; use --target tensorrt, "
             "whose standard graphs ONNX Runtime runs too"
@@ -94,6 +95,22 @@ def resolve(checkpoint: Checkpoint, options: ExportOptions) -> DmtdSpec:
     if not spec.trained:
         logger.warning("the weights are not trained for DMTD: speed will be real, words of the late steps will not")
     return spec
+
+
+def runnable_target(head_dim: int) -> Literal["tensorrt", "onnxruntime"]:
+    """Which graphs alone make a bundle that ONNX Runtime runs: its own, or the standard ones where its attention takes none."""
+    return "tensorrt" if head_dim % GQA_HEAD_MULTIPLE else "onnxruntime"
+
+
+@contextlib.contextmanager
+def quiet_export() -> Iterator[None]:
+    """Without the exporter's warnings: that a base is not trained for cycles says nothing where it runs in plain mode only."""
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def trained_otherwise(recorded: DmtdSpec, spec: DmtdSpec) -> str | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json as json_text
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.table import Table
 from dmtd_export.cli.progress import StageDisplay
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_runtime.cli.common import JsonOption, logs_to_stderr, pick, require
+
+if TYPE_CHECKING:
+    from dmtd_models.finetune.self_written import ChatRequest
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "matplotlib")
 _SPLIT, _TEXT, _LEARN, _RUN = "Split and convention", "Text", "What is learnt", "Run"
@@ -64,6 +67,10 @@ def finetune(
     answer_tokens: Annotated[
         int, _option(_TEXT, "Answer tokens of chats that the base model writes first; 0: none.", min=0)
     ] = 0,
+    questions: Annotated[
+        Path | None,
+        _option(_TEXT, "Of --answer-tokens: prompts to answer (data, or a text with one a line); else it asks itself."),
+    ] = None,
     max_length: Annotated[int, _option(_TEXT, "Tokens of a document; longer ones are cut.", min=8)] = 1024,
     learn_prompt: Annotated[
         bool, _option(_TEXT, "Learn prompts too, not the answers alone.", "--learn-prompt/--learn-answers")
@@ -170,6 +177,8 @@ def finetune(
         with open_checkpoint(source):
             pass  # a wrong name need not wait for the libraries
         require("finetune", LIBRARIES, "train")
+        if answer_tokens:
+            require("finetune --answer-tokens", ("onnx", "onnxruntime"), "cpu,train")
     import torch
 
     from dmtd_models.finetune.batches import BatchOptions
@@ -216,6 +225,7 @@ def finetune(
         held_out=tuple(held_out or ()),
         decontaminate=tuple(decontaminate or ()),
         answer_tokens=answer_tokens,
+        questions=questions,
         max_length=max_length,
         save=save,
         adapter_bits=adapter_bits,
@@ -224,13 +234,19 @@ def finetune(
         train=options,
     )
     with logs_to_stderr(), StageDisplay() as display:
-        summary = run_job(job, display)
+        summary = run_job(job, display, _write_chats)
     if not summary:  # a process beside the first
         return
     if json:
         typer.echo(json_text.dumps(summary))
     else:
         Console(highlight=False).print(_table(summary))
+
+
+def _write_chats(request: ChatRequest, progress: Callable[[int], None]) -> None:
+    from dmtd_export.chats import write_chats
+
+    write_chats(request, progress)
 
 
 def _curriculum(text: str | None) -> tuple[tuple[int, float], ...]:

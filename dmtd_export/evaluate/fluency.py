@@ -17,6 +17,7 @@ from dmtd_export.evaluate.generation import Answer, GenerationRun, write_answers
 from dmtd_export.evaluate.scorer import Scorer, ScoreRequest
 from dmtd_export.evaluate.statistics import Bootstrap, Estimate
 from dmtd_models.data.items import GenerationItem
+from dmtd_models.data.repetition import distinct_share
 
 MAX_NEW_TOKENS = 96
 EVERYDAY = (
@@ -90,12 +91,6 @@ def measure_fluency(
     return FluencyResult(prompts=EVERYDAY, model=ours, base=theirs)
 
 
-def distinct_share(ids: Sequence[int], n: int = 3) -> float:
-    """Distinct n-grams over all n-grams; 1 for a text that has none."""
-    grams = [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
-
-
 def _voice(answers: Sequence[Answer], scorer: Scorer, bootstrap: Bootstrap) -> Voice:
     sums = []
     for answer in answers:
@@ -108,5 +103,5 @@ def _voice(answers: Sequence[Answer], scorer: Scorer, bootstrap: Bootstrap) -> V
     return Voice(
         texts=tuple(answer.text for answer in answers),
         nll=bootstrap.estimate(np.array(sums, dtype=np.float64), lambda s: s[..., 0] / s[..., 1]),
-        distinct_3grams=float(np.mean([distinct_share(answer.token_ids) for answer in answers])),
+        distinct_3grams=float(np.mean([distinct_share(answer.token_ids, 3) for answer in answers])),
     )

@@ -7,7 +7,6 @@ always runs the real runtime.
 from __future__ import annotations
 
 import contextlib
-import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -144,12 +143,10 @@ def _open_checkpoint(path: Path, options: OpenOptions, plain_only: bool, opened:
     def generation_bundle() -> Path:
         bundle = scratch / "bundle"
         if not is_bundle(bundle):
-            from dmtd_export.bundle.export import GQA_HEAD_MULTIPLE, export_bundle
+            from dmtd_export.bundle.export import export_bundle, quiet_export, runnable_target
 
-            target: Literal["tensorrt", "onnxruntime"] = (
-                "tensorrt" if checkpoint.config.head_dim % GQA_HEAD_MULTIPLE else "onnxruntime"
-            )
-            with _quiet_export() if plain_only else contextlib.nullcontext():
+            target = runnable_target(checkpoint.config.head_dim)
+            with quiet_export() if plain_only else contextlib.nullcontext():
                 export_bundle(
                     path,
                     bundle,
@@ -181,15 +178,3 @@ def _gives_split(split: ExportOptions) -> bool:
         "prompt_input",
     )
     return any(getattr(split, name) is not None for name in names)
-
-
-@contextlib.contextmanager
-def _quiet_export() -> Iterator[None]:
-    """Without the exporter's warnings: that a base is not trained for cycles says nothing where it runs in plain mode only."""
-    logger = logging.getLogger("dmtd.export")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -446,6 +446,19 @@ def test_names_of_corpora_and_tasks_are_no_files(base: str, chats: str, tmp_path
     assert "austen: no such file or directory; give" in line
 
 
+def test_the_base_writes_chats_over_given_prompts(base: str, tmp_path: Path) -> None:
+    (tmp_path / "asked.txt").write_text("".join(f"What is {number}?\n" for number in range(8)))
+    written = ("--answer-tokens", "200", "--questions", str(tmp_path / "asked.txt"), "--max-tokens", "200", "--json")
+    result = finetune(base, tmp_path / "out", None, *written, "--save", "adapter")
+    assert result.exit_code == 0, (result.output, result.exception)
+    [text] = json.loads(result.stdout)["text"]
+    assert f"{tmp_path / 'out' / 'training' / 'answers'}: " in text and " answer)" in text
+    [shard] = (tmp_path / "out" / "training" / "answers").glob("*.jsonl")
+    assert {json.loads(line)["kind"] for line in shard.read_text().splitlines()} == {"given"}
+    line = error_line(finetune(base, tmp_path / "other", None, "--questions", str(tmp_path / "asked.txt")))
+    assert "--questions: has no effect without --answer-tokens" in line
+
+
 def test_help_names_every_option_whole_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     told = dmtd("finetune", "--help").stdout

@@ -6,7 +6,6 @@ written. Under ``slow``, both adapters answer everything that they are judged by
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 import subprocess
@@ -23,15 +22,13 @@ from dmtd_export.evaluate.fluency import distinct_share
 from dmtd_export.evaluate.generation import GenerationResult
 from dmtd_export.evaluate.report import EvaluationReport
 from dmtd_export.options import ExportOptions
-from dmtd_models.checkpoints import smollm2
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.config.model import resolve_dmtd
 from dmtd_models.reference import oracle
 from dmtd_models.reference.dmtd import DmtdModel
 from dmtd_runtime import LLM, SamplingParams
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
-study_text = importlib.import_module("study_text")
+from study import smollm2
+from study.text import facts, write_lines
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 FASTER, TRUER = "smollm2-135m-e4-d8-tau4", "smollm2-135m-e4-d8-tau2"
@@ -43,6 +40,12 @@ QUESTIONS = (
     "What colour is the sky on a clear day?",
     "Write two sentences about the sea.",
     "Why do people sleep at night?",
+)
+
+
+in_repository = pytest.mark.skipif(
+    not all((MODELS / name / "adapter_model.safetensors").is_file() for name in ADAPTERS),
+    reason="the adapters' weights are in the repository, not in the sdist",
 )
 
 
@@ -68,7 +71,7 @@ def report(adapter: str, gguf: Path, plain: Path, tmp_path_factory: pytest.TempP
     bundle = tmp_path_factory.mktemp("adapted") / "bundle"
     export_bundle(gguf, bundle, ExportOptions(target="onnxruntime", max_num_seqs=8), adapter=MODELS / adapter)
     items = bundle.with_name("facts.jsonl")
-    study_text.write_lines(items, study_text.facts())
+    write_lines(items, facts())
     try:
         alone = OpenOptions(threads=1)  # thread pools that share cores spin against each other
         chosen = EvaluateOptions(tasks=(str(items),), limit=FACTS, fluency=True, open=alone, base_open=alone)
@@ -98,6 +101,7 @@ def test_text_of_the_longer_cycles_is_fluent(gguf: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@in_repository
 def test_text_is_fluent(report: EvaluationReport) -> None:
     """Nats a token under the plain model: human prose has 2.5 to 3.4, random tokens 11; a loop is likely too, so 3-grams."""
     assert report.fluency is not None and report.cycle.dmtd_trained
@@ -132,6 +136,7 @@ def test_the_card_says_what_was_recorded(name: str, tmp_path: Path, repo_root: P
         assert f"**{prompt}**" in card and all(line in card for line in text.strip().splitlines())
 
 
+@in_repository
 def test_adapters_are_small() -> None:
     found = sorted(path.parent.name for path in MODELS.glob("*/adapter_config.json"))
     assert found == sorted(ADAPTERS), "every adapter is tested"

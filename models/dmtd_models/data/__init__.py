@@ -1,1 +1,1 @@
-"""Text for training and measuring: corpora and tasks out of packages, a user's own data, and leaks between the two."""
+"""Text for training and measuring: a user's data, items of tasks, and leaks between the two."""

@@ -5,7 +5,3 @@ from dmtd_models.errors import ModelError
 
 class DataError(ModelError):
     """Data that cannot be used as it is."""
-
-
-class PackageError(DataError):
-    """A package that cannot be had, or is not the one this code was written for."""

@@ -1,7 +1,6 @@
-"""What corpora and tasks are made of: multiple-choice items, generation items and documents. Data only, no torch.
+"""What tasks and texts are made of: multiple-choice items, generation items and documents. Data only, no torch.
 
-``tasks.py`` makes the first two, ``corpora.py`` the third; evaluation and fine-tuning read them. Nothing here loads,
-renders or scores.
+``task_file`` makes the first two; evaluation and decontamination read them. Nothing here loads, renders or scores.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class GenerationItem:
     """One question whose answer the model writes and a program checks."""
 
     task: str
-    """For example "facts", "reasoning_gym/chain_sum"."""
+    """For example "facts"."""
     item_id: str
     messages: tuple[dict[str, str], ...]
     """Chat messages; rendered with the model's template."""

@@ -124,12 +124,6 @@ def probes_of(items: Iterable[MultipleChoiceItem | GenerationItem | TextItem]) -
             yield Probe(item=f"{item.source}/{item.text_id}", texts=(item.text,))
 
 
-def prompt_probes(task: str, prompts: Iterable[str]) -> Iterator[Probe]:
-    """The same for bare prompts."""
-    for number, prompt in enumerate(prompts):
-        yield Probe(item=f"{task}/{number}", texts=(prompt,), questions=(prompt,))
-
-
 def training_text(text_id: str, ids: Sequence[int], tokenizer: TextTokenizer) -> TrainingText:
     """A tokenised example as text, with the turns between its special tokens as questions.
 

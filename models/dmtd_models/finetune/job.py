@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -32,11 +32,12 @@ from dmtd_models.errors import ConfigError
 from dmtd_models.finetune.claim import claimed
 from dmtd_models.finetune.curves import MOST_PHASES, draw_curves, read_log
 from dmtd_models.finetune.data import RunText, read_run_text, text_digest
-from dmtd_models.finetune.options import TrainOptions, check_options
+from dmtd_models.finetune.options import TrainOptions, check_options, usual_precision
 from dmtd_models.finetune.probes import read_probes
 from dmtd_models.finetune.record import recorded_options, require_same_run, write_record
 from dmtd_models.finetune.result import save_adapter, save_checkpoint
 from dmtd_models.finetune.run import Hooks, RunResult, checkpoint_digest, finetune
+from dmtd_models.finetune.self_written import ChatRequest, ChatWriter
 from dmtd_models.finetune.states import latest_checkpoint
 from dmtd_models.finetune.trainer import LOG
 
@@ -60,6 +61,7 @@ class Job:
     held_out: tuple[str, ...] = ()
     decontaminate: tuple[str, ...] = ()  # files of what must not be trained on
     answer_tokens: int = 0
+    questions: Path | None = None  # prompts for the base to answer; None: it asks itself
     max_length: int = 1024
     save: Literal["checkpoint", "adapter", "both"] = "checkpoint"
     adapter_bits: int = MOST_BITS  # of a trained weight's difference, where it is not a lora
@@ -81,8 +83,13 @@ class Display(Protocol):
         """One line that stays."""
 
 
-def run_job(job: Job, display: Display) -> dict[str, Any]:
+def run_job(job: Job, display: Display, write_chats: ChatWriter | None = None) -> dict[str, Any]:
     """Do it all; returns what summary.json holds (empty in processes beside the first).
+
+    Args:
+        job: what to do.
+        display: where to show it.
+        write_chats: lets the base write text, where the job wants it to: ``dmtd_export.chats.write_chats``.
 
     Raises:
         ModelError: anything wrong with base, options, text, memory or the course of training, in one line.
@@ -101,7 +108,7 @@ def run_job(job: Job, display: Display) -> dict[str, Any]:
         tokenizer = TextTokenizer.of_checkpoint(checkpoint)
         # One process writes and tokenises, the others find it done.
         with processes.main_process_first():
-            text = _text(checkpoint, tokenizer, job, display)
+            text = _text(checkpoint, tokenizer, job, display, write_chats)
             record["documents"] = [len(text.train), len(text.held_out)]
             record["text"] = text_digest(text.train)
             if processes.is_main_process:
@@ -181,6 +188,7 @@ def _record(checkpoint: Checkpoint, spec: DmtdSpec, job: Job, processes: int) ->
         "held_out": list(job.held_out),
         "decontaminate": list(job.decontaminate),
         "answer_tokens": job.answer_tokens,
+        "questions": None if job.questions is None else str(job.questions),
         "max_length": job.max_length,
         "train": recorded_options(asdict(job.train)) | {"learning_rate": job.train.peak_learning_rate},
         "processes": processes,
@@ -195,6 +203,8 @@ def _spec(checkpoint: Checkpoint, job: Job) -> DmtdSpec:
             "has no effect on a checkpoint or a lora's factors; give --save adapter with --train late or full",
             param="adapter_bits",
         )
+    if job.questions is not None and not job.answer_tokens:
+        raise ConfigError("--questions: has no effect without --answer-tokens; leave it out, or give that")
     if job.feature_dir is not None and job.train.cache_features is False:
         raise ConfigError("has no effect with --no-cache; leave one of them out", param="cache_dir")
     if job.initial is not None and job.train.trained == "lora":
@@ -212,11 +222,15 @@ def _spec(checkpoint: Checkpoint, job: Job) -> DmtdSpec:
     )
 
 
-def _text(checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display: Display) -> RunText:
+def _text(
+    checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display: Display, write_chats: ChatWriter | None
+) -> RunText:
     probes = read_probes(job.decontaminate)
     sources = list(job.data)
     if job.answer_tokens:
-        sources.append(str(_answers(checkpoint, tokenizer, job, display)))
+        if write_chats is None:
+            raise ConfigError("answer_tokens: nobody to write them; give run_job dmtd_export.chats.write_chats")
+        sources.append(str(_answers(checkpoint, tokenizer, job, display, write_chats)))
     display.stage("reading text", 0)
     longest = min(job.max_length, job.train.tokens_per_step, checkpoint.config.max_positions)
     if longest < job.max_length:
@@ -228,31 +242,25 @@ def _text(checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display: D
     )
 
 
-def _answers(checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display: Display) -> Path:
-    from dmtd_models.finetune.answers import AnswerOptions
-    from dmtd_models.finetune.chats import write_chats
-
+def _answers(
+    checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display: Display, write_chats: ChatWriter
+) -> Path:
     directory = job.output / TRAINING / "answers"
-    usual = AnswerOptions(answer_tokens=job.answer_tokens, seed=job.train.seed)
-    room = min(checkpoint.config.max_positions, job.max_length)  # what is longer would be cut
-    options = replace(
-        usual,
-        max_answer_len=min(usual.max_answer_len, room // 2),
-        max_question_len=min(usual.max_question_len, room // 4),
-        # A little text has small shards and few writers: it is shown and safe as it comes, and not much more than asked.
-        shard_documents=max(1, min(64, job.answer_tokens // 4000)),
-        slots=max(16, min(usual.slots, job.answer_tokens // 100)),
-    )
     display.stage("writing chats", job.answer_tokens)
     write_chats(
-        checkpoint,
-        tokenizer,
-        directory,
-        options,
-        device=job.device,
-        progress=lambda shard: display.counted(
-            "writing chats", min(shard.answer_tokens, job.answer_tokens), job.answer_tokens
+        ChatRequest(
+            base=job.base,
+            tokenizer=tokenizer,
+            directory=directory,
+            answer_tokens=job.answer_tokens,
+            longest=min(checkpoint.config.max_positions, job.max_length),  # what is longer would be cut
+            questions=job.questions,
+            seed=job.train.seed,
+            device="cuda" if job.device != "cpu" and torch.cuda.is_available() else "cpu",
+            precision=usual_precision(job.device),
+            threads=torch.get_num_threads(),
         ),
+        lambda tokens: display.counted("writing chats", min(tokens, job.answer_tokens), job.answer_tokens),
     )
     return directory
 

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dmtd_models.checkpoints.tensors import EMBEDDING, FINAL_NORM, layer_prefix, layer_shapes
 from dmtd_models.config.model import DmtdSpec, ModelConfig
-from dmtd_models.finetune.decode import largest
+from dmtd_models.finetune.largest import largest
 from dmtd_models.finetune.loss import DenseTargets, SparseTargets, Targets, chunked_loss, sample_columns
 from dmtd_models.finetune.packed import Layout, layer_forward, make_layout
 from dmtd_models.reference.dmtd import DmtdModel, Read, to_torch

@@ -11,8 +11,8 @@ from dmtd_export.bundle.export import export_bundle
 from dmtd_export.engines.options import BuildOptions
 from dmtd_export.engines.run import build_engines
 from dmtd_export.options import ExportOptions
-from dmtd_models.checkpoints import smollm2
 from dmtd_runtime.bundle.manifest import load_manifest
+from study import smollm2
 
 TABLE, LAYER, NORM = 49152 * 576, 576 * 576 * 2 + 192 * 576 * 2 + 3 * 1536 * 576 + 2 * 576, 576
 

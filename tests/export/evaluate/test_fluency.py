@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmtd_export.evaluate.fluency import EVERYDAY, distinct_share, measure_fluency
+from dmtd_export.evaluate.fluency import EVERYDAY, measure_fluency
 from dmtd_export.evaluate.generation import GenerationRun
 from dmtd_export.evaluate.statistics import Bootstrap
 from dmtd_export.evaluate.subject import OpenOptions, open_subject
@@ -15,13 +15,6 @@ from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.reference.dmtd import DmtdModel
 from dmtd_models.reference.oracle import greedy, teacher_forced
 from dmtd_runtime.text.tokenizer import Tokenizer
-
-
-def test_distinct_share() -> None:
-    assert distinct_share([1, 2, 3, 4]) == 1.0
-    assert distinct_share([7] * 12) == pytest.approx(1 / 10)
-    assert distinct_share([1, 2] * 4) == pytest.approx(2 / 6)
-    assert distinct_share([1, 2]) == 1.0
 
 
 def test_texts_and_likelihoods_are_the_oracle_s(

@@ -272,7 +272,7 @@ from dmtd_models.config import families
 from dmtd_models.checkpoints import gguf as gguf_checkpoint
 from dmtd_models.checkpoints import gguf_tokenizer
 from dmtd_models.reference import rope
-from dmtd_models.checkpoints import smollm2
+from study import smollm2
 from dmtd_models.checkpoints import tensors
 from dmtd_models.reference import testing
 opened = checkpoint.open_checkpoint(Path({str(path)!r}))

@@ -16,7 +16,6 @@ from dmtd_models.data.overlap import (
     TrainingText,
     drop_leaks,
     probes_of,
-    prompt_probes,
     training_text,
     words_of,
 )
@@ -28,6 +27,10 @@ def index(*texts, questions=(), **options):
     return OverlapIndex(
         [Probe(item=str(n), texts=(text,), questions=questions) for n, text in enumerate(texts)], **options
     )
+
+
+def prompt_probes(task, prompts):
+    return [Probe(item=f"{task}/{n}", texts=(text,), questions=(text,)) for n, text in enumerate(prompts)]
 
 
 def prose(text, text_id="t"):

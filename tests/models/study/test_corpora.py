@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from dmtd_models.cache import default_cache_dir
-from dmtd_models.data import corpora
-from dmtd_models.data.corpora import corpus, corpus_names, is_held_out, load_text
 from dmtd_models.data.errors import DataError
-from dmtd_models.data.packages import Archive
-from dmtd_models.data.r_strings import read_vectors
+from study import corpora
+from study.corpora import corpus, corpus_names, is_held_out, load_text
+from study.packages import Archive
+from study.r_strings import read_vectors
 
 LONG = "word " * 60
 

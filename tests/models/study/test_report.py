@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+
+from study import report
 
 NAMES = {f"d{late}-tau{cycle}" for late in (8, 16) for cycle in (2, 3, 4)}
 
@@ -20,13 +20,7 @@ def recorded(repo_root: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture
-def report(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(repo_root / "tools"))
-    return importlib.import_module("study_report")
-
-
-def test_the_page_says_what_was_recorded(recorded: dict[str, Any], report: ModuleType, repo_root: Path) -> None:
+def test_the_page_says_what_was_recorded(recorded: dict[str, Any], repo_root: Path) -> None:
     page = (repo_root / "models" / "study" / "README.md").read_text(encoding="utf-8")
     assert report.with_tables(page, recorded) == page
 
@@ -39,7 +33,7 @@ def test_the_grid_was_measured_at_one_budget(recorded: dict[str, Any]) -> None:
     assert max(tokens) <= 1.02 * min(tokens)
 
 
-def test_a_report_is_made_anew_from_its_record(recorded: dict[str, Any], report: ModuleType, tmp_path: Path) -> None:
+def test_a_report_is_made_anew_from_its_record(recorded: dict[str, Any], tmp_path: Path) -> None:
     report.write_report(recorded, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == recorded
     assert "| d8-tau4 |" in (tmp_path / "README.md").read_text(encoding="utf-8")
@@ -47,7 +41,7 @@ def test_a_report_is_made_anew_from_its_record(recorded: dict[str, Any], report:
     assert pictures == ["agreement_by_phase.png", "loss_over_tokens.png", "quality_over_speed.png"]
 
 
-def test_the_fit_finds_a_known_slope(report: ModuleType) -> None:
+def test_the_fit_finds_a_known_slope() -> None:
     """Divergence 5 - 0.25 ln(tokens) before the learning rate falls; the end lies 0.1 below that line."""
     from math import log
 

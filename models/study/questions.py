@@ -14,9 +14,9 @@ from types import MappingProxyType, ModuleType
 
 import numpy as np
 
-from dmtd_models.finetune.answers import Prompt, PromptSource
 from dmtd_models.finetune.shards import AnswersError
-from dmtd_models.finetune.words import FACT_PATTERNS, PATTERNS, WORDS
+from study.answers import Prompt, PromptSource
+from study.words import FACT_PATTERNS, PATTERNS, WORDS
 
 _AN = re.compile(r"\b([Aa]) (?=[aeiou])")
 # Evaluation uses seeds from a million on.

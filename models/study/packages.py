@@ -24,11 +24,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from dmtd_models.data.errors import PackageError
+from dmtd_models.data.errors import DataError
 
 _TIMEOUT_S = 900
 _AR_MAGIC = b"!<arch>\n"
 _AR_HEADER_BYTES = 60
+
+
+class PackageError(DataError):
+    """A package that cannot be had, or is not the one this code was written for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dmtd_models.finetune.largest import largest
 from dmtd_models.reference.dmtd import DmtdModel
 from dmtd_models.reference.layers import Attention, DecoderLayer, rotary, rotate
 
@@ -256,21 +257,6 @@ class SlotDecoder:
             scores = torch.bmm(grouped, all_keys.transpose(1, 2)) + place.mask
             mixed.append(torch.bmm(torch.softmax(scores, dim=-1), all_values))
         return attention.o_proj(torch.cat(mixed).view(self.slots, -1))
-
-
-def largest(logits: Tensor, count: int, *, block: int = 16) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest of each row in float32, sorted, and where: exact, by the blocks with the largest maxima."""
-    rows, vocab = logits.shape
-    columns = vocab // block
-    if vocab % block or columns < count:
-        plain = logits.topk(count)
-        return plain.values.float(), plain.indices
-    grid = logits.view(rows, block, columns)
-    best = grid.amax(1).topk(count, sorted=False).indices
-    candidates = grid.gather(2, best[:, None].expand(-1, block, -1)).reshape(rows, -1).float()
-    values, places = candidates.topk(count)
-    tokens = places // count * columns + best.gather(1, places % count)
-    return values, tokens
 
 
 def _view(memory: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
