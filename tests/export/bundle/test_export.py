@@ -67,7 +67,7 @@ def test_targets_write_exactly_their_graphs(plain: Path, tmp_path: Path, options
 
 def test_manifest_says_exactly_what_stands_there(plain: Path, tmp_path: Path) -> None:
     manifest = export(plain, tmp_path / "b", max_num_seqs=2)
-    assert manifest["schema"] == 1
+    assert manifest["schema"] == 2
     listed = {name: info["sha256"] for name, info in manifest["files"].items()}
     found = snapshot(tmp_path / "b")
     del found["manifest.json"]
