@@ -180,7 +180,7 @@ def bench(setting: Setting, arguments: argparse.Namespace) -> None:
         return
     bundle = arguments.work / "bundle"
     log = arguments.work / f"{setting.name}.log"
-    options = ["--target", "onnxruntime", "--max-batch", "1", "--no-verify"]
+    options = ["--target", "onnxruntime", "--max-num-seqs", "1", "--no-verify"]
     dmtd("export", str(arguments.base), "-o", str(bundle), *setting.split, *options, log=log)
     result.parent.mkdir(exist_ok=True)
     result.write_text(dmtd("bench", str(bundle), "--json", log=log), encoding="utf-8")
