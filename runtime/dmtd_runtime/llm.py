@@ -200,7 +200,9 @@ class LLM:
     def render_chat(self, messages: Sequence[Message]) -> str:
         """The prompt that the bundle's chat template makes of a conversation."""
         if self._template is None:
-            raise RequestError("this bundle has no chat template; use generate with a prompt of your own")
+            raise RequestError(
+                "this bundle has no chat template; use generate with a prompt of your own", param="messages"
+            )
         return self._template.render(messages, add_generation_prompt=True)
 
     @property
@@ -249,7 +251,8 @@ class LLM:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError(
-                    "this bundle has no tokenizer: give token ids, or export a checkpoint with tokenizer.json"
+                    "this bundle has no tokenizer: give token ids, or export a checkpoint with tokenizer.json",
+                    param="prompt",
                 )
             ids = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
         else:

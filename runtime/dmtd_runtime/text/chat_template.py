@@ -139,8 +139,9 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template may fail in any way that an expression can
             raise RequestError(
-                f"chat template: cannot render these messages: {_one_line(error)}; "
-                "check their roles, their order and their fields"
+                f"the chat template cannot render them: {_one_line(error)}; "
+                "check their roles, their order and their fields",
+                param="messages",
             ) from error
         return "".join(pieces)
 
@@ -345,7 +346,9 @@ def _refuse_size(size: int) -> None:
 
 
 def _too_large(limit: int) -> RequestError:
-    return RequestError(f"chat template: the text grows beyond {limit} characters; shorten the messages")
+    return RequestError(
+        f"the chat template's text grows beyond {limit} characters; shorten the messages", param="messages"
+    )
 
 
 def _one_line(error: BaseException) -> str:

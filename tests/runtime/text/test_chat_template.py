@@ -338,7 +338,7 @@ def test_output_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_errors_while_rendering_are_one_line(source: str) -> None:
-    with pytest.raises(RequestError, match=r"^chat template: cannot render these messages: ") as caught:
+    with pytest.raises(RequestError, match=r"^messages: the chat template cannot render them: ") as caught:
         template(source).render([USER])
     assert "\n" not in str(caught.value)
 
