@@ -116,6 +116,8 @@ def symptoms() -> list[str]:
 
 
 def is_message(quoted: str) -> bool:
+    """Whether the code says so. The name that an error blames stands before its words: ``--device: got ...``."""
+    quoted = re.sub(r"^(--?[a-z][\w-]*|[a-z_]+): (?=\w|\.\.\.)", "", quoted)
     parts = [re.escape(part.strip()) for part in quoted.split("...") if part.strip(" :;,.")]
     return re.search("[^\n]*?".join(parts), messages()) is not None
 
