@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -16,12 +18,15 @@ from dmtd_runtime.bundle.speed_bound import split_bytes
 
 
 @pytest.fixture
-def tools(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def tools(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(repo_root / "tools"))
     import gpu_bundles
 
     monkeypatch.delitem(sys.modules, "gpu_bundles")
-    return gpu_bundles
+    logger = logging.getLogger("dmtd.export")  # which it quietens for good
+    before = logger.level
+    yield gpu_bundles
+    logger.setLevel(before)
 
 
 def test_a_ring_of_weights_runs_and_counts_its_bytes_in_full(

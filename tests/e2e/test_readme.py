@@ -44,13 +44,13 @@ CONSOLES = [block for block in BLOCKS if block.language == "console"]
 SCRIPTS = [block for block in BLOCKS if block.language == "python"]
 FIRST = CONSOLES[0].commands[0]
 
-# One worker: all blocks share a directory, and those of a page may use what an earlier one of it made.
-pytestmark = pytest.mark.xdist_group("readme")
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with ``model/`` and text, and ``bundle/`` made by README.md's own first command, with engines in it."""
+    """A directory with ``model/`` and text, and ``bundle/`` made by README.md's own first command, with engines in it.
+
+    All blocks share it, and those of a page may use what an earlier one of it made: tools/test keeps a file in one worker.
+    """
     directory = tmp_path_factory.mktemp("readme")
     write_tiny_checkpoint(directory / "model", family="llama", layers=12, tokenizer=True)
     chat = {

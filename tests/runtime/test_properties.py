@@ -33,8 +33,8 @@ from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.sampling.params import SamplingParams
 
 FAMILIES = ("qwen3", "llama", "qwen2")
-DEFAULT_CASES, SLOW_CASES = 300, 10_000
-NEAR_TIE_LIMIT = 2  # in 300 cases; random logits are almost never that close
+DEFAULT_CASES, SLOW_CASES = 120, 10_000
+NEAR_TIE_LIMIT = 1  # in 120 cases; random logits are almost never that close
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

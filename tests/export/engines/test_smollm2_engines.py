@@ -1,4 +1,7 @@
-"""SmolLM2-135M, the real weights: every graph becomes an engine on the CPU, and holds its weights once."""
+"""SmolLM2-135M, the real weights: every graph becomes an engine on the CPU, and holds its weights once.
+
+Minutes of a library's work, so slow; ``test_build.py`` asks the same of tiny models.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from study import smollm2
 TABLE, LAYER, NORM = 49152 * 576, 576 * 576 * 2 + 192 * 576 * 2 + 3 * 1536 * 576 + 2 * 576, 576
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_all_graphs_build(tmp_path: Path, dtype: str) -> None:
     rtx()

@@ -98,8 +98,9 @@ def test_it_learns(base: Path, tmp_path: Path, precision: str) -> None:
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{result.steps}"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("share", [0.35, 0.8])
+@pytest.mark.parametrize(
+    ("kind", "share"), [*zip(KINDS, (0.35, 0.8, 0.35), strict=True)], ids=lambda value: value if value in KINDS else ""
+)
 def test_an_interrupted_run_ends_with_the_same_weights(
     base: Path, tmp_path: Path, kind: str, share: float, whole_runs: Any
 ) -> None:
