@@ -86,10 +86,7 @@ class Display(Protocol):
 def run_job(job: Job, display: Display, write_chats: ChatWriter | None = None) -> dict[str, Any]:
     """Do it all; returns what summary.json holds (empty in processes beside the first).
 
-    Args:
-        job: what to do.
-        display: where to show it.
-        write_chats: lets the base write text, where the job wants it to: ``dmtd_export.chats.write_chats``.
+    ``write_chats`` lets the base write text, where the job wants it to: ``dmtd_export.chats.write_chats``.
 
     Raises:
         ModelError: anything wrong with base, options, text, memory or the course of training, in one line.
