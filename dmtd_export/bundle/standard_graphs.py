@@ -19,7 +19,8 @@ import onnx
 
 from dmtd_export.bundle.split import spec_of
 from dmtd_export.errors import ExportError
-from dmtd_export.graphs.build import GraphSpec, build_graph
+from dmtd_export.graphs.build import build_graph
+from dmtd_export.graphs.rows import GraphSpec
 from dmtd_models.config.model import read_config
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import FileInfo, GraphInfo, Manifest, load_manifest

@@ -19,13 +19,12 @@ import onnx
 from onnx import helper
 
 from dmtd_export.errors import ExportError
-from dmtd_export.graphs.build import EMBED
+from dmtd_export.graphs.rows import TABLE
 from dmtd_export.graphs.writer import ONNX_DTYPES
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.contract import GraphName
 from dmtd_runtime.bundle.manifest import TensorInfo
 
-TABLE = f"{EMBED}.weight"
 _ZERO, _AXIS = "/visible_rows/zero", "/visible_rows/axis"
 _DTYPE_NAMES = {number: name for name, number in ONNX_DTYPES.items()}
 
