@@ -65,7 +65,7 @@ def check_structure(directory: Path, manifest: Manifest, on_done: OnDone = lambd
 
 def model_config(directory: Path) -> ModelConfig | None:
     """The architecture from the bundle's config.json; None where it has none that can be read."""
-    path = directory / "config.json"
+    path = directory / contract.CONFIG_FILE
     try:
         return read_config(json.loads(path.read_text(encoding="utf-8")))[0] if path.is_file() else None
     except (ModelError, ValueError):
