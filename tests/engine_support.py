@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 
 from dmtd_export.bundle.export import export_bundle
+from dmtd_export.bundle.spec import graph_spec
 from dmtd_export.graphs.engine import EngineGraph, engine_graph
 from dmtd_export.options import ExportOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.manifest import load_manifest
 from study import smollm2
 
 CAPACITY = 320
@@ -53,4 +54,4 @@ def make_bundle(
 
 
 def load_engine_graph(bundle: Path, name: contract.GraphName, capacity: int = CAPACITY) -> EngineGraph:
-    return engine_graph(name, onnx.load(bundle / f"{name}.onnx", load_external_data=False), capacity)
+    return engine_graph(graph_spec(bundle, load_manifest(bundle)), name, capacity)

@@ -19,7 +19,8 @@ from dmtd_export.bundle.split import cycle_of
 from dmtd_export.bundle.target import check_disk, check_target, one_line_os_errors
 from dmtd_export.bundle.weights import stored_bytes, write_weights
 from dmtd_export.errors import ExportError as ExportError
-from dmtd_export.graphs.build import GraphSpec, build_graph
+from dmtd_export.graphs.build import build_graph
+from dmtd_export.graphs.rows import GraphSpec
 from dmtd_export.options import MAX_NUM_SEQS_LIMIT, MAX_WINDOW, ExportOptions
 from dmtd_export.progress import Progress, counter, silent
 from dmtd_models.checkpoints.checkpoint import Checkpoint, open_checkpoint

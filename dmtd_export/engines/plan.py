@@ -26,7 +26,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 from dmtd_export.engines.options import BuildOptions
@@ -48,7 +48,7 @@ from dmtd_runtime.bundle.manifest import Manifest, TensorInfo
 SMALLEST_BUCKET = 256
 CAPACITY_MULTIPLE = 64
 COPY_FACTOR = 3  # rows moved for a row that is cut out of a cache
-REVISION = 1  # of how engines are made from a bundle; a change makes old engines stale
+REVISION = 1  # of how engines are made from graphs; a change makes old engines stale
 
 KINDS: dict[GraphName, tuple[PassKind, ...]] = {
     contract.THINKING: ("prefill", "refill"),
@@ -196,13 +196,12 @@ def ranges(inputs: tuple[TensorInfo, ...], sizes: Mapping[str, tuple[int, int, i
     return found
 
 
-def engine_key(plan: BuildPlan, target: Target, manifest: Manifest) -> str:
+def engine_key(plan: BuildPlan, target: Target, manifest: Manifest, graphs: Iterable[bytes]) -> str:
     """Name of the directory: GPU, backend, version, and a digest of everything else that makes an engine what it is."""
     facts = {
         "revision": REVISION,
-        "content": content_hash(
-            manifest, [graph.name for graph in manifest.graphs if graph.dialect == contract.STANDARD]
-        ),
+        "content": content_hash(manifest),
+        "graphs": [hashlib.sha256(graph).hexdigest() for graph in graphs],
         "plan": asdict(plan),
         "gpu": target.gpu_name,
     }

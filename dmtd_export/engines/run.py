@@ -1,6 +1,6 @@
 """`dmtd build`: bundle -> ``bundle/engines/<key>/``. Says what it will take, builds beside the place, exchanges at the end.
 
-    manifest, options -> plan (sizes, profiles) -> key -> already there? -> engine graphs -> builder -> engines, record
+    manifest, options -> plan (sizes, profiles) -> engine graphs -> key -> already there? -> builder -> engines, record
 
 Running engines is the runtime's; it reads ``engine.json`` (``dmtd_runtime.bundle.engine_record``) and nothing of this package.
 """
@@ -8,7 +8,6 @@ Running engines is the runtime's; it reads ``engine.json`` (``dmtd_runtime.bundl
 from __future__ import annotations
 
 import functools
-import logging
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from typing import Any
 import onnx
 
 from dmtd_export.bundle.atomic import atomic_directory, remove_all_leftovers
-from dmtd_export.bundle.standard_graphs import with_standard_graphs, write_standard_graphs
+from dmtd_export.bundle.spec import graph_spec
 from dmtd_export.engines.builder import BuiltEngine, build_engine
 from dmtd_export.engines.disk import check_disk, copy_companions, one_line_disk_errors
 from dmtd_export.engines.library import Library, load_library, target_of
@@ -45,8 +44,6 @@ from dmtd_runtime.bundle.manifest import FileInfo, GraphInfo, Manifest
 from dmtd_runtime.bundle.opening import cache_directory, open_bundle
 from dmtd_runtime.errors import BundleError
 from dmtd_runtime.version import __version__
-
-logger = logging.getLogger("dmtd.build")
 
 ENGINE_CODE_BYTES = 1 << 20  # of one layer in one profile, at most
 
@@ -113,8 +110,7 @@ def preview(bundle: Path, options: BuildOptions) -> Preview:
     Raises:
         BundleError, BackendError, ExportError: the bundle, library, GPU or sizes do not allow it.
     """
-    manifest, contents = with_standard_graphs(bundle, open_bundle(bundle))
-    return _preview(bundle, manifest, contents, options, load_library(options.backend))
+    return _preview(bundle, open_bundle(bundle), options, load_library(options.backend))
 
 
 def build_engines(
@@ -131,16 +127,18 @@ def build_engines(
 
     ``verify`` is called with the bundle, the directory of the new engines and
     their record, before they take their place; what it returns stands in the record, and what it raises keeps them out.
+    ``verify`` is called with the bundle, the directory of the new engines and their record, before they take their place; what it
+    returns stands in the record, and what it raises keeps them out.
 
     Raises:
         BundleError, BackendError, ExportError: in one line what is wrong.
         VerificationError: from ``verify``.
         KeyboardInterrupt: Ctrl-C.
-        Whatever is raised, engines that stood there stand, and nothing of the new ones; standard graphs that were added stay.
+        Whatever is raised, engines that stood there stand, and nothing of the new ones.
     """
     library = load_library(options.backend)
-    manifest, contents = with_standard_graphs(bundle, open_bundle(bundle))
-    seen = _preview(bundle, manifest, contents, options, library)
+    manifest = open_bundle(bundle)
+    seen = _preview(bundle, manifest, options, library)
     if seen.exists and not options.force:
         return BuildResult(bundle=bundle, directory=seen.directory, record=read_record(seen.directory), built=False)
     if library.module is not None:
@@ -149,9 +147,6 @@ def build_engines(
     with one_line_disk_errors(seen.directory):
         remove_all_leftovers(seen.directory.parent)  # gigabytes, of builds with other sizes too
         check_disk(seen.directory, seen.disk_bytes)
-        if contents:
-            logger.warning("the bundle has no standard graphs; making %s from its weights", ", ".join(contents))
-            write_standard_graphs(bundle, manifest, contents)
         with atomic_directory(seen.directory) as work:
             record = _build_all(work, manifest, seen, library, options, progress)
             _write(work, record)
@@ -161,16 +156,14 @@ def build_engines(
     return BuildResult(bundle=bundle, directory=seen.directory, record=record, built=True)
 
 
-def _preview(
-    bundle: Path, manifest: Manifest, contents: Mapping[str, bytes], options: BuildOptions, library: Library
-) -> Preview:
+def _preview(bundle: Path, manifest: Manifest, options: BuildOptions, library: Library) -> Preview:
     plan = plan_build(manifest, options)
     target = target_of(library, options.compute_capability)
-    models = {info: _load(bundle, info, contents) for info in _wanted(manifest, plan)}
     compiled = library.module is not None
-    parts = tuple(_part(info, model, plan, compiled=compiled) for info, model in models.items())
+    parts = _parts(bundle, manifest, plan, compiled=compiled)
     stored = [weights for part in parts for weights in stored_weights(part.graph.model).items()]
-    directory = engine_directory(bundle, engine_key(plan, target, manifest))
+    graphs = [part.graph.model.graph.SerializeToString(deterministic=True) for part in parts]
+    directory = engine_directory(bundle, engine_key(plan, target, manifest, graphs))
     return Preview(
         bundle=bundle,
         directory=directory,
@@ -185,36 +178,28 @@ def _preview(
     )
 
 
-def _wanted(manifest: Manifest, plan: BuildPlan) -> list[GraphInfo]:
-    """The decoder graphs of the plan, and every standard graph that holds no layers."""
-    decoder = [manifest.graph(name, contract.STANDARD) for name in plan.graphs]
-    others = [
-        info
-        for info in manifest.graphs
-        if info.dialect == contract.STANDARD and info.name not in contract.DECODER_GRAPHS
-    ]
-    return [*decoder, *others]
+def _parts(bundle: Path, manifest: Manifest, plan: BuildPlan, *, compiled: bool) -> tuple[Part, ...]:
+    """The decoder graphs of the plan, and every graph of the bundle that holds no layers."""
+    spec = graph_spec(bundle, manifest)
+    decoders = [_decoder(engine_graph(spec, name, plan.capacity), plan, compiled=compiled) for name in plan.graphs]
+    choices = [_choice(bundle, info, plan, compiled=compiled) for info in manifest.choice_graphs]
+    return (*decoders, *choices)
 
 
-def _load(bundle: Path, info: GraphInfo, contents: Mapping[str, bytes]) -> onnx.ModelProto:
-    if info.file in contents:
-        return onnx.load_model_from_string(contents[info.file])
-    return onnx.load(bundle / info.file, load_external_data=False)
-
-
-def _part(info: GraphInfo, model: onnx.ModelProto, plan: BuildPlan, *, compiled: bool) -> Part:
-    if info.name not in contract.DECODER_GRAPHS:
-        chosen = choice_graph(info.name, model)
-        profile = choice_profile(plan, chosen.inputs)
-        return Part(graph=chosen, profiles=(profile,), weight_bytes=0, layers=1, compiled=compiled)
-    graph = engine_graph(info.name, model, plan.capacity)
+def _decoder(graph: EngineGraph, plan: BuildPlan, *, compiled: bool) -> Part:
     return Part(
         graph=graph,
-        profiles=profiles(plan, info.name, graph.inputs),
+        profiles=profiles(plan, graph.name, graph.inputs),
         weight_bytes=sum(stored_weights(graph.model).values()),
         layers=len(graph.aliases) // 2,
         compiled=compiled,
     )
+
+
+def _choice(bundle: Path, info: GraphInfo, plan: BuildPlan, *, compiled: bool) -> Part:
+    graph = choice_graph(info, onnx.load(bundle / info.file, load_external_data=False))
+    profile = choice_profile(plan, graph.inputs)
+    return Part(graph=graph, profiles=(profile,), weight_bytes=0, layers=1, compiled=compiled)
 
 
 def _stands(directory: Path) -> bool:
@@ -300,7 +285,7 @@ def _record(
         version=target.version,
         compute_capability=target.compute_capability,
         gpu_name=target.gpu_name,
-        content_sha256=content_hash(manifest, [engine.graph for engine in engines]),
+        content_sha256=content_hash(manifest),
         dtype=manifest.model.dtype,
         max_num_seqs=plan.max_num_seqs,
         max_model_len=plan.max_model_len,

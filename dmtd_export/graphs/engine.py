@@ -1,14 +1,14 @@
-"""Standard graph of a bundle -> engine graph: what a builder is given, and what the simulator executes.
+"""The engine dialect: what a builder is given, and what the simulator executes.
 
-Three changes, and nothing else (see ``dmtd_runtime.bundle.engine_record`` for what a runtime makes of them):
+It is the standard dialect but for three things (see ``dmtd_runtime.bundle.engine_record`` for what a runtime makes of them):
 
-1. The embedding table becomes the input ``embedding_table``, and where lm_head is tied to it also ``lm_head_table``. Two
-   inputs for one buffer, because one input that is both gathered from and multiplied by is copied in every run.
-2. The caches get a fixed capacity: TensorRT updates a cache in place only where that length is static.
-3. Attention sees the first ``visible_len`` rows of the caches, the length of the new input ``visible_rows`` (0, 1, 2, ...), which
-   also takes the place of the mask's own count over the capacity.
+1. The embedding table is the input ``embedding_table``, and where lm_head is tied to it also ``lm_head_table``. Two inputs for
+   one buffer, because one input that is both gathered from and multiplied by is copied in every run.
+2. The caches have a fixed capacity: TensorRT updates a cache in place only where that length is static.
+3. Attention sees the first ``visible_len`` rows of the caches, the length of the input ``visible_rows`` (0, 1, 2, ...), which
+   is also what the mask compares with.
 
-The file keeps its references into the weights file. It does not look at what a parser makes of it: ``network_check`` does.
+Weights are references into the bundle's weights file. What a parser makes of a graph is looked at by ``network_check``.
 """
 
 from __future__ import annotations
@@ -16,18 +16,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx
-from onnx import helper
 
-from dmtd_export.errors import ExportError
-from dmtd_export.graphs.build import EMBED
-from dmtd_export.graphs.writer import ONNX_DTYPES
+from dmtd_export.graphs.build import write_decoder
+from dmtd_export.graphs.rows import TABLE, GraphSpec
+from dmtd_export.graphs.standard import RowGroup, StandardDialect, StandardRows
+from dmtd_export.graphs.writer import GraphWriter
 from dmtd_runtime.bundle import contract
-from dmtd_runtime.bundle.contract import GraphName
-from dmtd_runtime.bundle.manifest import TensorInfo
-
-TABLE = f"{EMBED}.weight"
-_ZERO, _AXIS = "/visible_rows/zero", "/visible_rows/axis"
-_DTYPE_NAMES = {number: name for name, number in ONNX_DTYPES.items()}
+from dmtd_runtime.bundle.contract import GraphName, Group, Kind
+from dmtd_runtime.bundle.manifest import GraphInfo, TensorInfo
+from dmtd_runtime.version import __version__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,38 +39,25 @@ class EngineGraph:
     aliases: dict[str, str]  # present.* -> past_key_values.*
 
 
-def engine_graph(name: GraphName, model: onnx.ModelProto, capacity: int) -> EngineGraph:
-    """The engine graph of the standard graph ``model``, which is changed, for caches of ``capacity`` rows.
-
-    Raises:
-        ExportError: the graph is not what this version exports.
-    """
-    graph, file = model.graph, contract.graph_file(name, contract.STANDARD)
-    tables = _tables_to_inputs(graph, file)
-    _fix_capacity(graph, capacity)
-    _limit_attention(graph, file)
-    outputs = tuple(_tensor_info(value) for value in graph.output)
-    caches = [cache for value in outputs if (cache := contract.cache_name(value.name))]
+def engine_graph(spec: GraphSpec, name: GraphName, capacity: int) -> EngineGraph:
+    """Write a decoder graph for an engine, with caches of ``capacity`` rows."""
+    writer = GraphWriter(name, spec.weights)
+    rows = EngineRows(writer, spec, capacity)
+    write_decoder(name, rows)
+    caches = [cache for info in writer.outputs if (cache := contract.cache_name(info.name))]
     return EngineGraph(
         name=name,
-        model=model,
-        inputs=tuple(_tensor_info(value) for value in graph.input),
-        outputs=outputs,
-        tables=tables,
+        model=writer.finish(__version__, f"{name}, for an engine"),
+        inputs=tuple(writer.inputs),
+        outputs=tuple(writer.outputs),
+        tables=rows.tables,
         aliases={contract.present(c.layer, c.kind): contract.past(c.layer, c.kind) for c in caches},
     )
 
 
-def choice_graph(name: GraphName, model: onnx.ModelProto) -> EngineGraph:
+def choice_graph(info: GraphInfo, model: onnx.ModelProto) -> EngineGraph:
     """A graph that chooses tokens from logits, as it is: it has neither tables nor caches."""
-    return EngineGraph(
-        name=name,
-        model=model,
-        inputs=tuple(_tensor_info(value) for value in model.graph.input),
-        outputs=tuple(_tensor_info(value) for value in model.graph.output),
-        tables={},
-        aliases={},
-    )
+    return EngineGraph(name=info.name, model=model, inputs=info.inputs, outputs=info.outputs, tables={}, aliases={})
 
 
 def stored_weights(model: onnx.ModelProto) -> dict[str, int]:
@@ -85,78 +69,46 @@ def stored_weights(model: onnx.ModelProto) -> dict[str, int]:
     return sizes
 
 
-def _tables_to_inputs(graph: onnx.GraphProto, file: str) -> dict[str, str]:
-    table = next((item for item in graph.initializer if item.name == TABLE), None)
-    if table is None:
-        raise ExportError(f"{file} has no initializer {TABLE}; export the bundle again")
-    names = {"Gather": contract.EMBEDDING_INPUT, "Gemm": contract.LM_HEAD_INPUT}
-    tables: dict[str, str] = {}
-    for node in graph.node:
-        if TABLE not in node.input:
-            continue
-        if node.op_type not in names:
-            raise ExportError(
-                f"{file}: {node.name} reads {TABLE}, expected a Gather or a Gemm; export the bundle again"
-            )
-        name = names[node.op_type]
-        _rename_inputs(node, {TABLE: name})
-        tables[name] = TABLE
-    graph.initializer.remove(table)
-    graph.input.extend(
-        helper.make_tensor_value_info(name, table.data_type, list(table.dims)) for name in sorted(tables)
-    )
-    return tables
+class EngineDialect(StandardDialect):
+    """The standard dialect over caches of a fixed length, of which attention reads the visible rows."""
+
+    def __init__(self, writer: GraphWriter, spec: GraphSpec, capacity: int) -> None:
+        super().__init__(writer, spec.config, spec.dtype)
+        self.capacity = capacity
+        self._visible_len = ""
+
+    def add_group(self, group: Group, positions: str, any_layer: int) -> None:
+        if not self._groups:  # not earlier: an engine's first input is input_ids, which tells its largest batch
+            visible_rows = self.writer.input(contract.VISIBLE_ROWS, ["visible_len"], "int64")
+            self._visible_len = self.writer.op("Shape", [visible_rows], "/visible_rows")
+        super().add_group(group, positions, any_layer)
+
+    def _cache_index(self, any_layer: int, path: str) -> str:
+        return contract.VISIBLE_ROWS
+
+    def _updated_cache(self, layer: int, kind: Kind, update: str, rows: RowGroup, path: str) -> str:
+        """What attention reads of the cache: its visible rows."""
+        w, whole = self.writer, super()._updated_cache(layer, kind, update, rows, path)
+        start, axis = w.constant([0], "int64"), w.constant([2], "int64")
+        cut = f"{whole}/visible"
+        return w.op("Slice", [whole, start, self._visible_len, axis], cut, output=cut)
 
 
-def _fix_capacity(graph: onnx.GraphProto, capacity: int) -> None:
-    for value in (*graph.input, *graph.output):
-        if contract.cache_name(value.name):
-            value.type.tensor_type.shape.dim[2].dim_value = capacity
+class EngineRows(StandardRows):
+    """Rows of the standard dialect, with the embedding table as an input or two."""
 
+    def __init__(self, writer: GraphWriter, spec: GraphSpec, capacity: int) -> None:
+        super().__init__(writer, spec, EngineDialect(writer, spec, capacity))
+        self.tables: dict[str, str] = {}
 
-def _limit_attention(graph: onnx.GraphProto, file: str) -> None:
-    counts = [node for node in graph.node if node.name.endswith("/cache_index/Range")]
-    if not counts:
-        raise ExportError(f"{file} has no mask over its caches; export the bundle again")
-    renamed = {node.output[0]: contract.VISIBLE_ROWS for node in counts}
-    shape, nodes = "/visible_rows/Shape_output_0", []
-    for node in graph.node:
-        if node in counts:
-            continue
-        _rename_inputs(node, renamed)
-        if node.op_type == "Attention":
-            for i in (1, 2):
-                cut = f"{node.input[i]}/visible"
-                nodes.append(
-                    helper.make_node("Slice", [node.input[i], _ZERO, shape, _AXIS], [cut], name=f"{cut}/Slice")
-                )
-                node.input[i] = cut
-        nodes.append(node)
-    length = helper.make_node("Shape", [contract.VISIBLE_ROWS], [shape], name="/visible_rows/Shape")
-    kept = _needed([length, *nodes], {value.name for value in graph.output})
-    del graph.node[:]
-    graph.node.extend(kept)
-    for name, number in ((_ZERO, 0), (_AXIS, 2)):
-        graph.initializer.append(helper.make_tensor(name, onnx.TensorProto.INT64, [1], [number]))
-    graph.input.append(helper.make_tensor_value_info(contract.VISIBLE_ROWS, onnx.TensorProto.INT64, ["visible_len"]))
+    def embedding_table(self) -> str:
+        return self._table(contract.EMBEDDING_INPUT)
 
+    def lm_head(self, x: str) -> str:
+        if not self.spec.config.tie_word_embeddings:
+            return super().lm_head(x)
+        return self.writer.op("Gemm", [x, self._table(contract.LM_HEAD_INPUT)], "/lm_head", attrs={"transB": 1})
 
-def _rename_inputs(node: onnx.NodeProto, names: dict[str, str]) -> None:
-    for i, name in enumerate(node.input):
-        node.input[i] = names.get(name, name)
-
-
-def _needed(nodes: list[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto]:
-    """The nodes that outputs depend on, in order: what only counted the capacity is gone."""
-    wanted, kept = set(outputs), []
-    for node in reversed(nodes):
-        if wanted.intersection(node.output):
-            wanted.update(node.input)
-            kept.append(node)
-    return kept[::-1]
-
-
-def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
-    kind = value.type.tensor_type
-    dims = tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim)
-    return TensorInfo(name=value.name, dims=dims, dtype=_DTYPE_NAMES[kind.elem_type])
+    def _table(self, name: str) -> str:
+        self.tables[name] = TABLE
+        return self.writer.input(name, self.spec.weights[TABLE].shape, self.spec.dtype)

@@ -92,9 +92,9 @@ def mlp(writer: GraphWriter, x: str, module: str, path: str) -> str:
     return linear(writer, product, (f"{module}.mlp.down_proj",), f"{path}/mlp/down_proj")
 
 
-def kv_dims(config: ModelConfig, batch: int | str) -> tuple[int | str, ...]:
-    """[batch, kv_heads, capacity, head_dim] with a symbolic capacity."""
-    return (batch, config.num_kv_heads, "capacity", config.head_dim)
+def kv_dims(config: ModelConfig, batch: int | str, capacity: int | str = "capacity") -> tuple[int | str, ...]:
+    """[batch, kv_heads, capacity, head_dim]."""
+    return (batch, config.num_kv_heads, capacity, config.head_dim)
 
 
 def qk_norm_weights(writer: GraphWriter, layer: int) -> Mapping[str, str]:

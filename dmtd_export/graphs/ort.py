@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dmtd_export.graphs.layers import COS, KINDS, SIN, State, kv_dims, linear, qk_norm_weights
+from dmtd_export.graphs.rows import GraphSpec, Rows
 from dmtd_export.graphs.writer import GraphWriter
 from dmtd_models.config.model import ModelConfig
 from dmtd_runtime.bundle import contract
@@ -168,3 +169,59 @@ class OrtDialect:
 
     def _slot_names(self) -> list[int | None]:
         return [None] if self._slots == 1 else list(range(self._slots))
+
+
+class OrtRows(Rows):
+    """The onnxruntime dialect: packed window rows [1, window_len], late rows [batch, late_len]; row indices are flat."""
+
+    def __init__(self, writer: GraphWriter, spec: GraphSpec, slots: int) -> None:
+        super().__init__(writer, spec)
+        self.dialect = OrtDialect(writer, spec.config, spec.dtype, slots)
+
+    def declare_tokens(self, rows: str) -> None:
+        self.writer.input(contract.INPUT_IDS, ["batch" if rows == "late_len" else 1, rows], "int64")
+
+    def declare_late_rows(self) -> None:
+        self.writer.input(contract.LATE_ROWS, ["batch", "late_len"], "int64")
+
+    def declare_thought(self) -> str:
+        dims: list[int | str] = ["batch", "late_len", self.spec.config.hidden_size]
+        return self.flat(self.writer.input(contract.THOUGHT, dims, self.spec.dtype), "/model/thought")
+
+    def add_window_group(self, group: Group, layer: int) -> None:
+        if group == "late":
+            self.dialect.add_batch_group(contract.INPUT_IDS)
+        else:
+            self.dialect.add_packed_group()
+
+    def add_late_group(self, layer: int) -> None:
+        self.dialect.add_batch_group(contract.LATE_ROWS)
+
+    def select_late(self, x: str, path: str) -> str:
+        flat = self.writer.op("Reshape", [contract.LATE_ROWS, self.writer.constant([-1], "int64")], f"{path}/index")
+        return self.writer.op("Gather", [x, flat], path)
+
+    def declare_logit_rows(self) -> None:
+        self.writer.input(contract.LOGIT_ROWS, ["num_logits"], "int64")
+
+    def select_logits(self, x: str, path: str) -> str:
+        return self.writer.op("Gather", [x, contract.LOGIT_ROWS], path)
+
+    def gate(self, hidden: str, thought: str) -> str:
+        return self.gated(hidden, thought, ["batch", "late_len"])
+
+    def write_thought(self, x: str) -> None:
+        w, width = self.writer, self.spec.config.hidden_size
+        outer = w.op("Shape", [contract.LATE_ROWS], "/thought/outer")
+        shape = w.op("Concat", [outer, w.constant([width], "int64")], "/thought/shape", attrs={"axis": 0})
+        w.op(
+            "Reshape",
+            [x, shape],
+            "/thought",
+            output=w.output(contract.THOUGHT, ["batch", "late_len", width], self.spec.dtype),
+        )
+
+    def write_logits(self, x: str) -> None:
+        w = self.writer
+        dims: list[int | str] = [1, "num_logits", self.spec.config.vocab_size]
+        w.op("Unsqueeze", [x, w.constant([0], "int64")], "/logits", output=w.output(contract.LOGITS, dims, "float32"))

@@ -13,9 +13,11 @@ In half precision norms are computed in float32 through casts. The softmax's typ
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dmtd_export.graphs.layers import COS, KINDS, SIN, State, kv_dims, linear, qk_norm_weights, sum_state
+from dmtd_export.graphs.rows import GraphSpec, Rows
 from dmtd_export.graphs.writer import ONNX_DTYPES, GraphWriter
 from dmtd_models.config.model import ModelConfig
 from dmtd_runtime.bundle import contract
@@ -35,6 +37,8 @@ class RowGroup:
 class StandardDialect:
     """Writes norms and attention of the standard dialect into ``writer``."""
 
+    capacity: int | str = "capacity"  # rows of the caches
+
     def __init__(self, writer: GraphWriter, config: ModelConfig, dtype: str) -> None:
         self.writer = writer
         self._config = config
@@ -48,15 +52,19 @@ class StandardDialect:
         shape = w.op("Shape", [positions], path)
         zero, one = w.constant(0, "int64"), w.constant(1, "int64")
         rows = w.op("Gather", [shape, one], f"{path}/count")
-        capacity = w.op("Shape", [contract.past(any_layer, "key")], f"{path}/capacity", attrs={"start": 2, "end": 3})
-        capacity = w.op("Squeeze", [capacity, w.constant([0], "int64")], f"{path}/capacity")
         row_index = w.op("Range", [zero, rows, one], f"{path}/row_index")
         start = w.op("Unsqueeze", [write_indices, w.constant([1], "int64")], f"{path}/start")
         last_seen = w.op("Add", [start, row_index], f"{path}/last_seen")  # [batch, rows]
         last_seen = w.op("Unsqueeze", [last_seen, w.constant([1, 3], "int64")], f"{path}/last_seen")
-        cache_index = w.op("Range", [zero, capacity, one], f"{path}/cache_index")
-        mask = w.op("LessOrEqual", [cache_index, last_seen], f"{path}/mask")  # [batch, 1, rows, capacity]
+        mask = w.op("LessOrEqual", [self._cache_index(any_layer, path), last_seen], f"{path}/mask")
         self._groups[group] = RowGroup(positions=positions, write_indices=write_indices, shape=shape, mask=mask)
+
+    def _cache_index(self, any_layer: int, path: str) -> str:
+        """0, 1, 2, ... for every cache row that attention reads."""
+        w = self.writer
+        capacity = w.op("Shape", [contract.past(any_layer, "key")], f"{path}/capacity", attrs={"start": 2, "end": 3})
+        capacity = w.op("Squeeze", [capacity, w.constant([0], "int64")], f"{path}/capacity")
+        return w.op("Range", [w.constant(0, "int64"), capacity, w.constant(1, "int64")], f"{path}/cache_index")
 
     def norm(self, x: str, weight: str, path: str, scale: float = 1.0) -> str:
         """RMSNorm times ``scale``, which is taken in float32."""
@@ -100,7 +108,7 @@ class StandardDialect:
             if kind == "q" and kind not in norms:
                 y = self._scale(y, scale, f"{path}/q_scale")
             heads[kind] = y
-        caches = [self._update_cache(layer, kind, heads[kind[0]], rows, path) for kind in KINDS]
+        caches = [self._updated_cache(layer, kind, heads[kind[0]], rows, path) for kind in KINDS]
         y = w.op("Attention", [heads["q"], *caches, rows.mask], path, attrs={"scale": 1.0})
         y = w.op("Transpose", [y], f"{path}/merge_heads", attrs={"perm": [0, 2, 1, 3]})
         return w.op(
@@ -119,10 +127,88 @@ class StandardDialect:
     def declare_cache(self, layer: int, group: Group) -> None:
         """Declare the layer's KV inputs (before any node reads their shape)."""
         for kind in KINDS:
-            self.writer.input(contract.past(layer, kind), kv_dims(self._config, "batch"), self._dtype)
+            self.writer.input(contract.past(layer, kind), kv_dims(self._config, "batch", self.capacity), self._dtype)
 
-    def _update_cache(self, layer: int, kind: Kind, update: str, rows: RowGroup, path: str) -> str:
+    def _updated_cache(self, layer: int, kind: Kind, update: str, rows: RowGroup, path: str) -> str:
+        """What attention reads of the cache: all of it."""
         w = self.writer
-        name = w.output(contract.present(layer, kind), kv_dims(self._config, "batch"), self._dtype)
+        name = w.output(contract.present(layer, kind), kv_dims(self._config, "batch", self.capacity), self._dtype)
         inputs = [contract.past(layer, kind), update, rows.write_indices]
         return w.op("TensorScatter", inputs, f"{path}/{kind}_cache", output=name, attrs={"axis": -2, "mode": "linear"})
+
+
+class StandardRows(Rows):
+    """Rectangular rows: [batch, rows] outside, [batch * rows, hidden] inside."""
+
+    def __init__(self, writer: GraphWriter, spec: GraphSpec, dialect: StandardDialect | None = None) -> None:
+        super().__init__(writer, spec)
+        self.dialect = dialect or StandardDialect(writer, spec.config, spec.dtype)
+
+    def declare_tokens(self, rows: str) -> None:
+        for name in (contract.INPUT_IDS, contract.POSITION_IDS):
+            self.writer.input(name, ["batch", rows], "int64")
+
+    def declare_late_rows(self) -> None:
+        self.writer.input(contract.LATE_ROWS, ["batch", "late_len"], "int64")
+
+    def declare_thought(self) -> str:
+        thought = self.writer.input(
+            contract.THOUGHT, ["batch", "late_len", self.spec.config.hidden_size], self.spec.dtype
+        )
+        return self.flat(thought, "/model/thought")
+
+    def add_window_group(self, group: Group, layer: int) -> None:
+        self.dialect.add_group(group, contract.POSITION_IDS, layer)
+
+    def add_late_group(self, layer: int) -> None:
+        positions = self.writer.op(
+            "GatherElements", [contract.POSITION_IDS, contract.LATE_ROWS], "/late_rows/positions", attrs={"axis": 1}
+        )
+        self.dialect.add_group("late", positions, layer)
+
+    def select_late(self, x: str, path: str) -> str:
+        return self._select(x, contract.INPUT_IDS, contract.LATE_ROWS, path)
+
+    def declare_logit_rows(self) -> None:
+        self.writer.input(contract.LOGIT_ROWS, ["batch", "num_logits"], "int64")
+
+    def select_logits(self, x: str, path: str) -> str:
+        return self._select(x, contract.GATE_HIDDEN, contract.LOGIT_ROWS, path)
+
+    def _select(self, x: str, like: str, rows: str, path: str) -> str:
+        """Rows of x, which is [batch * n, width] for ``like`` [batch, n], by indices [batch, m] -> [batch * m, width]."""
+        w = self.writer
+        outer = w.op("Shape", [like], f"{path}/outer")
+        width = w.op("Shape", [x], f"{path}/width", attrs={"start": 1})
+        batch = w.op("Concat", [outer, width], f"{path}/batch_shape", attrs={"axis": 0})
+        flat = w.op("Concat", [w.constant([-1], "int64"), width], f"{path}/flat_shape", attrs={"axis": 0})
+        index = w.op("Unsqueeze", [rows, w.constant([-1], "int64")], f"{path}/index")
+        taken = w.op("GatherND", [w.op("Reshape", [x, batch], f"{path}/batch"), index], path, attrs={"batch_dims": 1})
+        return w.op("Reshape", [taken, flat], f"{path}/flat")
+
+    def gate(self, hidden: str, thought: str) -> str:
+        return self.gated(hidden, thought, ["batch", "late_len"])
+
+    def write_thought(self, x: str) -> None:
+        self._write_rows(
+            x,
+            contract.LATE_ROWS,
+            contract.THOUGHT,
+            ["batch", "late_len", self.spec.config.hidden_size],
+            self.spec.dtype,
+        )
+
+    def write_logits(self, x: str) -> None:
+        self._write_rows(
+            x, contract.LOGIT_ROWS, contract.LOGITS, ["batch", "num_logits", self.spec.config.vocab_size], "float32"
+        )
+
+    def _write_rows(self, x: str, like: str, name: str, dims: Sequence[int | str], dtype: str) -> None:
+        w, path = self.writer, f"/{name}"
+        shape = w.op(
+            "Concat",
+            [w.op("Shape", [like], f"{path}/shape"), w.constant([int(dims[-1])], "int64")],
+            f"{path}/shape",
+            attrs={"axis": 0},
+        )
+        w.op("Reshape", [x, shape], path, output=w.output(name, dims, dtype))

@@ -19,8 +19,9 @@ import onnx
 
 from dmtd_export.bundle.split import spec_of
 from dmtd_export.bundle.weights import PROBE_RTOL, Fingerprint, fingerprint_of, map_tensor
-from dmtd_export.graphs.build import GraphSpec, build_graph
+from dmtd_export.graphs.build import build_graph
 from dmtd_export.graphs.layers import COS, SIN
+from dmtd_export.graphs.rows import GraphSpec
 from dmtd_export.graphs.writer import CONTRIB_DOMAIN, IR_VERSION, ONNX_DTYPES, OPSET
 from dmtd_export.verify.report import Check, Divergence
 from dmtd_models.checkpoints.tensors import tensor_shapes
@@ -64,7 +65,7 @@ def check_structure(directory: Path, manifest: Manifest, on_done: OnDone = lambd
 
 def model_config(directory: Path) -> ModelConfig | None:
     """The architecture from the bundle's config.json; None where it has none that can be read."""
-    path = directory / "config.json"
+    path = directory / contract.CONFIG_FILE
     try:
         return read_config(json.loads(path.read_text(encoding="utf-8")))[0] if path.is_file() else None
     except (ModelError, ValueError):

@@ -41,7 +41,7 @@ GATE_THOUGHT = "gate_thought"
 LOGIT_ROWS = "logit_rows"
 # Standard dialect.
 POSITION_IDS = "position_ids"
-# Engine graphs: the standard graphs as TensorRT builds them (dmtd_export.graphs.engine). The embedding table, and the
+# Engine graphs: the standard dialect as TensorRT builds it (dmtd_export.graphs.engine). The embedding table, and the
 # head's where it is tied, are inputs bound to one device buffer. They are two inputs because a table that is both gathered
 # from and multiplied by is copied in every run (measured: TensorRT-RTX 1.7 then plans its bytes as scratch memory; for two
 # inputs it does not). ``visible_rows`` is int64 [visible_len] = 0, 1, 2, ...: attention sees so many cache rows and no more.
@@ -74,6 +74,7 @@ NEXT_OUTPUT_COUNTS = "next_output_counts"
 HAS_CHOICE = "has_choice"
 
 MANIFEST_FILE = "manifest.json"
+CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.onnx.data"
 DATA_LOADER_FILE = "polygraphy_data.py"
 ENGINES_DIRECTORY = "engines"
@@ -85,7 +86,7 @@ ASSET_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "generation_config.json",
-    "config.json",
+    CONFIG_FILE,
 )
 DEVICE_MODEL_LEN = (
     4096  # tokens of a sequence on a device, whose caches are allocated at once, unless more are asked for

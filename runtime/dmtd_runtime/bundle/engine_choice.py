@@ -63,7 +63,7 @@ def mismatches(record: EngineRecord, manifest: Manifest, wish: EngineWish) -> li
     graphs = [engine.graph for engine in record.engines]
     if wish.full_pass == "fused" and contract.FULL_PASS not in graphs:
         found.append("full pass: built for staged only, asked for fused")
-    if record.content_sha256 != content_hash(manifest, graphs):
+    if record.content_sha256 != content_hash(manifest):
         found.append("the bundle's graphs or weights have changed since")
     for what, limit, wanted in (
         ("max_num_seqs", record.max_num_seqs, wish.max_num_seqs),

@@ -56,7 +56,7 @@ import dataclasses
 import hashlib
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -72,7 +72,7 @@ PassKind = Literal["prefill", "refill", "step", "choose"]
 ENGINE_BACKENDS: tuple[EngineBackend, ...] = ("tensorrt", "tensorrt-rtx", "simulator")
 ANY_GPU = "any"
 OLDEST_CAPABILITY = "8.0"  # that has bfloat16 and TensorRT's fused attention
-RECORD_SCHEMA = 1
+RECORD_SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +176,7 @@ class EngineRecord:
     version: str  # of the library; an engine runs on no other
     compute_capability: str  # "8.9", or "any" (tensorrt-rtx)
     gpu_name: str | None  # tensorrt: the GPU that tactics were timed on
-    content_sha256: str  # of the bundle's graphs and weights, see content_hash
+    content_sha256: str  # of what engines are made from, see content_hash
     dtype: Literal["float32", "float16", "bfloat16"]
     max_num_seqs: int
     max_model_len: int
@@ -287,10 +287,14 @@ def _row_bytes(info: TensorInfo) -> int:
     return count
 
 
-def content_hash(manifest: Manifest, graphs: Iterable[GraphName]) -> str:
-    """SHA-256 over what engines are made from: the standard graphs and the weights file, by their hashes in the manifest."""
-    files = sorted({contract.WEIGHTS_FILE, *(contract.graph_file(name, contract.STANDARD) for name in graphs)})
-    lines = [f"{name} {manifest.files[name].sha256 if name in manifest.files else 'missing'}\n" for name in files]
+def content_hash(manifest: Manifest) -> str:
+    """SHA-256 over what engines are made from: the split, and by their hashes in the manifest the weights, config.json and the
+    graphs that choose tokens.
+    """
+    cycle, choices = manifest.cycle, [graph.file for graph in manifest.choice_graphs]
+    lines = [f"E{cycle.encoding_layers} T{cycle.thinking_layers} D{cycle.decoding_layers}\n"]
+    for name in sorted({contract.WEIGHTS_FILE, contract.CONFIG_FILE, *choices}):
+        lines.append(f"{name} {manifest.files[name].sha256 if name in manifest.files else 'missing'}\n")
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

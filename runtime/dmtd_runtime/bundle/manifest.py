@@ -146,6 +146,11 @@ class Manifest:
         """The graphs that hold layers: all but those that choose tokens."""
         return tuple(graph for graph in self.graphs if graph.name not in contract.CHOICE_GRAPHS)
 
+    @property
+    def choice_graphs(self) -> tuple[GraphInfo, ...]:
+        """The graphs that choose tokens from logits, in whatever bundle."""
+        return tuple(graph for graph in self.graphs if graph.name in contract.CHOICE_GRAPHS)
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 

@@ -10,20 +10,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 from engine_support import make_bundle, rtx
 from export_support import snapshot
 
-from dmtd_export.bundle.standard_graphs import with_standard_graphs, write_standard_graphs
 from dmtd_export.engines import builder as engine_builder
 from dmtd_export.engines import memory, run
 from dmtd_export.engines.options import BuildOptions
 from dmtd_export.engines.run import build_engines, preview
 from dmtd_export.errors import ExportError
+from dmtd_export.graphs.engine import EngineGraph
 from dmtd_runtime.bundle.engine_record import read_record
 from dmtd_runtime.bundle.manifest import load_manifest
 from dmtd_runtime.errors import BackendError, BundleError
@@ -138,48 +139,48 @@ def test_the_simulator_takes_its_graphs_and_a_copy_of_the_weights(bundle: Path) 
     assert (seen.peak_bytes, seen.disk_bytes) == (0, written)
 
 
-def test_a_bundle_without_standard_graphs_gets_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bundle_needs_no_standard_graphs(tmp_path: Path) -> None:
+    """Its engines are those of the bundle that has them, and nothing is added to it."""
     bundle = make_bundle(tmp_path / "a", target="onnxruntime", dtype="float32")
     whole = make_bundle(tmp_path / "b", target="all", dtype="float32")
     before = snapshot(bundle)
     options = BuildOptions(backend="simulator", max_model_len=64)
     seen = preview(bundle, options)
     assert snapshot(bundle) == before
-    result = build_engines(bundle, options)
-    assert result.directory == seen.directory
-    assert "no standard graphs; making full_pass.onnx, thinking.onnx, late_decode.onnx" in caplog.text
-    for name in ("thinking.onnx", "late_decode.onnx", "full_pass.onnx"):
-        assert (bundle / name).read_bytes() == (whole / name).read_bytes()
-    manifest = load_manifest(bundle)
-    manifest.check_files(bundle, hashes=True)
-    assert not list(bundle.glob(".*"))
-    (bundle / "model.onnx.data").write_bytes((bundle / "model.onnx.data").read_bytes())
+    result, other = build_engines(bundle, options), build_engines(whole, options)
+    assert result.directory == seen.directory and result.directory.name == other.directory.name
+    for engine in other.record.engines:
+        assert (result.directory / engine.file).read_bytes() == (other.directory / engine.file).read_bytes()
+    assert result.record.content_sha256 == other.record.content_sha256
+    assert not (bundle / "thinking.onnx").exists()
+    load_manifest(bundle).check_files(bundle, hashes=True)
     assert not build_engines(bundle, options).built
 
 
-def test_builds_at_the_same_time_may_all_add_the_graphs(tmp_path: Path) -> None:
-    """They once took each other's half-written files for their own."""
-    bundle = make_bundle(tmp_path, target="onnxruntime", dtype="float32")
-    manifest, contents = with_standard_graphs(bundle, load_manifest(bundle))
-    with ThreadPoolExecutor(4) as pool:
-        for done in [pool.submit(write_standard_graphs, bundle, manifest, contents) for _ in range(4)]:
-            done.result()
-    assert load_manifest(bundle) == manifest
-    manifest.check_files(bundle, hashes=True)
-    assert not list(bundle.glob(".*"))
+def test_the_parser_needs_no_standard_graphs(tmp_path: Path) -> None:
+    """It looks for weights beside a file that is not there."""
+    rtx()
+    bundle = make_bundle(tmp_path, target="onnxruntime", dtype="float16")
+    assert build_engines(bundle, SMALL).built
 
 
-def test_without_a_config_missing_graphs_are_refused(tmp_path: Path) -> None:
-    import dataclasses
-
-    bundle = make_bundle(tmp_path, target="onnxruntime", dtype="float32")
-    manifest = load_manifest(bundle)
-    files = {name: info for name, info in manifest.files.items() if name != "config.json"}
-    (bundle / "manifest.json").write_text(dataclasses.replace(manifest, files=files).to_json())
-    (bundle / "config.json").unlink()
-    with pytest.raises(
-        ExportError, match=r"no config\.json to make them from; export the bundle again with --target tensorrt"
-    ):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("unlisted", r"has no config\.json to write graphs from; export the bundle again"),
+        ("other", r"config\.json: num_heads is 4, the manifest says 8; export the bundle again"),
+    ],
+)
+def test_without_its_config_a_bundle_is_refused(bundle: Path, damage: str, message: str) -> None:
+    manifest, config = load_manifest(bundle), bundle / "config.json"
+    if damage == "unlisted":
+        files = {name: info for name, info in manifest.files.items() if name != config.name}
+        manifest = replace(manifest, files=files)
+        config.unlink()
+    else:
+        manifest = replace(manifest, model=replace(manifest.model, num_heads=8))
+    (bundle / "manifest.json").write_text(manifest.to_json())
+    with pytest.raises(ExportError, match=message):
         build_engines(bundle, BuildOptions(backend="simulator", max_model_len=64))
 
 
@@ -244,16 +245,16 @@ def test_an_altered_bundle_is_refused(bundle: Path) -> None:
 
 def test_a_graph_that_the_parser_refuses_is_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rtx()
-    load = onnx.load
+    written = run.engine_graph
 
-    def softcapped(path: Path, **words: bool) -> onnx.ModelProto:
-        model = load(path, **words)
-        for node in model.graph.node:
+    def softcapped(*words: Any) -> EngineGraph:
+        graph = written(*words)
+        for node in graph.model.graph.node:
             if node.op_type == "Attention":
                 node.attribute.append(onnx.helper.make_attribute("softcap", 30.0))
-        return model
+        return graph
 
-    monkeypatch.setattr(run.onnx, "load", softcapped)
+    monkeypatch.setattr(run, "engine_graph", softcapped)
     with pytest.raises(ExportError, match=r"tensorrt-rtx 1\.\S+ cannot parse thinking: .*export the bundle again"):
         build_engines(bundle, SMALL)
     assert not list((bundle / "engines").iterdir())

@@ -12,8 +12,7 @@ import onnxruntime as ort
 import pytest
 from engine_support import CAPACITY, load_engine_graph
 
-from dmtd_export.errors import ExportError
-from dmtd_export.graphs.engine import engine_graph, stored_weights
+from dmtd_export.graphs.engine import stored_weights
 
 CASES = [("qwen3", 0, False), ("qwen2", 2, True), ("llama", 2, False), ("llama", 0, True)]
 GRAPHS = ["thinking", "late_decode", "full_pass"]
@@ -116,14 +115,22 @@ def test_tables_are_inputs_and_capacity_is_fixed(bundles: Callable[..., Path], n
     assert ("lm_head.weight" in stored_weights(graph.model)) == (not tie and name != "thinking")
 
 
-@pytest.mark.parametrize(("broken", "message"), [("table", "has no initializer"), ("mask", "no mask over its caches")])
-def test_a_foreign_graph_is_refused(bundles: Callable[..., Path], broken: str, message: str) -> None:
-    model = onnx.load(bundles(dtype="float16") / "thinking.onnx", load_external_data=False)
-    if broken == "table":
-        [table] = [item for item in model.graph.initializer if item.name == TABLE]
-        table.name = "something_else"
-    else:
+def test_late_steps_and_passes_read_visible_rows_only(bundles: Callable[..., Path]) -> None:
+    """Every attention reads a slice of both caches, whose whole length is nowhere counted; weights are the bundle's."""
+    bundle = bundles(family="qwen3", encoding=0, tie=True, dtype="float16")
+    for name in GRAPHS:
+        model = load_engine_graph(bundle, name).model
+        makers = {output: node for node in model.graph.node for output in node.output}
+        caches = []
         for node in model.graph.node:
-            node.name = node.name.replace("/cache_index/", "/other/")
-    with pytest.raises(ExportError, match=message):
-        engine_graph("thinking", model, CAPACITY)
+            if node.op_type == "Attention":
+                cuts = [makers[node.input[i]] for i in (1, 2)]
+                assert [makers[cut.input[2]].input[0] for cut in cuts] == ["visible_rows"] * 2
+                assert [makers[cut.input[0]].op_type for cut in cuts] == ["TensorScatter"] * 2
+                caches += [cut.input[0] for cut in cuts]
+                assert makers[node.input[3]].input[0] == "visible_rows"
+        assert sorted(caches) == sorted(output.name for output in model.graph.output if "present" in output.name)
+        read = [node.op_type for node in model.graph.node for value in node.input if value.startswith("past_")]
+        assert set(read) == {"TensorScatter"}
+        standard = onnx.load(bundle / f"{name}.onnx", load_external_data=False)
+        assert stored_weights(model).items() <= stored_weights(standard).items()

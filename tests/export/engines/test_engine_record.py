@@ -14,7 +14,7 @@ import pytest
 from dmtd_export.engines.options import BuildOptions
 from dmtd_export.engines.run import build_engines
 from dmtd_runtime.bundle.engine_choice import EngineWish, build_command, choose_record, mismatches
-from dmtd_runtime.bundle.engine_record import EngineRecord, content_hash, read_record, records
+from dmtd_runtime.bundle.engine_record import EngineRecord, read_record, records
 from dmtd_runtime.bundle.manifest import load_manifest
 from dmtd_runtime.errors import BackendError, BundleError, RequestError
 
@@ -156,8 +156,7 @@ def test_engines_for_another_gpu_name_the_command_for_this_one(bundle: Path, her
 
 def test_staged_engines_do_not_serve_fused(built: Path, record: EngineRecord) -> None:
     manifest, engines = load_manifest(built), record.engines_for("staged")
-    content = content_hash(manifest, [engine.graph for engine in engines])
-    staged = dataclasses.replace(record, engines=engines, content_sha256=content)
+    staged = dataclasses.replace(record, engines=engines)
     assert mismatches(staged, manifest, EngineWish(full_pass="fused")) == [
         "full pass: built for staged only, asked for fused"
     ]
@@ -165,10 +164,14 @@ def test_staged_engines_do_not_serve_fused(built: Path, record: EngineRecord) ->
         staged.engine("full_pass")
 
 
-def test_a_changed_bundle_is_noticed(bundle: Path) -> None:
+@pytest.mark.parametrize("what", ["model.onnx.data", "config.json", "choose_token.onnx", "split"])
+def test_a_changed_bundle_is_noticed(bundle: Path, what: str) -> None:
     manifest = load_manifest(bundle)
-    changed = dataclasses.replace(manifest.files["thinking.onnx"], sha256="0" * 64)
-    other = dataclasses.replace(manifest, files={**manifest.files, "thinking.onnx": changed})
+    if what == "split":
+        other = dataclasses.replace(manifest, cycle=dataclasses.replace(manifest.cycle, decoding_layers=2))
+    else:
+        changed = dataclasses.replace(manifest.files[what], sha256="0" * 64)
+        other = dataclasses.replace(manifest, files={**manifest.files, what: changed})
     with pytest.raises(BackendError, match="the bundle's graphs or weights have changed since"):
         choose_record(bundle, other, EngineWish())
 
@@ -210,7 +213,7 @@ def test_damaged_engines_are_refused(bundle: Path, damage: str, message: str) ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 99}, "has schema 99, this version reads 1"),
+        ({"schema": 99}, "has schema 99, this version reads 2"),
         ({"max_num_seqs": "4"}, "engine.max_num_seqs is '4', expected int"),
         ({"engines": []}, "no engines, or length buckets"),
         ({"length_buckets": [256]}, "no engines, or length buckets that do not end at the capacity"),

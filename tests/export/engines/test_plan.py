@@ -131,17 +131,21 @@ def test_an_unknown_dimension_is_refused() -> None:
 
 def test_the_key_changes_with_everything_that_makes_an_engine(manifest: Manifest) -> None:
     plan = plan_build(manifest, BuildOptions())
-    key = engine_key(plan, RTX, manifest)
-    assert key.startswith("any-tensorrt-rtx-1.7.1-") and key == engine_key(plan, RTX, manifest)
+    graphs = [b"thinking", b"late_decode"]
+    key = engine_key(plan, RTX, manifest, graphs)
+    assert key.startswith("any-tensorrt-rtx-1.7.1-") and key == engine_key(plan, RTX, manifest, graphs)
     weights = dataclasses.replace(manifest.files["model.onnx.data"], sha256="0" * 64)
     others = [
-        engine_key(plan_build(manifest, BuildOptions(max_num_seqs=4)), RTX, manifest),
-        engine_key(plan_build(manifest, BuildOptions(fused=True)), RTX, manifest),
-        engine_key(plan, dataclasses.replace(RTX, version="1.7.2"), manifest),
-        engine_key(plan, dataclasses.replace(RTX, compute_capability="8.9"), manifest),
-        engine_key(plan, dataclasses.replace(RTX, gpu_name="H200"), manifest),
-        engine_key(plan, RTX, dataclasses.replace(manifest, files={**manifest.files, "model.onnx.data": weights})),
+        engine_key(plan_build(manifest, BuildOptions(max_num_seqs=4)), RTX, manifest, graphs),
+        engine_key(plan_build(manifest, BuildOptions(fused=True)), RTX, manifest, graphs),
+        engine_key(plan, dataclasses.replace(RTX, version="1.7.2"), manifest, graphs),
+        engine_key(plan, dataclasses.replace(RTX, compute_capability="8.9"), manifest, graphs),
+        engine_key(plan, dataclasses.replace(RTX, gpu_name="H200"), manifest, graphs),
+        engine_key(
+            plan, RTX, dataclasses.replace(manifest, files={**manifest.files, "model.onnx.data": weights}), graphs
+        ),
+        engine_key(plan, RTX, manifest, [b"thinking", b"other"]),
     ]
     assert len({key, *others}) == len(others) + 1
     verified = dataclasses.replace(manifest, verification={"level": "oracle"})
-    assert engine_key(plan, RTX, verified) == key  # a new verification is no new engine
+    assert engine_key(plan, RTX, verified, graphs) == key  # a new verification is no new engine

@@ -1,0 +1,61 @@
+"""What the rows of every dialect share; each dialect's own stand in its file. ``build`` says in what order they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dmtd_export.graphs.layers import linear
+from dmtd_export.graphs.writer import GraphWriter
+from dmtd_models.config.model import DmtdSpec, ModelConfig
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.manifest import WeightInfo
+
+EMBED, LM_HEAD = "model.embed_tokens", "lm_head"
+TABLE = f"{EMBED}.weight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphSpec:
+    """What to build: model, split, stored dtype and the tensors of the weights file."""
+
+    config: ModelConfig
+    dmtd: DmtdSpec
+    dtype: str
+    weights: Mapping[str, WeightInfo]
+
+
+class Rows:
+    """What both layouts share: gates, and the way of activations between [rows, hidden] and their outer shape."""
+
+    def __init__(self, writer: GraphWriter, spec: GraphSpec) -> None:
+        self.writer = writer
+        self.spec = spec
+
+    def embed(self) -> str:
+        embedded = self.writer.op("Gather", [self.embedding_table(), contract.INPUT_IDS], "/model/embed_tokens")
+        return self.flat(embedded, "/model/embed_tokens")
+
+    def embedding_table(self) -> str:
+        return self.writer.weight(TABLE)
+
+    def lm_head(self, x: str) -> str:
+        head = EMBED if self.spec.config.tie_word_embeddings else LM_HEAD
+        return linear(self.writer, x, (head,), "/lm_head")
+
+    def flat(self, x: str, path: str) -> str:
+        """[..., hidden] -> [rows, hidden]."""
+        return self.writer.op(
+            "Reshape", [x, self.writer.constant([-1, self.spec.config.hidden_size], "int64")], f"{path}/rows"
+        )
+
+    def gated(self, hidden: str, thought: str, dims: Sequence[int | str]) -> str:
+        """u = select(gate_hidden, hidden) + select(gate_thought, thought); a select, because 0 * NaN is NaN."""
+        w, zero = self.writer, self.writer.constant(0.0, self.spec.dtype)
+        column = w.constant([-1, 1], "int64")
+        parts = []
+        for gate, x in ((contract.GATE_HIDDEN, hidden), (contract.GATE_THOUGHT, thought)):
+            w.input(gate, dims, "bool")
+            mask = w.op("Reshape", [gate, column], f"/model/{gate}/column")
+            parts.append(w.op("Where", [mask, x, zero], f"/model/{gate}"))
+        return w.op("Add", parts, "/model/decode/input")
