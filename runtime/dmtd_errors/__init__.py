@@ -13,7 +13,6 @@
         ├── ConfigError             config.json or the options: unsupported or contradictory
         ├── CheckpointError         files missing, truncated, or of an unknown form
         ├── DataError               training data or an evaluation item that cannot be used
-        │   └── PackageError        a package that cannot be downloaded, or holds other bytes than expected
         ├── AnswersError            the base's answers, written for a fine-tuning, are not those of the run
         └── DivergedError           the loss of a fine-tuning is no number any more
 

@@ -48,7 +48,6 @@ COMPONENTS = (
     ("accelerate", "finetune", "1.10", "dmtd[train]"),
     ("datasets", "finetune", "4.1", "dmtd[train]"),
     ("peft", "finetune", "0.18", "dmtd[train]"),
-    ("reasoning-gym", "questions of finetune, evaluate", "0.1.25", "dmtd[train]"),
     ("lm-eval", "evaluate --lm-eval", "0.4.12", "dmtd[lm-eval]"),
     ("polygraphy", "inspecting graphs", "0.53.6", "dmtd[dev]"),
     ("tensorrt", "TensorRT engines", None, "dmtd[tensorrt]"),

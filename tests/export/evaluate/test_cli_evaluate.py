@@ -236,10 +236,10 @@ def test_table_and_plots(checkpoint: Path, data: Path, tmp_path: Path, capsys: p
     ("extra", "message"),
     [
         ([], "nothing to evaluate on"),
-        (["--text", "no-such-text"], "--text no-such-text: no such file or directory"),
+        (["--text", "no-such-text"], "--text: no-such-text: no such file or directory"),
         (
             ["--task", "hellaswag"],
-            "--task hellaswag: no such file; a task is a file of items of your own (.jsonl), names",
+            "--task: hellaswag: no such file; a task is a file of items of your own (.jsonl), names",
         ),
         (["--task", "hellaswag"], "are those of the lm-eval harness: --lm-eval hellaswag"),
         (["--text", "{data}/empty.txt"], "no document has"),

@@ -94,7 +94,7 @@ def test_files_that_are_no_text(tmp_path: Path, name: str, content: bytes, messa
 
 
 def test_a_name_that_is_nothing() -> None:
-    with pytest.raises(EvaluateError, match=r"--text austen: no such file or directory; give a text file, or \.jsonl"):
+    with pytest.raises(EvaluateError, match=r"text: austen: no such file or directory; give a text file, or \.jsonl"):
         list(read_texts("austen"))
 
 
