@@ -121,7 +121,7 @@ def record(report: VerifyReport) -> dict[str, Any]:
 def render(report: VerifyReport) -> Table:
     """The report as a table for a terminal."""
     verdict = "[green]ok[/]" if report.ok else "[red]FAILED[/]"
-    captions = [text for text in (report.level_note, *report.notes) if text]
+    captions = [_plain(text) for text in (report.level_note, *report.notes) if text]
     if report.near_ties:
         captions.append(f"{report.near_ties} near-tie(s): the expected top two tokens are closer than the margin")
     first = report.first_divergence

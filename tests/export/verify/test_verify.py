@@ -62,6 +62,11 @@ def text_of(report: VerifyReport) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_hint_in_brackets_is_shown_as_it_is() -> None:
+    note = 'PyTorch is not installed; pip install "dmtd[oracle]"'
+    assert note in text_of(VerifyReport(level="graphs", checks=(), level_note=note))
+
+
 # --- what passes ---------------------------------------------------------------------------------------------------
 
 
