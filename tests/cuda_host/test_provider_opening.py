@@ -72,7 +72,7 @@ def test_linked_libraries_that_are_missing_are_named(tmp_path: Path, libraries: 
 def test_without_a_driver(tmp_path: Path, libraries: Path) -> None:
     take_away(libraries, "libcuda.so.1")
     text = opened(tmp_path, libraries)
-    assert "no NVIDIA driver on this machine (libcuda.so.1: cannot open shared object file" in text
+    assert "no NVIDIA driver is on this machine (libcuda.so.1: cannot open shared object file" in text
     assert "580 or newer" in text
 
 
