@@ -282,12 +282,12 @@ class Held:
 
 @contextmanager
 def held(llm: LLM, *, after: int, until: Callable[[], bool] = lambda: False) -> Iterator[Held]:
-    hold, backend = Held(), llm._engine._backend
+    hold, backend = Held(), llm._worker._backend
     run = backend.run
 
     def step(*arguments: Any, **options: Any) -> Any:
         if hold.steps >= after:
-            hold._stand(lambda: llm._engine.is_closing() or until())
+            hold._stand(lambda: llm._worker.is_closing() or until())
         hold.steps += 1
         return run(*arguments, **options)
 
