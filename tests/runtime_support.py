@@ -272,8 +272,8 @@ class Held:
         self._released.set()
 
     def wait(self) -> None:
-        """Until the engine stands still."""
-        assert self._reached.wait(120), "the engine never came to that step"
+        """Until the worker stands still."""
+        assert self._reached.wait(120), "the worker never came to that step"
 
     def _stand(self, go_on: Callable[[], bool]) -> None:
         self._reached.set()
