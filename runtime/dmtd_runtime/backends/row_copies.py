@@ -6,7 +6,7 @@ crosses to the host, whatever the number of layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,16 +56,16 @@ class CacheLayout:
 class RowCopies:
     """Copies between slots of caches on a device and arrays uint8 [caches, heads, rows, row_bytes].
 
-    ``caches``: their addresses, asked for at every copy. Scratch memory is taken at the first one.
+    ``caches``: their addresses. Scratch memory is taken at the first copy.
     """
 
-    def __init__(self, device: CopyDevice, layout: CacheLayout, caches: Callable[[], Sequence[int]]) -> None:
+    def __init__(self, device: CopyDevice, layout: CacheLayout, caches: Sequence[int]) -> None:
         self._device, self._layout, self._caches = device, layout, caches
         self._scratch: tuple[Address, Array] | None = None
 
-    def read(self, slot: int, rows: range) -> Array:
+    def read_rows(self, slot: int, rows: range) -> Array:
         """A copy of the rows of a slot, once everything enqueued before has run."""
-        layout, caches = self._layout, self._caches()
+        layout, caches = self._layout, self._caches
         found = np.empty((len(caches), layout.heads, len(rows), layout.row_bytes), np.uint8)
         for first in range(0, len(rows), SCRATCH_ROWS):
             count = min(SCRATCH_ROWS, len(rows) - first)
@@ -77,8 +77,8 @@ class RowCopies:
             found[:, :, first : first + count] = host.reshape(len(caches), layout.heads, count, layout.row_bytes)
         return found
 
-    def write(self, slot: int, first: int, values: Array) -> None:
-        """Put what :meth:`read` gave into a slot, behind everything enqueued before."""
+    def write_rows(self, slot: int, first: int, values: Array) -> None:
+        """Put what :meth:`read_rows` gave into a slot, behind everything enqueued before."""
         for start in range(0, values.shape[2], SCRATCH_ROWS):
             part = values[:, :, start : start + SCRATCH_ROWS]
             scratch, host = self._room(len(part), part.shape[2])
@@ -103,7 +103,7 @@ class RowCopies:
         piece = layout.heads * count * layout.row_bytes
         return [
             (Address(cache + slot * slot_bytes + first * layout.row_bytes), Address(scratch + index * piece))
-            for index, cache in enumerate(self._caches())
+            for index, cache in enumerate(self._caches)
         ]
 
     def _copy(self, target: Address, source: Address, count: int, *, to_scratch: bool) -> None:

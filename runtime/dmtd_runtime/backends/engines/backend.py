@@ -99,6 +99,7 @@ class TensorRtBackend:
         self._counted: list[tuple[Sampler, int] | None] = [None] * self.slots
         self._busy_since = time.perf_counter()
         self._idle_since: float | None = None  # when the last cycle ended, where nothing but another one followed
+        self._copies = self._engines.row_copies()
         self._allocate()
 
     def _allocate(self) -> None:
@@ -265,6 +266,12 @@ class TensorRtBackend:
 
     def move(self, source: int, target: int, rows: int) -> None:
         self._engines.move_rows(source, target, rows)
+
+    def read_rows(self, slot: int, rows: range) -> Array:
+        return self._copies.read_rows(slot, rows)
+
+    def write_rows(self, slot: int, first: int, values: Array) -> None:
+        self._copies.write_rows(slot, first, values)
 
     def close(self) -> None:
         self._programs.clear()

@@ -35,9 +35,10 @@ from dmtd_runtime.backends.onnxruntime.memory import (
 from dmtd_runtime.backends.onnxruntime.sizes import OrtSizes
 from dmtd_runtime.backends.onnxruntime.trial import captures_agree, warm_up_steps
 from dmtd_runtime.backends.onnxruntime.weights import upload_weights
+from dmtd_runtime.backends.row_copies import CacheLayout, RowCopies
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.engine_record import default_full_pass
-from dmtd_runtime.bundle.manifest import Manifest
+from dmtd_runtime.bundle.manifest import DTYPE_BYTES, Manifest
 from dmtd_runtime.device.base import check_room
 from dmtd_runtime.errors import BackendError, RequestError
 from dmtd_runtime.ort.session import CudaOptions, open_session
@@ -76,6 +77,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self._cache_slots = max(graph_slots, self.slots)
         self._host_cache = None if on_gpu else HostKvCache(manifest.model, self._cache_slots, self.capacity)
         self._caches: dict[tuple[int, contract.Kind], Buffer] = {}
+        self._copies: RowCopies | None = None
         self._outputs: dict[str, Buffer] = {}
         self._bindings: dict[tuple[Hashable, ...], Binding] = {}
         self._choosers: dict[tuple[int, ...], Binding] = {}
@@ -131,6 +133,12 @@ class OnnxRuntimeBackend(StepwiseBackend):
             return
         for cache in self._caches.values():
             self._memory.move_rows(cache, source, target, rows)
+
+    def read_rows(self, slot: int, rows: range) -> Array:
+        return (self._host_cache or self._row_copies()).read_rows(slot, rows)
+
+    def write_rows(self, slot: int, first: int, values: Array) -> None:
+        (self._host_cache or self._row_copies()).write_rows(slot, first, values)
 
     def warm_up(self) -> None:
         """Run every common shape once: a GPU builds plans and captures graphs at their first use. The host does neither."""
@@ -308,9 +316,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         sizes = {**sizes, "capacity": self.capacity}
         return Binding(self._sessions[name], graph, sizes, buffers, self._memory, graph_id=graph_id)
 
-    def _output_buffer(
-        self, name: contract.GraphName, output: str, sizes: Mapping[str, int], first: int = 0
-    ) -> Buffer:
+    def _output_buffer(self, name: contract.GraphName, output: str, sizes: Mapping[str, int], first: int = 0) -> Buffer:
         """The buffer of thought or logits in this shape, from row ``first`` on; one for all graphs."""
         info = next(i for i in (*self._graphs[name].outputs, *self._graphs[name].inputs) if i.name == output)
         shape = [sizes[dim] if isinstance(dim, str) else dim for dim in info.dims]
@@ -330,6 +336,17 @@ class OnnxRuntimeBackend(StepwiseBackend):
         if batch == "batch":
             return buffer.rows(slots.start, len(slots))
         return buffer.rows(cache.slot or 0, 1)
+
+    def _row_copies(self) -> RowCopies:
+        """Copies of rows between the device's caches and the host."""
+        if self._copies is None:
+            assert isinstance(self._memory, GpuMemory), "caches on the host are copied where they are"
+            model = self._manifest.model
+            row_bytes = model.head_dim * DTYPE_BYTES[model.dtype]
+            layout = CacheLayout(heads=model.num_kv_heads, capacity=self.capacity, row_bytes=row_bytes)
+            caches = [cache.address for cache in self._caches.values()]
+            self._copies = RowCopies(self._memory.cuda, layout, caches)
+        return self._copies
 
     def _make_caches(self) -> None:
         model = self._manifest.model
