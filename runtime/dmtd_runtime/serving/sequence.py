@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Literal
 from dmtd_runtime.errors import DmtdError
 from dmtd_runtime.sampling.sampler import Choice, Logits, Sampler
 from dmtd_runtime.sampling.stops import StopRules
+
+logger = logging.getLogger("dmtd.engine")
 
 FinishReason = Literal["stop", "length", "abort", "deadline"]
 
@@ -68,11 +71,16 @@ class SequenceRun:
     def _take(self, choose: Callable[[], Choice]) -> None:
         try:
             choice = choose()
+            self.ids.append(choice.token_id)
+            outcome = self.stops.push(choice.token_id)
         except DmtdError as error:
             self.tell(TokenEvent(choice=None, error=error))
             return
-        self.ids.append(choice.token_id)
-        outcome = self.stops.push(choice.token_id)
+        except Exception as error:  # a bug in choosing or in making text: this sequence's alone, its neighbours go on
+            logger.exception("a sequence failed")
+            problem = f"the sequence failed at token {len(self.ids)}: {type(error).__name__}: {error}; please report it"
+            self.tell(TokenEvent(choice=None, error=DmtdError(problem)))
+            return
         self.tell(
             TokenEvent(
                 choice=choice, text=outcome.text, finish_reason=outcome.finish_reason, stop_reason=outcome.stop_reason
