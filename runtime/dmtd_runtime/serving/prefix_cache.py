@@ -49,7 +49,7 @@ class PrefixCache:
         Returns:
             Values as :meth:`add` read them, [..., BLOCK_ROWS, head_dim], for rows from 0, BLOCK_ROWS, 2 * BLOCK_ROWS, ... on.
         """
-        path = self._known(_blocks_of(ids[: len(ids) - 1]), salt)
+        path = self._known(_blocks_of(ids[: len(ids) - 1]), salt) if self._blocks else []
         self._touch(path)
         return [node.values for node in path if node.values is not None]
 
@@ -61,10 +61,10 @@ class PrefixCache:
             salt: as in :meth:`match`.
             read: the values of a range of rows, [..., rows, head_dim], as a copy.
         """
-        blocks = _blocks_of(ids)
+        blocks = _blocks_of(ids) if self._max_bytes else []
         path = self._known(blocks, salt)
         try:
-            if self._max_bytes and len(path) < len(blocks):
+            if len(path) < len(blocks):
                 values = read(range(len(path) * BLOCK_ROWS, len(blocks) * BLOCK_ROWS))
                 parts = np.split(values, len(blocks) - len(path), axis=-2)
                 for tokens, part in zip(blocks[len(path) :], parts, strict=True):

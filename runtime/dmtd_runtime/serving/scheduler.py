@@ -11,8 +11,8 @@ The policy keeps every running sequence in phase, whoever comes and goes, so tha
 2. A pass at the heads takes all of them, and beside them chunks of the prompts being read: so every running sequence gets a
    cycle for every pass, however many prompts wait.
 3. A prompt being read gets rows in every such pass: a floor each, and what is left goes to the one with the least to read.
-   Having waited counts as having read, so that a long one is not passed for ever. At most ``max_num_partial_prefills`` are read at
-   a time; the others wait, by priority and then in the order they came.
+   Having waited counts as having read, so that a long one is not passed for ever. At most ``max_num_partial_prefills`` are
+   read at a time; the others wait, by priority and then in the order they came.
 4. Running sequences wait for a pass with a chunk in it, so the chunk is bounded: ``long_prefill_token_threshold`` rows of an
    empty context, fewer over a long one, whose attention costs more. Alone, prompts get all rows of a pass, one after another.
 5. A slot is given for good: it has room for the longest sequence, so nobody is ever preempted.
@@ -209,9 +209,9 @@ class Scheduler:
             for entry in self._running:
                 entry.passes += entry.position.in_prefill
         for one in ran:
-            if (entry := entries.get(one.tenancy)) is not None:
+            if (living := entries.get(one.tenancy)) is not None:
                 for step in one.steps:
-                    entry.position.commit(step)
+                    living.position.commit(step)
 
     def free(self, sequence: int) -> None:
         """Let a sequence go, waiting or running."""

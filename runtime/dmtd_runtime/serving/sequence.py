@@ -78,11 +78,16 @@ class SequenceRun:
     def _take(self, choose: Callable[[], Choice]) -> None:
         try:
             choice = choose()
+            self.ids.append(choice.token_id)
+            outcome = self.stops.push(choice.token_id)
         except DmtdError as error:
             self.tell(TokenEvent(choice=None, error=error))
             return
-        self.ids.append(choice.token_id)
-        outcome = self.stops.push(choice.token_id)
+        except Exception as error:  # a bug in choosing or in making text: this sequence's alone, its neighbours go on
+            logger.exception("a sequence failed")
+            problem = f"the sequence failed at token {len(self.ids)}: {type(error).__name__}: {error}; please report it"
+            self.tell(TokenEvent(choice=None, error=DmtdError(problem)))
+            return
         self.tell(
             TokenEvent(
                 choice=choice, text=outcome.text, finish_reason=outcome.finish_reason, stop_reason=outcome.stop_reason
