@@ -236,7 +236,8 @@ class Scheduler:
     def _chunks(self, reading: Sequence[_Running], rows: int, *, beside: bool = False) -> list[Planned]:
         """Chunks of prompts, ``rows`` in all: a floor each, the rest to who has the least left."""
         urgent = sorted(reading, key=lambda e: (e.priority, e.left - AGE_ROWS * e.passes, e.order))
-        rows = max(len(urgent), min(rows, self._beside) if beside else rows)
+        if beside:
+            rows = max(len(urgent), min(rows, self._beside))
         floor = min(CHUNK_FLOOR, rows // len(urgent)) if beside and urgent else 0
         spare, steps = rows - floor * len(urgent), []
         for entry in urgent:
