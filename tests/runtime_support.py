@@ -272,8 +272,8 @@ class Held:
         self._released.set()
 
     def wait(self) -> None:
-        """Until the engine stands still."""
-        assert self._reached.wait(120), "the engine never came to that step"
+        """Until the worker stands still."""
+        assert self._reached.wait(120), "the worker never came to that step"
 
     def _stand(self, go_on: Callable[[], bool]) -> None:
         self._reached.set()
@@ -282,12 +282,12 @@ class Held:
 
 @contextmanager
 def held(llm: LLM, *, after: int, until: Callable[[], bool] = lambda: False) -> Iterator[Held]:
-    hold, backend = Held(), llm._engine._backend
+    hold, backend = Held(), llm._worker._backend
     run = backend.run
 
     def step(*arguments: Any, **options: Any) -> Any:
         if hold.steps >= after:
-            hold._stand(lambda: llm._engine.is_closing() or until())
+            hold._stand(lambda: llm._worker.is_closing() or until())
         hold.steps += 1
         return run(*arguments, **options)
 
