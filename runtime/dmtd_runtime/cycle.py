@@ -111,6 +111,15 @@ class CyclePlan:
             wants_logits=True,
         )
 
+    def lasting_rows(self, at: Position) -> int:
+        """The first rows of a sequence that a longer prompt beginning with the same tokens would have, to the last gate.
+
+        Where cycles count from the sequence's start, or there are none, gates are the position's alone: all that T has. Where
+        they count from the prompt's end, a reply that becomes part of a prompt is read with other gates: the prompt's rows.
+        """
+        anywhere = self.plain or self.cycle.cycle_origin == "absolute"
+        return at.thought if anywhere else min(at.thought, at.prompt_len)
+
     def cycle_steps(self, at: Position) -> list[Step]:
         """The steps of the whole cycle that begins at the head ``at``.
 

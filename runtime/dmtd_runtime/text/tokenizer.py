@@ -34,6 +34,7 @@ class Tokenizer:
         *,
         eos_token_ids: Sequence[int] = (),
         special_tokens: "SpecialTokens | None" = None,
+        model_vocab_size: int | None = None,
     ) -> None:
         """Wraps a loaded tokenizer; ``from_directory`` is the usual way in.
 
@@ -41,11 +42,13 @@ class Tokenizer:
             core: The tokenizer; its truncation and padding are switched off.
             eos_token_ids: Ids that end a sequence.
             special_tokens: BOS and EOS as text; None: neither.
+            model_vocab_size: Rows of the model's embedding: text that needs an id beyond them is refused. None: any id.
         """
         # Settings left from training would cut or fill prompts silently.
         core.no_truncation()
         core.no_padding()
         self._core = core
+        self._model_vocab_size = model_vocab_size
         added = core.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._vocab_size = max([core.get_vocab_size(with_added_tokens=True), *(token_id + 1 for token_id in added)])
@@ -54,11 +57,12 @@ class Tokenizer:
         self._decoders = _decoder_types(core)
 
     @classmethod
-    def from_directory(cls, path: str | Path) -> "Tokenizer | None":
+    def from_directory(cls, path: str | Path, *, model_vocab_size: int | None = None) -> "Tokenizer | None":
         """Reads tokenizer.json, and the special tokens from the three config files beside it.
 
         Args:
             path: A bundle, or a Hugging Face model directory.
+            model_vocab_size: As above.
 
         Returns:
             The tokenizer; None where there is no tokenizer.json.
@@ -86,7 +90,12 @@ class Tokenizer:
                     "tokenizer.json; correct the file"
                 )
             eos_token_ids.append(eos_id)
-        return cls(core, eos_token_ids=tuple(dict.fromkeys(eos_token_ids)), special_tokens=special)
+        return cls(
+            core,
+            eos_token_ids=tuple(dict.fromkeys(eos_token_ids)),
+            special_tokens=special,
+            model_vocab_size=model_vocab_size,
+        )
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -124,7 +133,7 @@ class Tokenizer:
             Token ids, possibly none.
 
         Raises:
-            RequestError: Not text, or text with half a surrogate pair.
+            RequestError: Not text, text with half a surrogate pair, or text that this tokenizer or the model has no id for.
         """
         if not isinstance(text, str):
             raise RequestError(f"got {type(text).__name__}, expected a string", param="prompt")
@@ -135,7 +144,21 @@ class Tokenizer:
                 f"got half a surrogate pair at character {error.start}, expected text that UTF-8 can write; remove it",
                 param="prompt",
             ) from error
-        return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
+        try:
+            ids = list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
+        except Exception as error:  # the library raises nothing more precise: no token for a character, say
+            raise RequestError(
+                f"the tokenizer cannot encode it ({' '.join(str(error).split())}); leave out what it has no token for",
+                param="prompt",
+            ) from error
+        if self._model_vocab_size is not None and max(ids, default=0) >= self._model_vocab_size:
+            token_id = next(i for i in ids if i >= self._model_vocab_size)
+            raise RequestError(
+                f"got {self._core.id_to_token(token_id)!r}, token id {token_id} of the tokenizer, expected ids from 0 to "
+                f"{self._model_vocab_size - 1}, which the model has; leave it out",
+                param="prompt",
+            )
+        return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Turns token ids into text.

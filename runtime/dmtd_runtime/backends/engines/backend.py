@@ -99,6 +99,7 @@ class TensorRtBackend:
         self._counted: list[tuple[Sampler, int] | None] = [None] * self.slots
         self._busy_since = time.perf_counter()
         self._idle_since: float | None = None  # when the last cycle ended, where nothing but another one followed
+        self._copies = self._engines.row_copies()
         self._allocate()
 
     def _allocate(self) -> None:
@@ -133,24 +134,14 @@ class TensorRtBackend:
                 "engines give the logits of last rows alone; score the bundle with --backend onnxruntime"
             )
         self._begin()
-        kind = steps[0].step.kind
-        batch = self._batch_for(steps[-1].slot)
-        layout = self._layouts[batch]
-        sizes = {graph: layout.sizes(graph, steps) for graph in self._graphs_of(kind)}
-        longest = max(max(s.get("window_len", 0), s["late_len"]) for s in sizes.values())
-        visible_len = self._record.bucket_for(_visible(steps, committed[:batch], longest))
-        self._run_graphs(kind, sizes, visible_len, lambda graph, arrays: layout.fill(graph, arrays, steps, committed))
-        self._count(steps)
-        wanted = [s.slot for s in steps if s.step.wants_logits]
-        if not wanted:
-            self._device.wait(self._device.mark())
-            output = RunOutput(tokens=np.zeros(0, np.int64))
-        elif choose:
-            output = RunOutput(tokens=self._choose(batch)[wanted])
-        else:
-            output = RunOutput(logits=self._download_logits(batch)[wanted])
+        found, rows_of = [], list(committed)
+        for part in self._layouts[self.slots].split(steps):
+            found.append(self._run_part(part, rows_of, choose))
+            for s in part:  # a later part writes padding behind what this one wrote
+                rows_of[s.slot] = s.step.late.stop
         self._end()
-        return output
+        together = found[0] if len(found) == 1 else np.concatenate(found)
+        return RunOutput(tokens=together) if choose else RunOutput(logits=together)
 
     def warm_up(self) -> None:
         """Run everything that ``warm_up.py`` lists, over padding alone, and zero what it wrote."""
@@ -177,6 +168,23 @@ class TensorRtBackend:
             self._device.wait(self._device.mark())
         self._engines.zero_buffers()
         self._device.wait(self._device.mark())
+
+    def _run_part(self, steps: Sequence[SlotStep], committed: Sequence[int], choose: bool) -> Array:
+        """Steps of one kind: tokens of those that want logits, or the logits; valid until the next call."""
+        kind = steps[0].step.kind
+        batch = self._batch_for(steps[-1].slot)
+        layout = self._layouts[batch]
+        sizes = {graph: layout.sizes(graph, steps) for graph in self._graphs_of(kind)}
+        longest = max(max(s.get("window_len", 0), s["late_len"]) for s in sizes.values())
+        visible_len = self._record.bucket_for(_visible(steps, committed[:batch], longest))
+        self._run_graphs(kind, sizes, visible_len, lambda graph, arrays: layout.fill(graph, arrays, steps, committed))
+        self._count(steps)
+        wanted = [s.slot for s in steps if s.step.wants_logits]
+        if not wanted:
+            self._device.wait(self._device.mark())
+            return np.zeros(0, np.int64) if choose else np.zeros((0, self._vocab_size), np.float32)
+        found: Array = self._choose(batch)[wanted] if choose else self._download_logits(batch)[wanted]
+        return found
 
     def _graphs_of(self, kind: StepKind) -> Sequence[GraphName]:
         """The graphs of a single step, in their order."""
@@ -258,6 +266,12 @@ class TensorRtBackend:
 
     def move(self, source: int, target: int, rows: int) -> None:
         self._engines.move_rows(source, target, rows)
+
+    def read_rows(self, slot: int, rows: range) -> Array:
+        return self._copies.read_rows(slot, rows)
+
+    def write_rows(self, slot: int, first: int, values: Array) -> None:
+        self._copies.write_rows(slot, first, values)
 
     def close(self) -> None:
         self._programs.clear()
