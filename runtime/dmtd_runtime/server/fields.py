@@ -51,7 +51,7 @@ _SAMPLING = (
     _honoured("model stream stream_options temperature top_p top_k min_p presence_penalty frequency_penalty")
     | _honoured("repetition_penalty seed n stop stop_token_ids ignore_eos min_tokens max_tokens logit_bias logprobs")
     | _honoured("skip_special_tokens include_stop_str_in_output priority cache_salt structured_outputs response_format")
-    | _honoured("echo return_token_ids return_tokens_as_token_ids prompt_logprobs add_special_tokens request_id dmtd")
+    | _honoured("return_token_ids return_tokens_as_token_ids prompt_logprobs add_special_tokens request_id dmtd")
     | _harmless("user metadata store safety_identifier prompt_cache_key prompt_cache_retention service_tier")
     | _refused(_OLD_GUIDED, names="guided_json guided_regex guided_choice guided_grammar guided_decoding_backend")
     | _refused(_OLD_GUIDED, names="guided_whitespace_pattern guided_json_object")
@@ -76,21 +76,28 @@ _CHAT = (
     | _refused("is called tools now", (), names="functions")
     | _refused("is called tool_choice now", names="function_call")
     | _refused("templates come from the bundle or --chat-template, never from a request", names="chat_template")
+    | _refused("is for /v1/completions; send continue_final_message to go on with a message", False, names="echo")
     | _refused(_NOT_OURS, names="thinking_token_budget media_io_kwargs")
 )
 
 _COMPLETIONS = (
     _SAMPLING
-    | _honoured("prompt best_of")
+    | _honoured("prompt best_of echo")
     | _refused("the model continues a prompt, it fills no gap; leave it out", "", names="suffix")
     | _refused(_NOT_OURS, names="prompt_embeds")
 )
 
 _RESPONSES = (
-    _honoured("model input instructions max_output_tokens temperature top_p top_k min_p presence_penalty frequency_penalty")
-    | _honoured("repetition_penalty seed stream tools tool_choice parallel_tool_calls text reasoning top_logprobs include")
+    _honoured(
+        "model input instructions max_output_tokens temperature top_p top_k min_p presence_penalty frequency_penalty"
+    )
+    | _honoured(
+        "repetition_penalty seed stream tools tool_choice parallel_tool_calls text reasoning top_logprobs include"
+    )
     | _honoured("priority cache_salt metadata user store previous_response_id max_tool_calls truncation dmtd")
-    | _harmless("safety_identifier prompt_cache_key prompt_cache_retention prompt_cache_options service_tier stream_options")
+    | _harmless(
+        "safety_identifier prompt_cache_key prompt_cache_retention prompt_cache_options service_tier stream_options"
+    )
     | _harmless("client_metadata")
     | _refused("answers come at once or as a stream; leave it out", False, names="background")
     | _refused("nothing is kept between requests: send the whole input", names="conversation prompt")

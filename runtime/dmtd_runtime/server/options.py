@@ -129,7 +129,8 @@ class ServerOptions:
 def _check_key(key: str, param: str) -> None:
     if len(key) < MIN_KEY_CHARS or not key.isascii() or any(letter.isspace() for letter in key):
         raise RequestError(  # never the key itself: this goes to a log
-            f"got a key of {len(key)} characters, expected {MIN_KEY_CHARS} or more of ASCII, without blanks", param=param
+            f"got a key of {len(key)} characters, expected {MIN_KEY_CHARS} or more of ASCII, without blanks",
+            param=param,
         )
 
 

@@ -103,7 +103,6 @@ class SamplingBody(RequestBody):
     priority: int = 0
     cache_salt: str | None = Field(None, min_length=1)
     request_id: str | None = Field(None, min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")
-    echo: bool = False
     add_special_tokens: bool | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
@@ -168,6 +167,7 @@ class CompletionBody(SamplingBody):
     prompt: str | list[int] | list[str] | list[list[int]]
     logprobs: int | None = None
     best_of: int | None = None
+    echo: bool = False
 
 
 class ResponsesReasoning(_Strict):

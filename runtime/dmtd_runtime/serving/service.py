@@ -23,7 +23,7 @@ from dmtd_runtime.backends.base import BackendName, BackendOptions, FullPass
 from dmtd_runtime.backends.opening import open_backend
 from dmtd_runtime.bundle.opening import open_bundle, read_generation_config
 from dmtd_runtime.cycle import CyclePlan
-from dmtd_runtime.errors import RequestError
+from dmtd_runtime.errors import DmtdError, RequestError
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.serving.counts import Counts
 from dmtd_runtime.serving.options import ServingOptions
@@ -144,6 +144,11 @@ class Service:
     def snapshot(self) -> Counts:
         """What the worker does and has done, as of its last step. Takes microseconds and no lock of the worker's."""
         return self._worker.snapshot()
+
+    @property
+    def failure(self) -> DmtdError | None:
+        """What ended the worker, if it has failed: nothing can be served any more."""
+        return self._worker.failure
 
     def _after_step(self) -> Callable[[], None]:
         """What the worker calls after each step. It must not keep this object alive."""

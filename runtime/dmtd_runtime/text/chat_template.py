@@ -60,6 +60,7 @@ class ChatTemplate:
         """
         if len(source) > MAX_TEMPLATE_CHARS:
             raise BundleError(f"chat template: got {len(source)} characters, expected at most {MAX_TEMPLATE_CHARS}")
+        self.source = source
         tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._tokens = {name: token for name, token in tokens.items() if token is not None}
         try:
@@ -74,11 +75,12 @@ class ChatTemplate:
             ) from error
 
     @classmethod
-    def from_directory(cls, path: str | Path) -> "ChatTemplate | None":
+    def from_directory(cls, path: str | Path, *, source: str | None = None) -> "ChatTemplate | None":
         """Reads chat_template.jinja, or ``chat_template`` of tokenizer_config.json (of several, the one named default).
 
         Args:
             path: A bundle, or a Hugging Face model directory.
+            source: A template in place of the directory's.
 
         Returns:
             The template; None where there is none.
@@ -87,7 +89,7 @@ class ChatTemplate:
             BundleError: A file is broken.
         """
         directory = Path(path)
-        source = _read_source(directory)
+        source = _read_source(directory) if source is None else source
         if source is None:
             return None
         special = SpecialTokens.from_directory(directory)
