@@ -79,7 +79,7 @@ class TensorRtBackend:
         self.full_pass = record.full_pass_for(options.full_pass, manifest)
         self.stats = RunStats()
         self.chooses_tokens = True
-        self.runs_cycles = True
+        self.runs_cycles, self.gives_all_rows = True, False
         self._graphs = options.cuda_graphs
         self._tau = manifest.cycle.cycle_length
         self._vocab_size = manifest.model.vocab_size

@@ -68,6 +68,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self.stats = RunStats()
         self.full_pass = options.full_pass or default_full_pass(manifest)
         self.chooses_tokens = on_gpu if options.choose_on_device is None else options.choose_on_device
+        self.gives_all_rows = True
         self._captures = on_gpu and options.cuda_graphs
         self._rides = packed and self.full_pass == "staged" and not on_gpu  # prompts run through T beside the heads
         constant_total = self.capacity if self._captures else None
