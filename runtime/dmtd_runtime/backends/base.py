@@ -164,6 +164,7 @@ class Backend(Protocol):
     full_pass: FullPass
     stats: RunStats
     chooses_tokens: bool  # logits stay on a device, where the arg-max can be taken
+    gives_all_rows: bool  # run takes rows="all"
     runs_cycles: bool  # start_cycle and finish_cycle work; elsewhere nobody calls them
 
     def run(
