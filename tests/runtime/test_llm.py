@@ -151,7 +151,7 @@ def test_what_fails_in_one_request_ends_that_one_alone(
 ) -> None:
     """Text that cannot be made is a bug; it takes neither the neighbours nor the worker along."""
     push = TextStream.push
-    failing = llm._request([9, 8, 7], GREEDY, None, None)
+    failing = llm._request([9, 8, 7], GREEDY)
     stream = failing.sequences[0].stops._text
 
     def broken(self: TextStream, token_id: int) -> str:

@@ -31,7 +31,7 @@ from dmtd_runtime.serving.request import Request
 from dmtd_runtime.serving.worker import Worker
 from dmtd_runtime.text.chat_template import ChatTemplate
 from dmtd_runtime.text.prompt import Message, Prompt, token_ids_of
-from dmtd_runtime.text.tokenizer import Tokenizer
+from dmtd_runtime.text.tokenizer import Tokenizer, eos_token_ids_of
 
 logger = logging.getLogger("dmtd.llm")
 
@@ -99,13 +99,13 @@ class Service:
         if not isinstance(plain, bool):
             raise RequestError(f"got {plain!r}, expected True or False", param="plain")
         self.manifest = open_bundle(directory)
-        self.tokenizer = Tokenizer.from_directory(directory)
+        self.tokenizer = Tokenizer.from_directory(directory, model_vocab_size=self.manifest.model.vocab_size)
         self.default_params = SamplingParams.from_generation_config(read_generation_config(directory))
         self._template = ChatTemplate.from_directory(directory) if self.tokenizer else None
         opened = open_backend(directory, self.manifest, replace(options, warm_up=False))
         self.max_model_len = opened.max_model_len
         self.stats = opened.stats
-        tokenizer_eos = self.tokenizer.eos_token_ids if self.tokenizer else ()
+        tokenizer_eos = self.tokenizer.eos_token_ids if self.tokenizer else eos_token_ids_of(directory)
         self._eos = tuple(dict.fromkeys((*self.manifest.model.eos_token_ids, *tokenizer_eos)))
         self._ids = itertools.count()
         self._requests: dict[str, Request] = {}

@@ -22,7 +22,7 @@ from dmtd_runtime.errors import BundleError, RequestError
 MAX_TOKENIZER_BYTES = 256 << 20
 MAX_CONFIG_BYTES = 64 << 20
 LONG_TEXT = 4000
-"""Characters beyond which other threads run on meanwhile: the library keeps Python's lock but for batches, 1 ms a 1,500."""
+"""Characters beyond which a text is encoded as a batch: the library then lets Python's other threads run meanwhile."""
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -147,7 +147,11 @@ class Tokenizer:
                 param="prompt",
             ) from error
         try:
-            ids = list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
+            if len(text) > LONG_TEXT:
+                [encoding] = self._core.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            else:
+                encoding = self._core.encode(text, add_special_tokens=add_special_tokens)
+            ids = list(encoding.ids)
         except Exception as error:  # the library raises nothing more precise: no token for a character, say
             raise RequestError(
                 f"the tokenizer cannot encode it ({' '.join(str(error).split())}); leave out what it has no token for",
