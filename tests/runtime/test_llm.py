@@ -257,13 +257,23 @@ def test_prompts_that_cannot_be_served(llm: LLM, prompts, words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), True])
 def test_timeouts_that_make_no_sense(llm: LLM, timeout: float) -> None:
     with pytest.raises(RequestError, match="timeout_s"):
         llm.generate([1], GREEDY, timeout_s=timeout)
 
 
-@pytest.mark.parametrize("options", [{"max_num_seqs": 0}, {"max_num_seqs": 9}, {"max_model_len": 0}, {"threads": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_seqs": 0},
+        {"max_num_seqs": 9},
+        {"max_model_len": 0},
+        {"threads": 0},
+        {"max_num_queued_reqs": 0},
+        {"prefix_cache_bytes": -1},
+    ],
+)
 def test_options_out_of_range(bundle: TinyBundle, options: dict[str, int]) -> None:
     before = threading.active_count()
     with pytest.raises(RequestError, match="expected"):
@@ -286,6 +296,7 @@ def test_a_stream_adds_up_to_what_generate_gives(llm: LLM) -> None:
     assert stream.request_id == "mine"
     deltas = list(stream)
     assert {delta.request_id for delta in deltas} == {"mine"}
+    assert stream.result().outputs == whole.outputs
     for index, one in enumerate(whole.outputs):
         assert joined(deltas, index) == (one.text, one.token_ids)
         mine = [delta for delta in deltas if delta.index == index]
@@ -400,10 +411,30 @@ def test_what_is_no_prompt_is_refused(llm: LLM, prompt: Any) -> None:
         llm.generate(prompt, SamplingParams(temperature=0, max_tokens=2))
 
 
-@pytest.mark.parametrize("option", [{"params": {"temperature": 0}}, {"timeout_s": "a"}, {"timeout_s": -1}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"params": {"temperature": 0}},
+        {"timeout_s": "a"},
+        {"timeout_s": -1},
+        {"priority": None},
+        {"priority": 0.5},
+        {"priority": True},
+        {"cache_salt": ""},
+        {"cache_salt": 7},
+    ],
+)
 def test_options_of_the_wrong_kind_are_refused(llm: LLM, option: Any) -> None:
-    with pytest.raises(RequestError, match="expected"):
+    [name] = option
+    with pytest.raises(RequestError, match="expected") as caught:
         llm.generate([1, 2], **option)
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize("request_id", ["", 7])
+def test_names_that_are_none_are_refused(llm: LLM, request_id: Any) -> None:
+    with pytest.raises(RequestError, match="request_id: got"):
+        llm.stream([1, 2], request_id=request_id)
 
 
 @pytest.mark.parametrize("option", [{"device": "gpu"}, {"full_pass": "foo"}, {"dialect": "tensorrt"}])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from runtime_support import TinyBundle, TinyBundles, poisoned_bundle, wait_until
 
-from dmtd_runtime import LLM, AbortedError, BackendError, SamplingParams
+from dmtd_runtime import LLM, AbortedError, BackendError, QueueFullError, SamplingParams
 from dmtd_runtime.backends.base import Rows, RunOutput, RunStats, SlotStep, StepwiseBackend
 from dmtd_runtime.bundle.manifest import CycleInfo
 from dmtd_runtime.cycle import CyclePlan
@@ -152,6 +152,53 @@ def test_batches_of_as_many_as_there_are_slots(worker: Worker, backend: Scripted
     # First come, first served: each pair ends before the next one starts.
     starts = [client.sequence.started for client in clients]
     assert starts == sorted(starts)
+
+
+def test_the_queue_is_bounded_behind_the_free_slots(backend: ScriptedBackend) -> None:
+    """Two slots and two places: the fifth is refused, whatever the worker has come to; who ends makes room."""
+    backend.gate.clear()
+    worker = made(backend, max_num_queued_reqs=2, max_num_queued_tokens=7)
+    clients = [Client(first=i, tokens=2, prompt_len=3) for i in range(4)]
+    for client in clients[:3]:
+        worker.submit([client.sequence])
+    for refused, numbers in ((2, "got 3 waiting sequences with 9 prompt tokens"), (1, None)):
+        more = [Client(prompt_len=3).sequence for _ in range(refused)]
+        if numbers is None:
+            more[0].ids = more[0].ids * 2
+            numbers = "got 2 waiting sequences with 9 prompt tokens"
+        with pytest.raises(QueueFullError, match=numbers + r", expected at most 2 \(.*\) with 7 \("):
+            worker.submit(more)
+    worker.submit([clients[3].sequence])
+    counts = worker.snapshot()
+    assert counts.running + counts.waiting == 4
+    backend.gate.set()
+    assert [client.wait().end for client in clients] == ["length"] * 4
+    with pytest.raises(QueueFullError, match="got 3 waiting sequences"):
+        worker.submit([Client().sequence for _ in range(5)])
+    last = [Client(first=i) for i in range(4)]
+    worker.submit([client.sequence for client in last])
+    assert [client.wait().end for client in last] == ["length"] * 4
+    wait_until(lambda: worker.snapshot().running == 0)
+    counts = worker.snapshot()
+    assert (counts.waiting, counts.waiting_prompt_tokens) == (0, 0)
+    assert (counts.prompt_tokens, counts.generation_tokens) == (4 * 3 + 4, 4 * 2 + 4 * 5)
+    worker.close()
+
+
+def test_after_every_step_and_at_the_end_the_worker_says_so(backend: ScriptedBackend) -> None:
+    told: list[int] = []
+    client = Client(tokens=6)
+    worker = Worker(
+        backend,
+        CyclePlan(cycle=CYCLE),
+        options=ServingOptions(prefix_cache_bytes=0),
+        after_step=lambda: told.append(len(client.tokens)),
+    )
+    worker.submit([client.sequence])
+    client.wait()
+    worker.close()
+    assert told[-2:] == [6, 6], "once more, behind the last step"
+    assert sorted(set(told) - {0}) == [1, 2, 3, 4, 5, 6]
 
 
 def test_slots_are_compact_and_in_order() -> None:
