@@ -7,11 +7,9 @@ bundle a (family, encoding layers) serves them all, through :meth:`TinyBundle.ma
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -184,20 +182,6 @@ def poisoned_bundle(root: Path, token_id: int = 255) -> tuple[Path, Manifest]:
     manifest = replace(manifest, files={**manifest.files, data.name: record})
     (root / "bundle" / "manifest.json").write_text(manifest.to_json())
     return root / "bundle", manifest
-
-
-def with_files(bundle: Path, copy: Path, files: Mapping[str, bytes | None]) -> Path:
-    """A copy of a bundle with files (None: taken out) that its manifest vouches for."""
-    shutil.copytree(bundle, copy)
-    manifest = json.loads((copy / "manifest.json").read_text())
-    for name, content in files.items():
-        manifest["files"].pop(name, None)
-        (copy / name).unlink(missing_ok=True)
-        if content is not None:
-            (copy / name).write_bytes(content)
-            manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    return copy
 
 
 @cache

@@ -163,12 +163,18 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         timeout_s: float | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation or a list of them, each a list of {"role", "content"}; see :meth:`generate`."""
-        several = bool(messages) and not isinstance(messages[0], Mapping)
+        """Answer one conversation or a list of them; see :meth:`generate`, and :meth:`render_chat` for what it is given."""
+        several = bool(messages) and isinstance(messages[0], Sequence)
         conversations: Sequence[Any] = messages if several else [messages]
-        prompts = [self.render_chat(conversation) for conversation in conversations]
+        prompts = [
+            self.render_chat(each, tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs)
+            for each in conversations
+        ]
         return self._finish([self._request(p, params, timeout_s, None, from_template=True) for p in prompts])
 
     def stream(
@@ -190,20 +196,35 @@ class LLM:
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         timeout_s: float | None = None,
         request_id: str | None = None,
     ) -> Stream:
-        """Answer a conversation piece by piece; see :meth:`stream`."""
-        prompt = self.render_chat(messages)
+        """Answer a conversation piece by piece; see :meth:`stream` and :meth:`render_chat`."""
+        prompt = self.render_chat(messages, tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs)
         return self._pieces(self._request(prompt, params, timeout_s, request_id, from_template=True))
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
-        """The prompt that the bundle's chat template makes of a conversation."""
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt that the bundle's chat template makes of a conversation, each message a {"role", "content"}.
+
+        ``tools``, ``documents`` and ``chat_template_kwargs`` (``{"enable_thinking": False}``) are handed to the template.
+        """
         if self._template is None:
             raise RequestError(
                 "this bundle has no chat template; use generate with a prompt of your own", param="messages"
             )
-        return self._template.render(messages, add_generation_prompt=True)
+        return self._template.render(
+            messages, tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs
+        )
 
     @property
     def has_chat_template(self) -> bool:

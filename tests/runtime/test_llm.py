@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from runtime_support import END_OF_TURN, TinyBundle, TinyBundles, held, random_prompt, tokenizer_of, with_files
+from bundles import with_files
+from runtime_support import END_OF_TURN, TinyBundle, TinyBundles, held, random_prompt, tokenizer_of
 
 from dmtd_runtime import LLM, Delta, DmtdError, RequestError, SamplingParams
 from dmtd_runtime.text.tokenizer import TextStream
