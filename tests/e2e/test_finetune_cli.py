@@ -24,7 +24,6 @@ from dmtd_models.reference.testing import write_tiny_checkpoint
 
 SPLIT = ("--decoding-layers", "2", "--cycle-length", "3")
 QUICK = (*SPLIT, "--precision", "float32", "--tokens-per-step", "128", "--top-k", "4", "--device", "cpu")
-LISTS = {"curriculum", "data", "held_out", "decontaminate"}  # None or empty: the same
 SUMMARY_KEYS = {
     "schema",
     "base",
@@ -89,28 +88,15 @@ def error_line(result: Result, code: int = 1) -> str:
 
 
 def test_defaults_are_those_of_the_library() -> None:
-    from dmtd_models.finetune.job import Job
-    from dmtd_models.finetune.options import TrainOptions
+    from dmtd_models.finetune.options import Job
 
-    given = {
-        parameter.name: parameter.default for parameter in _LazyCommand("finetune", VERBS["finetune"]).load().params
-    }
-    names = {"train": "trained", "cache": "cache_features", "save_every": "save_every_s"}
-    names |= {"eval_every": "eval_every_tokens", "cache_dir": "feature_dir"}
-    train, job = TrainOptions(), Job(base=Path(), output=Path())
-    library = {
-        **{field.name: getattr(job, field.name) for field in fields(Job)},
-        **{field.name: getattr(train, field.name) for field in fields(TrainOptions)},
-        **{field.name: getattr(train.loss, field.name) for field in fields(train.loss)},
-        **{field.name: getattr(train.batch, field.name) for field in fields(train.batch)},
-    }
-    compared = 0
-    for name, default in given.items():
-        key = names.get(name, name)
-        if key in library and name not in LISTS | {"output", "precision"}:  # the device's
-            assert library[key] == default, name
-            compared += 1
-    assert compared >= 27
+    given = {each.name: each.default for each in _LazyCommand("finetune", VERBS["finetune"]).load().params}
+    job = Job(base=Path(), output=Path())
+    parts = (job, job.split, job.train, job.train.loss, job.train.batch)
+    library = {each.name: getattr(part, each.name) for part in parts for each in fields(part)}
+    compared = given.keys() & library.keys() - {"base", "output"}
+    assert {name: given[name] or None for name in compared} == {name: library[name] or None for name in compared}
+    assert len(compared) >= 40
 
 
 @pytest.fixture(scope="module")
@@ -249,10 +235,10 @@ def test_a_run_goes_on_in_its_own_precision_on_another_machine(
     base: str, chats: str, tmp_path: Path, at_forward: Any, monkeypatch: pytest.MonkeyPatch, began: str, found: str
 ) -> None:
     quick = (*SPLIT, "--tokens-per-step", "128", "--top-k", "4", "--device", "cpu", "--epochs", "3", "--json")
-    monkeypatch.setattr("dmtd_models.finetune.options.usual_precision", lambda device: began)
+    monkeypatch.setattr("dmtd_models.finetune.job.usual_precision", lambda device: began)
     at_forward(3, lambda: signal.raise_signal(signal.SIGINT))
     assert finetune(base, tmp_path / "out", chats, quick=quick).exit_code == 130
-    monkeypatch.setattr("dmtd_models.finetune.options.usual_precision", lambda device: found)
+    monkeypatch.setattr("dmtd_models.finetune.job.usual_precision", lambda device: found)
     line = error_line(finetune(base, tmp_path / "out", chats, "--precision", found, quick=quick))
     assert "--precision" in line and began in line
     result = finetune(base, tmp_path / "out", chats, quick=quick)
@@ -319,7 +305,7 @@ def test_a_loss_that_is_no_number_is_one_line(base: str, chats: str, tmp_path: P
         (("--decoding-layers", "0", "--cycle-length", "3"), "DMTD split"),
         (("--decoding-layers", "2", "--cycle-length", "0"), "--cycle-length: got 0, expected 1 to 256"),
         (("--decoding-layers", "2", "--cycle-length", "257"), "--cycle-length: got 257, expected 1 to 256"),
-        ((*SPLIT, "--prompt-input", "cyclical"), "undefined"),
+        ((*SPLIT, "--cycle-origin", "prompt", "--prompt-input", "cyclical"), "undefined"),
         ((*SPLIT, "--curriculum", "3:0.9,2:0.1"), "--curriculum: got 2:0.1, expected"),
         ((*SPLIT, "--curriculum", "4:0.5"), "--curriculum: goes above"),
         ((*SPLIT, "--temperature", "0"), "--temperature"),

@@ -16,6 +16,14 @@ from dmtd_models.errors import CheckpointError
 __all__ = ["Checkpoint", "open_checkpoint"]
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a GGUF file, which records no split; opening one takes seconds."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(4) == b"GGUF"
+
+
 def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
     """Open and check a checkpoint.
 
@@ -44,9 +52,7 @@ def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
             f"{path}: no such file or directory; give a Hugging Face directory (config.json and safetensors) "
             "or a .gguf file"
         )
-    with path.open("rb") as stream:
-        magic = stream.read(4)
-    if magic == b"GGUF":
+    if is_gguf(path):
         from dmtd_models.checkpoints.gguf import GgufCheckpoint
 
         return GgufCheckpoint(path)

@@ -63,24 +63,32 @@ def generate(
     bundle: BundleArgument = None,
     model: BundleOption = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="The prompt; - or none of these reads stdin.")
+        str | None,
+        typer.Option("--prompt", "-p", help="The prompt. With -, or without any prompt option, it is read from stdin."),
     ] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A file that holds the prompt (UTF-8).")] = None,
-    token_ids: Annotated[str | None, typer.Option(help="The prompt as token ids: 1,2,3.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="The prompt as it stands, without the chat template.")] = False,
-    system: Annotated[str | None, typer.Option(help="System message, for the chat template.")] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Every layer for every token: the baseline.")] = False,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file that holds the prompt, in UTF-8.")] = None,
+    token_ids: Annotated[str | None, typer.Option(help="The prompt as token ids, such as 1,2,3.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Take the prompt as it stands. By default it is put into the chat template.")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(help="System message, for the chat template. By default the template's own.")
+    ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Baseline: run every layer for every token. By default DMTD's cycles.")
+    ] = False,
     sampling: GenerateSampling = GivenSampling(),
     timeout_s: Annotated[
-        float | None, typer.Option("--timeout", help="Seconds after which the answer is cut; by default never.")
+        float | None, typer.Option("--timeout", help="Seconds after which the answer is cut. By default never.")
     ] = None,
     backend: AnswerBackend = BackendOptions(),
     json: JsonOption = False,
 ) -> None:
     """Generate text for a prompt; it appears as it is made.
 
-    A bundle with a chat template answers the prompt as a user's message, unless --raw is given. A bundle without a tokenizer
-    takes --token-ids and prints token ids.
+    A bundle with a chat template answers the prompt as a user's message, unless --raw is given.
+
+    A bundle without a tokenizer takes --token-ids and prints token ids.
     """
     directory = pick(bundle, model, "BUNDLE")
     asked = _read_prompt(prompt, prompt_file, parse_ids(token_ids, "token_ids"))

@@ -22,10 +22,9 @@ from torch import Tensor
 
 from dmtd_models.errors import ConfigError, ModelError
 from dmtd_models.finetune.batches import Collator
-from dmtd_models.finetune.options import usual_precision
-from dmtd_models.finetune.run import Hooks
+from dmtd_models.finetune.options import LossOptions, usual_precision
 from dmtd_models.finetune.states import latest_checkpoint
-from dmtd_models.finetune.student import LossOptions, Student
+from dmtd_models.finetune.student import Student
 from dmtd_models.finetune.trainer import DivergedError
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -158,8 +157,12 @@ def test_a_half_written_state_is_passed_over(base: Path, tmp_path: Path, whole_r
 
 def test_nothing_is_computed_for_text_that_a_short_run_never_reads(base: Path, tmp_path: Path) -> None:
     totals = set()
-    hooks = Hooks(features=lambda done, total: totals.add(total))
-    result = run_tiny(base, tmp_path, run_options(max_tokens=300, cache_features=True), hooks=hooks)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "computing what frozen layers give":
+            totals.add(total)
+
+    result = run_tiny(base, tmp_path, run_options(max_tokens=300, cache_features=True), hooks={"progress": progress})
     [total] = totals
     assert result.tokens >= 300
     assert 300 <= total < 300 + max(length for length, _ in RUN_LENGTHS)
@@ -170,7 +173,9 @@ def test_a_finished_run_is_finished(base: Path, tmp_path: Path) -> None:
     first = run_tiny(base, tmp_path, run_options(max_tokens=300))
     file = tmp_path / f"checkpoint-{first.steps}" / "complete.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "seconds": 1000.0}))
-    again = run_tiny(base, tmp_path, run_options(max_tokens=300), hooks=Hooks(stage=stages.append))
+    again = run_tiny(
+        base, tmp_path, run_options(max_tokens=300), hooks={"progress": lambda stage, *_: stages.append(stage)}
+    )
     assert first.steps == again.steps and first.tokens == again.tokens
     assert stages[-1] == f"trained already: checkpoint-{first.steps} is the last"
     assert again.seconds == pytest.approx(1000, abs=5.0)
@@ -384,7 +389,7 @@ def test_a_full_disk_keeps_the_state_before(base: Path, tmp_path: Path, whole_ru
         ({"lora_rank": 4}, "lora_rank: has no effect without --train lora"),
         ({"loss": LossOptions(distill=0.0, temperature=2.0)}, "temperature: has no effect without --distill above 0"),
         ({"loss": LossOptions(distill=0.0, top_k=5)}, "top_k: has no effect"),
-        ({"trained": "full", "cache_features": True}, "cache: has no effect without frozen layers"),
+        ({"trained": "full", "cache_features": True}, "cache_features: has no effect without frozen layers"),
     ],
 )
 def test_options_that_contradict_each_other(base: Path, tmp_path: Path, given: dict[str, Any], words: str) -> None:

@@ -13,8 +13,8 @@ import torch
 from finetune_support import run_options, run_tiny, write_base
 from safetensors.torch import load_file
 
+from dmtd_models.finetune.options import LossOptions
 from dmtd_models.finetune.states import latest_checkpoint
-from dmtd_models.finetune.student import LossOptions
 
 ROOT = Path(__file__).resolve().parents[3]
 ENVIRON = {
@@ -46,7 +46,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from dmtd_models.finetune import run
-from dmtd_models.finetune.student import LossOptions
+from dmtd_models.finetune.options import LossOptions
 from finetune_support import interrupted_at, run_options, run_tiny
 torch.set_num_threads(1)
 run._matmul_peak = lambda dtype, device: 1e12
