@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +26,7 @@ from dmtd_models.checkpoints.saving import make_directory
 from dmtd_models.config.model import DmtdSpec
 from dmtd_models.errors import ConfigError, ModelError
 from dmtd_models.finetune.batches import Batch, Collator, Document, PackedRows, make_batch, pack
+from dmtd_models.finetune.cost import flops_per_token, matmul_peak
 from dmtd_models.finetune.endings import ending_with_a_state, named_memory_errors
 from dmtd_models.finetune.features import FeatureKey, FeatureStore, add_computed, documents_digest, store_features
 from dmtd_models.finetune.heap import keep_large_blocks
@@ -36,7 +36,6 @@ from dmtd_models.finetune.student import Student, trainable_model
 from dmtd_models.finetune.trainer import DmtdTrainer, Guard, OnLog, set_length, training_arguments
 from dmtd_models.progress import Progress, silent
 from dmtd_models.reference.dmtd import DmtdModel
-from dmtd_models.reference.layers import DecoderLayer
 
 _LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -193,7 +192,7 @@ def _finetune(
         with arguments.main_process_first():
             store = _features(checkpoint, base, documents, cache_dir or output / "features", options, progress)
     collator = Collator(spec, options.batch, options.seed, store.add_to if store else lambda batch: None)
-    peak = _matmul_peak(dtype, arguments.device)
+    peak = matmul_peak(dtype, arguments.device)
     guard = Guard(options, collator.set_cycle_length, spec.cycle_length, steps_per_evaluation if evaluation else 0)
     trainer = DmtdTrainer(
         student=student,
@@ -203,7 +202,7 @@ def _finetune(
         collate=collator,
         phases=spec.cycle_length,
         held_out=evaluation,
-        flops_per_token=_flops_per_token(
+        flops_per_token=flops_per_token(
             base, options, stored=store is not None, learnt=documents.learnt_share(options)
         ),
         peak_flops=peak,
@@ -354,53 +353,3 @@ def checkpoint_digest(checkpoint: Checkpoint, precision: str) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
-
-
-def _flops_per_token(base: DmtdModel, options: TrainOptions, *, stored: bool, learnt: float) -> float:
-    """Matrix-product operations of one trained token, attention over its document left out.
-
-    A trained layer costs three forward passes (forward, gradient of the input, gradient of the weights), a layer that only passes
-    gradients on two, a frozen one below it one. The head works on the share ``learnt`` of rows alone, those that carry a loss.
-    """
-    layers = base.model.layers
-    one_layer = 2.0 * sum(p.numel() for p in _linear_weights(layers[0]))
-    frozen = options.frozen_layers(base.spec)
-    above = len(layers) - frozen
-    total = above * (2.0 if options.trained == "lora" else 3.0) * one_layer
-    if not stored:
-        total += frozen * one_layer
-        if options.loss.distill > 0:
-            total += above * one_layer  # the teacher's
-    head = learnt * 2.0 * base.config.vocab_size * base.config.hidden_size
-    sparse = options.loss.distill == 0 or options.loss.top_k > 0
-    sampled = sparse and options.loss.sampled_on(base.model.norm.weight.device) > 0
-    if options.loss.distill > 0 and (not stored or options.loss.top_k == 0):
-        total += head  # the teacher's
-    passes = 3.0 if options.train_embedding else 2.0
-    return total + passes * head * (0.5 if sampled else 1.0)  # about half of the columns, with 32 targets a row
-
-
-def _linear_weights(layer: DecoderLayer) -> list[torch.Tensor]:
-    return [module.weight for module in layer.modules() if isinstance(module, nn.Linear)]
-
-
-def _matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of this device's linear layer at a favourable shape, measured for a moment."""
-    size = 2048 if device.type == "cpu" else 8192
-    rows, weight = (
-        torch.ones(size, 1024, dtype=dtype, device=device),
-        torch.ones(size, 1024, dtype=dtype, device=device),
-    )
-    best = math.inf
-    for _ in range(6):
-        _wait(device)
-        started = time.perf_counter()
-        nn.functional.linear(rows, weight)
-        _wait(device)
-        best = min(best, time.perf_counter() - started)
-    return 2.0 * size * size * 1024 / best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -16,7 +16,7 @@ from dmtd_models.reference.testing import write_tiny_checkpoint
 def _small_world(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setattr("dmtd_models.finetune.run._matmul_peak", lambda dtype, device: 1e12)
+    monkeypatch.setattr("dmtd_models.finetune.run.matmul_peak", lambda dtype, device: 1e12)
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def test_a_run_of_one_step_learns(base: Path, tmp_path: Path) -> None:
 
 def test_matrix_products_of_a_token(base: Path) -> None:
     """By hand: hidden 64, so many weights a layer; the head only for rows with a loss."""
-    from dmtd_models.finetune.run import _flops_per_token
+    from dmtd_models.finetune.cost import flops_per_token
     from dmtd_models.reference.dmtd import DmtdModel
 
     with opened(base, decoding_layers=2, cycle_length=3) as (checkpoint, spec):
@@ -77,17 +77,15 @@ def test_matrix_products_of_a_token(base: Path) -> None:
     vocab = 2 * 600 * hidden
     whole = LossOptions(top_k=2, vocab_sample=0)
     late = run_options(loss=whole)
-    assert _flops_per_token(model, late, stored=True, learnt=0.25) == 3 * 2 * layer + 0.25 * 2 * vocab
+    assert flops_per_token(model, late, stored=True, learnt=0.25) == 3 * 2 * layer + 0.25 * 2 * vocab
     not_stored = (
         2 * layer + 3 * 2 * layer + 2 * layer + 0.5 * 3 * vocab
     )  # trunk, student, teacher; the teacher's head too
-    assert _flops_per_token(model, late, stored=False, learnt=0.5) == not_stored
+    assert flops_per_token(model, late, stored=False, learnt=0.5) == not_stored
     last = run_options(loss=whole, trained="full", last_layers=3)
-    assert _flops_per_token(model, last, stored=True, learnt=0.25) == 3 * 3 * layer + 0.25 * 2 * vocab
-    assert (
-        _flops_per_token(model, last, stored=False, learnt=0.5) == layer + 3 * 3 * layer + 3 * layer + 0.5 * 3 * vocab
-    )
+    assert flops_per_token(model, last, stored=True, learnt=0.25) == 3 * 3 * layer + 0.25 * 2 * vocab
+    assert flops_per_token(model, last, stored=False, learnt=0.5) == layer + 3 * 3 * layer + 3 * layer + 0.5 * 3 * vocab
     entropy = run_options(loss=LossOptions(distill=0, vocab_sample=0), trained="full")
-    assert _flops_per_token(model, entropy, stored=False, learnt=1.0) == 3 * 4 * layer + 2 * vocab
+    assert flops_per_token(model, entropy, stored=False, learnt=1.0) == 3 * 4 * layer + 2 * vocab
     embedding = run_options(loss=LossOptions(distill=0, vocab_sample=0), trained="full", train_embedding=True)
-    assert _flops_per_token(model, embedding, stored=False, learnt=1.0) == 3 * 4 * layer + 3 * vocab
+    assert flops_per_token(model, embedding, stored=False, learnt=1.0) == 3 * 4 * layer + 3 * vocab

@@ -49,7 +49,7 @@ from dmtd_models.finetune import run
 from dmtd_models.finetune.options import LossOptions
 from finetune_support import interrupted_at, run_options, run_tiny
 torch.set_num_threads(1)
-run._matmul_peak = lambda dtype, device: 1e12
+run.matmul_peak = lambda dtype, device: 1e12
 rank, stop_at = int(os.environ["RANK"]), int(sys.argv[4])
 options = run_options(
     max_tokens=int(sys.argv[3]), loss=LossOptions(top_k=2, vocab_sample=0), save_every_s=1e9 if rank == 0 else 0.0
