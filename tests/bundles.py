@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from dmtd_export.bundle.export import export_bundle
@@ -24,3 +28,17 @@ def make_bundle(directory: Path, *, tokenizer: bool = True) -> Path:
     )
     export_bundle(checkpoint, directory / "bundle", options)
     return directory / "bundle"
+
+
+def with_files(bundle: Path, copy: Path, files: Mapping[str, bytes | None]) -> Path:
+    """A copy of a bundle with files (None: taken out) that its manifest vouches for."""
+    shutil.copytree(bundle, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for name, content in files.items():
+        manifest["files"].pop(name, None)
+        (copy / name).unlink(missing_ok=True)
+        if content is not None:
+            (copy / name).write_bytes(content)
+            manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return copy

@@ -34,7 +34,7 @@ from dmtd_runtime.serving.outputs import Delta, RequestOutput
 from dmtd_runtime.serving.request import Request
 from dmtd_runtime.serving.worker import Worker
 from dmtd_runtime.text.chat_template import ChatTemplate
-from dmtd_runtime.text.tokenizer import Tokenizer
+from dmtd_runtime.text.tokenizer import Tokenizer, eos_token_ids_of
 
 logger = logging.getLogger("dmtd.llm")
 
@@ -88,7 +88,7 @@ class LLM:
             raise RequestError(f"got {plain!r}, expected True or False", param="plain")
         directory = Path(bundle)
         self.manifest = open_bundle(directory)
-        self.tokenizer = Tokenizer.from_directory(directory)
+        self.tokenizer = Tokenizer.from_directory(directory, model_vocab_size=self.manifest.model.vocab_size)
         self.default_params = SamplingParams.from_generation_config(read_generation_config(directory))
         self._template = ChatTemplate.from_directory(directory) if self.tokenizer else None
         plan = CyclePlan(cycle=self.manifest.cycle, plain=plain)
@@ -108,7 +108,7 @@ class LLM:
         self.max_model_len = opened.max_model_len
         self._at_limit = opened.max_model_len == self.manifest.model.max_model_len
         self.stats = opened.stats
-        tokenizer_eos = self.tokenizer.eos_token_ids if self.tokenizer else ()
+        tokenizer_eos = self.tokenizer.eos_token_ids if self.tokenizer else eos_token_ids_of(directory)
         self._eos = tuple(dict.fromkeys((*self.manifest.model.eos_token_ids, *tokenizer_eos)))
         self._ids = itertools.count()
         self._requests: dict[str, Request] = {}
@@ -163,12 +163,18 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         timeout_s: float | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation or a list of them, each a list of {"role", "content"}; see :meth:`generate`."""
-        several = bool(messages) and not isinstance(messages[0], Mapping)
+        """Answer one conversation or a list of them; see :meth:`generate`, and :meth:`render_chat` for what it is given."""
+        several = bool(messages) and isinstance(messages[0], Sequence)
         conversations: Sequence[Any] = messages if several else [messages]
-        prompts = [self.render_chat(conversation) for conversation in conversations]
+        prompts = [
+            self.render_chat(each, tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs)
+            for each in conversations
+        ]
         return self._finish([self._request(p, params, timeout_s, None, from_template=True) for p in prompts])
 
     def stream(
@@ -190,20 +196,35 @@ class LLM:
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         timeout_s: float | None = None,
         request_id: str | None = None,
     ) -> Stream:
-        """Answer a conversation piece by piece; see :meth:`stream`."""
-        prompt = self.render_chat(messages)
+        """Answer a conversation piece by piece; see :meth:`stream` and :meth:`render_chat`."""
+        prompt = self.render_chat(messages, tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs)
         return self._pieces(self._request(prompt, params, timeout_s, request_id, from_template=True))
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
-        """The prompt that the bundle's chat template makes of a conversation."""
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt that the bundle's chat template makes of a conversation, each message a {"role", "content"}.
+
+        ``tools``, ``documents`` and ``chat_template_kwargs`` (``{"enable_thinking": False}``) are handed to the template.
+        """
         if self._template is None:
             raise RequestError(
                 "this bundle has no chat template; use generate with a prompt of your own", param="messages"
             )
-        return self._template.render(messages, add_generation_prompt=True)
+        return self._template.render(
+            messages, tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs
+        )
 
     @property
     def has_chat_template(self) -> bool:

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from dmtd_models.adapters.adapter import CONFIG_FILE
 from dmtd_models.adapters.delta import MOST_BITS
 from dmtd_models.cache import default_cache_dir
 from dmtd_models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dmtd_models.checkpoints.saving import make_directory, write_json
+from dmtd_models.checkpoints.weight_files import ADAPTER_CONFIG
 from dmtd_models.config.model import DmtdSpec, resolve_dmtd
 from dmtd_models.data.chat import TextTokenizer
 from dmtd_models.data.read_data import ReadOptions
@@ -140,7 +140,7 @@ def _require_own_output(job: Job) -> None:
         raise ConfigError(
             f"{job.output} is the adapter of --initial, which would be lost; give another directory", param="output"
         )
-    for name, kind in (("config.json", "a model"), (CONFIG_FILE, "an adapter")):
+    for name, kind in (("config.json", "a model"), (ADAPTER_CONFIG, "an adapter")):
         if (job.output / name).is_file() and not (job.output / TRAINING).is_dir():
             raise ConfigError(
                 f"{job.output} holds {kind} that dmtd finetune did not make there; give another directory",

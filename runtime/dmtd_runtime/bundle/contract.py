@@ -79,12 +79,14 @@ WEIGHTS_FILE = "model.onnx.data"
 DATA_LOADER_FILE = "polygraphy_data.py"
 ENGINES_DIRECTORY = "engines"
 ENGINE_RECORD_FILE = "engine.json"
+TOOL_USE_TEMPLATE_FILE = "chat_template_tool_use.jinja"
 # Files of the checkpoint that a runtime reads: they count only where the manifest lists them.
 ASSET_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    TOOL_USE_TEMPLATE_FILE,
     "generation_config.json",
     CONFIG_FILE,
 )

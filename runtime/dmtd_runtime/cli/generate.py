@@ -23,6 +23,7 @@ from dmtd_runtime.cli.common import (
 from dmtd_runtime.cli.opening import open_llm
 from dmtd_runtime.cli.options.backend import AnswerBackend
 from dmtd_runtime.cli.options.sampling import GenerateSampling, GivenSampling, parse_ids
+from dmtd_runtime.cli.options.template import TEMPLATE, GivenTemplate
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.serving.outputs import Delta
 
@@ -64,9 +65,15 @@ def generate(
     model: BundleOption = None,
     prompt: Annotated[
         str | None,
-        typer.Option("--prompt", "-p", help="The prompt. With -, or without any prompt option, it is read from stdin."),
+        typer.Option(
+            "--prompt",
+            "-p",
+            help="The prompt. With -, or without any, it is read from stdin, less its last line break.",
+        ),
     ] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A file that holds the prompt, in UTF-8.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="A file that holds the prompt, in UTF-8, less its last line break.")
+    ] = None,
     token_ids: Annotated[str | None, typer.Option(help="The prompt as token ids, such as 1,2,3.")] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Take the prompt as it stands. By default it is put into the chat template.")
@@ -77,6 +84,7 @@ def generate(
     plain: Annotated[
         bool, typer.Option("--plain", help="Baseline: run every layer for every token. By default DMTD's cycles.")
     ] = False,
+    template: TEMPLATE = GivenTemplate(),
     sampling: GenerateSampling = GivenSampling(),
     timeout_s: Annotated[
         float | None, typer.Option("--timeout", help="Seconds after which the answer is cut. By default never.")
@@ -94,7 +102,7 @@ def generate(
     asked = _read_prompt(prompt, prompt_file, parse_ids(token_ids, "token_ids"))
     with open_llm(directory, backend, plain=plain) as llm:
         params = sampling.over(llm.default_params)
-        ids = _prompt_ids(llm, asked, raw=raw, system=system)
+        ids = _prompt_ids(llm, asked, raw=raw, system=system, template=template)
         answer = _run(llm, ids, params, timeout_s, show=not json)
     if json:
         typer.echo(json_text.dumps({"schema": 1, "plain": plain, **asdict(answer)}))
@@ -109,7 +117,7 @@ def _read_prompt(prompt: str | None, file: Path | None, ids: list[int] | None) -
         return ids
     if file is not None:
         try:
-            return file.read_text(encoding="utf-8")
+            return _without_last_break(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise RequestError(
                 f"{file} cannot be read ({error}); name a UTF-8 text file", param="prompt_file"
@@ -119,14 +127,21 @@ def _read_prompt(prompt: str | None, file: Path | None, ids: list[int] | None) -
     if sys.stdin.isatty() and prompt is None:
         raise typer.BadParameter("no prompt: give --prompt, --prompt-file or --token-ids, or write it to stdin")
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return _without_last_break(sys.stdin.buffer.read().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RequestError(
             f"stdin is not UTF-8 at byte {error.start}; convert it, e.g. with iconv", param="prompt"
         ) from None
 
 
-def _prompt_ids(llm: LLM, asked: str | list[int], *, raw: bool, system: str | None) -> list[int]:
+def _without_last_break(text: str) -> str:
+    """The text without the line break that `echo` and editors end it with; others are the prompt's own."""
+    return text[:-1].removesuffix("\r") if text.endswith("\n") else text
+
+
+def _prompt_ids(
+    llm: LLM, asked: str | list[int], *, raw: bool, system: str | None, template: GivenTemplate
+) -> list[int]:
     """The prompt as the model gets it, in token ids, so that its length can be told."""
     if isinstance(asked, list):
         return asked
@@ -137,10 +152,13 @@ def _prompt_ids(llm: LLM, asked: str | list[int], *, raw: bool, system: str | No
     if raw or not llm.has_chat_template:
         if system is not None:
             raise RequestError("needs a chat template and no --raw; put it into the prompt instead", param="system")
+        if template != GivenTemplate():
+            name = "tools" if template.tools else "chat_template_kwargs"
+            raise RequestError("needs a chat template and no --raw; leave it out", param=name)
         return llm.tokenizer.encode(asked)
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": asked})
-    return llm.tokenizer.encode(llm.render_chat(messages), add_special_tokens=False)
+    return llm.tokenizer.encode(llm.render_chat(messages, **template.arguments()), add_special_tokens=False)
 
 
 def _run(llm: LLM, ids: list[int], params: SamplingParams, timeout_s: float | None, *, show: bool) -> Answer:

@@ -42,7 +42,7 @@ def test_a_missing_provider_is_told_first_and_never_replaced_by_the_cpu(tmp_path
 
 
 def test_a_float32_bundle_is_refused_with_the_export_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmtd_runtime.backends.onnxruntime.backend.check_cuda_provider", lambda ort: None)
+    monkeypatch.setattr("dmtd_runtime.backends.onnxruntime.limits.check_cuda_provider", lambda ort: None)
     with pytest.raises(BackendError, match="--dtype bfloat16"):
         LLM(bundle(tmp_path, "float32"), device="cuda")
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import typer.main
-from bundles import make_bundle
+from bundles import make_bundle, with_files
 from typer.testing import CliRunner, Result
 
 from dmtd_export.cli.main import VERBS, _LazyCommand, app
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.bench.measure import BenchOptions
-from dmtd_runtime.cli.chat import change_params
+from dmtd_runtime.cli.chat import change_params, params_words
 from dmtd_runtime.cli.common import human_bytes, printable
+from dmtd_runtime.cli.options.sampling import GivenSampling
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.sampling.params import SamplingParams
 
@@ -116,16 +118,20 @@ def test_generate_plain_runs_every_layer_and_needs_no_warning(bundle: str) -> No
 
 
 def test_generate_reads_the_prompt_from_anywhere(bundle: str, tmp_path: Path) -> None:
-    (tmp_path / "prompt.txt").write_text("hello", encoding="utf-8")
+    (tmp_path / "prompt.txt").write_text("hello\n", encoding="utf-8")
     common = ("generate", bundle, "--max-tokens", "6", "--json")
     answers = [
         one_json(dmtd(*common, "-p", "hello")),
         one_json(dmtd(*common, "--prompt-file", str(tmp_path / "prompt.txt"))),
         one_json(dmtd(*common, stdin="hello")),
+        one_json(dmtd(*common, stdin="hello\n")),
+        one_json(dmtd(*common, stdin="hello\r\n")),
         one_json(dmtd(*common, "-p", "-", stdin="hello")),
         one_json(dmtd("generate", "-m", bundle, "--max-tokens", "6", "--json", "-p", "hello")),
     ]
-    assert len({tuple(answer["token_ids"]) for answer in answers}) == 1
+    assert len({(answer["prompt_tokens"], *answer["token_ids"]) for answer in answers}) == 1
+    kept = one_json(dmtd(*common, "--raw", stdin="a\n\n"))  # one line break goes, the others are the prompt's own
+    assert kept["prompt_tokens"] == 2
 
 
 def test_chat_template_is_applied_unless_raw(bundle: str) -> None:
@@ -176,11 +182,88 @@ def test_chat_goes_on_after_mistakes(bundle: str, tmp_path: Path) -> None:
         "never said",
     ]
     result = dmtd("chat", bundle, stdin="\n".join(lines) + "\n")
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 6
     assert "expected at most 255" in errors[3]
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (b"hello\n\xff\n", "line 2 of stdin is not UTF-8 at byte 0"),
+        (b'"""a\nb\xe4\n', "line 2 of stdin is not UTF-8 at byte 1"),
+        (b'hello\n"""two\nlines\n', 'the message that begins in line 2 was not said: its """ is not closed'),
+        (b'"""a""" b\n', "got 'b' behind the closing"),
+    ],
+)
+def test_a_pipe_that_makes_no_message(bundle: str, lines: bytes, words: str) -> None:
+    result = CliRunner().invoke(app, ["chat", bundle, "--max-tokens", "2"], input=lines, prog_name="dmtd")
+    assert result.exit_code == 1
+    [error] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert words in error
+
+
+def test_chat_keeps_its_history_over_a_refused_message(bundle: str, tmp_path: Path) -> None:
+    core = tokenizers.Tokenizer.from_file(str(Path(bundle) / "tokenizer.json"))
+    core.add_tokens(["[PAD]"])  # id 259, which the model has no row for
+    copy = with_files(Path(bundle), tmp_path / "bundle", {"tokenizer.json": core.to_str().encode()})
+    saved = tmp_path / "talk.json"
+    lines = ["hello", "[PAD]", "again", f"/save {saved}"]
+    result = dmtd("chat", str(copy), "--max-tokens", "2", stdin="\n".join(lines))
+    assert result.exit_code == 1
+    assert "got '[PAD]', token id 259" in result.stderr
+    messages = json.loads(saved.read_text(encoding="utf-8"))["messages"]
+    assert [message["content"] for message in messages if message["role"] == "user"] == ["hello", "again"]
+
+
+def test_arguments_of_the_chat_template(bundle: str, tmp_path: Path) -> None:
+    source = b"{{ messages[-1].content }}{% if big %}ABC{% endif %}{{ tools[0].name if tools }}"
+    copy = str(with_files(Path(bundle), tmp_path / "bundle", {"chat_template.jinja": source}))
+    (tmp_path / "tools.json").write_text('[{"name": "look"}]', encoding="utf-8")
+    given = ["--chat-template-kwargs", '{"big": true}', "--tools", str(tmp_path / "tools.json")]
+    common = ("generate", copy, "-p", "hi", "--max-tokens", "1", "--json")
+    assert one_json(dmtd(*common))["prompt_tokens"] == 2
+    assert one_json(dmtd(*common, *given))["prompt_tokens"] == 2 + len("ABC") + len("look")
+    assert dmtd("chat", copy, "--max-tokens", "1", *given, stdin="hi\n").exit_code == 0
+    for arguments, words in (
+        (["--chat-template-kwargs", "no"], "--chat-template-kwargs: got 'no', expected JSON"),
+        (["--tools", str(tmp_path)], "--tools: "),
+        (["--raw", *given], "--tools: needs a chat template and no --raw"),
+    ):
+        result = dmtd(*common, *arguments)
+        assert result.exit_code == 1
+        assert result.stderr.splitlines()[-1].startswith(f"error: {words}")
+
+
+def test_params_have_blanks_and_objects() -> None:
+    params = SamplingParams(temperature=0.5)
+    changed = change_params(params, 'stop=["a b", "\\"c\\" ="]  logit_bias={"50": -100, "7": 1.5} top-p=0.5')
+    assert changed == SamplingParams(temperature=0.5, stop=("a b", '"c" ='), logit_bias={50: -100.0, 7: 1.5}, top_p=0.5)
+    assert change_params(params, 'stop="The end"').stop_strings == ("The end",)
+    assert change_params(changed, "logit_bias=none stop=[]") == replace(params, top_p=0.5)
+    # What is shown can be typed.
+    assert change_params(SamplingParams(), " ".join(params_words(changed))) == changed
+    for words in (
+        'stop=["a',
+        "logit_bias={50: -100}",
+        'logit_bias={"a": 1}',
+        "logit_bias=[1]",
+        'stop="a b',
+        "top_p=0.5 x",
+    ):
+        with pytest.raises(RequestError) as caught:
+            change_params(params, words)
+        assert "\n" not in str(caught.value)
+
+
+def test_asked_tokens_win_over_recommended_ones() -> None:
+    defaults = SamplingParams(min_tokens=10, max_tokens=20)
+    assert GivenSampling(max_tokens=5).over(defaults).min_tokens == 5
+    assert GivenSampling(max_tokens=15).over(defaults).min_tokens == 10
+    with pytest.raises(RequestError, match="min_tokens"):
+        GivenSampling(max_tokens=5, min_tokens=6).over(defaults)
 
 
 def test_params_words() -> None:

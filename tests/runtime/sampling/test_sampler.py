@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmtd_runtime.errors import BackendError, DmtdError, RequestError
+from dmtd_runtime.errors import DmtdError, RequestError
 from dmtd_runtime.sampling import sampler as sampler_module
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import MAX_CANDIDATES, Sampler, top_ids, uniform
@@ -136,7 +136,7 @@ def test_min_tokens_masks_end_and_stop_ids() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_nothing_left_to_choose(temperature: float) -> None:
     sampler = make(SamplingParams(temperature=temperature, min_tokens=1), 2, eos_token_ids=[0, 1])
-    with pytest.raises(BackendError, match="nothing to choose from"):
+    with pytest.raises(RequestError, match="nothing to choose from"):
         sampler.choose(row(1, 2))
 
 

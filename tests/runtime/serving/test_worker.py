@@ -157,10 +157,11 @@ def test_slots_are_compact_and_in_order() -> None:
     for client in clients:
         client.wait()
     for steps in backend.asked:
-        slots = [step.slot for step in steps]
-        assert slots == sorted(set(slots))
+        order = [(step.step.kind == "prefill", step.slot) for step in steps]
+        assert order == sorted(set(order)), "heads by slot, then prompts by slot"
     # When all decode together, the slots in use have no gap.
-    full = [[step.slot for step in steps] for steps in backend.asked if steps[0].step.kind == "full"]
+    full = [[step.slot for step in steps] for steps in backend.asked if {step.step.kind for step in steps} == {"full"}]
+    assert full
     assert all(slots == list(range(len(slots))) for slots in full)
     assert [client.tokens[-1] for client in clients] == [(i + n) % VOCAB for i, n in enumerate((2, 9, 1, 5, 12, 3))]
     worker.close()

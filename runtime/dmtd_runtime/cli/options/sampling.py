@@ -58,6 +58,8 @@ class GivenSampling:
         changes = {
             name: value for name, value in given.items() if value is not None and value is not False and value != []
         }
+        if self.max_tokens is not None and self.min_tokens is None:  # what was asked for wins over what is recommended
+            changes["min_tokens"] = min(defaults.min_tokens, self.max_tokens)
         params = replace(defaults, **changes)
         idle = [f"--{name.replace('_', '-')}" for name in ("top_p", "top_k", "min_p", "seed") if name in changes]
         if params.greedy and idle:
@@ -107,11 +109,25 @@ def parse_ids(text: str | None, param: str) -> list[int] | None:
         raise RequestError(f"got {text[:60]!r}, expected whole numbers such as 1,2,3", param=param) from None
 
 
-def _parse_logit_bias(text: str | None) -> dict[int, float] | None:
+def _parse_logit_bias(text: str | None) -> dict[int, Any] | None:
     """A JSON object of token ids and numbers."""
-    if text is None:
-        return None
     try:
-        return {int(token_id): value for token_id, value in json.loads(text).items()}
-    except (ValueError, AttributeError):
-        raise RequestError(f'got {text[:60]!r}, expected JSON such as {{"50": -100}}', param="logit_bias") from None
+        return None if text is None else bias_by_id(json.loads(text))
+    except json.JSONDecodeError:
+        raise _no_bias(text) from None
+
+
+def bias_by_id(value: object) -> dict[int, Any]:
+    """A logit_bias with whole numbers for keys, which JSON cannot write.
+
+    Raises:
+        RequestError: no such object.
+    """
+    try:
+        return {int(token_id): number for token_id, number in value.items()}  # type: ignore[attr-defined]
+    except (ValueError, TypeError, AttributeError):
+        raise _no_bias(json.dumps(value)) from None
+
+
+def _no_bias(text: object) -> RequestError:
+    return RequestError(f'got {str(text)[:60]!r}, expected JSON such as {{"50": -100}}', param="logit_bias")
