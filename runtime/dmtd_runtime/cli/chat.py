@@ -72,8 +72,10 @@ class _LeaveError(Exception):
 def chat(
     bundle: BundleArgument = None,
     model: BundleOption = None,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Every layer for every token: the baseline.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message. By default the template's own.")] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Baseline: run every layer for every token. By default DMTD's cycles.")
+    ] = False,
     template: TEMPLATE = GivenTemplate(),
     sampling: ChatSampling = GivenSampling(),
     backend: AnswerBackend = BackendOptions(),

@@ -67,19 +67,29 @@ def generate(
     model: BundleOption = None,
     prompt: Annotated[
         str | None,
-        typer.Option("--prompt", "-p", help="The prompt; - or none of these reads stdin, less its last line break."),
+        typer.Option(
+            "--prompt",
+            "-p",
+            help="The prompt. With -, or without any, it is read from stdin, less its last line break.",
+        ),
     ] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(help="The prompt in a file (UTF-8), less its last line break.")
+        Path | None, typer.Option(help="A file that holds the prompt, in UTF-8, less its last line break.")
     ] = None,
-    token_ids: Annotated[str | None, typer.Option(help="The prompt as token ids: 1,2,3.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="The prompt as it stands, without the chat template.")] = False,
-    system: Annotated[str | None, typer.Option(help="System message, for the chat template.")] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Every layer for every token: the baseline.")] = False,
+    token_ids: Annotated[str | None, typer.Option(help="The prompt as token ids, such as 1,2,3.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Take the prompt as it stands. By default it is put into the chat template.")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(help="System message, for the chat template. By default the template's own.")
+    ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Baseline: run every layer for every token. By default DMTD's cycles.")
+    ] = False,
     template: TEMPLATE = GivenTemplate(),
     sampling: GenerateSampling = GivenSampling(),
     timeout_s: Annotated[
-        float | None, typer.Option("--timeout", help="Seconds after which the answer is cut; by default never.")
+        float | None, typer.Option("--timeout", help="Seconds after which the answer is cut. By default never.")
     ] = None,
     backend: AnswerBackend = BackendOptions(),
     serving: OnePrompt = ServingOptions(prefix_cache_bytes=0),
@@ -87,8 +97,9 @@ def generate(
 ) -> None:
     """Generate text for a prompt; it appears as it is made.
 
-    A bundle with a chat template answers the prompt as a user's message, unless --raw is given. A bundle without a tokenizer
-    takes --token-ids and prints token ids.
+    A bundle with a chat template answers the prompt as a user's message, unless --raw is given.
+
+    A bundle without a tokenizer takes --token-ids and prints token ids.
     """
     directory = pick(bundle, model, "BUNDLE")
     asked = _read_prompt(prompt, prompt_file, parse_ids(token_ids, "token_ids"))
