@@ -105,6 +105,7 @@ class Service:
         opened = open_backend(directory, self.manifest, replace(options, warm_up=False))
         self.max_model_len = opened.max_model_len
         self.stats = opened.stats
+        self._gives_all_rows = opened.gives_all_rows
         tokenizer_eos = self.tokenizer.eos_token_ids if self.tokenizer else eos_token_ids_of(directory)
         self._eos = tuple(dict.fromkeys((*self.manifest.model.eos_token_ids, *tokenizer_eos)))
         self._ids = itertools.count()
@@ -170,6 +171,7 @@ class Service:
         timeout_s: float | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        score_from: int | None = None,
         from_template: bool = False,
     ) -> Request:
         """A request that has not started; everything about it that can be refused is refused here."""
@@ -187,6 +189,16 @@ class Service:
                 + ("shorten it" if at_limit else "shorten it, or open the bundle with a larger max_model_len"),
                 param="prompt",
             )
+        if params.prompt_logprobs is not None and not self._gives_all_rows:
+            raise RequestError(
+                "engines give the logits of last rows alone; leave it out, or use the backend onnxruntime",
+                param="prompt_logprobs",
+            )
+        if score_from is not None and not (isinstance(score_from, Integral) and 1 <= score_from < len(ids)):
+            raise RequestError(
+                f"got {score_from!r}, expected 1 to {len(ids) - 1}, the place of a token behind the first",
+                param="score_from",
+            )
         return Request(
             request_id=request_id or next(n for i in self._ids if (n := f"request-{i}") not in self._requests),
             prompt=prompt if isinstance(prompt, str) else None,
@@ -200,6 +212,7 @@ class Service:
             deadline=deadline,
             priority=int(priority),
             cache_salt=cache_salt,
+            score_from=score_from,
             closing=self._worker.is_closing,
         )
 
