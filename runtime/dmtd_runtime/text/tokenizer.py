@@ -24,7 +24,7 @@ from dmtd_runtime.errors import BundleError, RequestError
 MAX_TOKENIZER_BYTES = 256 << 20
 MAX_CONFIG_BYTES = 64 << 20
 LONG_TEXT = 4000
-"""Characters beyond which other threads run on meanwhile: the library keeps Python's lock but for batches, 1 ms a 1,500."""
+"""Characters beyond which a text is encoded as a batch: the library then lets Python's other threads run meanwhile."""
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """What transformers knows by name; a model may have more."""
@@ -152,7 +152,12 @@ class Tokenizer:
                 param="prompt",
             ) from error
         try:
-            ids = list(call_native(self._core.encode, text, add_special_tokens=add_special_tokens).ids)
+            if len(text) > LONG_TEXT:
+                encode = self._core.encode_batch_fast
+                [encoding] = call_native(encode, [text], add_special_tokens=add_special_tokens)
+            else:
+                encoding = call_native(self._core.encode, text, add_special_tokens=add_special_tokens)
+            ids = list(encoding.ids)
         except Exception as error:  # the library raises nothing more precise: no token for a character, say
             raise RequestError(
                 f"the tokenizer cannot encode it ({' '.join(str(error).split())}); leave out what it has no token for",
