@@ -19,7 +19,10 @@ MAX_NUM_SEQS_LIMIT = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """Options of an export; None means: as the checkpoint says (see dmtd_models.config.model.resolve_dmtd)."""
+    """Options of an export; None means: as the checkpoint says (see dmtd_models.config.model.resolve_dmtd).
+
+    ``generation_config``: a file in the place of the checkpoint's generation_config.json, or ``none`` for its token ids alone.
+    """
 
     encoding_layers: int | None = None
     thinking_layers: int | None = None
@@ -31,4 +34,5 @@ class ExportOptions:
     dtype: Dtype = "float32"
     max_model_len: int | None = None
     max_num_seqs: int = 8
+    generation_config: str | None = None
     verify: bool = True

@@ -136,7 +136,7 @@ def _write_bundle(
     work: Path, checkpoint: Checkpoint, spec: DmtdSpec, max_model_len: int, options: ExportOptions, progress: Progress
 ) -> Manifest:
     config = checkpoint.config
-    write_assets(work, checkpoint)
+    write_assets(work, checkpoint, options.generation_config)
     loader = resource_files("dmtd_export").joinpath("bundle", "polygraphy_data.py").read_text(encoding="utf-8")
     (work / contract.DATA_LOADER_FILE).write_text(loader, encoding="utf-8")
     rotary_rows = max_model_len + MAX_WINDOW
