@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 
 
@@ -22,7 +23,8 @@ def make_bundle(directory: Path, *, tokenizer: bool = True) -> Path:
     """E0 T3 D2, cycle of 3, float32, batches of up to 2."""
     checkpoint = make_checkpoint(directory / "checkpoint", tokenizer=tokenizer)
     options = ExportOptions(
-        decoding_layers=2, cycle_length=3, cycle_origin="prompt", prompt_input="thinking", max_num_seqs=2
+        split=SplitOptions(decoding_layers=2, cycle_length=3, cycle_origin="prompt", prompt_input="thinking"),
+        max_num_seqs=2,
     )
     export_bundle(checkpoint, directory / "bundle", options)
     return directory / "bundle"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
-from dmtd_models.config.model import read_config
+from dmtd_models.config.model import SplitOptions, read_config
 from dmtd_models.reference.testing import random_weights
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -20,12 +21,18 @@ PLAIN = {"decoding_layers": 1, "cycle_length": 3}  # what a plain tiny checkpoin
 WARNINGS_OF_PLAIN = 3  # no convention, not trained, no tokenizer
 
 
+def export_options(**given: Any) -> ExportOptions:
+    """Options of an export, those of the split among them."""
+    split = {field.name: given.pop(field.name) for field in fields(SplitOptions) if field.name in given}
+    return ExportOptions(split=SplitOptions(**split), **given)
+
+
 def export(source: Path, output: Path, **options: Any) -> dict[str, Any]:
     """Export without verification; returns the manifest as plain JSON."""
     given = {"max_num_seqs": 1, **options}
     if "num_thinking_layers" not in (source / "config.json").read_text():
         given = PLAIN | given
-    export_bundle(source, output, ExportOptions(**given))
+    export_bundle(source, output, export_options(**given))
     return read_manifest(output)
 
 

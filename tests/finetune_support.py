@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dmtd_models.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from dmtd_models.config.model import DmtdSpec, resolve_dmtd
+from dmtd_models.config.model import DmtdSpec, SplitOptions, resolve_dmtd
 from dmtd_models.finetune.batches import Document
 
 CONVENTIONS = (("absolute", "cyclical"), ("prompt", "thinking"), ("prompt", "sum"))
@@ -63,7 +63,7 @@ def dataset_of(documents: Sequence[Document]) -> Any:
 def opened(path: Path, **split: Any) -> Any:
     """(checkpoint, spec) of a directory; one with DMTD fields needs no split."""
     with open_checkpoint(path) as checkpoint:
-        yield checkpoint, resolve_dmtd(checkpoint.config, checkpoint.dmtd, **split)
+        yield checkpoint, resolve_dmtd(checkpoint.config, checkpoint.dmtd, SplitOptions(**split))
 
 
 def reading(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -115,6 +115,7 @@ from typing import assert_type
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dmtd_runtime import LLM, CompletionOutput, Delta, DmtdError, RequestOutput, SamplingParams
 from dmtd_runtime.bundle.manifest import Manifest
@@ -136,7 +137,7 @@ def answers(directory: Path, prompt: str) -> Iterator[str]:
 def export(source: Path, target: Path) -> Manifest:
     with open_checkpoint(source) as checkpoint:
         assert_type(checkpoint, Checkpoint)
-    return export_bundle(source, target, ExportOptions(decoding_layers=8, cycle_length=4))
+    return export_bundle(source, target, ExportOptions(split=SplitOptions(decoding_layers=8, cycle_length=4)))
 
 
 LLM(1, max_num_seqs="2")  # type: ignore[arg-type]  # told only if the packages' types are read

@@ -67,16 +67,7 @@ def export_bundle(
 
 def resolve(checkpoint: Checkpoint, options: ExportOptions) -> DmtdSpec:
     """The split and convention of the bundle: the checkpoint's record, overridden by options."""
-    spec = resolve_dmtd(
-        checkpoint.config,
-        checkpoint.dmtd,
-        encoding_layers=options.encoding_layers,
-        thinking_layers=options.thinking_layers,
-        decoding_layers=options.decoding_layers,
-        cycle_length=options.cycle_length,
-        cycle_origin=options.cycle_origin,
-        prompt_input=options.prompt_input,
-    )
+    spec = resolve_dmtd(checkpoint.config, checkpoint.dmtd, options.split)
     head_dim = checkpoint.config.head_dim
     if options.target != "tensorrt" and runnable_target(head_dim) == "tensorrt":
         raise ExportError(

@@ -15,7 +15,7 @@ from dmtd_export.cli.options.export import SplitGroup
 from dmtd_export.cli.progress import StageDisplay
 from dmtd_export.evaluate import EvaluateOptions, HarnessOptions, OpenOptions
 from dmtd_export.evaluate.errors import EvaluateError
-from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_runtime.cli.common import JsonOption, logs_to_stderr, note, pick, require
 
 _WHAT, _HOW = "What is measured", "How much, and where"
@@ -78,7 +78,7 @@ def evaluate(
             text="Let --lm-eval tasks like HumanEval and MBPP run the code that models write, on this machine.",
         ),
     ] = False,
-    split: SplitGroup = ExportOptions(),
+    split: SplitGroup = SplitOptions(),
     max_tokens: Annotated[
         int, _how(text="Tokens of text, all texts together; a window of each at least.")
     ] = _DEFAULT.max_tokens,

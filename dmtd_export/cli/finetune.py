@@ -12,15 +12,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dmtd_export.cli.options.export import SplitGroup
 from dmtd_export.cli.progress import StageDisplay
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.config.model import SplitOptions
 from dmtd_runtime.cli.common import JsonOption, logs_to_stderr, pick, require
 
 if TYPE_CHECKING:
     from dmtd_models.finetune.self_written import ChatRequest
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "matplotlib")
-_SPLIT, _TEXT, _LEARN, _RUN = "Split and convention", "Text", "What is learnt", "Run"
+_TEXT, _LEARN, _RUN = "Text", "What is learnt", "Run"
 _STORED = "What frozen layers compute"
 
 
@@ -38,18 +40,7 @@ def finetune(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory of the result; an interrupted run there goes on.")
     ] = None,
-    decoding_layers: Annotated[int | None, _option(_SPLIT, "D: late layers, that run for every token.")] = None,
-    thinking_layers: Annotated[
-        int | None, _option(_SPLIT, "T: layers that run once a cycle; the rest by default.")
-    ] = None,
-    encoding_layers: Annotated[int | None, _option(_SPLIT, "E: layers before the thinking layers.")] = None,
-    cycle_length: Annotated[int | None, _option(_SPLIT, "Tokens of a cycle (tau).")] = None,
-    cycle_origin: Annotated[
-        Literal["absolute", "prompt"], _option(_SPLIT, "Cycles count from the start of a document, or from its answer.")
-    ] = "prompt",
-    prompt_input: Annotated[
-        Literal["cyclical", "thinking", "sum"] | None, _option(_SPLIT, "What prompt positions feed to the late layers.")
-    ] = None,
+    split: SplitGroup = SplitOptions(),
     initial: Annotated[
         Path | None, _option(_LEARN, "An adapter of BASE to start from; BASE stays the teacher.")
     ] = None,
@@ -214,12 +205,7 @@ def finetune(
     job = Job(
         base=source,
         output=output,
-        encoding_layers=encoding_layers,
-        thinking_layers=thinking_layers,
-        decoding_layers=decoding_layers,
-        cycle_length=cycle_length,
-        cycle_origin=cycle_origin,
-        prompt_input=prompt_input,
+        split=split,
         initial=initial,
         data=tuple(data or ()),
         held_out=tuple(held_out or ()),

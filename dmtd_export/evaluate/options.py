@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from dmtd_export.evaluate.errors import EvaluateError
-from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 
 Device = Literal["cpu", "cuda"]
 ScoreDtype = Literal["float32", "bfloat16"]
@@ -19,7 +19,7 @@ MIN_SCORED = 8  # rows behind the context that a window of text must have
 class OpenOptions:
     """How to open a subject. ``split`` applies to checkpoints; ``dtype`` is a checkpoint's in memory, a bundle has its own."""
 
-    split: ExportOptions = field(default_factory=ExportOptions)
+    split: SplitOptions = field(default_factory=SplitOptions)
     adapter: Path | None = None  # of a checkpoint
     device: Device = "cpu"
     dtype: ScoreDtype = "float32"

@@ -32,7 +32,7 @@ from dmtd_runtime.errors import RequestError
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.serving.outputs import Delta, RequestOutput
 from dmtd_runtime.serving.request import Request
-from dmtd_runtime.serving.worker import Engine
+from dmtd_runtime.serving.worker import Worker
 from dmtd_runtime.text.chat_template import ChatTemplate
 from dmtd_runtime.text.tokenizer import Tokenizer, eos_token_ids_of
 
@@ -112,8 +112,8 @@ class LLM:
         self._eos = tuple(dict.fromkeys((*self.manifest.model.eos_token_ids, *tokenizer_eos)))
         self._ids = itertools.count()
         self._requests: dict[str, Request] = {}
-        self._engine = Engine(opened, plan, warm_up=options.warm_up)
-        self._close = weakref.finalize(self, Engine.close, self._engine)
+        self._worker = Worker(opened, plan, warm_up=options.warm_up)
+        self._close = weakref.finalize(self, Worker.close, self._worker)
         if not self.manifest.cycle.dmtd_trained and not plain:
             logger.info("%s: weights not trained for DMTD; its late steps choose poor words", directory)
 
@@ -265,7 +265,7 @@ class LLM:
             room=self.max_model_len - len(ids),
             tokenizer=self.tokenizer,
             deadline=None if timeout_s is None else time.monotonic() + timeout_s,
-            closing=self._engine.is_closing,
+            closing=self._worker.is_closing,
         )
 
     def _token_ids(self, prompt: Prompt, *, add_special_tokens: bool) -> list[int]:
@@ -295,7 +295,7 @@ class LLM:
                 raise RequestError(
                     f"{request.request_id!r} is in use; choose another or leave it out", param="request_id"
                 )
-        self._engine.submit([sequence for request in requests for sequence in request.sequences])
+        self._worker.submit([sequence for request in requests for sequence in request.sequences])
 
     def _finish(self, requests: Sequence[Request]) -> list[RequestOutput]:
         """Run requests to their ends; Ctrl-C in the caller cancels them."""

@@ -70,7 +70,7 @@ def drive(bundle: Path, case: Case, *, cuda_graphs: bool, plain: bool) -> None:
     gc.collect()  # what failed before lets go of its memory
     mark("open", cuda_graphs=cuda_graphs, plain=plain)
     with LLM(bundle, cuda_graphs=cuda_graphs, plain=plain, **case.llm_options()) as llm:
-        backend, model = llm._engine._backend, llm.manifest.model
+        backend, model = llm._worker._backend, llm.manifest.model
         row_bytes = model.num_kv_heads * model.head_dim * (4 if model.dtype == "float32" else 2)
         kv_bytes = 2 * model.num_layers * backend.slots * backend.capacity * row_bytes
         weight_bytes = sum(path.stat().st_size for path in bundle.glob("*.data"))

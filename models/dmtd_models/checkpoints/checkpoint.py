@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from dmtd_errors.pointers import lfs_pointer
 from dmtd_models.checkpoints.protocol import Checkpoint
 from dmtd_models.errors import CheckpointError
 
@@ -40,12 +41,19 @@ def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
 
         return HuggingFaceCheckpoint(path)
     if not path.exists():
+        if path.is_symlink():
+            raise CheckpointError(f"{path}: a link to {path.readlink()}, which is not there; mend the link")
         raise CheckpointError(
             f"{path}: no such file or directory; give a Hugging Face directory (config.json and safetensors) "
             "or a .gguf file"
         )
-    with path.open("rb") as stream:
-        magic = stream.read(4)
+    if (pointer := lfs_pointer(path)) is not None:
+        raise CheckpointError(f"{path}: {pointer}")
+    try:
+        with path.open("rb") as stream:
+            magic = stream.read(4)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); mend that") from error
     if magic == b"GGUF":
         from dmtd_models.checkpoints.gguf import GgufCheckpoint
 

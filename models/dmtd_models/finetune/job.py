@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import PartialState
 
-from dmtd_models.adapters.adapter import CONFIG_FILE
 from dmtd_models.adapters.delta import MOST_BITS
 from dmtd_models.cache import default_cache_dir
 from dmtd_models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dmtd_models.checkpoints.saving import make_directory, write_json
-from dmtd_models.config.model import CycleOrigin, DmtdSpec, PromptInput, resolve_dmtd
+from dmtd_models.checkpoints.weight_files import ADAPTER_CONFIG
+from dmtd_models.config.model import DmtdSpec, SplitOptions, resolve_dmtd
 from dmtd_models.data.chat import TextTokenizer
 from dmtd_models.data.read_data import ReadOptions
 from dmtd_models.errors import ConfigError
@@ -50,12 +50,7 @@ class Job:
 
     base: Path
     output: Path
-    encoding_layers: int | None = None
-    thinking_layers: int | None = None
-    decoding_layers: int | None = None
-    cycle_length: int | None = None
-    cycle_origin: CycleOrigin = "prompt"
-    prompt_input: PromptInput | None = None
+    split: SplitOptions = field(default_factory=SplitOptions)
     initial: Path | None = None  # an adapter of an earlier run to go on from
     data: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
@@ -105,7 +100,7 @@ def run_job(job: Job, display: Display, write_chats: ChatWriter | None = None) -
         tokenizer = TextTokenizer.of_checkpoint(checkpoint)
         # One process writes and tokenises, the others find it done.
         with processes.main_process_first():
-            text = _text(checkpoint, tokenizer, job, display, write_chats)
+            text = _text(checkpoint, spec, tokenizer, job, display, write_chats)
             record["documents"] = [len(text.train), len(text.held_out)]
             record["text"] = text_digest(text.train)
             if processes.is_main_process:
@@ -167,7 +162,7 @@ def _require_own_output(job: Job) -> None:
         raise ConfigError(
             f"{job.output} is the adapter of --initial, which would be lost; give another directory", param="output"
         )
-    for name, kind in (("config.json", "a model"), (CONFIG_FILE, "an adapter")):
+    for name, kind in (("config.json", "a model"), (ADAPTER_CONFIG, "an adapter")):
         if (job.output / name).is_file() and not (job.output / TRAINING).is_dir():
             raise ConfigError(
                 f"{job.output} holds {kind} that dmtd finetune did not make there; give another directory",
@@ -206,21 +201,17 @@ def _spec(checkpoint: Checkpoint, job: Job) -> DmtdSpec:
         raise ConfigError("has no effect with --no-cache; leave one of them out", param="cache_dir")
     if job.initial is not None and job.train.trained == "lora":
         raise ConfigError("an adapter's factors are made anew in a lora run; use --train late or full", param="initial")
-    prompt_input = job.prompt_input or ("cyclical" if job.cycle_origin == "absolute" else "thinking")
-    return resolve_dmtd(
-        checkpoint.config,
-        None,
-        encoding_layers=job.encoding_layers,
-        thinking_layers=job.thinking_layers,
-        decoding_layers=job.decoding_layers,
-        cycle_length=job.cycle_length,
-        cycle_origin=job.cycle_origin,
-        prompt_input=prompt_input,
-    )
+    spec = resolve_dmtd(checkpoint.config, None, job.split)
+    return replace(spec, convention_recorded=True)  # it is what the weights are going to be trained for
 
 
 def _text(
-    checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display: Display, write_chats: ChatWriter | None
+    checkpoint: Checkpoint,
+    spec: DmtdSpec,
+    tokenizer: TextTokenizer,
+    job: Job,
+    display: Display,
+    write_chats: ChatWriter | None,
 ) -> RunText:
     probes = read_probes(job.decontaminate)
     sources = list(job.data)
@@ -233,7 +224,7 @@ def _text(
     if longest < job.max_length:
         bound = "--tokens-per-step" if longest == job.train.tokens_per_step else "the model takes no more"
         display.line(f"documents have at most {longest} tokens: {bound}")
-    options = ReadOptions(max_length=longest, cycle_origin=job.cycle_origin)
+    options = ReadOptions(max_length=longest, cycle_origin=spec.cycle_origin)
     return read_run_text(
         sources, job.held_out, tokenizer, options, default_cache_dir(), probes=probes, seed=job.train.seed
     )

@@ -12,6 +12,7 @@ from typing import Literal
 
 from dmtd_runtime.backends.base import Array, Backend, Rows, RunOutput, SlotCycle, SlotStep
 from dmtd_runtime.cycle import CyclePlan, StepKind
+from dmtd_runtime.errors import DmtdError
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import Sampler
 from dmtd_runtime.sampling.stops import StopRules
@@ -43,7 +44,7 @@ class _StepClock:
         self.slots, self.capacity, self.max_rows = backend.slots, backend.capacity, backend.max_rows
         self.stats, self.chooses_tokens = backend.stats, backend.chooses_tokens
         self.max_model_len, self.full_pass = backend.max_model_len, backend.full_pass
-        self.runs_cycles = backend.runs_cycles
+        self.runs_cycles, self.gives_all_rows = backend.runs_cycles, backend.gives_all_rows
         self.marks: list[tuple[StepKind | Literal["cycle"], float, float]] = []
         self.cycle_ends: list[float] = []
         self._backend = backend
@@ -72,6 +73,12 @@ class _StepClock:
     def move(self, source: int, target: int, rows: int) -> None:
         self._backend.move(source, target, rows)
 
+    def read_rows(self, slot: int, rows: range) -> Array:
+        return self._backend.read_rows(slot, rows)
+
+    def write_rows(self, slot: int, first: int, values: Array) -> None:
+        self._backend.write_rows(slot, first, values)
+
     def close(self) -> None:
         self._backend.close()
 
@@ -83,10 +90,11 @@ def run_once(
     params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=max_tokens)
     clock = _StepClock(backend)
     told: list[tuple[float, float]] = []
+    errors: list[DmtdError] = []
 
     def on_event(event: TokenEvent) -> None:
         if event.error is not None:
-            raise event.error
+            errors.append(event.error)
         told.append((time.perf_counter(), backend.stats.session_seconds))
 
     sequences = [
@@ -101,6 +109,8 @@ def run_once(
     before = replace(backend.stats)
     start = time.perf_counter()
     run_batch(clock, plan, sequences)
+    if errors:
+        raise errors[0]
     (end, end_session), batch = told[-1], len(prompts)
     decode = [mark for mark in clock.marks if mark[0] != "prefill"]
     stops = [*(at for _, at, _ in decode[1:]), end]

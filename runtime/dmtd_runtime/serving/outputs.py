@@ -53,7 +53,7 @@ class RequestOutput:
 class Delta:
     """A piece of a streamed sequence: new text and tokens since the last piece.
 
-    ``at_s``: seconds from the request's submission to when the engine made it, however late it is read.
+    ``at_s``: seconds from the request's submission to when the worker made it, however late it is read.
     """
 
     request_id: str

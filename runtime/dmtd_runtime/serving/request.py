@@ -17,7 +17,7 @@ from dmtd_runtime.text.tokenizer import Tokenizer
 
 
 class Request:
-    """One prompt with its ``n`` sequences. The engine's thread writes, the caller's waits or reads pieces."""
+    """One prompt with its ``n`` sequences. The worker's thread writes, the caller's waits or reads pieces."""
 
     def __init__(
         self,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from dmtd_runtime.errors import DmtdError
 from dmtd_runtime.sampling.sampler import Choice, Logits, Sampler
 from dmtd_runtime.sampling.stops import StopRules
 
-logger = logging.getLogger("dmtd.engine")
+logger = logging.getLogger("dmtd.serving")
 
 FinishReason = Literal["stop", "length", "abort", "deadline"]
 
@@ -41,7 +41,15 @@ class SequenceRun:
     on_event: Callable[[TokenEvent], None]
     cancelled: Callable[[], FinishReason | None] = lambda: None
     deadline: float | None = None  # of time.monotonic()
+    priority: int = 0  # lower goes first
+    cache_salt: str | None = None  # shares cached prefixes with sequences of the same salt alone
+    prompt_len: int = (
+        0  # where the reply begins; 0: all ids are prompt. Ids behind it are a reply that is given, not chosen
+    )
+    prompt_logprobs: int | None = None  # of the ids given: log probabilities, and of so many likeliest tokens
+    prompt_choices: list[Choice | None] = field(default_factory=list)  # what was asked so; the first token has none
     started: float | None = None  # when it left the queue
+    cached_tokens: int = 0  # of the prompt, that came from the prefix cache
     ended: bool = False
     failed: bool = False
 
@@ -63,10 +71,14 @@ class SequenceRun:
         self._take(lambda: self.sampler.take(token_id))
 
     def tell(self, event: TokenEvent) -> None:
-        """Hand an event on, and note the end."""
+        """Hand an event on, and note the end. A listener that raises ends its own sequence, and nothing else."""
         self.failed = event.error is not None
         self.ended = self.failed or event.finish_reason is not None
-        self.on_event(event)
+        try:
+            self.on_event(event)
+        except Exception:
+            logger.exception("a listener failed: its sequence ends")
+            self.ended = True
 
     def _take(self, choose: Callable[[], Choice]) -> None:
         try:

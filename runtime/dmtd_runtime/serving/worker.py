@@ -21,12 +21,12 @@ from dmtd_runtime.errors import AbortedError, BackendError, DmtdError
 from dmtd_runtime.serving.loop import Loop
 from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
 
-logger = logging.getLogger("dmtd.engine")
+logger = logging.getLogger("dmtd.worker")
 
 JOIN_SECONDS = 60.0
 
 
-class Engine:
+class Worker:
     """Runs sequences on one backend in a thread of its own. All methods may be called from any thread.
 
     ``warm_up``: the backend warms up before this returns, in that thread, because ONNX Runtime keeps captured graphs and its
@@ -42,7 +42,7 @@ class Engine:
         self._process = os.getpid()
         self._failure: DmtdError | None = None
         self._is_warm = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(warm_up,), name="dmtd-engine", daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(warm_up,), name="dmtd-worker", daemon=True)
         try:
             self._thread.start()
             self._is_warm.wait()
@@ -57,11 +57,11 @@ class Engine:
         """Queue sequences. Raises AbortedError after close, BackendError after a failure."""
         with self._changed:
             if self._failure is not None:
-                raise BackendError(f"the engine stopped earlier: {self._failure}; open the bundle again")
+                raise BackendError(f"the worker stopped earlier: {self._failure}; open the bundle again")
             if os.getpid() != self._process:
-                raise AbortedError("the engine belongs to the process that opened it; open the bundle after forking")
+                raise AbortedError("the worker belongs to the process that opened it; open the bundle after forking")
             if self._closing or not self._thread.is_alive():
-                raise AbortedError("the engine is closed; open the bundle again")
+                raise AbortedError("the worker is closed; open the bundle again")
             self._incoming.extend(sequences)
             self._changed.notify_all()
 
@@ -83,8 +83,8 @@ class Engine:
         except DmtdError as error:
             self._fail(error)
         except BaseException as error:  # a panic of a native library is no Exception, and callers wait for an answer
-            logger.exception("the engine failed")
-            self._fail(BackendError(f"the engine failed: {type(error).__name__}: {error}"))
+            logger.exception("the worker failed")
+            self._fail(BackendError(f"the worker failed: {type(error).__name__}: {error}"))
         finally:
             self._is_warm.set()
             for sequence in (*self._loop.sequences, *self._incoming):
@@ -94,7 +94,7 @@ class Engine:
             self._backend.close()
 
     def _wait_for_work(self) -> bool:
-        """Hand what came in to the loop, and wait while it has nothing; False once the engine closes and nothing runs."""
+        """Hand what came in to the loop, and wait while it has nothing; False once the worker closes and nothing runs."""
         with self._changed:
             while not self._incoming and not self._loop.sequences and not self._closing:
                 self._changed.wait()

@@ -10,13 +10,15 @@ encode it with ``add_special_tokens=False``. Nothing here renders chats or looks
 import codecs
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import tokenizers
 
+from dmtd_errors.native import NativePanicError, call_native
+from dmtd_errors.pointers import lfs_pointer
 from dmtd_runtime.errors import BundleError, RequestError
 
 MAX_TOKENIZER_BYTES = 256 << 20
@@ -79,7 +81,7 @@ class Tokenizer:
             return None
         text = _read_text(file, MAX_TOKENIZER_BYTES)
         try:
-            core = tokenizers.Tokenizer.from_str(text)
+            core = call_native(tokenizers.Tokenizer.from_str, text, quiet=True)
         except Exception as error:  # the library raises nothing more precise
             reason = " ".join(str(error).split())
             raise BundleError(f"{file}: not a usable tokenizer ({reason}); export the model again") from error
@@ -148,7 +150,7 @@ class Tokenizer:
                 param="prompt",
             ) from error
         try:
-            ids = list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
+            ids = list(call_native(self._core.encode, text, add_special_tokens=add_special_tokens).ids)
         except Exception as error:  # the library raises nothing more precise: no token for a character, say
             raise RequestError(
                 f"the tokenizer cannot encode it ({' '.join(str(error).split())}); leave out what it has no token for",
@@ -175,9 +177,10 @@ class Tokenizer:
 
         Raises:
             RequestError: A negative id, or one beyond 32 bits.
+            BundleError: As for ``encode``.
         """
         try:
-            return str(self._core.decode(list(ids), skip_special_tokens=skip_special_tokens))
+            return str(_on_text(self._core.decode, list(ids), skip_special_tokens=skip_special_tokens))
         except OverflowError as error:
             raise RequestError(
                 "token ids: got a negative id or one beyond 32 bits, expected ids of the model"
@@ -345,13 +348,17 @@ def read_config(file: Path) -> Mapping[str, Any]:
 
 
 def _read_text(file: Path, max_bytes: int) -> str:
+    if (pointer := lfs_pointer(file)) is not None:
+        raise BundleError(f"{file}: {pointer}")
     try:
         size = file.stat().st_size
         if size > max_bytes:
             raise BundleError(f"{file}: got {size} bytes, expected at most {max_bytes}; is this the right file?")
         return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"{file}: cannot be read ({error}); export the model again") from error
+    except OSError as error:
+        raise BundleError(f"{file}: cannot be read ({error.strerror}); mend that") from error
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{file}: cannot be read as UTF-8 ({error}); export the model again") from error
 
 
 def _token_text(name: str, value: object) -> str | None:
@@ -360,6 +367,19 @@ def _token_text(name: str, value: object) -> str | None:
     if value is not None and not isinstance(value, str):
         raise BundleError(f"tokenizer_config.json: {name}: got {value!r}, expected a token's text; correct the file")
     return value
+
+
+def _on_text(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A call of the library over text or ids: what it says of its own file is an error of the bundle."""
+    try:
+        return call_native(function, *args, **kwargs)
+    except Exception as error:
+        if type(error) not in (Exception, NativePanicError):  # the library raises nothing more precise
+            raise
+        reason = " ".join(str(error).split())
+        raise BundleError(
+            f"tokenizer.json: fails on this text ({reason}); restore it and export the model again"
+        ) from error
 
 
 def _decoder_types(core: tokenizers.Tokenizer) -> tuple[str, ...]:

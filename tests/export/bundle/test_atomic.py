@@ -23,21 +23,23 @@ from dmtd_export.bundle.atomic import atomic_directory
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.errors import ExportError
 from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.manifest import load_manifest
 
-OPTIONS = ExportOptions(decoding_layers=1, cycle_length=3, max_num_seqs=1)
+OPTIONS = ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=3), max_num_seqs=1)
 # Exports its checkpoints into the target, in turn, as often as asked; Ctrl-C ends it as it ends the command line.
 CHILD = """
 import sys
 from pathlib import Path
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 target, times, *sources = sys.argv[1:]
 print("ready", flush=True)
 try:
     for i in range(int(times)):
-        options = ExportOptions(decoding_layers=1, cycle_length=3, max_num_seqs=1)
+        options = ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=3), max_num_seqs=1)
         export_bundle(Path(sources[i % len(sources)]), Path(target), options)
 except KeyboardInterrupt:
     sys.exit(130)
@@ -110,8 +112,10 @@ def test_killed_before_the_first_bundle_leaves_none(tmp_path: Path, sources: lis
     script = (
         "import dmtd_export.bundle.export as e, os, signal, sys\n"
         "from pathlib import Path\n"
+        "from dmtd_models.config.model import SplitOptions\n"
         "e.build_graph = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "e.export_bundle(Path(sys.argv[1]), Path(sys.argv[2]), e.ExportOptions(decoding_layers=1, cycle_length=3))\n"
+        "split = SplitOptions(decoding_layers=1, cycle_length=3)\n"
+        "e.export_bundle(Path(sys.argv[1]), Path(sys.argv[2]), e.ExportOptions(split=split))\n"
     )
     path = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(  # the weights are written, the graphs are not
@@ -425,8 +429,10 @@ def test_a_parent_that_may_not_be_written(sources: list[Path]) -> None:
         script = (
             "import os, sys\nfrom pathlib import Path\n"
             "from dmtd_export.bundle.export import ExportError, export_bundle\nfrom dmtd_export.options import ExportOptions\n"
+            "from dmtd_models.config.model import SplitOptions\n"
             "if os.getuid() == 0: os.setgid(65534); os.setuid(65534)\n"
-            "try: export_bundle(Path('m'), Path('parent/b'), ExportOptions(decoding_layers=1, cycle_length=3))\n"
+            "split = SplitOptions(decoding_layers=1, cycle_length=3)\n"
+            "try: export_bundle(Path('m'), Path('parent/b'), ExportOptions(split=split))\n"
             "except ExportError as error: sys.exit(str(error))\n"
         )
         path = os.pathsep.join(str(Path(path).absolute()) for path in sys.path if path)

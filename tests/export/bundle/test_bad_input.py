@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from export_support import export, snapshot
+from export_support import PLAIN, export, export_options, snapshot
 from typer.testing import CliRunner
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.cli.main import app
 from dmtd_export.errors import ExportError
-from dmtd_export.options import ExportOptions
 from dmtd_models.errors import CheckpointError, ConfigError
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime import LLM, BackendError, BundleError, RequestError, SamplingParams
@@ -339,7 +338,7 @@ LIBRARY: list[tuple[str, Damage, Callable[[], object], type[Exception], str]] = 
 
 
 def _export(output: str = "new", **options: Any) -> None:
-    given = ExportOptions(**{"decoding_layers": 1, "cycle_length": 3, **options})
+    given = export_options(**{**PLAIN, **options})
     export_bundle(Path("m"), Path(output), given)
 
 

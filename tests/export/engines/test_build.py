@@ -93,6 +93,7 @@ def test_device_weights_are_the_models_bytes_once(tmp_path: Path) -> None:
     # Wide enough that the few kilobytes of small constants do not count.
     from dmtd_export.bundle.export import export_bundle
     from dmtd_export.options import ExportOptions
+    from dmtd_models.config.model import SplitOptions
     from dmtd_models.reference.testing import write_tiny_checkpoint
 
     source = write_tiny_checkpoint(
@@ -101,7 +102,9 @@ def test_device_weights_are_the_models_bytes_once(tmp_path: Path) -> None:
     export_bundle(
         source,
         tmp_path / "b",
-        ExportOptions(decoding_layers=1, cycle_length=3, target="tensorrt", dtype="float16", max_model_len=64),
+        ExportOptions(
+            split=SplitOptions(decoding_layers=1, cycle_length=3), target="tensorrt", dtype="float16", max_model_len=64
+        ),
     )
     record = build_engines(tmp_path / "b", SMALL).record
     weights = load_manifest(tmp_path / "b").weights

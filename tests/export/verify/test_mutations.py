@@ -28,13 +28,15 @@ from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
 from dmtd_export.verify import VerifyReport, verify_bundle
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
-from dmtd_models.config.model import Rope
+from dmtd_models.config.model import Rope, SplitOptions
 from dmtd_models.reference.rope import rotary_tables
 from dmtd_models.reference.testing import write_tiny_checkpoint
 
 LAYERS = 5  # E0 T3 D2
 OPTIONS = ExportOptions(
-    decoding_layers=2, cycle_length=3, cycle_origin="prompt", prompt_input="thinking", max_num_seqs=3, max_model_len=64
+    split=SplitOptions(decoding_layers=2, cycle_length=3, cycle_origin="prompt", prompt_input="thinking"),
+    max_num_seqs=3,
+    max_model_len=64,
 )
 
 
@@ -396,7 +398,7 @@ def test_an_offset_that_reads_another_weight_is_named(bundle: Path) -> None:
 
 
 def test_a_graph_of_another_split_is_named(bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
-    other = ExportOptions(decoding_layers=3, cycle_length=3, max_num_seqs=3, max_model_len=64)
+    other = ExportOptions(split=SplitOptions(decoding_layers=3, cycle_length=3), max_num_seqs=3, max_model_len=64)
     export_bundle(checkpoint, tmp_path / "other", other)
     shutil.copy(tmp_path / "other" / "late_decode.ort.onnx", bundle / "late_decode.ort.onnx")
     reseal(bundle)

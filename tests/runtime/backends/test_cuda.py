@@ -10,6 +10,7 @@ import pytest
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
 from dmtd_export.verify.on_device import verify_on_device
+from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime import LLM, BackendError, SamplingParams
 from dmtd_runtime.backends.base import BackendOptions
@@ -26,7 +27,9 @@ CHOICES = {
 
 def bundle(root: Path, dtype: str) -> Path:
     source = write_tiny_checkpoint(root / "model", family="llama", layers=5, dtype="bfloat16")
-    export_bundle(source, root / dtype, ExportOptions(decoding_layers=2, cycle_length=3, dtype=dtype))
+    export_bundle(
+        source, root / dtype, ExportOptions(split=SplitOptions(decoding_layers=2, cycle_length=3), dtype=dtype)
+    )
     return root / dtype
 
 

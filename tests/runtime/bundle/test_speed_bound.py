@@ -8,6 +8,7 @@ import pytest
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.speed_bound import SplitBytes, mean_context, split_bytes
 
@@ -81,11 +82,9 @@ def test_mean_context_is_that_of_the_steps() -> None:
 def test_bytes_of_a_bundle(tie: bool, tmp_path: Path) -> None:
     checkpoint = write_tiny_checkpoint(tmp_path / "m", family="llama", layers=6, tie=tie)
     options = ExportOptions(
-        encoding_layers=1,
-        decoding_layers=2,
-        cycle_length=3,
-        cycle_origin="prompt",
-        prompt_input="thinking",
+        split=SplitOptions(
+            encoding_layers=1, decoding_layers=2, cycle_length=3, cycle_origin="prompt", prompt_input="thinking"
+        ),
         max_num_seqs=1,
     )
     split = split_bytes(export_bundle(checkpoint, tmp_path / "b", options))

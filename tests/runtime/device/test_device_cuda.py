@@ -19,6 +19,7 @@ from fake_cuda import Context, CudaEngine, CudaError, FakeCuda, FakeRtx, Runtime
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.manifest import Manifest, load_manifest
 from dmtd_runtime.cycle import CyclePlan
@@ -41,7 +42,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, En
     root = tmp_path_factory.mktemp("cuda")
     source = write_tiny_checkpoint(root / "model", layers=3, max_positions=64)
     options = ExportOptions(
-        decoding_layers=1, cycle_length=3, cycle_origin="prompt", prompt_input="thinking", target="tensorrt"
+        split=SplitOptions(decoding_layers=1, cycle_length=3, cycle_origin="prompt", prompt_input="thinking"),
+        target="tensorrt",
     )
     export_bundle(source, root / "bundle", options)
     return (
