@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from dmtd_models.checkpoints.hf import HuggingFaceCheckpoint
 from dmtd_models.errors import CheckpointError
 from dmtd_models.reference.testing import write_tiny_checkpoint
+from dmtd_runtime.text.special_tokens import read_special_tokens
 from dmtd_runtime.text.tokenizer import Tokenizer as RuntimeTokenizer
-from dmtd_runtime.text.tokenizer import read_special_tokens
 
 TEXTS = (
     *(
