@@ -24,6 +24,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from dmtd_errors.native import call_native
 from dmtd_models.errors import CheckpointError
 
 logger = logging.getLogger("dmtd.models")
@@ -118,8 +119,9 @@ def complete_tokenizer(path: Path, files: Mapping[str, bytes], model_config: Map
     """
     found = {name: files[name] for name in (_TOKENIZER, _CONFIG) if name in files}
     try:
-        described: Json = json.loads(files.get(_TOKENIZER, b""))
-        core = Tokenizer.from_str(json.dumps(described))
+        source = files.get(_TOKENIZER, b"").decode("utf-8")
+        described: Json = json.loads(source)
+        core = call_native(Tokenizer.from_str, source, quiet=True)
     except Exception:  # noqa: BLE001 - whoever reads it says what is wrong
         return found
     config = _object(path, _CONFIG, files)
@@ -138,7 +140,7 @@ def complete_tokenizer(path: Path, files: Mapping[str, bytes], model_config: Map
                 named.setdefault(key, token)
         rebuilt = _rebuilt(described, kind)
     if rebuilt is not None:
-        core = Tokenizer.from_str(json.dumps(rebuilt))
+        core = call_native(Tokenizer.from_str, json.dumps(rebuilt))
         logger.warning(
             "%s: %s has rules of its own for splitting text, which take the place of this file's, as in transformers 5%s",
             *(path / _TOKENIZER, name),
@@ -275,7 +277,7 @@ def _rebuilt(described: Json, kind: _Class) -> Json | None:
 def _rules(described: Json) -> object:
     """What decides how text is split and joined, in one form."""
     empty = {**described, "model": {**described["model"], "vocab": {}, "merges": []}, "added_tokens": []}
-    written = json.loads(Tokenizer.from_str(json.dumps({**empty, "post_processor": None})).to_str())
+    written = json.loads(call_native(Tokenizer.from_str, json.dumps({**empty, "post_processor": None})).to_str())
     decoder = written["decoder"]
     if decoder and decoder["type"] == "ByteLevel":
         decoder = "ByteLevel"  # its other fields are the pre-tokenizer's

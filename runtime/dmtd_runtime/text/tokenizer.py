@@ -134,7 +134,8 @@ class Tokenizer:
             Token ids, possibly none.
 
         Raises:
-            RequestError: Not text, text with half a surrogate pair, or text that this tokenizer or the model has no id for.
+            RequestError: Not text, text with half a surrogate pair, or with a token that the model has no row for.
+            BundleError: tokenizer.json fails on it.
         """
         if not isinstance(text, str):
             raise RequestError(f"got {type(text).__name__}, expected a string", param="prompt")
@@ -145,13 +146,7 @@ class Tokenizer:
                 f"got half a surrogate pair at character {error.start}, expected text that UTF-8 can write; remove it",
                 param="prompt",
             ) from error
-        try:
-            ids = list(call_native(self._core.encode, text, add_special_tokens=add_special_tokens).ids)
-        except Exception as error:  # the library raises nothing more precise: no token for a character, say
-            raise RequestError(
-                f"the tokenizer cannot encode it ({' '.join(str(error).split())}); leave out what it has no token for",
-                param="prompt",
-            ) from error
+        ids = list(_on_text(self._core.encode, text, add_special_tokens=add_special_tokens).ids)
         if self._model_vocab_size is not None and max(ids, default=0) >= self._model_vocab_size:
             token_id = next(i for i in ids if i >= self._model_vocab_size)
             raise RequestError(
