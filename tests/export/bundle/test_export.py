@@ -357,6 +357,8 @@ def test_generation_config_is_the_checkpoints_the_users_or_none(
     )
     export_bundle(source, tmp_path / "b", options)
     assert json.loads((tmp_path / "b/generation_config.json").read_text(encoding="utf-8")) == expected
+    # Whoever reads the manifest alone knows all ends.
+    assert read_manifest(tmp_path / "b")["model"]["eos_token_ids"] == expected.get("eos_token_id", [258])
 
 
 def test_a_generation_config_that_is_in_the_way_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
