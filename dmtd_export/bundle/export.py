@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
 from importlib.resources import files as resource_files
@@ -27,6 +27,7 @@ from dmtd_models.config.model import DmtdSpec, ModelConfig, require_split, resol
 from dmtd_models.progress import Progress, counter, silent
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import FileInfo, GraphInfo, Manifest, ModelInfo, sha256_of
+from dmtd_runtime.text.special_tokens import eos_token_ids_of
 from dmtd_runtime.version import __version__
 
 logger = logging.getLogger("dmtd.export")
@@ -129,7 +130,7 @@ def _write_bundle(
     work: Path, checkpoint: Checkpoint, spec: DmtdSpec, max_model_len: int, options: ExportOptions, progress: Progress
 ) -> Manifest:
     config = checkpoint.config
-    write_assets(work, checkpoint)
+    write_assets(work, checkpoint, options.generation_config)
     loader = resource_files("dmtd_export").joinpath("bundle", "polygraphy_data.py").read_text(encoding="utf-8")
     (work / contract.DATA_LOADER_FILE).write_text(loader, encoding="utf-8")
     rotary_rows = max_model_len + MAX_WINDOW
@@ -155,7 +156,7 @@ def _write_bundle(
             listed[path.name] = FileInfo(bytes=path.stat().st_size, sha256=sha256_of(path))
     manifest = Manifest(
         schema=contract.SCHEMA_VERSION,
-        model=_model_info(config, options, max_model_len),
+        model=_model_info(config, options, max_model_len, eos_token_ids_of(work)),
         cycle=cycle_of(spec),
         graphs=tuple(graphs),
         weights=weights,
@@ -188,7 +189,7 @@ def wanted_graphs(options: ExportOptions) -> list[tuple[contract.GraphName, cont
     return [*decoder, *((name, contract.STANDARD, 1) for name in contract.CHOICE_GRAPHS)]
 
 
-def _model_info(config: ModelConfig, options: ExportOptions, max_model_len: int) -> ModelInfo:
+def _model_info(config: ModelConfig, options: ExportOptions, max_model_len: int, ends: Sequence[int]) -> ModelInfo:
     return ModelInfo(
         family=config.family,
         vocab_size=config.vocab_size,
@@ -203,7 +204,7 @@ def _model_info(config: ModelConfig, options: ExportOptions, max_model_len: int)
         max_model_len=max_model_len,
         max_window=MAX_WINDOW,
         bos_token_id=config.bos_token_id,
-        eos_token_ids=config.eos_token_ids,
+        eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *ends))),  # Llama 3 ends turns by the latter alone
     )
 
 

@@ -31,7 +31,8 @@ from dmtd_runtime.serving.request import Request
 from dmtd_runtime.serving.worker import Worker
 from dmtd_runtime.text.chat_template import ChatTemplate
 from dmtd_runtime.text.prompt import Message, Prompt, token_ids_of
-from dmtd_runtime.text.tokenizer import Tokenizer, eos_token_ids_of
+from dmtd_runtime.text.special_tokens import eos_token_ids_of
+from dmtd_runtime.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("dmtd.llm")
 
