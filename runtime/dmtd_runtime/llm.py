@@ -25,10 +25,11 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from dmtd_runtime.backends.base import BackendName, BackendOptions, FullPass
-from dmtd_runtime.backends.opening import open_backend
+from dmtd_runtime.backends.opening import ROOM_HINT, memory_needs, open_backend
 from dmtd_runtime.bundle.opening import open_bundle, read_generation_config
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.errors import RequestError
+from dmtd_runtime.machine.memory import one_line_memory
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.serving.outputs import Delta, RequestOutput
 from dmtd_runtime.serving.request import Request
@@ -112,7 +113,8 @@ class LLM:
         self._eos = tuple(dict.fromkeys((*self.manifest.model.eos_token_ids, *tokenizer_eos)))
         self._ids = itertools.count()
         self._requests: dict[str, Request] = {}
-        self._engine = Engine(opened, plan, warm_up=options.warm_up)
+        with one_line_memory(memory_needs(self.manifest, options), ROOM_HINT):
+            self._engine = Engine(opened, plan, warm_up=options.warm_up)
         self._close = weakref.finalize(self, Engine.close, self._engine)
         if not self.manifest.cycle.dmtd_trained and not plain:
             logger.info("%s: weights not trained for DMTD; its late steps choose poor words", directory)

@@ -13,6 +13,7 @@ from typing import Any
 
 from dmtd_runtime.errors import BackendError, BundleError
 from dmtd_runtime.machine.hardware import default_threads
+from dmtd_runtime.machine.memory import ran_out
 from dmtd_runtime.ort.cuda_provider import CUDA_PROVIDER, prepare
 from dmtd_runtime.ort.library import import_onnxruntime
 from dmtd_runtime.ort.links import graph_source, reached_by_links
@@ -70,6 +71,7 @@ def open_session(
     Raises:
         BundleError: the graph cannot be loaded.
         BackendError: ONNX Runtime or its CUDA provider is missing or unfit.
+        MemoryError: there is too little for it.
     """
     ort = import_onnxruntime()
     settings = ort.SessionOptions()
@@ -95,6 +97,8 @@ def open_session(
         with graph_source(path, settings, on_host) as source:
             session = ort.InferenceSession(source, settings, providers=providers, enable_fallback=0)
     except Exception as error:
+        if ran_out(error):
+            raise MemoryError(f"ONNX Runtime, opening {path}: {first_line(error)}") from error
         raise BundleError(f"ONNX Runtime cannot load {path}: {first_line(error)}; {_remedy(path)}") from error
     wanted = CPU_PROVIDER if cuda is None else CUDA_PROVIDER
     if session.get_providers()[0] != wanted:
