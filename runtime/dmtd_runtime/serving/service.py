@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from dmtd_runtime.backends.base import BackendName, BackendOptions, FullPass
-from dmtd_runtime.backends.opening import open_backend
+from dmtd_runtime.backends.opening import ROOM_HINT, memory_needs, open_backend
 from dmtd_runtime.bundle.opening import open_bundle, read_generation_config
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.errors import RequestError
+from dmtd_runtime.machine.memory import one_line_memory
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.serving.counts import Counts
 from dmtd_runtime.serving.options import ServingOptions
@@ -111,13 +112,14 @@ class Service:
         self._eos = tuple(dict.fromkeys((*self.manifest.model.eos_token_ids, *tokenizer_eos)))
         self._ids = itertools.count()
         self._requests: dict[str, Request] = {}
-        self._worker = Worker(
-            opened,
-            CyclePlan(cycle=self.manifest.cycle, plain=plain),
-            options=serving,
-            warm_up=options.warm_up,
-            after_step=self._after_step(),
-        )
+        with one_line_memory(memory_needs(self.manifest, options), ROOM_HINT):
+            self._worker = Worker(
+                opened,
+                CyclePlan(cycle=self.manifest.cycle, plain=plain),
+                options=serving,
+                warm_up=options.warm_up,
+                after_step=self._after_step(),
+            )
         self._close = weakref.finalize(self, Worker.close, self._worker)
         if not self.manifest.cycle.dmtd_trained and not plain:
             logger.info("%s: weights not trained for DMTD; its late steps choose poor words", directory)
