@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from dmtd_runtime.backends.base import Backend
+from dmtd_runtime.backends.base import Backend, RunStats
 from dmtd_runtime.bench.lent import LentBackend
 from dmtd_runtime.bench.load import LoadRequest
 from dmtd_runtime.bench.run import greedy_sequence
@@ -104,8 +104,9 @@ def drive(
     """
     ended: queue.SimpleQueue[DmtdError | None] = queue.SimpleQueue()
     clients = [_Client(backend=backend, ended=ended) for _ in requests]
-    at, under_way, before = arrivals or [0.0] * len(requests), 0, replace(backend.stats)
-    worker = Worker(LentBackend(backend), plan, options=serving or ServingOptions())
+    at, under_way = arrivals or [0.0] * len(requests), 0
+    worker = Worker(LentBackend(backend), plan, options=serving or ServingOptions(), warm_up=True)
+    before = replace(backend.stats)
     try:
         start = time.monotonic()
         for client, request, due in zip(clients, requests, at, strict=True):
@@ -123,21 +124,19 @@ def drive(
         worker.close()
     return LoadRun(
         sequences=tuple(client.record(start) for client in clients),
-        counts=_since(
-            worker.snapshot(), before.full_passes, before.prefill_passes, before.late_steps, before.refill_rows
-        ),
+        counts=_since(worker.snapshot(), before),
         session_seconds=backend.stats.session_seconds - before.session_seconds,
     )
 
 
-def _since(counts: Counts, full_passes: int, prefill_passes: int, late_steps: int, refill_rows: int) -> Counts:
+def _since(counts: Counts, before: RunStats) -> Counts:
     """What this worker did alone: the backend's own counts go on from load to load."""
     return replace(
         counts,
-        full_passes=counts.full_passes - full_passes,
-        prefill_passes=counts.prefill_passes - prefill_passes,
-        late_steps=counts.late_steps - late_steps,
-        refill_rows=counts.refill_rows - refill_rows,
+        full_passes=counts.full_passes - before.full_passes,
+        prefill_passes=counts.prefill_passes - before.prefill_passes,
+        late_steps=counts.late_steps - before.late_steps,
+        refill_rows=counts.refill_rows - before.refill_rows,
     )
 
 

@@ -131,9 +131,7 @@ def run_bench(
         BackendError: the device or library cannot be used.
     """
     check_options(options, manifest, backend_options)
-    if backend_options.runs_engines or backend_options.device == "cuda":
-        # Kernels are compiled or chosen when a shape first runs: the same runs go untimed first, whatever was asked for.
-        options = replace(options, warmup=max(1, options.warmup))
+    options = warmed(options, backend_options)
     load = load_average()
     split = split_bytes(manifest)
     modes = 3 if options.whole_model else 2
@@ -159,6 +157,12 @@ def run_bench(
         context=mean_context(options.prompt_len, options.max_tokens),
         batches=tuple(reports),
     )
+
+
+def warmed(options: BenchOptions, backend_options: BackendOptions) -> BenchOptions:
+    """With a warm-up where kernels are compiled or chosen when a shape first runs, whatever was asked for."""
+    on_device = backend_options.runs_engines or backend_options.device == "cuda"
+    return replace(options, warmup=max(1, options.warmup)) if on_device else options
 
 
 def _shifted(on_run: OnRun, base: int, total: int) -> Callable[[str, int], None]:

@@ -29,7 +29,7 @@ from dmtd_runtime.bench.load import (
     draw_requests,
     length_range,
 )
-from dmtd_runtime.bench.measure import BenchOptions, OnRun, check_options
+from dmtd_runtime.bench.measure import BenchOptions, OnRun, check_options, warmed
 from dmtd_runtime.bench.run import run_once
 from dmtd_runtime.bench.serve_report import LoadReport, ServeReport, load_report, rate_for_json
 from dmtd_runtime.bundle.manifest import Manifest
@@ -58,6 +58,7 @@ def run_serve(
         BackendError: the device or library cannot be used.
     """
     source = check_load(directory, manifest, options, load, backend_options)
+    options = warmed(options, backend_options)
     average, done, reports = load_average(), 0, []
     runs_each = len(KINDS) * (options.warmup + options.repeats)
     total = runs_each * len(options.batches) * len(load.request_rates)
