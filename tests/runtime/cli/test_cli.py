@@ -26,6 +26,7 @@ from dmtd_runtime.cli.chat import change_params
 from dmtd_runtime.cli.common import human_bytes, printable
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.sampling.params import SamplingParams
+from dmtd_runtime.serving.options import ServingOptions
 
 ROOT = Path(__file__).resolve().parents[3]
 ENVIRON = {
@@ -105,6 +106,18 @@ def test_defaults_are_those_of_the_dataclasses(verb: str) -> None:
         own = {f.name for f in fields(SamplingParams)} & set(options)
         assert len(own) >= 7
         assert not any(options[name].default for name in own)
+        serving = {"max_num_batched_tokens"} | ({"prefix_cache_bytes"} if verb == "chat" else set())
+        assert {name: options[name].default for name in serving} == {
+            name: getattr(ServingOptions(), name) for name in serving
+        }
+        assert serving == {f.name for f in fields(ServingOptions)} & set(options)
+
+
+@pytest.mark.parametrize(("option", "at_fault"), [("--max-num-batched-tokens", "0"), ("--prefix-cache-bytes", "-1")])
+def test_scheduling_options_out_of_range(option: str, at_fault: str, bundle: str) -> None:
+    result = dmtd("chat", bundle, option, at_fault)
+    assert result.exit_code == 2
+    assert option in result.stderr
 
 
 def test_generate_streams_text_and_keeps_figures_apart(bundle: str) -> None:
