@@ -86,7 +86,7 @@ def drive(
     vocab_size: int,
     arrivals: Sequence[float] | None = None,
     concurrency: int | None = None,
-    serving: ServingOptions | None = None,
+    serving: ServingOptions = ServingOptions(),
 ) -> LoadRun:
     """Serve all requests, over a backend that stays open.
 
@@ -97,7 +97,7 @@ def drive(
         vocab_size: of the model.
         arrivals: seconds after the start at which each comes; None: all at once.
         concurrency: at most so many at a time, whatever ``arrivals`` say.
-        serving: the worker's options; None: its own defaults.
+        serving: the worker's options.
 
     Raises:
         DmtdError: a sequence or the backend failed.
@@ -105,7 +105,7 @@ def drive(
     ended: queue.SimpleQueue[DmtdError | None] = queue.SimpleQueue()
     clients = [_Client(backend=backend, ended=ended) for _ in requests]
     at, under_way = arrivals or [0.0] * len(requests), 0
-    worker = Worker(LentBackend(backend), plan, options=serving or ServingOptions(), warm_up=True)
+    worker = Worker(LentBackend(backend), plan, options=serving, warm_up=True)
     before = replace(backend.stats)
     try:
         start = time.monotonic()

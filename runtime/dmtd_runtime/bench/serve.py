@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def run_serve(
     options: BenchOptions,
     load: LoadOptions,
     backend_options: BackendOptions,
-    serving: ServingOptions | None = None,
+    serving: ServingOptions = ServingOptions(),
     *,
     on_run: OnRun = lambda label, done, total: None,
 ) -> ServeReport:
@@ -86,7 +86,7 @@ def run_serve(
             backend.close()
     conditions = conditions_of(directory, manifest, replace(backend_options, full_pass=full_pass), average)
     return ServeReport(
-        conditions=conditions | _asked(options, load, source(max(options.batches))), loads=tuple(reports)
+        conditions=conditions | _asked(options, load, serving, source(max(options.batches))), loads=tuple(reports)
     )
 
 
@@ -135,7 +135,9 @@ def _first(found: Dataset, load: LoadOptions) -> tuple[LoadRequest, ...]:
     return found.requests[: load.num_prompts]
 
 
-def _asked(options: BenchOptions, load: LoadOptions, requests: Sequence[LoadRequest]) -> dict[str, Any]:
+def _asked(
+    options: BenchOptions, load: LoadOptions, serving: ServingOptions, requests: Sequence[LoadRequest]
+) -> dict[str, Any]:
     """What was asked for, ready for JSON; lengths are means of what was brought."""
     prompt_len, max_tokens = _mean_lengths(requests)
     return {
@@ -151,6 +153,7 @@ def _asked(options: BenchOptions, load: LoadOptions, requests: Sequence[LoadRequ
         "repeats": options.repeats,
         "warmup": options.warmup,
         "seed": options.seed,
+        "serving": asdict(serving),
     }
 
 
@@ -169,7 +172,7 @@ class _Bench:
     manifest: Manifest
     options: BenchOptions
     load: LoadOptions
-    serving: ServingOptions | None
+    serving: ServingOptions
     requests: tuple[LoadRequest, ...]
     tell: Callable[[str], None]
 

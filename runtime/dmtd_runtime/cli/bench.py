@@ -25,7 +25,9 @@ from dmtd_runtime.cli.bench_tables import card, footer, serve_footer, serve_tabl
 from dmtd_runtime.cli.common import BundleArgument, BundleOption, JsonOption, error_console, pick, require
 from dmtd_runtime.cli.options.backend import BenchBackend
 from dmtd_runtime.cli.options.load import PANEL, Load
+from dmtd_runtime.cli.options.serving import Many
 from dmtd_runtime.errors import RequestError
+from dmtd_runtime.serving.options import ServingOptions
 
 _BENCH, _LOAD = BenchOptions(), LoadOptions()
 Number = TypeVar("Number", int, float)
@@ -61,6 +63,7 @@ def bench(
         Path | None,
         typer.Option(help="Draw latency over the request rates: FILE.png or .svg.", rich_help_panel=PANEL),
     ] = None,
+    serving: Many = ServingOptions(),
     backend: BenchBackend = BackendOptions(),
     json: JsonOption = False,
 ) -> None:
@@ -81,12 +84,12 @@ def bench(
         whole_model=whole_model,
     )
     load = replace(load, request_rates=_numbers(request_rates, float, "request_rates"))
-    if not serve and (load != _LOAD or plot is not None):
-        raise RequestError("got an option of a serving load without --serve; add it", param="serve")
+    if not serve and (load != _LOAD or serving != ServingOptions() or plot is not None):
+        raise RequestError("an option of a serving load was given without it; add --serve", param="serve")
     manifest = open_bundle(directory)
     console = Console(highlight=False)
     if serve:
-        _serve(directory, manifest, options, load, backend, plot, None if json else console)
+        _serve(directory, manifest, options, load, backend, serving, plot=plot, console=None if json else console)
     else:
         _batches(directory, manifest, options, backend, None if json else console)
 
@@ -113,6 +116,8 @@ def _serve(
     options: BenchOptions,
     load: LoadOptions,
     backend: BackendOptions,
+    serving: ServingOptions,
+    *,
     plot: Path | None,
     console: Console | None,
 ) -> None:
@@ -124,7 +129,7 @@ def _serve(
         require("bench --plot", ("matplotlib",), "evaluate")
     check_load(directory, manifest, options, load, backend)
     with _progress() as on_run:
-        report = run_serve(directory, manifest, options, load, backend, on_run=on_run)
+        report = run_serve(directory, manifest, options, load, backend, serving, on_run=on_run)
     if console:
         console.print(serve_table(report))
         console.print(serve_footer(report))

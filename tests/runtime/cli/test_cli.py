@@ -306,7 +306,7 @@ BAD_REQUESTS: list[tuple[str, Sequence[str], str]] = [
     ("text without tokenizer", ("generate", "MUTE", "-p", "x"), "no tokenizer: give --token-ids"),
     ("chat without tokenizer", ("chat", "MUTE"), "no tokenizer, which chatting needs"),
     ("bench length", ("bench", "BUNDLE"), "--prompt-len: got 128, and 256 new tokens, expected at most 256"),
-    ("load without serve", ("bench", "BUNDLE", "--num-prompts", "3"), "--serve: got an option of a serving load"),
+    ("load without serve", ("bench", "BUNDLE", "--num-prompts", "3"), "--serve: an option of a serving load was given"),
     ("rates", ("bench", "BUNDLE", *SERVE, "--request-rate", "1,fast"), "--request-rate: got '1,fast'"),
     ("rate and loop", ("bench", "BUNDLE", *SERVE, "--request-rate", "1", "--concurrency", "2"), "--concurrency: got 2"),
     ("plot of one", ("bench", "BUNDLE", *SERVE, "--plot", "x.png"), "--plot: expected several request rates"),
