@@ -98,6 +98,8 @@ def check_load(
     directory: Path, manifest: Manifest, options: BenchOptions, load: LoadOptions, backend_options: BackendOptions
 ) -> Source:
     """Where the requests come from; RequestError for what the bundle cannot run."""
+    if load.dataset is not None:
+        options = replace(options, prompt_len=1)  # the file has its own
     check_options(options, manifest, backend_options)
     vocab, limit = manifest.model.vocab_size, backend_options.model_len(manifest.model.max_model_len)
     if load.dataset is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bundles import make_bundle
+from device_support import engine_backend, simulator_engines
 
 from dmtd_runtime.backends.base import Backend, BackendOptions
 from dmtd_runtime.backends.opening import open_backend
@@ -85,6 +86,20 @@ def test_every_sequence_gets_its_tokens(
         assert counts.full_passes == counts.head_passes + counts.prefill_passes
         for before, after in zip(run.sequences, run.sequences[1:], strict=False):
             assert after.submitted_s >= before.token_s[-1]
+
+
+def test_whole_cycles_of_engines(bundle: Path, manifest: Manifest) -> None:
+    """Tokens of a cycle come together, and every sequence gets all of its own."""
+    engines = engine_backend(bundle, manifest, simulator_engines(bundle, max_num_seqs=2), slots=2)
+    vocab = manifest.model.vocab_size
+    requests = draw_requests(LoadOptions(), 4, prompt_len=8, max_tokens=9, vocab_size=vocab, seed=1)
+    try:
+        run = drive(engines, CyclePlan(cycle=manifest.cycle), requests, vocab_size=vocab, concurrency=3)
+    finally:
+        engines.close()
+    assert [len(one.token_s) for one in run.sequences] == [r.max_tokens for r in requests]
+    assert engines.stats.cycles > 0
+    assert run.counts.generation_tokens == sum(r.max_tokens for r in requests)
 
 
 def test_a_shared_prefix_is_found_again(backend: Backend, manifest: Manifest) -> None:
@@ -219,7 +234,7 @@ def test_prompts_of_a_file(bundle: Path, manifest: Manifest, tmp_path: Path) -> 
     path = tmp_path / "prompts.jsonl"
     lines = [{"prompt": [1, 2, 3], "max_tokens": 6}, {"prompt": [5] * 9, "max_tokens": 8}, {"prompt": [1] * 300}]
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    options = BenchOptions(batches=(2,), repeats=1, warmup=0, prompt_len=1, max_tokens=5)
+    options = BenchOptions(batches=(2,), repeats=1, warmup=0, prompt_len=250, max_tokens=7)
     found = run_serve(bundle, manifest, options, LoadOptions(dataset=path), BackendOptions(threads=1))
     assert found.loads[0].dmtd.requests == 2
     assert (found.conditions["prompt_len"], found.conditions["max_tokens"]) == (6.0, 7.0)
