@@ -113,7 +113,7 @@ def test_an_event_loop_is_woken_once_a_step(bundle: TinyBundle, monkeypatch: pyt
 @pytest.mark.parametrize("way", ["break", "aclose", "with", "cancel", "drop"])
 def test_leaving_a_stream_frees_its_slot(bundle: TinyBundle, way: str) -> None:
     async def main() -> None:
-        async with AsyncLLM(bundle.directory, threads=1) as llm:
+        async with AsyncLLM(bundle.directory, max_num_seqs=1, threads=1) as llm:
             with held(llm, after=8):
                 stream = llm.generate([1, 2], ENDLESS)
                 await anext(stream)
@@ -199,7 +199,9 @@ def test_errors_are_raised_when_a_stream_starts(llm: AsyncLLM) -> None:
 
 def test_a_full_queue_refuses_and_loses_nothing(bundle: TinyBundle) -> None:
     async def main() -> None:
-        async with AsyncLLM(bundle.directory, threads=1, max_num_queued_reqs=2, max_num_queued_tokens=9) as llm:
+        async with AsyncLLM(
+            bundle.directory, max_num_seqs=1, threads=1, max_num_queued_reqs=2, max_num_queued_tokens=9
+        ) as llm:
             with held(llm, after=4):
                 running = llm.generate([1], GREEDY)
                 await anext(running)
@@ -226,7 +228,7 @@ def test_a_full_queue_refuses_and_loses_nothing(bundle: TinyBundle) -> None:
 
 def test_priority_and_salt_reach_the_sequences(bundle: TinyBundle) -> None:
     async def main() -> None:
-        async with AsyncLLM(bundle.directory, threads=1) as llm:
+        async with AsyncLLM(bundle.directory, max_num_seqs=1, threads=1) as llm:
             with held(llm, after=4):
                 running = llm.generate([1], GREEDY)
                 await anext(running)
@@ -306,7 +308,7 @@ def test_a_reader_that_cannot_be_told_ends_alone(llm: AsyncLLM, bundle: TinyBund
 
 def test_close_ends_streams_and_a_failure_reaches_all(bundle: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
-        async with AsyncLLM(bundle.directory, threads=1) as llm:
+        async with AsyncLLM(bundle.directory, max_num_seqs=1, threads=1) as llm:
             with held(llm, after=4):
                 streams = [llm.generate([number], ENDLESS) for number in (1, 2)]
                 for stream in streams:
@@ -317,7 +319,7 @@ def test_close_ends_streams_and_a_failure_reaches_all(bundle: TinyBundle, monkey
                 await llm.generate([1], GREEDY).start()
             await llm.close()
             assert (llm.snapshot().running, llm.snapshot().waiting) == (0, 0)
-        async with AsyncLLM(bundle.directory, threads=1) as llm:
+        async with AsyncLLM(bundle.directory, max_num_seqs=1, threads=1) as llm:
             monkeypatch.setattr(llm._worker._backend, "run", broken)
             for result in await asyncio.gather(
                 *(llm.generate([number], GREEDY).result() for number in (1, 2)), return_exceptions=True
@@ -334,7 +336,7 @@ def test_close_ends_streams_and_a_failure_reaches_all(bundle: TinyBundle, monkey
 
 
 def test_an_async_llm_that_is_dropped_ends_its_thread(bundle: TinyBundle) -> None:
-    llm = AsyncLLM(bundle.directory, threads=1)
+    llm = AsyncLLM(bundle.directory, max_num_seqs=1, threads=1)
     asyncio.run(tokens_of(llm.generate([1, 2], GREEDY)))
     thread = llm._worker._thread
     del llm
