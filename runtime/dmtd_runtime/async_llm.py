@@ -15,10 +15,12 @@ import asyncio
 import logging
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.errors import AbortedError
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.serving.outputs import Delta, RequestOutput
@@ -27,6 +29,8 @@ from dmtd_runtime.serving.service import Service
 from dmtd_runtime.text.prompt import Message, Prompt
 
 logger = logging.getLogger("dmtd.llm")
+
+SERVICE_NUM_SEQS = 8  # where a pass over T still costs little more than one for a single sequence
 
 LONG_PROMPT = 4000
 """Characters or token ids that are checked in a thread; what is shorter takes less than about 3 ms of the event loop."""
@@ -56,6 +60,7 @@ class AsyncLLM(Service):
         timeout_s: float | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        score_from: int | None = None,
     ) -> AsyncStream:
         """Complete one prompt (text, or token ids) piece by piece. Nothing happens until the stream is started or read.
 
@@ -66,6 +71,8 @@ class AsyncLLM(Service):
             timeout_s: a request not done by then ends with ``finish_reason`` "deadline" and what it has.
             priority: of those that wait, lower goes first.
             cache_salt: cached prefixes are shared among requests of the same salt alone.
+            score_from: the prompt's tokens from this place on are read as a reply in cycles, which ``prompt_logprobs`` then
+                scores; None: all of it as a prompt.
 
         Returns:
             A stream, which raises what cannot be served (RequestError, QueueFullError) when it is started.
@@ -73,7 +80,13 @@ class AsyncLLM(Service):
 
         def request() -> Request:
             return self._request(
-                prompt, params, request_id=request_id, timeout_s=timeout_s, priority=priority, cache_salt=cache_salt
+                prompt,
+                params,
+                request_id=request_id,
+                timeout_s=timeout_s,
+                priority=priority,
+                cache_salt=cache_salt,
+                score_from=score_from,
             )
 
         return AsyncStream(self, request, is_long=hasattr(prompt, "__len__") and len(prompt) > LONG_PROMPT)
@@ -83,16 +96,19 @@ class AsyncLLM(Service):
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         request_id: str | None = None,
         timeout_s: float | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> AsyncStream:
-        """Answer a conversation, a list of {"role", "content"}, piece by piece; see :meth:`generate`."""
+        """Answer a conversation piece by piece; see :meth:`generate` and :meth:`render_chat`."""
 
         def request() -> Request:
             return self._request(
-                self.render_chat(messages),
+                self.render_chat(messages, tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs),
                 params,
                 request_id=request_id,
                 timeout_s=timeout_s,
@@ -101,7 +117,11 @@ class AsyncLLM(Service):
                 from_template=True,
             )
 
-        return AsyncStream(self, request, is_long=len(repr(messages)) > LONG_PROMPT)
+        return AsyncStream(self, request, is_long=len(repr((messages, tools, documents))) > LONG_PROMPT)
+
+    def _usual_num_seqs(self, manifest: Manifest) -> int:
+        packed = [graph.slots for graph in manifest.graphs if graph.dialect == contract.ONNXRUNTIME]
+        return min(SERVICE_NUM_SEQS, max(packed, default=SERVICE_NUM_SEQS))
 
     def _after_step(self) -> Callable[[], None]:
         self._loops = _EventLoops()

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from runtime_support import END_OF_TURN, TinyBundle, TinyBundles, held, random_prompt, tokenizer_of, with_files
+from bundles import with_files
+from runtime_support import END_OF_TURN, TinyBundle, TinyBundles, held, random_prompt, tokenizer_of
 
+from dmtd_models.reference import oracle
 from dmtd_runtime import LLM, Delta, DmtdError, RequestError, SamplingParams
 from dmtd_runtime.text.tokenizer import TextStream
 
@@ -151,7 +153,7 @@ def test_what_fails_in_one_request_ends_that_one_alone(
 ) -> None:
     """Text that cannot be made is a bug; it takes neither the neighbours nor the worker along."""
     push = TextStream.push
-    failing = llm._request([9, 8, 7], GREEDY, None, None)
+    failing = llm._request([9, 8, 7], GREEDY)
     stream = failing.sequences[0].stops._text
 
     def broken(self: TextStream, token_id: int) -> str:
@@ -257,13 +259,23 @@ def test_prompts_that_cannot_be_served(llm: LLM, prompts, words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), True])
 def test_timeouts_that_make_no_sense(llm: LLM, timeout: float) -> None:
     with pytest.raises(RequestError, match="timeout_s"):
         llm.generate([1], GREEDY, timeout_s=timeout)
 
 
-@pytest.mark.parametrize("options", [{"max_num_seqs": 0}, {"max_num_seqs": 9}, {"max_model_len": 0}, {"threads": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_seqs": 0},
+        {"max_num_seqs": 9},
+        {"max_model_len": 0},
+        {"threads": 0},
+        {"max_num_queued_reqs": 0},
+        {"prefix_cache_bytes": -1},
+    ],
+)
 def test_options_out_of_range(bundle: TinyBundle, options: dict[str, int]) -> None:
     before = threading.active_count()
     with pytest.raises(RequestError, match="expected"):
@@ -286,6 +298,7 @@ def test_a_stream_adds_up_to_what_generate_gives(llm: LLM) -> None:
     assert stream.request_id == "mine"
     deltas = list(stream)
     assert {delta.request_id for delta in deltas} == {"mine"}
+    assert stream.result().outputs == whole.outputs
     for index, one in enumerate(whole.outputs):
         assert joined(deltas, index) == (one.text, one.token_ids)
         mine = [delta for delta in deltas if delta.index == index]
@@ -400,10 +413,30 @@ def test_what_is_no_prompt_is_refused(llm: LLM, prompt: Any) -> None:
         llm.generate(prompt, SamplingParams(temperature=0, max_tokens=2))
 
 
-@pytest.mark.parametrize("option", [{"params": {"temperature": 0}}, {"timeout_s": "a"}, {"timeout_s": -1}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"params": {"temperature": 0}},
+        {"timeout_s": "a"},
+        {"timeout_s": -1},
+        {"priority": None},
+        {"priority": 0.5},
+        {"priority": True},
+        {"cache_salt": ""},
+        {"cache_salt": 7},
+    ],
+)
 def test_options_of_the_wrong_kind_are_refused(llm: LLM, option: Any) -> None:
-    with pytest.raises(RequestError, match="expected"):
+    [name] = option
+    with pytest.raises(RequestError, match="expected") as caught:
         llm.generate([1, 2], **option)
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize("request_id", ["", 7])
+def test_names_that_are_none_are_refused(llm: LLM, request_id: Any) -> None:
+    with pytest.raises(RequestError, match="request_id: got"):
+        llm.stream([1, 2], request_id=request_id)
 
 
 @pytest.mark.parametrize("option", [{"device": "gpu"}, {"full_pass": "foo"}, {"dialect": "tensorrt"}])
@@ -418,3 +451,23 @@ def test_a_name_given_by_the_user_does_not_collide_with_the_engines_own(llm: LLM
     assert llm.generate([1, 2], params)[0].outputs[0].finish_reason == "length"
     for stream in taken:
         stream.close()
+
+
+@pytest.mark.parametrize("score_from", [None, 4])
+def test_log_probabilities_of_the_prompts_own_tokens(bundle: TinyBundle, score_from: int | None) -> None:
+    ids = random_prompt(3, 11)
+    with LLM(bundle.directory) as llm:
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+        [output] = llm.generate([ids], params, score_from=score_from)
+        [again] = llm.generate([ids], SamplingParams(temperature=0, max_tokens=1))
+        with pytest.raises(RequestError, match=r"^score_from: got 11, expected 1 to 10"):
+            llm.generate([ids], params, score_from=11)
+    assert again.prompt_logprobs is None
+    reference = bundle.reference(4, ("prompt", "thinking"))
+    want = oracle.teacher_forced(reference, ids, score_from or len(ids)).log_softmax(-1)
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    for row, token_id, entry in zip(want[:-1], ids[1:], output.prompt_logprobs[1:], strict=True):
+        assert entry is not None
+        assert (entry.token_id, entry.logprob) == (token_id, pytest.approx(float(row[token_id]), abs=1e-4))
+        assert entry.top[0] == (int(row.argmax()), pytest.approx(float(row.max()), abs=1e-4))

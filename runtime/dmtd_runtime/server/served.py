@@ -137,4 +137,4 @@ def _template(bundle: Path, options: ServerOptions) -> ChatTemplate | None:
         source = options.chat_template.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{options.chat_template} cannot be read ({error})", param="chat_template") from None
-    return ChatTemplate.from_directory(bundle, source=source)
+    return ChatTemplate.from_directory(bundle, given=source)

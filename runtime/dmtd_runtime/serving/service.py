@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from dmtd_runtime.backends.base import BackendName, BackendOptions, FullPass
-from dmtd_runtime.backends.opening import open_backend
+from dmtd_runtime.backends.opening import ROOM_HINT, memory_needs, open_backend
+from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.bundle.opening import open_bundle, read_generation_config
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.errors import DmtdError, RequestError
+from dmtd_runtime.machine.memory import one_line_memory
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.serving.counts import Counts
 from dmtd_runtime.serving.options import ServingOptions
@@ -31,6 +33,7 @@ from dmtd_runtime.serving.request import Request
 from dmtd_runtime.serving.worker import Worker
 from dmtd_runtime.text.chat_template import ChatTemplate
 from dmtd_runtime.text.prompt import Message, Prompt, token_ids_of
+from dmtd_runtime.text.special_tokens import eos_token_ids_of
 from dmtd_runtime.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("dmtd.llm")
@@ -53,7 +56,8 @@ class Service:
         dialect: which graphs; None takes ONNX Runtime's own where the bundle has them.
         full_pass: ``staged`` (T, D and lm_head in memory once) or ``fused`` (one graph, encoding layers read once); None takes
             fused where the split has encoding layers.
-        max_num_seqs: sequences that may run at a time. 1, the default, is the fastest for a single sequence.
+        max_num_seqs: sequences that may run at a time. None: of ``LLM`` 1, the fastest for a single sequence; of ``AsyncLLM``,
+            made for services, as many as the bundle was exported for, at most 8.
         max_model_len: prompt and answer together, at most the bundle's own limit, the default.
         threads: of the computation; None takes one for each core this process may use.
         max_num_batched_tokens: rows of a full pass, cycle heads and prompts together; None: what the backend takes.
@@ -81,7 +85,7 @@ class Service:
         device_id: int = _BACKEND.device_id,
         dialect: Literal["standard", "onnxruntime"] | None = _BACKEND.dialect,
         full_pass: FullPass | None = _BACKEND.full_pass,
-        max_num_seqs: int = _BACKEND.max_num_seqs,
+        max_num_seqs: int | None = None,
         max_model_len: int | None = _BACKEND.max_model_len,
         threads: int | None = _BACKEND.threads,
         max_num_batched_tokens: int | None = _SERVING.max_num_batched_tokens,
@@ -93,29 +97,33 @@ class Service:
         plain: bool = False,
     ) -> None:
         given = dict(locals())
+        self.manifest = open_bundle(Path(bundle))
+        if max_num_seqs is None:
+            given["max_num_seqs"] = self._usual_num_seqs(self.manifest)
         self._open(Path(bundle), _made_of(BackendOptions, given), _made_of(ServingOptions, given), plain=plain)
 
     def _open(self, directory: Path, options: BackendOptions, serving: ServingOptions, *, plain: bool) -> None:
         if not isinstance(plain, bool):
             raise RequestError(f"got {plain!r}, expected True or False", param="plain")
-        self.manifest = open_bundle(directory)
-        self.tokenizer = Tokenizer.from_directory(directory)
+        self.tokenizer = Tokenizer.from_directory(directory, model_vocab_size=self.manifest.model.vocab_size)
         self.default_params = SamplingParams.from_generation_config(read_generation_config(directory))
         self._template = ChatTemplate.from_directory(directory) if self.tokenizer else None
         opened = open_backend(directory, self.manifest, replace(options, warm_up=False))
         self.max_model_len = opened.max_model_len
         self.stats = opened.stats
-        tokenizer_eos = self.tokenizer.eos_token_ids if self.tokenizer else ()
+        self._gives_all_rows = opened.gives_all_rows
+        tokenizer_eos = self.tokenizer.eos_token_ids if self.tokenizer else eos_token_ids_of(directory)
         self._eos = tuple(dict.fromkeys((*self.manifest.model.eos_token_ids, *tokenizer_eos)))
         self._ids = itertools.count()
         self._requests: dict[str, Request] = {}
-        self._worker = Worker(
-            opened,
-            CyclePlan(cycle=self.manifest.cycle, plain=plain),
-            options=serving,
-            warm_up=options.warm_up,
-            after_step=self._after_step(),
-        )
+        with one_line_memory(memory_needs(self.manifest, options), ROOM_HINT):
+            self._worker = Worker(
+                opened,
+                CyclePlan(cycle=self.manifest.cycle, plain=plain),
+                options=serving,
+                warm_up=options.warm_up,
+                after_step=self._after_step(),
+            )
         self._close = weakref.finalize(self, Worker.close, self._worker)
         if not self.manifest.cycle.dmtd_trained and not plain:
             logger.info("%s: weights not trained for DMTD; its late steps choose poor words", directory)
@@ -125,13 +133,25 @@ class Service:
         """Whether the bundle can answer conversations."""
         return self._template is not None
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
-        """The prompt that the bundle's chat template makes of a conversation."""
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt that the bundle's chat template makes of a conversation, each message a {"role", "content"}.
+
+        ``tools``, ``documents`` and ``chat_template_kwargs`` (``{"enable_thinking": False}``) are handed to the template.
+        """
         if self._template is None:
             raise RequestError(
                 "this bundle has no chat template; use generate with a prompt of your own", param="messages"
             )
-        return self._template.render(messages, add_generation_prompt=True)
+        return self._template.render(
+            messages, tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs
+        )
 
     def abort(self, request_id: str) -> bool:
         """Cancel a request between two steps; False if it is not known or done. Its outputs end with reason "abort"."""
@@ -150,6 +170,10 @@ class Service:
         """What ended the worker, if it has failed: nothing can be served any more."""
         return self._worker.failure
 
+    def _usual_num_seqs(self, manifest: Manifest) -> int:
+        """Sequences at a time where nobody said how many."""
+        return 1
+
     def _after_step(self) -> Callable[[], None]:
         """What the worker calls after each step. It must not keep this object alive."""
         return lambda: None
@@ -163,6 +187,7 @@ class Service:
         timeout_s: float | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        score_from: int | None = None,
         from_template: bool = False,
     ) -> Request:
         """A request that has not started; everything about it that can be refused is refused here."""
@@ -180,6 +205,16 @@ class Service:
                 + ("shorten it" if at_limit else "shorten it, or open the bundle with a larger max_model_len"),
                 param="prompt",
             )
+        if params.prompt_logprobs is not None and not self._gives_all_rows:
+            raise RequestError(
+                "engines give the logits of last rows alone; leave it out, or use the backend onnxruntime",
+                param="prompt_logprobs",
+            )
+        if score_from is not None and not (isinstance(score_from, Integral) and 1 <= score_from < len(ids)):
+            raise RequestError(
+                f"got {score_from!r}, expected 1 to {len(ids) - 1}, the place of a token behind the first",
+                param="score_from",
+            )
         return Request(
             request_id=request_id or next(n for i in self._ids if (n := f"request-{i}") not in self._requests),
             prompt=prompt if isinstance(prompt, str) else None,
@@ -193,6 +228,7 @@ class Service:
             deadline=deadline,
             priority=int(priority),
             cache_salt=cache_salt,
+            score_from=score_from,
             closing=self._worker.is_closing,
         )
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from runtime_support import TinyBundle, TinyBundles, poisoned_bundle, wait_until
 
-from dmtd_runtime import LLM, AbortedError, BackendError, SamplingParams
+from dmtd_runtime import LLM, AbortedError, BackendError, QueueFullError, SamplingParams
 from dmtd_runtime.backends.base import Rows, RunOutput, RunStats, SlotStep, StepwiseBackend
 from dmtd_runtime.bundle.manifest import CycleInfo
 from dmtd_runtime.cycle import CyclePlan
@@ -23,6 +23,7 @@ from dmtd_runtime.errors import DmtdError
 from dmtd_runtime.sampling.sampler import Sampler
 from dmtd_runtime.sampling.stops import StopRules
 from dmtd_runtime.serving import sequence as sequence_module
+from dmtd_runtime.serving.options import ServingOptions
 from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
 from dmtd_runtime.serving.worker import Worker
 
@@ -122,6 +123,10 @@ class Client:
         return self.events[-1].error or self.events[-1].finish_reason
 
 
+def made(backend: ScriptedBackend, **options: int) -> Worker:
+    return Worker(backend, CyclePlan(cycle=CYCLE), options=ServingOptions(prefix_cache_bytes=0, **options))
+
+
 @pytest.fixture
 def backend() -> ScriptedBackend:
     return ScriptedBackend()
@@ -129,7 +134,7 @@ def backend() -> ScriptedBackend:
 
 @pytest.fixture
 def worker(backend: ScriptedBackend) -> Iterator[Worker]:
-    worker = Worker(backend, CyclePlan(cycle=CYCLE))
+    worker = made(backend)
     yield worker
     backend.gate.set()
     worker.close()
@@ -149,9 +154,56 @@ def test_batches_of_as_many_as_there_are_slots(worker: Worker, backend: Scripted
     assert starts == sorted(starts)
 
 
+def test_the_queue_is_bounded_behind_the_free_slots(backend: ScriptedBackend) -> None:
+    """Two slots and two places: the fifth is refused, whatever the worker has come to; who ends makes room."""
+    backend.gate.clear()
+    worker = made(backend, max_num_queued_reqs=2, max_num_queued_tokens=7)
+    clients = [Client(first=i, tokens=2, prompt_len=3) for i in range(4)]
+    for client in clients[:3]:
+        worker.submit([client.sequence])
+    for refused, numbers in ((2, "got 3 waiting sequences with 9 prompt tokens"), (1, None)):
+        more = [Client(prompt_len=3).sequence for _ in range(refused)]
+        if numbers is None:
+            more[0].ids = more[0].ids * 2
+            numbers = "got 2 waiting sequences with 9 prompt tokens"
+        with pytest.raises(QueueFullError, match=numbers + r", expected at most 2 \(.*\) with 7 \("):
+            worker.submit(more)
+    worker.submit([clients[3].sequence])
+    counts = worker.snapshot()
+    assert counts.running + counts.waiting == 4
+    backend.gate.set()
+    assert [client.wait().end for client in clients] == ["length"] * 4
+    with pytest.raises(QueueFullError, match="got 3 waiting sequences"):
+        worker.submit([Client().sequence for _ in range(5)])
+    last = [Client(first=i) for i in range(4)]
+    worker.submit([client.sequence for client in last])
+    assert [client.wait().end for client in last] == ["length"] * 4
+    wait_until(lambda: worker.snapshot().running == 0)
+    counts = worker.snapshot()
+    assert (counts.waiting, counts.waiting_prompt_tokens) == (0, 0)
+    assert (counts.prompt_tokens, counts.generation_tokens) == (4 * 3 + 4, 4 * 2 + 4 * 5)
+    worker.close()
+
+
+def test_after_every_step_and_at_the_end_the_worker_says_so(backend: ScriptedBackend) -> None:
+    told: list[int] = []
+    client = Client(tokens=6)
+    worker = Worker(
+        backend,
+        CyclePlan(cycle=CYCLE),
+        options=ServingOptions(prefix_cache_bytes=0),
+        after_step=lambda: told.append(len(client.tokens)),
+    )
+    worker.submit([client.sequence])
+    client.wait()
+    worker.close()
+    assert told[-2:] == [6, 6], "once more, behind the last step"
+    assert sorted(set(told) - {0}) == [1, 2, 3, 4, 5, 6]
+
+
 def test_slots_are_compact_and_in_order() -> None:
     backend = ScriptedBackend(slots=6)
-    worker = Worker(backend, CyclePlan(cycle=CYCLE))
+    worker = made(backend)
     clients = [Client(first=i, tokens=tokens, prompt_len=1 + i) for i, tokens in enumerate((2, 9, 1, 5, 12, 3))]
     worker.submit([client.sequence for client in clients])
     for client in clients:
@@ -210,7 +262,7 @@ def test_a_panic_of_a_native_library_reaches_every_caller(worker: Worker, backen
 
 def test_a_finalizer_that_cancels_in_the_workers_own_thread_does_not_block_it() -> None:
     """As a dropped stream does whose reference cycle is collected while the worker tells its request of a token."""
-    worker = Worker(ScriptedBackend(slots=1), CyclePlan(cycle=CYCLE))
+    worker = made(ScriptedBackend(slots=1))
     first, waiting = Client(tokens=50), Client()
     told = first.sequence.on_event
 
@@ -228,7 +280,7 @@ def test_a_finalizer_that_cancels_in_the_workers_own_thread_does_not_block_it() 
 def test_a_passed_deadline_ends_waiting_and_running_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(sequence_module, "time", clock)
-    worker = Worker(ScriptedBackend(slots=1), CyclePlan(cycle=CYCLE))
+    worker = made(ScriptedBackend(slots=1))
     running, waiting, patient = Client(tokens=1 << 20, deadline=20.0), Client(deadline=10.0), Client()
     worker.submit([client.sequence for client in (running, waiting, patient)])
     wait_until(lambda: running.tokens != [])
@@ -280,7 +332,7 @@ def test_nan_ends_its_own_sequence_and_clears_its_slot(worker: Worker, backend: 
 
 
 def test_close_ends_what_runs_and_what_waits(backend: ScriptedBackend) -> None:
-    worker = Worker(backend, CyclePlan(cycle=CYCLE))
+    worker = made(backend)
     clients = [Client(tokens=1 << 19) for _ in range(4)]
     worker.submit([client.sequence for client in clients])
     wait_until(lambda: clients[0].tokens != [])
@@ -298,7 +350,7 @@ def test_close_ends_what_runs_and_what_waits(backend: ScriptedBackend) -> None:
 
 def test_close_from_an_event(backend: ScriptedBackend) -> None:
     """The worker's own thread may close it: it cannot wait for itself."""
-    worker = Worker(backend, CyclePlan(cycle=CYCLE))
+    worker = made(backend)
     client = Client(tokens=3)
     take = client.sequence.on_event
 
@@ -315,7 +367,7 @@ def test_close_from_an_event(backend: ScriptedBackend) -> None:
 
 def test_submitting_from_many_threads_while_it_closes(backend: ScriptedBackend) -> None:
     """Every sequence that was taken ends; every other one was refused."""
-    worker = Worker(backend, CyclePlan(cycle=CYCLE))
+    worker = made(backend)
     taken: list[Client] = []
 
     def submit(first: int) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from dmtd_runtime.cli.options.groups import Group, option
+from dmtd_runtime.cli.options.serving import SERVING
 from dmtd_runtime.server.options import Limits, ServerOptions
 from dmtd_runtime.serving.options import ServingOptions
 
-_HTTP, _LIMITS, _SCHEDULING = "Server", "Limits: what one client may ask for", "Scheduling"
+_HTTP, _LIMITS = "Server", "Limits: what one client may ask for"
 
 
 def _seconds(text: str, flag: str, panel: str) -> Any:
@@ -88,18 +89,6 @@ LIMITS = Group(
         "max_schema_depth": option("Levels of a schema.", panel=_LIMITS),
     }
 )
-SCHEDULING = Group(
-    {
-        "max_num_batched_tokens": option("Rows of a full pass; by default what the backend takes.", panel=_SCHEDULING),
-        "long_prefill_token_threshold": option(
-            "Rows of prompts in a pass that running sequences wait for.", panel=_SCHEDULING
-        ),
-        "max_num_partial_prefills": option("Prompts read at a time.", panel=_SCHEDULING),
-        "max_num_queued_reqs": option("Sequences that may wait.", panel=_SCHEDULING),
-        "max_num_queued_tokens": option("Tokens of their prompts.", panel=_SCHEDULING),
-        "prefix_cache_bytes": option("Host memory for earlier prompts; 0 keeps none.", panel=_SCHEDULING),
-    }
-)
 ServerGroup = Annotated[ServerOptions, HTTP]
 LimitsGroup = Annotated[Limits, LIMITS]
-SchedulingGroup = Annotated[ServingOptions, SCHEDULING]
+SchedulingGroup = Annotated[ServingOptions, SERVING]
