@@ -7,11 +7,9 @@ bundle a (family, encoding layers) serves them all, through :meth:`TinyBundle.ma
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -26,11 +24,11 @@ from torch import Tensor
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
-from dmtd_models.config.model import DmtdSpec, ModelConfig, resolve_dmtd
+from dmtd_models.config.model import DmtdSpec, ModelConfig, SplitOptions, resolve_dmtd
 from dmtd_models.reference import oracle
 from dmtd_models.reference.dmtd import DmtdModel, Forward
 from dmtd_models.reference.testing import write_tiny_checkpoint
-from dmtd_runtime import LLM
+from dmtd_runtime import LLM, AsyncLLM
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from dmtd_runtime.bundle.manifest import CycleInfo, FileInfo, Manifest
@@ -144,11 +142,13 @@ def make_bundle(
         root / "model", family=family, layers=LAYERS, tokenizer=tokenizer, max_positions=max_positions
     )
     options = ExportOptions(
-        encoding_layers=encoding_layers,
-        decoding_layers=DECODING_LAYERS,
-        cycle_length=4,
-        cycle_origin="prompt",
-        prompt_input="thinking",
+        split=SplitOptions(
+            encoding_layers=encoding_layers,
+            decoding_layers=DECODING_LAYERS,
+            cycle_length=4,
+            cycle_origin="prompt",
+            prompt_input="thinking",
+        ),
         max_num_seqs=MAX_BATCH,
     )
     manifest = export_bundle(source, root / "bundle", options)
@@ -156,11 +156,13 @@ def make_bundle(
         spec = resolve_dmtd(
             checkpoint.config,
             checkpoint.dmtd,
-            encoding_layers=encoding_layers,
-            decoding_layers=DECODING_LAYERS,
-            cycle_length=4,
-            cycle_origin="prompt",
-            prompt_input="thinking",
+            SplitOptions(
+                encoding_layers=encoding_layers,
+                decoding_layers=DECODING_LAYERS,
+                cycle_length=4,
+                cycle_origin="prompt",
+                prompt_input="thinking",
+            ),
         )
         model = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, torch.float32)
     return TinyBundle(directory=root / "bundle", manifest=manifest, model=model)
@@ -169,7 +171,7 @@ def make_bundle(
 def poisoned_bundle(root: Path, token_id: int = 255) -> tuple[Path, Manifest]:
     """A bundle, cycle length 3, in which one token has a NaN embedding."""
     source = write_tiny_checkpoint(root / "model", layers=LAYERS, tokenizer=True)
-    options = ExportOptions(decoding_layers=DECODING_LAYERS, cycle_length=3)
+    options = ExportOptions(split=SplitOptions(decoding_layers=DECODING_LAYERS, cycle_length=3))
     manifest = export_bundle(source, root / "bundle", options)
     data = root / "bundle" / "model.onnx.data"
     info = manifest.weights["model.embed_tokens.weight"]
@@ -180,20 +182,6 @@ def poisoned_bundle(root: Path, token_id: int = 255) -> tuple[Path, Manifest]:
     manifest = replace(manifest, files={**manifest.files, data.name: record})
     (root / "bundle" / "manifest.json").write_text(manifest.to_json())
     return root / "bundle", manifest
-
-
-def with_files(bundle: Path, copy: Path, files: Mapping[str, bytes | None]) -> Path:
-    """A copy of a bundle with files (None: taken out) that its manifest vouches for."""
-    shutil.copytree(bundle, copy)
-    manifest = json.loads((copy / "manifest.json").read_text())
-    for name, content in files.items():
-        manifest["files"].pop(name, None)
-        (copy / name).unlink(missing_ok=True)
-        if content is not None:
-            (copy / name).write_bytes(content)
-            manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    return copy
 
 
 @cache
@@ -297,7 +285,7 @@ class Held:
 
 
 @contextmanager
-def held(llm: LLM, *, after: int, until: Callable[[], bool] = lambda: False) -> Iterator[Held]:
+def held(llm: LLM | AsyncLLM, *, after: int, until: Callable[[], bool] = lambda: False) -> Iterator[Held]:
     hold, backend = Held(), llm._worker._backend
     run = backend.run
 

@@ -22,9 +22,9 @@ from dmtd_export.errors import ExportError as ExportError
 from dmtd_export.graphs.build import build_graph
 from dmtd_export.graphs.rows import GraphSpec
 from dmtd_export.options import MAX_NUM_SEQS_LIMIT, MAX_WINDOW, ExportOptions
-from dmtd_export.progress import Progress, counter, silent
-from dmtd_models.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from dmtd_models.config.model import DmtdSpec, ModelConfig, resolve_dmtd
+from dmtd_models.checkpoints.checkpoint import Checkpoint, is_gguf, open_checkpoint
+from dmtd_models.config.model import DmtdSpec, ModelConfig, require_split, resolve_dmtd
+from dmtd_models.progress import Progress, counter, silent
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import FileInfo, GraphInfo, Manifest, ModelInfo, sha256_of
 from dmtd_runtime.version import __version__
@@ -51,6 +51,8 @@ def export_bundle(
     ``verify`` is called with the finished but not yet placed bundle and the open checkpoint; it returns the record for the
     manifest and raises to refuse the bundle. Raises ExportError, ModelError, or what ``verify`` raises.
     """
+    if adapter is None and is_gguf(model):
+        require_split(options.split)
     with one_line_os_errors(output), open_checkpoint(model, adapter) as checkpoint:
         check_target(output)
         spec = resolve(checkpoint, options)
@@ -67,16 +69,7 @@ def export_bundle(
 
 def resolve(checkpoint: Checkpoint, options: ExportOptions) -> DmtdSpec:
     """The split and convention of the bundle: the checkpoint's record, overridden by options."""
-    spec = resolve_dmtd(
-        checkpoint.config,
-        checkpoint.dmtd,
-        encoding_layers=options.encoding_layers,
-        thinking_layers=options.thinking_layers,
-        decoding_layers=options.decoding_layers,
-        cycle_length=options.cycle_length,
-        cycle_origin=options.cycle_origin,
-        prompt_input=options.prompt_input,
-    )
+    spec = resolve_dmtd(checkpoint.config, checkpoint.dmtd, options.split)
     head_dim = checkpoint.config.head_dim
     if options.target != "tensorrt" and runnable_target(head_dim) == "tensorrt":
         raise ExportError(

@@ -47,6 +47,7 @@ class LLM(Service):
         timeout_s: float | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        score_from: int | None = None,
     ) -> list[RequestOutput]:
         """Complete one prompt or a list of them (text, or token ids).
 
@@ -56,6 +57,8 @@ class LLM(Service):
             timeout_s: requests not done by then end with ``finish_reason`` "deadline" and what they have.
             priority: of those that wait, lower goes first.
             cache_salt: cached prefixes are shared among requests of the same salt alone.
+            score_from: the tokens of each prompt from this place on are read as a reply in cycles, which ``prompt_logprobs``
+                then scores; None: all of it as a prompt.
 
         Returns:
             One output a prompt, in order.
@@ -72,7 +75,9 @@ class LLM(Service):
             )
         return self._finish(
             [
-                self._request(prompt, one, timeout_s=timeout_s, priority=priority, cache_salt=cache_salt)
+                self._request(
+                    prompt, one, timeout_s=timeout_s, priority=priority, cache_salt=cache_salt, score_from=score_from
+                )
                 for prompt, one in zip(listed, each, strict=True)
             ]
         )
@@ -82,14 +87,20 @@ class LLM(Service):
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         timeout_s: float | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation or a list of them, each a list of {"role", "content"}; see :meth:`generate`."""
-        several = bool(messages) and not isinstance(messages[0], Mapping)
+        """Answer one conversation or a list of them; see :meth:`generate`, and :meth:`render_chat` for what it is given."""
+        several = bool(messages) and isinstance(messages[0], Sequence)
         conversations: Sequence[Any] = messages if several else [messages]
-        prompts = [self.render_chat(conversation) for conversation in conversations]
+        prompts = [
+            self.render_chat(each, tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs)
+            for each in conversations
+        ]
         return self._finish(
             [
                 self._request(
@@ -123,14 +134,17 @@ class LLM(Service):
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         request_id: str | None = None,
         timeout_s: float | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> Stream:
-        """Answer a conversation piece by piece; see :meth:`stream`."""
+        """Answer a conversation piece by piece; see :meth:`stream` and :meth:`render_chat`."""
         request = self._request(
-            self.render_chat(messages),
+            self.render_chat(messages, tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs),
             params,
             request_id=request_id,
             timeout_s=timeout_s,

@@ -25,15 +25,18 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dmtd_errors.native import NativePanicError, call_native
+from dmtd_errors.pointers import lfs_pointer
 from dmtd_models.adapters.delta import delta_difference, misfit
 from dmtd_models.checkpoints.protocol import AnyArray, Checkpoint
 from dmtd_models.checkpoints.saving import make_directory, replacing, write_json
+from dmtd_models.checkpoints.weight_files import ADAPTER_CONFIG as CONFIG_FILE
+from dmtd_models.checkpoints.weight_files import MERGE
 from dmtd_models.config.hf import with_dmtd_fields
 from dmtd_models.config.model import DmtdSpec, ModelConfig, read_config
 from dmtd_models.config.values import integer, number
 from dmtd_models.errors import CheckpointError
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 AdapterKind = Literal["lora", "delta"]
 Float32 = npt.NDArray[np.float32]
@@ -177,6 +180,8 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         CheckpointError: not there, not JSON, or of a kind that is not known.
     """
     file = directory / CONFIG_FILE
+    if (pointer := lfs_pointer(file)) is not None:
+        raise CheckpointError(f"{file}: {pointer}")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -190,6 +195,8 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         raise CheckpointError(f"{file}: got {type(raw).__name__}, expected an object; restore the file")
     fingerprint = raw.get("base_fingerprint")
     kind = raw.get("dmtd_adapter")
+    if kind is None and "peft_type" in raw:
+        raise CheckpointError(f"{directory}: a PEFT adapter, expected one that dmtd finetune made; {MERGE}")
     if kind not in ("lora", "delta") or not isinstance(fingerprint, str):
         raise CheckpointError(
             f"{file}: got dmtd_adapter {kind!r}, expected lora or delta with a base_fingerprint; "
@@ -230,12 +237,14 @@ _DMTD_FIELDS = frozenset(with_dmtd_fields({}, None, "llama"))
 
 def _open_tensors(directory: Path, digest: object) -> dict[str, AnyArray]:
     file = directory / WEIGHTS_FILE
+    if (pointer := lfs_pointer(file)) is not None:
+        raise CheckpointError(f"{file}: {pointer}")
     try:
         if digest is not None and _sha256(file) != digest:
             raise CheckpointError(f"{file}: not the file that {CONFIG_FILE} was written with; restore the adapter")
-        with safe_open(file, framework="numpy") as handle:
+        with call_native(safe_open, file, framework="numpy", quiet=True) as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, NativePanicError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error}); restore the adapter") from error
 
 

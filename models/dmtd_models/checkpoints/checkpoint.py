@@ -10,10 +10,26 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from dmtd_errors.pointers import lfs_pointer
 from dmtd_models.checkpoints.protocol import Checkpoint
 from dmtd_models.errors import CheckpointError
 
 __all__ = ["Checkpoint", "open_checkpoint"]
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a GGUF file, which records no split; opening one takes seconds.
+
+    Raises:
+        CheckpointError: a file that cannot be read.
+    """
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as stream:
+            return stream.read(4) == b"GGUF"
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); mend that") from error
 
 
 def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
@@ -40,13 +56,15 @@ def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
 
         return HuggingFaceCheckpoint(path)
     if not path.exists():
+        if path.is_symlink():
+            raise CheckpointError(f"{path}: a link to {path.readlink()}, which is not there; mend the link")
         raise CheckpointError(
             f"{path}: no such file or directory; give a Hugging Face directory (config.json and safetensors) "
             "or a .gguf file"
         )
-    with path.open("rb") as stream:
-        magic = stream.read(4)
-    if magic == b"GGUF":
+    if (pointer := lfs_pointer(path)) is not None:
+        raise CheckpointError(f"{path}: {pointer}")
+    if is_gguf(path):
         from dmtd_models.checkpoints.gguf import GgufCheckpoint
 
         return GgufCheckpoint(path)

@@ -14,6 +14,8 @@ from types import MappingProxyType
 
 from tokenizers import Tokenizer
 
+from dmtd_errors.native import call_native
+
 _CONTRACTIONS_AND_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _THE_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # of tokenizer.ggml.token_type
@@ -78,14 +80,14 @@ def tokenizer_from_metadata(metadata: Mapping[str, object], *, max_len: int) -> 
         return TokenizerFiles(
             files=files, problem=f"tokenizer.ggml.model: got {kind!r}, expected 'gpt2' (byte-level BPE)"
         )
-    if pre not in _PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
         known = ", ".join(_PRE_TOKENIZERS)
         return TokenizerFiles(files=files, problem=f"tokenizer.ggml.pre: got {pre!r}, expected one of {known}")
-    made = _tokenizer_json(metadata, tokens, _PRE_TOKENIZERS[str(pre)])
+    made = _tokenizer_json(metadata, tokens, _PRE_TOKENIZERS[pre])
     if isinstance(made, str):
         return TokenizerFiles(files=files, problem=made)
     files["tokenizer.json"] = made.to_str(pretty=True).encode()
-    files["tokenizer_config.json"] = _tokenizer_config(metadata, tokens, _PRE_TOKENIZERS[str(pre)], max_len)
+    files["tokenizer_config.json"] = _tokenizer_config(metadata, tokens, _PRE_TOKENIZERS[pre], max_len)
     return TokenizerFiles(files=files, problem=None)
 
 
@@ -94,6 +96,8 @@ def _tokenizer_json(metadata: Mapping[str, object], tokens: list[str], pre: _Pre
     types, merges = metadata.get("tokenizer.ggml.token_type"), metadata.get("tokenizer.ggml.merges")
     if not isinstance(types, list) or len(types) != len(tokens) or not isinstance(merges, list):
         return "tokenizer.ggml.token_type or tokenizer.ggml.merges is missing or too short"
+    if not all(isinstance(text, str) for text in (*tokens, *merges)):
+        return "tokenizer.ggml.tokens or tokenizer.ggml.merges holds something that is no text"
     added = [i for i, kind in enumerate(types) if kind in (_CONTROL, _USER_DEFINED)]
     used = [i for i, kind in enumerate(types) if kind != _UNUSED]
     in_model = _ids_in_model(added, used)
@@ -122,7 +126,7 @@ def _tokenizer_json(metadata: Mapping[str, object], tokens: list[str], pre: _Pre
         },
     }
     try:
-        made = Tokenizer.from_str(json.dumps(described))
+        made = call_native(Tokenizer.from_str, json.dumps(described), quiet=True)
     except Exception as error:  # noqa: BLE001 - the library raises bare Exception
         return f"the tokenizer's data do not fit together ({error})"
     # The library renumbers added tokens that do not follow the vocabulary without a gap.

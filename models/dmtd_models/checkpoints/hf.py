@@ -14,15 +14,16 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from dmtd_errors.pointers import lfs_pointer
 from dmtd_models.checkpoints.protocol import ASSET_NAMES
-from dmtd_models.checkpoints.safetensors_file import FLOAT_TYPES, StoredTensor, map_tensor, read_header
+from dmtd_models.checkpoints.safetensors_file import FLOAT_TYPES, StoredTensor, map_tensor
 from dmtd_models.checkpoints.tensors import EMBEDDING, LM_HEAD, tensor_shapes
+from dmtd_models.checkpoints.weight_files import adapter_problem, json_object, stored_tensors
 from dmtd_models.config.model import DmtdSpec, ModelConfig, read_config
 from dmtd_models.errors import CheckpointError
 
 AnyArray = npt.NDArray[np.generic]
 
-_SINGLE_FILE, _INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 # Old checkpoints store this buffer, which follows from the config.
 _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -36,7 +37,7 @@ class HuggingFaceCheckpoint:
         raw = _config_json(path)
         config, self._dmtd = read_config(raw)
         self._path = path
-        stored = _stored_tensors(path)
+        stored = stored_tensors(path, raw)
         self._tensors = _checked(path, config, stored)
         if raw.get("dtype") is None and raw.get("torch_dtype") is None:
             config = replace(config, dtype=_DTYPE_NAMES[self._tensors[EMBEDDING].dtype_name])
@@ -72,7 +73,7 @@ class HuggingFaceCheckpoint:
         return map_tensor(self._tensor(name))
 
     def assets(self) -> dict[str, bytes]:
-        found = {name: (self._path / name).read_bytes() for name in ASSET_NAMES if (self._path / name).is_file()}
+        found = {name: _asset(self._path / name) for name in ASSET_NAMES if (self._path / name).is_file()}
         if "chat_template.jinja" not in found and "tokenizer_config.json" in found:
             template = embedded_chat_template(found["tokenizer_config.json"])
             if template is not None:
@@ -108,70 +109,30 @@ def embedded_chat_template(tokenizer_config: bytes) -> str | None:
     return template if isinstance(template, str) else None
 
 
+def _asset(file: Path) -> bytes:
+    if (pointer := lfs_pointer(file)) is not None:
+        raise CheckpointError(f"{file}: {pointer}")
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); mend that") from error
+
+
 def _config_json(path: Path) -> dict[str, object]:
     file = path / "config.json"
     if not file.is_file():
         gguf = sorted(path.glob("*.gguf"))
         fix = f"give the GGUF file itself ({gguf[0]})" if gguf else "give the directory that holds config.json"
-        raise CheckpointError(f"{path}: no config.json; {fix}")
-    return _json_object(file)
-
-
-def _json_object(file: Path) -> dict[str, object]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not readable JSON ({error}); restore the file") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: got {type(value).__name__}, expected a JSON object; restore the file")
-    return value
-
-
-def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    if (path / _INDEX_FILE).is_file():
-        return _sharded_tensors(path)
-    if (path / _SINGLE_FILE).is_file():
-        return read_header(path / _SINGLE_FILE)
-    pickles = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
-    if pickles:
-        raise CheckpointError(
-            f"{path}: only PyTorch pickle files ({pickles[0].name}), which can run code when read and are refused; "
-            "convert them to safetensors"
-        )
-    raise CheckpointError(
-        f"{path}: got neither {_SINGLE_FILE} nor {_INDEX_FILE}, expected one of them (a bundle is no checkpoint: give the model "
-        "that it was exported from)"
-    )
-
-
-def _sharded_tensors(path: Path) -> dict[str, StoredTensor]:
-    weight_map = _json_object(path / _INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{path / _INDEX_FILE}: no usable weight_map; restore the file")
-    headers: dict[str, dict[str, StoredTensor]] = {}
-    for shard in sorted(set(weight_map.values())):
-        # A name with a directory part could point outside the checkpoint.
-        if shard != Path(shard).name or shard in ("", ".", ".."):
-            raise CheckpointError(f"{path / _INDEX_FILE}: shard {shard!r} leaves the directory; refuse or rename it")
-        if not (path / shard).is_file():
-            raise CheckpointError(f"{path}: shard {shard} is missing; download it")
-        headers[shard] = read_header(path / shard)
-    tensors = {}
-    for name, shard in weight_map.items():
-        if name not in headers[shard]:
-            raise CheckpointError(
-                f"{path}: tensor {name} is not in {shard} as the index says; download the shard again"
-            )
-        tensors[name] = headers[shard][name]
-    unlisted = {name for header in headers.values() for name in header} - tensors.keys()
-    if unlisted:
-        raise CheckpointError(f"{path / _INDEX_FILE}: shards hold {min(unlisted)}, which the index lacks; restore it")
-    return tensors
+        raise CheckpointError(f"{path}: {adapter_problem(path) or f'no config.json; {fix}'}")
+    return json_object(file)
 
 
 def _checked(path: Path, config: ModelConfig, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The expected tensors in order; refuses what is missing, misshapen, not a float, or left over."""
     expected = tensor_shapes(config)
+    if config.tie_word_embeddings and EMBEDDING not in stored and LM_HEAD in stored:
+        # One tensor under two names, of which safetensors' save_model keeps the first in the alphabet.
+        stored = {EMBEDDING if name == LM_HEAD else name: tensor for name, tensor in stored.items()}
     missing = [name for name in expected if name not in stored]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from dmtd_errors.pointers import lfs_pointer
 from dmtd_models.errors import CheckpointError
 
 AnyArray = npt.NDArray[np.generic]
@@ -45,6 +46,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: not a safetensors file, or shorter than its header says.
     """
+    if (pointer := lfs_pointer(file)) is not None:
+        raise CheckpointError(f"{file}: {pointer}")
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -57,7 +60,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             header = json.loads(stream.read(length))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}); check that the file is there") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{file}: the safetensors header is not JSON; download the file again") from error

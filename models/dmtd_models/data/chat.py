@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from dmtd_errors.native import NativePanicError, call_native
 from dmtd_models.checkpoints.checkpoint import Checkpoint
 from dmtd_models.data.errors import DataError
 
@@ -40,7 +41,7 @@ class TextTokenizer:
             why = problem or "no tokenizer.json in the checkpoint"
             raise DataError(f"tokenizer: {why}; put the model's tokenizer.json into its directory")
         try:
-            self.tokenizer: Tokenizer = Tokenizer.from_str(source.decode("utf-8"))
+            self.tokenizer: Tokenizer = call_native(Tokenizer.from_str, source.decode("utf-8"), quiet=True)
             config = json.loads(assets.get("tokenizer_config.json", b"{}"))
         except Exception as error:  # tokenizers raises a bare Exception
             raise DataError(f"tokenizer: cannot be read ({error}); take the model's files anew") from error
@@ -71,15 +72,15 @@ class TextTokenizer:
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of plain documents, with the special tokens that tokenizer.json adds (a BOS, say)."""
-        return [self._checked(encoding.ids) for encoding in self.tokenizer.encode_batch(list(texts))]
+        return [self._checked(encoding.ids) for encoding in _on_text(self.tokenizer.encode_batch, list(texts))]
 
     def encode_rendered(self, text: str) -> list[int]:
         """Ids of rendered chat text, which has its special tokens already."""
-        return self._checked(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._checked(_on_text(self.tokenizer.encode, text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return str(_on_text(self.tokenizer.decode, list(ids), skip_special_tokens=True))
 
     def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
         """The chat as the model's template writes it.
@@ -118,6 +119,16 @@ class TextTokenizer:
                 "the tokenizer and the weights are not of one model"
             )
         return ids
+
+
+def _on_text(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A call of the library; what it says of its own file is one line."""
+    try:
+        return call_native(function, *args, **kwargs)
+    except Exception as error:
+        if type(error) not in (Exception, NativePanicError):  # the library raises nothing more precise
+            raise
+        raise DataError(f"tokenizer: fails on this text ({error}); take the model's files anew") from error
 
 
 def _default_template(value: object) -> str | None:

@@ -44,7 +44,7 @@ class _StepClock:
         self.slots, self.capacity, self.max_rows = backend.slots, backend.capacity, backend.max_rows
         self.stats, self.chooses_tokens = backend.stats, backend.chooses_tokens
         self.max_model_len, self.full_pass = backend.max_model_len, backend.full_pass
-        self.runs_cycles = backend.runs_cycles
+        self.runs_cycles, self.gives_all_rows = backend.runs_cycles, backend.gives_all_rows
         self.marks: list[tuple[StepKind | Literal["cycle"], float, float]] = []
         self.cycle_ends: list[float] = []
         self._backend = backend

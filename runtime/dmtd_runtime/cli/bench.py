@@ -5,7 +5,6 @@ from __future__ import annotations
 import json as json_text
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -28,42 +27,23 @@ from dmtd_runtime.cli.common import (
     pick,
 )
 from dmtd_runtime.cli.options.backend import BenchBackend
-from dmtd_runtime.errors import RequestError
-
-_BENCH = BenchOptions()
+from dmtd_runtime.cli.options.bench import BenchGroup
 
 
 def bench(
     bundle: BundleArgument = None,
     model: BundleOption = None,
-    batches: Annotated[str, typer.Option("--batch", help="Batch sizes, one or a list: 1,2,4,8.")] = ",".join(
-        map(str, _BENCH.batches)
-    ),
-    prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = _BENCH.prompt_len,
-    max_tokens: Annotated[int, typer.Option(help="New tokens of each sequence.")] = _BENCH.max_tokens,
-    repeats: Annotated[int, typer.Option(help="Measured runs of each mode.")] = _BENCH.repeats,
-    warmup: Annotated[int, typer.Option(help="Runs of each mode before them; on a GPU at least one.")] = _BENCH.warmup,
-    seed: Annotated[int, typer.Option(help="Seed of the random prompts.")] = _BENCH.seed,
-    whole_model: Annotated[
-        bool, typer.Option("--whole-model", help="Also measure plain decoding over one graph of the whole model.")
-    ] = _BENCH.whole_model,
+    options: BenchGroup = BenchOptions(),
     backend: BenchBackend = BackendOptions(),
     json: JsonOption = False,
 ) -> None:
     """Measure plain and DMTD decoding, interleaved on the same weights and prompts.
 
-    Greedy, random token ids as prompts, end of sequence ignored; medians over the repeats.
+    Prompts are random token ids, decoding is greedy, and no sequence ends early.
+
+    The numbers are medians over the repeats.
     """
     directory = pick(bundle, model, "BUNDLE")
-    options = BenchOptions(
-        batches=_sizes(batches),
-        prompt_len=prompt_len,
-        max_tokens=max_tokens,
-        repeats=repeats,
-        warmup=warmup,
-        seed=seed,
-        whole_model=whole_model,
-    )
     manifest = open_bundle(directory)
     check_options(options, manifest, backend)
     console = Console(highlight=False)
@@ -76,15 +56,6 @@ def bench(
     else:
         console.print(_table(report))
         console.print(_footer(report))
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(size) for size in text.split(","))
-    except ValueError:
-        raise RequestError(
-            f"got {text!r}, expected whole numbers with commas, such as 1,2,4", param="batches"
-        ) from None
 
 
 @contextmanager
@@ -121,7 +92,7 @@ def _card(manifest: Manifest, split: SplitBytes, options: BenchOptions, backend:
     card.add_row(
         "weights",
         f"{human_bytes(split.stored)} (T {human_bytes(split.thinking)}, D {human_bytes(split.decoding)}, "
-        f"head {human_bytes(split.head)}{', E ' + human_bytes(split.encoding) if split.encoding else ''})",
+        f"lm_head {human_bytes(split.lm_head)}{', E ' + human_bytes(split.encoding) if split.encoding else ''})",
     )
     card.add_row("KV", f"{human_bytes(split.kv_per_token())} a token, mean context {context:g}")
     card.add_row("bytes a token", f"plain {human_bytes(plain)}, DMTD {human_bytes(dmtd)}")
@@ -213,7 +184,7 @@ def _footer(report: BenchReport) -> Text:
         f"medians of {facts['repeats']} interleaved repeats; {facts['full_pass']} full pass",
     ]
     if facts["full_pass"] == "fused":
-        lines[-1] += f", whose graph repeats D and the head: {human_bytes(report.split.fused_extra)} more memory"
+        lines[-1] += f", whose graph repeats D and lm_head: {human_bytes(report.split.fused_extra)} more memory"
     if load is not None and load > 0.5:
         lines.append(
             f"load average {load:.1f} when this began: if other work goes on, rates are lower than the machine can do"

@@ -53,6 +53,7 @@ class SamplingParams:
         max_tokens: Most tokens to generate; None: until end of sequence or the model's length.
         min_tokens: End-of-sequence and stop ids are masked, and stop strings ignored, for this many tokens.
         logprobs: None: no log probabilities; 0: the chosen token's; k: also those of the k most likely tokens.
+        prompt_logprobs: The same of the prompt's own tokens, in the output's ``prompt_logprobs``; the prompt is then read whole.
         logit_bias: Token id -> number added to its logit.
         structured_outputs: The form that the whole answer has. Where it is complete the sequence ends; end-of-sequence ids
             come only where it may end, with ``ignore_eos`` or before ``min_tokens`` only where nothing else may follow.
@@ -78,6 +79,7 @@ class SamplingParams:
     max_tokens: int | None = None
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     structured_outputs: StructuredOutputs | None = None
     skip_special_tokens: bool = True
@@ -101,6 +103,9 @@ class SamplingParams:
             "max_tokens": None if self.max_tokens is None else _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS),
             "min_tokens": _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS),
             "logprobs": None if self.logprobs is None else _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS),
+            "prompt_logprobs": None
+            if self.prompt_logprobs is None
+            else _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS),
             "logit_bias": _logit_bias(self.logit_bias),
         }
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):

@@ -309,17 +309,20 @@ class Sampler:
 
     def _described(self, token_id: int, logits: Logits) -> Choice:
         num_top = self._params.logprobs
-        if num_top is None:
-            return Choice(token_id=token_id)
-        best = logits.max()
-        with np.errstate(over="ignore"):  # a difference beyond float32 is a probability of 0
-            normaliser = float(best) + float(np.log(np.exp(logits - best).sum(dtype=np.float64)))
-        top = top_ids(logits, num_top) if num_top else ()
-        return Choice(
-            token_id=token_id,
-            logprob=float(logits[token_id]) - normaliser,
-            top_logprobs=tuple((int(i), float(logits[i]) - normaliser) for i in top),
-        )
+        return Choice(token_id=token_id) if num_top is None else described(token_id, logits, num_top)
+
+
+def described(token_id: int, logits: Logits, num_top: int) -> Choice:
+    """A token with its log probability under the model, and those of the ``num_top`` likeliest, from logits [vocab]."""
+    best = logits.max()
+    with np.errstate(over="ignore"):  # a difference beyond float32 is a probability of 0
+        normaliser = float(best) + float(np.log(np.exp(logits - best).sum(dtype=np.float64)))
+    top = top_ids(logits, num_top) if num_top else ()
+    return Choice(
+        token_id=token_id,
+        logprob=float(logits[token_id]) - normaliser,
+        top_logprobs=tuple((int(i), float(logits[i]) - normaliser) for i in top),
+    )
 
 
 def top_ids(logits: Logits, count: int) -> NDArray[np.int64]:

@@ -17,11 +17,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 from dmtd_runtime.backends.base import Backend, SlotCycle, SlotStep
 from dmtd_runtime.cycle import CyclePlan, Step
+from dmtd_runtime.sampling.sampler import described
 from dmtd_runtime.serving.counts import Counts
 from dmtd_runtime.serving.options import ServingOptions
 from dmtd_runtime.serving.prefix_cache import PrefixCache
 from dmtd_runtime.serving.scheduler import Planned, Scheduler
 from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
+
+SCORED_ROWS = 64  # of a prompt at a time, whose logits are all brought to the host
 
 
 class Loop:
@@ -64,7 +67,8 @@ class Loop:
         """Let a sequence wait for its turn."""
         number = next(self._numbers)
         self._sequences[number] = sequence
-        self._scheduler.admit(number, len(sequence.ids), priority=sequence.priority)
+        given = len(sequence.ids)
+        self._scheduler.admit(number, sequence.prompt_len or given, given_len=given, priority=sequence.priority)
 
     def step(self) -> None:
         """Let go of who was cancelled, let others in, run what comes next and tell of its tokens.
@@ -105,8 +109,12 @@ class Loop:
         for number in self._scheduler.enter():
             sequence = self._sequences[number]
             sequence.started = time.monotonic()
-            blocks, slot, rows = self._prefixes.match(sequence.ids, sequence.cache_salt), self._slot(number), 0
-            for block in blocks:
+            prompt_len = sequence.prompt_len or len(sequence.ids)
+            known = sequence.ids[: self._plan.lasting_rows(prompt_len, len(sequence.ids))]
+            if sequence.prompt_logprobs is not None:  # every row is to be seen
+                known = []
+            slot, rows = self._slot(number), 0
+            for block in self._prefixes.match(known, sequence.cache_salt):
                 self._backend.write_rows(slot, rows, block)
                 rows += block.shape[-2]
             self._scheduler.restore(number, rows)
@@ -119,12 +127,18 @@ class Loop:
 
     def _run(self, planned: Sequence[Planned]) -> None:
         """Run one step of the sequences, and tell those that get a token."""
+        self._count_heads(planned)
+        scored = [one for one in planned if one.step.kind == "prefill" and self._scores(one)]
+        for one in scored:
+            self._run_scored(one)
+        planned = [one for one in planned if one not in scored]
+        if not planned:
+            return
         steps = [self._slot_step(one) for one in planned]
         wanting = [one for one in planned if one.step.wants_logits]
         choose = self._backend.chooses_tokens and not any(
             self._sequences[one.sequence].sampler.needs_logits for one in wanting
         )
-        self._count_heads(planned)
         output = self._backend.run(steps, self._scheduler.committed, choose=choose)
         self._scheduler.commit(planned)
         for row, one in enumerate(wanting):
@@ -138,6 +152,40 @@ class Loop:
             if one.step.kind == "prefill":
                 self._keep(one.sequence)
         self._leave(one.sequence for one in wanting if self._sequences[one.sequence].ended)
+
+    def _scores(self, one: Planned) -> bool:
+        return self._sequences[one.sequence].prompt_logprobs is not None
+
+    def _run_scored(self, planned: Planned) -> None:
+        """Run a chunk of a prompt by itself, with the logits of all its rows: they say how likely each next token was."""
+        sequence, step = self._sequences[planned.sequence], planned.step
+        committed, num_top, logits = self._scheduler.committed, sequence.prompt_logprobs, None
+        assert num_top is not None
+        for first in range(step.window.start, step.window.stop, SCORED_ROWS):
+            rows = range(first, min(first + SCORED_ROWS, step.window.stop))
+            part = slice(first - step.window.start, rows.stop - step.window.start)
+            piece = Step(
+                kind="prefill",
+                window=rows,
+                late=rows,
+                gate_hidden=step.gate_hidden[part],
+                gate_thought=step.gate_thought[part],
+                wants_logits=True,
+            )
+            ids = sequence.ids[rows.start : rows.stop]
+            logits = self._backend.run([SlotStep(slot=planned.slot, step=piece, ids=ids)], committed, rows="all").logits
+            assert logits is not None, "nothing was to be chosen"
+            committed[planned.slot] = rows.stop
+            sequence.prompt_choices = sequence.prompt_choices or [None]
+            for row, next_id in zip(logits, sequence.ids[rows.start + 1 : rows.stop + 1], strict=False):
+                sequence.prompt_choices.append(described(next_id, row, num_top))
+        self._scheduler.commit([planned])
+        if step.wants_logits and logits is not None:
+            sequence.choose(logits[-1])
+            self._chosen += not sequence.failed
+            self._keep(planned.sequence)
+            if sequence.ended:
+                self._leave([planned.sequence])
 
     def _run_cycles(self) -> bool:
         """Run whole cycles until a sequence ends or another one comes, if all may run them; whether anything ran.
@@ -217,7 +265,8 @@ class Loop:
         sequence, slot = self._sequences[number], self._slot(number)
         if not sequence.failed:
             # Cycles that went on behind the end have rows of tokens that nobody saw.
-            rows = min(self._plan.lasting_rows(self._scheduler.position_of(number)), len(sequence.ids))
+            at = self._scheduler.position_of(number)
+            rows = self._plan.lasting_rows(at.prompt_len, min(at.thought, len(sequence.ids)))
             self._prefixes.add(
                 sequence.ids[:rows], sequence.cache_salt, lambda rows: self._backend.read_rows(slot, rows)
             )

@@ -68,8 +68,8 @@ class _Running:
 
     @property
     def left(self) -> int:
-        """Prompt rows still to read."""
-        return max(0, self.position.prompt_len - self.position.fed)
+        """Given rows still to read."""
+        return max(0, self.position.given_len - self.position.fed)
 
 
 class Scheduler:
@@ -100,7 +100,7 @@ class Scheduler:
         self._max_reading = num_slots if static else options.max_num_partial_prefills
         self._slots = Slots(num_slots)
         self._orders = itertools.count()
-        self._waiting: list[tuple[int, int, int, int]] = []  # a heap of (priority, order, sequence, prompt_len)
+        self._waiting: list[tuple[int, int, int, Position]] = []  # a heap of (priority, order, sequence, its start)
         self._running: list[_Running] = []  # by slot
 
     @property
@@ -119,7 +119,7 @@ class Scheduler:
 
     @property
     def waiting_prompt_tokens(self) -> int:
-        return sum(prompt_len for *_, prompt_len in self._waiting)
+        return sum(position.given_len for *_, position in self._waiting)
 
     @property
     def num_reading(self) -> int:
@@ -149,17 +149,17 @@ class Scheduler:
         assert entry is not None, f"sequence {sequence} has no slot"
         return entry.position
 
-    def admit(self, sequence: int, prompt_len: int, *, priority: int = 0) -> None:
-        """Let a sequence wait for a slot; a lower ``priority`` goes first."""
-        heapq.heappush(self._waiting, (priority, next(self._orders), sequence, prompt_len))
+    def admit(self, sequence: int, prompt_len: int, *, given_len: int = 0, priority: int = 0) -> None:
+        """Let a sequence wait for a slot; a lower ``priority`` goes first. ``given_len``: see :class:`Position`."""
+        position = Position(prompt_len=prompt_len, given_len=given_len)
+        heapq.heappush(self._waiting, (priority, next(self._orders), sequence, position))
 
     def enter(self) -> list[int]:
         """Give slots to waiting sequences, as far as the policy lets them in: which did."""
         entered = []
         together = self._static and not self._running
         while self._waiting and self._slots.num_free and (together or self.can_enter):
-            priority, order, sequence, prompt_len = heapq.heappop(self._waiting)
-            position = Position(prompt_len=prompt_len)
+            priority, order, sequence, position = heapq.heappop(self._waiting)
             tenancy = self._slots.take(position)
             entry = _Running(sequence=sequence, position=position, tenancy=tenancy, priority=priority, order=order)
             self._running.append(entry)
@@ -170,7 +170,7 @@ class Scheduler:
     def restore(self, sequence: int, rows: int) -> None:
         """Take the first ``rows`` rows of a prompt as read: its slot has them from elsewhere."""
         position = self.position_of(sequence)
-        assert position.fed == 0 and 0 <= rows < position.prompt_len, f"{rows} rows of {position}"
+        assert position.fed == 0 and 0 <= rows < position.given_len, f"{rows} rows of {position}"
         position.fed = position.thought = rows
 
     def schedule(self, *, heads: bool = True) -> list[Planned]:

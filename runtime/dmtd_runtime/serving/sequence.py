@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from dmtd_runtime.errors import DmtdError
@@ -43,6 +43,11 @@ class SequenceRun:
     deadline: float | None = None  # of time.monotonic()
     priority: int = 0  # lower goes first
     cache_salt: str | None = None  # shares cached prefixes with sequences of the same salt alone
+    prompt_len: int = (
+        0  # where the reply begins; 0: all ids are prompt. Ids behind it are a reply that is given, not chosen
+    )
+    prompt_logprobs: int | None = None  # of the ids given: log probabilities, and of so many likeliest tokens
+    prompt_choices: list[Choice | None] = field(default_factory=list)  # what was asked so; the first token has none
     started: float | None = None  # when it left the queue
     cached_tokens: int = 0  # of the prompt, that came from the prefix cache
     ended: bool = False

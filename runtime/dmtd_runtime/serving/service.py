@@ -32,7 +32,7 @@ from dmtd_runtime.serving.request import Request
 from dmtd_runtime.serving.worker import Worker
 from dmtd_runtime.text.chat_template import ChatTemplate
 from dmtd_runtime.text.prompt import Message, Prompt, token_ids_of
-from dmtd_runtime.text.tokenizer import Tokenizer
+from dmtd_runtime.text.tokenizer import Tokenizer, eos_token_ids_of
 
 logger = logging.getLogger("dmtd.llm")
 
@@ -100,13 +100,14 @@ class Service:
         if not isinstance(plain, bool):
             raise RequestError(f"got {plain!r}, expected True or False", param="plain")
         self.manifest = open_bundle(directory)
-        self.tokenizer = Tokenizer.from_directory(directory)
+        self.tokenizer = Tokenizer.from_directory(directory, model_vocab_size=self.manifest.model.vocab_size)
         self.default_params = SamplingParams.from_generation_config(read_generation_config(directory))
         self._template = ChatTemplate.from_directory(directory) if self.tokenizer else None
         opened = open_backend(directory, self.manifest, replace(options, warm_up=False))
         self.max_model_len = opened.max_model_len
         self.stats = opened.stats
-        tokenizer_eos = self.tokenizer.eos_token_ids if self.tokenizer else ()
+        self._gives_all_rows = opened.gives_all_rows
+        tokenizer_eos = self.tokenizer.eos_token_ids if self.tokenizer else eos_token_ids_of(directory)
         self._eos = tuple(dict.fromkeys((*self.manifest.model.eos_token_ids, *tokenizer_eos)))
         self._grammars = GrammarCompiler(
             self.tokenizer, vocab_size=self.manifest.model.vocab_size, eos_token_ids=self._eos
@@ -129,13 +130,25 @@ class Service:
         """Whether the bundle can answer conversations."""
         return self._template is not None
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
-        """The prompt that the bundle's chat template makes of a conversation."""
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt that the bundle's chat template makes of a conversation, each message a {"role", "content"}.
+
+        ``tools``, ``documents`` and ``chat_template_kwargs`` (``{"enable_thinking": False}``) are handed to the template.
+        """
         if self._template is None:
             raise RequestError(
                 "this bundle has no chat template; use generate with a prompt of your own", param="messages"
             )
-        return self._template.render(messages, add_generation_prompt=True)
+        return self._template.render(
+            messages, tools=tools, documents=documents, chat_template_kwargs=chat_template_kwargs
+        )
 
     def abort(self, request_id: str) -> bool:
         """Cancel a request between two steps; False if it is not known or done. Its outputs end with reason "abort"."""
@@ -162,6 +175,7 @@ class Service:
         timeout_s: float | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        score_from: int | None = None,
         from_template: bool = False,
     ) -> Request:
         """A request that has not started; everything about it that can be refused is refused here."""
@@ -179,6 +193,16 @@ class Service:
                 + ("shorten it" if at_limit else "shorten it, or open the bundle with a larger max_model_len"),
                 param="prompt",
             )
+        if params.prompt_logprobs is not None and not self._gives_all_rows:
+            raise RequestError(
+                "engines give the logits of last rows alone; leave it out, or use the backend onnxruntime",
+                param="prompt_logprobs",
+            )
+        if score_from is not None and not (isinstance(score_from, Integral) and 1 <= score_from < len(ids)):
+            raise RequestError(
+                f"got {score_from!r}, expected 1 to {len(ids) - 1}, the place of a token behind the first",
+                param="score_from",
+            )
         return Request(
             request_id=request_id or next(n for i in self._ids if (n := f"request-{i}") not in self._requests),
             prompt=prompt if isinstance(prompt, str) else None,
@@ -193,6 +217,7 @@ class Service:
             deadline=deadline,
             priority=int(priority),
             cache_salt=cache_salt,
+            score_from=score_from,
             closing=self._worker.is_closing,
         )
 

@@ -10,19 +10,24 @@ encode it with ``add_special_tokens=False``. Nothing here renders chats or looks
 import codecs
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import tokenizers
 
+from dmtd_errors.native import NativePanicError, call_native
+from dmtd_errors.pointers import lfs_pointer
 from dmtd_runtime.errors import BundleError, RequestError
 
 MAX_TOKENIZER_BYTES = 256 << 20
 MAX_CONFIG_BYTES = 64 << 20
 LONG_TEXT = 4000
-"""Characters beyond which other threads run on meanwhile: the library keeps Python's lock but for batches, 1 ms a 1,500."""
+"""Characters beyond which a text is encoded as a batch: the library then lets Python's other threads run meanwhile."""
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""What transformers knows by name; a model may have more."""
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -35,7 +40,7 @@ class Tokenizer:
         core: tokenizers.Tokenizer,
         *,
         eos_token_ids: Sequence[int] = (),
-        special_tokens: "SpecialTokens | None" = None,
+        special_tokens: Mapping[str, str] = MappingProxyType({}),
         model_vocab_size: int | None = None,
     ) -> None:
         """Wraps a loaded tokenizer; ``from_directory`` is the usual way in.
@@ -43,7 +48,7 @@ class Tokenizer:
         Args:
             core: The tokenizer; its truncation and padding are switched off.
             eos_token_ids: Ids that end a sequence.
-            special_tokens: BOS and EOS as text; None: neither.
+            special_tokens: Named special tokens as text: ``bos_token``, ``eos_token``, ...
             model_vocab_size: Rows of the model's embedding: text that needs an id beyond them is refused. None: any id.
         """
         # Settings left from training would cut or fill prompts silently.
@@ -55,7 +60,7 @@ class Tokenizer:
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._vocab_size = max([core.get_vocab_size(with_added_tokens=True), *(token_id + 1 for token_id in added)])
         self._eos_token_ids = tuple(eos_token_ids)
-        self._special_tokens = special_tokens or SpecialTokens()
+        self._special_tokens = special_tokens
         self._decoders = _decoder_types(core)
 
     @classmethod
@@ -78,17 +83,17 @@ class Tokenizer:
             return None
         text = _read_text(file, MAX_TOKENIZER_BYTES)
         try:
-            core = tokenizers.Tokenizer.from_str(text)
+            core = call_native(tokenizers.Tokenizer.from_str, text, quiet=True)
         except Exception as error:  # the library raises nothing more precise
             reason = " ".join(str(error).split())
             raise BundleError(f"{file}: not a usable tokenizer ({reason}); export the model again") from error
-        special = SpecialTokens.from_directory(directory)
+        special = read_special_tokens(directory)
         eos_token_ids = list(eos_token_ids_of(directory))
-        if special.eos_token is not None:
-            eos_id = core.token_to_id(special.eos_token)
+        if "eos_token" in special:
+            eos_id = core.token_to_id(special["eos_token"])
             if eos_id is None:
                 raise BundleError(
-                    f"{directory / 'tokenizer_config.json'}: eos_token: got {special.eos_token!r}, expected a token of "
+                    f"{directory / 'tokenizer_config.json'}: eos_token: got {special['eos_token']!r}, expected a token of "
                     "tokenizer.json; correct the file"
                 )
             eos_token_ids.append(eos_id)
@@ -111,13 +116,13 @@ class Tokenizer:
 
     @property
     def bos_token(self) -> str | None:
-        """BOS as text, for chat templates."""
-        return self._special_tokens.bos_token
+        """BOS as text."""
+        return self._special_tokens.get("bos_token")
 
     @property
     def eos_token(self) -> str | None:
-        """EOS as text, for chat templates."""
-        return self._special_tokens.eos_token
+        """EOS as text."""
+        return self._special_tokens.get("eos_token")
 
     @property
     def vocab_size(self) -> int:
@@ -147,7 +152,12 @@ class Tokenizer:
                 param="prompt",
             ) from error
         try:
-            ids = list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
+            if len(text) > LONG_TEXT:
+                encode = self._core.encode_batch_fast
+                [encoding] = call_native(encode, [text], add_special_tokens=add_special_tokens)
+            else:
+                encoding = call_native(self._core.encode, text, add_special_tokens=add_special_tokens)
+            ids = list(encoding.ids)
         except Exception as error:  # the library raises nothing more precise: no token for a character, say
             raise RequestError(
                 f"the tokenizer cannot encode it ({' '.join(str(error).split())}); leave out what it has no token for",
@@ -174,9 +184,10 @@ class Tokenizer:
 
         Raises:
             RequestError: A negative id, or one beyond 32 bits.
+            BundleError: As for ``encode``.
         """
         try:
-            return str(self._core.decode(list(ids), skip_special_tokens=skip_special_tokens))
+            return str(_on_text(self._core.decode, list(ids), skip_special_tokens=skip_special_tokens))
         except OverflowError as error:
             raise RequestError(
                 "token ids: got a negative id or one beyond 32 bits, expected ids of the model"
@@ -284,22 +295,20 @@ class TextStream:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens) if ids else ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpecialTokens:
-    """BOS and EOS as text, from tokenizer_config.json; None where the model has none."""
+def read_special_tokens(directory: Path) -> dict[str, str]:
+    """The named special tokens of tokenizer_config.json as text: ``bos_token``, ``eos_token``, ``pad_token``, ...
 
-    bos_token: str | None = None
-    eos_token: str | None = None
+    Chat templates see them all, those with a name of the model's own (``image_token``) included; none where the file is absent.
 
-    @classmethod
-    def from_directory(cls, directory: Path) -> "SpecialTokens":
-        """Reads tokenizer_config.json; both are None where it is absent.
-
-        Raises:
-            BundleError: The file is broken.
-        """
-        config = read_config(directory / "tokenizer_config.json")
-        return cls(bos_token=_token_text(config, "bos_token"), eos_token=_token_text(config, "eos_token"))
+    Raises:
+        BundleError: The file is broken.
+    """
+    config = read_config(directory / "tokenizer_config.json")
+    own = {name: value for name, value in config.items() if name.endswith("_token") and isinstance(value, str | dict)}
+    extra = config.get("extra_special_tokens")
+    named = {name: config.get(name) for name in NAMED_TOKENS} | own | (extra if isinstance(extra, dict) else {})
+    found = {name: _token_text(name, value) for name, value in named.items()}
+    return {name: text for name, text in found.items() if text is not None}
 
 
 def eos_token_ids_of(directory: str | Path) -> tuple[int, ...]:
@@ -350,22 +359,38 @@ def read_config(file: Path) -> Mapping[str, Any]:
 
 
 def _read_text(file: Path, max_bytes: int) -> str:
+    if (pointer := lfs_pointer(file)) is not None:
+        raise BundleError(f"{file}: {pointer}")
     try:
         size = file.stat().st_size
         if size > max_bytes:
             raise BundleError(f"{file}: got {size} bytes, expected at most {max_bytes}; is this the right file?")
         return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"{file}: cannot be read ({error}); export the model again") from error
+    except OSError as error:
+        raise BundleError(f"{file}: cannot be read ({error.strerror}); mend that") from error
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{file}: cannot be read as UTF-8 ({error}); export the model again") from error
 
 
-def _token_text(config: Mapping[str, Any], name: str) -> str | None:
-    value = config.get(name)
+def _token_text(name: str, value: object) -> str | None:
     if isinstance(value, dict):
         value = value.get("content")
     if value is not None and not isinstance(value, str):
         raise BundleError(f"tokenizer_config.json: {name}: got {value!r}, expected a token's text; correct the file")
     return value
+
+
+def _on_text(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A call of the library over text or ids: what it says of its own file is an error of the bundle."""
+    try:
+        return call_native(function, *args, **kwargs)
+    except Exception as error:
+        if type(error) not in (Exception, NativePanicError):  # the library raises nothing more precise
+            raise
+        reason = " ".join(str(error).split())
+        raise BundleError(
+            f"tokenizer.json: fails on this text ({reason}); restore it and export the model again"
+        ) from error
 
 
 def _decoder_types(core: tokenizers.Tokenizer) -> tuple[str, ...]:

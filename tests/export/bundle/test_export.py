@@ -10,11 +10,12 @@ from pathlib import Path
 
 import onnx
 import pytest
-from export_support import WARNINGS_OF_PLAIN, export, read_manifest, snapshot
+from export_support import WARNINGS_OF_PLAIN, export, export_options, read_manifest, snapshot
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.errors import ExportError
 from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_models.errors import ModelError
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime import LLM, RequestError, SamplingParams
@@ -57,7 +58,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=lambda value: "-".join(map(str, value.values())) or "default" if isinstance(value, dict) else "",
 )
 def test_targets_write_exactly_their_graphs(plain: Path, tmp_path: Path, options: dict, graphs: set[str]) -> None:
-    export_bundle(plain, tmp_path / "b", ExportOptions(decoding_layers=1, cycle_length=3, **options))
+    export_bundle(
+        plain, tmp_path / "b", ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=3), **options)
+    )
     manifest = read_manifest(tmp_path / "b")
     assert {graph["file"] for graph in manifest["graphs"]} == graphs | CHOICE
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
@@ -144,7 +147,7 @@ def test_split_by_option_over_a_plain_checkpoint(plain: Path, tmp_path: Path, op
 )
 def test_recorded_split_with_options_over_it(tmp_path: Path, fields: dict, options: dict, split: tuple) -> None:
     source = write_tiny_checkpoint(tmp_path / "m", dmtd=fields)
-    export_bundle(source, tmp_path / "b", ExportOptions(max_num_seqs=1, **options))
+    export_bundle(source, tmp_path / "b", export_options(max_num_seqs=1, **options))
     manifest = read_manifest(tmp_path / "b")
     # Another split or cycle than the weights were trained for counts as not trained.
     as_recorded = not {"encoding_layers", "cycle_length"} & set(options)
@@ -260,7 +263,7 @@ def test_verify_hook_sees_the_bundle_and_its_record_is_kept(plain: Path, tmp_pat
         assert not (tmp_path / "b").exists(), "it is not in its place before it has been verified"
         return {"ok": True, "level": "none"}
 
-    options = ExportOptions(decoding_layers=1, cycle_length=3, max_num_seqs=1)
+    options = ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=3), max_num_seqs=1)
     export_bundle(plain, tmp_path / "b", options, verify=hook)
     assert seen["files"] == {path.name for path in (tmp_path / "b").iterdir()}
     assert read_manifest(tmp_path / "b") == seen["manifest"] | {"verification": {"ok": True, "level": "none"}}
@@ -268,7 +271,7 @@ def test_verify_hook_sees_the_bundle_and_its_record_is_kept(plain: Path, tmp_pat
 
 def test_progress_counts_every_byte_of_the_weights(plain: Path, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    options = ExportOptions(decoding_layers=1, cycle_length=3, max_num_seqs=1)
+    options = ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=3), max_num_seqs=1)
     export_bundle(
         plain, tmp_path / "b", options, progress=lambda *each: told.append(each), verify=lambda bundle, checkpoint: {}
     )
@@ -285,7 +288,9 @@ def test_export_needs_no_torch_and_prints_nothing(plain: Path, tmp_path: Path) -
         "from pathlib import Path\n"
         "from dmtd_export.bundle.export import export_bundle\n"
         "from dmtd_export.options import ExportOptions\n"
-        "export_bundle(Path(sys.argv[1]), Path(sys.argv[2]), ExportOptions(decoding_layers=1, cycle_length=3))\n"
+        "from dmtd_models.config.model import SplitOptions\n"
+        "split = SplitOptions(decoding_layers=1, cycle_length=3)\n"
+        "export_bundle(Path(sys.argv[1]), Path(sys.argv[2]), ExportOptions(split=split))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, plain, tmp_path / "b"],
@@ -310,7 +315,9 @@ def test_another_convention_than_the_recorded_one_counts_as_not_trained(tmp_path
         export_bundle(
             source,
             tmp_path / origin,
-            ExportOptions(max_num_seqs=1, cycle_origin=origin, prompt_input=None if trained else "thinking"),
+            ExportOptions(
+                split=SplitOptions(cycle_origin=origin, prompt_input=None if trained else "thinking"), max_num_seqs=1
+            ),
         )
         assert read_manifest(tmp_path / origin)["cycle"]["dmtd_trained"] is trained
 
@@ -318,6 +325,8 @@ def test_another_convention_than_the_recorded_one_counts_as_not_trained(tmp_path
 def test_a_head_that_onnxruntime_refuses_is_named_with_the_way_out(tmp_path: Path) -> None:
     source = write_tiny_checkpoint(tmp_path / "m", head_dim=24)
     with pytest.raises(ExportError, match=r"head_dim: got 24.*--target tensorrt"):
-        export_bundle(source, tmp_path / "b", ExportOptions(decoding_layers=1, cycle_length=3))
+        export_bundle(source, tmp_path / "b", ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=3)))
     assert not (tmp_path / "b").exists()
-    export_bundle(source, tmp_path / "b", ExportOptions(decoding_layers=1, cycle_length=3, target="tensorrt"))
+    export_bundle(
+        source, tmp_path / "b", ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=3), target="tensorrt")
+    )

@@ -10,7 +10,7 @@ import torch
 from gguf_files import tiny_config, write_gguf
 
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
-from dmtd_models.config.model import Rope, read_config, resolve_dmtd
+from dmtd_models.config.model import Rope, SplitOptions, read_config, resolve_dmtd
 from dmtd_models.errors import CheckpointError, ConfigError, ModelError
 from dmtd_models.reference.dmtd import DmtdModel
 from dmtd_models.reference.oracle import teacher_forced
@@ -53,7 +53,7 @@ def test_logits_are_those_of_the_same_weights(tmp_path):
     config = tiny_config("llama")
     weights = random_weights(config, seed=4)
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", config, weights))
-    spec = resolve_dmtd(config, None, decoding_layers=1, cycle_length=2)
+    spec = resolve_dmtd(config, None, SplitOptions(decoding_layers=1, cycle_length=2))
     tokens = list(range(3, 23))
     got, expected = (
         teacher_forced(DmtdModel.from_reader(config, spec, read, torch.float64), tokens, 5)

@@ -6,7 +6,7 @@ import pytest
 import transformers
 
 from dmtd_models.config.hf import to_hugging_face
-from dmtd_models.config.model import DmtdSpec, Rope, read_config, resolve_dmtd
+from dmtd_models.config.model import DmtdSpec, Rope, SplitOptions, read_config, resolve_dmtd
 from dmtd_models.errors import ConfigError
 
 QWEN3 = {
@@ -299,7 +299,7 @@ MODEL, _ = read_config(QWEN3)
     ],
 )
 def test_options_over_what_is_recorded(recorded, options, expected):
-    spec = resolve_dmtd(MODEL, recorded, **options)
+    spec = resolve_dmtd(MODEL, recorded, SplitOptions(**options))
     fields = ("encoding_layers", "thinking_layers", "decoding_layers", "cycle_length", "cycle_origin", "prompt_input")
     assert tuple(getattr(spec, field) for field in (*fields, "trained", "convention_recorded")) == expected
 
@@ -335,5 +335,5 @@ def test_options_over_what_is_recorded(recorded, options, expected):
 )
 def test_options_that_cannot_be_honoured(recorded, options, named):
     with pytest.raises(ConfigError) as caught:
-        resolve_dmtd(MODEL, recorded, **options)
+        resolve_dmtd(MODEL, recorded, SplitOptions(**options))
     assert all(word in str(caught.value) for word in named)

@@ -23,6 +23,7 @@ import numpy as np
 from dmtd_runtime.backends.base import Array, BackendOptions, Rows, RunOutput, RunStats, SlotCycle, SlotStep
 from dmtd_runtime.backends.engines.device_cycle import CycleProgram, CycleShape, control_layout, results_layout
 from dmtd_runtime.backends.engines.engine_set import TABLES, EngineSet
+from dmtd_runtime.backends.engines.limits import check_limits, visible_rows
 from dmtd_runtime.backends.engines.warm_up import Reach
 from dmtd_runtime.backends.layouts.blocks import BlockLayout
 from dmtd_runtime.backends.layouts.rectangular import RectangularLayout
@@ -33,7 +34,7 @@ from dmtd_runtime.bundle.engine_record import EngineRecord, PassKind
 from dmtd_runtime.bundle.manifest import DTYPE_BYTES, Manifest
 from dmtd_runtime.cycle import StepKind
 from dmtd_runtime.device.base import Address, Device, Mark
-from dmtd_runtime.errors import BackendError, RequestError
+from dmtd_runtime.errors import BackendError
 from dmtd_runtime.sampling.sampler import NOT_FINITE, Sampler
 
 logger = logging.getLogger("dmtd.tensorrt")
@@ -70,7 +71,7 @@ class TensorRtBackend:
             RequestError: more sequences or tokens than the engines were built for.
             BackendError: too little device memory, or an engine that the device does not take.
         """
-        _check_limits(options, record)
+        check_limits(options, record)
         self._device, self._record, self._manifest = device, record, manifest
         self.slots = options.max_num_seqs
         self.max_model_len = options.max_model_len or record.max_model_len
@@ -79,7 +80,7 @@ class TensorRtBackend:
         self.full_pass = record.full_pass_for(options.full_pass, manifest)
         self.stats = RunStats()
         self.chooses_tokens = True
-        self.runs_cycles = True
+        self.runs_cycles, self.gives_all_rows = True, False
         self._graphs = options.cuda_graphs
         self._tau = manifest.cycle.cycle_length
         self._vocab_size = manifest.model.vocab_size
@@ -176,7 +177,7 @@ class TensorRtBackend:
         layout = self._layouts[batch]
         sizes = {graph: layout.sizes(graph, steps) for graph in self._graphs_of(kind)}
         longest = max(max(s.get("window_len", 0), s["late_len"]) for s in sizes.values())
-        visible_len = self._record.bucket_for(_visible(steps, committed[:batch], longest))
+        visible_len = self._record.bucket_for(visible_rows(steps, committed[:batch], longest))
         self._run_graphs(kind, sizes, visible_len, lambda graph, arrays: layout.fill(graph, arrays, steps, committed))
         self._count(steps)
         wanted = [s.slot for s in steps if s.step.wants_logits]
@@ -380,25 +381,3 @@ class TensorRtBackend:
     def _end(self) -> None:
         self._idle_since = None
         self.stats.session_seconds += time.perf_counter() - self._busy_since
-
-
-def _visible(steps: Sequence[SlotStep], committed: Sequence[int], rows: int) -> int:
-    """Cache rows that a run writes or sees at most, padding and idle slots included."""
-    first = list(committed)
-    for s in steps:
-        first[s.slot] = s.step.late.start  # T's window starts earlier, and has no more rows behind it
-    return max(first) + rows
-
-
-def _check_limits(options: BackendOptions, record: EngineRecord) -> None:
-    limits = (
-        ("max_num_seqs", options.max_num_seqs, record.max_num_seqs, "--max-num-seqs"),
-        ("max_model_len", options.max_model_len, record.max_model_len, "--max-model-len"),
-    )
-    for name, value, most, option in limits:
-        if value is not None and not 1 <= value <= most:
-            raise RequestError(
-                f"got {value}, expected 1 to {most}, what the engines were built for; "
-                f"for more, build them with: dmtd build BUNDLE {option} {value}",
-                param=name,
-            )

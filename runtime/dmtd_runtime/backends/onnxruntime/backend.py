@@ -24,6 +24,7 @@ from dmtd_runtime.backends.layouts.layout import Layout
 from dmtd_runtime.backends.layouts.packed import PackedLayout
 from dmtd_runtime.backends.layouts.rectangular import RectangularLayout
 from dmtd_runtime.backends.onnxruntime.binding import Binding
+from dmtd_runtime.backends.onnxruntime.limits import check_dtype, graph_slots, max_model_len
 from dmtd_runtime.backends.onnxruntime.memory import (
     Buffer,
     GpuMemory,
@@ -40,7 +41,6 @@ from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.engine_record import default_full_pass
 from dmtd_runtime.bundle.manifest import DTYPE_BYTES, Manifest
 from dmtd_runtime.device.base import check_room
-from dmtd_runtime.errors import BackendError, RequestError
 from dmtd_runtime.ort.session import CudaOptions, open_session
 
 logger = logging.getLogger("dmtd.onnxruntime")
@@ -54,27 +54,28 @@ class OnnxRuntimeBackend(StepwiseBackend):
     """Runs a bundle in ONNX Runtime. See :class:`dmtd_runtime.backends.base.Backend`."""
 
     def __init__(self, directory: Path, manifest: Manifest, options: BackendOptions) -> None:
-        _check_dtype(manifest, options)
+        check_dtype(manifest, options)
         self._manifest = manifest
         self._options = options
         dialect = options.dialect or manifest.default_dialect
         packed = dialect == contract.ONNXRUNTIME
-        graph_slots = _graph_slots(manifest, options) if packed else 1
+        num_slots = graph_slots(manifest, options) if packed else 1
         on_gpu = options.device == "cuda"
         self.slots = options.max_num_seqs
-        self.max_model_len = _max_model_len(manifest, options)
+        self.max_model_len = max_model_len(manifest, options)
         self.max_rows = manifest.model.max_window
         self.capacity = self.max_model_len + manifest.model.max_window
         self.stats = RunStats()
         self.full_pass = options.full_pass or default_full_pass(manifest)
         self.chooses_tokens = on_gpu if options.choose_on_device is None else options.choose_on_device
+        self.gives_all_rows = True
         self._captures = on_gpu and options.cuda_graphs
         self._rides = packed and self.full_pass == "staged" and not on_gpu  # prompts run through T beside the heads
         constant_total = self.capacity if self._captures else None
         self._layout: Layout = (
-            PackedLayout(graph_slots, constant_total=constant_total) if packed else RectangularLayout(self.slots)
+            PackedLayout(num_slots, constant_total=constant_total) if packed else RectangularLayout(self.slots)
         )
-        self._cache_slots = max(graph_slots, self.slots)
+        self._cache_slots = max(num_slots, self.slots)
         self._host_cache = None if on_gpu else HostKvCache(manifest.model, self._cache_slots, self.capacity)
         self._caches: dict[tuple[int, contract.Kind], Buffer] = {}
         self._copies: RowCopies | None = None
@@ -84,7 +85,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self._graph_ids = itertools.count()
         first = contract.FULL_PASS if self.full_pass == "fused" else contract.THINKING
         self._graphs = {
-            first: manifest.graph(first, dialect, graph_slots),
+            first: manifest.graph(first, dialect, num_slots),
             contract.LATE_DECODE: manifest.graph(contract.LATE_DECODE, dialect),
         }
         if self.chooses_tokens or on_gpu:
@@ -358,44 +359,3 @@ class OnnxRuntimeBackend(StepwiseBackend):
                     if self._host_cache is None
                     else host_buffer(self._host_cache.buffer(layer, kind))
                 )
-
-
-def _graph_slots(manifest: Manifest, options: BackendOptions) -> int:
-    """Slots of the packed graphs to load: the fewest that hold ``max_num_seqs`` sequences."""
-    stored = sorted({graph.slots for graph in manifest.graphs if graph.dialect == contract.ONNXRUNTIME})
-    fitting = [slots for slots in stored if slots >= options.max_num_seqs]
-    if not fitting:
-        most = max(stored, default=0)
-        raise RequestError(
-            f"got {options.max_num_seqs}, expected 1 to {most}, what the bundle was exported for; "
-            f"export it with a larger --max-num-seqs",
-            param="max_num_seqs",
-        )
-    return fitting[0]
-
-
-def _max_model_len(manifest: Manifest, options: BackendOptions) -> int:
-    limit = manifest.model.max_model_len
-    if options.max_model_len is not None and not 1 <= options.max_model_len <= limit:
-        raise RequestError(
-            f"got {options.max_model_len}, expected 1 to {limit}, the bundle's limit", param="max_model_len"
-        )
-    return options.model_len(limit)
-
-
-def _check_dtype(manifest: Manifest, options: BackendOptions) -> None:
-    dtype = manifest.model.dtype
-    if options.device == "cpu" and dtype == "bfloat16":
-        raise BackendError(
-            "this bundle is bfloat16, which ONNX Runtime cannot run on the CPU; "
-            "export it with --dtype float32, or use --device cuda"
-        )
-    if (
-        options.device == "cuda"
-        and dtype == "float32"
-        and (options.dialect or manifest.default_dialect) == contract.ONNXRUNTIME
-    ):
-        raise BackendError(
-            "this bundle is float32, and GroupQueryAttention on CUDA takes float16 or bfloat16 only; "
-            "export it with --dtype bfloat16"
-        )
