@@ -18,13 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmtd_runtime.errors import DmtdError, MissingExtraError, RequestError
-from dmtd_runtime.sampling.structured import PARAM, StructuredOutputs
+from dmtd_runtime.sampling.structured import JSON_OPTIONS, PARAM, StructuredOutputs
 
 if TYPE_CHECKING:
     import llguidance
 
-MAX_WHITESPACE = 32
-"""Characters of white space between two parts of a JSON text. Without a bound a model may write nothing else."""
 # What bounds time and memory in the library: some 0.4 s and 100 MB for the worst of a compilation.
 _LIMITS = {"initial_lexer_fuel": 300_000, "step_lexer_fuel": 50_000, "max_lexer_states": 30_000}
 
@@ -139,16 +137,7 @@ def _grammar_text(wanted: StructuredOutputs) -> str:
     from llguidance import LLMatcher, grammar_from
 
     if wanted.schema_text is not None:
-        # Over a schema's own wishes ("x-guidance"): what cannot be enforced is refused, and no part may go on for ever.
-        overrides = {
-            "whitespace_flexible": True,
-            "whitespace_pattern": rf"[ \n\r\t]{{1,{MAX_WHITESPACE}}}",
-            "item_separator": ",",
-            "key_separator": ":",
-            "lenient": False,
-            "coerce_one_of": False,
-        }
-        return LLMatcher.grammar_from_json_schema(wanted.schema_text, overrides=overrides)  # type: ignore[arg-type]
+        return LLMatcher.grammar_from_json_schema(wanted.schema_text, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
     if wanted.regex is not None:
         return LLMatcher.grammar_from_regex(wanted.regex)
     if wanted.choice is not None:

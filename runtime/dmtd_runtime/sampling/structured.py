@@ -20,6 +20,18 @@ MAX_SCHEMA_CHAIN = 1500
 """Levels of nesting with references followed, at most: (distinct ``$ref``s + 1) times the depth of the text."""
 MAX_GRAMMAR_RULES = 1000
 MAX_CHOICES = 1000
+MAX_WHITESPACE = 32
+"""Characters of white space between two parts of a JSON text. Without a bound a model may write nothing else."""
+JSON_OPTIONS = {
+    "whitespace_flexible": True,
+    "whitespace_pattern": rf"[ \n\r\t]{{1,{MAX_WHITESPACE}}}",
+    "item_separator": ",",
+    "key_separator": ":",
+    "lenient": False,
+    "coerce_one_of": False,
+}
+"""llguidance's, over a schema's own wishes: what cannot be enforced is refused, and no part may go on for ever."""
+_JSON_PART = "%json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +40,7 @@ class StructuredOutputs:
 
     Attributes:
         json: A JSON schema: a dict, its JSON text, or a class with ``model_json_schema`` (pydantic's). Kept as JSON text.
-            Between its parts the answer has at most ``grammar.MAX_WHITESPACE`` characters of white space.
+            Between its parts the answer has at most ``MAX_WHITESPACE`` characters of white space.
         regex: A regular expression without look-around that matches the whole answer.
         choice: Strings, one of which is the whole answer.
         grammar: A grammar with a rule ``start`` (Lark's notation, as llguidance reads it) or ``root`` (GBNF).
@@ -60,10 +72,7 @@ class StructuredOutputs:
             _check_text("regex", self.regex)
         elif self.grammar is not None:
             _check_text("grammar", self.grammar)
-            if (rules := self.grammar.count(":")) > MAX_GRAMMAR_RULES:
-                raise _refused(
-                    f"grammar: got {rules} colons, expected at most {MAX_GRAMMAR_RULES}, one a rule; shorten it"
-                )
+            _check_rules(self.grammar)
 
     @property
     def schema_text(self) -> str | None:
@@ -108,6 +117,20 @@ def _check_nesting(schema: object) -> None:
             f"json: got {len(references)} references in a schema nested {deepest} deep, up to {chain} levels, expected at "
             f"most {MAX_SCHEMA_CHAIN}; flatten it or split it"
         )
+
+
+def _check_rules(grammar: str) -> None:
+    """Rules are counted by their colons, schemas (``%json {...}``) by their own bounds."""
+    rules, *parts = grammar.split(_JSON_PART)
+    for part in parts:
+        try:
+            schema, end = json.JSONDecoder().raw_decode(part.lstrip())
+        except (ValueError, RecursionError) as error:
+            raise _refused(f"grammar: {_JSON_PART}: {_one_line(error)}; a JSON schema must follow it") from error
+        _check_nesting(schema)
+        rules += part.lstrip()[end:]
+    if (count := rules.count(":")) > MAX_GRAMMAR_RULES:
+        raise _refused(f"grammar: got {count} colons, expected at most {MAX_GRAMMAR_RULES}, one a rule; shorten it")
 
 
 def _walk(value: object) -> Iterator[tuple[int, str | None, object]]:

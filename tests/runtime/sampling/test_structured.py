@@ -18,9 +18,9 @@ from runtime_support import END_OF_TURN, TinyBundle, make_bundle, random_prompt,
 from dmtd_runtime import LLM, AsyncLLM, RequestError, SamplingParams, StructuredOutputs
 from dmtd_runtime.errors import MissingExtraError
 from dmtd_runtime.sampling import grammar as grammar_module
-from dmtd_runtime.sampling.grammar import MAX_WHITESPACE, GrammarCompiler
+from dmtd_runtime.sampling.grammar import GrammarCompiler
 from dmtd_runtime.sampling.sampler import Sampler
-from dmtd_runtime.sampling.structured import MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH
+from dmtd_runtime.sampling.structured import MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH, MAX_WHITESPACE
 
 pytestmark = pytest.mark.timeout(300)
 
