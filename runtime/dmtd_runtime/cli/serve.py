@@ -14,14 +14,13 @@ import typer
 
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.cli.common import BundleArgument, BundleOption, note, pick, require
-from dmtd_runtime.cli.options.backend import ServeBackend
+from dmtd_runtime.cli.options.backend import AnswerBackend
 from dmtd_runtime.cli.options.server import LimitsGroup, SchedulingGroup, ServerGroup
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.server.options import Limits, ServerOptions
 from dmtd_runtime.serving.options import ServingOptions
 
 MAX_CONFIG_BYTES = 1 << 20
-DEFAULT_BACKEND = BackendOptions(max_num_seqs=8)
 DEFAULT_SERVING = ServingOptions(max_num_queued_reqs=256, max_num_queued_tokens=1 << 20)
 _OF_ONE_START = ("config", "dry_run")
 
@@ -71,7 +70,7 @@ def serve(
     ] = False,
     server: ServerGroup = ServerOptions(),
     limits: LimitsGroup = Limits(),
-    backend: ServeBackend = DEFAULT_BACKEND,
+    backend: AnswerBackend = BackendOptions(),
     serving: SchedulingGroup = DEFAULT_SERVING,
 ) -> None:
     """Serve a bundle to OpenAI's clients: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models, /metrics.

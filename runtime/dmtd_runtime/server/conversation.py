@@ -66,7 +66,7 @@ def render(
 ) -> str:
     """The prompt's text. A developer's message is the system's where the template knows no developers."""
     assert served.template is not None, "asked before whether there is one"
-    source = served.template.source
+    source = served.template.tool_use_source if tools else served.template.source
     if "developer" not in source:
         messages = [{**each, "role": "system"} if each.get("role") == "developer" else each for each in messages]
     for name, value in (("tools", tools), ("documents", documents), *(template_kwargs or {}).items()):
@@ -75,7 +75,8 @@ def render(
     return served.template.render(
         messages,
         tools=tools or None,
-        extra={**(template_kwargs or {}), **({"documents": documents} if documents else {})},
+        documents=documents or None,
+        chat_template_kwargs=template_kwargs,
         add_generation_prompt=add_generation_prompt,
     )
 

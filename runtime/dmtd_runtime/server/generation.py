@@ -15,6 +15,7 @@ from typing import Self
 
 from dmtd_runtime.async_llm import AsyncLLM, AsyncStream
 from dmtd_runtime.errors import BackendError, DmtdError, RequestError
+from dmtd_runtime.sampling.structured import PARAM as FORM
 from dmtd_runtime.server.errors import RETRY_AFTER, ApiError, draining, of_engine, out_of_time
 from dmtd_runtime.server.params import Wanted
 from dmtd_runtime.server.served import Served
@@ -74,6 +75,7 @@ class Run:
                 timeout_s=served.limits.request_timeout_s,
                 priority=priority,
                 cache_salt=salt,
+                score_from=wanted.score_from,
             )
             for ids, request_id in zip(prompts, self._names, strict=True)
         ]
@@ -145,6 +147,10 @@ class Run:
         except DmtdError as error:
             raise self._told(error) from error
 
+    def prompt_logprobs(self, place: int) -> list[TokenLogprob | None]:
+        """Those of one prompt's tokens, from its first piece on."""
+        return self._requests[place].prompt_logprobs() or []
+
     async def choices(self) -> list[Choice]:
         """All choices at their ends."""
         choices = [Choice(index=index) for index in range(self.num_choices)]
@@ -155,6 +161,9 @@ class Run:
     def _told(self, error: DmtdError) -> ApiError:
         if isinstance(error, BackendError):
             self.served.lifecycle.engine_died()
+        if isinstance(error, RequestError) and error.param in (FORM, "score_from"):
+            param = self.wanted.form if error.param == FORM else "dmtd.score_from"
+            return ApiError(400, f"{param}: {error.problem}", param=param)
         told = of_engine(error)
         if told.status == 429:
             self.served.metrics.rejected("queue_full")

@@ -9,10 +9,11 @@ import ipaddress
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.sampling import params
+from dmtd_runtime.text.tool_calls import ToolFormat
 
 LogFormat = Literal["text", "json"]
 MIN_KEY_CHARS = 8
@@ -60,7 +61,7 @@ class ServerOptions:
 
     ``api_key``: keys given one by one; ``api_key_file``: one key a line, # begins a comment. ``insecure``: an address that
     others reach without any key. ``allow_plain``: clients may ask for plain mode, which opens the bundle a second time.
-    ``chat_template``: a file in place of the bundle's. ``shutdown_timeout_s``: for running requests after SIGTERM.
+    ``max_num_seqs``: sequences at a time; None: as many as ``AsyncLLM`` takes. ``chat_template``: a file in place of the bundle's. ``shutdown_timeout_s``: for running requests after SIGTERM.
     """
 
     host: str = "127.0.0.1"
@@ -75,6 +76,7 @@ class ServerOptions:
     ssl_keyfile: Path | None = None
     ssl_ca_certs: Path | None = None
     root_path: str = ""
+    max_num_seqs: int | None = None
     allow_plain: bool = False
     chat_template: Path | None = None
     tool_call_parser: str | None = None
@@ -92,6 +94,11 @@ class ServerOptions:
             raise RequestError("needs a certificate; give --ssl-certfile too", param="ssl_keyfile")
         if self.ssl_ca_certs is not None and self.ssl_certfile is None:
             raise RequestError("needs a certificate; give --ssl-certfile too", param="ssl_ca_certs")
+        if self.tool_call_parser not in (None, *get_args(ToolFormat)):
+            expected = " or ".join(get_args(ToolFormat))
+            raise RequestError(f"got {self.tool_call_parser!r}, expected {expected}", param="tool_call_parser")
+        if self.reasoning_parser not in (None, "think"):
+            raise RequestError(f"got {self.reasoning_parser!r}, expected think", param="reasoning_parser")
         if self.log_format not in ("text", "json"):
             raise RequestError(f"got {self.log_format!r}, expected text or json", param="log_format")
         for key in self.api_key or ():

@@ -7,6 +7,7 @@ from typing import Any
 
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.sampling.params import MIN_TEMPERATURE, SamplingParams
+from dmtd_runtime.sampling.structured import StructuredOutputs
 from dmtd_runtime.server.errors import ApiError, context_overflow, invalid
 from dmtd_runtime.server.options import Limits
 from dmtd_runtime.server.schema import ResponsesBody, SamplingBody
@@ -19,11 +20,15 @@ _SAME_NAME = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """Options of a request's sequences. ``copies``: choices that a sequence stands for (n > 1 at temperature 0)."""
+    """Options of a request's sequences. ``copies``: choices that a sequence stands for (n > 1 at temperature 0).
+    ``form``: the field that the answer's form was given in.
+    """
 
     params: SamplingParams
     n: int = 1
     copies: int = 1
+    score_from: int | None = None
+    form: str = "structured_outputs"
 
 
 def wanted_of(
@@ -33,6 +38,7 @@ def wanted_of(
     *,
     max_tokens: tuple[str, int | None],
     logprobs: tuple[str, int | None],
+    form: tuple[str, StructuredOutputs] | None = None,
 ) -> Wanted:
     """The options of a body; ``max_tokens`` and ``logprobs`` with the names of the fields that they stand in.
 
@@ -44,6 +50,8 @@ def wanted_of(
     _check_limits(body, limits, n=n, max_tokens=max_tokens, logprobs=logprobs)
     given["logit_bias"] = _logit_bias(getattr(body, "logit_bias", None))
     given["logprobs"] = logprobs[1]
+    given["prompt_logprobs"] = getattr(body, "prompt_logprobs", None)
+    given["structured_outputs"] = None if form is None else form[1]
     given["max_tokens"] = _least(
         max_tokens[1] if max_tokens[1] is not None else defaults.max_tokens, limits.max_output_tokens
     )
@@ -55,7 +63,13 @@ def wanted_of(
         renamed = {"max_tokens": max_tokens[0], "logprobs": logprobs[0]}
         param = renamed.get(error.param or "", error.param)
         raise ApiError(400, f"{param}: {error.problem}", param=param) from None
-    return Wanted(params=params, n=n, copies=n if greedy else 1)
+    return Wanted(
+        params=params,
+        n=n,
+        copies=n if greedy else 1,
+        score_from=body.dmtd.score_from,
+        form="structured_outputs" if form is None else form[0],
+    )
 
 
 def check_room(prompt_len: int, max_model_len: int, *, asked: tuple[str, int | None]) -> None:
@@ -77,6 +91,7 @@ def _check_limits(
     strings = (stop,) if isinstance(stop, str) else stop
     _at_most("n", n, limits.max_n)
     _at_most(logprobs[0], logprobs[1] or 0, limits.max_logprobs)
+    _at_most("prompt_logprobs", getattr(body, "prompt_logprobs", None) or 0, limits.max_logprobs)
     _at_most(max_tokens[0], max_tokens[1] or 0, limits.max_output_tokens)
     _at_most("stop", len(strings), limits.max_stop, "strings")
     _at_most("stop", max(map(len, strings), default=0), limits.max_stop_chars, "characters in a string")

@@ -83,6 +83,13 @@ async def whole(http: HttpRequest, run: Run, write: Callable[[Run], Awaitable[di
         await run.aclose()
 
 
+def measured(run: Run) -> dict[str, Any]:
+    """What log probabilities of a prompt are those of: its tokens as a prompt, or from a place on as a reply in cycles."""
+    cycle, start = run.served.llm.manifest.cycle, run.wanted.score_from
+    as_prompt = "plain" if cycle.cycle_origin == "prompt" else "cycles"
+    return {"prompt_logprobs": as_prompt if start is None else "cycles", "score_from": start}
+
+
 def wants_usage(body: SamplingBody) -> tuple[bool, bool]:
     """Whether a stream ends with a chunk of usage, and whether every chunk carries it."""
     options = body.stream_options

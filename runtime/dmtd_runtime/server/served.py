@@ -110,6 +110,7 @@ def open_served(
         for each in group.__slots__
         if each not in _OF_THE_BACKEND_ALONE
     }
+    given["max_num_seqs"] = options.max_num_seqs
     template = _template(bundle, options)
     llm = AsyncLLM(bundle, **given)
     names = tuple(options.served_model_name or (bundle.resolve().name,))

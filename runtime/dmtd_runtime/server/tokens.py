@@ -60,6 +60,20 @@ def completion_logprobs(
     return told
 
 
+def prompt_logprobs(texts: TokenTexts, logprobs: Sequence[TokenLogprob | None]) -> list[dict[str, Any] | None]:
+    """vLLM's ``prompt_logprobs``: for each token of the prompt but the first, {token id: {logprob, rank, decoded_token}}."""
+
+    def entries(each: TokenLogprob) -> dict[str, Any]:
+        ranked = {token_id: (logprob, rank) for rank, (token_id, logprob) in enumerate(each.top, 1)}
+        found: dict[int, tuple[float, int | None]] = {each.token_id: (each.logprob, None), **ranked}
+        return {
+            str(token_id): {"logprob": _finite(logprob), "rank": rank, "decoded_token": texts.text(token_id)}
+            for token_id, (logprob, rank) in found.items()
+        }
+
+    return [None if each is None else entries(each) for each in logprobs]
+
+
 def _top(texts: TokenTexts, each: TokenLogprob) -> dict[str, float]:
     """The likeliest by text, and the chosen one; of two tokens with one text the likelier stands."""
     top: dict[str, float] = {}

@@ -59,7 +59,7 @@ class ChatTemplate:
         Raises:
             BundleError: Too long, or not a jinja2 template.
         """
-        self.source = source
+        self.source, self.tool_use_source = source, source if tool_use is None else tool_use
         self._tokens = dict(special_tokens)
         self._default = _Compiled(source, now)
         self._tool_use = self._default if tool_use is None else _Compiled(tool_use, now)

@@ -45,4 +45,3 @@ BACKEND = Group(
 _HOW = ("backend", "device", "device_id", "full_pass", "dialect", "max_model_len", "threads", "cuda_graphs")
 AnswerBackend = Annotated[BackendOptions, BACKEND.only(*_HOW, "warm_up")]
 BenchBackend = Annotated[BackendOptions, BACKEND.only(*_HOW)]
-ServeBackend = Annotated[BackendOptions, BACKEND.only(*_HOW, "max_num_seqs", "warm_up")]

@@ -47,13 +47,18 @@ HTTP = Group(
         "ssl_keyfile": option("Its key, where the certificate's file does not hold it.", panel=_HTTP),
         "ssl_ca_certs": option("Certificates that those of clients are checked with.", panel=_HTTP),
         "root_path": option("The prefix that a proxy strips.", panel=_HTTP),
+        "max_num_seqs": option(
+            "Sequences at a time, by default 8 or as many as the bundle was exported for.", panel=_HTTP, min=1
+        ),
         "allow_plain": option(
             'Clients may ask for plain mode ("dmtd": {"plain": true}); opens the bundle twice.',
             "--allow-plain",
             panel=_HTTP,
         ),
         "chat_template": option("A template (jinja) in place of the bundle's.", panel=_HTTP),
-        "tool_call_parser": option("How the model writes calls; by default as its template does.", panel=_HTTP),
+        "tool_call_parser": option(
+            "How the model writes calls: hermes or llama3_json; by default as its template does.", panel=_HTTP
+        ),
         "reasoning_parser": option("think: <think>...</think> goes to reasoning_content.", panel=_HTTP),
         "shutdown_timeout_s": _seconds(
             "Seconds that running requests have after SIGTERM.", "--shutdown-timeout", _HTTP
