@@ -157,7 +157,9 @@ class _Writer:
             deltas.append({"tool_calls": [_call_delta(call) for call in said.calls]})
         if not deltas and (last or piece.logprobs or self._body.return_token_ids):
             deltas.append({"content": ""} if piece.logprobs else {})
-        told = [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas]
+        told: list[dict[str, Any]] = [
+            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas
+        ]
         if told:
             end = told[-1]
             end["logprobs"] = chat_logprobs(self._texts, piece.logprobs) if piece.logprobs else None

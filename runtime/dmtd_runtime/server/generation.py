@@ -207,10 +207,10 @@ async def _merged(streams: Sequence[AsyncStream]) -> AsyncIterator[tuple[int, De
     try:
         while waiting:
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for place, delta in [task.result() for task in done]:
-                if delta is not None:
+            for place, piece in [task.result() for task in done]:
+                if piece is not None:
                     waiting.add(asyncio.create_task(following(place)))
-                    yield place, delta
+                    yield place, piece
     finally:
         for task in waiting:
             task.cancel()

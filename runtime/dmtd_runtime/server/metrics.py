@@ -69,7 +69,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._model_name = model_name
         self._counts = counts
-        self._registry.register(self)  # type: ignore[arg-type]
+        self._registry.register(self)
         names: dict[str, Any] = {"labelnames": ("model_name",), "registry": self._registry}
         self._histograms = {
             name: Histogram(f"dmtd:{name}", text, buckets=buckets, **names).labels(model_name)

@@ -60,8 +60,9 @@ class ServerOptions:
     """Where the server listens, to whom, and what it says of itself.
 
     ``api_key``: keys given one by one; ``api_key_file``: one key a line, # begins a comment. ``insecure``: an address that
-    others reach without any key. ``allow_plain``: clients may ask for plain mode, which opens the bundle a second time.
-    ``max_num_seqs``: sequences at a time; None: as many as ``AsyncLLM`` takes. ``chat_template``: a file in place of the bundle's. ``shutdown_timeout_s``: for running requests after SIGTERM.
+    others reach without any key. ``max_num_seqs``: sequences at a time; None: as many as ``AsyncLLM`` takes. ``allow_plain``:
+    clients may ask for plain mode, which opens the bundle a second time. ``chat_template``: a file in place of the bundle's.
+    ``shutdown_timeout_s``: for running requests after SIGTERM.
     """
 
     host: str = "127.0.0.1"

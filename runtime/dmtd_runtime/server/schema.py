@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
-from pydantic.json_schema import GetJsonSchemaHandler, JsonSchemaValue
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, JsonValue, model_validator
+from pydantic.json_schema import JsonSchemaValue
 
 from dmtd_runtime.server.fields import TABLE, Endpoint, honoured_fields
 
@@ -45,7 +45,7 @@ class Extension(_Strict):
     """What OpenAI's API has not: ``plain`` answers in plain mode, ``score_from`` scores tokens from there on in cycles."""
 
     plain: bool = False
-    score_from: int | None = Field(None, ge=0)
+    score_from: int | None = Field(default=None, ge=1)
 
 
 class StreamOptions(_Strict):
