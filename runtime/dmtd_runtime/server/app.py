@@ -23,7 +23,8 @@ from dmtd_runtime.server.front import Front
 from dmtd_runtime.server.lifecycle import Lifecycle
 from dmtd_runtime.server.metrics import CONTENT_TYPE
 from dmtd_runtime.server.options import Limits, ServerOptions
-from dmtd_runtime.server.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from dmtd_runtime.server.schema import ChatBody, CompletionBody, DetokenizeBody, ResponsesBody, TokenizeBody
+from dmtd_runtime.server.responses import respond
 from dmtd_runtime.server.served import Served
 from dmtd_runtime.server.streaming import answer
 from dmtd_runtime.server.tokenize import detokenize, tokenize, tokenizer_info
@@ -85,42 +86,46 @@ def _documented(model: type[Any], *, events: bool = False) -> dict[int | str, di
 
 def _add_generation(app: FastAPI, home: Home) -> None:
     @app.post("/v1/chat/completions", responses=_documented(schema.ChatAnswer, events=True))
-    async def _(body: ChatBody, http: HttpRequest) -> Response:
+    async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
         return await chat(home.served, body, http)
 
+    @app.post("/v1/responses", responses=_documented(schema.ResponsesAnswer, events=True))
+    async def responses(body: ResponsesBody, http: HttpRequest) -> Response:
+        return await respond(home.served, body, http)
+
     @app.post("/v1/completions", responses=_documented(schema.CompletionAnswer, events=True))
-    async def _(body: CompletionBody, http: HttpRequest) -> Response:
+    async def completions(body: CompletionBody, http: HttpRequest) -> Response:
         return await complete(home.served, body, http)
 
 
 def _add_information(app: FastAPI, home: Home) -> None:
     @app.get("/v1/models", responses=_documented(schema.ModelsAnswer))
-    async def _() -> Response:
+    async def models() -> Response:
         served = home.served
         return answer({"object": "list", "data": [_model(served, name) for name in served.names]})
 
     @app.get("/v1/models/{model:path}", responses=_documented(schema.ModelAnswer))
-    async def _(model: str) -> Response:
+    async def model(model: str) -> Response:
         return answer(_model(home.served, home.served.check_model(model)))
 
     @app.post("/tokenize", responses=_documented(schema.TokenizeAnswer))
-    async def _(body: TokenizeBody) -> Response:
+    async def tokens(body: TokenizeBody) -> Response:
         return answer(await tokenize(home.served, body))
 
     @app.post("/detokenize", responses=_documented(schema.DetokenizeAnswer))
-    async def _(body: DetokenizeBody) -> Response:
+    async def text(body: DetokenizeBody) -> Response:
         return answer(await detokenize(home.served, body))
 
     @app.get("/tokenizer_info", responses=_documented(schema.TokenizerInfoAnswer))
-    async def _() -> Response:
+    async def info() -> Response:
         return answer(tokenizer_info(home.served))
 
     @app.get("/version")
-    async def _() -> Response:
+    async def version() -> Response:
         return answer({"version": __version__})
 
     @app.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
-    async def _() -> Response:
+    async def metrics() -> Response:
         return Response(home.served.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 

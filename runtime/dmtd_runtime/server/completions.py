@@ -108,6 +108,8 @@ class _Writer:
         """All choices."""
         choices = await run.choices()
         told = self._head.body(choices=[self._choice(self._cut(each), echo=True) for each in choices], usage=usage(run))
+        if self._body.max_tokens == 0:
+            told["usage"] = usage(run, completion_tokens=0)
         return told | {"dmtd": measured(run)} if _scores_prompt(self._body) else told
 
     async def events(self) -> AsyncIterator[bytes]:

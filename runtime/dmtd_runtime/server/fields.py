@@ -94,7 +94,10 @@ _RESPONSES = (
     | _honoured(
         "repetition_penalty seed stream tools tool_choice parallel_tool_calls text reasoning top_logprobs include"
     )
-    | _honoured("priority cache_salt metadata user store previous_response_id max_tool_calls truncation dmtd")
+    | _honoured("priority cache_salt metadata user dmtd")
+    | _harmless("store max_tool_calls")
+    | _refused("nothing is kept between requests: send the whole input", names="previous_response_id")
+    | _refused("inputs are not cut; shorten it", "disabled", names="truncation")
     | _harmless(
         "safety_identifier prompt_cache_key prompt_cache_retention prompt_cache_options service_tier stream_options"
     )

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from dmtd_runtime.server.generation import Run
 from dmtd_runtime.server.params import Wanted, check_room
-from dmtd_runtime.server.schema import SamplingBody
+from dmtd_runtime.server.schema import ResponsesBody, SamplingBody
 from dmtd_runtime.server.served import Served
 from dmtd_runtime.server.streaming import answer, unless_gone
 
@@ -36,20 +36,20 @@ class Head:
         return {"id": self.id, "object": self.kind, "created": self.created, "model": self.model, **more}
 
 
-def usage(run: Run, *, prompt_tokens: int | None = None) -> dict[str, Any]:
+def usage(run: Run, *, completion_tokens: int | None = None) -> dict[str, Any]:
     """Tokens of a request so far."""
-    prompt = run.prompt_tokens if prompt_tokens is None else prompt_tokens
+    completion = run.completion_tokens if completion_tokens is None else completion_tokens
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": run.completion_tokens,
-        "total_tokens": prompt + run.completion_tokens,
+        "prompt_tokens": run.prompt_tokens,
+        "completion_tokens": completion,
+        "total_tokens": run.prompt_tokens + completion,
         "prompt_tokens_details": {"cached_tokens": run.cached_tokens},
     }
 
 
 async def start(
     served: Served,
-    body: SamplingBody,
+    body: SamplingBody | ResponsesBody,
     head: Head,
     prompts: Sequence[list[int]],
     wanted: Wanted,

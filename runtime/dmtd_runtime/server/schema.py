@@ -209,10 +209,6 @@ class ResponsesBody(RequestBody):
     cache_salt: str | None = Field(None, min_length=1)
     metadata: dict[str, str] | None = None
     user: str | None = None
-    store: bool | None = None
-    previous_response_id: str | None = None
-    max_tool_calls: int | None = None
-    truncation: str | None = None
     dmtd: Extension = Extension()
 
 
