@@ -23,8 +23,8 @@ from dmtd_runtime.server.front import Front
 from dmtd_runtime.server.lifecycle import Lifecycle
 from dmtd_runtime.server.metrics import CONTENT_TYPE
 from dmtd_runtime.server.options import Limits, ServerOptions
-from dmtd_runtime.server.schema import ChatBody, CompletionBody, DetokenizeBody, ResponsesBody, TokenizeBody
 from dmtd_runtime.server.responses import respond
+from dmtd_runtime.server.schema import ChatBody, CompletionBody, DetokenizeBody, ResponsesBody, TokenizeBody
 from dmtd_runtime.server.served import Served
 from dmtd_runtime.server.streaming import answer
 from dmtd_runtime.server.tokenize import detokenize, tokenize, tokenizer_info
