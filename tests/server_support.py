@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ HERMES = """{%- if tools %}<|im_start|>system
 You may call: {% for tool in tools %}{{ tool | tojson }}{% endfor %}
 Answer <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>
 {% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
-{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>
+{{ message.content }}{% for call in message.tool_calls or [] -%}
+<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 WEATHER = {
@@ -104,10 +105,8 @@ def running(bundle: Path, options: ServerOptions = ServerOptions(), **groups: An
         yield Running(server, told[0], thread)
     finally:
         if server.loop is not None and not server.loop.is_closed():
-            try:
+            with suppress(RuntimeError):  # it ended by itself
                 server.loop.call_soon_threadsafe(server.home.lifecycle.drain)
-            except RuntimeError:
-                pass  # it ended by itself
         thread.join(60)
         assert not thread.is_alive(), "the server did not end"
 

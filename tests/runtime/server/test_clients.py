@@ -13,7 +13,7 @@ from typing import Any, Literal
 import openai
 import pydantic
 import pytest
-from runtime_support import TinyBundle, TinyBundles
+from runtime_support import TinyBundle, make_bundle
 from server_support import HERMES, HI, WEATHER, Running, chunks, running
 
 from dmtd_runtime import LLM, SamplingParams
@@ -29,8 +29,8 @@ class Town(pydantic.BaseModel):
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny: TinyBundles) -> TinyBundle:
-    return tiny.get()
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    return make_bundle(tmp_path_factory.mktemp("roomy"), max_positions=1024)  # tools take room
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,9 @@ def test_completions_are_those_of_llm(client: openai.OpenAI, llm: LLM) -> None:
     expected = [*texts(llm, "Hello", n=2, **SEEDED), *texts(llm, "You", n=2, **SEEDED)]
     assert [choice.text for choice in told.choices] == expected
     assert [choice.index for choice in told.choices] == [0, 1, 2, 3]
-    assert told.usage is not None and told.usage.completion_tokens == 48
+    outputs = [llm.generate(prompt, SamplingParams(n=2, **SEEDED))[0].outputs for prompt in ("Hello", "You")]
+    count = sum(len(each.token_ids) for both in outputs for each in both)
+    assert told.usage is not None and told.usage.completion_tokens == count
     streamed = [""] * 4
     for chunk in client.completions.create(model="tiny", prompt=["Hello", "You"], n=2, stream=True, **SEEDED):
         assert chunk.usage is None
@@ -114,10 +116,8 @@ def test_log_probabilities_of_completions(client: openai.OpenAI, llm: LLM) -> No
             assert max(top.values()) == each.top[0][1]
     alone = client.completions.create(model="tiny", prompt=ids, echo=True, **{**options, "max_tokens": 0}).choices[0]
     assert alone.logprobs is not None and alone.logprobs.token_logprobs == expected[: len(ids)]
-    pieces = [
-        chunk.choices[0]
-        for chunk in client.completions.create(model="tiny", prompt=ids, echo=True, stream=True, **options)
-    ]
+    stream = client.completions.create(model="tiny", prompt=ids, echo=True, stream=True, **options)
+    pieces = [chunk.choices[0] for chunk in stream]
     assert "".join(piece.text for piece in pieces) == told.text
     assert [p for piece in pieces if piece.logprobs for p in piece.logprobs.token_logprobs or []] == expected
     assert [
@@ -205,7 +205,7 @@ def test_roles_and_parts(server: Running, bundle: TinyBundle) -> None:
     expected = (
         "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in said) + "<|im_start|>assistant\n"
     )
-    assert text == expected and told["count"] == len(told["tokens"]) and told["max_model_len"] == 256
+    assert text == expected and told["count"] == len(told["tokens"]) and told["max_model_len"] == 1024
     more = {"messages": messages[:3], "add_generation_prompt": False, "continue_final_message": True}
     told = server.post("/tokenize", more).json()
     text = server.post("/detokenize", {"tokens": told["tokens"]}).json()["prompt"]
@@ -359,7 +359,7 @@ def test_litellm(server: Running, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_it_says_of_itself(client: openai.OpenAI, server: Running, bundle: TinyBundle) -> None:
     models = {model.id: model.to_dict() for model in client.models.list()}
     assert set(models) == {"tiny", "other"} and client.models.retrieve("tiny").id == "tiny"
-    assert models["tiny"]["max_model_len"] == models["tiny"]["context_length"] == 256
+    assert models["tiny"]["max_model_len"] == models["tiny"]["context_length"] == 1024
     info = server.get("/tokenizer_info").json()
     assert info["chat_template"] == HERMES
     config = json.loads(Path(bundle.directory, "tokenizer_config.json").read_text())
