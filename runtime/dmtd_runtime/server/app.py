@@ -172,6 +172,12 @@ def _add_errors(app: FastAPI) -> None:
         told = _of_validation(error)
         return answer(told.body(), told.status)
 
+    @app.exception_handler(Exception)
+    async def _(http: HttpRequest, _: Exception) -> Response:
+        name = http.state.request_id
+        told = ApiError(500, f"internal error; the server's log tells it as {name}", code="internal_error")
+        return answer(told.body(), told.status)
+
     @app.exception_handler(HTTPException)
     async def _(_: HttpRequest, error: HTTPException) -> Response:
         told = ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
