@@ -51,6 +51,8 @@ class Running:
     server: Server
     url: str
     thread: threading.Thread
+    codes: list[int]
+    """The exit code, once it has ended."""
 
     @property
     def served(self) -> Served:
@@ -66,7 +68,8 @@ class Running:
         return self.url.removesuffix("/v1")
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        return httpx.post(f"{self.root}{path}", json=body, timeout=120, **options)
+        headers = {"Content-Type": "application/json", **options.pop("headers", {})}
+        return httpx.post(f"{self.root}{path}", content=json.dumps(body), headers=headers, timeout=120, **options)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         return httpx.get(f"{self.root}{path}", timeout=120, **options)
@@ -84,7 +87,7 @@ def running(bundle: Path, options: ServerOptions = ServerOptions(), **groups: An
     groups.setdefault("backend", BackendOptions(threads=1))
     groups.setdefault("limits", Limits())
     groups.setdefault("serving", ServingOptions(max_num_queued_reqs=256))
-    ready, told = threading.Event(), []
+    ready, told, codes = threading.Event(), [], []
 
     def announce(url: str, seconds: float) -> None:
         told.append(url)
@@ -94,7 +97,7 @@ def running(bundle: Path, options: ServerOptions = ServerOptions(), **groups: An
 
     def run() -> None:
         try:
-            server.run_to_end()
+            codes.append(server.run_to_end())
         finally:
             ready.set()
 
@@ -102,7 +105,7 @@ def running(bundle: Path, options: ServerOptions = ServerOptions(), **groups: An
     thread.start()
     assert ready.wait(120) and told, "the server never came up"
     try:
-        yield Running(server, told[0], thread)
+        yield Running(server, told[0], thread, codes)
     finally:
         if server.loop is not None and not server.loop.is_closed():
             with suppress(RuntimeError):  # it ended by itself

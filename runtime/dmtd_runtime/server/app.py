@@ -193,8 +193,8 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     place = list(first["loc"][1:])
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', 'it cannot be read')}")
-    if isinstance(cause, ValueError):
-        return ApiError(400, str(cause), param=str(place[0]) if place else None)
+    if isinstance(cause, ValueError):  # of a model's own rules, which name the field first
+        return ApiError(400, str(cause), param=str(cause).partition(":")[0])
     param = str(place[0]) if place else None
     inner = "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in place[1:])
     problem = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
