@@ -25,6 +25,7 @@ EXTRAS = {
     "train": {"transformers", "accelerate", "datasets", "peft", "reasoning_gym", "pyarrow"},
     "lm-eval": {"lm_eval"},
     "tensorrt": {"tensorrt", "tensorrt_rtx", "cuda"},
+    "serve": {"fastapi", "uvicorn", "prometheus_client", "yaml"},
 }
 EXTRAS["all"] = set().union(*EXTRAS.values())
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -41,6 +42,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "generate": ("generate", "BUNDLE", "--token-ids", "1,2", "--max-tokens", "2"),
     "generate over engines": ("generate", "BUNDLE", "--token-ids", "1,2", "--backend", "tensorrt-rtx"),
     "chat": ("chat", "BUNDLE"),
+    "serve": ("serve", "TEXT"),
     "bench": ("bench", "BUNDLE", "--max-tokens", "8", "--prompt-len", "2", "--repeats", "1", "--warmup", "0"),
     "bench with a plot": (
         "bench",
@@ -67,8 +69,9 @@ NAMED: dict[str, dict[str, str]] = {
     "train": {"finetune": "train", "finetune a GGUF": "train"},
     "lm-eval": {"evaluate with lm-eval": "lm-eval"},
     "tensorrt": {"build": "tensorrt-rtx", "generate over engines": "tensorrt-rtx"},
+    "serve": {"serve": "serve"},
 }
-NAMED["all"] = NAMED["export"] | NAMED["cpu"] | {"generate over engines": "tensorrt-rtx"}
+NAMED["all"] = NAMED["export"] | NAMED["cpu"] | NAMED["serve"] | {"generate over engines": "tensorrt-rtx"}
 RUNNER = """
 import json, sys
 blocked, commands = (json.loads(argument) for argument in sys.argv[1:])
