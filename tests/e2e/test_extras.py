@@ -25,7 +25,7 @@ EXTRAS = {
     "train": {"transformers", "accelerate", "datasets", "peft", "reasoning_gym", "pyarrow"},
     "lm-eval": {"lm_eval"},
     "tensorrt": {"tensorrt", "tensorrt_rtx", "cuda"},
-    "serve": {"fastapi", "uvicorn", "prometheus_client", "yaml"},
+    "serve": {"fastapi", "uvicorn", "yaml"},
 }
 EXTRAS["all"] = set().union(*EXTRAS.values())
 COMMANDS: dict[str, tuple[str, ...]] = {

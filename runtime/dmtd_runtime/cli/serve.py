@@ -92,7 +92,7 @@ def serve(
         server.refuse_open_bind()
         typer.echo("\n".join(_told(context)))
         return
-    require("serve", ("fastapi", "uvicorn", "prometheus_client"), "serve")
+    require("serve", ("fastapi", "uvicorn"), "serve")
     from dmtd_runtime.server.logs import logs_to_stderr
     from dmtd_runtime.server.run import Settings
     from dmtd_runtime.server.run import serve as run

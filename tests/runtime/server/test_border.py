@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from prometheus_client import parser
 from runtime_support import TinyBundles, wait_until
 from server_support import HI, Running, running
 
@@ -264,18 +264,22 @@ def test_metrics_count_what_was_asked(tiny: TinyBundles) -> None:
             "/v1/completions", {"prompt": [[1, 2, 3], [4]], "max_tokens": 5, "temperature": 0, "ignore_eos": True}
         )
         text = server.get("/metrics").text
-        for line in (
-            'dmtd:prompt_tokens_total{model_name="m"} 4.0',
-            'dmtd:generation_tokens_total{model_name="m"} 10.0',
-            'dmtd:num_requests_running{model_name="m"} 0.0',
-            'dmtd:request_success_total{finished_reason="length",model_name="m"} 2.0',
-            'dmtd:time_to_first_token_seconds_count{model_name="m"} 2.0',
-            'dmtd:inter_token_latency_seconds_count{model_name="m"} 8.0',
-            'dmtd:e2e_request_latency_seconds_count{model_name="m"} 2.0',
-            'dmtd:request_generation_tokens_sum{model_name="m"} 10.0',
-        ):
-            assert line in text
-        begin = time.perf_counter()
-        for _ in range(20):
-            server.served.metrics.text()
-        print(f"one scrape: {(time.perf_counter() - begin) / 20 * 1e3:.2f} ms")
+        samples = {}
+        for family in parser.text_string_to_metric_families(text):
+            for each in family.samples:
+                samples[each.name, *(v for k, v in sorted(each.labels.items()) if k != "model_name")] = each.value
+                assert each.labels["model_name"] == "m"
+        for key, value in {
+            ("dmtd:prompt_tokens_total",): 4,
+            ("dmtd:generation_tokens_total",): 10,
+            ("dmtd:num_requests_running",): 0,
+            ("dmtd:request_success_total", "length"): 2,
+            ("dmtd:time_to_first_token_seconds_count",): 2,
+            ("dmtd:inter_token_latency_seconds_count",): 8,
+            ("dmtd:inter_token_latency_seconds_bucket", "+Inf"): 8,
+            ("dmtd:e2e_request_latency_seconds_count",): 2,
+            ("dmtd:request_generation_tokens_sum",): 10,
+            ("dmtd:request_generation_tokens_bucket", "4"): 0,
+            ("dmtd:request_generation_tokens_bucket", "16"): 2,
+        }.items():
+            assert samples[key] == value, key

@@ -188,7 +188,7 @@ def test_every_option_has_a_variable() -> None:
 
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [("nonsense: 1", "no option"), ("[1]", "expected names"), ("a: [", "cannot be read"), ("port: x", "not a valid")],
+    [("nonsense: 1", "no option"), ("[1]", "expected names"), ("a: [", "cannot be read"), ("port: x", "Invalid value")],
 )
 def test_a_bad_file_is_one_line(tmp_path: Path, text: str, problem: str) -> None:
     file = tmp_path / "serve.yaml"
