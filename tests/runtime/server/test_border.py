@@ -253,7 +253,7 @@ def test_a_full_queue_is_429_and_nothing_of_it_starts(tiny: TinyBundles) -> None
         wait_until(lambda: is_idle(server))
         assert server.post("/v1/completions", {"prompt": [[1], [2]], "max_tokens": 2}).status_code == 200
         assert (
-            b'dmtd:admission_rejections_total{model_name="bundle",reason="queue_full"} 1.0'
+            b'dmtd:admission_rejections_total{model_name="bundle",reason="queue_full"} 1\n'
             in server.get("/metrics").content
         )
 
