@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from device_support import engine_backend, simulator_engines
 from runtime_support import TinyBundle, TinyBundles, poisoned_bundle, wait_until
 
 from dmtd_runtime import LLM, AbortedError, BackendError, QueueFullError, RequestError, SamplingParams
@@ -423,6 +424,25 @@ def test_every_request_gets_the_error_of_a_backend_that_fails(
         assert llm._requests == {}
         with pytest.raises(BackendError, match="stopped earlier"):
             llm.generate([1], GREEDY)
+
+
+def test_over_engines_who_waits_hears_after_every_cycle(bundle: TinyBundle) -> None:
+    """Many cycles are one step of the loop where nobody comes; streams and counts do not wait for its end."""
+    backend = engine_backend(bundle.directory, bundle.manifest, simulator_engines(bundle.directory))
+    plan, client = CyclePlan(cycle=bundle.manifest.cycle), Client(tokens=4 * CYCLE.cycle_length)
+    client.sequence.sampler = Sampler(GREEDY, vocab_size=bundle.manifest.model.vocab_size, prompt_ids=[0], seed=0)
+    told: list[tuple[int, int]] = []
+    worker = Worker(
+        backend,
+        plan,
+        after_step=lambda: told.append((len(client.tokens), worker.snapshot().generation_tokens)),
+    )
+    worker.submit([client.sequence])
+    client.wait()
+    worker.close()
+    assert {tokens for tokens, _ in told} >= {1, 5, 9, 13, 16}
+    assert all(tokens == counted for tokens, counted in told), "counts come before those who read them are woken"
+    assert backend.stats.cycles >= 4
 
 
 def test_nan_logits_fail_their_own_request(tmp_path: Path) -> None:
