@@ -146,7 +146,8 @@ def test_leaving_a_stream_frees_its_slot(bundle: TinyBundle, way: str) -> None:
 def test_a_slow_reader_gets_one_large_piece(llm: AsyncLLM, bundle: TinyBundle) -> None:
     async def main() -> None:
         async with llm.generate("ab", GREEDY) as stream:
-            request = await stream.start()
+            await stream.start()
+            request = llm._requests[stream.request_id]
             await until(lambda: request.finished)
             pieces = [delta async for delta in stream]
             output = await stream.result()
@@ -163,7 +164,9 @@ def test_abort_and_deadline(llm: AsyncLLM) -> None:
         with held(llm, after=4):
             stream = llm.generate([1, 2], ENDLESS, request_id="x")
             assert not llm.abort("x"), "it has not started"
+            assert stream.request_id is None
             await anext(stream)
+            assert stream.request_id == "x"
             assert llm.abort("x")
             with pytest.raises(RequestError, match="request_id: 'x' is in use"):
                 await llm.generate([1], GREEDY, request_id="x").start()
@@ -234,7 +237,8 @@ def test_priority_and_salt_reach_the_sequences(bundle: TinyBundle) -> None:
                 await anext(running)
                 late = llm.generate([2], GREEDY, priority=1, cache_salt="mine")
                 soon = llm.generate([3], GREEDY, priority=-1)
-                [one], [other] = (await late.start()).sequences, (await soon.start()).sequences
+                names = [(await stream.start()).request_id for stream in (late, soon)]
+                [one], [other] = (llm._requests[name].sequences for name in names)
             await asyncio.gather(late.result(), soon.result())
             assert (one.priority, one.cache_salt, other.priority, other.cache_salt) == (1, "mine", -1, None)
             assert other.started < one.started, "lower goes first"
@@ -263,7 +267,8 @@ def test_an_event_loop_that_is_closed_hurts_nobody(
     llm = AsyncLLM(bundle.directory, max_num_seqs=2, threads=1)
     with held(llm, after=4) as hold:
         loop, kept = asyncio.new_event_loop(), llm.generate([1, 2], ENDLESS)
-        request = loop.run_until_complete(kept.start())
+        loop.run_until_complete(kept.start())
+        request = llm._requests[kept.request_id]
         hold.wait()
         if not is_told:
             loop.run_until_complete(anext(kept))
