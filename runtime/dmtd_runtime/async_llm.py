@@ -147,23 +147,21 @@ class AsyncStream(AsyncIterator[Delta]):
         self._close: Callable[[], Any] = lambda: None
         self._is_closed = False
 
-    async def start(self) -> Request:
+    @property
+    def request_id(self) -> str | None:
+        """Its name for :meth:`AsyncLLM.abort`; None before it is started."""
+        return self._request.request_id if self._request else None
+
+    async def start(self) -> Self:
         """Check and queue the request, once; the first piece that is asked for does it too. Errors as in LLM.generate."""
-        if self._request is None:
-            if self._is_closed:
-                raise AbortedError("the stream was closed before it was started; ask again")
-            request = await asyncio.to_thread(self._make) if self._is_long else self._make()
-            llm = self._llm
-            self._reader.forget = lambda: llm._forget([request])
-            llm._start_for(self._reader, request)
-            self._request, self._close = request, weakref.finalize(self, self._reader.forget)
-        return self._request
+        await self._started()
+        return self
 
     async def __anext__(self) -> Delta:
         if self._is_closed and self._request is None:
             raise StopAsyncIteration
         try:
-            request = await self.start()
+            request = await self._started()
             while True:
                 self._reader.bell.clear()
                 finished = request.finished  # before the last pieces are taken
@@ -179,7 +177,7 @@ class AsyncStream(AsyncIterator[Delta]):
 
     async def result(self) -> RequestOutput:
         """Wait for the end, and give the whole output with its metrics, pieces taken before included."""
-        request = await self.start()
+        request = await self._started()
         async for _ in self:
             pass
         return request.result()
@@ -196,6 +194,17 @@ class AsyncStream(AsyncIterator[Delta]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
+
+    async def _started(self) -> Request:
+        if self._request is None:
+            if self._is_closed:
+                raise AbortedError("the stream was closed before it was started; ask again")
+            request = await asyncio.to_thread(self._make) if self._is_long else self._make()
+            llm = self._llm
+            self._reader.forget = lambda: llm._forget([request])
+            llm._start_for(self._reader, request)
+            self._request, self._close = request, weakref.finalize(self, self._reader.forget)
+        return self._request
 
 
 class _Reader:

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from dmtd_runtime.backends.base import Backend
 from dmtd_runtime.cycle import CyclePlan
-from dmtd_runtime.errors import AbortedError, BackendError, DmtdError, QueueFullError
+from dmtd_runtime.errors import AbortedError, BackendError, DmtdError, QueueFullError, RequestError
 from dmtd_runtime.serving.counts import Counts
 from dmtd_runtime.serving.loop import Loop
 from dmtd_runtime.serving.options import ServingOptions
@@ -76,6 +76,7 @@ class Worker:
 
         Raises:
             QueueFullError: more would wait than the options allow.
+            RequestError: so many at once that they would never be taken.
             AbortedError: after close, or in a process that was forked after opening.
             BackendError: after a failure.
         """
@@ -113,6 +114,11 @@ class Worker:
         most, most_tokens = self._options.max_num_queued_reqs, self._options.max_num_queued_tokens
         if most is None and most_tokens is None:
             return
+        if most is not None and len(sequences) > self._backend.slots + most:
+            raise RequestError(
+                f"got {len(sequences)} sequences at once, expected at most {self._backend.slots + most}, which is max_num_seqs "
+                "and max_num_queued_reqs together; ask for fewer at a time"
+            )
         self._open = [sequence for sequence in self._open if not sequence.ended]
         waiting = [sequence for sequence in self._open if sequence.started is None]
         free = self._backend.slots - (len(self._open) - len(waiting))
