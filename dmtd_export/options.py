@@ -19,11 +19,15 @@ MAX_NUM_SEQS_LIMIT = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """Options of an export."""
+    """Options of an export.
+
+    ``generation_config``: a file in the place of the checkpoint's generation_config.json, or ``none`` for its token ids alone.
+    """
 
     split: SplitOptions = field(default_factory=SplitOptions)
     target: Target = "all"
     dtype: Dtype = "float32"
     max_model_len: int | None = None  # the model's own by default
     max_num_seqs: int = 8
+    generation_config: str | None = None
     verify: bool = True

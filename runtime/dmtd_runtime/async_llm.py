@@ -56,6 +56,7 @@ class AsyncLLM(Service):
         timeout_s: float | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        score_from: int | None = None,
     ) -> AsyncStream:
         """Complete one prompt (text, or token ids) piece by piece. Nothing happens until the stream is started or read.
 
@@ -66,6 +67,8 @@ class AsyncLLM(Service):
             timeout_s: a request not done by then ends with ``finish_reason`` "deadline" and what it has.
             priority: of those that wait, lower goes first.
             cache_salt: cached prefixes are shared among requests of the same salt alone.
+            score_from: the prompt's tokens from this place on are read as a reply in cycles, which ``prompt_logprobs`` then
+                scores; None: all of it as a prompt.
 
         Returns:
             A stream, which raises what cannot be served (RequestError, QueueFullError) when it is started.
@@ -73,7 +76,13 @@ class AsyncLLM(Service):
 
         def request() -> Request:
             return self._request(
-                prompt, params, request_id=request_id, timeout_s=timeout_s, priority=priority, cache_salt=cache_salt
+                prompt,
+                params,
+                request_id=request_id,
+                timeout_s=timeout_s,
+                priority=priority,
+                cache_salt=cache_salt,
+                score_from=score_from,
             )
 
         return AsyncStream(self, request, is_long=hasattr(prompt, "__len__") and len(prompt) > LONG_PROMPT)

@@ -47,6 +47,7 @@ class LLM(Service):
         timeout_s: float | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        score_from: int | None = None,
     ) -> list[RequestOutput]:
         """Complete one prompt or a list of them (text, or token ids).
 
@@ -56,6 +57,8 @@ class LLM(Service):
             timeout_s: requests not done by then end with ``finish_reason`` "deadline" and what they have.
             priority: of those that wait, lower goes first.
             cache_salt: cached prefixes are shared among requests of the same salt alone.
+            score_from: the tokens of each prompt from this place on are read as a reply in cycles, which ``prompt_logprobs``
+                then scores; None: all of it as a prompt.
 
         Returns:
             One output a prompt, in order.
@@ -72,7 +75,9 @@ class LLM(Service):
             )
         return self._finish(
             [
-                self._request(prompt, one, timeout_s=timeout_s, priority=priority, cache_salt=cache_salt)
+                self._request(
+                    prompt, one, timeout_s=timeout_s, priority=priority, cache_salt=cache_salt, score_from=score_from
+                )
                 for prompt, one in zip(listed, each, strict=True)
             ]
         )

@@ -45,12 +45,16 @@ class RequestMetrics:
 
 @dataclass(slots=True, kw_only=True)
 class RequestOutput:
-    """A finished request."""
+    """A finished request.
+
+    ``prompt_logprobs``: where they were asked for, one entry a token of the prompt; None for the first, which follows nothing.
+    """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprob | None] | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
 

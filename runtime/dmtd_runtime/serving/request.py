@@ -55,6 +55,7 @@ class Request:
         deadline: float | None,
         priority: int,
         cache_salt: str | None,
+        score_from: int | None,
         closing: Callable[[], bool],
     ) -> None:
         self.request_id = request_id
@@ -94,6 +95,8 @@ class Request:
                 deadline=deadline,
                 priority=priority,
                 cache_salt=cache_salt,
+                prompt_len=score_from or len(prompt_ids),
+                prompt_logprobs=params.prompt_logprobs if index == 0 else None,
             )
 
         self.sequences = [sequence(index) for index in range(params.n)]
@@ -120,6 +123,7 @@ class Request:
             prompt=self._prompt,
             prompt_token_ids=self._prompt_ids,
             outputs=self._outputs,
+            prompt_logprobs=self._prompt_logprobs(),
             metrics=self._metrics,
         )
 
@@ -157,6 +161,12 @@ class Request:
         if self._error is not None:
             raise self._error
 
+    def _prompt_logprobs(self) -> list[TokenLogprob | None] | None:
+        first = self.sequences[0]
+        if first.prompt_logprobs is None:
+            return None
+        return [None if choice is None else _logprob(choice) for choice in first.prompt_choices]
+
     def _reason_to_stop(self) -> FinishReason | None:
         return "abort" if self._closing() else self._cancelled
 
@@ -187,9 +197,7 @@ class Request:
             self._metrics.queued_s = (started - self._submitted) if started is not None else 0.0
         output.token_ids.append(choice.token_id)
         if output.logprobs is not None and choice.logprob is not None:
-            output.logprobs.append(
-                TokenLogprob(token_id=choice.token_id, logprob=choice.logprob, top=choice.top_logprobs)
-            )
+            output.logprobs.append(_logprob(choice))
             output.cumulative_logprob = (output.cumulative_logprob or 0.0) + choice.logprob
 
     def _end_one(self, now: float, error: DmtdError | None) -> None:
@@ -202,3 +210,8 @@ class Request:
             self._metrics.finished_s = now
             self._metrics.cached_tokens = min((sequence.cached_tokens for sequence in started), default=0)
             self._done.set()
+
+
+def _logprob(choice: Choice) -> TokenLogprob:
+    assert choice.logprob is not None, "its log probability was asked for"
+    return TokenLogprob(token_id=choice.token_id, logprob=choice.logprob, top=choice.top_logprobs)

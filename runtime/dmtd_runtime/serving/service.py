@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from dmtd_runtime.backends.base import BackendName, BackendOptions, FullPass
-from dmtd_runtime.backends.opening import open_backend
+from dmtd_runtime.backends.opening import ROOM_HINT, memory_needs, open_backend
 from dmtd_runtime.bundle.opening import open_bundle, read_generation_config
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.errors import RequestError
+from dmtd_runtime.machine.memory import one_line_memory
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.serving.counts import Counts
 from dmtd_runtime.serving.options import ServingOptions
@@ -31,7 +32,8 @@ from dmtd_runtime.serving.request import Request
 from dmtd_runtime.serving.worker import Worker
 from dmtd_runtime.text.chat_template import ChatTemplate
 from dmtd_runtime.text.prompt import Message, Prompt, token_ids_of
-from dmtd_runtime.text.tokenizer import Tokenizer, eos_token_ids_of
+from dmtd_runtime.text.special_tokens import eos_token_ids_of
+from dmtd_runtime.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("dmtd.llm")
 
@@ -105,17 +107,19 @@ class Service:
         opened = open_backend(directory, self.manifest, replace(options, warm_up=False))
         self.max_model_len = opened.max_model_len
         self.stats = opened.stats
+        self._gives_all_rows = opened.gives_all_rows
         tokenizer_eos = self.tokenizer.eos_token_ids if self.tokenizer else eos_token_ids_of(directory)
         self._eos = tuple(dict.fromkeys((*self.manifest.model.eos_token_ids, *tokenizer_eos)))
         self._ids = itertools.count()
         self._requests: dict[str, Request] = {}
-        self._worker = Worker(
-            opened,
-            CyclePlan(cycle=self.manifest.cycle, plain=plain),
-            options=serving,
-            warm_up=options.warm_up,
-            after_step=self._after_step(),
-        )
+        with one_line_memory(memory_needs(self.manifest, options), ROOM_HINT):
+            self._worker = Worker(
+                opened,
+                CyclePlan(cycle=self.manifest.cycle, plain=plain),
+                options=serving,
+                warm_up=options.warm_up,
+                after_step=self._after_step(),
+            )
         self._close = weakref.finalize(self, Worker.close, self._worker)
         if not self.manifest.cycle.dmtd_trained and not plain:
             logger.info("%s: weights not trained for DMTD; its late steps choose poor words", directory)
@@ -170,6 +174,7 @@ class Service:
         timeout_s: float | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        score_from: int | None = None,
         from_template: bool = False,
     ) -> Request:
         """A request that has not started; everything about it that can be refused is refused here."""
@@ -187,6 +192,16 @@ class Service:
                 + ("shorten it" if at_limit else "shorten it, or open the bundle with a larger max_model_len"),
                 param="prompt",
             )
+        if params.prompt_logprobs is not None and not self._gives_all_rows:
+            raise RequestError(
+                "engines give the logits of last rows alone; leave it out, or use the backend onnxruntime",
+                param="prompt_logprobs",
+            )
+        if score_from is not None and not (isinstance(score_from, Integral) and 1 <= score_from < len(ids)):
+            raise RequestError(
+                f"got {score_from!r}, expected 1 to {len(ids) - 1}, the place of a token behind the first",
+                param="score_from",
+            )
         return Request(
             request_id=request_id or next(n for i in self._ids if (n := f"request-{i}") not in self._requests),
             prompt=prompt if isinstance(prompt, str) else None,
@@ -200,6 +215,7 @@ class Service:
             deadline=deadline,
             priority=int(priority),
             cache_salt=cache_salt,
+            score_from=score_from,
             closing=self._worker.is_closing,
         )
 

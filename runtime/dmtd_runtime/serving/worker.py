@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -54,7 +53,7 @@ class Worker:
         self._changed = threading.Condition()
         self._closing = False
         self._loop = Loop(backend, plan, options=options, closing=self.is_closing, arriving=self._between_cycles)
-        self._incoming: deque[SequenceRun] = deque()
+        self._incoming: list[SequenceRun] = []
         self._incoming_tokens = 0
         self._open: list[SequenceRun] = []  # where the queue is bounded: all that may not have ended
         self._counts = self._snapshot = self._loop.counts()
@@ -141,7 +140,7 @@ class Worker:
             self._is_warm.set()
             while self._wait_for_work():
                 self._loop.step()
-                self._after_step()
+                self._tell()
         except DmtdError as error:
             self._fail(error)
         except BaseException as error:  # a panic of a native library is no Exception, and callers wait for an answer
@@ -156,22 +155,28 @@ class Worker:
         """Hand what came in to the loop, and wait while it has nothing; False once the worker closes and nothing runs."""
         with self._changed:
             while True:
-                while self._incoming:
-                    self._loop.add(self._incoming.popleft())
-                self._incoming_tokens = 0
-                self._counts = self._loop.counts()
-                self._publish()
+                if self._incoming:
+                    for sequence in self._incoming:
+                        self._loop.add(sequence)
+                    self._incoming.clear()
+                    self._incoming_tokens = 0
+                    self._counts = self._loop.counts()
+                    self._publish()
                 if self._loop.sequences or self._closing:
                     return bool(self._loop.sequences)
                 self._changed.wait()
 
     def _between_cycles(self) -> bool:
         """The loop asks, in the middle of a step of several cycles, whether somebody has come."""
-        self._after_step()
+        self._tell()
+        return bool(self._incoming)
+
+    def _tell(self) -> None:
+        """Publish what has been done, then wake who waits for it."""
         with self._changed:
             self._counts = self._loop.counts()
             self._publish()
-        return bool(self._incoming)
+        self._after_step()
 
     def _fail(self, error: DmtdError) -> None:
         with self._changed:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from dmtd_export.cli.main import VERBS, _LazyCommand, app
 from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.bench.load import LoadOptions
 from dmtd_runtime.bench.measure import BenchOptions
 from dmtd_runtime.cli.common import human_bytes, printable
 from dmtd_runtime.sampling.params import SamplingParams
@@ -77,6 +78,10 @@ def test_defaults_are_those_of_the_dataclasses(verb: str) -> None:
         own = {f.name for f in fields(BenchOptions)} - {"batches"}
         assert {name: options[name].default for name in own} == {name: getattr(bench, name) for name in own}
         assert options["batches"].default == "1"
+        load = LoadOptions()
+        own = {f.name for f in fields(LoadOptions)} - {"request_rates"}
+        assert {name: options[name].default for name in own} == {name: getattr(load, name) for name in own}
+        assert options["request_rates"].default == "inf"
     else:
         # Not given means: as generation_config.json or SamplingParams says.
         own = {f.name for f in fields(SamplingParams)} & set(options)
@@ -199,6 +204,28 @@ def test_bench_table(bundle: str) -> None:
         assert words in result.stdout
 
 
+SERVE = ("--serve", "--prompt-len", "4", "--max-tokens", "6", "--repeats", "1", "--warmup", "0")
+
+
+def test_bench_serve_json(bundle: str) -> None:
+    told = one_json(dmtd("bench", bundle, *SERVE, "--batch", "1,2", "--concurrency", "3", "--json"))
+    assert [(load["slots"], load["concurrency"], load["request_rate"]) for load in told["loads"]] == [
+        (1, 3, None),
+        (2, 3, None),
+    ]
+    assert told["loads"][1]["dmtd"]["requests"] == 8  # four for each slot
+
+
+def test_bench_serve_table_and_plot(bundle: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name, begin in (("load.png", b"\x89PNG"), ("load.svg", b"<?xml")):
+        result = dmtd("bench", bundle, *SERVE, "--request-rate", "500,1000", "--plot", str(tmp_path / name))
+        assert result.exit_code == 0, result.output
+        for words in ("1 slots, 500/s", "1 slots, 1000/s", "DMTD / static batch", "heads in phase", "first token"):
+            assert words in result.stdout
+        assert (tmp_path / name).read_bytes().startswith(begin)
+
+
 def test_inspect_and_doctor(bundle: str) -> None:
     assert one_json(dmtd("inspect", bundle, "--json"))["cycle"]["cycle_length"] == 3
     assert "past_key_values.{0-4}.key" in dmtd("inspect", bundle).stdout
@@ -239,6 +266,18 @@ BAD_REQUESTS: list[tuple[str, Sequence[str], str]] = [
     ("text without tokenizer", ("generate", "MUTE", "-p", "x"), "no tokenizer: give --token-ids"),
     ("chat without tokenizer", ("chat", "MUTE"), "no tokenizer, which chatting needs"),
     ("bench length", ("bench", "BUNDLE"), "--prompt-len: got 128, and 256 new tokens, expected at most 256"),
+    ("load without serve", ("bench", "BUNDLE", "--num-prompts", "3"), "--serve: an option of a serving load was given"),
+    ("rates", ("bench", "BUNDLE", *SERVE, "--request-rate", "1,fast"), "--request-rate: got '1,fast'"),
+    ("rate and loop", ("bench", "BUNDLE", *SERVE, "--request-rate", "1", "--concurrency", "2"), "--concurrency: got 2"),
+    ("plot of one", ("bench", "BUNDLE", *SERVE, "--plot", "x.png"), "--plot: expected several request rates"),
+    ("plot kind", ("bench", "BUNDLE", *SERVE, "--request-rate", "1,2", "--plot", "x.gif"), "--plot: got x.gif"),
+    (
+        "load length",
+        ("bench", "BUNDLE", "--serve", "--max-tokens", "120"),
+        "with a range ratio of 0.5, expected at most",
+    ),
+    ("no dataset", ("bench", "BUNDLE", *SERVE, "--dataset", "/no/such"), "--dataset: /no/such cannot be read"),
+    ("whole and serve", ("bench", "BUNDLE", *SERVE, "--whole-model"), "--whole-model: got it with --serve"),
     ("bench sizes", ("bench", "BUNDLE", "--batch", "1,b"), "--batch: got '1,b'"),
 ]
 
