@@ -124,6 +124,18 @@ ARCHITECTURES = [
 ]
 SPLITS = [
     case("no split", nothing, ("export", "m", "-o", "new"), "give --decoding-layers and --cycle-length"),
+    case(
+        "no split of a GGUF",
+        write("x.gguf", "GGUF\x03"),
+        ("export", "x.gguf", "-o", "new"),
+        "its split is unknown; give",
+    ),
+    case(
+        "half a split",
+        write("x.gguf", "GGUF"),
+        ("export", "x.gguf", "-o", "new", *SPLIT[:2]),
+        "give --cycle-length (for",
+    ),
     case("sum", nothing, (*EXPORT, "--thinking-layers", "1"), "encoding 0 + thinking 1 + decoding 1 = 2 layers"),
     case("no thinking", nothing, (*EXPORT, "--encoding-layers", "3"), "thinking 0 + decoding 1"),
     case("recorded sum", config(**RECORDED), ("export", "m", "-o", "new"), "= 3 layers, expected"),
