@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -148,7 +148,19 @@ def complete_tokenizer(path: Path, files: Mapping[str, bytes], model_config: Map
             if model_config.get("model_type") == "qwen2"
             else f'; to keep the file\'s, say in {_CONFIG}: "tokenizer_class": "PreTrainedTokenizerFast"',
         )
-    changed = _add(path, core, _listed(path, config, files, named), named, described if rebuilt else None)
+    own = {int(token["id"]): _token(token) for token in described.get("added_tokens", ())}
+    listed = _listed(path, config, files, named)
+    if "added_tokens_decoder" not in config:
+        listed |= {index: (_TOKENIZER, token) for index, token in own.items()}
+    elif kind is not None:
+        _refuse_lost(path, name, own.values(), {token.content for _, token in listed.values()})
+    changed = _add(core, [token for _, (_, token) in sorted(listed.items())], named)
+    for index, (file, token) in (listed | {index: (_TOKENIZER, token) for index, token in own.items()}).items():
+        if (got := core.token_to_id(token.content)) != index:
+            raise CheckpointError(
+                f"{path / file}: token {token.content!r}: got id {index}, expected {got}, which it has behind the tokens of "
+                f"{_TOKENIZER}; save the tokenizer anew with transformers"
+            )
     if changed or rebuilt:
         found[_TOKENIZER] = core.to_str(pretty=True).encode()
     # The names alone: flags and extra tokens stand in tokenizer.json now.
@@ -172,9 +184,11 @@ def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _named(config: Mapping[str, Any]) -> Json:
+    """Names and tokens in the order in which transformers adds those that are new."""
     extra = config.get("extra_special_tokens")
     own = {name: value for name, value in config.items() if name.endswith("_token")}
-    return own | (extra if isinstance(extra, dict) else {})
+    ordered = {name: own[name] for name in NAMED_TOKENS if name in own}
+    return ordered | own | (extra if isinstance(extra, dict) else {})
 
 
 def _object(path: Path, name: str, files: Mapping[str, bytes]) -> Json:
@@ -229,14 +243,20 @@ def _extras(named: Json) -> list[Any]:
     return list(extra.values()) if isinstance(extra, dict) else list(extra)
 
 
-def _add(
-    path: Path, core: Tokenizer, listed: dict[int, tuple[str, AddedToken]], named: Json, source: Json | None
-) -> bool:
-    """Add what the tokenizer lacks; whether there was any. ``source``: tokenizer.json, where its own tokens were left out."""
-    for token in source["added_tokens"] if source else ():
-        listed[int(token["id"])] = (_TOKENIZER, _token(token))
+def _refuse_lost(path: Path, name: str, own: Iterable[AddedToken], listed: set[str]) -> None:
+    """A class takes its tokens from ``added_tokens_decoder`` where there is one, and forgets tokenizer.json's others."""
+    for token in own:
+        if token.content not in listed:
+            raise CheckpointError(
+                f"{path / _CONFIG}: added_tokens_decoder: got no {token.content!r}, expected all added tokens of {_TOKENIZER}, "
+                f"which {name} takes from here; add it, or save the tokenizer anew with transformers"
+            )
+
+
+def _add(core: Tokenizer, listed: Sequence[AddedToken], named: Json) -> bool:
+    """Add what the tokenizer lacks; whether there was any."""
     has = {token.content: token.__getstate__() for token in core.get_added_tokens_decoder().values()}
-    missing = [token for _, (_, token) in sorted(listed.items()) if token.__getstate__() != has.get(token.content)]
+    missing = [token for token in listed if token.__getstate__() != has.get(token.content)]
     known = {*has, *(token.content for token in missing)}
     for value in (*_named(named).values(), *_extras(named)):
         if (text := text_of(value)) is not None and text not in known:
@@ -246,12 +266,6 @@ def _add(
     for token in missing:
         token.special = token.special or token.content in names
     core.add_tokens(missing)
-    for index, (name, token) in listed.items():
-        if core.token_to_id(token.content) != index:
-            raise CheckpointError(
-                f"{path / name}: token {token.content!r}: got id {index}, expected {core.token_to_id(token.content)}, which it "
-                f"has behind the tokens of {_TOKENIZER}; save the tokenizer anew with transformers"
-            )
     return bool(missing)
 
 
