@@ -135,19 +135,13 @@ def complete_tokenizer(path: Path, files: Mapping[str, bytes], model_config: Map
     kind = _llama(legacy=True) if name == "LlamaTokenizer" and named.get("legacy") else _CLASSES.get(name)
     rebuilt = None
     if kind is not None:
-        for key, token in kind.named.items():
-            if core.token_to_id(token) is not None:
-                named.setdefault(key, token)
+        for key, text in kind.named.items():
+            if core.token_to_id(text) is not None:
+                named.setdefault(key, text)
         rebuilt = _rebuilt(described, kind)
     if rebuilt is not None:
         core = call_native(Tokenizer.from_str, json.dumps(rebuilt))
-        logger.warning(
-            "%s: %s has rules of its own for splitting text, which take the place of this file's, as in transformers 5%s",
-            *(path / _TOKENIZER, name),
-            ""
-            if model_config.get("model_type") == "qwen2"
-            else f'; to keep the file\'s, say in {_CONFIG}: "tokenizer_class": "PreTrainedTokenizerFast"',
-        )
+        _warn_of_rules(path, name, may_choose=model_config.get("model_type") != "qwen2")
     own = {int(token["id"]): _token(token) for token in described.get("added_tokens", ())}
     listed = _listed(path, config, files, named)
     if "added_tokens_decoder" not in config:
@@ -155,17 +149,12 @@ def complete_tokenizer(path: Path, files: Mapping[str, bytes], model_config: Map
     elif kind is not None:
         _refuse_lost(path, name, own.values(), {token.content for _, token in listed.values()})
     changed = _add(core, [token for _, (_, token) in sorted(listed.items())], named)
-    for index, (file, token) in (listed | {index: (_TOKENIZER, token) for index, token in own.items()}).items():
-        if (got := core.token_to_id(token.content)) != index:
-            raise CheckpointError(
-                f"{path / file}: token {token.content!r}: got id {index}, expected {got}, which it has behind the tokens of "
-                f"{_TOKENIZER}; save the tokenizer anew with transformers"
-            )
+    _check_ids(path, core, listed | {index: (_TOKENIZER, token) for index, token in own.items()})
     if changed or rebuilt:
         found[_TOKENIZER] = core.to_str(pretty=True).encode()
     # The names alone: flags and extra tokens stand in tokenizer.json now.
-    names = {name: text_of(value) for name, value in named.items() if name.endswith("_token")}
-    changes = {name: text for name, text in names.items() if text != text_of(config.get(name))}
+    texts = {key: text_of(value) for key, value in named.items() if key.endswith("_token")}
+    changes = {key: text for key, text in texts.items() if text != text_of(config.get(key))}
     if changes:
         found[_CONFIG] = (json.dumps(config | changes, indent=2, ensure_ascii=False) + "\n").encode()
     return found
@@ -269,6 +258,15 @@ def _add(core: Tokenizer, listed: Sequence[AddedToken], named: Json) -> bool:
     return bool(missing)
 
 
+def _check_ids(path: Path, core: Tokenizer, given: Mapping[int, tuple[str, AddedToken]]) -> None:
+    for index, (file, token) in given.items():
+        if (got := core.token_to_id(token.content)) != index:
+            raise CheckpointError(
+                f"{path / file}: token {token.content!r}: got id {index}, expected {got}, which it has behind the tokens of "
+                f"{_TOKENIZER}; save the tokenizer anew with transformers"
+            )
+
+
 def _class_name(model_config: Mapping[str, object], config: Json, described: Json) -> str:
     """The class that AutoTokenizer takes."""
     model_type = model_config.get("model_type")
@@ -286,6 +284,15 @@ def _rebuilt(described: Json, kind: _Class) -> Json | None:
         return None
     rebuilt = {**described, **kind.parts, "model": {**model, **kind.model}, "added_tokens": []}
     return None if _rules(rebuilt) == _rules(described) else rebuilt
+
+
+def _warn_of_rules(path: Path, name: str, *, may_choose: bool) -> None:
+    """``may_choose``: whether AutoTokenizer minds the class that the directory names."""
+    way = f'; to keep the file\'s, say in {_CONFIG}: "tokenizer_class": "PreTrainedTokenizerFast"' if may_choose else ""
+    logger.warning(
+        "%s: %s has rules of its own for splitting text, which take the place of this file's, as in transformers 5%s",
+        *(path / _TOKENIZER, name, way),
+    )
 
 
 def _rules(described: Json) -> object:

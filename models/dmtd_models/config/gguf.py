@@ -70,10 +70,7 @@ def config_from_metadata(
     if family not in FAMILIES:
         raise ConfigError(f"{path}: general.architecture: got {family!r}, expected one of {', '.join(FAMILIES)}")
     own = {key.removeprefix(f"{family}."): value for key, value in metadata.items() if key.startswith(f"{family}.")}
-    for key, value in own.items():
-        read = _KNOWN_KEYS | {"rope.scaling.attn_factor"} if own.get("rope.scaling.type") == "yarn" else _KNOWN_KEYS
-        if key not in read and value not in _NEUTRAL.get(key, ()):
-            raise ConfigError(f"{path}: {family}.{key}: got {value!r}, which may change the output; not supported")
+    _refuse_unknown(path, str(family), own)
     if "token_embd.weight" not in tensor_shapes:
         raise CheckpointError(f"{path}: tensor token_embd.weight is missing; download the file again")
     num_heads = _count(path, own, "attention.head_count")
@@ -109,6 +106,13 @@ def config_from_metadata(
     if again != config:
         raise ConfigError(f"{path}: the biases of this file are not a combination that {family} models have")
     return config
+
+
+def _refuse_unknown(path: Path, family: str, own: Mapping[str, object]) -> None:
+    known = _KNOWN_KEYS | {"rope.scaling.attn_factor"} if own.get("rope.scaling.type") == "yarn" else _KNOWN_KEYS
+    for key, value in own.items():
+        if key not in known and value not in _NEUTRAL.get(key, ()):
+            raise ConfigError(f"{path}: {family}.{key}: got {value!r}, which may change the output; not supported")
 
 
 def _end_ids(metadata: Mapping[str, object]) -> tuple[int, ...]:
