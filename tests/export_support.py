@@ -15,6 +15,7 @@ from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
 from dmtd_models.config.model import SplitOptions, read_config
 from dmtd_models.reference.testing import random_weights
+from dmtd_runtime.bundle.manifest import load_manifest
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 PLAIN = {"decoding_layers": 1, "cycle_length": 3}  # what a plain tiny checkpoint must be told
@@ -62,3 +63,9 @@ def snapshot(directory: Path) -> dict[str, str]:
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
+
+
+def assert_whole(bundle: Path, weights_of: dict[str, str]) -> None:
+    """Every file is what the manifest says, and the weights are of a checkpoint that is known."""
+    load_manifest(bundle).check_files(bundle, hashes=True)
+    assert snapshot(bundle)["model.onnx.data"] in weights_of

@@ -28,7 +28,7 @@ from dmtd_models.config.model import DmtdSpec, ModelConfig, SplitOptions, resolv
 from dmtd_models.reference import oracle
 from dmtd_models.reference.dmtd import DmtdModel, Forward
 from dmtd_models.reference.testing import write_tiny_checkpoint
-from dmtd_runtime import LLM
+from dmtd_runtime import LLM, AsyncLLM
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from dmtd_runtime.bundle.manifest import CycleInfo, FileInfo, Manifest
@@ -285,7 +285,7 @@ class Held:
 
 
 @contextmanager
-def held(llm: LLM, *, after: int, until: Callable[[], bool] = lambda: False) -> Iterator[Held]:
+def held(llm: LLM | AsyncLLM, *, after: int, until: Callable[[], bool] = lambda: False) -> Iterator[Held]:
     hold, backend = Held(), llm._worker._backend
     run = backend.run
 

@@ -112,13 +112,11 @@ def generated(bundle: Path, ask: Callable[[LLM], object]) -> None:
 
 
 def finetune(place: Path, base: Path) -> None:
-    from dmtd_models.finetune.batches import BatchOptions
-    from dmtd_models.finetune.job import Job, run_job
-    from dmtd_models.finetune.options import TrainOptions
-    from dmtd_models.finetune.student import LossOptions
+    from dmtd_models.finetune.job import run_job
+    from dmtd_models.finetune.options import BatchOptions, Job, LossOptions, TrainOptions
 
     train = TrainOptions(precision="float32", loss=LossOptions(), batch=BatchOptions())
-    run_job(Job(base=base, output=place / "out", data=("no such data",), train=train), None)  # type: ignore[arg-type]
+    run_job(Job(base=base, output=place / "out", data=("no such data",), train=train))
 
 
 @pytest.mark.parametrize("call", BAD.values(), ids=BAD)

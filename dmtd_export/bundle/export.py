@@ -17,14 +17,14 @@ from dmtd_export.bundle.assets import write_assets
 from dmtd_export.bundle.atomic import atomic_directory
 from dmtd_export.bundle.split import cycle_of
 from dmtd_export.bundle.target import check_disk, check_target, one_line_os_errors
-from dmtd_export.bundle.weights import stored_bytes, write_weights
+from dmtd_export.bundle.weights import NUMPY_DTYPES, stored_bytes, write_weights
 from dmtd_export.errors import ExportError as ExportError
 from dmtd_export.graphs.build import build_graph
 from dmtd_export.graphs.rows import GraphSpec
 from dmtd_export.options import MAX_NUM_SEQS_LIMIT, MAX_WINDOW, ExportOptions
-from dmtd_export.progress import Progress, counter, silent
-from dmtd_models.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from dmtd_models.config.model import DmtdSpec, ModelConfig, resolve_dmtd
+from dmtd_models.checkpoints.checkpoint import Checkpoint, is_gguf, open_checkpoint
+from dmtd_models.config.model import DmtdSpec, ModelConfig, require_split, resolve_dmtd
+from dmtd_models.progress import Progress, counter, silent
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import FileInfo, GraphInfo, Manifest, ModelInfo, sha256_of
 from dmtd_runtime.text.special_tokens import eos_token_ids_of
@@ -33,6 +33,7 @@ from dmtd_runtime.version import __version__
 logger = logging.getLogger("dmtd.export")
 
 GQA_HEAD_MULTIPLE = 16
+LARGE_TABLES_BYTES = 256 << 20  # 128 k positions of 128 in float32 take 67 MB
 
 VerifyHook = Callable[[Path, Checkpoint], Any]
 
@@ -52,10 +53,13 @@ def export_bundle(
     ``verify`` is called with the finished but not yet placed bundle and the open checkpoint; it returns the record for the
     manifest and raises to refuse the bundle. Raises ExportError, ModelError, or what ``verify`` raises.
     """
+    if adapter is None and is_gguf(model):
+        require_split(options.split)
     with one_line_os_errors(output), open_checkpoint(model, adapter) as checkpoint:
         check_target(output)
         spec = resolve(checkpoint, options)
         max_model_len = _max_model_len(checkpoint.config, options)
+        _tell_of_tables(checkpoint.config, options.dtype, max_model_len)
         check_disk(output, stored_bytes(checkpoint.config, checkpoint, options.dtype, max_model_len + MAX_WINDOW))
         with atomic_directory(output) as work:
             manifest = _write_bundle(work, checkpoint, spec, max_model_len, options, progress)
@@ -204,6 +208,17 @@ def _model_info(config: ModelConfig, options: ExportOptions, max_model_len: int,
         bos_token_id=config.bos_token_id,
         eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *ends))),  # Llama 3 ends turns by the latter alone
     )
+
+
+def _tell_of_tables(config: ModelConfig, dtype: str, max_model_len: int) -> None:
+    """Rotary tables have a row for every position: with millions of them they outgrow a small model."""
+    table_bytes = (max_model_len + MAX_WINDOW) * config.head_dim * NUMPY_DTYPES[dtype].itemsize
+    if table_bytes > LARGE_TABLES_BYTES:
+        logger.warning(
+            "rotary tables of %d positions take %.2f GB of the bundle; --max-model-len stores those that are used",
+            max_model_len,
+            table_bytes / 1e9,
+        )
 
 
 def _max_model_len(config: ModelConfig, options: ExportOptions) -> int:

@@ -36,10 +36,13 @@ def export(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Directory of the bundle; an older bundle there is replaced whole."),
+        typer.Option("--output", "-o", help="Directory of the bundle. A bundle that is there is replaced whole."),
     ] = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="A directory that `dmtd finetune` made of MODEL; it is merged into the weights.")
+        Path | None,
+        typer.Option(
+            help="A directory that `dmtd finetune` made of MODEL. It is merged into the weights. By default none."
+        ),
     ] = None,
     split: SplitGroup = SplitOptions(),
     options: ExportGroup = ExportOptions(),

@@ -17,7 +17,7 @@ from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.options import OpenOptions
 from dmtd_export.evaluate.scorer import Scorer
 from dmtd_export.options import ExportOptions
-from dmtd_models.config.model import ANY_SPLIT, SplitOptions, resolve_dmtd
+from dmtd_models.config.model import ANY_SPLIT, SplitOptions, require_split, resolve_dmtd
 from dmtd_models.data.chat import TextTokenizer
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import CycleInfo
@@ -110,8 +110,10 @@ def _open_bundle(path: Path, options: OpenOptions, opened: contextlib.ExitStack)
 
 def _open_checkpoint(path: Path, options: OpenOptions, plain_only: bool, opened: contextlib.ExitStack) -> Subject:
     from dmtd_export.evaluate.torch_scorer import TorchScorer, use_threads
-    from dmtd_models.checkpoints.checkpoint import open_checkpoint
+    from dmtd_models.checkpoints.checkpoint import is_gguf, open_checkpoint
 
+    if options.adapter is None and not plain_only and is_gguf(path):
+        require_split(options.split)
     checkpoint = opened.enter_context(open_checkpoint(path, options.adapter))
     split = options.split
     if plain_only:

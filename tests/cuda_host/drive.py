@@ -19,7 +19,7 @@ import onnxruntime
 from cuda.bindings import runtime as cuda
 from cuda_host.cases import CASES, MAX_TOKENS, WARM_UPS, Case
 
-import dmtd_runtime.llm
+import dmtd_runtime.serving.service
 from dmtd_runtime import LLM, SamplingParams
 from dmtd_runtime.backends.base import RunOutput, SlotStep
 
@@ -98,8 +98,8 @@ def drive(bundle: Path, case: Case, *, cuda_graphs: bool, plain: bool) -> None:
 def main() -> int:
     bundle, [case] = Path(sys.argv[1]), [case for case in CASES if case.name == sys.argv[2]]
     mark_graphs()
-    open_backend = dmtd_runtime.llm.open_backend
-    dmtd_runtime.llm.open_backend = lambda *args, **options: MarkedBackend(open_backend(*args, **options))
+    open_backend = dmtd_runtime.serving.service.open_backend
+    dmtd_runtime.serving.service.open_backend = lambda *args, **options: MarkedBackend(open_backend(*args, **options))
     for cuda_graphs, plain in case.modes:
         try:
             drive(bundle, case, cuda_graphs=cuda_graphs, plain=plain)

@@ -78,7 +78,7 @@ def report(adapter: str, gguf: Path, plain: Path, tmp_path_factory: pytest.TempP
     write_lines(items, facts())
     try:
         alone = OpenOptions(threads=1)  # thread pools that share cores spin against each other
-        chosen = EvaluateOptions(tasks=(str(items),), limit=FACTS, fluency=True, open=alone, base_open=alone)
+        chosen = EvaluateOptions(tasks=(str(items),), limit=FACTS, fluency=True, open=alone)
         return run_evaluation(bundle, plain, chosen)
     finally:
         shutil.rmtree(bundle)

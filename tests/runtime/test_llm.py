@@ -16,6 +16,7 @@ import tokenizers
 from bundles import with_files
 from runtime_support import END_OF_TURN, TinyBundle, TinyBundles, held, random_prompt, tokenizer_of
 
+from dmtd_models.reference import oracle
 from dmtd_runtime import LLM, Delta, DmtdError, RequestError, SamplingParams
 from dmtd_runtime.text.tokenizer import TextStream
 
@@ -152,7 +153,7 @@ def test_what_fails_in_one_request_ends_that_one_alone(
 ) -> None:
     """Text that cannot be made is a bug; it takes neither the neighbours nor the worker along."""
     push = TextStream.push
-    failing = llm._request([9, 8, 7], GREEDY, None, None)
+    failing = llm._request([9, 8, 7], GREEDY)
     stream = failing.sequences[0].stops._text
 
     def broken(self: TextStream, token_id: int) -> str:
@@ -291,7 +292,8 @@ def test_a_stream_adds_up_to_what_generate_gives(llm: LLM) -> None:
         assert joined(deltas, index) == (one.text, one.token_ids)
         mine = [delta for delta in deltas if delta.index == index]
         assert [entry for delta in mine for entry in delta.logprobs] == one.logprobs
-        assert [delta.finish_reason for delta in mine] == [None] * 19 + ["length"]
+        assert {delta.finish_reason for delta in mine[:-1]} <= {None}
+        assert mine[-1].finish_reason == "length"
 
 
 def test_a_stream_never_shows_a_part_of_its_stop_string(llm: LLM, bundle: TinyBundle) -> None:
@@ -418,3 +420,23 @@ def test_a_name_given_by_the_user_does_not_collide_with_the_engines_own(llm: LLM
     assert llm.generate([1, 2], params)[0].outputs[0].finish_reason == "length"
     for stream in taken:
         stream.close()
+
+
+@pytest.mark.parametrize("score_from", [None, 4])
+def test_log_probabilities_of_the_prompts_own_tokens(bundle: TinyBundle, score_from: int | None) -> None:
+    ids = random_prompt(3, 11)
+    with LLM(bundle.directory) as llm:
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+        [output] = llm.generate([ids], params, score_from=score_from)
+        [again] = llm.generate([ids], SamplingParams(temperature=0, max_tokens=1))
+        with pytest.raises(RequestError, match=r"^score_from: got 11, expected 1 to 10"):
+            llm.generate([ids], params, score_from=11)
+    assert again.prompt_logprobs is None
+    reference = bundle.reference(4, ("prompt", "thinking"))
+    want = oracle.teacher_forced(reference, ids, score_from or len(ids)).log_softmax(-1)
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    for row, token_id, entry in zip(want[:-1], ids[1:], output.prompt_logprobs[1:], strict=True):
+        assert entry is not None
+        assert (entry.token_id, entry.logprob) == (token_id, pytest.approx(float(row[token_id]), abs=1e-4))
+        assert entry.top[0] == (int(row.argmax()), pytest.approx(float(row.max()), abs=1e-4))

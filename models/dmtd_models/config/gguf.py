@@ -66,11 +66,7 @@ def config_from_metadata(
         ConfigError: an architecture or a key that is not supported.
         CheckpointError: a key that is missing.
     """
-    family = metadata.get("general.architecture")
-    if family not in FAMILIES:
-        raise ConfigError(f"{path}: general.architecture: got {family!r}, expected one of {', '.join(FAMILIES)}")
-    own = {key.removeprefix(f"{family}."): value for key, value in metadata.items() if key.startswith(f"{family}.")}
-    _refuse_unknown(path, str(family), own)
+    family, own = _family_and_keys(path, metadata)
     if "token_embd.weight" not in tensor_shapes:
         raise CheckpointError(f"{path}: tensor token_embd.weight is missing; download the file again")
     num_heads = _count(path, own, "attention.head_count")
@@ -81,7 +77,7 @@ def config_from_metadata(
     max_positions = _count(path, own, "context_length")
     bos = metadata.get("tokenizer.ggml.bos_token_id")
     config = ModelConfig(
-        family=str(family),
+        family=family,
         vocab_size=tensor_shapes["token_embd.weight"][0],
         hidden_size=_count(path, own, "embedding_length"),
         intermediate_size=_count(path, own, "feed_forward_length"),
@@ -97,7 +93,7 @@ def config_from_metadata(
         qkv_bias=family == "qwen2" or "blk.0.attn_q.bias" in tensor_shapes,
         o_bias="blk.0.attn_output.bias" in tensor_shapes,
         mlp_bias="blk.0.ffn_gate.bias" in tensor_shapes,
-        qk_norm=FAMILIES[str(family)].qk_norm,
+        qk_norm=FAMILIES[family].qk_norm,
         bos_token_id=int(bos) if isinstance(bos, int) else None,
         eos_token_ids=_end_ids(metadata),
     )
@@ -108,11 +104,17 @@ def config_from_metadata(
     return config
 
 
-def _refuse_unknown(path: Path, family: str, own: Mapping[str, object]) -> None:
-    known = _KNOWN_KEYS | {"rope.scaling.attn_factor"} if own.get("rope.scaling.type") == "yarn" else _KNOWN_KEYS
+def _family_and_keys(path: Path, metadata: Mapping[str, object]) -> tuple[str, dict[str, object]]:
+    """The family, and the metadata under its name; what is not known there is refused."""
+    family = metadata.get("general.architecture")
+    if family not in FAMILIES:
+        raise ConfigError(f"{path}: general.architecture: got {family!r}, expected one of {', '.join(FAMILIES)}")
+    own = {key.removeprefix(f"{family}."): value for key, value in metadata.items() if key.startswith(f"{family}.")}
     for key, value in own.items():
-        if key not in known and value not in _NEUTRAL.get(key, ()):
+        read = _KNOWN_KEYS | {"rope.scaling.attn_factor"} if own.get("rope.scaling.type") == "yarn" else _KNOWN_KEYS
+        if key not in read and value not in _NEUTRAL.get(key, ()):
             raise ConfigError(f"{path}: {family}.{key}: got {value!r}, which may change the output; not supported")
+    return str(family), own
 
 
 def _end_ids(metadata: Mapping[str, object]) -> tuple[int, ...]:

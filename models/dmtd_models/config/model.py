@@ -29,6 +29,7 @@ __all__ = [
     "SplitOptions",
     "check_dmtd",
     "read_config",
+    "require_split",
     "resolve_dmtd",
 ]
 
@@ -135,13 +136,8 @@ def resolve_dmtd(model: ModelConfig, recorded: DmtdSpec | None, split: SplitOpti
         ConfigError: a plain checkpoint without decoding layers or cycle length, a split that does not add up, or a
             convention that is not defined.
     """
-    if recorded is None and (split.decoding_layers is None or split.cycle_length is None):
-        options = {"--decoding-layers": split.decoding_layers, "--cycle-length": split.cycle_length}
-        missing = " and ".join(name for name, value in options.items() if value is None)
-        raise ConfigError(
-            f"the checkpoint carries no DMTD fields: its split is unknown; give {missing} "
-            f"(for example --decoding-layers {max(1, model.num_layers // 4)} --cycle-length 4)"
-        )
+    if recorded is None:
+        require_split(split, model.num_layers)
     encoding, thinking_given, decoding = split.encoding_layers, split.thinking_layers, split.decoding_layers
     layers_given = any(count is not None for count in (encoding, thinking_given, decoding))
     if encoding is None:
@@ -167,6 +163,16 @@ def resolve_dmtd(model: ModelConfig, recorded: DmtdSpec | None, split: SplitOpti
     )
     check_dmtd(spec, model.num_layers)
     return spec
+
+
+def require_split(split: SplitOptions, num_layers: int = 32) -> None:
+    """Raise ConfigError where ``split`` does not say what a checkpoint without DMTD fields must be told."""
+    options = {"--decoding-layers": split.decoding_layers, "--cycle-length": split.cycle_length}
+    if missing := " and ".join(name for name, value in options.items() if value is None):
+        raise ConfigError(
+            f"the checkpoint carries no DMTD fields: its split is unknown; give {missing} "
+            f"(for example --decoding-layers {max(1, num_layers // 4)} --cycle-length 4)"
+        )
 
 
 def check_dmtd(spec: DmtdSpec, num_layers: int) -> None:

@@ -26,7 +26,7 @@ class BackendOptions:
     """How to run a bundle.
 
     ``max_num_seqs`` sequences at a time, each with room for ``max_model_len`` tokens. A full pass is ``staged`` (thinking, then
-    late_decode: T, D and the head in memory once) or ``fused`` (one graph; its weights come on top of late_decode's). Staged
+    late_decode: T, D and lm_head in memory once) or ``fused`` (one graph; its weights come on top of late_decode's). Staged
     reads encoding layers twice, so by default a split that has any runs fused.
     """
 

@@ -28,8 +28,10 @@ from dmtd_runtime.cli.common import (
 from dmtd_runtime.cli.opening import open_llm
 from dmtd_runtime.cli.options.backend import AnswerBackend
 from dmtd_runtime.cli.options.sampling import ChatSampling, GivenSampling, bias_by_id
+from dmtd_runtime.cli.options.serving import Turns
 from dmtd_runtime.cli.options.template import TEMPLATE, GivenTemplate
 from dmtd_runtime.errors import AbortedError, BackendError, DmtdError, RequestError
+from dmtd_runtime.serving.options import ServingOptions
 
 if TYPE_CHECKING:
     from dmtd_runtime.llm import LLM
@@ -70,18 +72,21 @@ class _LeaveError(Exception):
 def chat(
     bundle: BundleArgument = None,
     model: BundleOption = None,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Every layer for every token: the baseline.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message. By default the template's own.")] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Baseline: run every layer for every token. By default DMTD's cycles.")
+    ] = False,
     template: TEMPLATE = GivenTemplate(),
     sampling: ChatSampling = GivenSampling(),
     backend: AnswerBackend = BackendOptions(),
+    serving: Turns = ServingOptions(),
 ) -> None:
     """Talk to a bundle. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.
 
     Messages may come from a pipe, one a line.
     """
     directory = pick(bundle, model, "BUNDLE")
-    with open_llm(directory, backend, plain=plain) as llm:
+    with open_llm(directory, backend, serving, plain=plain) as llm:
         if llm.tokenizer is None or not llm.has_chat_template:
             missing = "tokenizer" if llm.tokenizer is None else "chat template"
             raise RequestError(f"this bundle has no {missing}, which chatting needs; use dmtd generate instead")
@@ -183,10 +188,12 @@ def _answer(llm: LLM, conversation: Conversation, message: str) -> None:
         )
     stream = llm.stream_chat(messages, conversation.params, **conversation.template)
     text, count, stopped, reason = "", 0, False, None
-    first = last = 0.0
+    first, first_count, last = 0.0, 0, 0.0
     try:
         for delta in stream:
-            first, last = (first if count else delta.at_s), delta.at_s
+            if not count:
+                first, first_count = delta.at_s, len(delta.token_ids)
+            last = delta.at_s
             count += len(delta.token_ids)
             reason = delta.finish_reason or reason
             text += delta.text
@@ -202,7 +209,7 @@ def _answer(llm: LLM, conversation: Conversation, message: str) -> None:
     typer.echo()
     conversation.turns += [asked, {"role": "assistant", "content": text}]
     if sys.stderr.isatty():
-        rate = f"{(count - 1) / seconds:.1f} tok/s, " if count > 1 and seconds > 0 else ""
+        rate = f"{(count - first_count) / seconds:.1f} tok/s, " if seconds > 0 else ""
         end = "stopped" if stopped else {"length": "cut at the length limit"}.get(reason or "", "")
         typer.secho(
             f"[{count} tokens, {rate}first after {first * 1e3:.0f} ms{', ' + end if end else ''}]",

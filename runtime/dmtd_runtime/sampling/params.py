@@ -51,6 +51,7 @@ class SamplingParams:
         max_tokens: Most tokens to generate; None: until end of sequence or the model's length.
         min_tokens: End-of-sequence and stop ids are masked, and stop strings ignored, for this many tokens.
         logprobs: None: no log probabilities; 0: the chosen token's; k: also those of the k most likely tokens.
+        prompt_logprobs: The same of the prompt's own tokens, in the output's ``prompt_logprobs``; the prompt is then read whole.
         logit_bias: Token id -> number added to its logit.
         skip_special_tokens: Leave special tokens out of the text.
         include_stop_str_in_output: Keep the stop string (or the text of the stop token) in the text.
@@ -74,6 +75,7 @@ class SamplingParams:
     max_tokens: int | None = None
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -96,6 +98,9 @@ class SamplingParams:
             "max_tokens": None if self.max_tokens is None else _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS),
             "min_tokens": _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS),
             "logprobs": None if self.logprobs is None else _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS),
+            "prompt_logprobs": None
+            if self.prompt_logprobs is None
+            else _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS),
             "logit_bias": _logit_bias(self.logit_bias),
         }
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):

@@ -22,6 +22,8 @@ from dmtd_runtime.errors import BundleError, RequestError
 from dmtd_runtime.text.special_tokens import eos_token_ids_of, read_special_tokens, read_text
 
 MAX_TOKENIZER_BYTES = 256 << 20
+LONG_TEXT = 4000
+"""Characters beyond which a text is encoded as a batch: the library then lets Python's other threads run meanwhile."""
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -146,7 +148,18 @@ class Tokenizer:
                 f"got half a surrogate pair at character {error.start}, expected text that UTF-8 can write; remove it",
                 param="prompt",
             ) from error
-        ids = list(_on_text(self._core.encode, text, add_special_tokens=add_special_tokens).ids)
+        try:
+            if len(text) > LONG_TEXT:
+                encode = self._core.encode_batch_fast
+                [encoding] = call_native(encode, [text], add_special_tokens=add_special_tokens)
+            else:
+                encoding = call_native(self._core.encode, text, add_special_tokens=add_special_tokens)
+            ids = list(encoding.ids)
+        except Exception as error:  # the library raises nothing more precise: no token for a character, say
+            raise RequestError(
+                f"the tokenizer cannot encode it ({' '.join(str(error).split())}); leave out what it has no token for",
+                param="prompt",
+            ) from error
         if self._model_vocab_size is not None and max(ids, default=0) >= self._model_vocab_size:
             token_id = next(i for i in ids if i >= self._model_vocab_size)
             raise RequestError(

@@ -389,3 +389,18 @@ def test_a_factor_that_the_reference_ignores_is_told(tmp_path: Path, caplog: pyt
         export_bundle(source, tmp_path / "b", options)
     [line] = [line for line in caplog.messages if "attn_factor" in line]
     assert line.endswith("for that, say attention_factor 1 in config.json instead")
+
+
+def test_large_rotary_tables_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = write_tiny_checkpoint(tmp_path / "model", max_positions=1000)
+    export(source, tmp_path / "quiet")
+    assert "rotary tables" not in caplog.text
+    monkeypatch.setattr("dmtd_export.bundle.export.LARGE_TABLES_BYTES", 50_000)
+    export(source, tmp_path / "told")
+    rows = read_manifest(tmp_path / "told")["weights"]["rotary.cos"]["shape"][0]
+    assert f"rotary tables of 1000 positions take {2 * rows * 8 * 4 / 1e9:.2f} GB" in caplog.text
+    caplog.clear()
+    export(source, tmp_path / "short", max_model_len=100)
+    assert "rotary tables" not in caplog.text

@@ -151,9 +151,15 @@ def test_wrong_usage_exits_2(arguments: Sequence[str], checkpoint: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("build", "b", "--flavour", "host"), "error: --flavour: is called --backend now"),
-        (("generate", "b", "-p", "x", "--flavour=host"), "error: --flavour: is called --backend now"),
-        (("export", "MODEL", "-o", "x", "--max-batch", "2"), "error: --max-batch: is called --max-num-seqs now"),
+        (("build", "b", "--flavour", "host"), "error: --flavour: is called --backend now; write: --backend simulator"),
+        (
+            ("generate", "b", "-p", "x", "--flavour=tensorrt"),
+            "error: --flavour: is called --backend now; write: --backend tensorrt",
+        ),
+        (
+            ("export", "MODEL", "-o", "x", "--max-batch", "2"),
+            "error: --max-batch: is called --max-num-seqs now; write: --max-num-seqs 2",
+        ),
     ],
 )
 def test_an_option_of_old_is_told_its_new_name(arguments: Sequence[str], line: str) -> None:

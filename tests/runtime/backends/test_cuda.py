@@ -33,14 +33,16 @@ def bundle(root: Path, dtype: str) -> Path:
     return root / dtype
 
 
-def test_a_missing_provider_is_refused_and_never_replaced_by_the_cpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_missing_provider_is_told_first_and_never_replaced_by_the_cpu(tmp_path: Path, dtype: str) -> None:
     if CUDA_PROVIDER in import_onnxruntime().get_available_providers():
         pytest.skip("this ONNX Runtime has the CUDA provider")
     with pytest.raises(BackendError, match=r"no CUDAExecutionProvider.*dmtd\[gpu\]"):
-        LLM(bundle(tmp_path, "float16"), device="cuda")
+        LLM(bundle(tmp_path, dtype), device="cuda")
 
 
-def test_a_float32_bundle_is_refused_with_the_export_option(tmp_path: Path) -> None:
+def test_a_float32_bundle_is_refused_with_the_export_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dmtd_runtime.backends.onnxruntime.limits.check_cuda_provider", lambda ort: None)
     with pytest.raises(BackendError, match="--dtype bfloat16"):
         LLM(bundle(tmp_path, "float32"), device="cuda")
 

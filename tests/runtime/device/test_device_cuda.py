@@ -337,7 +337,7 @@ def test_libraries_of_another_version_or_none_are_told(fake: FakeCuda, monkeypat
     with pytest.raises(BackendError, match=r'tensorrt cannot be imported .*pip install "dmtd\[tensorrt\]"'):
         import_tensorrt("tensorrt")
     monkeypatch.setattr(FakeRtx, "__version__", "2.0.1")
-    with pytest.raises(BackendError, match=r"tensorrt-rtx is 2\.0\.1, expected 1\.x; install it with: pip install"):
+    with pytest.raises(BackendError, match=r"tensorrt-rtx: got version 2\.0\.1, expected 1\.x; run: pip install"):
         import_tensorrt("tensorrt-rtx")
     monkeypatch.setattr(sys.modules["cuda.bindings"], "__version__", "12.9.0")
     with pytest.raises(BackendError, match=r"cuda-bindings is 12\.9\.0, expected 13\.x; run: pip install"):

@@ -22,7 +22,7 @@ from dmtd_runtime.serving.loop import Loop
 from dmtd_runtime.serving.options import ServingOptions
 from dmtd_runtime.serving.sequence import FinishReason, SequenceRun, TokenEvent
 
-CASES, SLOW_CASES = 60, 10_000
+CASES, SLOW_CASES = 40, 10_000
 VOCAB = 259
 
 
@@ -179,7 +179,7 @@ def test_company_changes_nothing(tiny: TinyBundles) -> None:
 
     check()
     assert len(compared) >= CASES
-    assert sum(compared) >= 20 * CASES
+    assert sum(compared) >= 15 * CASES
 
 
 @pytest.mark.slow

@@ -166,7 +166,7 @@ class Service:
             assert sum(chunks) <= max(self.options.max_num_batched_tokens or self.max_rows, 1)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(
     data=st.data(),
     tau=st.sampled_from(TAUS),

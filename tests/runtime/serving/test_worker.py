@@ -23,6 +23,7 @@ from dmtd_runtime.errors import DmtdError
 from dmtd_runtime.sampling.sampler import Sampler
 from dmtd_runtime.sampling.stops import StopRules
 from dmtd_runtime.serving import sequence as sequence_module
+from dmtd_runtime.serving.options import ServingOptions
 from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
 from dmtd_runtime.serving.worker import Worker
 
@@ -122,6 +123,10 @@ class Client:
         return self.events[-1].error or self.events[-1].finish_reason
 
 
+def made(backend: ScriptedBackend, **options: int) -> Worker:
+    return Worker(backend, CyclePlan(cycle=CYCLE), options=ServingOptions(prefix_cache_bytes=0, **options))
+
+
 @pytest.fixture
 def backend() -> ScriptedBackend:
     return ScriptedBackend()
@@ -129,7 +134,7 @@ def backend() -> ScriptedBackend:
 
 @pytest.fixture
 def worker(backend: ScriptedBackend) -> Iterator[Worker]:
-    worker = Worker(backend, CyclePlan(cycle=CYCLE))
+    worker = made(backend)
     yield worker
     backend.gate.set()
     worker.close()
@@ -151,7 +156,7 @@ def test_batches_of_as_many_as_there_are_slots(worker: Worker, backend: Scripted
 
 def test_slots_are_compact_and_in_order() -> None:
     backend = ScriptedBackend(slots=6)
-    worker = Worker(backend, CyclePlan(cycle=CYCLE))
+    worker = made(backend)
     clients = [Client(first=i, tokens=tokens, prompt_len=1 + i) for i, tokens in enumerate((2, 9, 1, 5, 12, 3))]
     worker.submit([client.sequence for client in clients])
     for client in clients:
@@ -210,7 +215,7 @@ def test_a_panic_of_a_native_library_reaches_every_caller(worker: Worker, backen
 
 def test_a_finalizer_that_cancels_in_the_workers_own_thread_does_not_block_it() -> None:
     """As a dropped stream does whose reference cycle is collected while the worker tells its request of a token."""
-    worker = Worker(ScriptedBackend(slots=1), CyclePlan(cycle=CYCLE))
+    worker = made(ScriptedBackend(slots=1))
     first, waiting = Client(tokens=50), Client()
     told = first.sequence.on_event
 
@@ -228,7 +233,7 @@ def test_a_finalizer_that_cancels_in_the_workers_own_thread_does_not_block_it() 
 def test_a_passed_deadline_ends_waiting_and_running_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(sequence_module, "time", clock)
-    worker = Worker(ScriptedBackend(slots=1), CyclePlan(cycle=CYCLE))
+    worker = made(ScriptedBackend(slots=1))
     running, waiting, patient = Client(tokens=1 << 20, deadline=20.0), Client(deadline=10.0), Client()
     worker.submit([client.sequence for client in (running, waiting, patient)])
     wait_until(lambda: running.tokens != [])
@@ -280,7 +285,7 @@ def test_nan_ends_its_own_sequence_and_clears_its_slot(worker: Worker, backend: 
 
 
 def test_close_ends_what_runs_and_what_waits(backend: ScriptedBackend) -> None:
-    worker = Worker(backend, CyclePlan(cycle=CYCLE))
+    worker = made(backend)
     clients = [Client(tokens=1 << 19) for _ in range(4)]
     worker.submit([client.sequence for client in clients])
     wait_until(lambda: clients[0].tokens != [])
@@ -298,7 +303,7 @@ def test_close_ends_what_runs_and_what_waits(backend: ScriptedBackend) -> None:
 
 def test_close_from_an_event(backend: ScriptedBackend) -> None:
     """The worker's own thread may close it: it cannot wait for itself."""
-    worker = Worker(backend, CyclePlan(cycle=CYCLE))
+    worker = made(backend)
     client = Client(tokens=3)
     take = client.sequence.on_event
 
@@ -315,7 +320,7 @@ def test_close_from_an_event(backend: ScriptedBackend) -> None:
 
 def test_submitting_from_many_threads_while_it_closes(backend: ScriptedBackend) -> None:
     """Every sequence that was taken ends; every other one was refused."""
-    worker = Worker(backend, CyclePlan(cycle=CYCLE))
+    worker = made(backend)
     taken: list[Client] = []
 
     def submit(first: int) -> None:

@@ -6,6 +6,8 @@ from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.errors import BackendError, RequestError
+from dmtd_runtime.ort.cuda_provider import check_cuda_provider
+from dmtd_runtime.ort.library import import_onnxruntime
 
 
 def graph_slots(manifest: Manifest, options: BackendOptions) -> int:
@@ -15,8 +17,8 @@ def graph_slots(manifest: Manifest, options: BackendOptions) -> int:
     if not fitting:
         most = max(stored, default=0)
         raise RequestError(
-            f"got {options.max_num_seqs}, expected 1 to {most}, what the bundle was exported for; "
-            f"export it with a larger --max-num-seqs",
+            f"got {options.max_num_seqs}, expected 1 to {most}, what the bundle was exported for; for more sequences at a time "
+            f"export it again: dmtd export ... --max-num-seqs {options.max_num_seqs}",
             param="max_num_seqs",
         )
     return fitting[0]
@@ -38,11 +40,10 @@ def check_dtype(manifest: Manifest, options: BackendOptions) -> None:
             "this bundle is bfloat16, which ONNX Runtime cannot run on the CPU; "
             "export it with --dtype float32, or use --device cuda"
         )
-    if (
-        options.device == "cuda"
-        and dtype == "float32"
-        and (options.dialect or manifest.default_dialect) == contract.ONNXRUNTIME
-    ):
+    if options.device == "cpu":
+        return
+    check_cuda_provider(import_onnxruntime())  # who has no provider wants to know that before anything of the bundle
+    if dtype == "float32" and (options.dialect or manifest.default_dialect) == contract.ONNXRUNTIME:
         raise BackendError(
             "this bundle is float32, and GroupQueryAttention on CUDA takes float16 or bfloat16 only; "
             "export it with --dtype bfloat16"

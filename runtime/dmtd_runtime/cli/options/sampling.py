@@ -69,21 +69,25 @@ class GivenSampling:
 
 SAMPLING = Group(
     {
-        "greedy": _option("The most likely token, always: --temperature 0.", "--greedy"),
-        "temperature": _option("0 takes the most likely token."),
-        "top_p": _option("Fewest tokens whose probabilities reach this sum; 1 is off."),
-        "top_k": _option("This many most likely tokens; 0 is off."),
-        "min_p": _option("Tokens at least this share as likely as the best; 0 is off."),
-        "presence_penalty": _option("Subtracted from the logit of tokens already generated."),
-        "frequency_penalty": _option("Subtracted once for every time a token was generated."),
-        "repetition_penalty": _option("Above 1: repeats become less likely."),
-        "seed": _option("The same seed gives the same tokens; by default drawn anew."),
-        "max_tokens": _option("Most new tokens; by default until the end of the sequence."),
-        "min_tokens": _option("No end of sequence before this many tokens; by default 0."),
-        "stop": _option("A string that ends the text; may be given again.", "--stop"),
-        "stop_token_ids": _option("Token ids that end the sequence: 1,2,3.", "--stop-token-ids"),
-        "ignore_eos": _option("Go on after an end-of-sequence token.", "--ignore-eos"),
-        "logit_bias": _option('JSON object, token id to number: {"50": -100}.', "--logit-bias"),
+        "greedy": _option("Always the likeliest token, as --temperature 0.", "--greedy"),
+        "temperature": _option("Higher is more random. 0: always the likeliest token."),
+        "top_p": _option("Choose among the fewest tokens whose probabilities reach this sum. 1: off."),
+        "top_k": _option("Choose among this many likeliest tokens. 0: off."),
+        "min_p": _option("Choose among tokens at least this share as likely as the likeliest. 0: off."),
+        "presence_penalty": _option("Subtracted from the logits of tokens that were generated. 0: off."),
+        "frequency_penalty": _option("Subtracted from a token's logit for each time it was generated. 0: off."),
+        "repetition_penalty": _option("Above 1, repeats become less likely. 1: off."),
+        "seed": _option("The same seed gives the same tokens. By default another each time."),
+        "max_tokens": _option("Most new tokens. By default until the model ends the sequence."),
+        "min_tokens": _option("The sequence does not end before this many tokens. By default 0."),
+        "stop": _option("A string that ends the text. May be given again. By default none.", "--stop"),
+        "stop_token_ids": _option(
+            "Token ids that end the sequence, such as 1,2,3. By default none.", "--stop-token-ids"
+        ),
+        "ignore_eos": _option("Go on after an end-of-sequence token. By default off.", "--ignore-eos"),
+        "logit_bias": _option(
+            'Added to the logits of tokens: JSON, such as {"50": -100}. By default none.', "--logit-bias"
+        ),
     }
 )
 GenerateSampling = Annotated[GivenSampling, SAMPLING]

@@ -44,9 +44,10 @@ TEMPLATE = Annotated[
     Group(
         {
             "chat_template_kwargs": option(
-                'JSON object of names for the chat template: {"enable_thinking": false}.', "--chat-template-kwargs"
+                'Names for the template: JSON, such as {"enable_thinking": false}. By default none.',
+                "--chat-template-kwargs",
             ),
-            "tools": option("JSON file with a list of the functions that the model may call.", "--tools"),
+            "tools": option("JSON file with a list of functions that the model may call. By default none.", "--tools"),
         }
     ),
 ]
