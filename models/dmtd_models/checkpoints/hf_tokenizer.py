@@ -4,7 +4,7 @@ Stands under ``hf``, as ``gguf_tokenizer`` under ``gguf``. Whoever reads tokeniz
 has all there is; files that say it all already are left byte for byte. The rules are those of ``AutoTokenizer``:
 
 1. Named special tokens are tokenizer_config.json's and, where that has no ``added_tokens_decoder``, special_tokens_map.json's
-   over them. A tokenizer class has defaults for names that no file gives.
+   over them. A tokenizer class has defaults for names that no file gives, and tokenizer.json's padding has a token.
 2. Tokens that tokenizer.json lacks come from ``added_tokens_decoder`` or, without it, from added_tokens.json, in the order of
    their ids; then the named ones and the extra ones. Flags that differ are set anew.
 3. A class of transformers' own splits text by its own rules, whatever tokenizer.json says: ``_CLASSES``.
@@ -47,7 +47,7 @@ Json = dict[str, Any]
 class _Class:
     """A tokenizer class of transformers 5: names by default, and what it puts in the place of tokenizer.json's parts."""
 
-    named: Mapping[str, str]
+    named: Mapping[str, str | None]
     parts: Mapping[str, Any]
     model: Mapping[str, object] = field(default_factory=dict)
 
@@ -91,7 +91,7 @@ _CLASSES: Mapping[str, _Class] = MappingProxyType(
             model={"ignore_merges": False},
         ),
         "GPT2Tokenizer": _Class(
-            named={"unk_token": _END, "bos_token": _END, "eos_token": _END},
+            named={"unk_token": _END, "bos_token": _END, "eos_token": _END, "pad_token": None},
             parts={
                 "normalizer": None,
                 "pre_tokenizer": _byte_level(use_regex=True),
@@ -136,9 +136,11 @@ def complete_tokenizer(path: Path, files: Mapping[str, bytes], model_config: Map
     rebuilt = None
     if kind is not None:
         for key, text in kind.named.items():
-            if core.token_to_id(text) is not None:
+            if text is None or core.token_to_id(text) is not None:
                 named.setdefault(key, text)
         rebuilt = _rebuilt(described, kind)
+    if described.get("padding"):
+        named.setdefault("pad_token", described["padding"]["pad_token"])
     if rebuilt is not None:
         core = call_native(Tokenizer.from_str, json.dumps(rebuilt))
         _warn_of_rules(path, name, may_choose=model_config.get("model_type") != "qwen2")

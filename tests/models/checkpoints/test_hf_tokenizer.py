@@ -56,6 +56,12 @@ def digits() -> Tokenizer:
     return core
 
 
+def padded() -> Tokenizer:
+    core = digits()
+    core.enable_padding(pad_token="<|im_start|>", pad_id=258)
+    return core
+
+
 THINK = {"259": {"content": "<think>", "special": False, "normalized": False}}
 CASES: dict[str, tuple[str, Tokenizer | None, dict[str, Any]]] = {
     "complete": ("qwen3", None, {}),
@@ -98,6 +104,8 @@ CASES: dict[str, tuple[str, Tokenizer | None, dict[str, Any]]] = {
     "qwen3's class": ("qwen3", None, {"config": {"tokenizer_class": "Qwen2Tokenizer"}}),
     "no class": ("qwen3", None, {"config": {"tokenizer_class": None}}),
     "gpt2's class": ("llama", digits(), {"config": {"tokenizer_class": "GPT2Tokenizer", "eos_token": None}}),
+    "padding": ("llama", padded(), {"config": {"tokenizer_class": "GPT2Tokenizer"}, "without": "pad_token"}),
+    "padding and null": ("llama", padded(), {"config": {"pad_token": None}}),
     "any class": ("llama", digits(), {}),
     "llama's class over bytes": ("llama", digits(), {"config": {"tokenizer_class": "LlamaTokenizerFast"}}),
     **{
@@ -124,6 +132,7 @@ def rewrite(directory: Path, core: Tokenizer | None, files: dict[str, Any]) -> P
     if core is not None:
         core.save(str(directory / "tokenizer.json"))
     config = json.loads((directory / "tokenizer_config.json").read_text()) | files.get("config", {})
+    config.pop(files.get("without"), None)
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     for name, content in (("special_tokens_map", files.get("map")), ("added_tokens", files.get("added"))):
         if content is not None:
