@@ -14,7 +14,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 # The longest window of a graph: KV capacity and rotary tables leave this much room above the model length.
 MAX_WINDOW = contract.MIN_WINDOW
 assert MAX_WINDOW >= MAX_CYCLE_LENGTH, "a refill fits into a window"
-MAX_NUM_SEQS_LIMIT = 32
+MAX_NUM_SEQS_LIMIT = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

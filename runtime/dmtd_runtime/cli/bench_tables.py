@@ -33,7 +33,7 @@ def card(manifest: Manifest, split: SplitBytes, options: BenchOptions, backend: 
     card.add_row(
         "weights",
         f"{human_bytes(split.stored)} (T {human_bytes(split.thinking)}, D {human_bytes(split.decoding)}, "
-        f"head {human_bytes(split.lm_head)}{', E ' + human_bytes(split.encoding) if split.encoding else ''})",
+        f"lm_head {human_bytes(split.lm_head)}{', E ' + human_bytes(split.encoding) if split.encoding else ''})",
     )
     card.add_row("KV", f"{human_bytes(split.kv_per_token())} a token, mean context {context:g}")
     card.add_row("bytes a token", f"plain {human_bytes(plain)}, DMTD {human_bytes(dmtd)}")

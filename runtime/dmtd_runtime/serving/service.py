@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 
 from dmtd_runtime.backends.base import BackendName, BackendOptions, FullPass
 from dmtd_runtime.backends.opening import ROOM_HINT, memory_needs, open_backend
+from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.bundle.opening import open_bundle, read_generation_config
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.errors import RequestError
@@ -55,7 +56,8 @@ class Service:
         dialect: which graphs; None takes ONNX Runtime's own where the bundle has them.
         full_pass: ``staged`` (T, D and lm_head in memory once) or ``fused`` (one graph, encoding layers read once); None takes
             fused where the split has encoding layers.
-        max_num_seqs: sequences that may run at a time. 1, the default, is the fastest for a single sequence.
+        max_num_seqs: sequences that may run at a time. None: of ``LLM`` 1, the fastest for a single sequence; of ``AsyncLLM``,
+            made for services, as many as the bundle was exported for, at most 8.
         max_model_len: prompt and answer together, at most the bundle's own limit, the default.
         threads: of the computation; None takes one for each core this process may use.
         max_num_batched_tokens: rows of a full pass, cycle heads and prompts together; None: what the backend takes.
@@ -83,7 +85,7 @@ class Service:
         device_id: int = _BACKEND.device_id,
         dialect: Literal["standard", "onnxruntime"] | None = _BACKEND.dialect,
         full_pass: FullPass | None = _BACKEND.full_pass,
-        max_num_seqs: int = _BACKEND.max_num_seqs,
+        max_num_seqs: int | None = None,
         max_model_len: int | None = _BACKEND.max_model_len,
         threads: int | None = _BACKEND.threads,
         max_num_batched_tokens: int | None = _SERVING.max_num_batched_tokens,
@@ -95,12 +97,14 @@ class Service:
         plain: bool = False,
     ) -> None:
         given = dict(locals())
+        self.manifest = open_bundle(Path(bundle))
+        if max_num_seqs is None:
+            given["max_num_seqs"] = self._usual_num_seqs(self.manifest)
         self._open(Path(bundle), _made_of(BackendOptions, given), _made_of(ServingOptions, given), plain=plain)
 
     def _open(self, directory: Path, options: BackendOptions, serving: ServingOptions, *, plain: bool) -> None:
         if not isinstance(plain, bool):
             raise RequestError(f"got {plain!r}, expected True or False", param="plain")
-        self.manifest = open_bundle(directory)
         self.tokenizer = Tokenizer.from_directory(directory, model_vocab_size=self.manifest.model.vocab_size)
         self.default_params = SamplingParams.from_generation_config(read_generation_config(directory))
         self._template = ChatTemplate.from_directory(directory) if self.tokenizer else None
@@ -160,6 +164,10 @@ class Service:
     def snapshot(self) -> Counts:
         """What the worker does and has done, as of its last step. Takes microseconds and no lock of the worker's."""
         return self._worker.snapshot()
+
+    def _usual_num_seqs(self, manifest: Manifest) -> int:
+        """Sequences at a time where nobody said how many."""
+        return 1
 
     def _after_step(self) -> Callable[[], None]:
         """What the worker calls after each step. It must not keep this object alive."""

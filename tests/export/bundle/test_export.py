@@ -175,8 +175,8 @@ def test_max_model_len_bounds_the_bundle_and_its_rotary_tables(plain: Path, tmp_
     [
         ({"max_model_len": 257}, "max_model_len: got 257, expected 2 to 256"),
         ({"max_model_len": 0}, "max_model_len: got 0"),
-        ({"max_num_seqs": 0}, "max_num_seqs: got 0, expected 1 to 32"),
-        ({"max_num_seqs": 33}, "max_num_seqs: got 33"),
+        ({"max_num_seqs": 0}, "max_num_seqs: got 0, expected 1 to 64"),
+        ({"max_num_seqs": 65}, "max_num_seqs: got 65"),
         ({"cycle_length": 257}, "cycle_length: got 257, expected 1 to 256"),
         ({"cycle_length": 0}, "cycle_length: got 0"),
         ({"decoding_layers": 4}, "encoding 0 + thinking 0 + decoding 4"),
