@@ -104,7 +104,7 @@ CHECKPOINTS = [
     case("cut tokenizer config", cut("m/tokenizer_config.json", 50), EXPORT, "m/tokenizer_config.json: not JSON"),
     case("bad template", write("m/chat_template.jinja", "{% if %}"), EXPORT, "chat template: line 1: Expected an expr"),
     case("template bytes", write("m/chat_template.jinja", b"\xe4"), EXPORT, "m/chat_template.jinja: cannot be read"),
-    case("bad defaults", write("m/generation_config.json", '{"top_k": -7}'), EXPORT, "generation_config.json: top_k"),
+    case("bad defaults", write("m/generation_config.json", '{"do_sample":true,"top_k":-7}'), EXPORT, "top_k: got -7"),
     case(
         "pickle", write("x/pytorch_model.bin", "x"), ("export", "x/pytorch_model.bin", *EXPORT[2:]), "convert it to sa"
     ),
