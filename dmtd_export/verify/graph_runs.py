@@ -76,7 +76,7 @@ def open_evaluator(path: Path) -> Session:
 
 def _weights_of(model: onnx.ModelProto, folder: Path) -> dict[str, Array]:
     """The initializers that stand in another file, mapped."""
-    found = {}
+    found: dict[str, Array] = {}
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             place = {entry.key: entry.value for entry in tensor.external_data}

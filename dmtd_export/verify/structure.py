@@ -202,8 +202,8 @@ def _graph_faults(
         fault = _initializer_fault(tensor, by_offset)
         if fault:
             yield f"initializer {tensor.name}: {fault}"
-    if (fault := _checker_fault(path)) is not None:
-        yield f"onnx.checker: {fault}"
+    if (refusal := _checker_fault(path)) is not None:
+        yield f"onnx.checker: {refusal}"
 
 
 def _checker_fault(path: Path) -> str | None:
