@@ -22,7 +22,7 @@ from dmtd_runtime.backends.base import Array, BackendOptions, Rows, RunOutput, R
 from dmtd_runtime.backends.kv_cache import HostKvCache
 from dmtd_runtime.backends.layouts.packed import PackedLayout
 from dmtd_runtime.backends.layouts.rectangular import RectangularLayout
-from dmtd_runtime.backends.onnxruntime.binding import Binding
+from dmtd_runtime.backends.onnxruntime.binding import Binding, check_io
 from dmtd_runtime.backends.onnxruntime.memory import (
     Buffer,
     GpuMemory,
@@ -231,6 +231,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
             cuda=cuda,
             weights={weight: self._weights[weight] for weight in graph.weights} if self._weights else None,
         )
+        check_io(self._sessions[name], graph)
         return self._sessions[name]
 
     def _run_together(
