@@ -36,6 +36,13 @@ def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
             adapted = AdaptedCheckpoint(base, adapter)
             on_error.pop_all()
         return adapted
+    try:
+        return _open(path)
+    except OSError as error:  # no right to pass a directory, a name that is too long
+        raise CheckpointError(f"{error.filename or path}: cannot be read ({error.strerror}); mend that") from error
+
+
+def _open(path: Path) -> Checkpoint:
     if path.is_dir():
         from dmtd_models.checkpoints.hf import HuggingFaceCheckpoint
 
@@ -49,11 +56,8 @@ def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
         )
     if (pointer := lfs_pointer(path)) is not None:
         raise CheckpointError(f"{path}: {pointer}")
-    try:
-        with path.open("rb") as stream:
-            magic = stream.read(4)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); mend that") from error
+    with path.open("rb") as stream:
+        magic = stream.read(4)
     if magic == b"GGUF":
         from dmtd_models.checkpoints.gguf import GgufCheckpoint
 

@@ -180,6 +180,8 @@ class Manifest:
                 raise BundleError(f"{path} is missing, the manifest lists it; export the bundle again")
             size = path.stat().st_size
             if size != info.bytes:
+                if (pointer := lfs_pointer(path)) is not None:
+                    raise BundleError(f"{path}: {pointer}")
                 raise BundleError(
                     f"{path} has {size} bytes, the manifest says {info.bytes}: truncated or altered; export the bundle again"
                 )
