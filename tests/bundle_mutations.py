@@ -15,6 +15,7 @@ from onnx import helper, numpy_helper
 from dmtd_export.bundle.weights import fingerprint_of
 
 WEIGHTS = "model.onnx.data"
+Edit = Callable[[onnx.ModelProto], None]
 
 
 def reseal(bundle: Path) -> None:
@@ -104,3 +105,56 @@ def rename_input(model: onnx.ModelProto, old: str, new: str) -> None:
         for slot, value in enumerate(n.input):
             if value == old:
                 n.input[slot] = new
+
+
+# Edits of a graph: what they do to its computation is in their names.
+
+
+def ignore_gate(model: onnx.ModelProto) -> None:
+    node(model, "/model/gate_thought/Where").CopyFrom(identity_of(node(model, "/model/gate_thought/Where"), 1))
+
+
+def identity_of(where: onnx.NodeProto, slot: int) -> onnx.NodeProto:
+    return helper.make_node("Identity", [where.input[slot]], list(where.output), name=where.name)
+
+
+def invert_gate(model: onnx.ModelProto) -> None:
+    insert_before(model, node(model, "/model/gate_hidden/Where"), 0, "Not")
+
+
+def write_one_row_off(model: onnx.ModelProto) -> None:
+    cache = node(model, "/model/layers.1/self_attn/value_cache/TensorScatter")
+    add_one(model, cache, 2, "int64")
+
+
+def length_one_off(model: onnx.ModelProto) -> None:
+    gqa = nodes_of(model, "GroupQueryAttention")
+    for one in gqa:
+        if "layers.1/" in one.name:
+            add_one(model, one, 5, "int32")
+
+
+def other_scale(op: str) -> Edit:
+    def edit(model: onnx.ModelProto) -> None:
+        for one in nodes_of(model, op):
+            if "layers.1/" in one.name:
+                set_attribute(one, "scale", 0.3)
+
+    return edit
+
+
+def other_epsilon(model: onnx.ModelProto) -> None:
+    for op in ("RMSNormalization", "SkipSimplifiedLayerNormalization"):
+        for one in model.graph.node:
+            if one.op_type == op and "layers.1/input_layernorm" in one.name:
+                set_attribute(one, "epsilon", 1e-3)
+
+
+def mask_one_more(model: onnx.ModelProto) -> None:
+    """Every row sees one row too many: the one behind it."""
+    less = next(n for n in model.graph.node if n.op_type == "LessOrEqual")
+    add_one(model, less, 1, "int64")
+
+
+def swapped(first: int, second: int) -> Edit:
+    return lambda model: swap_layers(model, first, second)

@@ -11,6 +11,7 @@ from dmtd_export.bundle.export import export_bundle
 from dmtd_export.bundle.spec import graph_spec
 from dmtd_export.graphs.engine import EngineGraph, engine_graph
 from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import load_manifest
@@ -43,10 +44,9 @@ def make_bundle(
         source,
         directory / "bundle",
         ExportOptions(
-            encoding_layers=encoding,
-            thinking_layers=3 - encoding,
-            decoding_layers=1,
-            cycle_length=3,
+            split=SplitOptions(
+                encoding_layers=encoding, thinking_layers=3 - encoding, decoding_layers=1, cycle_length=3
+            ),
             **settings | options,
         ),
     )

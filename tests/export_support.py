@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,19 @@ import numpy as np
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
-from dmtd_models.config.model import read_config
+from dmtd_models.config.model import SplitOptions, read_config
 from dmtd_models.reference.testing import random_weights
+from dmtd_runtime.bundle.manifest import load_manifest
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 PLAIN = {"decoding_layers": 1, "cycle_length": 3}  # what a plain tiny checkpoint must be told
 WARNINGS_OF_PLAIN = 3  # no convention, not trained, no tokenizer
+
+
+def export_options(**given: Any) -> ExportOptions:
+    """Options of an export, those of the split among them."""
+    split = {field.name: given.pop(field.name) for field in fields(SplitOptions) if field.name in given}
+    return ExportOptions(split=SplitOptions(**split), **given)
 
 
 def export(source: Path, output: Path, **options: Any) -> dict[str, Any]:
@@ -25,7 +33,7 @@ def export(source: Path, output: Path, **options: Any) -> dict[str, Any]:
     given = {"max_num_seqs": 1, **options}
     if "num_thinking_layers" not in (source / "config.json").read_text():
         given = PLAIN | given
-    export_bundle(source, output, ExportOptions(**given))
+    export_bundle(source, output, export_options(**given))
     return read_manifest(output)
 
 
@@ -55,3 +63,9 @@ def snapshot(directory: Path) -> dict[str, str]:
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
+
+
+def assert_whole(bundle: Path, weights_of: dict[str, str]) -> None:
+    """Every file is what the manifest says, and the weights are of a checkpoint that is known."""
+    load_manifest(bundle).check_files(bundle, hashes=True)
+    assert snapshot(bundle)["model.onnx.data"] in weights_of

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dmtd_models.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from dmtd_models.config.model import DmtdSpec, resolve_dmtd
+from dmtd_models.config.model import DmtdSpec, SplitOptions, resolve_dmtd
 from dmtd_models.finetune.batches import Document
 
 CONVENTIONS = (("absolute", "cyclical"), ("prompt", "thinking"), ("prompt", "sum"))
@@ -63,7 +63,7 @@ def dataset_of(documents: Sequence[Document]) -> Any:
 def opened(path: Path, **split: Any) -> Any:
     """(checkpoint, spec) of a directory; one with DMTD fields needs no split."""
     with open_checkpoint(path) as checkpoint:
-        yield checkpoint, resolve_dmtd(checkpoint.config, checkpoint.dmtd, **split)
+        yield checkpoint, resolve_dmtd(checkpoint.config, checkpoint.dmtd, SplitOptions(**split))
 
 
 def reading(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -76,8 +76,7 @@ RUN_LENGTHS = [(8 + 5 * n % 23, 2 + n % 5) for n in range(24)]
 
 def run_options(**given: Any) -> Any:
     """Short rows, every step logged and saved, columns sampled: vocabulary 600 (see ``write_base``)."""
-    from dmtd_models.finetune.options import TrainOptions
-    from dmtd_models.finetune.student import LossOptions
+    from dmtd_models.finetune.options import LossOptions, TrainOptions
 
     chosen = {
         "precision": "float32",
@@ -101,7 +100,7 @@ def write_base(directory: Path, **given: Any) -> Path:
 
 def run_tiny(base: Path, output: Path, options: Any, *, hooks: Any = None, convention: int = 1, cycle: int = 3) -> Any:
     """One run over two dozen random documents and a few held-out ones."""
-    from dmtd_models.finetune.run import Hooks, finetune
+    from dmtd_models.finetune.run import finetune
 
     documents = documents_of(RUN_LENGTHS, seed=2, vocab=600)
     held_out = documents_of([(20, 6), (15, 4)], seed=3, vocab=600)
@@ -116,16 +115,15 @@ def run_tiny(base: Path, output: Path, options: Any, *, hooks: Any = None, conve
             output,
             options,
             device="cpu",
-            hooks=hooks or Hooks(),
+            **(hooks or {}),
         )
 
 
 def interrupted_at(step: int, act: Any) -> Any:
-    """Hooks that call ``act`` when ``step`` is logged: after it was taken, before it is saved."""
-    from dmtd_models.finetune.run import Hooks
+    """What makes a run call ``act`` when ``step`` is logged: after it was taken, before it is saved."""
 
-    def progress(values: Any) -> None:
+    def on_log(values: Any) -> None:
         if values["step"] == step and "divergence" in values:
             act()
 
-    return Hooks(progress=progress)
+    return {"on_log": on_log}

@@ -24,11 +24,11 @@ from torch import Tensor
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
-from dmtd_models.config.model import DmtdSpec, ModelConfig, resolve_dmtd
+from dmtd_models.config.model import DmtdSpec, ModelConfig, SplitOptions, resolve_dmtd
 from dmtd_models.reference import oracle
 from dmtd_models.reference.dmtd import DmtdModel, Forward
 from dmtd_models.reference.testing import write_tiny_checkpoint
-from dmtd_runtime import LLM
+from dmtd_runtime import LLM, AsyncLLM
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from dmtd_runtime.bundle.manifest import CycleInfo, FileInfo, Manifest
@@ -142,11 +142,13 @@ def make_bundle(
         root / "model", family=family, layers=LAYERS, tokenizer=tokenizer, max_positions=max_positions
     )
     options = ExportOptions(
-        encoding_layers=encoding_layers,
-        decoding_layers=DECODING_LAYERS,
-        cycle_length=4,
-        cycle_origin="prompt",
-        prompt_input="thinking",
+        split=SplitOptions(
+            encoding_layers=encoding_layers,
+            decoding_layers=DECODING_LAYERS,
+            cycle_length=4,
+            cycle_origin="prompt",
+            prompt_input="thinking",
+        ),
         max_num_seqs=MAX_BATCH,
     )
     manifest = export_bundle(source, root / "bundle", options)
@@ -154,11 +156,13 @@ def make_bundle(
         spec = resolve_dmtd(
             checkpoint.config,
             checkpoint.dmtd,
-            encoding_layers=encoding_layers,
-            decoding_layers=DECODING_LAYERS,
-            cycle_length=4,
-            cycle_origin="prompt",
-            prompt_input="thinking",
+            SplitOptions(
+                encoding_layers=encoding_layers,
+                decoding_layers=DECODING_LAYERS,
+                cycle_length=4,
+                cycle_origin="prompt",
+                prompt_input="thinking",
+            ),
         )
         model = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, torch.float32)
     return TinyBundle(directory=root / "bundle", manifest=manifest, model=model)
@@ -167,7 +171,7 @@ def make_bundle(
 def poisoned_bundle(root: Path, token_id: int = 255) -> tuple[Path, Manifest]:
     """A bundle, cycle length 3, in which one token has a NaN embedding."""
     source = write_tiny_checkpoint(root / "model", layers=LAYERS, tokenizer=True)
-    options = ExportOptions(decoding_layers=DECODING_LAYERS, cycle_length=3)
+    options = ExportOptions(split=SplitOptions(decoding_layers=DECODING_LAYERS, cycle_length=3))
     manifest = export_bundle(source, root / "bundle", options)
     data = root / "bundle" / "model.onnx.data"
     info = manifest.weights["model.embed_tokens.weight"]
@@ -272,8 +276,8 @@ class Held:
         self._released.set()
 
     def wait(self) -> None:
-        """Until the engine stands still."""
-        assert self._reached.wait(120), "the engine never came to that step"
+        """Until the worker stands still."""
+        assert self._reached.wait(120), "the worker never came to that step"
 
     def _stand(self, go_on: Callable[[], bool]) -> None:
         self._reached.set()
@@ -281,13 +285,13 @@ class Held:
 
 
 @contextmanager
-def held(llm: LLM, *, after: int, until: Callable[[], bool] = lambda: False) -> Iterator[Held]:
-    hold, backend = Held(), llm._engine._backend
+def held(llm: LLM | AsyncLLM, *, after: int, until: Callable[[], bool] = lambda: False) -> Iterator[Held]:
+    hold, backend = Held(), llm._worker._backend
     run = backend.run
 
     def step(*arguments: Any, **options: Any) -> Any:
         if hold.steps >= after:
-            hold._stand(lambda: llm._engine.is_closing() or until())
+            hold._stand(lambda: llm._worker.is_closing() or until())
         hold.steps += 1
         return run(*arguments, **options)
 

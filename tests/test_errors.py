@@ -21,11 +21,12 @@ from dmtd_export.evaluate import EvaluateOptions, evaluate
 from dmtd_export.options import ExportOptions
 from dmtd_export.verify import verify_bundle, verify_on_device
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.config.model import SplitOptions
 from dmtd_models.errors import ModelError
 from dmtd_runtime import LLM, RequestError, SamplingParams
 from dmtd_runtime.backends.base import BackendOptions
 
-SPLIT = ExportOptions(decoding_layers=2, cycle_length=3, verify=False)
+SPLIT = ExportOptions(split=SplitOptions(decoding_layers=2, cycle_length=3), verify=False)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,9 @@ NAMED: dict[str, Callable[[Path, Path], object]] = {
     "limit": lambda bundle, place: EvaluateOptions(limit=0),
     "prefill_chunk": lambda bundle, place: preview(bundle, BuildOptions(backend="simulator", prefill_chunk=10**6)),
     "cycle_length": lambda bundle, place: export_bundle(
-        bundle.parent / "checkpoint", place / "b", ExportOptions(decoding_layers=2, cycle_length=999)
+        bundle.parent / "checkpoint",
+        place / "b",
+        ExportOptions(split=SplitOptions(decoding_layers=2, cycle_length=999)),
     ),
 }
 
@@ -109,13 +112,11 @@ def generated(bundle: Path, ask: Callable[[LLM], object]) -> None:
 
 
 def finetune(place: Path, base: Path) -> None:
-    from dmtd_models.finetune.batches import BatchOptions
-    from dmtd_models.finetune.job import Job, run_job
-    from dmtd_models.finetune.options import TrainOptions
-    from dmtd_models.finetune.student import LossOptions
+    from dmtd_models.finetune.job import run_job
+    from dmtd_models.finetune.options import BatchOptions, Job, LossOptions, TrainOptions
 
     train = TrainOptions(precision="float32", loss=LossOptions(), batch=BatchOptions())
-    run_job(Job(base=base, output=place / "out", data=("no such data",), train=train), None)  # type: ignore[arg-type]
+    run_job(Job(base=base, output=place / "out", data=("no such data",), train=train))
 
 
 @pytest.mark.parametrize("call", BAD.values(), ids=BAD)

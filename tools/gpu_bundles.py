@@ -27,7 +27,7 @@ from dmtd_export.bundle.weights import NUMPY_DTYPES, PAGE_BYTES, TensorSource, t
 from dmtd_export.graphs.layers import COS, SIN
 from dmtd_export.options import ExportOptions
 from dmtd_models.checkpoints.tensors import tensor_shapes
-from dmtd_models.config.model import ModelConfig, read_config
+from dmtd_models.config.model import ModelConfig, SplitOptions, read_config
 from dmtd_models.reference.rope import rotary_tables
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.manifest import FileInfo, WeightInfo
@@ -77,10 +77,9 @@ def make_bundle(wanted: Wanted, place: Path, *, checkpoint: Path | None, max_num
         shutil.rmtree(source, ignore_errors=True)
         (write_hollow if shape.ring else write_random)(source, shape)
     options = ExportOptions(
-        decoding_layers=wanted.late,
-        cycle_length=wanted.tau,
-        cycle_origin="prompt",
-        prompt_input="thinking",
+        split=SplitOptions(
+            decoding_layers=wanted.late, cycle_length=wanted.tau, cycle_origin="prompt", prompt_input="thinking"
+        ),
         dtype=wanted.dtype,
         max_num_seqs=max_num_seqs,
         max_model_len=min(max_model_len, shape.max_positions),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
 from importlib.resources import files as resource_files
@@ -23,11 +23,12 @@ from dmtd_export.graphs.build import build_graph
 from dmtd_export.graphs.checking import checker_fault
 from dmtd_export.graphs.rows import GraphSpec
 from dmtd_export.options import MAX_NUM_SEQS_LIMIT, MAX_WINDOW, ExportOptions
-from dmtd_export.progress import Progress, counter, silent
-from dmtd_models.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from dmtd_models.config.model import DmtdSpec, ModelConfig, resolve_dmtd
+from dmtd_models.checkpoints.checkpoint import Checkpoint, is_gguf, open_checkpoint
+from dmtd_models.config.model import DmtdSpec, ModelConfig, require_split, resolve_dmtd
+from dmtd_models.progress import Progress, counter, silent
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import FileInfo, GraphInfo, Manifest, ModelInfo, sha256_of
+from dmtd_runtime.text.special_tokens import eos_token_ids_of
 from dmtd_runtime.version import __version__
 
 logger = logging.getLogger("dmtd.export")
@@ -53,6 +54,8 @@ def export_bundle(
     ``verify`` is called with the finished but not yet placed bundle and the open checkpoint; it returns the record for the
     manifest and raises to refuse the bundle. Raises ExportError, ModelError, or what ``verify`` raises.
     """
+    if adapter is None and is_gguf(model):
+        require_split(options.split)
     with one_line_os_errors(output), open_checkpoint(model, adapter) as checkpoint:
         check_target(output)
         spec = resolve(checkpoint, options)
@@ -70,16 +73,7 @@ def export_bundle(
 
 def resolve(checkpoint: Checkpoint, options: ExportOptions) -> DmtdSpec:
     """The split and convention of the bundle: the checkpoint's record, overridden by options."""
-    spec = resolve_dmtd(
-        checkpoint.config,
-        checkpoint.dmtd,
-        encoding_layers=options.encoding_layers,
-        thinking_layers=options.thinking_layers,
-        decoding_layers=options.decoding_layers,
-        cycle_length=options.cycle_length,
-        cycle_origin=options.cycle_origin,
-        prompt_input=options.prompt_input,
-    )
+    spec = resolve_dmtd(checkpoint.config, checkpoint.dmtd, options.split)
     head_dim = checkpoint.config.head_dim
     if options.target != "tensorrt" and runnable_target(head_dim) == "tensorrt":
         raise ExportError(
@@ -139,7 +133,7 @@ def _write_bundle(
     work: Path, checkpoint: Checkpoint, spec: DmtdSpec, max_model_len: int, options: ExportOptions, progress: Progress
 ) -> Manifest:
     config = checkpoint.config
-    write_assets(work, checkpoint)
+    write_assets(work, checkpoint, options.generation_config)
     loader = resource_files("dmtd_export").joinpath("bundle", "polygraphy_data.py").read_text(encoding="utf-8")
     (work / contract.DATA_LOADER_FILE).write_text(loader, encoding="utf-8")
     rotary_rows = max_model_len + MAX_WINDOW
@@ -166,7 +160,7 @@ def _write_bundle(
             listed[path.name] = FileInfo(bytes=path.stat().st_size, sha256=sha256_of(path))
     manifest = Manifest(
         schema=contract.SCHEMA_VERSION,
-        model=_model_info(config, options, max_model_len),
+        model=_model_info(config, options, max_model_len, eos_token_ids_of(work)),
         cycle=cycle_of(spec),
         graphs=tuple(graphs),
         weights=weights,
@@ -199,7 +193,7 @@ def wanted_graphs(options: ExportOptions) -> list[tuple[contract.GraphName, cont
     return [*decoder, *((name, contract.STANDARD, 1) for name in contract.CHOICE_GRAPHS)]
 
 
-def _model_info(config: ModelConfig, options: ExportOptions, max_model_len: int) -> ModelInfo:
+def _model_info(config: ModelConfig, options: ExportOptions, max_model_len: int, ends: Sequence[int]) -> ModelInfo:
     return ModelInfo(
         family=config.family,
         vocab_size=config.vocab_size,
@@ -214,7 +208,7 @@ def _model_info(config: ModelConfig, options: ExportOptions, max_model_len: int)
         max_model_len=max_model_len,
         max_window=MAX_WINDOW,
         bos_token_id=config.bos_token_id,
-        eos_token_ids=config.eos_token_ids,
+        eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *ends))),  # Llama 3 ends turns by the latter alone
     )
 
 

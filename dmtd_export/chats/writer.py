@@ -25,6 +25,7 @@ from dmtd_export.bundle.export import export_bundle, quiet_export, runnable_targ
 from dmtd_export.chats.questions import Conversation, read_questions
 from dmtd_export.options import ExportOptions
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.config.model import ANY_SPLIT
 from dmtd_models.data.repetition import is_loop, number_ids
 from dmtd_models.finetune.self_written import ChatFrame, ChatRequest, chat_frame
 from dmtd_models.finetune.shards import AnswersError, Document, RunState, ShardStore
@@ -121,8 +122,7 @@ def _opened(request: ChatRequest) -> Iterator[LLM]:
         if not eos_token_ids:
             raise AnswersError("model: got no end-of-sequence token, expected one that ends a turn; set eos_token_id")
         options = ExportOptions(
-            decoding_layers=1,  # in plain mode every split computes the same
-            cycle_length=1,
+            split=ANY_SPLIT,
             target=target,
             dtype=dtype,
             max_num_seqs=MAX_BATCH[request.device],

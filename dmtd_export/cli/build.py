@@ -17,6 +17,7 @@ from dmtd_export.cli.options.build import BuildGroup
 from dmtd_export.cli.progress import StageDisplay
 from dmtd_export.engines.options import BuildOptions
 from dmtd_runtime.bundle.engine_record import OLDEST_CAPABILITY, EngineBackend, EngineRecord
+from dmtd_runtime.bundle.manifest import load_manifest
 from dmtd_runtime.cli.common import (
     EXIT_ERROR,
     BundleArgument,
@@ -41,22 +42,26 @@ def build(
         bool,
         typer.Option(
             "--verify/--no-verify",
-            help="Verify on this machine's device, if it has one, before the engines take their place.",
+            help="Verify the engines on this machine's device, where it has one, before they take their place.",
         ),
     ] = True,
     warm_up: Annotated[
         bool,
         typer.Option(
             "--warm-up/--no-warm-up",
-            help="tensorrt-rtx: compile the kernels of every shape at the end, where this machine's GPU can run the engines.",
+            help="With tensorrt-rtx: compile all kernels at the end, where this machine's GPU can run the engines.",
         ),
     ] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built, and what it takes.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be built and what it takes, and build nothing.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Build TensorRT engines from a bundle into BUNDLE/engines/.
 
-    TensorRT-RTX builds without a GPU, for any of 8.0 and later; TensorRT builds for the GPU of this machine.
+    TensorRT-RTX builds without a GPU, for any of compute capability 8.0 and later.
+
+    TensorRT builds for the GPU of this machine.
     """
     directory = pick(bundle, model, "BUNDLE")
     require("build", LIBRARIES, "export")
@@ -223,7 +228,10 @@ def _result_table(result: BuildResult) -> Table:
 
 
 def _verify_command(bundle: Path, record: EngineRecord) -> str:
-    fewer = f" --max-num-seqs {record.max_num_seqs}" if record.max_num_seqs < BuildOptions().max_num_seqs else ""
+    from dmtd_export.verify import largest_batch
+
+    built = record.max_num_seqs
+    fewer = f" --max-num-seqs {built}" if built < largest_batch(load_manifest(bundle)) else ""
     return f"dmtd verify {shlex.quote(str(bundle))} --backend {record.backend}{fewer}"
 
 

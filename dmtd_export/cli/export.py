@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_text
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dmtd_export.cli.options.export import ExportGroup
+from dmtd_export.cli.options.export import ExportGroup, SplitGroup
 from dmtd_export.cli.progress import StageDisplay
 from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_runtime.bundle.speed_bound import split_bytes
 from dmtd_runtime.cli.common import JsonOption, human_bytes, logs_to_stderr, pick, require
 
@@ -34,11 +36,15 @@ def export(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Directory of the bundle; an older bundle there is replaced whole."),
+        typer.Option("--output", "-o", help="Directory of the bundle. A bundle that is there is replaced whole."),
     ] = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="A directory that `dmtd finetune` made of MODEL; it is merged into the weights.")
+        Path | None,
+        typer.Option(
+            help="A directory that `dmtd finetune` made of MODEL. It is merged into the weights. By default none."
+        ),
     ] = None,
+    split: SplitGroup = SplitOptions(),
     options: ExportGroup = ExportOptions(),
     json: JsonOption = False,
 ) -> None:
@@ -61,7 +67,7 @@ def export(
         manifest = export_bundle(
             source,
             output,
-            options,
+            replace(options, split=split),
             adapter=adapter,
             progress=display.counted,
             verify=hook,

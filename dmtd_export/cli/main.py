@@ -24,6 +24,7 @@ from dmtd_runtime.cli.process import flushed, prepare_streams, unwind_on_signals
 from dmtd_runtime.version import __version__
 
 RENAMED = {"--flavour": "--backend", "--max-batch": "--max-num-seqs"}
+RENAMED_VALUES = {"host": "simulator"}  # of --flavour
 _HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
 
@@ -95,15 +96,15 @@ class _LazyCommand(typer.core.TyperCommand):
         super().__init__(name=name, help=verb.help, short_help=verb.help)
         self._verb = verb
 
-    def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        command = self.load()
+    def make_context(self, info_name: Any, args: list[str], *more: Any, **kwargs: Any) -> Any:
+        command, words = self.load(), list(args)  # the parser empties its list
         try:
-            return command.make_context(*args, **kwargs)
+            return command.make_context(info_name, args, *more, **kwargs)
         except Exception as error:  # typer's own, for an option that it does not know
             old = getattr(error, "option_name", None)
             if old not in RENAMED:
                 raise
-        note(f"error: {old}: is called {RENAMED[old]} now")
+        note(f"error: {old}: is called {RENAMED[old]} now; write: {RENAMED[old]} {_new_value(words, str(old))}")
         raise typer.Exit(EXIT_USAGE)
 
     def load(self) -> Any:
@@ -122,6 +123,15 @@ class _LazyCommand(typer.core.TyperCommand):
         options = [each for each in command.params if each.param_type_name == "option"]
         flags |= {str(each.name): max(each.opts, key=len) for each in options}
         return command
+
+
+def _new_value(words: Sequence[str], option: str) -> str:
+    """What was given for an option of old, in today's words."""
+    for word, following in zip(words, [*words[1:], "..."], strict=True):
+        if word == option or word.startswith(f"{option}="):
+            value = word.partition("=")[2] or following
+            return RENAMED_VALUES.get(value, value)
+    return "..."
 
 
 class _LazyGroup(typer.core.TyperGroup):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json as json_text
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from dmtd_export.cli.export import LIBRARIES
 from dmtd_export.cli.progress import StageDisplay
 from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.bundle.manifest import load_manifest
 from dmtd_runtime.cli.common import (
     EXIT_ERROR,
     BundleArgument,
@@ -24,37 +26,48 @@ from dmtd_runtime.cli.common import (
     require,
 )
 from dmtd_runtime.cli.options.backend import BACKEND
+from dmtd_runtime.cli.options.groups import option
 
-ON_DEVICE = BackendOptions(max_num_seqs=8)  # verify.LARGEST_BATCH, which needs more libraries
-VerifyBackend = Annotated[BackendOptions, BACKEND.only("backend", "device", "device_id", "full_pass", "max_num_seqs")]
+VerifyBackend = Annotated[BackendOptions, BACKEND.only("backend", "device", "device_id", "full_pass")]
 
 
 def verify(
     bundle: BundleArgument = None,
     model: BundleOption = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="The checkpoint it was made from: the weights are compared with it too.")
+        Path | None,
+        typer.Option(help="The checkpoint it was made from, to compare its weights too. By default they are not."),
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="The adapter that was merged into the checkpoint.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="With --checkpoint: the adapter that was merged into it. By default none.")
+    ] = None,
     level: Annotated[
         Literal["structure", "graphs", "oracle"] | None,
-        typer.Option(help="How far to go; by default as far as this machine can."),
+        typer.Option(help="How far to go. By default as far as this machine can: oracle needs torch."),
     ] = None,
-    backend: VerifyBackend = ON_DEVICE,
+    backend: VerifyBackend = BackendOptions(),
+    max_num_seqs: Annotated[
+        int | None,
+        option(
+            "On a device: the largest batch that is checked. By default what the bundle was exported for, at most 8.",
+            panel="Backend",
+            min=1,
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Check a bundle: files, graphs against each other, whole cycles against the PyTorch reference.
 
-    With another backend than onnxruntime, or --device cuda: what that device computes, against the reference.
+    With --backend tensorrt, tensorrt-rtx or simulator, or --device cuda: what that device computes, against the reference.
 
-    Exit code 1 if anything diverges; the first divergence is named.
+    Exit code 1 if anything diverges. The first divergence is named.
     """
     directory = pick(bundle, model, "BUNDLE")
     if adapter is not None and checkpoint is None:
         raise typer.BadParameter("--adapter: give the checkpoint it was made of with --checkpoint")
     on_device = backend.runs_engines or backend.device == "cuda"
     given = {
-        "--max-num-seqs": backend.max_num_seqs != ON_DEVICE.max_num_seqs,
+        "--max-num-seqs": max_num_seqs is not None,
         "--full-pass": backend.full_pass is not None,
     }
     if (names := [name for name, was_given in given.items() if was_given]) and not on_device:
@@ -62,7 +75,7 @@ def verify(
             f"{', '.join(names)}: for a device, not for the bundle; say which: --backend tensorrt or --device cuda"
         )
     require("verify", LIBRARIES, "export")
-    from dmtd_export.verify import render, verify_bundle, verify_on_device
+    from dmtd_export.verify import largest_batch, render, verify_bundle, verify_on_device
     from dmtd_models.checkpoints.checkpoint import open_checkpoint
 
     with logs_to_stderr(), contextlib.ExitStack() as opened:
@@ -73,7 +86,8 @@ def verify(
                 raise typer.BadParameter(
                     "--checkpoint and --level are for the bundle, not for a device; leave them out"
                 )
-            report = verify_on_device(directory, backend, progress=display.verified)
+            batch = max_num_seqs or largest_batch(load_manifest(directory))
+            report = verify_on_device(directory, replace(backend, max_num_seqs=batch), progress=display.verified)
         else:
             report = verify_bundle(directory, checkpoint=source, level=level, progress=display.verified)
     if json:

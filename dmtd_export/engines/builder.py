@@ -200,7 +200,8 @@ def _parse(parser: Any, graph: EngineGraph, bundle: Path, library: Library, mess
     if not parser.parse(graph.model.SerializeToString(), str(place)):
         reason = parser.get_error(0).desc() if parser.num_errors else messages.first()
         raise ExportError(
-            f"{library.backend} {library.version} cannot parse {graph.name}: {reason}; export the bundle again"
+            f"{library.backend} {library.version} cannot parse {graph.name}: {reason}; install the version that "
+            f"`dmtd doctor` names, or run the bundle with --backend onnxruntime"
         )
 
 

@@ -7,7 +7,6 @@ ONNX graphs themselves, executed on the CPU.
 
 from __future__ import annotations
 
-import importlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +14,9 @@ from typing import Any
 
 from dmtd_export.engines.plan import Target
 from dmtd_runtime.bundle.engine_record import ANY_GPU, OLDEST_CAPABILITY, EngineBackend, is_new_enough
-from dmtd_runtime.device.libraries import capabilities, gpu_here, pass_interrupt_on
+from dmtd_runtime.device.libraries import CudaBackend, capabilities, gpu_here, import_tensorrt
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.machine.hardware import look_at_gpus
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Package:
-    module: str
-    major: int
-    install: str
-
-
-PACKAGES: dict[EngineBackend, _Package] = {
-    "tensorrt": _Package(module="tensorrt", major=11, install='"dmtd[tensorrt]"'),
-    "tensorrt-rtx": _Package(module="tensorrt_rtx", major=1, install='"dmtd[tensorrt-rtx]"'),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +38,7 @@ def load_library(backend: EngineBackend | None) -> Library:
         return Library(backend="simulator", version="1", module=None)
     if backend is not None:
         return _import(backend)
-    order: list[EngineBackend] = ["tensorrt", "tensorrt-rtx"] if look_at_gpus()[0] else ["tensorrt-rtx", "tensorrt"]
+    order: list[CudaBackend] = ["tensorrt", "tensorrt-rtx"] if look_at_gpus()[0] else ["tensorrt-rtx", "tensorrt"]
     problems = []
     for name in order:
         try:
@@ -62,25 +48,9 @@ def load_library(backend: EngineBackend | None) -> Library:
     raise BackendError(f"dmtd build needs TensorRT-RTX or TensorRT: {problems[0]}")
 
 
-def _import(backend: EngineBackend) -> Library:
-    package = PACKAGES[backend]
-    try:
-        module = importlib.import_module(package.module)
-    except (ImportError, OSError) as error:
-        pass_interrupt_on(error)
-        raise BackendError(
-            f"{package.module} cannot be imported ({_first_line(error)}); run: pip install {package.install}"
-        ) from None
-    version = str(module.__version__)
-    if version.partition(".")[0] != str(package.major):
-        raise BackendError(
-            f"{package.module}: got version {version}, expected {package.major}.x; run: pip install -U {package.install}"
-        )
-    return Library(backend=backend, version=version, module=module)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _import(backend: CudaBackend) -> Library:
+    module = import_tensorrt(backend)
+    return Library(backend=backend, version=str(module.__version__), module=module)
 
 
 def target_of(library: Library, compute_capability: str | None) -> Target:

@@ -62,9 +62,7 @@ def check_attention_nodes(model: onnx.ModelProto) -> None:
         scale = given.pop("scale", None)
         if scale is None or scale.f != 1.0:
             got = "no scale" if scale is None else f"a scale of {scale.f:g}"
-            raise ExportError(
-                f"{node.name}: got {got}, expected 1, for TensorRT would round it to the model's type; export the bundle again"
-            )
+            _fail(node.name, f"{got}, which TensorRT would round to the model's type", "1")
         if given:
             _fail(node.name, f"has {', '.join(sorted(given))}", "an explicit mask and no such attribute")
         if len(node.input) < ATTENTION_INPUTS or not node.input[3]:

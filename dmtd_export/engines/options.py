@@ -19,7 +19,7 @@ class BuildOptions:
 
     backend: EngineBackend | None = None  # None: what is installed
     fused: bool | None = None  # full_pass besides thinking; None: where the split has encoding layers
-    max_num_seqs: int = 8
+    max_num_seqs: int | None = None  # None: what the bundle was exported for
     max_model_len: int | None = None
     prefill_chunk: int = contract.MIN_WINDOW
     compute_capability: str | None = None

@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 
 from dmtd_export.engines.options import BuildOptions
 from dmtd_export.errors import ExportError
-from dmtd_export.options import MAX_NUM_SEQS_LIMIT
+from dmtd_export.options import MAX_NUM_SEQS_LIMIT, ExportOptions
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.contract import GraphName
 from dmtd_runtime.bundle.engine_record import (
@@ -103,9 +103,10 @@ def plan_build(manifest: Manifest, options: BuildOptions) -> BuildPlan:
     max_model_len = options.max_model_len
     if max_model_len is None:
         max_model_len = min(model.max_model_len, contract.DEVICE_MODEL_LEN)
+    max_num_seqs = options.max_num_seqs or manifest.max_num_seqs or ExportOptions().max_num_seqs
     for name, got, least, most in (
         ("max_model_len", max_model_len, 2, model.max_model_len),
-        ("max_num_seqs", options.max_num_seqs, 1, MAX_NUM_SEQS_LIMIT),
+        ("max_num_seqs", max_num_seqs, 1, MAX_NUM_SEQS_LIMIT),
         ("prefill_chunk", options.prefill_chunk, manifest.cycle.cycle_length, model.max_window),
     ):
         if not least <= got <= most:
@@ -115,13 +116,13 @@ def plan_build(manifest: Manifest, options: BuildOptions) -> BuildPlan:
     fused: tuple[GraphName, ...] = (contract.FULL_PASS,) if wanted else ()
     return BuildPlan(
         graphs=(contract.THINKING, contract.LATE_DECODE, *fused),
-        max_num_seqs=options.max_num_seqs,
+        max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         capacity=capacity,
         prefill_chunk=options.prefill_chunk,
         cycle_length=manifest.cycle.cycle_length,
         length_buckets=length_buckets(capacity),
-        batch_buckets=batch_buckets(options.max_num_seqs),
+        batch_buckets=batch_buckets(max_num_seqs),
     )
 
 

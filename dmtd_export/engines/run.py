@@ -28,7 +28,7 @@ from dmtd_export.engines.options import BuildOptions
 from dmtd_export.engines.plan import BuildPlan, Target, choice_profile, engine_key, plan_build, profiles
 from dmtd_export.engines.simulator import write_simulator_engine
 from dmtd_export.graphs.engine import EngineGraph, choice_graph, engine_graph, stored_weights
-from dmtd_export.progress import Progress, silent
+from dmtd_models.progress import Progress, silent
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.engine_record import (
     RECORD_SCHEMA,

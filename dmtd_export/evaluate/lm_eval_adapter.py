@@ -24,7 +24,7 @@ from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.options import OpenOptions
 from dmtd_export.evaluate.scorer import ScoreRequest
 from dmtd_export.evaluate.subject import Subject, open_subject
-from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_runtime import LLM, SamplingParams
 from dmtd_runtime.bundle.manifest import load_manifest
 from dmtd_runtime.text.tokenizer import Tokenizer
@@ -70,7 +70,7 @@ class DmtdLM(TemplateLM):  # type: ignore[misc]  # the harness is not followed
         max_batch_size: int | None = None,
         device: str | None = None,
     ) -> None:
-        split = ExportOptions(
+        split = SplitOptions(
             encoding_layers=encoding_layers,
             decoding_layers=decoding_layers,
             cycle_length=cycle_length,

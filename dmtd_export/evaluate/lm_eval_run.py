@@ -42,7 +42,6 @@ def run_harness(
     *,
     limit: int | None,
     seed: int,
-    run_unsafe_code: bool = False,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> tuple[list[HarnessResult], list[str]]:
     """Run the tasks with the model under its pattern and the base in plain mode.
@@ -56,7 +55,7 @@ def run_harness(
     sides = []
     manager = _task_manager(options)
     for (subject, opening), plain in ((model, False), (base, True)):
-        sides.append(_evaluate(subject, opening, plain, options, manager, limit, seed, run_unsafe_code))
+        sides.append(_evaluate(subject, opening, plain, options, manager, limit, seed))
         on_done(1)
     results, unscored = [], []
     for task, samples in sides[0]["samples"].items():
@@ -72,13 +71,13 @@ def _task_manager(options: HarnessOptions) -> Any:
     """The harness's index of tasks. Its own tasks are thousands of files: they are read only if one of them is asked for."""
     from lm_eval.tasks import TaskManager
 
-    if options.include is not None:
-        if not options.include.is_dir():
-            raise EvaluateError(f"{options.include} is no directory", param="lm_eval_include")
-        own = TaskManager(include_path=str(options.include), include_defaults=False)
-        if set(options.tasks) <= set(own.all_tasks):
+    if options.lm_eval_include is not None:
+        if not options.lm_eval_include.is_dir():
+            raise EvaluateError(f"{options.lm_eval_include} is no directory", param="lm_eval_include")
+        own = TaskManager(include_path=str(options.lm_eval_include), include_defaults=False)
+        if set(options.lm_eval) <= set(own.all_tasks):
             return own
-    return TaskManager(include_path=None if options.include is None else str(options.include))
+    return TaskManager(include_path=None if options.lm_eval_include is None else str(options.lm_eval_include))
 
 
 def _evaluate(
@@ -89,7 +88,6 @@ def _evaluate(
     manager: Any,
     limit: int | None,
     seed: int,
-    run_unsafe_code: bool,
 ) -> Mapping[str, Any]:
     from lm_eval.evaluator import simple_evaluate
 
@@ -101,13 +99,13 @@ def _evaluate(
         with contextlib.redirect_stdout(io.StringIO()):
             found = simple_evaluate(
                 model=adapter,
-                tasks=list(options.tasks),
+                tasks=list(options.lm_eval),
                 task_manager=manager,
                 limit=limit,
                 bootstrap_iters=0,
                 log_samples=True,
-                apply_chat_template=options.chat,
-                confirm_run_unsafe_code=run_unsafe_code,
+                apply_chat_template=options.lm_eval_chat,
+                confirm_run_unsafe_code=options.run_unsafe_code,
                 random_seed=seed,
                 numpy_random_seed=seed,
                 torch_random_seed=seed,
@@ -115,7 +113,7 @@ def _evaluate(
             )
     except (ValueError, KeyError, OSError, ImportError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise EvaluateError(f"{','.join(options.tasks)}: {lines[0]}", param="lm_eval") from error
+        raise EvaluateError(f"{','.join(options.lm_eval)}: {lines[0]}", param="lm_eval") from error
     finally:
         adapter.close()
     assert found is not None, "one process has all results"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from dmtd_export.evaluate.errors import EvaluateError
-from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 
 Device = Literal["cpu", "cuda"]
 ScoreDtype = Literal["float32", "bfloat16"]
@@ -19,20 +19,31 @@ MIN_SCORED = 8  # rows behind the context that a window of text must have
 class OpenOptions:
     """How to open a subject. ``split`` applies to checkpoints; ``dtype`` is a checkpoint's in memory, a bundle has its own."""
 
-    split: ExportOptions = field(default_factory=ExportOptions)
+    split: SplitOptions = field(default_factory=SplitOptions)
     adapter: Path | None = None  # of a checkpoint
     device: Device = "cpu"
     dtype: ScoreDtype = "float32"
     threads: int | None = None
 
+    @property
+    def of_base(self) -> OpenOptions:
+        """How the plain base is opened: it has no adapter, and its split does not matter."""
+        return replace(self, split=SplitOptions(), adapter=None)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HarnessOptions:
-    """``tasks`` by the harness's names; ``include`` a directory of further task files."""
+    """Tasks of EleutherAI's lm-eval harness."""
 
-    tasks: tuple[str, ...] = ()
-    include: Path | None = None
-    chat: bool = False  # render prompts with the model's chat template
+    lm_eval: tuple[str, ...] = ()  # names of tasks or groups
+    lm_eval_include: Path | None = None  # a directory of further task files
+    lm_eval_chat: bool = False  # render prompts with the model's chat template
+    run_unsafe_code: bool = False  # tasks like HumanEval and MBPP execute what the models write
+
+    def __post_init__(self) -> None:
+        for name in ("lm_eval_include", "lm_eval_chat", "run_unsafe_code"):
+            if getattr(self, name) and not self.lm_eval:
+                raise EvaluateError("has no effect without --lm-eval; leave it out, or give that", param=name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +63,8 @@ class EvaluateOptions:
     fluency: bool = False  # texts on the everyday prompts
     compare_conventions: bool = False
     offsets: bool = False  # texts with the first head at every place of a cycle
-    run_unsafe_code: bool = False  # tasks of the harness like HumanEval and MBPP execute what the models write
     harness: HarnessOptions = field(default_factory=HarnessOptions)
     open: OpenOptions = field(default_factory=OpenOptions)
-    base_open: OpenOptions = field(default_factory=OpenOptions)
 
     def __post_init__(self) -> None:
         lowest = {
@@ -70,15 +79,6 @@ class EvaluateOptions:
         for name, least in lowest.items():
             if (value := getattr(self, name)) < least:
                 raise EvaluateError(f"got {value}, expected {least} or more", param=name)
-        harness = self.harness
-        useless = {
-            "lm_eval_include": (harness.include is not None and not harness.tasks, "--lm-eval"),
-            "lm_eval_chat": (harness.chat and not harness.tasks, "--lm-eval"),
-            "run_unsafe_code": (self.run_unsafe_code and not harness.tasks, "--lm-eval"),
-        }
-        for name, (given, missing) in useless.items():
-            if given:
-                raise EvaluateError(f"has no effect without {missing}; leave it out, or give that", param=name)
         if self.window_len < self.context_len + 2 * MIN_SCORED:
             raise EvaluateError(
                 f"got {self.window_len}, expected {self.context_len + 2 * MIN_SCORED} or more: the context "

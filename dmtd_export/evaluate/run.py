@@ -27,9 +27,9 @@ from dmtd_export.evaluate.subject import Subject, open_subject
 from dmtd_export.evaluate.tasks import read_task
 from dmtd_export.evaluate.text_metrics import TextResult, measure_text
 from dmtd_export.evaluate.texts import TextWindow, WindowPlan, collect_windows
-from dmtd_export.progress import Progress, counter, silent
 from dmtd_models.data.items import GenerationItem, MultipleChoiceItem
 from dmtd_models.data.task_file import Items
+from dmtd_models.progress import Progress, counter, silent
 from dmtd_runtime.text.chat_template import ChatTemplate
 
 
@@ -44,20 +44,14 @@ def evaluate(
     Raises:
         DmtdError, ModelError: something cannot be opened, read or compared; one line says what.
     """
-    if not (options.texts or options.tasks or options.harness.tasks or options.fluency):
-        raise EvaluateError("nothing to evaluate on: give --text FILE, --task FILE, --fluency or --lm-eval TASKS")
-    for kind, names in (("text", options.texts), ("task", options.tasks)):
-        stems = [Path(name).stem for name in names]
-        for name, stem in zip(names, stems, strict=True):
-            if stems.count(stem) > 1:
-                raise EvaluateError(f"{name} is given twice, or two files of one name; results go by name", param=kind)
+    _check_sources(options)
     tasks = [read_task(name, options.limit) for name in options.tasks]
     with contextlib.ExitStack() as opened:
         progress("open", 0, 0)
         subject = opened.enter_context(open_subject(model, options.open))
         against = subject
         if base is not None:
-            against = opened.enter_context(open_subject(base, options.base_open, plain_only=True))
+            against = opened.enter_context(open_subject(base, options.open.of_base, plain_only=True))
         run = _Run(subject=subject, base=against, options=options, progress=progress)
         windows = run.windows()
         shortened = run.longest if windows and run.longest < options.window_len else None
@@ -96,6 +90,16 @@ def evaluate(
             *(f"{name} of lm-eval scores no single items; run the harness itself for it" for name in unscored),
         ),
     )
+
+
+def _check_sources(options: EvaluateOptions) -> None:
+    if not (options.texts or options.tasks or options.harness.lm_eval or options.fluency):
+        raise EvaluateError("nothing to evaluate on: give --text FILE, --task FILE, --fluency or --lm-eval TASKS")
+    for kind, names in (("texts", options.texts), ("tasks", options.tasks)):
+        stems = [Path(name).stem for name in names]
+        for name, stem in zip(names, stems, strict=True):
+            if stems.count(stem) > 1:
+                raise EvaluateError(f"{name} is given twice, or two files of one name; results go by name", param=kind)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,15 +260,14 @@ class _Run:
     def harness(self) -> tuple[list[HarnessResult], list[str]]:
         """Tasks of lm-eval, if asked for."""
         options = self.options
-        if not options.harness.tasks:
+        if not options.harness.lm_eval:
             return [], []
         return run_harness(
             (self.subject, options.open),
-            (self.base, options.base_open if self.base is not self.subject else options.open),
+            (self.base, options.open.of_base if self.base is not self.subject else options.open),
             options.harness,
             limit=options.limit,
             seed=options.seed,
-            run_unsafe_code=options.run_unsafe_code,
             on_done=self._counter("lm-eval", 2),
         )
 
@@ -281,7 +284,7 @@ class _Run:
         )
 
     def _generation(self, subject: Subject, *, plain: bool) -> GenerationRun:
-        opening = self.options.open if subject is self.subject else self.options.base_open
+        opening = self.options.open
         return GenerationRun(
             bundle=subject.generation_bundle(), plain=plain, device=opening.device, threads=opening.threads
         )

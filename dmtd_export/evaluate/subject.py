@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.options import OpenOptions
 from dmtd_export.evaluate.scorer import Scorer
 from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import ANY_SPLIT, SplitOptions, require_split, resolve_dmtd
 from dmtd_models.data.chat import TextTokenizer
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import CycleInfo
@@ -91,7 +92,7 @@ def _open_bundle(path: Path, options: OpenOptions, opened: contextlib.ExitStack)
 
     if options.adapter is not None:
         raise EvaluateError(f"{path} is a bundle, an adapter is merged into a checkpoint; give --adapter with its base")
-    if _gives_split(options.split):
+    if options.split != SplitOptions():
         raise EvaluateError(
             f"{path} is a bundle, whose split is fixed; leave the split options out, or give its checkpoint"
         )
@@ -109,24 +110,15 @@ def _open_bundle(path: Path, options: OpenOptions, opened: contextlib.ExitStack)
 
 def _open_checkpoint(path: Path, options: OpenOptions, plain_only: bool, opened: contextlib.ExitStack) -> Subject:
     from dmtd_export.evaluate.torch_scorer import TorchScorer, use_threads
-    from dmtd_models.checkpoints.checkpoint import open_checkpoint
-    from dmtd_models.config.model import resolve_dmtd
+    from dmtd_models.checkpoints.checkpoint import is_gguf, open_checkpoint
 
+    if options.adapter is None and not plain_only and is_gguf(path):
+        require_split(options.split)
     checkpoint = opened.enter_context(open_checkpoint(path, options.adapter))
     split = options.split
     if plain_only:
-        # In plain mode every split computes the same: any that is legal will do where none is recorded.
-        split = ExportOptions() if checkpoint.dmtd else ExportOptions(decoding_layers=1, cycle_length=1)
-    spec = resolve_dmtd(
-        checkpoint.config,
-        checkpoint.dmtd,
-        encoding_layers=split.encoding_layers,
-        thinking_layers=split.thinking_layers,
-        decoding_layers=split.decoding_layers,
-        cycle_length=split.cycle_length,
-        cycle_origin=split.cycle_origin,
-        prompt_input=split.prompt_input,
-    )
+        split = SplitOptions() if checkpoint.dmtd else ANY_SPLIT
+    spec = resolve_dmtd(checkpoint.config, checkpoint.dmtd, split)
     otherwise = None
     if checkpoint.dmtd is not None and not plain_only:
         from dmtd_export.bundle.export import trained_otherwise
@@ -146,13 +138,9 @@ def _open_checkpoint(path: Path, options: OpenOptions, plain_only: bool, opened:
             from dmtd_export.bundle.export import export_bundle, quiet_export, runnable_target
 
             target = runnable_target(checkpoint.config.head_dim)
+            made = ExportOptions(split=split, target=target, max_num_seqs=GENERATION_BATCH, verify=False)
             with quiet_export() if plain_only else contextlib.nullcontext():
-                export_bundle(
-                    path,
-                    bundle,
-                    replace(split, target=target, dtype="float32", max_num_seqs=GENERATION_BATCH, verify=False),
-                    adapter=options.adapter,
-                )
+                export_bundle(path, bundle, made, adapter=options.adapter)
         return bundle
 
     return Subject(
@@ -166,15 +154,3 @@ def _open_checkpoint(path: Path, options: OpenOptions, plain_only: bool, opened:
         adapter=options.adapter,
         trained_otherwise=otherwise,
     )
-
-
-def _gives_split(split: ExportOptions) -> bool:
-    names = (
-        "encoding_layers",
-        "thinking_layers",
-        "decoding_layers",
-        "cycle_length",
-        "cycle_origin",
-        "prompt_input",
-    )
-    return any(getattr(split, name) is not None for name in names)

@@ -23,12 +23,12 @@ def read_task(name: str, limit: int | None) -> Items:
         raise EvaluateError(
             f"{name}: no such file; a task is a file of items of your own (.jsonl), names are those of the lm-eval "
             f"harness: --lm-eval {name}",
-            param="task",
+            param="tasks",
         )
     try:
         items = read_items(path)[:limit]
     except ModelError as error:
-        raise EvaluateError(f"{error}", param="task") from error
+        raise EvaluateError(f"{error}", param="tasks") from error
     if not items:
-        raise EvaluateError(f"{name}: no items; give a task that has some, or a larger --limit", param="task")
+        raise EvaluateError(f"{name}: no items; give a task that has some, or a larger --limit", param="tasks")
     return items

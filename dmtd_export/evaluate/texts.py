@@ -53,7 +53,7 @@ def read_texts(name: str) -> Iterator[TextItem]:
         raise EvaluateError(
             f"{name}: no such file or directory; give a text file, or {', '.join(SUFFIXES)} data as --data of "
             "dmtd finetune takes",
-            param="text",
+            param="texts",
         )
     yield _whole_file(path)
 
@@ -77,7 +77,7 @@ def _records(path: Path) -> Iterator[TextItem]:
         for row in read_rows(path):
             text = row.values.get("text")
             if not isinstance(text, str):
-                raise EvaluateError(f"{row.where}: expected an object whose text is a string", param="text")
+                raise EvaluateError(f"{row.where}: expected an object whose text is a string", param="texts")
             number = row.where.removeprefix(path.name).lstrip(":, ")
             yield TextItem(
                 source=path.name,
@@ -85,7 +85,7 @@ def _records(path: Path) -> Iterator[TextItem]:
                 text=checked_text(text, f"{row.where}: text"),
             )
     except ModelError as error:
-        raise EvaluateError(f"{error}", param="text") from None
+        raise EvaluateError(f"{error}", param="texts") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +162,7 @@ def is_chats(name: str) -> bool:
         row = next(read_rows(Path(name)), None)
         return row is not None and form_of(row) != "text"
     except ModelError as error:
-        raise EvaluateError(f"{error}", param="text") from error
+        raise EvaluateError(f"{error}", param="texts") from error
 
 
 def chat_windows(name: str, tokenizer: TextTokenizer, plan: WindowPlan) -> tuple[TextWindow, ...]:
@@ -190,7 +190,7 @@ def chat_windows(name: str, tokenizer: TextTokenizer, plan: WindowPlan) -> tuple
             plan,
         )
     except ModelError as error:
-        raise EvaluateError(f"{error}", param="text") from error
+        raise EvaluateError(f"{error}", param="texts") from error
 
 
 def collect_windows(
@@ -218,7 +218,7 @@ def collect_windows(
             windows = cut_windows(read_texts(name), encode, share)
         if not windows:
             raise EvaluateError(
-                f"{name}: no document has {plan.context_len + MIN_SCORED} tokens; give a longer text", param="text"
+                f"{name}: no document has {plan.context_len + MIN_SCORED} tokens; give a longer text", param="texts"
             )
         found += windows
     return tuple(found)

@@ -1,7 +1,7 @@
 """Scores from a PyTorch checkpoint: whole sequences under the oracle's gates, no cache.
 
 A sequence asked for in both modes (or with several prompt lengths) passes E and T once: only D differs. Sequences of
-similar length share a batch, padded on the right, which causal attention never sees. The head runs over a chunk of rows at
+similar length share a batch, padded on the right, which causal attention never sees. lm_head runs over a chunk of rows at
 a time, so that memory does not grow with the vocabulary. One of the package's modules that import torch.
 """
 

@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dmtd_export.progress import Progress, silent
 from dmtd_export.verify.levels import LARGE_BYTES, float32_bytes, installed
 from dmtd_export.verify.on_device import LARGEST_BATCH, verify_on_device
 from dmtd_export.verify.report import VerificationError, VerifyReport, record
+from dmtd_models.progress import Progress, silent
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.engine_record import ANY_GPU, OLDEST_CAPABILITY, EngineRecord, FullPass

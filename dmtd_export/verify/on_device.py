@@ -20,12 +20,12 @@ import numpy as np
 
 from dmtd_export.bundle.split import spec_of
 from dmtd_export.errors import ExportError
-from dmtd_export.progress import Progress, silent
 from dmtd_export.verify.cycles import Array, Case, Comparison, Variant, forced_group, make_cases
 from dmtd_export.verify.levels import installed
 from dmtd_export.verify.margins import FLOAT32, HALF_TOP1_AGREEMENT, Margin, half_margin
 from dmtd_export.verify.report import Check, VerifyReport
 from dmtd_export.verify.structure import model_config
+from dmtd_models.progress import Progress, silent
 from dmtd_runtime.backends.base import Backend, BackendOptions
 from dmtd_runtime.backends.opening import open_backend
 from dmtd_runtime.bundle import contract
@@ -43,6 +43,11 @@ if TYPE_CHECKING:
 
 CYCLES_GENERATED = 4  # of each case: the first runs call by call, the second is captured, the others are replays
 LARGEST_BATCH = 8
+
+
+def largest_batch(manifest: Manifest) -> int:
+    """The largest batch to check of a bundle where nothing else is said."""
+    return min(LARGEST_BATCH, manifest.max_num_seqs or LARGEST_BATCH)
 
 
 def verify_on_device(

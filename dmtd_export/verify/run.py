@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from dmtd_export.bundle.atomic import work_directory
 from dmtd_export.bundle.split import spec_of
-from dmtd_export.progress import Progress, silent
 from dmtd_export.verify import cycles
 from dmtd_export.verify.choice_checks import check_choose_token, check_sample_token
 from dmtd_export.verify.graph_checks import check_graphs, graphs_as_expected, ordered
@@ -33,6 +32,7 @@ from dmtd_export.verify.weights_check import check_architecture, check_rotary, c
 from dmtd_models.checkpoints.checkpoint import Checkpoint
 from dmtd_models.checkpoints.tensors import tensor_shapes
 from dmtd_models.config.model import ModelConfig
+from dmtd_models.progress import Progress, silent
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import Manifest, load_manifest
 from dmtd_runtime.errors import BackendError, BundleError

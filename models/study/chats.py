@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 from dmtd_models.checkpoints.checkpoint import Checkpoint
-from dmtd_models.config.model import resolve_dmtd
+from dmtd_models.config.model import SplitOptions, resolve_dmtd
 from dmtd_models.data.chat import TextTokenizer
 from dmtd_models.finetune.options import usual_precision
 from dmtd_models.reference.dmtd import DmtdModel
@@ -43,7 +43,7 @@ def write_chats(
         AnswersError: see ``write_answers``.
         DataError: the checkpoint has no chat template.
     """
-    plain = resolve_dmtd(checkpoint.config, None, decoding_layers=1, cycle_length=1)
+    plain = resolve_dmtd(checkpoint.config, None, SplitOptions(decoding_layers=1, cycle_length=1))
     model = DmtdModel.from_reader(checkpoint.config, plain, checkpoint.read, getattr(torch, usual_precision(device)))
     write_answers(
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")),

@@ -5,6 +5,7 @@
     ├── RequestError (ValueError)   a prompt or an option that cannot be served
     ├── BackendError                the library, device or provider asked for is not usable
     ├── AbortedError                the request was cancelled, timed out, or its worker was closed
+    ├── QueueFullError              as many requests wait as may; try again later
     ├── MissingExtraError           a verb needs a library of an optional extra
     ├── ExportError                 an export or a build cannot be done as asked; nothing was written
     ├── VerificationError           a bundle or engines compute something else than the model

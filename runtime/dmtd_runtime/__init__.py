@@ -11,12 +11,14 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from dmtd_runtime.errors import AbortedError, BackendError, BundleError, DmtdError, RequestError
+from dmtd_runtime.errors import AbortedError, BackendError, BundleError, DmtdError, QueueFullError, RequestError
 from dmtd_runtime.version import __version__
 
 if TYPE_CHECKING:
+    from dmtd_runtime.async_llm import AsyncLLM
     from dmtd_runtime.llm import LLM
     from dmtd_runtime.sampling.params import SamplingParams
+    from dmtd_runtime.serving.counts import Counts
     from dmtd_runtime.serving.outputs import CompletionOutput, Delta, RequestOutput
 
 logging.getLogger("dmtd").addHandler(logging.NullHandler())
@@ -24,11 +26,14 @@ logging.getLogger("dmtd").addHandler(logging.NullHandler())
 __all__ = [
     "LLM",
     "AbortedError",
+    "AsyncLLM",
     "BackendError",
     "BundleError",
     "CompletionOutput",
+    "Counts",
     "Delta",
     "DmtdError",
+    "QueueFullError",
     "RequestError",
     "RequestOutput",
     "SamplingParams",
@@ -37,6 +42,8 @@ __all__ = [
 
 _HOMES = {
     "LLM": "dmtd_runtime.llm",
+    "AsyncLLM": "dmtd_runtime.async_llm",
+    "Counts": "dmtd_runtime.serving.counts",
     "CompletionOutput": "dmtd_runtime.serving.outputs",
     "Delta": "dmtd_runtime.serving.outputs",
     "RequestOutput": "dmtd_runtime.serving.outputs",

@@ -36,15 +36,23 @@ class Step:
 
 @dataclass(slots=True, kw_only=True)
 class Position:
-    """Where a sequence stands; :meth:`commit` after a step has run."""
+    """Where a sequence stands; :meth:`commit` after a step has run.
+
+    ``given_len`` tokens are given and read in chunks: the prompt, and what of a reply is known already, to be scored as if it
+    had been generated. 0: the prompt alone.
+    """
 
     prompt_len: int
+    given_len: int = 0
     fed: int = 0
     thought: int = 0
 
+    def __post_init__(self) -> None:
+        self.given_len = self.given_len or self.prompt_len
+
     @property
     def in_prefill(self) -> bool:
-        return self.fed < self.prompt_len
+        return self.fed < self.given_len
 
     def commit(self, step: Step) -> None:
         """Take the step's rows as written."""
@@ -90,7 +98,7 @@ class CyclePlan:
     def next_step(self, at: Position, max_rows: int) -> Step:
         """The step that feeds the next token, or the next chunk of at most ``max_rows`` prompt tokens."""
         if at.in_prefill:
-            rows = range(at.fed, min(at.prompt_len, at.fed + max_rows))
+            rows = range(at.fed, min(at.given_len, at.fed + max_rows))
             gates = [self.gates(position, at.prompt_len) for position in rows]
             return Step(
                 kind="prefill",
@@ -98,7 +106,7 @@ class CyclePlan:
                 late=rows,
                 gate_hidden=tuple(h for h, _ in gates),
                 gate_thought=tuple(t for _, t in gates),
-                wants_logits=rows.stop == at.prompt_len,
+                wants_logits=rows.stop == at.given_len,
             )
         head = self.is_head(at.fed, at.prompt_len)
         gate_hidden, gate_thought = self.gates(at.fed, at.prompt_len)
@@ -110,6 +118,15 @@ class CyclePlan:
             gate_thought=(gate_thought,),
             wants_logits=True,
         )
+
+    def lasting_rows(self, prompt_len: int, rows: int) -> int:
+        """How many of a sequence's first ``rows`` rows any prompt that begins with the same tokens has too, to the last gate.
+
+        Where cycles count from the sequence's start, or there are none, gates are the position's alone: all. Where they count
+        from the prompt's end, a reply that becomes part of a prompt is read with other gates: the prompt's.
+        """
+        anywhere = self.plain or self.cycle.cycle_origin == "absolute"
+        return rows if anywhere else min(rows, prompt_len)
 
     def cycle_steps(self, at: Position) -> list[Step]:
         """The steps of the whole cycle that begins at the head ``at``.

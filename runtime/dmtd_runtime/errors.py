@@ -19,5 +19,9 @@ class AbortedError(DmtdError):
     """The request was cancelled, passed its deadline, or its LLM was closed."""
 
 
+class QueueFullError(DmtdError):
+    """As many sequences or prompt tokens wait as may; nothing of the request was started, and it may be tried again later."""
+
+
 class MissingExtraError(DmtdError):
     """A library of an optional extra is not installed."""

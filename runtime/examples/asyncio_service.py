@@ -1,12 +1,11 @@
-"""An LLM inside a plain asyncio service: lines of JSON over TCP on 127.0.0.1, nothing but the standard library beside it.
+"""An AsyncLLM inside a plain asyncio service: lines of JSON over TCP on 127.0.0.1, the standard library beside it.
 
     python asyncio_service.py BUNDLE --port 8765
     {"prompt": "Once upon a time", "max_tokens": 40}    one line to the service; keep the connection open
     {"text": " there"}   {"text": " was"}   ...         lines back as the text is made
     {"finish_reason": "length"}                         the last one; or {"error": "what is wrong"}
 
-The LLM works in a thread of its own. Each client waits for pieces in a thread of a small pool, never in the event loop.
-A client that leaves, or sends more, cancels its request between two steps of the model.
+A client that leaves, or sends more, cancels its request between two cycles of the model.
 """
 
 from __future__ import annotations
@@ -15,11 +14,9 @@ import argparse
 import asyncio
 import json
 import signal
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from dmtd_runtime import LLM, DmtdError, RequestError, SamplingParams
-from dmtd_runtime.llm import Stream
+from dmtd_runtime import AsyncLLM, DmtdError, RequestError, SamplingParams
 
 MAX_LINE_BYTES = 64 * 1024
 MAX_TOKENS = 512
@@ -30,11 +27,10 @@ FIELDS = {"prompt", "max_tokens", "temperature", "seed", "stop"}
 
 
 class Service:
-    """Answers clients of one LLM; one request a connection."""
+    """Answers clients of one AsyncLLM; one request a connection."""
 
-    def __init__(self, llm: LLM) -> None:
+    def __init__(self, llm: AsyncLLM) -> None:
         self._llm = llm
-        self._pool = ThreadPoolExecutor(MAX_CLIENTS, thread_name_prefix="client")
         self.clients: set[asyncio.Task[Any] | None] = set()
 
     async def on_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -46,7 +42,7 @@ class Service:
                     await self._answer(reader, writer)
                 except DmtdError as error:
                     await _send(writer, {"error": str(error)})
-        except (ConnectionError, TimeoutError):
+        except (ConnectionError, TimeoutError, asyncio.CancelledError):
             pass  # the client is gone, or stopped reading
         finally:
             writer.close()
@@ -56,23 +52,16 @@ class Service:
         if len(self.clients) > MAX_CLIENTS:
             raise RequestError(f"busy: {MAX_CLIENTS} clients are served already; try again later")
         prompt, params = await _read_request(reader)
-        stream = self._llm.stream(prompt, params, timeout_s=ANSWER_SECONDS)  # only queues it
-        left = asyncio.ensure_future(reader.read(1))  # done when the client leaves
+        task, left = asyncio.current_task(), asyncio.ensure_future(reader.read(1))  # done when the client leaves
+        left.add_done_callback(lambda left: task and not left.cancelled() and task.cancel())
         try:
-            while (delta := await self._next(stream, left)) is not None:
+            async for delta in self._llm.generate(prompt, params, timeout_s=ANSWER_SECONDS):
                 if delta.text:
                     await _send(writer, {"text": delta.text})
                 if delta.finish_reason:
                     await _send(writer, {"finish_reason": delta.finish_reason})
         finally:
-            stream.close()  # cancels what is left of it, and wakes the thread that waits for it
             left.cancel()
-
-    async def _next(self, stream: Stream, left: asyncio.Future[bytes]) -> Any:
-        """The next piece; None at the end, or when the client has left."""
-        piece = asyncio.get_running_loop().run_in_executor(self._pool, next, stream, None)
-        await asyncio.wait({piece, left}, return_when=asyncio.FIRST_COMPLETED)
-        return None if left.done() else piece.result()
 
 
 async def _read_request(reader: asyncio.StreamReader) -> tuple[str, SamplingParams]:
@@ -101,13 +90,13 @@ async def serve(bundle: str, port: int) -> None:
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    with LLM(bundle, max_num_seqs=4) as llm:
+    async with AsyncLLM(bundle, max_num_seqs=4) as llm:
         service = Service(llm)
         server = await asyncio.start_server(service.on_client, "127.0.0.1", port, limit=MAX_LINE_BYTES)
         print(f"listening on 127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
         await stop.wait()
         server.close()
-        await asyncio.to_thread(llm.close)
+        await llm.close()
         if service.clients:
             await asyncio.wait(service.clients, timeout=5)
 

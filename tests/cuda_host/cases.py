@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 
 MAX_BATCH = 4
@@ -40,9 +41,7 @@ class Model:
             sizes = {"layers": 5, **self.sizes}
             write_tiny_checkpoint(checkpoint, family=self.family, dtype=self.dtype, **sizes)
             options = ExportOptions(
-                encoding_layers=self.encoding_layers,
-                decoding_layers=2,
-                cycle_length=3,
+                split=SplitOptions(encoding_layers=self.encoding_layers, decoding_layers=2, cycle_length=3),
                 dtype=self.dtype,
                 max_num_seqs=MAX_BATCH,
                 verify=False,

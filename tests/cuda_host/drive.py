@@ -19,7 +19,7 @@ import onnxruntime
 from cuda.bindings import runtime as cuda
 from cuda_host.cases import CASES, MAX_TOKENS, WARM_UPS, Case
 
-import dmtd_runtime.llm
+import dmtd_runtime.serving.service
 from dmtd_runtime import LLM, SamplingParams
 from dmtd_runtime.backends.base import RunOutput, SlotStep
 
@@ -70,7 +70,7 @@ def drive(bundle: Path, case: Case, *, cuda_graphs: bool, plain: bool) -> None:
     gc.collect()  # what failed before lets go of its memory
     mark("open", cuda_graphs=cuda_graphs, plain=plain)
     with LLM(bundle, cuda_graphs=cuda_graphs, plain=plain, **case.llm_options()) as llm:
-        backend, model = llm._engine._backend, llm.manifest.model
+        backend, model = llm._worker._backend, llm.manifest.model
         row_bytes = model.num_kv_heads * model.head_dim * (4 if model.dtype == "float32" else 2)
         kv_bytes = 2 * model.num_layers * backend.slots * backend.capacity * row_bytes
         weight_bytes = sum(path.stat().st_size for path in bundle.glob("*.data"))
@@ -98,8 +98,8 @@ def drive(bundle: Path, case: Case, *, cuda_graphs: bool, plain: bool) -> None:
 def main() -> int:
     bundle, [case] = Path(sys.argv[1]), [case for case in CASES if case.name == sys.argv[2]]
     mark_graphs()
-    open_backend = dmtd_runtime.llm.open_backend
-    dmtd_runtime.llm.open_backend = lambda *args, **options: MarkedBackend(open_backend(*args, **options))
+    open_backend = dmtd_runtime.serving.service.open_backend
+    dmtd_runtime.serving.service.open_backend = lambda *args, **options: MarkedBackend(open_backend(*args, **options))
     for cuda_graphs, plain in case.modes:
         try:
             drive(bundle, case, cuda_graphs=cuda_graphs, plain=plain)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from dmtd_export.cli.main import app
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
-from dmtd_models.config.model import Rope, resolve_dmtd
+from dmtd_models.config.model import Rope, SplitOptions, resolve_dmtd
 from dmtd_models.reference.dmtd import DmtdModel
 from dmtd_models.reference.oracle import OracleRun, greedy
 from dmtd_models.reference.testing import write_tiny_checkpoint
@@ -90,7 +90,7 @@ def dmtd(*arguments: str) -> tuple[str, str]:
 
 def oracle_run(source: Path, split: dict[str, Any], plain: bool) -> OracleRun:
     with open_checkpoint(source) as checkpoint:
-        spec = resolve_dmtd(checkpoint.config, checkpoint.dmtd, **split)
+        spec = resolve_dmtd(checkpoint.config, checkpoint.dmtd, SplitOptions(**split))
         model = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, torch.float32)
         return greedy(model, PROMPT, NEW_TOKENS, plain)
 

@@ -23,7 +23,7 @@ from dmtd_export.evaluate.generation import GenerationResult
 from dmtd_export.evaluate.report import EvaluationReport
 from dmtd_export.options import ExportOptions
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
-from dmtd_models.config.model import resolve_dmtd
+from dmtd_models.config.model import SplitOptions, resolve_dmtd
 from dmtd_models.reference import oracle
 from dmtd_models.reference.dmtd import DmtdModel
 from dmtd_runtime import LLM, SamplingParams
@@ -57,7 +57,11 @@ def gguf() -> Path:
 @pytest.fixture(scope="module")
 def plain(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     bundle = tmp_path_factory.mktemp("plain") / "bundle"
-    export_bundle(gguf, bundle, ExportOptions(decoding_layers=8, cycle_length=4, target="onnxruntime", max_num_seqs=8))
+    export_bundle(
+        gguf,
+        bundle,
+        ExportOptions(split=SplitOptions(decoding_layers=8, cycle_length=4), target="onnxruntime", max_num_seqs=8),
+    )
     return bundle
 
 
@@ -74,7 +78,7 @@ def report(adapter: str, gguf: Path, plain: Path, tmp_path_factory: pytest.TempP
     write_lines(items, facts())
     try:
         alone = OpenOptions(threads=1)  # thread pools that share cores spin against each other
-        chosen = EvaluateOptions(tasks=(str(items),), limit=FACTS, fluency=True, open=alone, base_open=alone)
+        chosen = EvaluateOptions(tasks=(str(items),), limit=FACTS, fluency=True, open=alone)
         return run_evaluation(bundle, plain, chosen)
     finally:
         shutil.rmtree(bundle)
@@ -90,7 +94,7 @@ def test_text_of_the_longer_cycles_is_fluent(gguf: Path, tmp_path: Path) -> None
             [output] = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=32))
             texts.append((prompt, output.outputs[0].token_ids))
     with open_checkpoint(gguf) as checkpoint:
-        spec = resolve_dmtd(checkpoint.config, None, decoding_layers=8, cycle_length=4)
+        spec = resolve_dmtd(checkpoint.config, None, SplitOptions(decoding_layers=8, cycle_length=4))
         plain = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, torch.float32)
     nats: list[float] = []
     for prompt, ids in texts:

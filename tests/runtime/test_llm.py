@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import gc
+import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
+from bundles import with_files
 from runtime_support import END_OF_TURN, TinyBundle, TinyBundles, held, random_prompt, tokenizer_of
 
-from dmtd_runtime import LLM, Delta, RequestError, SamplingParams
+from dmtd_models.reference import oracle
+from dmtd_runtime import LLM, Delta, DmtdError, RequestError, SamplingParams
+from dmtd_runtime.text.tokenizer import TextStream
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -90,23 +96,76 @@ def test_chat_renders_the_bundles_template(llm: LLM) -> None:
     assert streamed == answer.outputs[0].text
 
 
-def test_defaults_come_from_the_bundles_generation_config(bundle: TinyBundle, tmp_path) -> None:
-    import hashlib
-    import json
-    import shutil
-
-    copy = tmp_path / "bundle"
-    shutil.copytree(bundle.directory, copy)
+def test_defaults_come_from_the_bundles_generation_config(bundle: TinyBundle, tmp_path: Path) -> None:
     content = b'{"do_sample": false, "temperature": 0.3, "max_new_tokens": 3}'
-    (copy / "generation_config.json").write_bytes(content)
-    manifest = json.loads((copy / "manifest.json").read_text())
-    record = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    manifest["files"]["generation_config.json"] = record
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    copy = with_files(bundle.directory, tmp_path / "bundle", {"generation_config.json": content})
     with LLM(copy, threads=1) as llm:
         assert llm.default_params.greedy
         tokens = llm.generate([1, 2, 3])[0].outputs[0].token_ids
     assert tokens == bundle.greedy_tokens([1, 2, 3], len(tokens))
+
+
+# What a tokenizer and the files beside it say
+
+
+@pytest.fixture(scope="module")
+def with_pad(bundle: TinyBundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose tokenizer has a token more than the model has rows: "[PAD]", id 259."""
+    core = tokenizers.Tokenizer.from_file(str(bundle.directory / "tokenizer.json"))
+    assert (core.add_tokens(["[PAD]"]), core.token_to_id("[PAD]")) == (1, bundle.manifest.model.vocab_size)
+    files = {"tokenizer.json": core.to_str().encode()}
+    return with_files(bundle.directory, tmp_path_factory.mktemp("pad") / "bundle", files)
+
+
+def test_a_token_that_the_model_has_no_row_for_is_refused_before_anything_starts(
+    with_pad: Path, bundle: TinyBundle
+) -> None:
+    messages = [{"role": "user", "content": "hi [PAD]"}]
+    with LLM(with_pad, max_num_seqs=2, threads=1) as llm:
+        neighbour = llm.stream([1, 2, 3], GREEDY)
+        for ask in (
+            lambda: llm.generate(["hi", "hi [PAD]"], GREEDY),
+            lambda: llm.stream("hi [PAD]", GREEDY),
+            lambda: llm.chat(messages, GREEDY),
+            lambda: llm.stream_chat(messages, GREEDY),
+        ):
+            with pytest.raises(RequestError, match=r"prompt: got '\[PAD\]', token id 259 .* from 0 to 258"):
+                ask()
+        assert [i for piece in neighbour for i in piece.token_ids] == bundle.greedy_tokens([1, 2, 3], 12)
+        assert len(llm.generate("hi", GREEDY)[0].outputs[0].token_ids) == 12
+
+
+def test_the_end_ids_of_generation_config_count_without_a_tokenizer(bundle: TinyBundle, tmp_path: Path) -> None:
+    tokens = bundle.greedy_tokens([1, 2, 3], 12)
+    end = next(token for token in tokens[1:] if token != END_OF_TURN)
+    content = json.dumps({"eos_token_id": [END_OF_TURN, end]}).encode()
+    files = {"generation_config.json": content, "tokenizer.json": None}
+    copy = with_files(bundle.directory, tmp_path / "bundle", files)
+    with LLM(copy, threads=1) as llm:
+        assert llm.tokenizer is None
+        [output] = llm.generate([1, 2, 3], SamplingParams(temperature=0, max_tokens=12))
+    assert output.outputs[0].token_ids == tokens[: tokens.index(end) + 1]
+    assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", end)
+
+
+def test_what_fails_in_one_request_ends_that_one_alone(
+    llm: LLM, bundle: TinyBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text that cannot be made is a bug; it takes neither the neighbours nor the worker along."""
+    push = TextStream.push
+    failing = llm._request([9, 8, 7], GREEDY)
+    stream = failing.sequences[0].stops._text
+
+    def broken(self: TextStream, token_id: int) -> str:
+        if self is stream:
+            raise OverflowError("no such character")
+        return push(self, token_id)
+
+    monkeypatch.setattr(TextStream, "push", broken)
+    neighbour = llm.stream([1, 2, 3], GREEDY)
+    with pytest.raises(DmtdError, match="the sequence failed at token 4: OverflowError: no such character"):
+        llm._finish([failing])
+    assert [i for piece in neighbour for i in piece.token_ids] == bundle.greedy_tokens([1, 2, 3], 12)
 
 
 # Options
@@ -233,7 +292,8 @@ def test_a_stream_adds_up_to_what_generate_gives(llm: LLM) -> None:
         assert joined(deltas, index) == (one.text, one.token_ids)
         mine = [delta for delta in deltas if delta.index == index]
         assert [entry for delta in mine for entry in delta.logprobs] == one.logprobs
-        assert [delta.finish_reason for delta in mine] == [None] * 19 + ["length"]
+        assert {delta.finish_reason for delta in mine[:-1]} <= {None}
+        assert mine[-1].finish_reason == "length"
 
 
 def test_a_stream_never_shows_a_part_of_its_stop_string(llm: LLM, bundle: TinyBundle) -> None:
@@ -360,3 +420,23 @@ def test_a_name_given_by_the_user_does_not_collide_with_the_engines_own(llm: LLM
     assert llm.generate([1, 2], params)[0].outputs[0].finish_reason == "length"
     for stream in taken:
         stream.close()
+
+
+@pytest.mark.parametrize("score_from", [None, 4])
+def test_log_probabilities_of_the_prompts_own_tokens(bundle: TinyBundle, score_from: int | None) -> None:
+    ids = random_prompt(3, 11)
+    with LLM(bundle.directory) as llm:
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+        [output] = llm.generate([ids], params, score_from=score_from)
+        [again] = llm.generate([ids], SamplingParams(temperature=0, max_tokens=1))
+        with pytest.raises(RequestError, match=r"^score_from: got 11, expected 1 to 10"):
+            llm.generate([ids], params, score_from=11)
+    assert again.prompt_logprobs is None
+    reference = bundle.reference(4, ("prompt", "thinking"))
+    want = oracle.teacher_forced(reference, ids, score_from or len(ids)).log_softmax(-1)
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    for row, token_id, entry in zip(want[:-1], ids[1:], output.prompt_logprobs[1:], strict=True):
+        assert entry is not None
+        assert (entry.token_id, entry.logprob) == (token_id, pytest.approx(float(row[token_id]), abs=1e-4))
+        assert entry.top[0] == (int(row.argmax()), pytest.approx(float(row.max()), abs=1e-4))

@@ -103,7 +103,7 @@ def test_close_ends_running_and_waiting_requests(bundle: TinyBundle) -> None:
     with ThreadPoolExecutor(3) as pool, held(llm, after=8):
         results = [pool.submit(llm.generate, [i], ENDLESS) for i in (1, 2, 3)]
         stream = llm.stream([4], ENDLESS)
-        wait_until(lambda: len(llm._engine._loop.sequences) + len(llm._engine._incoming) == 4)
+        wait_until(lambda: len(llm._worker._loop.sequences) + len(llm._worker._incoming) == 4)
         llm.close()
         outputs = [result.result(timeout=60)[0].outputs[0] for result in results]
     assert {output.finish_reason for output in outputs} == {"abort"}

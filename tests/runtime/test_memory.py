@@ -48,7 +48,7 @@ def test_dropping_without_close_stays_flat(directory: Path) -> None:
     for _ in range(ROUNDS):
         llm = LLM(directory, threads=1)
         llm.generate([1, 2, 3], GREEDY)
-        thread = llm._engine._thread
+        thread = llm._worker._thread
         del llm
         gc.collect()
         thread.join(120)

@@ -15,29 +15,33 @@ BuildGroup = Annotated[
     Group(
         {
             "backend": option(
-                "tensorrt, tensorrt-rtx, or simulator: the graphs alone, for the CPU. By default the library that is "
-                "installed.",
+                "tensorrt, tensorrt-rtx, or simulator: the graphs alone, for the CPU. By default the library "
+                "that is installed.",
                 metavar="NAME",
             ),
             "fused": option(
-                "Build full_pass too, which reads encoding layers once and holds D and the head again; by default where the "
-                "split has encoding layers.",
+                "Build full_pass too: encoding layers are read once, D and lm_head are in memory twice. By default "
+                "where the split has encoding layers.",
                 "--fused/--no-fused",
             ),
             "compute_capability": option(
-                "Of tensorrt-rtx: build for this kind of GPU only; by default for any from 8.0 on.", metavar="8.9"
+                "With tensorrt-rtx: build for this compute capability alone. By default for any from 8.0 on.",
+                metavar="8.9",
             ),
-            "max_num_seqs": option(f"Sequences at a time, 1 to {MAX_NUM_SEQS_LIMIT}.", panel=_SIZES),
+            "max_num_seqs": option(
+                f"Most sequences at a time, 1 to {MAX_NUM_SEQS_LIMIT}. By default as the bundle was exported.",
+                panel=_SIZES,
+            ),
             "max_model_len": option(
-                "Tokens of prompt and answer together; by default the bundle's limit, at most "
+                "Most tokens of prompt and answer together. By default the bundle's limit, at most "
                 f"{contract.DEVICE_MODEL_LEN}.",
                 panel=_SIZES,
             ),
             "prefill_chunk": option("Most prompt tokens in one pass.", panel=_SIZES),
             "timing_cache": option(
-                "Of tensorrt: file that remembers timings; by default in the user's cache directory."
+                "With tensorrt: file that remembers timings. By default in the user's cache directory."
             ),
-            "force": option("Build again what stands there already.", "--force"),
+            "force": option("Build again what is built already. By default it is left as it is.", "--force"),
         }
     ),
 ]

@@ -1,39 +1,60 @@
-"""The options of ``ExportOptions``: the split and convention, which evaluate and finetune take too, and the bundle."""
+"""The options of ``SplitOptions``, which evaluate and finetune take too, and of ``ExportOptions``: what a bundle holds."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 from dmtd_export.options import MAX_NUM_SEQS_LIMIT, ExportOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_runtime.cli.options.groups import Group, option
 
-SPLIT_PANEL, _BUNDLE = "Split and convention (by default as the checkpoint records them)", "Bundle"
-SPLIT = Group(
-    {
-        "encoding_layers": option("E: layers before the thinking layers; 0 for a plain checkpoint.", panel=SPLIT_PANEL),
-        "thinking_layers": option("T: layers that run once a cycle; by default the rest.", panel=SPLIT_PANEL),
-        "decoding_layers": option("D: late layers, that run for every token.", panel=SPLIT_PANEL),
-        "cycle_length": option("Tokens of a cycle (tau).", panel=SPLIT_PANEL),
-        "cycle_origin": option(
-            "absolute: cycles count from the start of the sequence; prompt: from the end of the prompt.",
-            panel=SPLIT_PANEL,
-        ),
-        "prompt_input": option("What prompt positions feed to the late layers.", panel=SPLIT_PANEL),
-    }
-)
-SplitGroup = Annotated[ExportOptions, SPLIT]
+_SPLIT, _BUNDLE = "Split and convention (by default as the checkpoint records them)", "Bundle"
+SplitGroup = Annotated[
+    SplitOptions,
+    Group(
+        {
+            "encoding_layers": option(
+                "E: layers before the thinking layers. 0 where the checkpoint records none.", panel=_SPLIT
+            ),
+            "thinking_layers": option(
+                "T: layers that run once a cycle. By default all that E and D leave.", panel=_SPLIT
+            ),
+            "decoding_layers": option(
+                "D: late layers, which run for every token. A plain model needs it.", panel=_SPLIT
+            ),
+            "cycle_length": option("Tokens of a cycle (tau). A plain model needs it.", panel=_SPLIT),
+            "cycle_origin": option(
+                "absolute: cycles count from the start of the sequence. prompt: from the end of the prompt; so it is for a "
+                "plain model.",
+                panel=_SPLIT,
+            ),
+            "prompt_input": option(
+                "What prompt positions feed to the late layers. For a plain model thinking with origin prompt, cyclical "
+                "with origin absolute.",
+                panel=_SPLIT,
+            ),
+        }
+    ),
+]
 ExportGroup = Annotated[
     ExportOptions,
     Group(
         {
-            **SPLIT.options,
-            "target": option("Graphs for ONNX Runtime, for TensorRT, or both.", panel=_BUNDLE),
-            "dtype": option("Type of weights and caches.", panel=_BUNDLE),
-            "max_model_len": option(
-                "Tokens of prompt and answer together; by default the model's limit.", panel=_BUNDLE
+            "target": option(
+                "Whose graphs the bundle holds: onnxruntime's, those that engines are built from (tensorrt), or all.",
+                panel=_BUNDLE,
             ),
-            "max_num_seqs": option(f"Sequences at a time, 1 to {MAX_NUM_SEQS_LIMIT}.", panel=_BUNDLE),
-            "verify": option("Verify before the bundle takes its place.", "--verify/--no-verify", panel=_BUNDLE),
+            "dtype": option("Type of weights and caches. ONNX Runtime takes no bfloat16 on a CPU.", panel=_BUNDLE),
+            "max_model_len": option(
+                "Tokens of prompt and answer together. By default the model's own limit.", panel=_BUNDLE
+            ),
+            "max_num_seqs": option(f"Most sequences at a time, 1 to {MAX_NUM_SEQS_LIMIT}.", panel=_BUNDLE),
+            "generation_config": option(
+                "A generation_config.json in the place of the checkpoint's, or none: its end ids alone.",
+                metavar="none|FILE",
+                panel=_BUNDLE,
+            ),
+            "verify": option("Verify the bundle before it takes its place.", "--verify/--no-verify", panel=_BUNDLE),
         }
     ),
 ]

@@ -17,6 +17,21 @@ from dmtd_models.errors import CheckpointError
 __all__ = ["Checkpoint", "open_checkpoint"]
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a GGUF file, which records no split; opening one takes seconds.
+
+    Raises:
+        CheckpointError: a file that cannot be read.
+    """
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as stream:
+            return stream.read(4) == b"GGUF"
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); mend that") from error
+
+
 def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
     """Open and check a checkpoint.
 
@@ -56,9 +71,7 @@ def _open(path: Path) -> Checkpoint:
         )
     if (pointer := lfs_pointer(path)) is not None:
         raise CheckpointError(f"{path}: {pointer}")
-    with path.open("rb") as stream:
-        magic = stream.read(4)
-    if magic == b"GGUF":
+    if is_gguf(path):
         from dmtd_models.checkpoints.gguf import GgufCheckpoint
 
         return GgufCheckpoint(path)

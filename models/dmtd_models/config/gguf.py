@@ -16,6 +16,7 @@ import numpy.typing as npt
 from dmtd_models.config.families import FAMILIES
 from dmtd_models.config.hf import to_hugging_face
 from dmtd_models.config.model import ModelConfig, Rope, read_config
+from dmtd_models.config.rope import yarn_factor
 from dmtd_models.errors import CheckpointError, ConfigError
 
 _KNOWN_KEYS = frozenset(
@@ -25,6 +26,7 @@ _KNOWN_KEYS = frozenset(
         *("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count", "rope.scale_linear"),
         *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
         *("rope.scaling.finetuned", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+        "rope.scaling.yarn_attn_factor",  # written by the converter, and overwritten by llama.cpp with yarn's own
     )
 )
 # Unknown keys are let through at these values, which mean "not in use".
@@ -37,7 +39,6 @@ _NEUTRAL: Mapping[str, tuple[float, ...]] = {
     "embedding_scale": (1,),
     "residual_scale": (1,),
     "rope.scaling.attn_factor": (0, 1),
-    "rope.scaling.yarn_attn_factor": (1,),
     "rope.scaling.yarn_ext_factor": (1,),
     "rope.scaling.yarn_log_multiplier": (0,),
 }
@@ -65,13 +66,7 @@ def config_from_metadata(
         ConfigError: an architecture or a key that is not supported.
         CheckpointError: a key that is missing.
     """
-    family = metadata.get("general.architecture")
-    if family not in FAMILIES:
-        raise ConfigError(f"{path}: general.architecture: got {family!r}, expected one of {', '.join(FAMILIES)}")
-    own = {key.removeprefix(f"{family}."): value for key, value in metadata.items() if key.startswith(f"{family}.")}
-    for key, value in own.items():
-        if key not in _KNOWN_KEYS and value not in _NEUTRAL.get(key, ()):
-            raise ConfigError(f"{path}: {family}.{key}: got {value!r}, which may change the output; not supported")
+    family, own = _family_and_keys(path, metadata)
     if "token_embd.weight" not in tensor_shapes:
         raise CheckpointError(f"{path}: tensor token_embd.weight is missing; download the file again")
     num_heads = _count(path, own, "attention.head_count")
@@ -82,7 +77,7 @@ def config_from_metadata(
     max_positions = _count(path, own, "context_length")
     bos = metadata.get("tokenizer.ggml.bos_token_id")
     config = ModelConfig(
-        family=str(family),
+        family=family,
         vocab_size=tensor_shapes["token_embd.weight"][0],
         hidden_size=_count(path, own, "embedding_length"),
         intermediate_size=_count(path, own, "feed_forward_length"),
@@ -98,7 +93,7 @@ def config_from_metadata(
         qkv_bias=family == "qwen2" or "blk.0.attn_q.bias" in tensor_shapes,
         o_bias="blk.0.attn_output.bias" in tensor_shapes,
         mlp_bias="blk.0.ffn_gate.bias" in tensor_shapes,
-        qk_norm=FAMILIES[str(family)].qk_norm,
+        qk_norm=FAMILIES[family].qk_norm,
         bos_token_id=int(bos) if isinstance(bos, int) else None,
         eos_token_ids=_end_ids(metadata),
     )
@@ -107,6 +102,19 @@ def config_from_metadata(
     if again != config:
         raise ConfigError(f"{path}: the biases of this file are not a combination that {family} models have")
     return config
+
+
+def _family_and_keys(path: Path, metadata: Mapping[str, object]) -> tuple[str, dict[str, object]]:
+    """The family, and the metadata under its name; what is not known there is refused."""
+    family = metadata.get("general.architecture")
+    if family not in FAMILIES:
+        raise ConfigError(f"{path}: general.architecture: got {family!r}, expected one of {', '.join(FAMILIES)}")
+    own = {key.removeprefix(f"{family}."): value for key, value in metadata.items() if key.startswith(f"{family}.")}
+    for key, value in own.items():
+        read = _KNOWN_KEYS | {"rope.scaling.attn_factor"} if own.get("rope.scaling.type") == "yarn" else _KNOWN_KEYS
+        if key not in read and value not in _NEUTRAL.get(key, ()):
+            raise ConfigError(f"{path}: {family}.{key}: got {value!r}, which may change the output; not supported")
+    return str(family), own
 
 
 def _end_ids(metadata: Mapping[str, object]) -> tuple[int, ...]:
@@ -133,6 +141,7 @@ def _rope(
     if kind == "linear":
         return Rope(theta=theta, kind="linear", factor=factor)
     if kind == "yarn":
+        scale = _decimal(path, own, "rope.scaling.attn_factor", 1.0)  # llama.cpp multiplies yarn's own factor by it
         return Rope(
             theta=theta,
             kind="yarn",
@@ -140,6 +149,7 @@ def _rope(
             original_max_positions=_count(path, own, "rope.scaling.original_context_length", max_positions),
             beta_fast=_decimal(path, own, "rope.scaling.yarn_beta_fast", 32.0),
             beta_slow=_decimal(path, own, "rope.scaling.yarn_beta_slow", 1.0),
+            attention_factor=None if scale in (0.0, 1.0) else scale * yarn_factor(factor),
         )
     raise ConfigError(f"{path}: rope.scaling.type: got {kind!r}, expected none, linear or yarn")
 

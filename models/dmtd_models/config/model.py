@@ -16,6 +16,7 @@ from dmtd_models.config.values import boolean, integer, number
 from dmtd_models.errors import ConfigError
 
 __all__ = [
+    "ANY_SPLIT",
     "DEFAULT_CONVENTION",
     "LEGAL_CONVENTIONS",
     "MAX_CYCLE_LENGTH",
@@ -25,8 +26,10 @@ __all__ = [
     "PromptInput",
     "Rope",
     "RopeKind",
+    "SplitOptions",
     "check_dmtd",
     "read_config",
+    "require_split",
     "resolve_dmtd",
 ]
 
@@ -73,6 +76,21 @@ class DmtdSpec:
     convention_recorded: bool  # cycle_origin and prompt_input stood in the checkpoint or were given; else defaulted
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitOptions:
+    """A split and convention that are asked for, by options; None: as the checkpoint records it (see ``resolve_dmtd``)."""
+
+    encoding_layers: int | None = None
+    thinking_layers: int | None = None
+    decoding_layers: int | None = None
+    cycle_length: int | None = None
+    cycle_origin: CycleOrigin | None = None
+    prompt_input: PromptInput | None = None
+
+
+ANY_SPLIT = SplitOptions(
+    decoding_layers=1, cycle_length=1
+)  # of a plain model in plain mode, where all compute the same
 MAX_CYCLE_LENGTH = 256  # a refill is one window of a graph; a model that cannot be exported need not be trained
 
 # The authors train with the first pair and serve with the second; the third is what their released prefill is said to
@@ -109,17 +127,7 @@ def read_config(raw: Mapping[str, object]) -> tuple[ModelConfig, DmtdSpec | None
     return model, _dmtd(raw, model, required=is_dmtd_type)
 
 
-def resolve_dmtd(
-    model: ModelConfig,
-    recorded: DmtdSpec | None,
-    *,
-    encoding_layers: int | None = None,
-    thinking_layers: int | None = None,
-    decoding_layers: int | None = None,
-    cycle_length: int | None = None,
-    cycle_origin: CycleOrigin | None = None,
-    prompt_input: PromptInput | None = None,
-) -> DmtdSpec:
+def resolve_dmtd(model: ModelConfig, recorded: DmtdSpec | None, split: SplitOptions = SplitOptions()) -> DmtdSpec:
     """Combine what the checkpoint records with the options given; options win.
 
     Thinking layers that are not given are the rest, unless no layer option is given at all and the split is recorded.
@@ -128,29 +136,26 @@ def resolve_dmtd(
         ConfigError: a plain checkpoint without decoding layers or cycle length, a split that does not add up, or a
             convention that is not defined.
     """
-    if recorded is None and (decoding_layers is None or cycle_length is None):
-        options = {"--decoding-layers": decoding_layers, "--cycle-length": cycle_length}
-        missing = " and ".join(name for name, value in options.items() if value is None)
-        raise ConfigError(
-            f"the checkpoint carries no DMTD fields: its split is unknown; give {missing} "
-            f"(for example --decoding-layers {max(1, model.num_layers // 4)} --cycle-length 4)"
-        )
-    split_given = encoding_layers is not None or thinking_layers is not None or decoding_layers is not None
-    base_encoding = recorded.encoding_layers if recorded else 0
-    encoding = base_encoding if encoding_layers is None else encoding_layers
-    decoding = decoding_layers if decoding_layers is not None else cast(DmtdSpec, recorded).decoding_layers
-    if thinking_layers is not None:
-        thinking = thinking_layers
-    elif recorded is not None and not split_given:
+    if recorded is None:
+        require_split(split, model.num_layers)
+    encoding, thinking_given, decoding = split.encoding_layers, split.thinking_layers, split.decoding_layers
+    layers_given = any(count is not None for count in (encoding, thinking_given, decoding))
+    if encoding is None:
+        encoding = recorded.encoding_layers if recorded else 0
+    if decoding is None:
+        decoding = cast(DmtdSpec, recorded).decoding_layers
+    if thinking_given is not None:
+        thinking = thinking_given
+    elif recorded is not None and not layers_given:
         thinking = recorded.thinking_layers
     else:
         thinking = model.num_layers - encoding - decoding
-    origin, prompt, convention_recorded = _resolve_convention(recorded, cycle_origin, prompt_input)
+    origin, prompt, convention_recorded = _resolve_convention(recorded, split.cycle_origin, split.prompt_input)
     spec = DmtdSpec(
         encoding_layers=encoding,
         thinking_layers=thinking,
         decoding_layers=decoding,
-        cycle_length=cycle_length if cycle_length is not None else cast(DmtdSpec, recorded).cycle_length,
+        cycle_length=cast(DmtdSpec, recorded).cycle_length if split.cycle_length is None else split.cycle_length,
         cycle_origin=origin,
         prompt_input=prompt,
         trained=recorded is not None and recorded.trained,
@@ -158,6 +163,16 @@ def resolve_dmtd(
     )
     check_dmtd(spec, model.num_layers)
     return spec
+
+
+def require_split(split: SplitOptions, num_layers: int = 32) -> None:
+    """Raise ConfigError where ``split`` does not say what a checkpoint without DMTD fields must be told."""
+    options = {"--decoding-layers": split.decoding_layers, "--cycle-length": split.cycle_length}
+    if missing := " and ".join(name for name, value in options.items() if value is None):
+        raise ConfigError(
+            f"the checkpoint carries no DMTD fields: its split is unknown; give {missing} "
+            f"(for example --decoding-layers {max(1, num_layers // 4)} --cycle-length 4)"
+        )
 
 
 def check_dmtd(spec: DmtdSpec, num_layers: int) -> None:

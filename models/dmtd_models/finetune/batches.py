@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from dmtd_models.config.model import DmtdSpec
+from dmtd_models.finetune.options import BatchOptions
 from dmtd_models.reference.oracle import gates
 
 Ints = npt.NDArray[np.int64]
@@ -46,14 +47,6 @@ class Documents(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Document: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchOptions:
-    """What of a document is learnt."""
-
-    learn_prompt: bool = False  # also the rows of a prompt (under origin prompt)
-    vary_phase: bool = True  # begin the answer's first cycle 0 .. tau - 1 tokens later, anew each epoch (origin prompt)
 
 
 def pack(lengths: Sequence[int], row_len: int, seed: int) -> list[list[int]]:

@@ -86,15 +86,19 @@ def read_run_text(
         evaluation = evaluation.select(range(min(_MAX_HELD_OUT, len(evaluation))))
         train = whole
     else:
-        document = _documents(whole)
-        num_documents = int(document.max(initial=-1)) + 1
-        count = min(_MAX_HELD_OUT, int(num_documents * _HELD_OUT_SHARE))
-        chosen = np.isin(document, np.random.default_rng(seed).permutation(num_documents)[:count])
-        evaluation = whole.select(np.flatnonzero(chosen)[:_MAX_HELD_OUT])
-        train = whole.select(np.flatnonzero(~chosen))
+        train, evaluation = _set_apart(whole, seed)
     if not len(train):
         raise ModelError("training text: nothing is left to train on; give more --data")
     return RunText(train=train, held_out=evaluation, notes=tuple(notes))
+
+
+def _set_apart(whole: Any, seed: int) -> tuple[Any, Any]:
+    """What is trained on, and a seeded share of whole documents that is held out."""
+    document = _documents(whole)
+    num_documents = int(document.max(initial=-1)) + 1
+    count = min(_MAX_HELD_OUT, int(num_documents * _HELD_OUT_SHARE))
+    chosen = np.isin(document, np.random.default_rng(seed).permutation(num_documents)[:count])
+    return whole.select(np.flatnonzero(~chosen)), whole.select(np.flatnonzero(chosen)[:_MAX_HELD_OUT])
 
 
 def _documents(dataset: Any) -> npt.NDArray[np.int64]:

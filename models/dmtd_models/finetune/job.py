@@ -12,10 +12,10 @@ The output directory:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -25,76 +25,41 @@ from dmtd_models.cache import default_cache_dir
 from dmtd_models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dmtd_models.checkpoints.saving import make_directory, write_json
 from dmtd_models.checkpoints.weight_files import ADAPTER_CONFIG
-from dmtd_models.config.model import CycleOrigin, DmtdSpec, PromptInput, resolve_dmtd
+from dmtd_models.config.model import DmtdSpec, resolve_dmtd
 from dmtd_models.data.chat import TextTokenizer
 from dmtd_models.data.read_data import ReadOptions
 from dmtd_models.errors import ConfigError
 from dmtd_models.finetune.claim import claimed
 from dmtd_models.finetune.curves import MOST_PHASES, draw_curves, read_log
 from dmtd_models.finetune.data import RunText, read_run_text, text_digest
-from dmtd_models.finetune.options import TrainOptions, check_options, usual_precision
+from dmtd_models.finetune.options import Job, check_options, usual_precision
 from dmtd_models.finetune.probes import read_probes
-from dmtd_models.finetune.record import recorded_options, require_same_run, write_record
+from dmtd_models.finetune.record import recorded_options, recorded_precision, require_same_run, write_record
 from dmtd_models.finetune.result import save_adapter, save_checkpoint
-from dmtd_models.finetune.run import Hooks, RunResult, checkpoint_digest, finetune
+from dmtd_models.finetune.run import RunResult, checkpoint_digest, finetune
 from dmtd_models.finetune.self_written import ChatRequest, ChatWriter
 from dmtd_models.finetune.states import latest_checkpoint
 from dmtd_models.finetune.trainer import LOG
+from dmtd_models.progress import Progress, silent
 
 TRAINING, SUMMARY = "training", "summary.json"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What to train from, on what, and what to keep."""
-
-    base: Path
-    output: Path
-    encoding_layers: int | None = None
-    thinking_layers: int | None = None
-    decoding_layers: int | None = None
-    cycle_length: int | None = None
-    cycle_origin: CycleOrigin = "prompt"
-    prompt_input: PromptInput | None = None
-    initial: Path | None = None  # an adapter of an earlier run to go on from
-    data: tuple[str, ...] = ()
-    held_out: tuple[str, ...] = ()
-    decontaminate: tuple[str, ...] = ()  # files of what must not be trained on
-    answer_tokens: int = 0
-    questions: Path | None = None  # prompts for the base to answer; None: it asks itself
-    max_length: int = 1024
-    save: Literal["checkpoint", "adapter", "both"] = "checkpoint"
-    adapter_bits: int = MOST_BITS  # of a trained weight's difference, where it is not a lora
-    device: str | None = None
-    feature_dir: Path | None = None
-    train: TrainOptions = field(default_factory=TrainOptions)
-
-
-class Display(Protocol):
-    """Where a job shows what it does."""
-
-    def stage(self, name: str, total: int) -> None:
-        """A stage begins; ``total`` 0: its length is not known."""
-
-    def counted(self, name: str, done: int, total: int) -> None:
-        """``done`` of ``total`` of a stage."""
-
-    def line(self, text: str) -> None:
-        """One line that stays."""
-
-
-def run_job(job: Job, display: Display, write_chats: ChatWriter | None = None) -> dict[str, Any]:
+def run_job(
+    job: Job,
+    progress: Progress = silent,
+    say: Callable[[str], None] = lambda line: None,
+    write_chats: ChatWriter | None = None,
+) -> dict[str, Any]:
     """Do it all; returns what summary.json holds (empty in processes beside the first).
 
-    ``write_chats`` lets the base write text, where the job wants it to: ``dmtd_export.chats.write_chats``.
+    ``say`` takes lines for a reader. ``write_chats`` lets the base write text: ``dmtd_export.chats.write_chats``.
 
     Raises:
         ModelError: anything wrong with base, options, text, memory or the course of training, in one line.
     """
     _require_own_output(job)
-    if job.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("got cuda, but torch finds no GPU; use cpu, or install torch's CUDA build", param="device")
-    training = job.output / TRAINING
+    job, training = _on_this_machine(job), job.output / TRAINING
     with contextlib.ExitStack() as opened:
         checkpoint = opened.enter_context(open_checkpoint(job.base))
         spec = _spec(checkpoint, job)
@@ -105,23 +70,20 @@ def run_job(job: Job, display: Display, write_chats: ChatWriter | None = None) -
         tokenizer = TextTokenizer.of_checkpoint(checkpoint)
         # One process writes and tokenises, the others find it done.
         with processes.main_process_first():
-            text = _text(checkpoint, tokenizer, job, display, write_chats)
+            text = _text(checkpoint, spec, tokenizer, job, progress, say, write_chats)
             record["documents"] = [len(text.train), len(text.held_out)]
             record["text"] = text_digest(text.train)
             if processes.is_main_process:
                 make_directory(training)
-                opened.enter_context(
-                    claimed(training, f"-o {job.output}", "wait until it has ended, or give another -o")
-                )
+                wait = "wait until it has ended, or give another -o"
+                opened.enter_context(claimed(training, f"-o {job.output}", wait))
             require_same_run(training, record)
             if processes.is_main_process:
                 write_record(training, record)
         for note in text.notes:
-            display.line(note)
-        initial = None
-        if job.initial is not None:
-            initial = opened.enter_context(open_checkpoint(job.base, job.initial))
-        with _telling_where_to_go_on(training, display):
+            say(note)
+        initial = opened.enter_context(open_checkpoint(job.base, job.initial)) if job.initial is not None else None
+        with _telling_where_to_go_on(training, say):
             result = finetune(
                 checkpoint,
                 spec,
@@ -132,11 +94,12 @@ def run_job(job: Job, display: Display, write_chats: ChatWriter | None = None) -
                 initial=initial,
                 cache_dir=job.feature_dir,
                 device=job.device,
-                hooks=_hooks(display),
+                progress=progress,
+                on_log=lambda values: _say_evaluation(values, say),
             )
         if not processes.is_main_process:
             return {}
-        display.stage("saving", 0)
+        progress("saving", 0, 0)
         error = _save(checkpoint, spec, result, job)
     summary = _summary(job, spec, text, result, error)
     write_json(job.output / SUMMARY, summary)
@@ -145,14 +108,24 @@ def run_job(job: Job, display: Display, write_chats: ChatWriter | None = None) -
 
 
 @contextlib.contextmanager
-def _telling_where_to_go_on(training: Path, display: Display) -> Iterator[None]:
+def _telling_where_to_go_on(training: Path, say: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         last = latest_checkpoint(training)
         if last is not None:
-            display.line(f"saved: {last}; the same command goes on from there")
+            say(f"saved: {last}; the same command goes on from there")
         raise
+
+
+def _on_this_machine(job: Job) -> Job:
+    """The job with the precision that it has here; threads are set."""
+    if job.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("got cuda, but torch finds no GPU; use cpu, or install torch's CUDA build", param="device")
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    precision = job.train.precision or recorded_precision(job.output / TRAINING) or usual_precision(job.device)
+    return replace(job, train=replace(job.train, precision=precision))
 
 
 def _require_own_output(job: Job) -> None:
@@ -203,47 +176,44 @@ def _spec(checkpoint: Checkpoint, job: Job) -> DmtdSpec:
     if job.questions is not None and not job.answer_tokens:
         raise ConfigError("--questions: has no effect without --answer-tokens; leave it out, or give that")
     if job.feature_dir is not None and job.train.cache_features is False:
-        raise ConfigError("has no effect with --no-cache; leave one of them out", param="cache_dir")
+        raise ConfigError("has no effect with --no-cache; leave one of them out", param="feature_dir")
     if job.initial is not None and job.train.trained == "lora":
         raise ConfigError("an adapter's factors are made anew in a lora run; use --train late or full", param="initial")
-    prompt_input = job.prompt_input or ("cyclical" if job.cycle_origin == "absolute" else "thinking")
-    return resolve_dmtd(
-        checkpoint.config,
-        None,
-        encoding_layers=job.encoding_layers,
-        thinking_layers=job.thinking_layers,
-        decoding_layers=job.decoding_layers,
-        cycle_length=job.cycle_length,
-        cycle_origin=job.cycle_origin,
-        prompt_input=prompt_input,
-    )
+    spec = resolve_dmtd(checkpoint.config, None, job.split)
+    return replace(spec, convention_recorded=True)  # it is what the weights are going to be trained for
 
 
 def _text(
-    checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display: Display, write_chats: ChatWriter | None
+    checkpoint: Checkpoint,
+    spec: DmtdSpec,
+    tokenizer: TextTokenizer,
+    job: Job,
+    progress: Progress,
+    say: Callable[[str], None],
+    write_chats: ChatWriter | None,
 ) -> RunText:
     probes = read_probes(job.decontaminate)
     sources = list(job.data)
     if job.answer_tokens:
         if write_chats is None:
             raise ConfigError("answer_tokens: nobody to write them; give run_job dmtd_export.chats.write_chats")
-        sources.append(str(_answers(checkpoint, tokenizer, job, display, write_chats)))
-    display.stage("reading text", 0)
+        sources.append(str(_answers(checkpoint, tokenizer, job, progress, write_chats)))
+    progress("reading text", 0, 0)
     longest = min(job.max_length, job.train.tokens_per_step, checkpoint.config.max_positions)
     if longest < job.max_length:
         bound = "--tokens-per-step" if longest == job.train.tokens_per_step else "the model takes no more"
-        display.line(f"documents have at most {longest} tokens: {bound}")
-    options = ReadOptions(max_length=longest, cycle_origin=job.cycle_origin)
+        say(f"documents have at most {longest} tokens: {bound}")
+    options = ReadOptions(max_length=longest, cycle_origin=spec.cycle_origin)
     return read_run_text(
         sources, job.held_out, tokenizer, options, default_cache_dir(), probes=probes, seed=job.train.seed
     )
 
 
 def _answers(
-    checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, display: Display, write_chats: ChatWriter
+    checkpoint: Checkpoint, tokenizer: TextTokenizer, job: Job, progress: Progress, write_chats: ChatWriter
 ) -> Path:
     directory = job.output / TRAINING / "answers"
-    display.stage("writing chats", job.answer_tokens)
+    progress("writing chats", 0, job.answer_tokens)
     write_chats(
         ChatRequest(
             base=job.base,
@@ -257,23 +227,9 @@ def _answers(
             precision=usual_precision(job.device),
             threads=torch.get_num_threads(),
         ),
-        lambda tokens: display.counted("writing chats", min(tokens, job.answer_tokens), job.answer_tokens),
+        lambda tokens: progress("writing chats", min(tokens, job.answer_tokens), job.answer_tokens),
     )
     return directory
-
-
-def _hooks(display: Display) -> Hooks:
-    def progress(values: Mapping[str, Any]) -> None:
-        if "tokens" in values and "divergence" in values:
-            display.counted("training", int(values["step"]), int(values["steps"]))
-        if "eval_divergence" in values:
-            display.line(_evaluation_line(values))
-
-    return Hooks(
-        stage=lambda words: display.stage(words, 0),
-        features=lambda done, total: display.counted("frozen layers", done, total),
-        progress=progress,
-    )
 
 
 def phases_shown(values: Sequence[float | None], form: str) -> list[str]:
@@ -282,11 +238,14 @@ def phases_shown(values: Sequence[float | None], form: str) -> list[str]:
     return [*shown, "..."] if len(values) > MOST_PHASES else shown
 
 
-def _evaluation_line(values: Mapping[str, Any]) -> str:
+def _say_evaluation(values: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    if "eval_divergence" not in values:
+        return
+
     def shown(name: str, form: str) -> str:
         return " / ".join(phases_shown(values.get(name, []), form))
 
-    return (
+    say(
         f"{values['eval_tokens']:,} tokens: held-out divergence by phase {shown('eval_divergence_by_phase', '.3f')}, "
         f"agreement {shown('eval_agreement_by_phase', '.1%') or 'not measured'}"
     )

@@ -1,20 +1,26 @@
-"""What ``dmtd finetune`` may be told, in one frozen description of a run. These are the defaults of command and library."""
+"""What ``dmtd finetune`` may be told: the defaults of command and library, and which options contradict each other.
+
+``Job`` is a whole run, of which ``TrainOptions`` is the training. Nothing here needs torch, so that the command line can show
+its defaults without it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from dmtd_models.config.model import DmtdSpec
+from dmtd_models.adapters.delta import MOST_BITS
+from dmtd_models.config.model import DmtdSpec, SplitOptions
 from dmtd_models.errors import ConfigError
-from dmtd_models.finetune.batches import BatchOptions
-from dmtd_models.finetune.student import LossOptions, Trained
 
+if TYPE_CHECKING:
+    import torch
+
+Trained = Literal["full", "late", "lora"]
 Schedule = Literal["linear", "cosine", "warmup_stable_decay"]
 Precision = Literal["bfloat16", "float32"]
 # Measured for late on SmolLM2-135M, D 8, tau 4: after 120,000 tokens 6e-4 / 1.5e-3 / 3e-3 gave held-out divergences of
@@ -29,10 +35,43 @@ def usual_precision(device: str | None = None) -> Precision:
     Args:
         device: cpu or cuda; by default cuda where there is one.
     """
+    import torch
+
     if device != "cpu" and torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     has_bfloat16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "bfloat16" if has_bfloat16 else "float32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossOptions:
+    """The objective. ``distill`` 1 learns the plain model's distribution, 0 the next tokens, between them both."""
+
+    distill: float = 1.0
+    top_k: int = 32  # tokens of the plain model's distribution that are learnt; 0 for the whole vocabulary
+    temperature: float = 1.0
+    # Tokens drawn to stand for those that no target names; 0 to compute the whole vocabulary. By default 4096 on a CPU, where it
+    # saves a third of a step, and 0 elsewhere.
+    vocab_sample: int | None = None
+    chunk_rows: int | None = (
+        None  # rows whose logits stand in memory at a time; by default 128 on a CPU, 1024 elsewhere
+    )
+
+    def sampled_on(self, device: torch.device) -> int:
+        """``vocab_sample`` as it holds on a device."""
+        return self.vocab_sample if self.vocab_sample is not None else 4096 if device.type == "cpu" else 0
+
+    def rows_on(self, device: torch.device) -> int:
+        """``chunk_rows`` as it holds on a device."""
+        return self.chunk_rows if self.chunk_rows is not None else 128 if device.type == "cpu" else 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchOptions:
+    """What of a document is learnt."""
+
+    learn_prompt: bool = False  # also the rows of a prompt (under origin prompt)
+    vary_phase: bool = True  # begin the answer's first cycle 0 .. tau - 1 tokens later, anew each epoch (origin prompt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +92,7 @@ class TrainOptions:
     decay: float = 0.3  # share of all steps, of warmup_stable_decay
     weight_decay: float = 0.01
     clip: float = 1.0
-    precision: Precision = field(default_factory=usual_precision)
+    precision: Precision | None = None  # None: what the device computes fast, see ``usual_precision``
     gradient_checkpointing: bool = False
     cache_features: bool | None = None  # store what frozen layers compute; by default on a CPU where a layer is frozen
     curriculum: tuple[tuple[int, float], ...] = ()  # (cycle length, share of the run until which it holds), in order
@@ -79,6 +118,28 @@ class TrainOptions:
     def frozen_layers(self, spec: DmtdSpec) -> int:
         """How many layers, from the first on, always give the same for a text: none where the embedding is trained."""
         return 0 if self.train_embedding else self.first_trained_layer(spec)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What to train from, on what, and what to keep."""
+
+    base: Path
+    output: Path
+    split: SplitOptions = field(default_factory=SplitOptions)
+    initial: Path | None = None  # an adapter of an earlier run to go on from
+    data: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
+    decontaminate: tuple[str, ...] = ()  # files of what must not be trained on
+    answer_tokens: int = 0
+    questions: Path | None = None  # prompts for the base to answer; None: it asks itself
+    max_length: int = 1024
+    save: Literal["checkpoint", "adapter", "both"] = "checkpoint"
+    adapter_bits: int = MOST_BITS  # of a trained weight's difference, where it is not a lora
+    device: Literal["cpu", "cuda"] | None = None  # None: cuda where there is one
+    threads: int | None = None  # of the CPU; None: as PyTorch chooses
+    feature_dir: Path | None = None
+    train: TrainOptions = field(default_factory=TrainOptions)
 
 
 def check_options(options: TrainOptions, spec: DmtdSpec) -> None:
@@ -133,12 +194,12 @@ def check_options(options: TrainOptions, spec: DmtdSpec) -> None:
 
 def _refuse_without_effect(options: TrainOptions, spec: DmtdSpec) -> None:
     """What is given and would change nothing was meant otherwise."""
-    usual, loss = TrainOptions(precision=options.precision), options.loss
+    usual, loss = TrainOptions(), options.loss
     useless = {
         "lora_rank": (options.trained != "lora" and options.lora_rank != usual.lora_rank, "--train lora"),
         "temperature": (loss.distill == 0 and loss.temperature != usual.loss.temperature, "--distill above 0"),
         "top_k": (loss.distill == 0 and loss.top_k != usual.loss.top_k, "--distill above 0"),
-        "cache": (options.cache_features is True and not options.frozen_layers(spec), "frozen layers"),
+        "cache_features": (options.cache_features is True and not options.frozen_layers(spec), "frozen layers"),
     }
     for name, (given, missing) in useless.items():
         if given:

@@ -54,11 +54,11 @@ def require_same_run(directory: Path, record: Mapping[str, Any]) -> None:
         return
     before = dict(_recorded(directory))
     for name, value in _flat(json.loads(json.dumps(record))):
-        if name in before and before[name] != value:
+        if before.get(name) != value:
             option = name.rpartition(".")[2]
             raise ConfigError(
                 f"{_OPTIONS.get(option, '--' + option.replace('_', '-'))}: got {_shown(value)}, but the run in {directory} "
-                f"has {_shown(before[name])}; give the same options to go on with it, or another -o"
+                f"has {_shown(before.get(name))}; give the same options to go on with it, or another -o"
             )
 
 

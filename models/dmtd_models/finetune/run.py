@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +25,19 @@ from dmtd_models.checkpoints.checkpoint import Checkpoint
 from dmtd_models.checkpoints.saving import make_directory
 from dmtd_models.config.model import DmtdSpec
 from dmtd_models.errors import ConfigError, ModelError
-from dmtd_models.finetune.batches import Batch, BatchOptions, Collator, Document, PackedRows, make_batch, pack
+from dmtd_models.finetune.batches import Batch, Collator, Document, PackedRows, make_batch, pack
+from dmtd_models.finetune.cost import flops_per_token, matmul_peak
 from dmtd_models.finetune.endings import ending_with_a_state, named_memory_errors
 from dmtd_models.finetune.features import FeatureKey, FeatureStore, add_computed, documents_digest, store_features
 from dmtd_models.finetune.heap import keep_large_blocks
-from dmtd_models.finetune.options import TrainOptions, check_options
+from dmtd_models.finetune.options import BatchOptions, TrainOptions, check_options, usual_precision
 from dmtd_models.finetune.states import latest_checkpoint, remove_states, step_of
 from dmtd_models.finetune.student import Student, trainable_model
-from dmtd_models.finetune.trainer import DmtdTrainer, Guard, set_length, training_arguments
+from dmtd_models.finetune.trainer import DmtdTrainer, Guard, OnLog, set_length, training_arguments
+from dmtd_models.progress import Progress, silent
 from dmtd_models.reference.dmtd import DmtdModel
-from dmtd_models.reference.layers import DecoderLayer
 
 _LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hooks:
-    """Where a run tells what it does; the default says nothing."""
-
-    stage: Callable[[str], None] = lambda words: None
-    features: Callable[[int, int], None] = lambda done, total: None  # tokens
-    progress: Callable[[Mapping[str, Any]], None] = lambda values: None  # lines of the log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +111,8 @@ def finetune(
     initial: Checkpoint | None = None,
     cache_dir: Path | None = None,
     device: str | None = None,
-    hooks: Hooks = Hooks(),
+    progress: Progress = silent,
+    on_log: OnLog = lambda values: None,
 ) -> RunResult:
     """Train the late layers, all layers or an adapter; go on from the newest state in ``output`` if there is one.
 
@@ -134,7 +126,8 @@ def finetune(
         initial: where the trained weights start; the plain model's own by default. It stays the teacher.
         cache_dir: of stored features, ``output/features`` by default.
         device: cpu or cuda; by default cuda where there is one.
-        hooks: told of stages and progress.
+        progress: told of stages and how far they are.
+        on_log: told of every line of the log.
 
     Raises:
         ModelError: contradictory options, no text, no room, a loss that is no number, too little memory.
@@ -144,6 +137,7 @@ def finetune(
         raise ConfigError(
             f"got {options.loss.top_k}, expected at most {checkpoint.config.vocab_size} (the vocabulary)", param="top_k"
         )
+    options = replace(options, precision=options.precision or usual_precision(device))
     use_cpu = (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu"
     if use_cpu:
         keep_large_blocks()
@@ -161,7 +155,8 @@ def finetune(
             options,
             cache_dir,
             use_cpu=use_cpu,
-            hooks=hooks,
+            progress=progress,
+            on_log=on_log,
         )
 
 
@@ -176,10 +171,11 @@ def _finetune(
     cache_dir: Path | None,
     *,
     use_cpu: bool,
-    hooks: Hooks,
+    progress: Progress,
+    on_log: OnLog,
 ) -> RunResult:
-    hooks.stage("loading the model")
-    dtype: torch.dtype = getattr(torch, options.precision)
+    progress("loading the model", 0, 0)
+    dtype = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
     base = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, dtype).requires_grad_(False)
     student = _student(initial, base, options)
     rows = pack(documents.lengths, options.tokens_per_step, options.seed)
@@ -189,15 +185,14 @@ def _finetune(
     steps, steps_per_evaluation = _steps(documents, rows, options, arguments.world_size)
     set_length(arguments, options, steps)
     if len(held_out):
-        hooks.stage("computing what the plain model gives for held-out text")
+        progress("computing what the plain model gives for held-out text", 0, 0)
     evaluation = _held_out(held_out, base.to(arguments.device), student.measured_top_k, options)
     store = None
     if options.cache_features if options.cache_features is not None else use_cpu and bool(options.frozen_layers(spec)):
-        hooks.stage("computing what frozen layers give")
         with arguments.main_process_first():
-            store = _features(checkpoint, base, documents, cache_dir or output / "features", options, hooks)
+            store = _features(checkpoint, base, documents, cache_dir or output / "features", options, progress)
     collator = Collator(spec, options.batch, options.seed, store.add_to if store else lambda batch: None)
-    peak = _matmul_peak(dtype, arguments.device)
+    peak = matmul_peak(dtype, arguments.device)
     guard = Guard(options, collator.set_cycle_length, spec.cycle_length, steps_per_evaluation if evaluation else 0)
     trainer = DmtdTrainer(
         student=student,
@@ -207,24 +202,15 @@ def _finetune(
         collate=collator,
         phases=spec.cycle_length,
         held_out=evaluation,
-        flops_per_token=_flops_per_token(
+        flops_per_token=flops_per_token(
             base, options, stored=store is not None, learnt=documents.learnt_share(options)
         ),
         peak_flops=peak,
-        on_progress=hooks.progress,
+        on_log=_telling(progress, on_log),
     )
     guard.trainer = trainer
     trainer.add_callback(guard)
-    last = latest_checkpoint(output)
-    if arguments.should_save:
-        remove_states(output, keep=2)  # among them what a kill left half written
-    if last is not None and step_of(last) >= steps:
-        hooks.stage(f"trained already: {last.name} is the last")
-        trainer.take_finished(last)  # the trainer would take one step more
-    else:
-        hooks.stage("training" if last is None else f"training, from {last.name} on")
-        with ending_with_a_state(guard):
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
+    _train(trainer, guard, output, steps, progress)
     return RunResult(
         student=student,
         steps=trainer.state.global_step,
@@ -233,6 +219,29 @@ def _finetune(
         peak_flops=peak,
         log=list(trainer.state.log_history),
     )
+
+
+def _telling(progress: Progress, on_log: OnLog) -> OnLog:
+    def told(values: Mapping[str, Any]) -> None:
+        if "tokens" in values and "divergence" in values:
+            progress("training", int(values["step"]), int(values["steps"]))
+        on_log(values)
+
+    return told
+
+
+def _train(trainer: DmtdTrainer, guard: Guard, output: Path, steps: int, progress: Progress) -> None:
+    """To the end, from the newest state in ``output`` if there is one."""
+    last = latest_checkpoint(output)
+    if trainer.args.should_save:
+        remove_states(output, keep=2)  # among them what a kill left half written
+    if last is not None and step_of(last) >= steps:
+        progress(f"trained already: {last.name} is the last", 0, 0)
+        trainer.take_finished(last)  # the trainer would take one step more
+        return
+    progress("training" if last is None else f"training, from {last.name} on", 0, 0)
+    with ending_with_a_state(guard):
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
 
 
 def _student(initial: Checkpoint, base: DmtdModel, options: TrainOptions) -> Student:
@@ -312,10 +321,10 @@ def _features(
     documents: DocumentTable,
     directory: Path,
     options: TrainOptions,
-    hooks: Hooks,
+    progress: Progress,
 ) -> FeatureStore:
     key = FeatureKey(
-        weights=checkpoint_digest(checkpoint, options.precision),
+        weights=checkpoint_digest(checkpoint, str(options.precision)),
         documents=documents_digest(documents),
         frozen_layers=options.frozen_layers(base.spec),
         top_k=max(options.loss.top_k, 1),
@@ -327,7 +336,7 @@ def _features(
         key,
         row_len=min(4096, options.tokens_per_step),
         autocast=_autocast(base, options),
-        on_progress=hooks.features,
+        on_progress=lambda done, total: progress("computing what frozen layers give", done, total),
     )
 
 
@@ -344,53 +353,3 @@ def checkpoint_digest(checkpoint: Checkpoint, precision: str) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
-
-
-def _flops_per_token(base: DmtdModel, options: TrainOptions, *, stored: bool, learnt: float) -> float:
-    """Matrix-product operations of one trained token, attention over its document left out.
-
-    A trained layer costs three forward passes (forward, gradient of the input, gradient of the weights), a layer that only passes
-    gradients on two, a frozen one below it one. The head works on the share ``learnt`` of rows alone, those that carry a loss.
-    """
-    layers = base.model.layers
-    one_layer = 2.0 * sum(p.numel() for p in _linear_weights(layers[0]))
-    frozen = options.frozen_layers(base.spec)
-    above = len(layers) - frozen
-    total = above * (2.0 if options.trained == "lora" else 3.0) * one_layer
-    if not stored:
-        total += frozen * one_layer
-        if options.loss.distill > 0:
-            total += above * one_layer  # the teacher's
-    head = learnt * 2.0 * base.config.vocab_size * base.config.hidden_size
-    sparse = options.loss.distill == 0 or options.loss.top_k > 0
-    sampled = sparse and options.loss.sampled_on(base.model.norm.weight.device) > 0
-    if options.loss.distill > 0 and (not stored or options.loss.top_k == 0):
-        total += head  # the teacher's
-    passes = 3.0 if options.train_embedding else 2.0
-    return total + passes * head * (0.5 if sampled else 1.0)  # about half of the columns, with 32 targets a row
-
-
-def _linear_weights(layer: DecoderLayer) -> list[torch.Tensor]:
-    return [module.weight for module in layer.modules() if isinstance(module, nn.Linear)]
-
-
-def _matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of this device's linear layer at a favourable shape, measured for a moment."""
-    size = 2048 if device.type == "cpu" else 8192
-    rows, weight = (
-        torch.ones(size, 1024, dtype=dtype, device=device),
-        torch.ones(size, 1024, dtype=dtype, device=device),
-    )
-    best = math.inf
-    for _ in range(6):
-        _wait(device)
-        started = time.perf_counter()
-        nn.functional.linear(rows, weight)
-        _wait(device)
-        best = min(best, time.perf_counter() - started)
-    return 2.0 * size * size * 1024 / best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

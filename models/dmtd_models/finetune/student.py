@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,35 +23,12 @@ from dmtd_models.checkpoints.tensors import EMBEDDING, FINAL_NORM, layer_prefix,
 from dmtd_models.config.model import DmtdSpec, ModelConfig
 from dmtd_models.finetune.largest import largest
 from dmtd_models.finetune.loss import DenseTargets, SparseTargets, Targets, chunked_loss, sample_columns
+from dmtd_models.finetune.options import LossOptions, Trained
 from dmtd_models.finetune.packed import Layout, layer_forward, make_layout
 from dmtd_models.reference.dmtd import DmtdModel, Read, to_torch
 from dmtd_models.reference.layers import DecoderLayer, RMSNorm
 
-Trained = Literal["full", "late", "lora"]
 _MEASURED_TOP_K = 32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossOptions:
-    """The objective. ``distill`` 1 learns the plain model's distribution, 0 the next tokens, between them both."""
-
-    distill: float = 1.0
-    top_k: int = 32  # tokens of the plain model's distribution that are learnt; 0 for the whole vocabulary
-    temperature: float = 1.0
-    # Tokens drawn to stand for those that no target names; 0 to compute the whole vocabulary. By default 4096 on a CPU, where it
-    # saves a third of a step, and 0 elsewhere.
-    vocab_sample: int | None = None
-    chunk_rows: int | None = (
-        None  # rows whose logits stand in memory at a time; by default 128 on a CPU, 1024 elsewhere
-    )
-
-    def sampled_on(self, device: torch.device) -> int:
-        """``vocab_sample`` as it holds on a device."""
-        return self.vocab_sample if self.vocab_sample is not None else 4096 if device.type == "cpu" else 0
-
-    def rows_on(self, device: torch.device) -> int:
-        """``chunk_rows`` as it holds on a device."""
-        return self.chunk_rows if self.chunk_rows is not None else 128 if device.type == "cpu" else 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,7 @@ from dmtd_models.finetune.student import StepResult, Student
 
 WEIGHTS = "model.safetensors"
 LOG = "log.jsonl"
-OnProgress = Callable[[Mapping[str, float]], None]
+OnLog = Callable[[Mapping[str, float]], None]
 
 
 class DivergedError(ModelError):
@@ -83,7 +83,7 @@ class DmtdTrainer(Trainer):
         held_out: Sequence[Batch],
         flops_per_token: float,
         peak_flops: float,
-        on_progress: OnProgress = lambda values: None,
+        on_log: OnLog = lambda values: None,
     ) -> None:
         super().__init__(model=student, args=arguments, train_dataset=rows, data_collator=_as_they_are)
         self.model_accepts_loss_kwargs = False
@@ -99,7 +99,7 @@ class DmtdTrainer(Trainer):
         self._started = time.monotonic()
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
-        self._on_progress = on_progress
+        self._on_log = on_log
         self._log_file = Path(arguments.output_dir) / LOG
 
     def begin_step(self, step: int) -> None:
@@ -143,7 +143,7 @@ class DmtdTrainer(Trainer):
             line = json.dumps({"step": self.state.global_step, "time": round(time.time(), 1), **logs})
             with self._log_file.open("a", encoding="utf-8") as stream:
                 stream.write(line + "\n")
-        self._on_progress({"step": self.state.global_step, "steps": self.state.max_steps, **logs})
+        self._on_log({"step": self.state.global_step, "steps": self.state.max_steps, **logs})
 
     @torch.no_grad()
     def evaluate(

@@ -54,62 +54,28 @@ def write_tiny_checkpoint(
 ) -> Path:
     """Write a random checkpoint directory and return it.
 
-    Args:
+    What is not simply a field of config.json:
         directory: made if it does not exist.
         family: llama, qwen2 or qwen3.
         seed: of the weights; the same seed gives the same file.
-        layers: num_hidden_layers.
         dmtd: DMTD fields exactly as config.json carries them (``num_thinking_layers``, ``mtp_horizon``, ...); they also
             make the model_type ``mtp<family>``, or ``dmtd<family>`` where the fields are those of the later code.
         dtype: of the stored weights.
         rope: default: base 10000, unscaled.
-        tie: one tensor for the embedding and the head.
+        tie: one tensor for the embedding and lm_head.
         qkv_bias: attention_bias, biases of q, k, v and o (llama and qwen3; Qwen2 always has those of q, k and v).
-        mlp_bias: llama only.
         vocab_size: default 128, or 259 with a tokenizer (at least 259 then).
-        hidden_size: of the residual stream.
-        intermediate_size: of the MLP.
-        heads: query heads.
-        kv_heads: key and value heads.
-        head_dim: size of one head.
-        max_positions: max_position_embeddings.
         shards: more than 1 writes model-0000i-of-0000n.safetensors and the index.
         tokenizer: also write a byte-level tokenizer.json with a chat template; <|im_end|> (258) ends a turn.
     """
-    if vocab_size is None:
-        vocab_size = TOKENIZER_VOCAB_SIZE if tokenizer else 128
+    vocab_size = vocab_size or (TOKENIZER_VOCAB_SIZE if tokenizer else 128)
     assert not tokenizer or vocab_size >= TOKENIZER_VOCAB_SIZE, "the byte-level tokenizer needs 259 ids"
-    raw: dict[str, object] = {
-        "architectures": [FAMILIES[family].architecture],
-        "attention_bias": qkv_bias,
-        "attention_dropout": 0.0,
-        "bos_token_id": 256 if tokenizer else 1,
-        "eos_token_id": 258 if tokenizer else 2,
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "hidden_size": hidden_size,
-        "initializer_range": 0.02,
-        "intermediate_size": intermediate_size,
-        "max_position_embeddings": max_positions,
-        "model_type": family,
-        "num_attention_heads": heads,
-        "num_hidden_layers": layers,
-        "num_key_value_heads": kv_heads,
-        "rms_norm_eps": 1e-6,
-        **rope_fields(rope or Rope(theta=10000.0)),
-        "tie_word_embeddings": tie,
-        "torch_dtype": dtype,
-        "use_cache": True,
-        "vocab_size": vocab_size,
-    }
-    if family == "llama":
-        raw["mlp_bias"] = mlp_bias
-    else:
-        raw |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": layers}
-    if dmtd is not None:
-        kind = "dmtd" if "num_parallel_layers" in dmtd else "mtp"
-        raw |= {"architectures": [f"{kind.upper()}{FAMILIES[family].architecture}"], "model_type": f"{kind}{family}"}
-        raw |= dmtd
+    sizes = {"vocab_size": vocab_size, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    sizes |= {"num_hidden_layers": layers, "max_position_embeddings": max_positions}
+    biases = {"attention_bias": qkv_bias, **({"mlp_bias": mlp_bias} if family == "llama" else {})}
+    stored = {"torch_dtype": dtype, "tie_word_embeddings": tie, **rope_fields(rope or Rope(theta=10000.0))}
+    raw = _usual_fields(family, layers, tokenizer=tokenizer) | sizes | biases | stored | _dmtd_fields(family, dmtd)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     config, _ = read_config(raw)
@@ -117,6 +83,32 @@ def write_tiny_checkpoint(
     if tokenizer:
         _write_tokenizer(directory)
     return directory
+
+
+def _usual_fields(family: str, layers: int, *, tokenizer: bool) -> dict[str, object]:
+    """What published config.json files have besides sizes."""
+    fields: dict[str, object] = {
+        "architectures": [FAMILIES[family].architecture],
+        "attention_dropout": 0.0,
+        "bos_token_id": 256 if tokenizer else 1,
+        "eos_token_id": 258 if tokenizer else 2,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "model_type": family,
+        "rms_norm_eps": 1e-6,
+        "use_cache": True,
+    }
+    if family != "llama":
+        fields |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": layers}
+    return fields
+
+
+def _dmtd_fields(family: str, dmtd: Mapping[str, object] | None) -> dict[str, object]:
+    if dmtd is None:
+        return {}
+    kind = "dmtd" if "num_parallel_layers" in dmtd else "mtp"
+    architecture = f"{kind.upper()}{FAMILIES[family].architecture}"
+    return {"architectures": [architecture], "model_type": f"{kind}{family}", **dmtd}
 
 
 def random_weights(config: ModelConfig, *, seed: int, dtype: StoredDtype = "float32") -> dict[str, np.ndarray]:

@@ -26,7 +26,7 @@ class BackendOptions:
     """How to run a bundle.
 
     ``max_num_seqs`` sequences at a time, each with room for ``max_model_len`` tokens. A full pass is ``staged`` (thinking, then
-    late_decode: T, D and the head in memory once) or ``fused`` (one graph; its weights come on top of late_decode's). Staged
+    late_decode: T, D and lm_head in memory once) or ``fused`` (one graph; its weights come on top of late_decode's). Staged
     reads encoding layers twice, so by default a split that has any runs fused.
     """
 
@@ -164,15 +164,17 @@ class Backend(Protocol):
     full_pass: FullPass
     stats: RunStats
     chooses_tokens: bool  # logits stay on a device, where the arg-max can be taken
+    gives_all_rows: bool  # run takes rows="all"
     runs_cycles: bool  # start_cycle and finish_cycle work; elsewhere nobody calls them
 
     def run(
         self, steps: Sequence[SlotStep], committed: Sequence[int], *, choose: bool = False, rows: Rows = "last"
     ) -> RunOutput:
-        """Run one step of one kind for the named slots, in the order of their slots.
+        """Run one step for each of the named slots.
 
         Args:
-            steps: what each slot does.
+            steps: what each slot does: late steps, or full ones and then chunks of prompts, both in the order of their slots.
+                Where the backend can, prompts go through T together with the heads, so that its weights are read once.
             committed: committed rows of every slot, 0 for a free one: padding is written behind them.
             choose: give the arg-max of each row instead of its logits; only of a backend that ``chooses_tokens``.
             rows: of each step that wants logits the last row, or all its late rows.
@@ -209,6 +211,17 @@ class Backend(Protocol):
 
     def move(self, source: int, target: int, rows: int) -> None:
         """Copy the first ``rows`` rows of slot ``source`` over those of slot ``target``."""
+        ...
+
+    def read_rows(self, slot: int, rows: range) -> Array:
+        """A copy in host memory of committed rows of a slot: [2 * layers, kv_heads, rows, head_dim], key and value in turn.
+
+        bfloat16 is uint16 here: values are moved, never computed with.
+        """
+        ...
+
+    def write_rows(self, slot: int, first: int, values: Array) -> None:
+        """Put what :meth:`read_rows` gave into a slot, from row ``first`` on."""
         ...
 
     def close(self) -> None:

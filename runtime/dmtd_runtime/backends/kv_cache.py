@@ -46,6 +46,15 @@ class HostKvCache:
         for buffer in self._buffers.values():
             buffer[slot, :, :rows] = 0
 
+    def read_rows(self, slot: int, rows: range) -> Array:
+        """A copy of a range of rows of a slot, [2 * layers, kv_heads, rows, head_dim]."""
+        return np.stack([buffer[slot, :, rows.start : rows.stop] for buffer in self._buffers.values()])
+
+    def write_rows(self, slot: int, first: int, values: Array) -> None:
+        """Put what :meth:`read_rows` gave into a slot, from row ``first`` on."""
+        for buffer, part in zip(self._buffers.values(), values, strict=True):
+            buffer[slot, :, first : first + part.shape[1]] = part
+
     def close(self) -> None:
         """Drop the buffers; their memory goes once nothing is bound to them."""
         self._buffers.clear()

@@ -42,7 +42,7 @@ LOGIT_ROWS = "logit_rows"
 # Standard dialect.
 POSITION_IDS = "position_ids"
 # Engine graphs: the standard dialect as TensorRT builds it (dmtd_export.graphs.engine). The embedding table, and the
-# head's where it is tied, are inputs bound to one device buffer. They are two inputs because a table that is both gathered
+# lm_head's where it is tied, are inputs bound to one device buffer. They are two inputs because a table that is both gathered
 # from and multiplied by is copied in every run (measured: TensorRT-RTX 1.7 then plans its bytes as scratch memory; for two
 # inputs it does not). ``visible_rows`` is int64 [visible_len] = 0, 1, 2, ...: attention sees so many cache rows and no more.
 EMBEDDING_INPUT = "embedding_table"
@@ -79,12 +79,14 @@ WEIGHTS_FILE = "model.onnx.data"
 DATA_LOADER_FILE = "polygraphy_data.py"
 ENGINES_DIRECTORY = "engines"
 ENGINE_RECORD_FILE = "engine.json"
+TOOL_USE_TEMPLATE_FILE = "chat_template_tool_use.jinja"
 # Files of the checkpoint that a runtime reads: they count only where the manifest lists them.
 ASSET_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    TOOL_USE_TEMPLATE_FILE,
     "generation_config.json",
     CONFIG_FILE,
 )

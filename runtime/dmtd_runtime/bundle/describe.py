@@ -35,7 +35,7 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
             "encoding": split.encoding,
             "thinking": split.thinking,
             "decoding": split.decoding,
-            "head": split.head,
+            "lm_head": split.lm_head,
             "tied": split.tied,
             "weights": split.stored,
             "kv_per_token": split.kv_per_token(),
@@ -171,7 +171,7 @@ def _bytes_table(split: SplitBytes) -> Table:
         ("E encoding", split.encoding, tau),
         ("T thinking", split.thinking, "once"),
         ("D decoding", split.decoding, tau),
-        (f"head (norm, {'tied embedding' if split.tied else 'lm_head'})", split.head, tau),
+        (f"lm_head{' (the embedding, tied)' if split.tied else ''} and norm", split.lm_head, tau),
     ]
     if not split.tied:
         rows.append(("embedding", split.embedding, "a row a token"))

@@ -8,7 +8,7 @@ no torch here.
 memory from their user (TensorRT-RTX: REQUIRE_USER_ALLOCATION), so that a run may be captured. Their inputs and outputs are
 those of the standard dialect (``dmtd_export.graphs.build``), with four differences:
 
-1. ``embedding_table`` [vocab, hidden] in every engine, and ``lm_head_table`` [vocab, hidden] where the head is tied to it
+1. ``embedding_table`` [vocab, hidden] in every engine, and ``lm_head_table`` [vocab, hidden] where lm_head is tied to it
    (an untied head stays a weight of late_decode): :attr:`EngineFile.tables` maps each such input to a tensor of the
    bundle's weights file. Upload each tensor once, bind the one buffer to all inputs that name it, both in one engine too.
 2. KV inputs and outputs have the fixed capacity of the record, ``[batch, kv_heads, capacity, head_dim]``; ``present.*`` must be

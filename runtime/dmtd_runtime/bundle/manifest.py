@@ -161,6 +161,13 @@ class Manifest:
         dialects = {graph.dialect for graph in self.decoder_graphs}
         return contract.ONNXRUNTIME if contract.ONNXRUNTIME in dialects else contract.STANDARD
 
+    @property
+    def max_num_seqs(self) -> int | None:
+        """Sequences at a time that ONNX Runtime's own graphs were exported for; None where the bundle has none of them."""
+        return max(
+            (graph.slots for graph in self.decoder_graphs if graph.dialect == contract.ONNXRUNTIME), default=None
+        )
+
     def unlisted_assets(self, directory: Path) -> list[str]:
         """Files that a runtime would read, and that nothing vouches for."""
         return [name for name in contract.ASSET_FILES if name not in self.files and (directory / name).exists()]

@@ -3,10 +3,10 @@
 Pure arithmetic over the manifest, used by ``inspect`` and ``bench``. A decode step at a small batch takes as long as its
 reads, so the ratio of the bytes bounds the speed-up:
 
-    bound = tau * (W(all) + KV(all)) / (W(T) + KV(T) + tau * (W(E, D, head) + KV(E, D)))
+    bound = tau * (W(all) + KV(all)) / (W(T) + KV(T) + tau * (W(E, D, lm_head) + KV(E, D)))
 
 1. T's weights and cache are read once a cycle (the refill and the head are one run), everything else in every step.
-2. The head is the final norm and lm_head. A tied embedding is read as the head; a look-up in the embedding reads one row
+2. The final norm counts with lm_head. A tied embedding is read as lm_head; a look-up in the embedding reads one row
    and counts as nothing, and so do the rotary tables.
 3. E counts once a step. A staged full pass reads it a second time at a head, which the bound does not forgive.
 4. Every sequence of a batch reads a cache of its own; the weights are read once for all of them.
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from dmtd_runtime.bundle.manifest import DTYPE_BYTES, Manifest
 
-EMBEDDING_NAME, HEAD_NAME, NORM_NAME = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+EMBEDDING_NAME, LM_HEAD_NAME, NORM_NAME = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -27,15 +27,15 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 class SplitBytes:
     """Bytes of a split model.
 
-    ``head`` is the final norm and lm_head, the tied embedding included; ``embedding`` is the table that is looked up, and
-    the same bytes as the head's where ``tied``. ``kv_row_bytes`` is one layer's key and value for one position.
+    ``lm_head`` includes the final norm, and where tied is the embedding; ``embedding`` is the table that is looked up, and
+    the same bytes as lm_head's where ``tied``. ``kv_row_bytes`` is one layer's key and value for one position.
     """
 
     embedding: int
     encoding: int
     thinking: int
     decoding: int
-    head: int
+    lm_head: int
     tied: bool
     num_layers: tuple[int, int, int]  # of E, T, D
     kv_row_bytes: int
@@ -44,7 +44,7 @@ class SplitBytes:
     @property
     def stored(self) -> int:
         """Bytes of all weights, a tied tensor once."""
-        return self.layers + self.head + (0 if self.tied else self.embedding)
+        return self.layers + self.lm_head + (0 if self.tied else self.embedding)
 
     @property
     def layers(self) -> int:
@@ -53,8 +53,8 @@ class SplitBytes:
 
     @property
     def fused_extra(self) -> int:
-        """Bytes that a fused full pass holds twice: its graph repeats the late layers and the head."""
-        return self.decoding + self.head
+        """Bytes that a fused full pass holds twice: its graph repeats the late layers and lm_head."""
+        return self.decoding + self.lm_head
 
     def kv_per_token(self) -> int:
         """Bytes of one position in all layers' caches."""
@@ -62,12 +62,12 @@ class SplitBytes:
 
     def plain_step(self, context: float, batch: int = 1) -> float:
         """Bytes read by one plain decode step of ``batch`` sequences with ``context`` positions each."""
-        return self.layers + self.head + batch * context * self.kv_per_token()
+        return self.layers + self.lm_head + batch * context * self.kv_per_token()
 
     def cycle(self, context: float, batch: int = 1) -> float:
         """Bytes read by one whole DMTD cycle: a head with its refill, then the late steps."""
         encoding, thinking, decoding = (count * self.kv_row_bytes * batch * context for count in self.num_layers)
-        every_step = self.encoding + self.decoding + self.head + encoding + decoding
+        every_step = self.encoding + self.decoding + self.lm_head + encoding + decoding
         return self.thinking + thinking + self.cycle_length * every_step
 
     def bound(self, context: float, batch: int = 1) -> float:
@@ -92,8 +92,8 @@ def split_bytes(manifest: Manifest) -> SplitBytes:
         encoding=groups["encoding"],
         thinking=groups["thinking"],
         decoding=groups["decoding"],
-        head=sizes.get(HEAD_NAME, embedding) + sizes.get(NORM_NAME, 0),
-        tied=HEAD_NAME not in sizes,
+        lm_head=sizes.get(LM_HEAD_NAME, embedding) + sizes.get(NORM_NAME, 0),
+        tied=LM_HEAD_NAME not in sizes,
         num_layers=(cycle.encoding_layers, cycle.thinking_layers, cycle.decoding_layers),
         kv_row_bytes=2 * model.num_kv_heads * model.head_dim * DTYPE_BYTES[model.dtype],
         cycle_length=cycle.cycle_length,

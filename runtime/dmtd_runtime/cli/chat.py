@@ -1,6 +1,6 @@
 """``dmtd chat``: a conversation in the terminal. Reading lines and commands; the talking is ``LLM.stream_chat``'s.
 
-Works from a pipe as well: one message a line, no prompts are shown then.
+Works from a pipe as well: one message a line, no prompts are shown then, and the exit code is 1 if one was refused.
 """
 
 from __future__ import annotations
@@ -8,15 +8,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.cli.common import (
+    EXIT_ERROR,
     BundleArgument,
     BundleOption,
     note,
@@ -25,8 +27,11 @@ from dmtd_runtime.cli.common import (
 )
 from dmtd_runtime.cli.opening import open_llm
 from dmtd_runtime.cli.options.backend import AnswerBackend
-from dmtd_runtime.cli.options.sampling import ChatSampling, GivenSampling
+from dmtd_runtime.cli.options.sampling import ChatSampling, GivenSampling, bias_by_id
+from dmtd_runtime.cli.options.serving import Turns
+from dmtd_runtime.cli.options.template import TEMPLATE, GivenTemplate
 from dmtd_runtime.errors import AbortedError, BackendError, DmtdError, RequestError
+from dmtd_runtime.serving.options import ServingOptions
 
 if TYPE_CHECKING:
     from dmtd_runtime.llm import LLM
@@ -37,7 +42,7 @@ HELP = '''\
   /help                  these lines
   /system TEXT           set the system message and start over; without TEXT, show it
   /params                show the sampling options
-  /params NAME=VALUE ... change them: /params temperature=0.7 top_p=0.9 stop=["."]
+  /params NAME=VALUE ... change them: /params temperature=0.7 top_p=0.9 stop=[".", "The end"]
   /save FILE             write the conversation as JSON
   /reset                 forget the conversation
   /exit                  leave (so does Ctrl-D)
@@ -50,6 +55,7 @@ class Conversation:
     """What was said, and how to answer."""
 
     params: SamplingParams
+    template: dict[str, Any] = field(default_factory=dict)
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
 
@@ -66,26 +72,33 @@ class _LeaveError(Exception):
 def chat(
     bundle: BundleArgument = None,
     model: BundleOption = None,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Every layer for every token: the baseline.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message. By default the template's own.")] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Baseline: run every layer for every token. By default DMTD's cycles.")
+    ] = False,
+    template: TEMPLATE = GivenTemplate(),
     sampling: ChatSampling = GivenSampling(),
     backend: AnswerBackend = BackendOptions(),
+    serving: Turns = ServingOptions(),
 ) -> None:
     """Talk to a bundle. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.
 
     Messages may come from a pipe, one a line.
     """
     directory = pick(bundle, model, "BUNDLE")
-    with open_llm(directory, backend, plain=plain) as llm:
+    with open_llm(directory, backend, serving, plain=plain) as llm:
         if llm.tokenizer is None or not llm.has_chat_template:
             missing = "tokenizer" if llm.tokenizer is None else "chat template"
             raise RequestError(f"this bundle has no {missing}, which chatting needs; use dmtd generate instead")
         params = sampling.over(llm.default_params)
-        _talk(llm, Conversation(params=params, system=system))
+        if not _talk(llm, Conversation(params=params, template=template.arguments(), system=system)):
+            raise typer.Exit(EXIT_ERROR)
 
 
-def _talk(llm: LLM, conversation: Conversation) -> None:
-    interactive = sys.stdin.isatty()
+def _talk(llm: LLM, conversation: Conversation) -> bool:
+    """Messages and commands until the end; False if a pipe held one that was refused."""
+    interactive, good = sys.stdin.isatty(), True
+    lines = _Lines(interactive)
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (gives input() its line editing and history)
@@ -94,7 +107,7 @@ def _talk(llm: LLM, conversation: Conversation) -> None:
         note(f"{split}, cycle of {cycle.cycle_length}. /help for commands.")
     while True:
         try:
-            message = _read_message(interactive)
+            message = _read_message(lines)
             if message.startswith("/"):
                 _command(message, conversation)
             elif message:
@@ -102,7 +115,7 @@ def _talk(llm: LLM, conversation: Conversation) -> None:
         except (EOFError, _LeaveError):
             if interactive:
                 note("")
-            return
+            return good or interactive
         except KeyboardInterrupt:
             if not interactive:
                 raise
@@ -110,27 +123,55 @@ def _talk(llm: LLM, conversation: Conversation) -> None:
         except (AbortedError, BackendError):
             raise  # the engine is gone
         except DmtdError as error:
+            if isinstance(error, _InputError) and not interactive:
+                raise  # where the next message begins is not known
             note(f"error: {error}")
+            good = False
 
 
-def _read_message(interactive: bool) -> str:
+class _InputError(RequestError):
+    """Lines that make no message."""
+
+
+class _Lines:
+    """What is typed, or comes from a pipe, line by line."""
+
+    def __init__(self, interactive: bool) -> None:
+        self._interactive = interactive
+        self.count = 0
+
+    def read(self, prompt: str) -> str:
+        """The next line without its break; EOFError at the end."""
+        self.count += 1
+        try:
+            if self._interactive:
+                return input(prompt)
+            line = sys.stdin.buffer.readline().decode("utf-8")
+        except UnicodeDecodeError as error:
+            where = "the line" if self._interactive else f"line {self.count} of stdin"
+            raise _InputError(f"{where} is not UTF-8 at byte {error.start}; convert it, e.g. with iconv") from None
+        if not line:
+            raise EOFError
+        return line.removesuffix("\n").removesuffix("\r")
+
+
+def _read_message(lines: _Lines) -> str:
     """One message: a line, or several between triple quotes."""
-    line = _read_line("> " if interactive else "").strip()
+    line = lines.read("> ").strip()
     if not line.startswith(QUOTES):
         return line
-    text = line.removeprefix(QUOTES)
+    text, first = line.removeprefix(QUOTES), lines.count
     while QUOTES not in text:
-        text += "\n" + _read_line(". " if interactive else "")
-    return text[: text.index(QUOTES)].strip()
-
-
-def _read_line(prompt: str) -> str:
-    if prompt:
-        return input(prompt)
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line.rstrip("\n")
+        try:
+            text += "\n" + lines.read(". ")
+        except EOFError:
+            raise _InputError(
+                f"the message that begins in line {first} was not said: its {QUOTES} is not closed; end it with {QUOTES}"
+            ) from None
+    text, _, behind = text.partition(QUOTES)
+    if behind.strip():
+        raise _InputError(f"got {behind.strip()[:60]!r} behind the closing {QUOTES}, expected the end of the line")
+    return text.strip()
 
 
 def _answer(llm: LLM, conversation: Conversation, message: str) -> None:
@@ -139,18 +180,20 @@ def _answer(llm: LLM, conversation: Conversation, message: str) -> None:
     # Made before the message counts as said: one that is refused (too long, say) leaves the conversation as it was.
     messages = [*conversation.messages, asked]
     assert llm.tokenizer is not None, "chat begins only with a tokenizer"
-    length = len(llm.tokenizer.encode(llm.render_chat(messages), add_special_tokens=False))
+    length = len(llm.tokenizer.encode(llm.render_chat(messages, **conversation.template), add_special_tokens=False))
     if conversation.turns and length >= llm.max_model_len:
         raise RequestError(
             f"the conversation is full: {length} tokens with this message, the model takes {llm.max_model_len}; "
             "/reset starts over, /save FILE keeps it"
         )
-    stream = llm.stream_chat(messages, conversation.params)
+    stream = llm.stream_chat(messages, conversation.params, **conversation.template)
     text, count, stopped, reason = "", 0, False, None
-    first = last = 0.0
+    first, first_count, last = 0.0, 0, 0.0
     try:
         for delta in stream:
-            first, last = (first if count else delta.at_s), delta.at_s
+            if not count:
+                first, first_count = delta.at_s, len(delta.token_ids)
+            last = delta.at_s
             count += len(delta.token_ids)
             reason = delta.finish_reason or reason
             text += delta.text
@@ -166,7 +209,7 @@ def _answer(llm: LLM, conversation: Conversation, message: str) -> None:
     typer.echo()
     conversation.turns += [asked, {"role": "assistant", "content": text}]
     if sys.stderr.isatty():
-        rate = f"{(count - 1) / seconds:.1f} tok/s, " if count > 1 and seconds > 0 else ""
+        rate = f"{(count - first_count) / seconds:.1f} tok/s, " if seconds > 0 else ""
         end = "stopped" if stopped else {"length": "cut at the length limit"}.get(reason or "", "")
         typer.secho(
             f"[{count} tokens, {rate}first after {first * 1e3:.0f} ms{', ' + end if end else ''}]",
@@ -193,31 +236,58 @@ def _command(line: str, conversation: Conversation) -> None:
     elif name == "/params":
         if argument:
             conversation.params = change_params(conversation.params, argument)
-        note("\n".join(f"  {f.name}={getattr(conversation.params, f.name)!r}" for f in fields(conversation.params)))
+        note("\n".join(f"  {word}" for word in params_words(conversation.params)))
     elif name == "/save":
         _save(conversation, argument)
     else:
         note(f"error: {name}: no such command; /help lists them")
 
 
+def params_words(params: SamplingParams) -> list[str]:
+    """``NAME=VALUE`` of every option, as ``change_params`` reads it."""
+    return [f"{name}={json.dumps(getattr(params, name), ensure_ascii=False)}" for name in _changeable(params)]
+
+
 def change_params(params: SamplingParams, text: str) -> SamplingParams:
-    """Sampling options changed by ``NAME=VALUE`` words; a value is JSON, ``none`` unsets.
+    """Sampling options changed by ``NAME=VALUE`` words; a value is JSON, or one word, and ``none`` unsets.
 
     Raises:
         RequestError: an unknown name, or a value that does not fit.
     """
-    known = {f.name for f in fields(params)} - {"n"}
-    changes: dict[str, object] = {}
-    for word in text.split():
-        name, equals, value = word.partition("=")
-        name = name.replace("-", "_")
-        if not equals or name not in known:
-            raise RequestError(f"/params: got {word!r}, expected NAME=VALUE with one of {', '.join(sorted(known))}")
-        try:
-            changes[name] = None if value.lower() == "none" else json.loads(value)
-        except ValueError:
-            changes[name] = value
-    return replace(params, **changes)  # type: ignore[arg-type]
+    known, changes, at = _changeable(params), {}, 0
+    while text[at:].strip():
+        found = _NAME.match(text, at)
+        name = found[1].replace("-", "_") if found else ""
+        if found is None or name not in known:
+            word = text[at:].split()[0]
+            raise RequestError(f"/params: got {word!r}, expected NAME=VALUE with one of {', '.join(known)}")
+        changes[name], at = _value(text, found.end())
+    if changes.get("logit_bias") is not None:
+        changes["logit_bias"] = bias_by_id(changes["logit_bias"])
+    return replace(params, **changes)
+
+
+_NAME = re.compile(r"\s*([\w-]+)=")
+_WORD = re.compile(r"\S*")
+
+
+def _changeable(params: SamplingParams) -> list[str]:
+    return sorted(f.name for f in fields(params) if f.name != "n")
+
+
+def _value(text: str, start: int) -> tuple[Any, int]:
+    """The value that begins there, and where it ends."""
+    word = _WORD.match(text, start)
+    assert word is not None, "the pattern matches nothing too"
+    try:
+        value, end = json.JSONDecoder().raw_decode(text, start)
+        if end == len(text) or text[end].isspace():
+            return value, end
+    except ValueError:
+        pass
+    if word[0][:1] in ("[", "{", '"'):
+        raise RequestError(f'/params: got {text[start:][:60]!r}, expected JSON such as ["a b"] or {{"50": -100}}')
+    return None if word[0].lower() == "none" else word[0], word.end()
 
 
 def _is_conversation(path: Path) -> bool:

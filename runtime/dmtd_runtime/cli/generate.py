@@ -23,7 +23,10 @@ from dmtd_runtime.cli.common import (
 from dmtd_runtime.cli.opening import open_llm
 from dmtd_runtime.cli.options.backend import AnswerBackend
 from dmtd_runtime.cli.options.sampling import GenerateSampling, GivenSampling, parse_ids
+from dmtd_runtime.cli.options.serving import OnePrompt
+from dmtd_runtime.cli.options.template import TEMPLATE, GivenTemplate
 from dmtd_runtime.errors import RequestError
+from dmtd_runtime.serving.options import ServingOptions
 from dmtd_runtime.serving.outputs import Delta
 
 if TYPE_CHECKING:
@@ -63,30 +66,46 @@ def generate(
     bundle: BundleArgument = None,
     model: BundleOption = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="The prompt; - or none of these reads stdin.")
+        str | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            help="The prompt. With -, or without any, it is read from stdin, less its last line break.",
+        ),
     ] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A file that holds the prompt (UTF-8).")] = None,
-    token_ids: Annotated[str | None, typer.Option(help="The prompt as token ids: 1,2,3.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="The prompt as it stands, without the chat template.")] = False,
-    system: Annotated[str | None, typer.Option(help="System message, for the chat template.")] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Every layer for every token: the baseline.")] = False,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="A file that holds the prompt, in UTF-8, less its last line break.")
+    ] = None,
+    token_ids: Annotated[str | None, typer.Option(help="The prompt as token ids, such as 1,2,3.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Take the prompt as it stands. By default it is put into the chat template.")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(help="System message, for the chat template. By default the template's own.")
+    ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Baseline: run every layer for every token. By default DMTD's cycles.")
+    ] = False,
+    template: TEMPLATE = GivenTemplate(),
     sampling: GenerateSampling = GivenSampling(),
     timeout_s: Annotated[
-        float | None, typer.Option("--timeout", help="Seconds after which the answer is cut; by default never.")
+        float | None, typer.Option("--timeout", help="Seconds after which the answer is cut. By default never.")
     ] = None,
     backend: AnswerBackend = BackendOptions(),
+    serving: OnePrompt = ServingOptions(prefix_cache_bytes=0),
     json: JsonOption = False,
 ) -> None:
     """Generate text for a prompt; it appears as it is made.
 
-    A bundle with a chat template answers the prompt as a user's message, unless --raw is given. A bundle without a tokenizer
-    takes --token-ids and prints token ids.
+    A bundle with a chat template answers the prompt as a user's message, unless --raw is given.
+
+    A bundle without a tokenizer takes --token-ids and prints token ids.
     """
     directory = pick(bundle, model, "BUNDLE")
     asked = _read_prompt(prompt, prompt_file, parse_ids(token_ids, "token_ids"))
-    with open_llm(directory, backend, plain=plain) as llm:
+    with open_llm(directory, backend, serving, plain=plain) as llm:
         params = sampling.over(llm.default_params)
-        ids = _prompt_ids(llm, asked, raw=raw, system=system)
+        ids = _prompt_ids(llm, asked, raw=raw, system=system, template=template)
         answer = _run(llm, ids, params, timeout_s, show=not json)
     if json:
         typer.echo(json_text.dumps({"schema": 1, "plain": plain, **asdict(answer)}))
@@ -101,7 +120,7 @@ def _read_prompt(prompt: str | None, file: Path | None, ids: list[int] | None) -
         return ids
     if file is not None:
         try:
-            return file.read_text(encoding="utf-8")
+            return _without_last_break(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise RequestError(
                 f"{file} cannot be read ({error}); name a UTF-8 text file", param="prompt_file"
@@ -111,14 +130,21 @@ def _read_prompt(prompt: str | None, file: Path | None, ids: list[int] | None) -
     if sys.stdin.isatty() and prompt is None:
         raise typer.BadParameter("no prompt: give --prompt, --prompt-file or --token-ids, or write it to stdin")
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return _without_last_break(sys.stdin.buffer.read().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RequestError(
             f"stdin is not UTF-8 at byte {error.start}; convert it, e.g. with iconv", param="prompt"
         ) from None
 
 
-def _prompt_ids(llm: LLM, asked: str | list[int], *, raw: bool, system: str | None) -> list[int]:
+def _without_last_break(text: str) -> str:
+    """The text without the line break that `echo` and editors end it with; others are the prompt's own."""
+    return text[:-1].removesuffix("\r") if text.endswith("\n") else text
+
+
+def _prompt_ids(
+    llm: LLM, asked: str | list[int], *, raw: bool, system: str | None, template: GivenTemplate
+) -> list[int]:
     """The prompt as the model gets it, in token ids, so that its length can be told."""
     if isinstance(asked, list):
         return asked
@@ -129,32 +155,37 @@ def _prompt_ids(llm: LLM, asked: str | list[int], *, raw: bool, system: str | No
     if raw or not llm.has_chat_template:
         if system is not None:
             raise RequestError("needs a chat template and no --raw; put it into the prompt instead", param="system")
+        if template != GivenTemplate():
+            name = "tools" if template.tools else "chat_template_kwargs"
+            raise RequestError("needs a chat template and no --raw; leave it out", param=name)
         return llm.tokenizer.encode(asked)
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": asked})
-    return llm.tokenizer.encode(llm.render_chat(messages), add_special_tokens=False)
+    return llm.tokenizer.encode(llm.render_chat(messages, **template.arguments()), add_special_tokens=False)
 
 
 def _run(llm: LLM, ids: list[int], params: SamplingParams, timeout_s: float | None, *, show: bool) -> Answer:
-    answer, times = Answer(prompt_tokens=len(ids)), []
+    answer = Answer(prompt_tokens=len(ids))
     before = replace(llm.stats)  # only this request runs, so what comes on top is its own
     start = time.perf_counter()
+    first: Delta | None = None
+    last_s = 0.0
     for delta in llm.stream(ids, params, timeout_s=timeout_s):
         if delta.token_ids:
-            times.append(delta.at_s)
-        _take(answer, delta)
+            first, last_s = first or delta, delta.at_s
         if show:
-            _show(llm, delta, first=len(times) == 1)
+            _show(llm, delta, first=delta is first)
+        _take(answer, delta)
     answer.total_s = time.perf_counter() - start
     if show:
         typer.echo()
-    if times:
-        answer.first_token_s = times[0]
+    if first is not None:
+        answer.first_token_s = first.at_s
         prefill_passes = llm.stats.prefill_passes - before.prefill_passes
         answer.full_passes = llm.stats.full_passes - before.full_passes - prefill_passes
         answer.late_steps = llm.stats.late_steps - before.late_steps
-    if len(times) > 1 and times[-1] > times[0]:
-        answer.decode_tok_per_s = (len(answer.token_ids) - 1) / (times[-1] - times[0])
+        if last_s > first.at_s:
+            answer.decode_tok_per_s = (len(answer.token_ids) - len(first.token_ids)) / (last_s - first.at_s)
     return answer
 
 

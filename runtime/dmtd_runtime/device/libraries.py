@@ -17,15 +17,23 @@ from dmtd_runtime.errors import BackendError
 
 CudaBackend = Literal["tensorrt", "tensorrt-rtx"]
 CUDA_BACKENDS: tuple[CudaBackend, ...] = ("tensorrt", "tensorrt-rtx")
-MODULES: dict[CudaBackend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-# The major versions whose API this code speaks.
-MAJOR_VERSIONS: dict[CudaBackend, int] = {"tensorrt": 11, "tensorrt-rtx": 1}
-INSTALL: dict[CudaBackend, str] = {
-    "tensorrt": 'pip install "dmtd[tensorrt]"',
-    "tensorrt-rtx": 'pip install "dmtd[tensorrt-rtx]"',
-}
 CUDA_MAJOR = 13  # of cuda-bindings and both libraries' wheels
 DEVICE_ORDER = "CUDA_DEVICE_ORDER"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRtLibrary:
+    """A library that builds and runs engines."""
+
+    module: str
+    major: int  # the version whose API this code speaks
+    install: str  # the command
+
+
+LIBRARIES: dict[CudaBackend, TensorRtLibrary] = {
+    "tensorrt": TensorRtLibrary(module="tensorrt", major=11, install='pip install "dmtd[tensorrt]"'),
+    "tensorrt-rtx": TensorRtLibrary(module="tensorrt_rtx", major=1, install='pip install "dmtd[tensorrt-rtx]"'),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,23 +46,22 @@ class GpuFacts:
 
 
 def import_tensorrt(backend: CudaBackend) -> Any:
-    """The library that runs engines of a backend.
+    """The library that builds and runs engines of a backend.
 
     Raises:
         BackendError: it is not installed, cannot be imported, or is of another major version.
     """
+    library = LIBRARIES[backend]
     try:
-        module = importlib.import_module(MODULES[backend])
+        module = importlib.import_module(library.module)
     except (ImportError, OSError) as error:  # OSError: the wheel is there, a library that it loads is not
         pass_interrupt_on(error)
         raise BackendError(
-            f"{backend} cannot be imported ({_one_line(error)}); install it with: {INSTALL[backend]}{_other(backend)}"
+            f"{backend} cannot be imported ({_one_line(error)}); run: {library.install}{_other(backend)}"
         ) from None
     version = str(getattr(module, "__version__", "0"))
-    if version.partition(".")[0] != str(MAJOR_VERSIONS[backend]):
-        raise BackendError(
-            f"{backend} is {version}, expected {MAJOR_VERSIONS[backend]}.x; install it with: {INSTALL[backend]}"
-        )
+    if version.partition(".")[0] != str(library.major):
+        raise BackendError(f"{backend}: got version {version}, expected {library.major}.x; run: {library.install}")
     return module
 
 
@@ -62,8 +69,8 @@ def _other(missing: CudaBackend) -> str:
     """The other library, where it is installed: what somebody who did not know there are two has asked for."""
     for name in CUDA_BACKENDS:
         with contextlib.suppress(ImportError, ValueError):  # ValueError: a module without a spec
-            if name != missing and importlib.util.find_spec(MODULES[name]) is not None:
-                return f"; {name} is installed: --backend {name} runs its engines"
+            if name != missing and importlib.util.find_spec(LIBRARIES[name].module) is not None:
+                return f" (or give --backend {name}, which is installed)"
     return ""
 
 

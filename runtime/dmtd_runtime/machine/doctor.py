@@ -24,7 +24,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from dmtd_runtime.device.libraries import CUDA_BACKENDS, CUDA_MAJOR, INSTALL, MAJOR_VERSIONS
+from dmtd_runtime.device.libraries import CUDA_BACKENDS, CUDA_MAJOR, LIBRARIES
 from dmtd_runtime.machine.hardware import Gpu, Machine, look_at_gpus, look_at_machine
 from dmtd_runtime.ort.cuda_provider import CUDA_PROVIDER, CUDNN, DRIVER_PAGE, CudaNeeds, look
 from dmtd_runtime.version import __version__
@@ -295,9 +295,9 @@ def _engine_problems(components: tuple[Component, ...], *, has_gpu: bool, cuda_p
     versions = {part.name: part.version for part in components}
     problems, installed = [], [backend for backend in CUDA_BACKENDS if versions[backend] is not None]
     for backend in installed:
-        if _major(str(versions[backend])) != MAJOR_VERSIONS[backend]:
+        if _major(str(versions[backend])) != LIBRARIES[backend].major:
             problems.append(
-                f"{backend}: got {versions[backend]}, expected {MAJOR_VERSIONS[backend]}.x; run: {INSTALL[backend]}"
+                f"{backend}: got {versions[backend]}, expected {LIBRARIES[backend].major}.x; run: {LIBRARIES[backend].install}"
             )
     bindings, fix = versions["cuda-bindings"], f'pip install "cuda-bindings>={CUDA_MAJOR},<{CUDA_MAJOR + 1}"'
     users = [f"{backend} needs it to run engines" for backend in installed]

@@ -147,7 +147,8 @@ class Sampler:
             The token, with log probabilities as asked.
 
         Raises:
-            BackendError: The logits hold NaN or infinity, or every token is masked.
+            BackendError: The logits hold NaN or infinity.
+            RequestError: The options mask every token.
         """
         assert logits.shape == (self._vocab_size,), f"a row of logits is [{self._vocab_size}], got {list(logits.shape)}"
         assert logits.dtype == np.float32, f"logits are float32, got {logits.dtype}"
@@ -172,7 +173,8 @@ class Sampler:
             token_id: The token, or NOT_FINITE or NO_CHOICE.
 
         Raises:
-            BackendError: The logits held NaN or infinity, or every token is masked.
+            BackendError: The logits held NaN or infinity.
+            RequestError: The options mask every token.
         """
         assert not self.wants_logprobs, "log probabilities need logits"
         if token_id < 0:
@@ -221,8 +223,8 @@ class Sampler:
         if self._penalties is not None:
             self._penalties.fill(tables[contract.PROMPT_SEEN], tables[contract.OUTPUT_COUNTS])
 
-    def _no_choice(self) -> BackendError:
-        return BackendError(
+    def _no_choice(self) -> RequestError:
+        return RequestError(
             f"logits: the options leave nothing to choose from for token {self._num_chosen} of sequence "
             f"{self._sequence}; lower min_tokens, or check stop_token_ids, logit_bias and the penalties"
         )
@@ -277,17 +279,20 @@ class Sampler:
 
     def _described(self, token_id: int, logits: Logits) -> Choice:
         num_top = self._params.logprobs
-        if num_top is None:
-            return Choice(token_id=token_id)
-        best = logits.max()
-        with np.errstate(over="ignore"):  # a difference beyond float32 is a probability of 0
-            normaliser = float(best) + float(np.log(np.exp(logits - best).sum(dtype=np.float64)))
-        top = top_ids(logits, num_top) if num_top else ()
-        return Choice(
-            token_id=token_id,
-            logprob=float(logits[token_id]) - normaliser,
-            top_logprobs=tuple((int(i), float(logits[i]) - normaliser) for i in top),
-        )
+        return Choice(token_id=token_id) if num_top is None else described(token_id, logits, num_top)
+
+
+def described(token_id: int, logits: Logits, num_top: int) -> Choice:
+    """A token with its log probability under the model, and those of the ``num_top`` likeliest, from logits [vocab]."""
+    best = logits.max()
+    with np.errstate(over="ignore"):  # a difference beyond float32 is a probability of 0
+        normaliser = float(best) + float(np.log(np.exp(logits - best).sum(dtype=np.float64)))
+    top = top_ids(logits, num_top) if num_top else ()
+    return Choice(
+        token_id=token_id,
+        logprob=float(logits[token_id]) - normaliser,
+        top_logprobs=tuple((int(i), float(logits[i]) - normaliser) for i in top),
+    )
 
 
 class _Penalties:

@@ -1,10 +1,11 @@
-"""From waiting sequences to finished ones: schedule -> run -> commit -> choose, one step at a time.
+"""From waiting sequences to finished ones: enter -> schedule -> run -> commit -> choose, one step at a time.
 
-Where the backend runs cycles, and every sequence stands at a head, whole cycles are enqueued, the next one before the tokens
-of this one are looked at. Ends are then found when a cycle is over: what it chose behind the end is dropped unseen.
+Where the backend runs cycles, and every sequence that decodes stands at a head, whole cycles are enqueued, the next one
+before the tokens of this one are looked at, unless somebody waits to join. Ends are then found when a cycle is over: what it
+chose behind the end is dropped unseen. Prompts are read between two cycles.
 
-What comes next is the scheduler's, numbers are the backend's; here sequences are told of their tokens. No threads:
-``worker.py`` has them.
+What comes next is the scheduler's, numbers are the backend's; here sequences are told of their tokens, and prefixes are kept
+and found again. No threads: ``worker.py`` has them.
 """
 
 from __future__ import annotations
@@ -16,8 +17,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 from dmtd_runtime.backends.base import Backend, SlotCycle, SlotStep
 from dmtd_runtime.cycle import CyclePlan, Step
+from dmtd_runtime.sampling.sampler import described
+from dmtd_runtime.serving.counts import Counts
+from dmtd_runtime.serving.options import ServingOptions
+from dmtd_runtime.serving.prefix_cache import PrefixCache
 from dmtd_runtime.serving.scheduler import Planned, Scheduler
 from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
+
+SCORED_ROWS = 64  # of a prompt at a time, whose logits are all brought to the host
 
 
 class Loop:
@@ -28,19 +35,28 @@ class Loop:
         backend: Backend,
         plan: CyclePlan,
         *,
+        options: ServingOptions | None = None,
         max_rows: int | None = None,
+        static: bool = False,
         closing: Callable[[], bool] = lambda: False,
+        arriving: Callable[[], bool] = lambda: False,
     ) -> None:
-        """``max_rows``: of a pass over prompts; the backend's own limit where that is lower.
+        """``max_rows``: of one prompt in a pass; the backend's own limit where that is lower.
 
-        ``closing``: whether who still waits is no longer to begin, and ends with ``abort``.
+        ``static``: sequences enter together when none runs any more. ``closing``: whether who still waits is no longer to
+        begin, and ends with ``abort``. ``arriving``: whether somebody is about to be added, so that nothing is run ahead.
         """
-        self._closing = closing
+        options = options or ServingOptions(prefix_cache_bytes=0)
+        self._closing, self._arriving = closing, arriving
         rows = backend.max_rows if max_rows is None else min(max_rows, backend.max_rows)
-        self._backend, self._cycle_length = backend, plan.cycle.cycle_length
-        self._scheduler = Scheduler(plan, num_slots=backend.slots, max_rows=rows)
+        self._backend, self._plan, self._cycle_length = backend, plan, plan.cycle.cycle_length
+        self._scheduler = Scheduler(plan, num_slots=backend.slots, max_rows=rows, options=options, static=static)
+        self._prefixes = PrefixCache(options.prefix_cache_bytes)
         self._sequences: dict[int, SequenceRun] = {}
         self._numbers = itertools.count()
+        self._read_first = False  # whether prompts come before the next cycle
+        self._prompt_tokens = self._chosen = self._looked_up = self._found = 0
+        self._head_passes = self._in_phase = 0
 
     @property
     def sequences(self) -> list[SequenceRun]:
@@ -51,74 +67,175 @@ class Loop:
         """Let a sequence wait for its turn."""
         number = next(self._numbers)
         self._sequences[number] = sequence
-        self._scheduler.admit(number, len(sequence.ids))
+        given = len(sequence.ids)
+        self._scheduler.admit(number, sequence.prompt_len or given, given_len=given, priority=sequence.priority)
 
     def step(self) -> None:
-        """Let go of who was cancelled, then run what comes next and tell of its tokens. Errors of the backend pass through."""
+        """Let go of who was cancelled, let others in, run what comes next and tell of its tokens.
+
+        Errors of the backend pass through.
+        """
         self._leave(number for number, sequence in self._sequences.items() if sequence.end_from_outside())
         if self._closing():
             self._end_waiting()
-        if not self._sequences or self._run_cycles():
+        self._enter()
+        if self._sequences and not self._run_cycles():
+            self._run(self._scheduler.schedule())
+
+    def counts(self) -> Counts:
+        """What goes on now, and what has been done."""
+        scheduler, stats = self._scheduler, self._backend.stats
+        return Counts(
+            running=len(scheduler.running),
+            waiting=scheduler.num_waiting,
+            waiting_prompt_tokens=scheduler.waiting_prompt_tokens,
+            kv_rows=sum(scheduler.committed),
+            kv_capacity_rows=self._backend.slots * self._backend.max_model_len,
+            prefix_cache_bytes=self._prefixes.num_bytes,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._chosen,
+            full_passes=stats.full_passes,
+            prefill_passes=stats.prefill_passes,
+            late_steps=stats.late_steps,
+            refill_rows=stats.refill_rows,
+            head_passes=self._head_passes,
+            head_passes_in_phase=self._in_phase,
+            prefix_queries=self._looked_up,
+            prefix_hits=self._found,
+        )
+
+    def _enter(self) -> None:
+        """Let waiting sequences have free slots, with what is kept of their prompts, and close the gaps that are left."""
+        for number in self._scheduler.enter():
+            sequence = self._sequences[number]
+            sequence.started = time.monotonic()
+            prompt_len = sequence.prompt_len or len(sequence.ids)
+            known = sequence.ids[: self._plan.lasting_rows(prompt_len, len(sequence.ids))]
+            if sequence.prompt_logprobs is not None:  # every row is to be seen
+                known = []
+            slot, rows = self._slot(number), 0
+            for block in self._prefixes.match(known, sequence.cache_salt):
+                self._backend.write_rows(slot, rows, block)
+                rows += block.shape[-2]
+            self._scheduler.restore(number, rows)
+            sequence.cached_tokens = rows
+            self._prompt_tokens += len(sequence.ids)
+            self._looked_up += len(sequence.ids)
+            self._found += rows
+        while (move := self._scheduler.close_gap()) is not None:
+            self._backend.move(move.source, move.target, move.rows)
+
+    def _run(self, planned: Sequence[Planned]) -> None:
+        """Run one step of the sequences, and tell those that get a token."""
+        self._count_heads(planned)
+        scored = [one for one in planned if one.step.kind == "prefill" and self._scores(one)]
+        for one in scored:
+            self._run_scored(one)
+        planned = [one for one in planned if one not in scored]
+        if not planned:
             return
-        planned = self._scheduler.schedule()
-        for one in planned:
-            sequence = self._sequences[one.sequence]
-            if sequence.started is None:
-                sequence.started = time.monotonic()
         steps = [self._slot_step(one) for one in planned]
         wanting = [one for one in planned if one.step.wants_logits]
         choose = self._backend.chooses_tokens and not any(
-            self._sequences[one.sequence].sampler.needs_logits for one in planned
+            self._sequences[one.sequence].sampler.needs_logits for one in wanting
         )
         output = self._backend.run(steps, self._scheduler.committed, choose=choose)
         self._scheduler.commit(planned)
         for row, one in enumerate(wanting):
+            sequence = self._sequences[one.sequence]
             if output.tokens is not None:
-                self._sequences[one.sequence].take(int(output.tokens[row]))
+                sequence.take(int(output.tokens[row]))
             else:
                 assert output.logits is not None, "a run gives tokens or logits"
-                self._sequences[one.sequence].choose(output.logits[row])
+                sequence.choose(output.logits[row])
+            self._chosen += not sequence.failed
+            if one.step.kind == "prefill":
+                self._keep(one.sequence)
         self._leave(one.sequence for one in wanting if self._sequences[one.sequence].ended)
 
+    def _scores(self, one: Planned) -> bool:
+        return self._sequences[one.sequence].prompt_logprobs is not None
+
+    def _run_scored(self, planned: Planned) -> None:
+        """Run a chunk of a prompt by itself, with the logits of all its rows: they say how likely each next token was."""
+        sequence, step = self._sequences[planned.sequence], planned.step
+        committed, num_top, logits = self._scheduler.committed, sequence.prompt_logprobs, None
+        assert num_top is not None
+        for first in range(step.window.start, step.window.stop, SCORED_ROWS):
+            rows = range(first, min(first + SCORED_ROWS, step.window.stop))
+            part = slice(first - step.window.start, rows.stop - step.window.start)
+            piece = Step(
+                kind="prefill",
+                window=rows,
+                late=rows,
+                gate_hidden=step.gate_hidden[part],
+                gate_thought=step.gate_thought[part],
+                wants_logits=True,
+            )
+            ids = sequence.ids[rows.start : rows.stop]
+            logits = self._backend.run([SlotStep(slot=planned.slot, step=piece, ids=ids)], committed, rows="all").logits
+            assert logits is not None, "nothing was to be chosen"
+            committed[planned.slot] = rows.stop
+            sequence.prompt_choices = sequence.prompt_choices or [None]
+            for row, next_id in zip(logits, sequence.ids[rows.start + 1 : rows.stop + 1], strict=False):
+                sequence.prompt_choices.append(described(next_id, row, num_top))
+        self._scheduler.commit([planned])
+        if step.wants_logits and logits is not None:
+            sequence.choose(logits[-1])
+            self._chosen += not sequence.failed
+            self._keep(planned.sequence)
+            if sequence.ended:
+                self._leave([planned.sequence])
+
     def _run_cycles(self) -> bool:
-        """Run whole cycles until a sequence ends, if all may run them; whether any ran.
+        """Run whole cycles until a sequence ends or another one comes, if all may run them; whether anything ran.
 
         The cycle after the one under way is enqueued before that one's tokens are known, unless a sequence is certain to end.
+        Prompts and cycles take turns.
         """
-        running = [self._sequences[number] for number in self._scheduler.running]
-        if not running or not self._backend.runs_cycles or any(s.sampler.wants_logprobs for s in running):
+        if not self._backend.runs_cycles:
             return False
-        planned = self._start_cycle(0)
-        if not planned:
+        planned = self._scheduler.schedule_cycle()
+        running = [self._sequences[one.sequence] for one in planned]
+        if not planned or any(s.sampler.wants_logprobs for s in running):
             return False
+        if self._scheduler.num_reading and self._read_first:
+            self._read_first = False
+            self._run(self._scheduler.schedule(heads=False))
+            return True
+        self._read_first = True
+        self._start_cycle(planned, 0)
         tau, under_way = self._cycle_length, deque([planned])
         while under_way:
-            if not any(s.ended for s in running) and len(under_way) == 1 and _go_on(running, tau):
-                under_way.append(self._start_cycle(tau))
+            alone = not (self._scheduler.num_reading or self._scheduler.can_enter or self._arriving())
+            if alone and not any(s.ended for s in running) and len(under_way) == 1 and _go_on(running, tau):
+                under_way.append(planned := self._scheduler.schedule_cycle())
+                self._start_cycle(planned, tau)
             tokens, cycle = self._backend.finish_cycle(), under_way.popleft()
             for step, index in itertools.product(range(tau), range(len(cycle))):
                 sequence = self._sequences[cycle[index].sequence]
                 if not sequence.ended:
                     sequence.take(int(tokens[step, index]))
+                    self._chosen += not sequence.failed
             self._end_from_outside()
         self._leave(number for number, sequence in self._sequences.items() if sequence.ended)
         return True
 
-    def _start_cycle(self, unseen: int) -> list[Planned]:
-        """Enqueue the next cycle of all sequences and take its steps as run; nothing where they do not all stand at a head.
-
-        ``unseen``: tokens of a cycle under way, which this one follows.
-        """
-        planned = self._scheduler.schedule_cycle()
+    def _start_cycle(self, planned: Sequence[Planned], unseen: int) -> None:
+        """Enqueue a cycle and take its steps as run. ``unseen``: tokens of a cycle under way, which this one follows."""
         cycles = []
         for one in planned:
             sequence, window = self._sequences[one.sequence], one.steps[0].window
             ids = () if unseen else sequence.ids[window.start : window.stop]
             cycles.append(SlotCycle(slot=one.slot, steps=one.steps, ids=ids, sampler=sequence.sampler, unseen=unseen))
-        if planned:
-            self._backend.start_cycle(cycles, follows=unseen > 0)
-            self._scheduler.commit(planned)
-        return planned
+        self._count_heads(planned)
+        self._backend.start_cycle(cycles, follows=unseen > 0)
+        self._scheduler.commit(planned)
+
+    def _count_heads(self, planned: Sequence[Planned]) -> None:
+        if any(one.steps[0].kind == "full" for one in planned):
+            self._head_passes += 1
+            self._in_phase += self._scheduler.in_phase
 
     def _end_waiting(self) -> None:
         waiting = self._sequences.keys() - set(self._scheduler.running)
@@ -133,17 +250,31 @@ class Loop:
         self._leave(number for number in ended if number not in running)
 
     def _leave(self, numbers: Iterable[int]) -> None:
-        """Let sequences go, from the last slot down: what moves into a gap is then alive."""
-        leaving = set(numbers)
-        order = [number for number in reversed(self._scheduler.running) if number in leaving]
-        for number in (*order, *leaving.difference(order)):
-            sequence, committed = self._sequences.pop(number), self._scheduler.committed
+        """Let sequences go."""
+        for number in list(numbers):
             slot = self._scheduler.slot_of(number)
-            if sequence.failed and slot is not None:  # it may have left NaN in the caches
-                self._backend.clear(slot, committed[slot])
-            move = self._scheduler.free(number)
-            if move is not None:
-                self._backend.move(move.source, move.target, move.rows)
+            if slot is not None and self._sequences[number].failed:  # it may have left NaN in the caches
+                self._backend.clear(slot, self._scheduler.committed[slot])
+            elif slot is not None:
+                self._keep(number)
+            self._scheduler.free(number)
+            del self._sequences[number]
+
+    def _keep(self, number: int) -> None:
+        """Keep the rows of a sequence that other prompts may begin with."""
+        sequence, slot = self._sequences[number], self._slot(number)
+        if not sequence.failed:
+            # Cycles that went on behind the end have rows of tokens that nobody saw.
+            at = self._scheduler.position_of(number)
+            rows = self._plan.lasting_rows(at.prompt_len, min(at.thought, len(sequence.ids)))
+            self._prefixes.add(
+                sequence.ids[:rows], sequence.cache_salt, lambda rows: self._backend.read_rows(slot, rows)
+            )
+
+    def _slot(self, number: int) -> int:
+        slot = self._scheduler.slot_of(number)
+        assert slot is not None, f"sequence {number} has no slot"
+        return slot
 
     def _slot_step(self, one: Planned) -> SlotStep:
         ids = self._sequences[one.sequence].ids
@@ -151,10 +282,15 @@ class Loop:
 
 
 def run_batch(
-    backend: Backend, plan: CyclePlan, sequences: Sequence[SequenceRun], *, max_rows: int | None = None
+    backend: Backend,
+    plan: CyclePlan,
+    sequences: Sequence[SequenceRun],
+    *,
+    max_rows: int | None = None,
+    static: bool = True,
 ) -> None:
-    """Run ``sequences`` to their ends. Errors of the backend itself pass through."""
-    loop = Loop(backend, plan, max_rows=max_rows)
+    """Run ``sequences`` to their ends, as a static batch. Errors of the backend itself pass through."""
+    loop = Loop(backend, plan, max_rows=max_rows, static=static)
     for sequence in sequences:
         loop.add(sequence)
     while loop.sequences:

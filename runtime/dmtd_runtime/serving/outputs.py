@@ -31,29 +31,38 @@ class CompletionOutput:
 
 @dataclass(slots=True, kw_only=True)
 class RequestMetrics:
-    """Seconds of one request, from its submission."""
+    """Seconds of one request, from its submission, and what the prefix cache spared it.
+
+    ``cached_tokens``: tokens of the prompt that none of its sequences computed, because earlier requests had. (Of ``n``
+    sequences that is the least: what one of them computes, the others may find.)
+    """
 
     queued_s: float = 0.0
     first_token_s: float | None = None
     finished_s: float | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
 class RequestOutput:
-    """A finished request."""
+    """A finished request.
+
+    ``prompt_logprobs``: where they were asked for, one entry a token of the prompt; None for the first, which follows nothing.
+    """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprob | None] | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """A piece of a streamed sequence: new text and tokens since the last piece.
+    """A piece of a streamed sequence: all text and tokens since the last piece. A reader that is slow gets larger ones.
 
-    ``at_s``: seconds from the request's submission to when the engine made it, however late it is read.
+    ``at_s``: seconds from the request's submission to when the worker made the last of it, however late it is read.
     """
 
     request_id: str

@@ -1,22 +1,41 @@
 """Which sequences run, and which of their steps come next: every policy, in integers alone.
 
-``admit`` a sequence, ``schedule`` a run, ``commit`` it once it has run, ``free`` the sequence when it has ended. Nothing here
-knows a tensor, a session, a sampler or a thread; what a step is, ``cycle.py`` says.
+``admit`` a sequence, ``enter`` those that get a slot, ``schedule`` a run, ``commit`` it once it has run, ``free`` the sequence
+when it has ended. Nothing here knows a tensor, a session, a sampler or a thread; what a step is, ``cycle.py`` says.
 
-The policy is that of a static batch. Waiting sequences enter together, in the order they came, when none runs any more. Prompts
-are read first, as many chunks as a pass has rows for. Then, while any sequence stands inside a cycle, only those step, and the
-ones at a head wait: after at most ``cycle_length - 1`` short runs all heads fall together, for good, and T's weights are read
-once a cycle for the whole batch.
+The policy keeps every running sequence in phase, whoever comes and goes, so that T's weights are read once a cycle for all:
+
+1. While any sequence stands inside a cycle, only those step, and the ones at a head wait. After at most ``cycle_length - 1``
+   short runs all heads fall together. Who joins between two heads waits for the next, or takes the late steps that bring it
+   there; no pass over T is ever run for it alone.
+2. A pass at the heads takes all of them, and beside them chunks of the prompts being read: so every running sequence gets a
+   cycle for every pass, however many prompts wait.
+3. A prompt being read gets rows in every such pass: a floor each, and what is left goes to the one with the least to read.
+   Having waited counts as having read, so that a long one is not passed for ever. At most ``max_num_partial_prefills`` are
+   read at a time; the others wait, by priority and then in the order they came.
+4. Running sequences wait for a pass with a chunk in it, so the chunk is bounded: ``long_prefill_token_threshold`` rows of an
+   empty context, fewer over a long one, whose attention costs more. Alone, prompts get all rows of a pass, one after another.
+5. A slot is given for good: it has room for the longest sequence, so nobody is ever preempted.
+
+A static batch, the limit that benchmarks compare with: sequences enter together when none runs any more, and all prompts are
+read before anybody decodes.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import heapq
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dmtd_runtime.cycle import CyclePlan, Position, Step
+from dmtd_runtime.serving.options import ServingOptions
 from dmtd_runtime.serving.slots import Move, Slots, Tenancy
+
+CHUNK_FLOOR = 16  # rows of a prompt in every pass that it shares; fewer cost as much
+CHUNK_BESIDE = 64  # rows of prompts that running sequences wait for, where no option says otherwise
+CONTEXT_OF_TWICE = 1024  # rows of context over which a row of a prompt costs about twice as much as over none
+AGE_ROWS = 16  # what having waited for a pass is worth, in rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +62,14 @@ class _Running:
     sequence: int
     position: Position
     tenancy: Tenancy
+    priority: int
+    order: int
+    passes: int = 0  # with prompts in them, since it entered
+
+    @property
+    def left(self) -> int:
+        """Given rows still to read."""
+        return max(0, self.position.given_len - self.position.fed)
 
 
 class Scheduler:
@@ -51,14 +78,29 @@ class Scheduler:
     Args:
         plan: the law of the cycles.
         num_slots: sequences at a time.
-        max_rows: rows of a pass over prompts.
+        max_rows: rows of one prompt that the backend takes in a pass.
+        options: the bounds above.
+        static: a static batch.
     """
 
-    def __init__(self, plan: CyclePlan, *, num_slots: int, max_rows: int) -> None:
+    def __init__(
+        self,
+        plan: CyclePlan,
+        *,
+        num_slots: int,
+        max_rows: int,
+        options: ServingOptions | None = None,
+        static: bool = False,
+    ) -> None:
         assert num_slots >= 1 and max_rows >= 1, f"{num_slots} slots and {max_rows} rows make no progress"
-        self._plan, self._max_rows = plan, max_rows
+        options = options or ServingOptions()
+        self._plan, self._max_rows, self._static = plan, max_rows, static
+        self._budget = options.max_num_batched_tokens or max_rows
+        self._beside = min(options.long_prefill_token_threshold or CHUNK_BESIDE, max_rows)
+        self._max_reading = num_slots if static else options.max_num_partial_prefills
         self._slots = Slots(num_slots)
-        self._waiting: deque[tuple[int, int]] = deque()  # (sequence, prompt_len)
+        self._orders = itertools.count()
+        self._waiting: list[tuple[int, int, int, Position]] = []  # a heap of (priority, order, sequence, its start)
         self._running: list[_Running] = []  # by slot
 
     @property
@@ -71,67 +113,146 @@ class Scheduler:
         """The sequences that have a slot, by slot."""
         return [entry.sequence for entry in self._running]
 
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def waiting_prompt_tokens(self) -> int:
+        return sum(position.given_len for *_, position in self._waiting)
+
+    @property
+    def num_reading(self) -> int:
+        """Sequences whose prompts are being read."""
+        return sum(entry.position.in_prefill for entry in self._running)
+
+    @property
+    def can_enter(self) -> bool:
+        """Whether a waiting sequence would get a slot."""
+        return bool(self._waiting and self._slots.num_free) and (
+            not self._running if self._static else self.num_reading < self._max_reading
+        )
+
+    @property
+    def in_phase(self) -> bool:
+        """Whether all sequences that decode stand at a head."""
+        return all(entry.position.in_prefill or self._at_head(entry) for entry in self._running)
+
     def slot_of(self, sequence: int) -> int | None:
         """The slot of a sequence; None while it waits."""
-        return next((entry.tenancy.slot for entry in self._running if entry.sequence == sequence), None)
+        entry = self._entry(sequence)
+        return None if entry is None else entry.tenancy.slot
 
-    def admit(self, sequence: int, prompt_len: int) -> None:
-        """Let a sequence wait for a slot."""
-        self._waiting.append((sequence, prompt_len))
+    def position_of(self, sequence: int) -> Position:
+        """Where a sequence that has a slot stands."""
+        entry = self._entry(sequence)
+        assert entry is not None, f"sequence {sequence} has no slot"
+        return entry.position
 
-    def schedule(self) -> list[Planned]:
-        """The next run, by slot: steps of one kind. Empty where nothing is left to do."""
-        if not self._running:
-            self._enter()
-        steps: list[Planned] = []
-        rows = self._max_rows
-        for entry in self._running:
-            if entry.position.in_prefill and rows > 0:
-                step = self._plan.next_step(entry.position, rows)
-                rows -= len(step.window)
-                steps.append(self._planned(entry, [step]))
-        if steps:
-            return steps
-        inside = [entry for entry in self._running if not self._at_head(entry)]
-        return [self._planned(entry, [self._plan.next_step(entry.position, rows)]) for entry in inside or self._running]
+    def admit(self, sequence: int, prompt_len: int, *, given_len: int = 0, priority: int = 0) -> None:
+        """Let a sequence wait for a slot; a lower ``priority`` goes first. ``given_len``: see :class:`Position`."""
+        position = Position(prompt_len=prompt_len, given_len=given_len)
+        heapq.heappush(self._waiting, (priority, next(self._orders), sequence, position))
+
+    def enter(self) -> list[int]:
+        """Give slots to waiting sequences, as far as the policy lets them in: which did."""
+        entered = []
+        together = self._static and not self._running
+        while self._waiting and self._slots.num_free and (together or self.can_enter):
+            priority, order, sequence, position = heapq.heappop(self._waiting)
+            tenancy = self._slots.take(position)
+            entry = _Running(sequence=sequence, position=position, tenancy=tenancy, priority=priority, order=order)
+            self._running.append(entry)
+            entered.append(sequence)
+        self._running.sort(key=lambda entry: entry.tenancy.slot)
+        return entered
+
+    def restore(self, sequence: int, rows: int) -> None:
+        """Take the first ``rows`` rows of a prompt as read: its slot has them from elsewhere."""
+        position = self.position_of(sequence)
+        assert position.fed == 0 and 0 <= rows < position.given_len, f"{rows} rows of {position}"
+        position.fed = position.thought = rows
+
+    def schedule(self, *, heads: bool = True) -> list[Planned]:
+        """The next run: late steps by slot, or full ones and then chunks of prompts, each by slot. Empty where nothing is left.
+
+        ``heads=False``: chunks alone, as small as if the heads ran beside them.
+        """
+        decoding = [entry for entry in self._running if not entry.position.in_prefill]
+        reading = [entry for entry in self._running if entry.position.in_prefill]
+        inside = [entry for entry in decoding if not self._at_head(entry)]
+        if self._static and reading:
+            return self._chunks(reading, self._budget)
+        if inside:
+            return [self._planned(entry, [self._plan.next_step(entry.position, 1)]) for entry in inside]
+        steps = [self._planned(entry, [self._plan.next_step(entry.position, 1)]) for entry in decoding]
+        rows = self._budget - sum(len(planned.step.window) for planned in steps)
+        if not heads:
+            steps = []
+        return steps + self._chunks(reading, rows, beside=bool(decoding))
 
     def schedule_cycle(self) -> list[Planned]:
-        """A whole cycle of everybody, if all stand at a head: then it can run without anybody looking. Else empty.
+        """A whole cycle of everybody who decodes, if all stand at a head: then it can run without anybody looking. Else empty.
 
         In plain mode every position is a head, and a "cycle" is as many full passes.
         """
-        if any(entry.position.in_prefill or not self._at_head(entry) for entry in self._running):
+        decoding = [entry for entry in self._running if not entry.position.in_prefill]
+        if not self.in_phase or (self._static and len(decoding) < len(self._running)):
             return []
-        return [self._planned(entry, self._plan.cycle_steps(entry.position)) for entry in self._running]
+        return [self._planned(entry, self._plan.cycle_steps(entry.position)) for entry in decoding]
 
     def commit(self, planned: Iterable[Planned]) -> None:
         """Take the steps as run. Those of a sequence that has left since are dropped."""
-        positions = {entry.tenancy: entry.position for entry in self._running}
-        for one in planned:
-            if (position := positions.get(one.tenancy)) is not None:
+        entries = {entry.tenancy: entry for entry in self._running}
+        ran = list(planned)
+        if any(one.steps[0].kind == "prefill" for one in ran):
+            for entry in self._running:
+                entry.passes += entry.position.in_prefill
+        for one in ran:
+            if (living := entries.get(one.tenancy)) is not None:
                 for step in one.steps:
-                    position.commit(step)
+                    living.position.commit(step)
 
-    def free(self, sequence: int) -> Move | None:
-        """Let a sequence go, waiting or running. The last one moves into the gap, so that a smaller batch costs less."""
-        self._waiting = deque(entry for entry in self._waiting if entry[0] != sequence)
-        index = next((i for i, entry in enumerate(self._running) if entry.sequence == sequence), None)
-        if index is None:
+    def free(self, sequence: int) -> None:
+        """Let a sequence go, waiting or running."""
+        entry = self._entry(sequence)
+        if entry is None:
+            self._waiting = [waiting for waiting in self._waiting if waiting[2] != sequence]
+            heapq.heapify(self._waiting)
+            return
+        self._slots.free(entry.tenancy)
+        self._running.remove(entry)
+
+    def close_gap(self) -> Move | None:
+        """Let the last sequence live in the lowest free slot below it, so that a smaller batch costs less; None: no gap."""
+        target = self._slots.lowest_free
+        if not self._running or target is None or target > self._running[-1].tenancy.slot:
             return None
-        gap, last = self._running[index], self._running[-1]
-        self._slots.free(gap.tenancy)
-        if gap is last:
-            self._running.pop()
-            return None
-        last.tenancy, move = self._slots.move(last.tenancy, gap.tenancy.slot)
-        self._running[index] = self._running.pop()
+        last = self._running[-1]
+        last.tenancy, move = self._slots.move(last.tenancy, target)
+        self._running.sort(key=lambda entry: entry.tenancy.slot)
         return move
 
-    def _enter(self) -> None:
-        while self._waiting and self._slots.num_free:
-            sequence, prompt_len = self._waiting.popleft()
-            position = Position(prompt_len=prompt_len)
-            self._running.append(_Running(sequence=sequence, position=position, tenancy=self._slots.take(position)))
+    def _chunks(self, reading: Sequence[_Running], rows: int, *, beside: bool = False) -> list[Planned]:
+        """Chunks of prompts, ``rows`` in all: a floor each, the rest to who has the least left."""
+        urgent = sorted(reading, key=lambda e: (e.priority, e.left - AGE_ROWS * e.passes, e.order))
+        if beside:
+            rows = max(len(urgent), min(rows, self._beside))
+        floor = min(CHUNK_FLOOR, rows // len(urgent)) if beside and urgent else 0
+        spare, steps = rows - floor * len(urgent), []
+        for entry in urgent:
+            most = min(floor + spare, self._max_rows)
+            if beside:
+                most = max(floor, min(most, self._beside * CONTEXT_OF_TWICE // (CONTEXT_OF_TWICE + entry.position.fed)))
+            if CHUNK_FLOOR < most < entry.left:
+                most -= most % CHUNK_FLOOR  # a chunk is padded up to as much
+            if (count := min(most, entry.left)) > 0:
+                spare -= max(0, count - floor)
+                steps.append(self._planned(entry, [self._plan.next_step(entry.position, count)]))
+        return sorted(steps, key=lambda planned: planned.slot)
+
+    def _entry(self, sequence: int) -> _Running | None:
+        return next((entry for entry in self._running if entry.sequence == sequence), None)
 
     def _at_head(self, entry: _Running) -> bool:
         return self._plan.is_head(entry.position.fed, entry.position.prompt_len)

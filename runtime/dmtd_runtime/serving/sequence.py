@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from dmtd_runtime.errors import DmtdError
 from dmtd_runtime.sampling.sampler import Choice, Logits, Sampler
 from dmtd_runtime.sampling.stops import StopRules
+
+logger = logging.getLogger("dmtd.serving")
 
 FinishReason = Literal["stop", "length", "abort", "deadline"]
 
@@ -38,7 +41,15 @@ class SequenceRun:
     on_event: Callable[[TokenEvent], None]
     cancelled: Callable[[], FinishReason | None] = lambda: None
     deadline: float | None = None  # of time.monotonic()
+    priority: int = 0  # lower goes first
+    cache_salt: str | None = None  # shares cached prefixes with sequences of the same salt alone
+    prompt_len: int = (
+        0  # where the reply begins; 0: all ids are prompt. Ids behind it are a reply that is given, not chosen
+    )
+    prompt_logprobs: int | None = None  # of the ids given: log probabilities, and of so many likeliest tokens
+    prompt_choices: list[Choice | None] = field(default_factory=list)  # what was asked so; the first token has none
     started: float | None = None  # when it left the queue
+    cached_tokens: int = 0  # of the prompt, that came from the prefix cache
     ended: bool = False
     failed: bool = False
 
@@ -60,19 +71,28 @@ class SequenceRun:
         self._take(lambda: self.sampler.take(token_id))
 
     def tell(self, event: TokenEvent) -> None:
-        """Hand an event on, and note the end."""
+        """Hand an event on, and note the end. A listener that raises ends its own sequence, and nothing else."""
         self.failed = event.error is not None
         self.ended = self.failed or event.finish_reason is not None
-        self.on_event(event)
+        try:
+            self.on_event(event)
+        except Exception:
+            logger.exception("a listener failed: its sequence ends")
+            self.ended = True
 
     def _take(self, choose: Callable[[], Choice]) -> None:
         try:
             choice = choose()
+            self.ids.append(choice.token_id)
+            outcome = self.stops.push(choice.token_id)
         except DmtdError as error:
             self.tell(TokenEvent(choice=None, error=error))
             return
-        self.ids.append(choice.token_id)
-        outcome = self.stops.push(choice.token_id)
+        except Exception as error:  # a bug in choosing or in making text: this sequence's alone, its neighbours go on
+            logger.exception("a sequence failed")
+            problem = f"the sequence failed at token {len(self.ids)}: {type(error).__name__}: {error}; please report it"
+            self.tell(TokenEvent(choice=None, error=DmtdError(problem)))
+            return
         self.tell(
             TokenEvent(
                 choice=choice, text=outcome.text, finish_reason=outcome.finish_reason, stop_reason=outcome.stop_reason

@@ -47,6 +47,10 @@ class Slots:
     def num_free(self) -> int:
         return self._positions.count(None)
 
+    @property
+    def lowest_free(self) -> int | None:
+        return self._positions.index(None) if self.num_free else None
+
     def take(self, position: Position) -> Tenancy:
         """The lowest free slot, for a sequence that stands at ``position``."""
         slot = self._positions.index(None)

@@ -1,6 +1,7 @@
 """Chat messages to the prompt text of the model: ``ChatTemplate``, jinja2 in a sandbox.
 
-Flow: messages -> ``ChatTemplate.render`` -> ``Tokenizer.encode(text, add_special_tokens=False)`` -> the model.
+Flow: messages (checked in ``messages``) -> ``ChatTemplate.render`` -> ``Tokenizer.encode(text, add_special_tokens=False)``
+-> the model.
 Templates are written for transformers: filters, globals, extensions and white-space rules are those they find there.
 The sandbox refuses what would reach the interpreter (underscore attributes, changing arguments), and templates see
 plain JSON values only. What goes in, what comes out and products are bounded in size; running time, and memory that one
@@ -11,6 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, NoReturn
 
 import jinja2
@@ -22,56 +24,44 @@ import jinja2.runtime
 import jinja2.sandbox
 import jinja2.utils
 
+from dmtd_runtime.bundle import contract
 from dmtd_runtime.errors import BundleError, DmtdError, RequestError
-from dmtd_runtime.text.tokenizer import SpecialTokens, read_config
+from dmtd_runtime.text.messages import Budget, Message, calls_of, checked_messages, checked_objects, short
+from dmtd_runtime.text.special_tokens import read_config, read_special_tokens
 
 MAX_TEMPLATE_CHARS = 1 << 20
-MAX_MESSAGES = 4096
-MAX_MESSAGE_CHARS = 16 << 20
-"""Of all strings in messages, tools and extra together."""
 MAX_RENDERED_CHARS = 64 << 20
-MAX_DEPTH = 64
-MAX_ROLE_CHARS = 64
-
-_RESERVED: Final = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
+_OWN_ARGUMENTS: Final = ("messages", "tools", "documents", "add_generation_prompt")
+_MARK = "dmtdcall{}x"
+"""In the place of a function's name: whether the template writes the call."""
 
 
 class ChatTemplate:
-    """One compiled chat template. Safe to use from several threads."""
+    """A compiled chat template, or two: some models have one of their own for tools. Safe to use from several threads."""
 
     def __init__(
         self,
         source: str,
         *,
-        bos_token: str | None,
-        eos_token: str | None,
+        special_tokens: Mapping[str, str] = MappingProxyType({}),
+        tool_use: str | None = None,
         now: Callable[[], datetime] = datetime.now,
     ) -> None:
         """Compiles a template.
 
         Args:
             source: The template's text.
-            bos_token: What the template sees under this name; None: undefined, which prints as nothing.
-            eos_token: The same.
+            special_tokens: What the template sees under these names (``bos_token``); others are undefined, which prints as
+                nothing.
+            tool_use: The text of the template that is taken where tools are given; None: ``source``.
             now: The clock behind ``strftime_now``.
 
         Raises:
             BundleError: Too long, or not a jinja2 template.
         """
-        if len(source) > MAX_TEMPLATE_CHARS:
-            raise BundleError(f"chat template: got {len(source)} characters, expected at most {MAX_TEMPLATE_CHARS}")
-        tokens = {"bos_token": bos_token, "eos_token": eos_token}
-        self._tokens = {name: token for name, token in tokens.items() if token is not None}
-        try:
-            self._template = _environment(now).from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise BundleError(
-                f"chat template: line {error.lineno}: {_one_line(error)}; correct the template"
-            ) from error
-        except (RecursionError, jinja2.TemplateError, SyntaxError) as error:
-            raise BundleError(
-                f"chat template: cannot be compiled ({_one_line(error)}); correct the template"
-            ) from error
+        self._tokens = dict(special_tokens)
+        self._default = _Compiled(source, now)
+        self._tool_use = self._default if tool_use is None else _Compiled(tool_use, now)
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "ChatTemplate | None":
@@ -90,8 +80,8 @@ class ChatTemplate:
         source = _read_source(directory)
         if source is None:
             return None
-        special = SpecialTokens.from_directory(directory)
-        return cls(source, bos_token=special.bos_token, eos_token=special.eos_token)
+        tool_use = _read_template(directory / contract.TOOL_USE_TEMPLATE_FILE)
+        return cls(source, special_tokens=read_special_tokens(directory), tool_use=tool_use)
 
     def render(
         self,
@@ -99,16 +89,18 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        extra: Mapping[str, Any] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """Renders a conversation.
 
         Args:
-            messages: Each with a ``role`` and a ``content``: a string, or a list of ``{"type": "text", "text": ...}``
-                parts, which are joined by line breaks. A message with ``tool_calls`` may lack its content.
+            messages: Each with a ``role`` and a ``content``: a string, or a list of ``{"type": "text", "text": ...}`` parts.
+                A message with ``tool_calls`` may lack its content; its calls stand in the prompt, or it is refused.
             add_generation_prompt: Whether the text ends where the assistant's answer begins.
             tools: JSON schemas of functions that the model may call.
-            extra: Further names for the template (``enable_thinking``).
+            documents: Texts to answer from, each with a ``title`` and a ``text``.
+            chat_template_kwargs: Further names for the template (``enable_thinking``).
 
         Returns:
             The prompt.
@@ -116,21 +108,96 @@ class ChatTemplate:
         Raises:
             RequestError: Messages of another form, too large, or refused by the template.
         """
-        budget = _Budget(MAX_MESSAGE_CHARS)
-        names = {str(name): budget.plain(value) for name, value in (extra or {}).items()}
-        for name in _RESERVED:
-            if name in names:
+        budget = Budget()
+        template = self._default if tools is None else self._tool_use
+        names: dict[str, Any] = {
+            **self._checked_kwargs(chat_template_kwargs, budget),
+            **self._tokens,
+            "tools": checked_objects(tools, "tools", "JSON schemas of functions", budget),
+            "documents": checked_objects(documents, "documents", "objects with a title and a text", budget),
+            "add_generation_prompt": bool(add_generation_prompt),
+        }
+        checked = checked_messages(messages, budget, keeps_parts=template.reads_parts)
+        if not any(True for message in checked for _ in calls_of(message)):
+            return template.render(names, checked)
+        return _with_calls(template, names, checked)
+
+    def _checked_kwargs(self, given: Mapping[str, Any] | None, budget: Budget) -> dict[str, Any]:
+        values = budget.plain(given or {}, "chat_template_kwargs")
+        if not isinstance(values, dict):
+            raise RequestError(
+                f"got {type(given).__name__}, expected an object of names and values", param="chat_template_kwargs"
+            )
+        for name in (*_OWN_ARGUMENTS, *self._tokens):
+            if name in values:
                 raise RequestError(
-                    f"got {name!r}, which has its own argument or belongs to the model; remove it", param="extra"
+                    f"got {name!r}, which has its own argument or belongs to the model; remove it",
+                    param="chat_template_kwargs",
                 )
-        names = {"documents": None, **names, **self._tokens}
-        names["messages"] = _checked_messages(messages, budget)
-        names["tools"] = None if tools is None else [_checked_tool(tool, budget) for tool in tools]
-        names["add_generation_prompt"] = bool(add_generation_prompt)
+        return values
+
+
+def _with_calls(template: "_Compiled", names: Mapping[str, Any], messages: Sequence[Message]) -> str:
+    """The prompt of a conversation with function calls, all of which stand in it.
+
+    A message that calls and says nothing has no content, as transformers 5 has it. Where the template then fails, or writes
+    a call nowhere, it may ask for ``content is none`` or add to a text.
+    """
+    refused: RequestError | None = None
+    silent = any("content" not in message for message in messages)
+    for empty in ({}, {"content": None}, {"content": ""}) if silent else ({},):
+        shaped = [message if "content" in message else {**message, **empty} for message in messages]
+        try:
+            text = template.render(names, shaped)
+            if _writes_calls(template, names, shaped):
+                return text
+        except RequestError as error:
+            refused = refused or error
+    if refused is not None:
+        raise refused
+    where = next(i for i, message in enumerate(messages) if any(True for _ in calls_of(message)))
+    raise RequestError(
+        "this model's chat template writes no such call into the prompt, so it would be lost; say in the content what was "
+        "called, or use a model that calls functions",
+        param=f"messages[{where}].tool_calls",
+    )
+
+
+def _writes_calls(template: "_Compiled", names: Mapping[str, Any], messages: Sequence[Message]) -> bool:
+    """Whether every call stands in the prompt: tried with names that occur nowhere else."""
+    marked: list[Message] = json.loads(json.dumps(messages))
+    calls = [call for message in marked for call in calls_of(message)]
+    for index, call in enumerate(calls):
+        call["name"] = _MARK.format(index)
+    text = template.render(names, marked)
+    return all(call["name"] in text for call in calls)
+
+
+class _Compiled:
+    """One template of a model, compiled."""
+
+    def __init__(self, source: str, now: Callable[[], datetime]) -> None:
+        if len(source) > MAX_TEMPLATE_CHARS:
+            raise BundleError(f"chat template: got {len(source)} characters, expected at most {MAX_TEMPLATE_CHARS}")
+        environment = _environment(now)
+        try:
+            self._template = environment.from_string(source)
+            self.reads_parts = _reads_parts(environment.parse(source))
+        except jinja2.TemplateSyntaxError as error:
+            raise BundleError(
+                f"chat template: line {error.lineno}: {_one_line(error)}; correct the template"
+            ) from error
+        except (RecursionError, jinja2.TemplateError, SyntaxError) as error:
+            raise BundleError(
+                f"chat template: cannot be compiled ({_one_line(error)}); correct the template"
+            ) from error
+
+    def render(self, names: Mapping[str, Any], messages: Sequence[Message]) -> str:
+        """The text, bounded in size."""
         pieces: list[str] = []
         room = MAX_RENDERED_CHARS
         try:
-            for piece in self._template.generate(names):
+            for piece in self._template.generate({**names, "messages": list(messages)}):
                 pieces.append(piece)
                 room -= len(piece)
                 if room < 0:
@@ -146,117 +213,54 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-class _Budget:
-    """Copies values into plain JSON types and counts their characters.
+def _reads_parts(tree: jinja2.nodes.Template) -> bool:
+    """Whether the template loops over a message's content, itself or under another name."""
+    names: set[str] = set()
 
-    Templates so get fresh values whose methods the sandbox knows, and cannot change the caller's.
-    """
+    def is_content(node: jinja2.nodes.Node) -> bool:
+        if isinstance(node, jinja2.nodes.Name):
+            return node.name in names
+        if isinstance(node, jinja2.nodes.Getattr):
+            return node.attr == "content"
+        if isinstance(node, jinja2.nodes.Call) and getattr(node.node, "attr", "") == "get":  # message.get("content")
+            return bool(node.args) and getattr(node.args[0], "value", None) == "content"
+        return isinstance(node, jinja2.nodes.Getitem) and getattr(node.arg, "value", None) == "content"
 
-    def __init__(self, max_chars: int) -> None:
-        self._max_chars = max_chars
-        self._left = max_chars
-
-    def plain(self, value: object, depth: int = 0) -> Any:
-        if depth > MAX_DEPTH:
-            raise RequestError(f"got values nested more than {MAX_DEPTH} deep, expected fewer levels", param="messages")
-        self._spend(1)
-        if value is None or isinstance(value, bool):
-            return value
-        if isinstance(value, str):
-            self._spend(len(value))
-            return str.__str__(value)
-        if isinstance(value, int):
-            return int.__int__(value)
-        if isinstance(value, float):
-            return float.__float__(value)
-        if isinstance(value, Mapping):
-            return {self._key(key): self.plain(item, depth + 1) for key, item in value.items()}
-        if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
-            return [self.plain(item, depth + 1) for item in value]
-        raise RequestError(
-            f"got a value of type {type(value).__name__}, expected JSON values "
-            "(text, numbers, true / false, null, lists, objects)",
-            param="messages",
-        )
-
-    def _key(self, key: object) -> str:
-        if not isinstance(key, str):
-            raise RequestError(
-                f"got an object with a key of type {type(key).__name__}, expected text keys", param="messages"
-            )
-        self._spend(len(key))
-        return str.__str__(key)
-
-    def _spend(self, chars: int) -> None:
-        self._left -= chars
-        if self._left < 0:
-            raise RequestError(
-                f"got more than {self._max_chars} characters, expected fewer; shorten them", param="messages"
-            )
-
-
-def _checked_messages(messages: object, budget: _Budget) -> list[dict[str, Any]]:
-    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
-        raise RequestError(
-            f"got {type(messages).__name__}, expected a list of {{role, content}} objects", param="messages"
-        )
-    if not 1 <= len(messages) <= MAX_MESSAGES:
-        raise RequestError(f"got {len(messages)} messages, expected 1 to {MAX_MESSAGES}", param="messages")
-    return [_checked_message(index, message, budget) for index, message in enumerate(messages)]
-
-
-def _checked_message(index: int, message: object, budget: _Budget) -> dict[str, Any]:
-    where = f"messages[{index}]"
-    if not isinstance(message, Mapping):
-        raise RequestError(f"got {type(message).__name__}, expected an object with role and content", param=where)
-    plain: dict[str, Any] = budget.plain(message)
-    role = plain.get("role")
-    if not isinstance(role, str) or not 1 <= len(role) <= MAX_ROLE_CHARS:
-        raise RequestError(
-            f"got {_short(role)}, expected text such as 'system', 'user' or 'assistant'", param=f"{where}.role"
-        )
-    content = plain.get("content")
-    if content is None and plain.get("tool_calls"):
-        content = ""
-    if isinstance(content, list):
-        content = "\n".join(_part_text(f"{where}.content[{i}]", part) for i, part in enumerate(content))
-    if not isinstance(content, str):
-        raise RequestError(f"got {_short(content)}, expected text or a list of text parts", param=f"{where}.content")
-    return {**plain, "content": content}
-
-
-def _part_text(where: str, part: object) -> str:
-    text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
-    if not isinstance(text, str):
-        raise RequestError(
-            f"got {_short(part)}, expected {{'type': 'text', 'text': ...}}: this model reads text", param=where
-        )
-    return text
-
-
-def _checked_tool(tool: object, budget: _Budget) -> object:
-    if not isinstance(tool, Mapping):
-        raise RequestError(f"got {type(tool).__name__}, expected JSON schemas of functions", param="tools")
-    return budget.plain(tool)
+    macros = {macro.name: macro for macro in tree.find_all(jinja2.nodes.Macro)}
+    for _ in range(3):  # a name of a name, and an argument made of it
+        for assign in tree.find_all(jinja2.nodes.Assign):
+            if isinstance(assign.target, jinja2.nodes.Name) and is_content(assign.node):
+                names.add(assign.target.name)
+        for call in tree.find_all(jinja2.nodes.Call):
+            macro = macros.get(getattr(call.node, "name", ""))
+            if macro is not None:
+                names.update(to.name for to, given in zip(macro.args, call.args, strict=False) if is_content(given))
+    return any(is_content(loop.iter) for loop in tree.find_all(jinja2.nodes.For))
 
 
 def _read_source(directory: Path) -> str | None:
-    file = directory / "chat_template.jinja"
-    if file.exists():
-        try:
-            if file.stat().st_size > 4 * MAX_TEMPLATE_CHARS:
-                raise BundleError(f"{file}: got {file.stat().st_size} bytes, expected at most {4 * MAX_TEMPLATE_CHARS}")
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(f"{file}: cannot be read ({error}); export the model again") from error
+    source = _read_template(directory / "chat_template.jinja")
+    if source is not None:
+        return source
     file = directory / "tokenizer_config.json"
     value = read_config(file).get("chat_template")
     if isinstance(value, list):
         named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
         value = named.get("default")
     if value is not None and not isinstance(value, str):
-        raise BundleError(f"{file}: chat_template: got {_short(value)}, expected text; correct the file")
+        raise BundleError(f"{file}: chat_template: got {short(value)}, expected text; correct the file")
     return value
+
+
+def _read_template(file: Path) -> str | None:
+    if not file.exists():
+        return None
+    try:
+        if file.stat().st_size > 4 * MAX_TEMPLATE_CHARS:
+            raise BundleError(f"{file}: got {file.stat().st_size} bytes, expected at most {4 * MAX_TEMPLATE_CHARS}")
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{file}: cannot be read ({error}); export the model again") from error
 
 
 # -- the environment that templates are written for
@@ -354,8 +358,3 @@ def _too_large(limit: int) -> RequestError:
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
-
-
-def _short(value: object) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."

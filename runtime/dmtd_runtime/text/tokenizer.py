@@ -11,18 +11,19 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import tokenizers
 
 from dmtd_errors.native import NativePanicError, call_native
-from dmtd_errors.pointers import lfs_pointer
 from dmtd_runtime.errors import BundleError, RequestError
+from dmtd_runtime.text.special_tokens import eos_token_ids_of, read_special_tokens, read_text
 
 MAX_TOKENIZER_BYTES = 256 << 20
-MAX_CONFIG_BYTES = 64 << 20
+LONG_TEXT = 4000
+"""Characters beyond which a text is encoded as a batch: the library then lets Python's other threads run meanwhile."""
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -35,32 +36,36 @@ class Tokenizer:
         core: tokenizers.Tokenizer,
         *,
         eos_token_ids: Sequence[int] = (),
-        special_tokens: "SpecialTokens | None" = None,
+        special_tokens: Mapping[str, str] = MappingProxyType({}),
+        model_vocab_size: int | None = None,
     ) -> None:
         """Wraps a loaded tokenizer; ``from_directory`` is the usual way in.
 
         Args:
             core: The tokenizer; its truncation and padding are switched off.
             eos_token_ids: Ids that end a sequence.
-            special_tokens: BOS and EOS as text; None: neither.
+            special_tokens: Named special tokens as text: ``bos_token``, ``eos_token``, ...
+            model_vocab_size: Rows of the model's embedding: text that needs an id beyond them is refused. None: any id.
         """
         # Settings left from training would cut or fill prompts silently.
         core.no_truncation()
         core.no_padding()
         self._core = core
+        self._model_vocab_size = model_vocab_size
         added = core.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._vocab_size = max([core.get_vocab_size(with_added_tokens=True), *(token_id + 1 for token_id in added)])
         self._eos_token_ids = tuple(eos_token_ids)
-        self._special_tokens = special_tokens or SpecialTokens()
+        self._special_tokens = special_tokens
         self._decoders = _decoder_types(core)
 
     @classmethod
-    def from_directory(cls, path: str | Path) -> "Tokenizer | None":
+    def from_directory(cls, path: str | Path, *, model_vocab_size: int | None = None) -> "Tokenizer | None":
         """Reads tokenizer.json, and the special tokens from the three config files beside it.
 
         Args:
             path: A bundle, or a Hugging Face model directory.
+            model_vocab_size: As above.
 
         Returns:
             The tokenizer; None where there is no tokenizer.json.
@@ -72,23 +77,28 @@ class Tokenizer:
         file = directory / "tokenizer.json"
         if not file.exists():
             return None
-        text = _read_text(file, MAX_TOKENIZER_BYTES)
+        text = read_text(file, MAX_TOKENIZER_BYTES)
         try:
             core = call_native(tokenizers.Tokenizer.from_str, text, quiet=True)
         except Exception as error:  # the library raises nothing more precise
             reason = " ".join(str(error).split())
             raise BundleError(f"{file}: not a usable tokenizer ({reason}); export the model again") from error
-        special = SpecialTokens.from_directory(directory)
+        special = read_special_tokens(directory)
         eos_token_ids = list(eos_token_ids_of(directory))
-        if special.eos_token is not None:
-            eos_id = core.token_to_id(special.eos_token)
+        if "eos_token" in special:
+            eos_id = core.token_to_id(special["eos_token"])
             if eos_id is None:
                 raise BundleError(
-                    f"{directory / 'tokenizer_config.json'}: eos_token: got {special.eos_token!r}, expected a token of "
+                    f"{directory / 'tokenizer_config.json'}: eos_token: got {special['eos_token']!r}, expected a token of "
                     "tokenizer.json; correct the file"
                 )
             eos_token_ids.append(eos_id)
-        return cls(core, eos_token_ids=tuple(dict.fromkeys(eos_token_ids)), special_tokens=special)
+        return cls(
+            core,
+            eos_token_ids=tuple(dict.fromkeys(eos_token_ids)),
+            special_tokens=special,
+            model_vocab_size=model_vocab_size,
+        )
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -102,13 +112,13 @@ class Tokenizer:
 
     @property
     def bos_token(self) -> str | None:
-        """BOS as text, for chat templates."""
-        return self._special_tokens.bos_token
+        """BOS as text."""
+        return self._special_tokens.get("bos_token")
 
     @property
     def eos_token(self) -> str | None:
-        """EOS as text, for chat templates."""
-        return self._special_tokens.eos_token
+        """EOS as text."""
+        return self._special_tokens.get("eos_token")
 
     @property
     def vocab_size(self) -> int:
@@ -126,8 +136,8 @@ class Tokenizer:
             Token ids, possibly none.
 
         Raises:
-            RequestError: Not text, or text with half a surrogate pair.
-            BundleError: tokenizer.json contradicts itself where this text touches it.
+            RequestError: Not text, text with half a surrogate pair, or with a token that the model has no row for.
+            BundleError: tokenizer.json fails on it.
         """
         if not isinstance(text, str):
             raise RequestError(f"got {type(text).__name__}, expected a string", param="prompt")
@@ -138,7 +148,26 @@ class Tokenizer:
                 f"got half a surrogate pair at character {error.start}, expected text that UTF-8 can write; remove it",
                 param="prompt",
             ) from error
-        return list(_on_text(self._core.encode, text, add_special_tokens=add_special_tokens).ids)
+        try:
+            if len(text) > LONG_TEXT:
+                encode = self._core.encode_batch_fast
+                [encoding] = call_native(encode, [text], add_special_tokens=add_special_tokens)
+            else:
+                encoding = call_native(self._core.encode, text, add_special_tokens=add_special_tokens)
+            ids = list(encoding.ids)
+        except Exception as error:  # the library raises nothing more precise: no token for a character, say
+            raise RequestError(
+                f"the tokenizer cannot encode it ({' '.join(str(error).split())}); leave out what it has no token for",
+                param="prompt",
+            ) from error
+        if self._model_vocab_size is not None and max(ids, default=0) >= self._model_vocab_size:
+            token_id = next(i for i in ids if i >= self._model_vocab_size)
+            raise RequestError(
+                f"got {self._core.id_to_token(token_id)!r}, token id {token_id} of the tokenizer, expected ids from 0 to "
+                f"{self._model_vocab_size - 1}, which the model has; leave it out",
+                param="prompt",
+            )
+        return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Turns token ids into text.
@@ -152,7 +181,7 @@ class Tokenizer:
 
         Raises:
             RequestError: A negative id, or one beyond 32 bits.
-            BundleError: As for ``encode``.
+            BundleError: The library fails on them.
         """
         try:
             return str(_on_text(self._core.decode, list(ids), skip_special_tokens=skip_special_tokens))
@@ -257,94 +286,6 @@ class TextStream:
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens) if ids else ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpecialTokens:
-    """BOS and EOS as text, from tokenizer_config.json; None where the model has none."""
-
-    bos_token: str | None = None
-    eos_token: str | None = None
-
-    @classmethod
-    def from_directory(cls, directory: Path) -> "SpecialTokens":
-        """Reads tokenizer_config.json; both are None where it is absent.
-
-        Raises:
-            BundleError: The file is broken.
-        """
-        config = read_config(directory / "tokenizer_config.json")
-        return cls(bos_token=_token_text(config, "bos_token"), eos_token=_token_text(config, "eos_token"))
-
-
-def eos_token_ids_of(directory: str | Path) -> tuple[int, ...]:
-    """End-of-sequence ids of generation_config.json or, where it names none, of config.json.
-
-    Args:
-        directory: A bundle, or a Hugging Face model directory; it needs no tokenizer.
-
-    Returns:
-        Ids in the order of the file, possibly none.
-
-    Raises:
-        BundleError: A file is broken.
-    """
-    for name in ("generation_config.json", "config.json"):
-        file = Path(directory) / name
-        value = read_config(file).get("eos_token_id")
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-            raise BundleError(f"{file}: eos_token_id: got {value!r}, expected a token id or a list of them; correct it")
-        if ids:
-            return tuple(ids)
-    return ()
-
-
-def read_config(file: Path) -> Mapping[str, Any]:
-    """Reads a small JSON file of a bundle.
-
-    Args:
-        file: Its path.
-
-    Returns:
-        The object; empty where the file is absent.
-
-    Raises:
-        BundleError: Too large, unreadable, or not a JSON object.
-    """
-    if not file.exists():
-        return {}
-    text = _read_text(file, MAX_CONFIG_BYTES)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{file}: not JSON ({error}); export the model again") from error
-    if not isinstance(value, dict):
-        raise BundleError(f"{file}: got a JSON {type(value).__name__}, expected an object; export the model again")
-    return value
-
-
-def _read_text(file: Path, max_bytes: int) -> str:
-    if (pointer := lfs_pointer(file)) is not None:
-        raise BundleError(f"{file}: {pointer}")
-    try:
-        size = file.stat().st_size
-        if size > max_bytes:
-            raise BundleError(f"{file}: got {size} bytes, expected at most {max_bytes}; is this the right file?")
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BundleError(f"{file}: cannot be read ({error.strerror}); mend that") from error
-    except UnicodeDecodeError as error:
-        raise BundleError(f"{file}: cannot be read as UTF-8 ({error}); export the model again") from error
-
-
-def _token_text(config: Mapping[str, Any], name: str) -> str | None:
-    value = config.get(name)
-    if isinstance(value, dict):
-        value = value.get("content")
-    if value is not None and not isinstance(value, str):
-        raise BundleError(f"tokenizer_config.json: {name}: got {value!r}, expected a token's text; correct the file")
-    return value
 
 
 def _on_text(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -5,68 +5,41 @@ from __future__ import annotations
 import errno
 import os
 import random
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from export_support import export, snapshot
+from export_support import assert_whole, export, snapshot
 
 from dmtd_export.bundle import atomic
 from dmtd_export.bundle.atomic import atomic_directory
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.errors import ExportError
 from dmtd_export.options import ExportOptions
-from dmtd_models.reference.testing import write_tiny_checkpoint
-from dmtd_runtime.bundle.manifest import load_manifest
+from dmtd_models.config.model import SplitOptions
 
-OPTIONS = ExportOptions(decoding_layers=1, cycle_length=3, max_num_seqs=1)
+OPTIONS = ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=3), max_num_seqs=1)
 # Exports its checkpoints into the target, in turn, as often as asked; Ctrl-C ends it as it ends the command line.
 CHILD = """
 import sys
 from pathlib import Path
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 target, times, *sources = sys.argv[1:]
 print("ready", flush=True)
 try:
     for i in range(int(times)):
-        options = ExportOptions(decoding_layers=1, cycle_length=3, max_num_seqs=1)
+        options = ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=3), max_num_seqs=1)
         export_bundle(Path(sources[i % len(sources)]), Path(target), options)
 except KeyboardInterrupt:
     sys.exit(130)
 """
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    place = tmp_path_factory.mktemp("sources")
-    return [write_tiny_checkpoint(place / str(seed), seed=seed) for seed in (1, 2)]
-
-
-@pytest.fixture(scope="module")
-def weights_of(sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Hash of the weights file -> the checkpoint it must come from."""
-    place = tmp_path_factory.mktemp("expected")
-    found = {}
-    for source in sources:
-        export(source, place / source.name)
-        found[snapshot(place / source.name)["model.onnx.data"]] = source.name
-    assert len(found) == len(sources)
-    return found
-
-
-@pytest.fixture
-def target(sources: list[Path], tmp_path: Path) -> Path:
-    """An old bundle, alone in its directory."""
-    export(sources[0], tmp_path / "place" / "b")
-    return tmp_path / "place" / "b"
 
 
 def start(target: Path, *sources: Path, times: int = 10_000) -> subprocess.Popen[str]:
@@ -82,11 +55,6 @@ def start(target: Path, *sources: Path, times: int = 10_000) -> subprocess.Popen
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
     return child
-
-
-def assert_whole(bundle: Path, weights_of: dict[str, str]) -> None:
-    load_manifest(bundle).check_files(bundle, hashes=True)
-    assert snapshot(bundle)["model.onnx.data"] in weights_of
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "SIGINT"])
@@ -110,8 +78,10 @@ def test_killed_before_the_first_bundle_leaves_none(tmp_path: Path, sources: lis
     script = (
         "import dmtd_export.bundle.export as e, os, signal, sys\n"
         "from pathlib import Path\n"
+        "from dmtd_models.config.model import SplitOptions\n"
         "e.build_graph = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "e.export_bundle(Path(sys.argv[1]), Path(sys.argv[2]), e.ExportOptions(decoding_layers=1, cycle_length=3))\n"
+        "split = SplitOptions(decoding_layers=1, cycle_length=3)\n"
+        "e.export_bundle(Path(sys.argv[1]), Path(sys.argv[2]), e.ExportOptions(split=split))\n"
     )
     path = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(  # the weights are written, the graphs are not
@@ -317,129 +287,3 @@ def test_bundles_have_ordinary_permissions(target: Path) -> None:
     ordinary = target.parent / "ordinary"
     ordinary.mkdir()
     assert target.stat().st_mode == ordinary.stat().st_mode
-
-
-def _a_file(target: Path) -> None:
-    shutil.rmtree(target)
-    target.write_text("mine")
-
-
-def _not_a_bundle(target: Path) -> None:
-    (target / "manifest.json").unlink()
-
-
-def _foreign_manifest(target: Path) -> None:
-    (target / "manifest.json").write_text('{"name": "a web application", "icons": []}')
-
-
-def _damaged_manifest(target: Path) -> None:
-    (target / "manifest.json").write_text("{")
-
-
-def _own_files_inside(target: Path) -> None:
-    (target / "checkpoint").mkdir()
-    (target / "checkpoint/model.safetensors").write_text("mine")
-    (target / "notes.txt").write_text("mine")
-
-
-@pytest.mark.parametrize(
-    ("prepare", "words"),
-    [
-        (_a_file, "is a file; name a directory with -o"),
-        (_not_a_bundle, "exists and is not a bundle; name another directory"),
-        (_foreign_manifest, "exists and is not a bundle; name another directory"),
-        (_damaged_manifest, "exists and is not a bundle; name another directory"),
-        (_own_files_inside, "holds checkpoint and 1 more besides its bundle"),
-    ],
-)
-def test_what_is_not_a_bundle_is_not_replaced(
-    prepare: Callable[[Path], None], words: str, target: Path, sources: list[Path]
-) -> None:
-    prepare(target)
-    before = snapshot(target.parent)
-    with pytest.raises(ExportError, match=words) as caught:
-        export(sources[1], target)
-    assert "\n" not in str(caught.value)
-    assert snapshot(target.parent) == before
-    assert [path.name for path in target.parent.iterdir()] == ["b"]
-
-
-def test_an_empty_directory_and_an_older_bundle_used_by_polygraphy_are_replaced(
-    target: Path, sources: list[Path], tmp_path: Path, weights_of: dict[str, str]
-) -> None:
-    (tmp_path / "empty").mkdir()
-    (target / "__pycache__").mkdir()
-    for place in (tmp_path / "empty", target):
-        export(sources[1], place)
-        assert_whole(place, weights_of)
-
-
-def test_engines_go_with_the_bundle_that_they_were_built_from(
-    target: Path, sources: list[Path], weights_of: dict[str, str], caplog: pytest.LogCaptureFixture
-) -> None:
-    (target / "engines/any-simulator-1-0123").mkdir(parents=True)
-    (target / "engines/any-simulator-1-0123/engine.json").write_text("{}")
-    (target / "engines/.any-simulator-1-4567.partial-abcd").mkdir()
-    (target / "engines/mine.txt").write_text("mine")
-    with pytest.raises(ExportError, match="holds engines besides its bundle"):
-        export(sources[1], target)
-    (target / "engines/mine.txt").unlink()
-    export(sources[1], target)
-    assert_whole(target, weights_of)
-    assert not (target / "engines").exists()
-    [line] = [record.getMessage() for record in caplog.records if "go with it" in record.getMessage()]
-    assert line == (
-        f"{target}/engines: the engines of the bundle that is replaced go with it, they fit no other (any-simulator-1-0123); "
-        f"build new ones afterwards with: dmtd build {target}"
-    )
-
-
-def test_the_build_command_may_be_pasted_whatever_the_path(
-    sources: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    place = tmp_path / "my bundle"
-    export(sources[1], place)
-    (place / "engines/any-simulator-1-0123").mkdir(parents=True)
-    (place / "engines/any-simulator-1-0123/engine.json").write_text("{}")
-    export(sources[1], place)
-    [line] = [record.getMessage() for record in caplog.records if "go with it" in record.getMessage()]
-    assert shlex.split(line.rpartition("with: ")[2]) == ["dmtd", "build", str(place)]
-
-
-def test_a_parent_that_is_a_file(tmp_path: Path, sources: list[Path]) -> None:
-    (tmp_path / "file").write_text("mine")
-    for output in (tmp_path / "file/b", tmp_path / "file/deeper/b"):
-        with pytest.raises(ExportError, match="nothing was kept") as caught:
-            export(sources[0], output)
-        assert str(tmp_path / "file") in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_parent_that_may_not_be_written(sources: list[Path]) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        shutil.copytree(sources[0], place / "m")
-        (place / "m/model.safetensors").chmod(0o644)
-        (place / "parent").mkdir()
-        (place / "parent").chmod(0o555)
-        place.chmod(0o755)
-        script = (
-            "import os, sys\nfrom pathlib import Path\n"
-            "from dmtd_export.bundle.export import ExportError, export_bundle\nfrom dmtd_export.options import ExportOptions\n"
-            "if os.getuid() == 0: os.setgid(65534); os.setuid(65534)\n"
-            "try: export_bundle(Path('m'), Path('parent/b'), ExportOptions(decoding_layers=1, cycle_length=3))\n"
-            "except ExportError as error: sys.exit(str(error))\n"
-        )
-        path = os.pathsep.join(str(Path(path).absolute()) for path in sys.path if path)
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            cwd=place,
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 1, done.stderr
-        assert len(done.stderr.splitlines()) == 1, done.stderr
-        [line] = done.stderr.splitlines()
-        assert "Permission denied; mend that, or name another directory with -o; nothing was kept" in line
-        assert not list((place / "parent").iterdir())

@@ -6,8 +6,6 @@ Whatever goes wrong, all files there are afterwards what they were before.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import signal
@@ -19,18 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from export_support import export, snapshot
+from damage import Damage, config, cut, edit, flip, nothing, remove, sealed, write
+from export_support import PLAIN, export, export_options, snapshot
 from typer.testing import CliRunner
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.cli.main import app
 from dmtd_export.errors import ExportError
-from dmtd_export.options import ExportOptions
 from dmtd_models.errors import CheckpointError, ConfigError
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime import LLM, BackendError, BundleError, RequestError, SamplingParams
 
-Damage = Callable[[], None]
 SPLIT = ("--decoding-layers", "1", "--cycle-length", "3")
 EXPORT = ("export", "m", "-o", "new", *SPLIT, "--no-verify")
 EXPORT_SHARDS = ("export", "s", "-o", "new", *SPLIT, "--no-verify")
@@ -61,62 +58,6 @@ def place(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "200")
     return tmp_path / "place"
-
-
-def nothing() -> None:
-    """No damage: the command itself is wrong."""
-
-
-def remove(name: str) -> Damage:
-    return lambda: shutil.rmtree(name) if Path(name).is_dir() else Path(name).unlink()
-
-
-def cut(name: str, size: int) -> Damage:
-    return lambda: os.truncate(name, size)
-
-
-def write(name: str, text: str | bytes) -> Damage:
-    raw = text.encode() if isinstance(text, str) else text
-
-    def damage() -> None:
-        Path(name).parent.mkdir(exist_ok=True)
-        Path(name).write_bytes(raw)
-
-    return damage
-
-
-def flip(name: str, offset: int) -> Damage:
-    def damage() -> None:
-        raw = bytearray(Path(name).read_bytes())
-        raw[offset] ^= 0x40
-        Path(name).write_bytes(raw)
-
-    return damage
-
-
-def edit(name: str, change: Callable[[Any], object]) -> Damage:
-    def damage() -> None:
-        raw = json.loads(Path(name).read_text())
-        change(raw)
-        Path(name).write_text(json.dumps(raw))
-
-    return damage
-
-
-def config(**fields: object) -> Damage:
-    return edit("m/config.json", lambda raw: raw.update(fields))
-
-
-def sealed(name: str, damage: Damage) -> Damage:
-    """The damage, with the manifest's hash of the file made right again."""
-
-    def both() -> None:
-        damage()
-        raw = Path("b", name).read_bytes()
-        info = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-        edit("b/manifest.json", lambda manifest: manifest["files"].update({name: info}))()
-
-    return both
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -330,7 +271,7 @@ LIBRARY: list[tuple[str, Damage, Callable[[], object], type[Exception], str]] = 
         nothing,
         lambda: LLM("b", max_num_seqs=2),
         RequestError,
-        "exported for; export it with a larger --max-num-seqs",
+        "exported for; for more sequences at a time export it again: dmtd export ... --max-num-seqs 2",
     ),
     ("no dialect", nothing, lambda: _half_only(), BackendError, "bfloat16, which ONNX Runtime cannot run on the CPU"),
     ("contradiction", nothing, lambda: SamplingParams(min_tokens=5, max_tokens=2), RequestError, "min_tokens: got 5"),
@@ -339,7 +280,7 @@ LIBRARY: list[tuple[str, Damage, Callable[[], object], type[Exception], str]] = 
 
 
 def _export(output: str = "new", **options: Any) -> None:
-    given = ExportOptions(**{"decoding_layers": 1, "cycle_length": 3, **options})
+    given = export_options(**{**PLAIN, **options})
     export_bundle(Path("m"), Path(output), given)
 
 

@@ -6,15 +6,18 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
-from export_support import WARNINGS_OF_PLAIN, export, read_manifest, snapshot
+from export_support import WARNINGS_OF_PLAIN, export, export_options, read_manifest, snapshot
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.errors import ExportError
 from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_models.errors import ModelError
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime import LLM, RequestError, SamplingParams
@@ -57,7 +60,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=lambda value: "-".join(map(str, value.values())) or "default" if isinstance(value, dict) else "",
 )
 def test_targets_write_exactly_their_graphs(plain: Path, tmp_path: Path, options: dict, graphs: set[str]) -> None:
-    export_bundle(plain, tmp_path / "b", ExportOptions(decoding_layers=1, cycle_length=3, **options))
+    export_bundle(
+        plain, tmp_path / "b", ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=3), **options)
+    )
     manifest = read_manifest(tmp_path / "b")
     assert {graph["file"] for graph in manifest["graphs"]} == graphs | CHOICE
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
@@ -144,7 +149,7 @@ def test_split_by_option_over_a_plain_checkpoint(plain: Path, tmp_path: Path, op
 )
 def test_recorded_split_with_options_over_it(tmp_path: Path, fields: dict, options: dict, split: tuple) -> None:
     source = write_tiny_checkpoint(tmp_path / "m", dmtd=fields)
-    export_bundle(source, tmp_path / "b", ExportOptions(max_num_seqs=1, **options))
+    export_bundle(source, tmp_path / "b", export_options(max_num_seqs=1, **options))
     manifest = read_manifest(tmp_path / "b")
     # Another split or cycle than the weights were trained for counts as not trained.
     as_recorded = not {"encoding_layers", "cycle_length"} & set(options)
@@ -170,8 +175,8 @@ def test_max_model_len_bounds_the_bundle_and_its_rotary_tables(plain: Path, tmp_
     [
         ({"max_model_len": 257}, "max_model_len: got 257, expected 2 to 256"),
         ({"max_model_len": 0}, "max_model_len: got 0"),
-        ({"max_num_seqs": 0}, "max_num_seqs: got 0, expected 1 to 32"),
-        ({"max_num_seqs": 33}, "max_num_seqs: got 33"),
+        ({"max_num_seqs": 0}, "max_num_seqs: got 0, expected 1 to 64"),
+        ({"max_num_seqs": 65}, "max_num_seqs: got 65"),
         ({"cycle_length": 257}, "cycle_length: got 257, expected 1 to 256"),
         ({"cycle_length": 0}, "cycle_length: got 0"),
         ({"decoding_layers": 4}, "encoding 0 + thinking 0 + decoding 4"),
@@ -260,7 +265,7 @@ def test_verify_hook_sees_the_bundle_and_its_record_is_kept(plain: Path, tmp_pat
         assert not (tmp_path / "b").exists(), "it is not in its place before it has been verified"
         return {"ok": True, "level": "none"}
 
-    options = ExportOptions(decoding_layers=1, cycle_length=3, max_num_seqs=1)
+    options = ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=3), max_num_seqs=1)
     export_bundle(plain, tmp_path / "b", options, verify=hook)
     assert seen["files"] == {path.name for path in (tmp_path / "b").iterdir()}
     assert read_manifest(tmp_path / "b") == seen["manifest"] | {"verification": {"ok": True, "level": "none"}}
@@ -268,7 +273,7 @@ def test_verify_hook_sees_the_bundle_and_its_record_is_kept(plain: Path, tmp_pat
 
 def test_progress_counts_every_byte_of_the_weights(plain: Path, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    options = ExportOptions(decoding_layers=1, cycle_length=3, max_num_seqs=1)
+    options = ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=3), max_num_seqs=1)
     export_bundle(
         plain, tmp_path / "b", options, progress=lambda *each: told.append(each), verify=lambda bundle, checkpoint: {}
     )
@@ -285,7 +290,9 @@ def test_export_needs_no_torch_and_prints_nothing(plain: Path, tmp_path: Path) -
         "from pathlib import Path\n"
         "from dmtd_export.bundle.export import export_bundle\n"
         "from dmtd_export.options import ExportOptions\n"
-        "export_bundle(Path(sys.argv[1]), Path(sys.argv[2]), ExportOptions(decoding_layers=1, cycle_length=3))\n"
+        "from dmtd_models.config.model import SplitOptions\n"
+        "split = SplitOptions(decoding_layers=1, cycle_length=3)\n"
+        "export_bundle(Path(sys.argv[1]), Path(sys.argv[2]), ExportOptions(split=split))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, plain, tmp_path / "b"],
@@ -310,7 +317,9 @@ def test_another_convention_than_the_recorded_one_counts_as_not_trained(tmp_path
         export_bundle(
             source,
             tmp_path / origin,
-            ExportOptions(max_num_seqs=1, cycle_origin=origin, prompt_input=None if trained else "thinking"),
+            ExportOptions(
+                split=SplitOptions(cycle_origin=origin, prompt_input=None if trained else "thinking"), max_num_seqs=1
+            ),
         )
         assert read_manifest(tmp_path / origin)["cycle"]["dmtd_trained"] is trained
 
@@ -318,9 +327,68 @@ def test_another_convention_than_the_recorded_one_counts_as_not_trained(tmp_path
 def test_a_head_that_onnxruntime_refuses_is_named_with_the_way_out(tmp_path: Path) -> None:
     source = write_tiny_checkpoint(tmp_path / "m", head_dim=24)
     with pytest.raises(ExportError, match=r"head_dim: got 24.*--target tensorrt"):
-        export_bundle(source, tmp_path / "b", ExportOptions(decoding_layers=1, cycle_length=3))
+        export_bundle(source, tmp_path / "b", ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=3)))
     assert not (tmp_path / "b").exists()
-    export_bundle(source, tmp_path / "b", ExportOptions(decoding_layers=1, cycle_length=3, target="tensorrt"))
+    export_bundle(
+        source, tmp_path / "b", ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=3), target="tensorrt")
+    )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        (None, {"eos_token_id": [258, 7], "do_sample": True, "temperature": 0.5}),
+        ("none", {"eos_token_id": [258, 7]}),  # ends are no option
+        ("FILE", {"temperature": 0.25}),
+    ],
+)
+def test_generation_config_is_the_checkpoints_the_users_or_none(
+    tmp_path: Path, wanted: str | None, expected: dict[str, Any]
+) -> None:
+    source = write_tiny_checkpoint(tmp_path / "m", layers=2, tokenizer=True)
+    (source / "generation_config.json").write_text(
+        '{"eos_token_id": [258, 7], "do_sample": true, "temperature": 0.5}', encoding="utf-8"
+    )
+    own = tmp_path / "own.json"
+    own.write_text('{"temperature": 0.25}', encoding="utf-8")
+    options = ExportOptions(
+        split=SplitOptions(decoding_layers=1, cycle_length=2),
+        generation_config=str(own) if wanted == "FILE" else wanted,
+    )
+    export_bundle(source, tmp_path / "b", options)
+    assert json.loads((tmp_path / "b/generation_config.json").read_text(encoding="utf-8")) == expected
+    # Whoever reads the manifest alone knows all ends.
+    assert read_manifest(tmp_path / "b")["model"]["eos_token_ids"] == expected.get("eos_token_id", [258])
+
+
+def test_a_generation_config_that_is_in_the_way_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = write_tiny_checkpoint(tmp_path / "m", layers=2, tokenizer=True)
+    options = ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=2))
+    for content in ('{"do_sample": true, "top_p": 7}', "{", '{"eos_token_id": "x"}'):
+        (source / "generation_config.json").write_text(content, encoding="utf-8")
+        with pytest.raises(ExportError, match=r"generation_config\.json.* leave it out with --generation-config none"):
+            export_bundle(source, tmp_path / "b", options)
+    for name in (str(tmp_path), "none/such"):
+        with pytest.raises(ExportError, match=r"^generation_config: .* cannot be read"):
+            export_bundle(source, tmp_path / "b", replace(options, generation_config=name))
+    (source / "generation_config.json").write_text('{"do_sample": false, "top_p": 0.0}', encoding="utf-8")
+    with caplog.at_level(logging.WARNING, "dmtd"):
+        export_bundle(source, tmp_path / "b", options)
+    assert [line for line in caplog.messages if "top_p: got 0, " in line and line.endswith("do_sample is not true")]
+
+
+def test_a_factor_that_the_reference_ignores_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What DeepSeek-R1-0528-Qwen3-8B publishes: transformers takes 1 + 0.1 ln 4, vLLM 0.878 times that, which is 1."""
+    source = write_tiny_checkpoint(tmp_path / "m", layers=2, max_positions=256)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    config["rope_scaling"] = scaling | {"attn_factor": 0.8782488562869419, "finetuned": True}
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with caplog.at_level(logging.WARNING, "dmtd"):
+        options = ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=2), target="tensorrt")
+        export_bundle(source, tmp_path / "b", options)
+    [line] = [line for line in caplog.messages if "attn_factor" in line]
+    assert line.endswith("for that, say attention_factor 1 in config.json instead")
 
 
 def test_large_rotary_tables_are_told(

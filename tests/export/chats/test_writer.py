@@ -14,7 +14,7 @@ import torch
 from dmtd_export.chats import writer
 from dmtd_export.chats.writer import write_chats
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
-from dmtd_models.config.model import resolve_dmtd
+from dmtd_models.config.model import SplitOptions, resolve_dmtd
 from dmtd_models.data.chat import TextTokenizer
 from dmtd_models.errors import ModelError
 from dmtd_models.finetune.self_written import ChatRequest, chat_frame
@@ -77,7 +77,7 @@ def test_greedy_answers_are_the_oracle_s(base: Path, request_of: Any, tmp_path: 
     made = documents(request.directory)
     assert told[0] == 0 and told[-1] == sum(len(document["answer_ids"]) for document in made) >= 60
     with open_checkpoint(base) as checkpoint:
-        plain = resolve_dmtd(checkpoint.config, None, decoding_layers=1, cycle_length=1)
+        plain = resolve_dmtd(checkpoint.config, None, SplitOptions(decoding_layers=1, cycle_length=1))
         model = DmtdModel.from_reader(checkpoint.config, plain, checkpoint.read, torch.float64)
     for document in made:
         prompt = f"<|im_start|>user\nWhat is {document['index']}?<|im_end|>\n<|im_start|>assistant\n"

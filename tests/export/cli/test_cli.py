@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from dmtd_export.cli.main import VERBS, _LazyCommand, app
 from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import load_manifest
 
@@ -45,9 +46,9 @@ def test_defaults_are_those_of_the_options() -> None:
     parameters = {
         parameter.name: parameter.default for parameter in _LazyCommand("export", VERBS["export"]).load().params
     }
-    defaults = ExportOptions()
-    for option in fields(ExportOptions):
-        assert parameters[option.name] == getattr(defaults, option.name)
+    for options in (ExportOptions(), SplitOptions()):
+        for option in fields(options):
+            assert option.name == "split" or parameters[option.name] == getattr(options, option.name)
 
 
 def test_export_says_what_it_made_and_what_comes_next(checkpoint: str, tmp_path: Path) -> None:
@@ -150,9 +151,15 @@ def test_wrong_usage_exits_2(arguments: Sequence[str], checkpoint: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("build", "b", "--flavour", "host"), "error: --flavour: is called --backend now"),
-        (("generate", "b", "-p", "x", "--flavour=host"), "error: --flavour: is called --backend now"),
-        (("export", "MODEL", "-o", "x", "--max-batch", "2"), "error: --max-batch: is called --max-num-seqs now"),
+        (("build", "b", "--flavour", "host"), "error: --flavour: is called --backend now; write: --backend simulator"),
+        (
+            ("generate", "b", "-p", "x", "--flavour=tensorrt"),
+            "error: --flavour: is called --backend now; write: --backend tensorrt",
+        ),
+        (
+            ("export", "MODEL", "-o", "x", "--max-batch", "2"),
+            "error: --max-batch: is called --max-num-seqs now; write: --max-num-seqs 2",
+        ),
     ],
 )
 def test_an_option_of_old_is_told_its_new_name(arguments: Sequence[str], line: str) -> None:

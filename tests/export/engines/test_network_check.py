@@ -139,7 +139,7 @@ def test_a_scale_that_the_parser_would_round_is_refused(
 
     model = altered(graph, scaled)
     got = "no scale" if scale is None else "a scale of 0.25"
-    with pytest.raises(ExportError, match=rf"Attention: got {got}, expected 1, .*; export the bundle again"):
+    with pytest.raises(ExportError, match=rf"Attention: got {got}, which TensorRT would round .*, expected 1; "):
         check(with_model(graph, model))
     with pytest.raises(ExportError, match=r"Attention: got reads queries from \(Unnamed"):
         check(graph, model)

@@ -14,6 +14,7 @@ from dmtd_export.bundle.export import export_bundle
 from dmtd_export.engines.options import BuildOptions
 from dmtd_export.engines.run import build_engines
 from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_runtime.bundle.manifest import load_manifest
 from study import smollm2
 
@@ -25,7 +26,9 @@ TABLE, LAYER, NORM = 49152 * 576, 576 * 576 * 2 + 192 * 576 * 2 + 3 * 1536 * 576
 def test_all_graphs_build(tmp_path: Path, dtype: str) -> None:
     rtx()
     source = smollm2.fetch_smollm2(SMOLLM2_CACHE)
-    export = ExportOptions(decoding_layers=8, cycle_length=4, target="tensorrt", dtype=dtype, max_model_len=256)
+    export = ExportOptions(
+        split=SplitOptions(decoding_layers=8, cycle_length=4), target="tensorrt", dtype=dtype, max_model_len=256
+    )
     export_bundle(source, tmp_path, export)
     record = build_engines(tmp_path, BuildOptions(backend="tensorrt-rtx", max_num_seqs=2, fused=True)).record
     sizes = {engine.graph: engine.weight_bytes for engine in record.engines}

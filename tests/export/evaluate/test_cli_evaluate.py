@@ -272,11 +272,6 @@ def test_bad_input_is_one_line(
     assert message in errors[0]
 
 
-def test_an_option_that_has_gone_says_so(checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = run(capsys, checkpoint, "--text", data / "prose.txt", "--cache-dir", "x")
-    assert code == 2 and "--cache-dir: has gone" in err
-
-
 def test_a_plain_checkpoint_needs_a_split(
     plain_checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,7 @@ def test_the_first_items_of_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["hellaswag", "facts", "humaneval"])
 def test_a_name_belongs_to_the_harness(name: str) -> None:
-    with pytest.raises(EvaluateError, match=f"task: {name}: no such file; .* names are .* --lm-eval {name}$"):
+    with pytest.raises(EvaluateError, match=f"tasks: {name}: no such file; .* names are .* --lm-eval {name}$"):
         read_task(name, 2)
 
 
@@ -28,5 +28,5 @@ def test_a_file_without_items(tmp_path: Path) -> None:
     with pytest.raises(EvaluateError, match=r"empty.jsonl: no items"):
         read_task(str(tmp_path / "empty.jsonl"), 2)
     (tmp_path / "bad.jsonl").write_text("{}\n")
-    with pytest.raises(EvaluateError, match=r"task: bad.jsonl:1: no item"):
+    with pytest.raises(EvaluateError, match=r"tasks: bad.jsonl:1: no item"):
         read_task(str(tmp_path / "bad.jsonl"), 2)

@@ -94,7 +94,7 @@ def test_files_that_are_no_text(tmp_path: Path, name: str, content: bytes, messa
 
 
 def test_a_name_that_is_nothing() -> None:
-    with pytest.raises(EvaluateError, match=r"text: austen: no such file or directory; give a text file, or \.jsonl"):
+    with pytest.raises(EvaluateError, match=r"texts: austen: no such file or directory; give a text file, or \.jsonl"):
         list(read_texts("austen"))
 
 
@@ -161,7 +161,7 @@ def test_a_directory_is_read_as_training_reads_it(tmp_path: Path) -> None:
         ("data", "b.jsonl:1", "3 4"),
     ]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(EvaluateError, match=r"text: .*empty: no data in this directory"):
+    with pytest.raises(EvaluateError, match=r"texts: .*empty: no data in this directory"):
         list(read_texts(str(tmp_path / "empty")))
 
 
@@ -172,7 +172,7 @@ def test_a_parquet_file_of_texts(tmp_path: Path) -> None:
 
 def test_half_a_character_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "1 \\ud83d 2"}\n')
-    with pytest.raises(EvaluateError, match=r"text: a.jsonl:1: text: got half a character"):
+    with pytest.raises(EvaluateError, match=r"texts: a.jsonl:1: text: got half a character"):
         list(read_texts(str(tmp_path / "a.jsonl")))
 
 

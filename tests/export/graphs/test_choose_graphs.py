@@ -13,7 +13,7 @@ import pytest
 
 from dmtd_export.graphs.token_choice import write_choose_token, write_sample_token
 from dmtd_export.graphs.writer import GraphWriter
-from dmtd_runtime.errors import BackendError
+from dmtd_runtime.errors import BackendError, RequestError
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import MAX_CANDIDATES, NO_CHOICE, NOT_FINITE, Sampler, uniform
 
@@ -178,7 +178,7 @@ def test_nothing_to_choose_from_is_told(sample: Any) -> None:
     feeds["end_ids"][:] = True
     _, finite, has_choice, _ = sample.run(None, feeds)
     assert (finite.item(), has_choice.item()) == (True, False)
-    with pytest.raises(BackendError, match="leave nothing to choose from for token 0"):
+    with pytest.raises(RequestError, match="leave nothing to choose from for token 0"):
         sampler.take(NO_CHOICE)
     with pytest.raises(BackendError, match="NaN or infinity for token 0"):
         sampler.take(NOT_FINITE)

@@ -15,7 +15,7 @@ from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
 from dmtd_export.verify.cycles import Case, Variant, run_variant
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
-from dmtd_models.config.model import resolve_dmtd
+from dmtd_models.config.model import SplitOptions, resolve_dmtd
 from dmtd_models.reference.dmtd import DmtdModel
 from dmtd_models.reference.oracle import greedy
 from dmtd_models.reference.testing import write_tiny_checkpoint
@@ -23,11 +23,9 @@ from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import Manifest, load_manifest
 
 OPTIONS = ExportOptions(
-    encoding_layers=1,
-    decoding_layers=2,
-    cycle_length=3,
-    cycle_origin="absolute",
-    prompt_input="cyclical",
+    split=SplitOptions(
+        encoding_layers=1, decoding_layers=2, cycle_length=3, cycle_origin="absolute", prompt_input="cyclical"
+    ),
     max_num_seqs=3,
 )
 
@@ -198,11 +196,9 @@ def test_both_dialects_choose_the_oracles_tokens(
         spec = resolve_dmtd(
             source.config,
             source.dmtd,
-            encoding_layers=1,
-            decoding_layers=2,
-            cycle_length=3,
-            cycle_origin="absolute",
-            prompt_input="cyclical",
+            SplitOptions(
+                encoding_layers=1, decoding_layers=2, cycle_length=3, cycle_origin="absolute", prompt_input="cyclical"
+            ),
         )
         model = DmtdModel.from_reader(source.config, spec, source.read, torch.float32)
     wanted = greedy(model, prompt, 8, plain)

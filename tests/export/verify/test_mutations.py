@@ -11,30 +11,35 @@ import pytest
 import torch
 from bundle_mutations import (
     WEIGHTS,
-    add_one,
     edit_weight,
     edited_graph,
     edited_manifest,
-    insert_before,
-    node,
+    ignore_gate,
+    invert_gate,
+    length_one_off,
+    mask_one_more,
     nodes_of,
+    other_epsilon,
+    other_scale,
     rename_input,
     reseal,
-    set_attribute,
-    swap_layers,
+    swapped,
+    write_one_row_off,
 )
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
 from dmtd_export.verify import VerifyReport, verify_bundle
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
-from dmtd_models.config.model import Rope
+from dmtd_models.config.model import Rope, SplitOptions
 from dmtd_models.reference.rope import rotary_tables
 from dmtd_models.reference.testing import write_tiny_checkpoint
 
 LAYERS = 5  # E0 T3 D2
 OPTIONS = ExportOptions(
-    decoding_layers=2, cycle_length=3, cycle_origin="prompt", prompt_input="thinking", max_num_seqs=3, max_model_len=64
+    split=SplitOptions(decoding_layers=2, cycle_length=3, cycle_origin="prompt", prompt_input="thinking"),
+    max_num_seqs=3,
+    max_model_len=64,
 )
 
 
@@ -221,58 +226,6 @@ def test_a_wrong_rope_base_with_new_numbers_is_caught_by_the_oracle(bundle: Path
 # --- graphs --------------------------------------------------------------------------------------------------------
 
 
-def ignore_gate(model):
-    node(model, "/model/gate_thought/Where").CopyFrom(identity_of(node(model, "/model/gate_thought/Where"), 1))
-
-
-def identity_of(where, slot):
-    import onnx
-
-    return onnx.helper.make_node("Identity", [where.input[slot]], list(where.output), name=where.name)
-
-
-def invert_gate(model):
-    insert_before(model, node(model, "/model/gate_hidden/Where"), 0, "Not")
-
-
-def write_one_row_off(model):
-    cache = node(model, "/model/layers.1/self_attn/value_cache/TensorScatter")
-    add_one(model, cache, 2, "int64")
-
-
-def length_one_off(model):
-    gqa = nodes_of(model, "GroupQueryAttention")
-    for one in gqa:
-        if "layers.1/" in one.name:
-            add_one(model, one, 5, "int32")
-
-
-def other_scale(op):
-    def edit(model):
-        for one in nodes_of(model, op):
-            if "layers.1/" in one.name:
-                set_attribute(one, "scale", 0.3)
-
-    return edit
-
-
-def other_epsilon(model):
-    for op in ("RMSNormalization", "SkipSimplifiedLayerNormalization"):
-        for one in model.graph.node:
-            if one.op_type == op and "layers.1/input_layernorm" in one.name:
-                set_attribute(one, "epsilon", 1e-3)
-
-
-def mask_one_more(model):
-    """Every row sees one row too many: the one behind it."""
-    less = next(n for n in model.graph.node if n.op_type == "LessOrEqual")
-    add_one(model, less, 1, "int64")
-
-
-def swapped(first, second):
-    return lambda model: swap_layers(model, first, second)
-
-
 GRAPH_EDITS = [
     ("late_decode.ort.onnx", ignore_gate, 3),
     ("late_decode.onnx", ignore_gate, 3),
@@ -396,7 +349,7 @@ def test_an_offset_that_reads_another_weight_is_named(bundle: Path) -> None:
 
 
 def test_a_graph_of_another_split_is_named(bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
-    other = ExportOptions(decoding_layers=3, cycle_length=3, max_num_seqs=3, max_model_len=64)
+    other = ExportOptions(split=SplitOptions(decoding_layers=3, cycle_length=3), max_num_seqs=3, max_model_len=64)
     export_bundle(checkpoint, tmp_path / "other", other)
     shutil.copy(tmp_path / "other" / "late_decode.ort.onnx", bundle / "late_decode.ort.onnx")
     reseal(bundle)

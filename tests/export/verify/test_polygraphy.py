@@ -11,6 +11,7 @@ import pytest
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 
 pytest.importorskip("polygraphy")
@@ -22,7 +23,11 @@ GRAPHS = ["full_pass.onnx", "late_decode.ort.onnx", "thinking.ort.batch3.onnx"]
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("polygraphy")
     checkpoint = write_tiny_checkpoint(root / "model", layers=3)
-    export_bundle(checkpoint, root / "bundle", ExportOptions(decoding_layers=1, cycle_length=2, max_num_seqs=3))
+    export_bundle(
+        checkpoint,
+        root / "bundle",
+        ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=2), max_num_seqs=3),
+    )
     return root / "bundle"
 
 

@@ -29,12 +29,12 @@ from dmtd_export.verify import (
 from dmtd_export.verify.cycles import Case, Comparison, Variant, make_cases, make_variants
 from dmtd_export.verify.margins import FLOAT32, Margin, top_two_gap, worst_difference
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
-from dmtd_models.config.model import Rope
+from dmtd_models.config.model import Rope, SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.manifest import load_manifest
 from dmtd_runtime.errors import BundleError
 
-OPTIONS = ExportOptions(decoding_layers=1, cycle_length=2, max_num_seqs=2, max_model_len=64)
+OPTIONS = ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=2), max_num_seqs=2, max_model_len=64)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,11 +84,13 @@ def test_every_family_and_convention_passes(
 ) -> None:
     model = write_tiny_checkpoint(tmp_path / "model", family=family, layers=4, **extra)
     options = ExportOptions(
-        encoding_layers=encoding,
-        decoding_layers=1,
-        cycle_length=tau,
-        cycle_origin=origin,
-        prompt_input=prompt_input,
+        split=SplitOptions(
+            encoding_layers=encoding,
+            decoding_layers=1,
+            cycle_length=tau,
+            cycle_origin=origin,
+            prompt_input=prompt_input,
+        ),
         max_num_seqs=3,
     )
     reports: list[VerifyReport] = []
@@ -106,7 +108,7 @@ def test_every_family_and_convention_passes(
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
 def test_a_bundle_of_one_dialect_passes(checkpoint: Path, tmp_path: Path, target: Any) -> None:
-    options = ExportOptions(decoding_layers=1, cycle_length=2, target=target, max_num_seqs=1)
+    options = ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=2), target=target, max_num_seqs=1)
     export_bundle(checkpoint, tmp_path / "b", options)
     for level in ("graphs", "oracle"):
         assert verify_bundle(tmp_path / "b", level=level, quick=True).ok
@@ -126,7 +128,7 @@ def test_the_cases_stand_around_multiples_of_the_cycle_length(bundle: Path) -> N
 
 
 def test_a_model_of_very_few_positions_can_be_verified(checkpoint: Path, tmp_path: Path) -> None:
-    options = ExportOptions(decoding_layers=1, cycle_length=4, max_num_seqs=2, max_model_len=3)
+    options = ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=4), max_num_seqs=2, max_model_len=3)
     export_bundle(checkpoint, tmp_path / "b", options)
     assert verify_bundle(tmp_path / "b").ok
 

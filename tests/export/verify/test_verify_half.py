@@ -23,6 +23,7 @@ from dmtd_export.verify import VerifyReport, verify_bundle
 from dmtd_export.verify.half import float32_twin
 from dmtd_export.verify.margins import half_margin
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.manifest import load_manifest
 
@@ -43,7 +44,9 @@ def checkpoint_and_bundle(
 ) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp(request.param)
     model = write_tiny_checkpoint(root / "model", layers=LAYERS)
-    options = ExportOptions(encoding_layers=1, decoding_layers=1, cycle_length=2, max_num_seqs=2, dtype=request.param)
+    options = ExportOptions(
+        split=SplitOptions(encoding_layers=1, decoding_layers=1, cycle_length=2), max_num_seqs=2, dtype=request.param
+    )
     export_bundle(model, root / "bundle", options)
     return model, root / "bundle"
 

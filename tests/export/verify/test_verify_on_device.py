@@ -18,6 +18,7 @@ from dmtd_export.engines.options import BuildOptions
 from dmtd_export.engines.run import build_engines
 from dmtd_export.options import ExportOptions
 from dmtd_export.verify import verify_on_device
+from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.bundle.engine_record import read_record
@@ -32,7 +33,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("on_device")
     source = write_tiny_checkpoint(root / "model", layers=4, max_positions=96)
-    options = ExportOptions(decoding_layers=2, cycle_length=3, cycle_origin="absolute", prompt_input="cyclical")
+    options = ExportOptions(
+        split=SplitOptions(decoding_layers=2, cycle_length=3, cycle_origin="absolute", prompt_input="cyclical")
+    )
     export_bundle(source, root / "bundle", options)
     build_engines(root / "bundle", BuildOptions(backend="simulator", max_num_seqs=3))
     return root / "bundle"

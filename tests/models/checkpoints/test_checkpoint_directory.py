@@ -276,7 +276,7 @@ from study import smollm2
 from dmtd_models.checkpoints import tensors
 from dmtd_models.reference import testing
 opened = checkpoint.open_checkpoint(Path({str(path)!r}))
-spec = config.resolve_dmtd(opened.config, None, decoding_layers=1, cycle_length=4)
+spec = config.resolve_dmtd(opened.config, None, config.SplitOptions(decoding_layers=1, cycle_length=4))
 print(spec.thinking_layers, len(opened.names()), rope.rotary_tables(opened.config.rope, 16, 4)[0].shape)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

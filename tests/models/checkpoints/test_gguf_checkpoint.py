@@ -10,7 +10,7 @@ import torch
 from gguf_files import tiny_config, write_gguf
 
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
-from dmtd_models.config.model import Rope, read_config, resolve_dmtd
+from dmtd_models.config.model import Rope, SplitOptions, read_config, resolve_dmtd
 from dmtd_models.errors import CheckpointError, ConfigError, ModelError
 from dmtd_models.reference.dmtd import DmtdModel
 from dmtd_models.reference.oracle import teacher_forced
@@ -53,7 +53,7 @@ def test_logits_are_those_of_the_same_weights(tmp_path):
     config = tiny_config("llama")
     weights = random_weights(config, seed=4)
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", config, weights))
-    spec = resolve_dmtd(config, None, decoding_layers=1, cycle_length=2)
+    spec = resolve_dmtd(config, None, SplitOptions(decoding_layers=1, cycle_length=2))
     tokens = list(range(3, 23))
     got, expected = (
         teacher_forced(DmtdModel.from_reader(config, spec, read, torch.float64), tokens, 5)
@@ -85,6 +85,17 @@ YARN = Rope(theta=1e6, kind="yarn", factor=4.0, original_max_positions=128, beta
                 "rope.scaling.finetuned": True,
             },
             YARN,
+        ),
+        (
+            # llama.cpp multiplies yarn's own factor, 1 + 0.1 ln 4, by the one, and overwrites the other.
+            {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 4.0,
+                "rope.scaling.original_context_length": 128,
+                "rope.scaling.attn_factor": 0.5,
+                "rope.scaling.yarn_attn_factor": 0.8782488562869419,
+            },
+            dataclasses.replace(YARN, attention_factor=0.5 * (0.1 * math.log(4.0) + 1)),
         ),
     ],
 )

@@ -8,7 +8,8 @@ from finetune_support import CONVENTIONS, documents_of, spec_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmtd_models.finetune.batches import BatchOptions, Collator, PackedRows, Row, make_batch, pack
+from dmtd_models.finetune.batches import Collator, PackedRows, Row, make_batch, pack
+from dmtd_models.finetune.options import BatchOptions
 from dmtd_models.reference.oracle import gates
 
 STILL = BatchOptions(vary_phase=False)

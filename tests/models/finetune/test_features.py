@@ -16,8 +16,9 @@ from finetune_support import documents_of, opened
 
 from dmtd_models.errors import ModelError
 from dmtd_models.finetune import features
-from dmtd_models.finetune.batches import BatchOptions, make_batch
+from dmtd_models.finetune.batches import make_batch
 from dmtd_models.finetune.features import FeatureKey, FeatureStore, add_computed, documents_digest, store_features
+from dmtd_models.finetune.options import BatchOptions
 from dmtd_models.finetune.packed import layer_forward, make_layout
 from dmtd_models.reference.dmtd import DmtdModel
 from dmtd_models.reference.oracle import gates

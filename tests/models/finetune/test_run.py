@@ -20,12 +20,11 @@ from finetune_support import RUN_LENGTHS, interrupted_at, run_options, run_tiny,
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from dmtd_models.errors import ConfigError, ModelError
+from dmtd_models.errors import ModelError
 from dmtd_models.finetune.batches import Collator
-from dmtd_models.finetune.options import usual_precision
-from dmtd_models.finetune.run import Hooks
+from dmtd_models.finetune.options import LossOptions, usual_precision
 from dmtd_models.finetune.states import latest_checkpoint
-from dmtd_models.finetune.student import LossOptions, Student
+from dmtd_models.finetune.student import Student
 from dmtd_models.finetune.trainer import DivergedError
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -158,8 +157,12 @@ def test_a_half_written_state_is_passed_over(base: Path, tmp_path: Path, whole_r
 
 def test_nothing_is_computed_for_text_that_a_short_run_never_reads(base: Path, tmp_path: Path) -> None:
     totals = set()
-    hooks = Hooks(features=lambda done, total: totals.add(total))
-    result = run_tiny(base, tmp_path, run_options(max_tokens=300, cache_features=True), hooks=hooks)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "computing what frozen layers give":
+            totals.add(total)
+
+    result = run_tiny(base, tmp_path, run_options(max_tokens=300, cache_features=True), hooks={"progress": progress})
     [total] = totals
     assert result.tokens >= 300
     assert 300 <= total < 300 + max(length for length, _ in RUN_LENGTHS)
@@ -170,7 +173,9 @@ def test_a_finished_run_is_finished(base: Path, tmp_path: Path) -> None:
     first = run_tiny(base, tmp_path, run_options(max_tokens=300))
     file = tmp_path / f"checkpoint-{first.steps}" / "complete.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "seconds": 1000.0}))
-    again = run_tiny(base, tmp_path, run_options(max_tokens=300), hooks=Hooks(stage=stages.append))
+    again = run_tiny(
+        base, tmp_path, run_options(max_tokens=300), hooks={"progress": lambda stage, *_: stages.append(stage)}
+    )
     assert first.steps == again.steps and first.tokens == again.tokens
     assert stages[-1] == f"trained already: checkpoint-{first.steps} is the last"
     assert again.seconds == pytest.approx(1000, abs=5.0)
@@ -362,75 +367,3 @@ def test_a_full_disk_keeps_the_state_before(base: Path, tmp_path: Path, whole_ru
             run_tiny(base, tmp_path, run_options(), hooks=interrupted_at(5, fill))
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
     assert same(weights(run_tiny(base, tmp_path, run_options()).student), expected)
-
-
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ({"curriculum": ((2, 0.5), (3, 0.4))}, "curriculum: got 3:0.4, expected cycle lengths"),
-        ({"curriculum": ((4, 0.5),)}, "curriculum: goes above the cycle length 3"),
-        ({"curriculum": ((0, 0.5),)}, "curriculum: got"),
-        ({"learning_rate": float("nan")}, "learning_rate: got nan"),
-        ({"loss": LossOptions(temperature=0.0)}, "temperature: got 0.0"),
-        ({"loss": LossOptions(distill=0.5, top_k=0)}, "--distill"),
-        ({"loss": LossOptions(top_k=601)}, "top_k: got 601, expected at most 600"),
-        ({"trained": "lora", "train_embedding": True}, "train_embedding: "),
-        ({"last_layers": 3}, "last_layers: got 3, --train late trains the 2 decoding layers; give --train full"),
-        ({"trained": "full", "last_layers": 1}, r"last_layers: got 1, expected 2 \(D\) to 4 \(T \+ D\)"),
-        ({"trained": "lora", "last_layers": 5}, "last_layers: got 5"),
-        ({"tokens_per_step": 8}, "tokens_per_step: got 8"),
-        ({"epochs": 0.0}, "epochs: got 0.0"),
-        ({"seed": -1}, "seed: got -1, expected 0 to 4294967295"),
-        ({"lora_rank": 4}, "lora_rank: has no effect without --train lora"),
-        ({"loss": LossOptions(distill=0.0, temperature=2.0)}, "temperature: has no effect without --distill above 0"),
-        ({"loss": LossOptions(distill=0.0, top_k=5)}, "top_k: has no effect"),
-        ({"trained": "full", "cache_features": True}, "cache: has no effect without frozen layers"),
-    ],
-)
-def test_options_that_contradict_each_other(base: Path, tmp_path: Path, given: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        run_tiny(base, tmp_path / "run", run_options(**given))
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(("trained", "rate"), [("late", 1e-3), ("full", 3e-4), ("lora", 1e-3)])
-def test_learning_rate_by_kind(base: Path, tmp_path: Path, trained: str, rate: float) -> None:
-    options = run_options(trained=trained, learning_rate=None, schedule="linear", warmup=0.0)
-    run_tiny(base, tmp_path, options)
-    assert lines(tmp_path)[0]["learning_rate"] == pytest.approx(rate, rel=1e-6), "the first step's, before it falls"
-
-
-def test_a_run_of_one_step_learns(base: Path, tmp_path: Path) -> None:
-    result = run_tiny(base, tmp_path, run_options(max_tokens=10, learning_rate=1e-3))
-    assert result.steps == 1 and lines(tmp_path)[0]["learning_rate"] == pytest.approx(1e-3)
-
-
-def test_matrix_products_of_a_token(base: Path) -> None:
-    """By hand: hidden 64, so many weights a layer; the head only for rows with a loss."""
-    from finetune_support import opened
-
-    from dmtd_models.finetune.run import _flops_per_token
-    from dmtd_models.reference.dmtd import DmtdModel
-
-    with opened(base, decoding_layers=2, cycle_length=3) as (checkpoint, spec):
-        model = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, torch.float32)
-    config = checkpoint.config
-    hidden, head = config.hidden_size, config.head_dim
-    layer = 2 * hidden * (2 * config.num_heads * head + 2 * config.num_kv_heads * head + 3 * config.intermediate_size)
-    vocab = 2 * 600 * hidden
-    whole = LossOptions(top_k=2, vocab_sample=0)
-    late = run_options(loss=whole)
-    assert _flops_per_token(model, late, stored=True, learnt=0.25) == 3 * 2 * layer + 0.25 * 2 * vocab
-    not_stored = (
-        2 * layer + 3 * 2 * layer + 2 * layer + 0.5 * 3 * vocab
-    )  # trunk, student, teacher; the teacher's head too
-    assert _flops_per_token(model, late, stored=False, learnt=0.5) == not_stored
-    last = run_options(loss=whole, trained="full", last_layers=3)
-    assert _flops_per_token(model, last, stored=True, learnt=0.25) == 3 * 3 * layer + 0.25 * 2 * vocab
-    assert (
-        _flops_per_token(model, last, stored=False, learnt=0.5) == layer + 3 * 3 * layer + 3 * layer + 0.5 * 3 * vocab
-    )
-    entropy = run_options(loss=LossOptions(distill=0, vocab_sample=0), trained="full")
-    assert _flops_per_token(model, entropy, stored=False, learnt=1.0) == 3 * 4 * layer + 2 * vocab
-    embedding = run_options(loss=LossOptions(distill=0, vocab_sample=0), trained="full", train_embedding=True)
-    assert _flops_per_token(model, embedding, stored=False, learnt=1.0) == 3 * 4 * layer + 3 * vocab

@@ -13,8 +13,8 @@ import torch
 from finetune_support import run_options, run_tiny, write_base
 from safetensors.torch import load_file
 
+from dmtd_models.finetune.options import LossOptions
 from dmtd_models.finetune.states import latest_checkpoint
-from dmtd_models.finetune.student import LossOptions
 
 ROOT = Path(__file__).resolve().parents[3]
 ENVIRON = {
@@ -46,10 +46,10 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from dmtd_models.finetune import run
-from dmtd_models.finetune.student import LossOptions
+from dmtd_models.finetune.options import LossOptions
 from finetune_support import interrupted_at, run_options, run_tiny
 torch.set_num_threads(1)
-run._matmul_peak = lambda dtype, device: 1e12
+run.matmul_peak = lambda dtype, device: 1e12
 rank, stop_at = int(os.environ["RANK"]), int(sys.argv[4])
 options = run_options(
     max_tokens=int(sys.argv[3]), loss=LossOptions(top_k=2, vocab_sample=0), save_every_s=1e9 if rank == 0 else 0.0

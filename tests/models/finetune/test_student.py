@@ -16,10 +16,10 @@ from torch.nn import functional
 
 from dmtd_models.config.model import DmtdSpec
 from dmtd_models.finetune import packed
-from dmtd_models.finetune.batches import Batch, BatchOptions, Document, make_batch
-from dmtd_models.finetune.options import TrainOptions
+from dmtd_models.finetune.batches import Batch, Document, make_batch
+from dmtd_models.finetune.options import BatchOptions, LossOptions, TrainOptions
 from dmtd_models.finetune.run import _student
-from dmtd_models.finetune.student import LossOptions, Student, likeliest_tokens
+from dmtd_models.finetune.student import Student, likeliest_tokens
 from dmtd_models.reference.dmtd import DmtdModel
 from dmtd_models.reference.oracle import teacher_forced
 from dmtd_models.reference.testing import write_tiny_checkpoint

@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
-from dmtd_models.config.model import DmtdSpec, resolve_dmtd
+from dmtd_models.config.model import DmtdSpec, SplitOptions, resolve_dmtd
 from dmtd_models.errors import ModelError
 from dmtd_models.reference.dmtd import DmtdModel
 from dmtd_models.reference.oracle import gates, greedy, teacher_forced
@@ -177,7 +177,7 @@ def test_ids_out_of_range(directory, tokens):
 
 def test_resolved_defaults_reach_the_gates(directory):
     checkpoint = open_checkpoint(directory)
-    spec = resolve_dmtd(checkpoint.config, None, decoding_layers=1, cycle_length=4)
+    spec = resolve_dmtd(checkpoint.config, None, SplitOptions(decoding_layers=1, cycle_length=4))
     hidden, thought = gates(spec, prompt_len=6, total_len=16)
     np.testing.assert_array_equal(hidden, [0] * 6 + [1] * 10)
     np.testing.assert_array_equal(thought, [1] * 6 + [1, 0, 0, 0, 1, 0, 0, 0, 1, 0])

@@ -7,7 +7,7 @@ import transformers
 
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.checkpoints.tensors import tensor_shapes
-from dmtd_models.config.model import Rope, resolve_dmtd
+from dmtd_models.config.model import Rope, SplitOptions, resolve_dmtd
 from dmtd_models.reference.dmtd import DmtdModel, StreamedModel
 from dmtd_models.reference.oracle import teacher_forced
 from dmtd_models.reference.testing import write_tiny_checkpoint
@@ -72,7 +72,9 @@ def describe(case):
 
 def load(directory, cls=DmtdModel, dtype=torch.float64, **split):
     checkpoint = open_checkpoint(directory)
-    spec = resolve_dmtd(checkpoint.config, checkpoint.dmtd, **(split or {"decoding_layers": 1, "cycle_length": 4}))
+    spec = resolve_dmtd(
+        checkpoint.config, checkpoint.dmtd, SplitOptions(**split or {"decoding_layers": 1, "cycle_length": 4})
+    )
     make = cls.from_reader if cls is DmtdModel else cls
     return make(checkpoint.config, spec, checkpoint.read, dtype)
 
@@ -110,7 +112,7 @@ def test_every_tensor_matters(tmp_path, family):
         tmp_path, family=family, layers=3, qkv_bias=family != "qwen2", mlp_bias=family == "llama"
     )
     checkpoint = open_checkpoint(directory)
-    spec = resolve_dmtd(checkpoint.config, None, decoding_layers=1, encoding_layers=1, cycle_length=2)
+    spec = resolve_dmtd(checkpoint.config, None, SplitOptions(decoding_layers=1, encoding_layers=1, cycle_length=2))
 
     def logits(changed):
         def read(name):
@@ -158,7 +160,7 @@ def test_streamed_model_is_the_same_function(tmp_path, tie, dtype):
 
 def test_streamed_model_reads_one_layer_at_a_time(tmp_path):
     checkpoint = open_checkpoint(write_tiny_checkpoint(tmp_path, family="llama", layers=3))
-    spec = resolve_dmtd(checkpoint.config, None, decoding_layers=1, cycle_length=2)
+    spec = resolve_dmtd(checkpoint.config, None, SplitOptions(decoding_layers=1, cycle_length=2))
     read = []
     model = StreamedModel(
         checkpoint.config, spec, lambda name: read.append(name) or checkpoint.read(name), torch.float32
@@ -172,7 +174,7 @@ def test_streamed_model_reads_one_layer_at_a_time(tmp_path):
 
 def test_a_row_switched_off_may_be_nan(tmp_path):
     checkpoint = open_checkpoint(write_tiny_checkpoint(tmp_path, family="llama"))
-    spec = resolve_dmtd(checkpoint.config, None, decoding_layers=1, cycle_length=4)
+    spec = resolve_dmtd(checkpoint.config, None, SplitOptions(decoding_layers=1, cycle_length=4))
 
     def read(name):
         array = np.array(checkpoint.read(name))

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
-from dmtd_models.config.model import Rope, resolve_dmtd
+from dmtd_models.config.model import Rope, SplitOptions, resolve_dmtd
 from dmtd_models.data.repetition import distinct_share
 from dmtd_models.finetune.largest import largest
 from dmtd_models.finetune.self_written import chat_frame
@@ -32,7 +32,7 @@ GREEDY = (Style(temperature=0.0),)
 
 def load(path):
     with open_checkpoint(path) as checkpoint:
-        spec = resolve_dmtd(checkpoint.config, checkpoint.dmtd, decoding_layers=2, cycle_length=4)
+        spec = resolve_dmtd(checkpoint.config, checkpoint.dmtd, SplitOptions(decoding_layers=2, cycle_length=4))
         model = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, torch.float32)
         return model, checkpoint.assets()
 
@@ -120,7 +120,7 @@ def test_slots_of_any_length_get_the_logits_of_a_full_pass(tmp_path, form, group
 def test_half_precision_candidates_are_exact_products(tmp_path):
     path = write_tiny_checkpoint(tmp_path, seed=2)
     with open_checkpoint(path) as checkpoint:
-        spec = resolve_dmtd(checkpoint.config, checkpoint.dmtd, decoding_layers=2, cycle_length=4)
+        spec = resolve_dmtd(checkpoint.config, checkpoint.dmtd, SplitOptions(decoding_layers=2, cycle_length=4))
         model = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, torch.bfloat16)
     hidden = torch.randn(3, model.config.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
     logits, tokens = SlotDecoder(model, slots=3, capacity=64).candidates(hidden, 10)

@@ -10,7 +10,7 @@ import transformers
 from tokenizers import Tokenizer
 
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
-from dmtd_models.config.model import Rope, resolve_dmtd
+from dmtd_models.config.model import Rope, SplitOptions, resolve_dmtd
 from dmtd_models.errors import CheckpointError
 from dmtd_models.reference.dmtd import DmtdModel
 from dmtd_models.reference.oracle import greedy, teacher_forced
@@ -88,7 +88,7 @@ def test_logits_agree_with_transformers(path, checkpoint, tokenizer):
     with torch.no_grad():
         expected = theirs(torch.tensor([ids])).logits[0]
 
-    spec = resolve_dmtd(checkpoint.config, None, decoding_layers=8, cycle_length=4)
+    spec = resolve_dmtd(checkpoint.config, None, SplitOptions(decoding_layers=8, cycle_length=4))
     ours = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, torch.float32)
     got = teacher_forced(ours, ids, len(ids), plain=True)
     assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()

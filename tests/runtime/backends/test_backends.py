@@ -21,6 +21,7 @@ from runtime_support import (
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference import oracle
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.backends.base import BackendOptions, SlotStep
@@ -79,7 +80,9 @@ def test_neighbours_change_no_bit_at_ordinary_widths(tmp_path: Path, threads: in
         kv_heads=3,
         head_dim=64,
     )
-    manifest = export_bundle(source, tmp_path / "bundle", ExportOptions(decoding_layers=1, cycle_length=4))
+    manifest = export_bundle(
+        source, tmp_path / "bundle", ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=4))
+    )
     plan = CyclePlan(cycle=manifest.cycle)
     prompts = [random_prompt(i, 1 + 7 * i) for i in range(MAX_BATCH)]
     backends = [

@@ -10,6 +10,7 @@ import pytest
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
 from dmtd_export.verify.on_device import verify_on_device
+from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime import LLM, BackendError, SamplingParams
 from dmtd_runtime.backends.base import BackendOptions
@@ -26,18 +27,22 @@ CHOICES = {
 
 def bundle(root: Path, dtype: str) -> Path:
     source = write_tiny_checkpoint(root / "model", family="llama", layers=5, dtype="bfloat16")
-    export_bundle(source, root / dtype, ExportOptions(decoding_layers=2, cycle_length=3, dtype=dtype))
+    export_bundle(
+        source, root / dtype, ExportOptions(split=SplitOptions(decoding_layers=2, cycle_length=3), dtype=dtype)
+    )
     return root / dtype
 
 
-def test_a_missing_provider_is_refused_and_never_replaced_by_the_cpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_missing_provider_is_told_first_and_never_replaced_by_the_cpu(tmp_path: Path, dtype: str) -> None:
     if CUDA_PROVIDER in import_onnxruntime().get_available_providers():
         pytest.skip("this ONNX Runtime has the CUDA provider")
     with pytest.raises(BackendError, match=r"no CUDAExecutionProvider.*dmtd\[gpu\]"):
-        LLM(bundle(tmp_path, "float16"), device="cuda")
+        LLM(bundle(tmp_path, dtype), device="cuda")
 
 
-def test_a_float32_bundle_is_refused_with_the_export_option(tmp_path: Path) -> None:
+def test_a_float32_bundle_is_refused_with_the_export_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dmtd_runtime.backends.onnxruntime.limits.check_cuda_provider", lambda ort: None)
     with pytest.raises(BackendError, match="--dtype bfloat16"):
         LLM(bundle(tmp_path, "float32"), device="cuda")
 

@@ -15,6 +15,7 @@ from fake_provider import FakeOnnxRuntime
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime import LLM, BackendError, SamplingParams
 from dmtd_runtime.backends.base import BackendOptions
@@ -40,7 +41,10 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for dtype, layers in (("float16", 0), ("float32", 1)):
         source = write_tiny_checkpoint(root / f"model-{dtype}", family="qwen3", layers=5)
         options = ExportOptions(
-            encoding_layers=layers, decoding_layers=2, cycle_length=3, dtype=dtype, verify=False, max_num_seqs=4
+            split=SplitOptions(encoding_layers=layers, decoding_layers=2, cycle_length=3),
+            dtype=dtype,
+            verify=False,
+            max_num_seqs=4,
         )
         export_bundle(source, root / dtype, options)
         found[dtype] = root / dtype

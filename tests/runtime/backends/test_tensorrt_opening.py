@@ -20,6 +20,7 @@ from dmtd_export.cli.main import app
 from dmtd_export.engines.options import BuildOptions
 from dmtd_export.engines.run import build_engines
 from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_runtime import LLM, BackendError, BundleError, RequestError, SamplingParams
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.bundle.engine_record import read_record
@@ -171,7 +172,7 @@ def test_options_that_make_no_sense_are_refused(bundle: Path, options: dict[str,
 
 def test_a_bfloat16_bundle_is_refused_by_the_simulator(tmp_path: Path) -> None:
     """Building its graphs is not: they may be looked at."""
-    options = ExportOptions(decoding_layers=2, cycle_length=3, dtype="bfloat16", verify=False)
+    options = ExportOptions(split=SplitOptions(decoding_layers=2, cycle_length=3), dtype="bfloat16", verify=False)
     export_bundle(make_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle", options)
     build_engines(tmp_path / "bundle", BuildOptions(backend="simulator", max_num_seqs=1))
     one_line(

@@ -8,6 +8,7 @@ import pytest
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.speed_bound import SplitBytes, mean_context, split_bytes
 
@@ -21,7 +22,7 @@ def qwen3_4b(cycle_length: int) -> SplitBytes:
         encoding=0,
         thinking=28 * layer,
         decoding=8 * layer,
-        head=head,
+        lm_head=head,
         tied=True,
         num_layers=(0, 28, 8),
         kv_row_bytes=2 * 8 * 128 * 2,
@@ -37,7 +38,7 @@ def smollm2() -> SplitBytes:
         encoding=0,
         thinking=22 * layer,
         decoding=8 * layer,
-        head=4 * (28_311_552 + 576),
+        lm_head=4 * (28_311_552 + 576),
         tied=True,
         num_layers=(0, 22, 8),
         kv_row_bytes=1536,
@@ -81,19 +82,17 @@ def test_mean_context_is_that_of_the_steps() -> None:
 def test_bytes_of_a_bundle(tie: bool, tmp_path: Path) -> None:
     checkpoint = write_tiny_checkpoint(tmp_path / "m", family="llama", layers=6, tie=tie)
     options = ExportOptions(
-        encoding_layers=1,
-        decoding_layers=2,
-        cycle_length=3,
-        cycle_origin="prompt",
-        prompt_input="thinking",
+        split=SplitOptions(
+            encoding_layers=1, decoding_layers=2, cycle_length=3, cycle_origin="prompt", prompt_input="thinking"
+        ),
         max_num_seqs=1,
     )
     split = split_bytes(export_bundle(checkpoint, tmp_path / "b", options))
     # Hidden 64, 4 heads and 2 KV heads of 16, MLP 96, vocabulary 128, float32.
     layer = 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64)
     assert (split.encoding, split.thinking, split.decoding) == (layer, 3 * layer, 2 * layer)
-    assert split.head == 4 * (128 * 64 + 64)
+    assert split.lm_head == 4 * (128 * 64 + 64)
     assert split.tied is tie
-    assert split.stored == 6 * layer + split.head + (0 if tie else 4 * 128 * 64)
+    assert split.stored == 6 * layer + split.lm_head + (0 if tie else 4 * 128 * 64)
     assert split.kv_row_bytes == 2 * 2 * 16 * 4
-    assert split.fused_extra == 2 * layer + split.head
+    assert split.fused_extra == 2 * layer + split.lm_head

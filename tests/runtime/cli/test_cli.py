@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,29 +11,16 @@ from typing import Any
 
 import pytest
 import typer.main
-from bundles import make_bundle
+from bundles import make_bundle, with_files
 from typer.testing import CliRunner, Result
 
 from dmtd_export.cli.main import VERBS, _LazyCommand, app
 from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.bench.load import LoadOptions
 from dmtd_runtime.bench.measure import BenchOptions
-from dmtd_runtime.cli.chat import change_params
 from dmtd_runtime.cli.common import human_bytes, printable
-from dmtd_runtime.errors import RequestError
 from dmtd_runtime.sampling.params import SamplingParams
-
-ROOT = Path(__file__).resolve().parents[3]
-ENVIRON = {
-    **os.environ,
-    "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "runtime", "models")),
-    "COLUMNS": "100",
-}
-COMMAND = (sys.executable, "-m", "dmtd_export.cli")
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_bundle(tmp_path_factory.mktemp("cli")))
+from dmtd_runtime.serving.options import ServingOptions
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +78,27 @@ def test_defaults_are_those_of_the_dataclasses(verb: str) -> None:
         own = {f.name for f in fields(BenchOptions)} - {"batches"}
         assert {name: options[name].default for name in own} == {name: getattr(bench, name) for name in own}
         assert options["batches"].default == "1"
+        load = LoadOptions()
+        own = {f.name for f in fields(LoadOptions)} - {"request_rates"}
+        assert {name: options[name].default for name in own} == {name: getattr(load, name) for name in own}
+        assert options["request_rates"].default == "inf"
     else:
         # Not given means: as generation_config.json or SamplingParams says.
         own = {f.name for f in fields(SamplingParams)} & set(options)
         assert len(own) >= 7
         assert not any(options[name].default for name in own)
+        serving = {"max_num_batched_tokens"} | ({"prefix_cache_bytes"} if verb == "chat" else set())
+        assert {name: options[name].default for name in serving} == {
+            name: getattr(ServingOptions(), name) for name in serving
+        }
+        assert serving == {f.name for f in fields(ServingOptions)} & set(options)
+
+
+@pytest.mark.parametrize(("option", "at_fault"), [("--max-num-batched-tokens", "0"), ("--prefix-cache-bytes", "-1")])
+def test_scheduling_options_out_of_range(option: str, at_fault: str, bundle: str) -> None:
+    result = dmtd("chat", bundle, option, at_fault)
+    assert result.exit_code == 2
+    assert option in result.stderr
 
 
 def test_generate_streams_text_and_keeps_figures_apart(bundle: str) -> None:
@@ -133,16 +132,20 @@ def test_generate_plain_runs_every_layer_and_needs_no_warning(bundle: str) -> No
 
 
 def test_generate_reads_the_prompt_from_anywhere(bundle: str, tmp_path: Path) -> None:
-    (tmp_path / "prompt.txt").write_text("hello", encoding="utf-8")
+    (tmp_path / "prompt.txt").write_text("hello\n", encoding="utf-8")
     common = ("generate", bundle, "--max-tokens", "6", "--json")
     answers = [
         one_json(dmtd(*common, "-p", "hello")),
         one_json(dmtd(*common, "--prompt-file", str(tmp_path / "prompt.txt"))),
         one_json(dmtd(*common, stdin="hello")),
+        one_json(dmtd(*common, stdin="hello\n")),
+        one_json(dmtd(*common, stdin="hello\r\n")),
         one_json(dmtd(*common, "-p", "-", stdin="hello")),
         one_json(dmtd("generate", "-m", bundle, "--max-tokens", "6", "--json", "-p", "hello")),
     ]
-    assert len({tuple(answer["token_ids"]) for answer in answers}) == 1
+    assert len({(answer["prompt_tokens"], *answer["token_ids"]) for answer in answers}) == 1
+    kept = one_json(dmtd(*common, "--raw", stdin="a\n\n"))  # one line break goes, the others are the prompt's own
+    assert kept["prompt_tokens"] == 2
 
 
 def test_chat_template_is_applied_unless_raw(bundle: str) -> None:
@@ -167,47 +170,23 @@ def test_token_ids_are_printed_where_there_is_no_tokenizer(mute_bundle: str) -> 
     assert [int(word) for word in result.stdout.split()] == told["token_ids"]
 
 
-def test_chat_from_a_pipe(bundle: str, tmp_path: Path) -> None:
-    saved = tmp_path / "talk.json"
-    lines = ["/system be brief", "hello", '"""two', 'lines"""', "/params max_tokens=3", "again", f"/save {saved}"]
-    result = dmtd("chat", bundle, "--max-tokens", "4", stdin="\n".join(lines) + "\n")
-    assert result.exit_code == 0, result.output
-    messages = json.loads(saved.read_text(encoding="utf-8"))["messages"]
-    assert [message["role"] for message in messages] == ["system", *("user", "assistant") * 3]
-    assert [message["content"] for message in messages if message["role"] == "user"] == ["hello", "two\nlines", "again"]
-    assert messages[2]["content"] in result.stdout
-    assert "> " not in result.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
-
-
-def test_chat_goes_on_after_mistakes(bundle: str, tmp_path: Path) -> None:
-    lines = [
-        "/nope",
-        "/params temperature=-1",
-        "/params nonsense",
-        "x" * 300,
-        f"/save {tmp_path}/no/such/folder",
-        "/save",
-        "/reset",
-        "/exit",
-        "never said",
-    ]
-    result = dmtd("chat", bundle, stdin="\n".join(lines) + "\n")
-    assert result.exit_code == 0
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 6
-    assert "expected at most 255" in errors[3]
-    assert result.stdout == ""
-
-
-def test_params_words() -> None:
-    params = SamplingParams(temperature=0.5, max_tokens=5)
-    changed = change_params(params, 'top_p=0.5 max-tokens=none stop=["a"] ignore_eos=true')
-    assert (changed.temperature, changed.top_p, changed.max_tokens) == (0.5, 0.5, None)
-    assert (changed.stop_strings, changed.ignore_eos) == (("a",), True)
-    assert change_params(params, "stop=END").stop_strings == ("END",)
-    with pytest.raises(RequestError, match="expected NAME=VALUE"):
-        change_params(params, "n=2")
+def test_arguments_of_the_chat_template(bundle: str, tmp_path: Path) -> None:
+    source = b"{{ messages[-1].content }}{% if big %}ABC{% endif %}{{ tools[0].name if tools }}"
+    copy = str(with_files(Path(bundle), tmp_path / "bundle", {"chat_template.jinja": source}))
+    (tmp_path / "tools.json").write_text('[{"name": "look"}]', encoding="utf-8")
+    given = ["--chat-template-kwargs", '{"big": true}', "--tools", str(tmp_path / "tools.json")]
+    common = ("generate", copy, "-p", "hi", "--max-tokens", "1", "--json")
+    assert one_json(dmtd(*common))["prompt_tokens"] == 2
+    assert one_json(dmtd(*common, *given))["prompt_tokens"] == 2 + len("ABC") + len("look")
+    assert dmtd("chat", copy, "--max-tokens", "1", *given, stdin="hi\n").exit_code == 0
+    for arguments, words in (
+        (["--chat-template-kwargs", "no"], "--chat-template-kwargs: got 'no', expected JSON"),
+        (["--tools", str(tmp_path)], "--tools: "),
+        (["--raw", *given], "--tools: needs a chat template and no --raw"),
+    ):
+        result = dmtd(*common, *arguments)
+        assert result.exit_code == 1
+        assert result.stderr.splitlines()[-1].startswith(f"error: {words}")
 
 
 def test_bench_json(bundle: str) -> None:
@@ -225,6 +204,28 @@ def test_bench_table(bundle: str) -> None:
         assert words in result.stdout
 
 
+SERVE = ("--serve", "--prompt-len", "4", "--max-tokens", "6", "--repeats", "1", "--warmup", "0")
+
+
+def test_bench_serve_json(bundle: str) -> None:
+    told = one_json(dmtd("bench", bundle, *SERVE, "--batch", "1,2", "--concurrency", "3", "--json"))
+    assert [(load["slots"], load["concurrency"], load["request_rate"]) for load in told["loads"]] == [
+        (1, 3, None),
+        (2, 3, None),
+    ]
+    assert told["loads"][1]["dmtd"]["requests"] == 8  # four for each slot
+
+
+def test_bench_serve_table_and_plot(bundle: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name, begin in (("load.png", b"\x89PNG"), ("load.svg", b"<?xml")):
+        result = dmtd("bench", bundle, *SERVE, "--request-rate", "500,1000", "--plot", str(tmp_path / name))
+        assert result.exit_code == 0, result.output
+        for words in ("1 slots, 500/s", "1 slots, 1000/s", "DMTD / static batch", "heads in phase", "first token"):
+            assert words in result.stdout
+        assert (tmp_path / name).read_bytes().startswith(begin)
+
+
 def test_inspect_and_doctor(bundle: str) -> None:
     assert one_json(dmtd("inspect", bundle, "--json"))["cycle"]["cycle_length"] == 3
     assert "past_key_values.{0-4}.key" in dmtd("inspect", bundle).stdout
@@ -233,7 +234,7 @@ def test_inspect_and_doctor(bundle: str) -> None:
 
 BAD_REQUESTS: list[tuple[str, Sequence[str], str]] = [
     ("missing bundle", ("generate", "/no/such", "-p", "x"), "is not a directory; make a bundle with: dmtd export"),
-    ("not a bundle", ("inspect", str(ROOT)), "has no manifest.json"),
+    ("not a bundle", ("inspect", str(Path(__file__).parent)), "has no manifest.json"),
     ("empty prompt", ("generate", "BUNDLE", "-p", " "), "got an empty prompt"),
     ("no ids", ("generate", "BUNDLE", "--token-ids", ""), "got no tokens"),
     ("ids that are none", ("generate", "BUNDLE", "--token-ids", "1,x"), "--token-ids: got '1,x'"),
@@ -262,10 +263,21 @@ BAD_REQUESTS: list[tuple[str, Sequence[str], str]] = [
     ("timeout", ("generate", "BUNDLE", "-p", "x", "--timeout", "0"), "--timeout: got 0"),
     ("no file", ("generate", "BUNDLE", "--prompt-file", "/no/such"), "cannot be read"),
     ("system and raw", ("generate", "BUNDLE", "-p", "x", "--raw", "--system", "y"), "--system: needs a chat template"),
-    ("cuda", ("generate", "BUNDLE", "-p", "x", "--device", "cuda"), "float16 or bfloat16 only"),
     ("text without tokenizer", ("generate", "MUTE", "-p", "x"), "no tokenizer: give --token-ids"),
     ("chat without tokenizer", ("chat", "MUTE"), "no tokenizer, which chatting needs"),
     ("bench length", ("bench", "BUNDLE"), "--prompt-len: got 128, and 256 new tokens, expected at most 256"),
+    ("load without serve", ("bench", "BUNDLE", "--num-prompts", "3"), "--serve: an option of a serving load was given"),
+    ("rates", ("bench", "BUNDLE", *SERVE, "--request-rate", "1,fast"), "--request-rate: got '1,fast'"),
+    ("rate and loop", ("bench", "BUNDLE", *SERVE, "--request-rate", "1", "--concurrency", "2"), "--concurrency: got 2"),
+    ("plot of one", ("bench", "BUNDLE", *SERVE, "--plot", "x.png"), "--plot: expected several request rates"),
+    ("plot kind", ("bench", "BUNDLE", *SERVE, "--request-rate", "1,2", "--plot", "x.gif"), "--plot: got x.gif"),
+    (
+        "load length",
+        ("bench", "BUNDLE", "--serve", "--max-tokens", "120"),
+        "with a range ratio of 0.5, expected at most",
+    ),
+    ("no dataset", ("bench", "BUNDLE", *SERVE, "--dataset", "/no/such"), "--dataset: /no/such cannot be read"),
+    ("whole and serve", ("bench", "BUNDLE", *SERVE, "--whole-model"), "--whole-model: got it with --serve"),
     ("bench sizes", ("bench", "BUNDLE", "--batch", "1,b"), "--batch: got '1,b'"),
 ]
 
@@ -328,92 +340,6 @@ def test_damaged_bundles(bundle: str, tmp_path: Path) -> None:
     refused("cannot be read as JSON")
 
 
-def start(*arguments: str, **settings: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRON, **settings
-    )
-
-
-@pytest.mark.parametrize("verb", ["generate", "bench", "chat"])
-def test_ctrl_c_is_one_line_and_130(verb: str, bundle: str) -> None:
-    arguments = {
-        "generate": ("-p", "x", "--ignore-eos", "--max-tokens", "200", "--full-pass", "staged"),
-        "bench": ("--prompt-len", "8", "--max-tokens", "200", "--repeats", "100000"),
-        "chat": (),
-    }[verb]
-    # A test runner in the background may have SIGINT ignored, which children inherit.
-    process = start(
-        verb,
-        bundle,
-        *arguments,
-        stdin=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    assert process.stdin is not None and process.stderr is not None and process.stdout is not None
-    if verb == "generate":
-        process.stdout.read(1)
-    elif verb == "bench":
-        process.stdout.readline()
-        time.sleep(0.3)
-    else:
-        process.stderr.readline()  # the note on untrained weights: the bundle is open
-        time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    if verb == "generate" and process.returncode == 0:
-        pytest.skip("the answer was complete before the signal came")
-    assert process.returncode == 130, errors
-    assert errors.splitlines()[-1] == "interrupted"
-    assert "Traceback" not in errors
-
-
-def test_a_reader_that_leaves_is_no_error(bundle: str) -> None:
-    done = subprocess.run(
-        f"{' '.join(COMMAND)} inspect {bundle} | head -1",
-        shell=True,
-        capture_output=True,
-        text=True,
-        env=ENVIRON,
-        check=False,
-    )
-    assert done.stdout.startswith("model")
-    assert done.stderr == ""
-
-
-def test_a_full_disk_is_one_line(bundle: str) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("needs /dev/full")
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [*COMMAND, "inspect", bundle], stdout=full, stderr=subprocess.PIPE, text=True, env=ENVIRON, check=False
-        )
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[0].startswith("error: no space left")
-    assert "Traceback" not in done.stderr
-
-
-def test_a_bug_keeps_its_traceback() -> None:
-    broken = "import dmtd_runtime.machine.doctor as d; d.collect = lambda: 1 / 0"
-    code = f"{broken}; from dmtd_export.cli.main import main; main(['doctor'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRON, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("Traceback (most recent call last)")
-    assert "ZeroDivisionError" in done.stderr
-
-
-def test_help_loads_no_library() -> None:
-    code = (
-        "import sys; from dmtd_export.cli.main import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "heavy = {'numpy', 'onnxruntime', 'onnx', 'torch', 'tokenizers', 'jinja2', 'safetensors'} & set(sys.modules)\n"
-        "print(sorted(heavy), file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRON, check=False)
-    assert done.stderr == "[]\n"
-    assert "generate" in done.stdout
-
-
 def test_numbers_for_people() -> None:
     assert [human_bytes(count) for count in (12, 1234, 750_000, 99_940_000, 538_060_032, 2.5e9)] == [
         *("12 B", "1.23 kB", "750 kB", "99.9 MB", "538 MB", "2.5 GB")
@@ -422,13 +348,6 @@ def test_numbers_for_people() -> None:
 
 def test_commands_are_typer_commands() -> None:
     assert set(VERBS) == set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-
-
-def test_stdin_that_is_not_utf8_is_named(bundle: str) -> None:
-    program = [sys.executable, "-c", "from dmtd_export.cli.main import main; main()", "generate", bundle]
-    done = subprocess.run(program, input=b"a\xff\xfeb", capture_output=True, timeout=120, check=False)
-    assert done.returncode == 1
-    assert b"stdin is not UTF-8 at byte 1" in done.stderr
 
 
 def test_a_terminal_gets_no_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,13 +361,3 @@ def test_sampling_options_that_change_nothing_are_noted(bundle: str) -> None:
     noted = dmtd("generate", bundle, "-p", "a", "--max-tokens", "2", "--top-p", "0.9", "--greedy")
     assert "--top-p changes nothing at temperature 0" in noted.stderr
     assert "changes nothing" not in dmtd("generate", bundle, "-p", "a", "--max-tokens", "2", "--greedy").stderr
-
-
-def test_chat_says_when_the_conversation_is_full_and_saves_over_no_other_file(bundle: str, tmp_path: Path) -> None:
-    other = tmp_path / "mine.txt"
-    other.write_text("precious")
-    lines = "".join(f"{letter * 40}\n" for letter in "abcdefgh") + f"/save {other}\n"
-    result = dmtd("chat", bundle, "--greedy", "--max-tokens", "60", stdin=lines)
-    assert "the conversation is full" in result.stderr
-    assert "is no saved conversation" in result.stderr
-    assert other.read_text() == "precious"

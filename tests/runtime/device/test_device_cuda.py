@@ -19,6 +19,7 @@ from fake_cuda import Context, CudaEngine, CudaError, FakeCuda, FakeRtx, Runtime
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.manifest import Manifest, load_manifest
 from dmtd_runtime.cycle import CyclePlan
@@ -41,7 +42,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, En
     root = tmp_path_factory.mktemp("cuda")
     source = write_tiny_checkpoint(root / "model", layers=3, max_positions=64)
     options = ExportOptions(
-        decoding_layers=1, cycle_length=3, cycle_origin="prompt", prompt_input="thinking", target="tensorrt"
+        split=SplitOptions(decoding_layers=1, cycle_length=3, cycle_origin="prompt", prompt_input="thinking"),
+        target="tensorrt",
     )
     export_bundle(source, root / "bundle", options)
     return (
@@ -335,7 +337,7 @@ def test_libraries_of_another_version_or_none_are_told(fake: FakeCuda, monkeypat
     with pytest.raises(BackendError, match=r'tensorrt cannot be imported .*pip install "dmtd\[tensorrt\]"'):
         import_tensorrt("tensorrt")
     monkeypatch.setattr(FakeRtx, "__version__", "2.0.1")
-    with pytest.raises(BackendError, match=r"tensorrt-rtx is 2\.0\.1, expected 1\.x; install it with: pip install"):
+    with pytest.raises(BackendError, match=r"tensorrt-rtx: got version 2\.0\.1, expected 1\.x; run: pip install"):
         import_tensorrt("tensorrt-rtx")
     monkeypatch.setattr(sys.modules["cuda.bindings"], "__version__", "12.9.0")
     with pytest.raises(BackendError, match=r"cuda-bindings is 12\.9\.0, expected 13\.x; run: pip install"):

@@ -10,6 +10,7 @@ from fake_cuda import FakeCuda, install_fakes
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.device.base import Address
 from dmtd_runtime.device.cuda import CudaDevice
@@ -28,7 +29,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
     root = tmp_path_factory.mktemp("fake_cuda")
     source = write_tiny_checkpoint(root / "model", layers=3, max_positions=64)
-    export_bundle(source, root / "bundle", ExportOptions(decoding_layers=1, cycle_length=3, target="tensorrt"))
+    export_bundle(
+        source, root / "bundle", ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=3), target="tensorrt")
+    )
     return simulator_engines(root / "bundle", max_num_seqs=2)
 
 

@@ -11,6 +11,7 @@ from device_support import simulator_engines
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.engine_record import EngineRecord
@@ -27,7 +28,9 @@ SIZES = {"batch": 1, "window_len": 3, "late_len": 1, "visible_len": 16, "num_log
 def engines(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EngineRecord]:
     root = tmp_path_factory.mktemp("simulator")
     source = write_tiny_checkpoint(root / "model", layers=3, max_positions=64)
-    export_bundle(source, root / "bundle", ExportOptions(decoding_layers=1, cycle_length=3, target="tensorrt"))
+    export_bundle(
+        source, root / "bundle", ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=3), target="tensorrt")
+    )
     return simulator_engines(root / "bundle", max_num_seqs=2, buckets=(16,))
 
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from dmtd_runtime.device.libraries import CUDA_MAJOR, INSTALL, MAJOR_VERSIONS
+from dmtd_runtime.device.libraries import CUDA_MAJOR, LIBRARIES
 from dmtd_runtime.machine import doctor
 from dmtd_runtime.machine import hardware as machine
 from dmtd_runtime.machine.doctor import Report, collect, render, to_json
@@ -178,8 +178,8 @@ def test_install_lines_and_limits_agree_with_pyproject(repo_root: Path) -> None:
             inner = re.fullmatch(r"dmtd\[([\w-]+)\]", argument)
             brought = closure(extras[inner.group(1)] if inner else project["dependencies"])
             [bound] = [brought[alias] for alias in doctor.ALIASES.get(name, (name,)) if alias in brought]
-            if name in MAJOR_VERSIONS:  # of these the doctor checks the major version
-                bound, oldest = bound.partition(".")[0], str(MAJOR_VERSIONS[name])
+            if name in LIBRARIES:  # of these the doctor checks the major version
+                bound, oldest = bound.partition(".")[0], str(LIBRARIES[name].major)
             assert bound == oldest, f"{name}: pyproject.toml has {bound}, the doctor {oldest}"
             checked += 1
     assert checked >= 16
@@ -292,7 +292,7 @@ def test_json_and_table_tell_the_report(tmp_path: Path, onnxruntime_is) -> None:
 def test_engines_libraries_are_installed_as_everywhere_else(tmp_path: Path, onnxruntime_is) -> None:
     """By the extra, which bounds their version and brings cuda-bindings."""
     told = {part.name: part.install for part in report_of(tmp_path, HEALTHY, {}).components}
-    assert {backend: told[backend] for backend in INSTALL} == INSTALL
+    assert all(told[backend] == library.install for backend, library in LIBRARIES.items())
 
 
 def test_this_machine() -> None:

@@ -1,4 +1,4 @@
-"""The engine warms its backend up in the thread that runs it: ONNX Runtime keeps captured graphs for each thread."""
+"""The worker warms its backend up in the thread that runs it: ONNX Runtime keeps captured graphs for each thread."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dmtd_runtime import BackendError
 from dmtd_runtime.backends.base import Array, RunStats, SlotStep, StepwiseBackend
 from dmtd_runtime.bundle.manifest import CycleInfo
 from dmtd_runtime.cycle import CyclePlan
-from dmtd_runtime.serving.worker import Engine
+from dmtd_runtime.serving.worker import Worker
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -65,9 +65,9 @@ def test_it_warms_up_in_its_own_thread_before_it_is_there() -> None:
 
     for asked in (False, True):
         backend = Warming(warm_up)
-        engine = Engine(backend, PLAN, warm_up=asked)
-        assert threads == ([engine._thread] if asked else [])
-        engine.close()
+        worker = Worker(backend, PLAN, warm_up=asked)
+        assert threads == ([worker._thread] if asked else [])
+        worker.close()
         assert backend.closed == 1
 
 
@@ -78,7 +78,7 @@ def test_what_fails_in_it_is_raised_and_the_backend_closed(error: Exception) -> 
 
     backend = Warming(fail)
     with pytest.raises(BackendError, match="no memory"):
-        Engine(backend, PLAN, warm_up=True)
+        Worker(backend, PLAN, warm_up=True)
     assert backend.closed == 1
 
 
@@ -92,5 +92,5 @@ def test_ctrl_c_within_it_closes_the_backend() -> None:
 
     backend = Warming(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        Engine(backend, PLAN, warm_up=True)
+        Worker(backend, PLAN, warm_up=True)
     assert backend.closed == 1

@@ -23,6 +23,7 @@ import numpy as np
 from dmtd_runtime.backends.base import Array, BackendOptions, Rows, RunOutput, RunStats, SlotCycle, SlotStep
 from dmtd_runtime.backends.engines.device_cycle import CycleProgram, CycleShape, control_layout, results_layout
 from dmtd_runtime.backends.engines.engine_set import TABLES, EngineSet
+from dmtd_runtime.backends.engines.limits import check_limits, visible_rows
 from dmtd_runtime.backends.engines.warm_up import Reach
 from dmtd_runtime.backends.layouts.blocks import BlockLayout
 from dmtd_runtime.backends.layouts.rectangular import RectangularLayout
@@ -33,7 +34,7 @@ from dmtd_runtime.bundle.engine_record import EngineRecord, PassKind
 from dmtd_runtime.bundle.manifest import DTYPE_BYTES, Manifest
 from dmtd_runtime.cycle import StepKind
 from dmtd_runtime.device.base import Address, Device, Mark
-from dmtd_runtime.errors import BackendError, RequestError
+from dmtd_runtime.errors import BackendError
 from dmtd_runtime.sampling.sampler import NOT_FINITE, Sampler
 
 logger = logging.getLogger("dmtd.tensorrt")
@@ -70,7 +71,7 @@ class TensorRtBackend:
             RequestError: more sequences or tokens than the engines were built for.
             BackendError: too little device memory, or an engine that the device does not take.
         """
-        _check_limits(options, record)
+        check_limits(options, record)
         self._device, self._record, self._manifest = device, record, manifest
         self.slots = options.max_num_seqs
         self.max_model_len = options.max_model_len or record.max_model_len
@@ -79,7 +80,7 @@ class TensorRtBackend:
         self.full_pass = record.full_pass_for(options.full_pass, manifest)
         self.stats = RunStats()
         self.chooses_tokens = True
-        self.runs_cycles = True
+        self.runs_cycles, self.gives_all_rows = True, False
         self._graphs = options.cuda_graphs
         self._tau = manifest.cycle.cycle_length
         self._vocab_size = manifest.model.vocab_size
@@ -99,6 +100,7 @@ class TensorRtBackend:
         self._counted: list[tuple[Sampler, int] | None] = [None] * self.slots
         self._busy_since = time.perf_counter()
         self._idle_since: float | None = None  # when the last cycle ended, where nothing but another one followed
+        self._copies = self._engines.row_copies()
         self._allocate()
 
     def _allocate(self) -> None:
@@ -133,24 +135,14 @@ class TensorRtBackend:
                 "engines give the logits of last rows alone; score the bundle with --backend onnxruntime"
             )
         self._begin()
-        kind = steps[0].step.kind
-        batch = self._batch_for(steps[-1].slot)
-        layout = self._layouts[batch]
-        sizes = {graph: layout.sizes(graph, steps) for graph in self._graphs_of(kind)}
-        longest = max(max(s.get("window_len", 0), s["late_len"]) for s in sizes.values())
-        visible_len = self._record.bucket_for(_visible(steps, committed[:batch], longest))
-        self._run_graphs(kind, sizes, visible_len, lambda graph, arrays: layout.fill(graph, arrays, steps, committed))
-        self._count(steps)
-        wanted = [s.slot for s in steps if s.step.wants_logits]
-        if not wanted:
-            self._device.wait(self._device.mark())
-            output = RunOutput(tokens=np.zeros(0, np.int64))
-        elif choose:
-            output = RunOutput(tokens=self._choose(batch)[wanted])
-        else:
-            output = RunOutput(logits=self._download_logits(batch)[wanted])
+        found, rows_of = [], list(committed)
+        for part in self._layouts[self.slots].split(steps):
+            found.append(self._run_part(part, rows_of, choose))
+            for s in part:  # a later part writes padding behind what this one wrote
+                rows_of[s.slot] = s.step.late.stop
         self._end()
-        return output
+        together = found[0] if len(found) == 1 else np.concatenate(found)
+        return RunOutput(tokens=together) if choose else RunOutput(logits=together)
 
     def warm_up(self) -> None:
         """Run everything that ``warm_up.py`` lists, over padding alone, and zero what it wrote."""
@@ -177,6 +169,23 @@ class TensorRtBackend:
             self._device.wait(self._device.mark())
         self._engines.zero_buffers()
         self._device.wait(self._device.mark())
+
+    def _run_part(self, steps: Sequence[SlotStep], committed: Sequence[int], choose: bool) -> Array:
+        """Steps of one kind: tokens of those that want logits, or the logits; valid until the next call."""
+        kind = steps[0].step.kind
+        batch = self._batch_for(steps[-1].slot)
+        layout = self._layouts[batch]
+        sizes = {graph: layout.sizes(graph, steps) for graph in self._graphs_of(kind)}
+        longest = max(max(s.get("window_len", 0), s["late_len"]) for s in sizes.values())
+        visible_len = self._record.bucket_for(visible_rows(steps, committed[:batch], longest))
+        self._run_graphs(kind, sizes, visible_len, lambda graph, arrays: layout.fill(graph, arrays, steps, committed))
+        self._count(steps)
+        wanted = [s.slot for s in steps if s.step.wants_logits]
+        if not wanted:
+            self._device.wait(self._device.mark())
+            return np.zeros(0, np.int64) if choose else np.zeros((0, self._vocab_size), np.float32)
+        found: Array = self._choose(batch)[wanted] if choose else self._download_logits(batch)[wanted]
+        return found
 
     def _graphs_of(self, kind: StepKind) -> Sequence[GraphName]:
         """The graphs of a single step, in their order."""
@@ -258,6 +267,12 @@ class TensorRtBackend:
 
     def move(self, source: int, target: int, rows: int) -> None:
         self._engines.move_rows(source, target, rows)
+
+    def read_rows(self, slot: int, rows: range) -> Array:
+        return self._copies.read_rows(slot, rows)
+
+    def write_rows(self, slot: int, first: int, values: Array) -> None:
+        self._copies.write_rows(slot, first, values)
 
     def close(self) -> None:
         self._programs.clear()
@@ -366,25 +381,3 @@ class TensorRtBackend:
     def _end(self) -> None:
         self._idle_since = None
         self.stats.session_seconds += time.perf_counter() - self._busy_since
-
-
-def _visible(steps: Sequence[SlotStep], committed: Sequence[int], rows: int) -> int:
-    """Cache rows that a run writes or sees at most, padding and idle slots included."""
-    first = list(committed)
-    for s in steps:
-        first[s.slot] = s.step.late.start  # T's window starts earlier, and has no more rows behind it
-    return max(first) + rows
-
-
-def _check_limits(options: BackendOptions, record: EngineRecord) -> None:
-    limits = (
-        ("max_num_seqs", options.max_num_seqs, record.max_num_seqs, "--max-num-seqs"),
-        ("max_model_len", options.max_model_len, record.max_model_len, "--max-model-len"),
-    )
-    for name, value, most, option in limits:
-        if value is not None and not 1 <= value <= most:
-            raise RequestError(
-                f"got {value}, expected 1 to {most}, what the engines were built for; "
-                f"for more, build them with: dmtd build BUNDLE {option} {value}",
-                param=name,
-            )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dmtd_runtime.backends.row_copies import CacheLayout, RowCopies
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.contract import GraphName
 from dmtd_runtime.bundle.engine_record import EngineFile, EngineRecord, FullPass, PassKind, ProfileInfo
@@ -159,6 +160,13 @@ class EngineSet:
                 target_pitch=pitch,
                 source_pitch=pitch,
             )
+
+    def row_copies(self) -> RowCopies:
+        """Copies of rows between the caches and the host; scratch memory is taken at the first one."""
+        infos = self._cache_infos()
+        row, pitch, slot_bytes = self._cache_strides(next(iter(infos.values())))
+        layout = CacheLayout(heads=slot_bytes // pitch, capacity=pitch // row, row_bytes=row)
+        return RowCopies(self.device, layout, [self._buffers[name] for name in infos])
 
     def clear_slot(self, slot: int) -> None:
         """Zero every cache of a slot."""

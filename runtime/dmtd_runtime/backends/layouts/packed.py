@@ -8,6 +8,7 @@ where the slot's next window begins.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,28 +30,32 @@ class PackedLayout:
         self._slots, self._constant_total = slots, constant_total
 
     def split(self, steps: Sequence[SlotStep]) -> Sequence[Sequence[SlotStep]]:
-        """Prompts one by one: D takes several rows of one sequence only, and a chunk is bound by arithmetic anyway."""
-        return [[step] for step in steps] if steps[0].step.kind == "prefill" else [steps]
+        """Heads together, prompts one by one: D takes several rows of one sequence only."""
+        prompts = [[step] for step in steps if step.step.kind == "prefill"]
+        others = [step for step in steps if step.step.kind != "prefill"]
+        return [others, *prompts] if others else prompts
 
-    def batch_slots(self, steps: Sequence[SlotStep]) -> range:
-        """The slots whose caches D's layers see, as one batch."""
-        if steps[0].step.kind == "prefill":
-            return range(steps[0].slot, steps[0].slot + 1)
-        return range(steps[-1].slot + 1)
+    def batch_slots(self, graph: contract.GraphName, steps: Sequence[SlotStep]) -> range:
+        """The slots whose caches D's layers see, as one batch; T's see those of all slots, one by one."""
+        return range(1) if graph == contract.THINKING else self._late_slots(steps)
+
+    def late_offsets(self, parts: Sequence[Sequence[SlotStep]]) -> Sequence[int]:
+        """Where the late rows of each part begin among those of a pass of T over all of them."""
+        counts = [len(self._late_slots(part)) * self._late_len(part) for part in parts]
+        return [0, *itertools.accumulate(counts)][:-1]
 
     def sizes(self, graph: contract.GraphName, steps: Sequence[SlotStep], rows: Rows = "last") -> Mapping[str, int]:
-        sizes = {"batch": len(self.batch_slots(steps)), "late_len": 1}
-        if steps[0].step.kind == "prefill":
-            sizes["late_len"] = rounded_rows(len(steps[0].step.late))
+        parts = self.split(steps)
+        sizes = {"batch": len(self._late_slots(steps)), "late_len": self._late_len(parts[0])}
+        if graph == contract.THINKING:  # whatever parts its late rows go to, they are one list
+            sizes = {"batch": 1, "late_len": sum(len(self._late_slots(p)) * self._late_len(p) for p in parts)}
         if graph != contract.LATE_DECODE:
-            window = sum(len(s.step.window) for s in steps)
-            if steps[0].step.kind == "prefill":
-                window += sizes["late_len"] - len(steps[0].step.late)
-            lengths = self._slot_lengths(steps, window)
+            lengths = self._slot_lengths(steps)
             if self._slots > 1:
                 sizes |= {contract.slot_len(slot): length for slot, length in enumerate(lengths)}
-            sizes["window_len"] = window + (len(steps) < self._slots)
+            sizes["window_len"] = sum(map(self._own_rows, steps)) + (len(steps) < self._slots)
         if graph != contract.THINKING:
+            assert len(parts) == 1, "D's rows are those of one part"
             wanted = sum(s.step.wants_logits for s in steps)
             # Never none: an empty tensor is a risk on a GPU, and the row of a chunk that wants no logits is simply not read.
             sizes["num_logits"] = max(1, wanted * (sizes["late_len"] if rows == "all" else 1))
@@ -65,7 +70,7 @@ class PackedLayout:
             self._fill_late(arrays, steps, fed)
             self._fill_logit_rows(arrays, steps)
             if graph == contract.LATE_DECODE:
-                ids, first = arrays[contract.INPUT_IDS], self.batch_slots(steps).start
+                ids, first = arrays[contract.INPUT_IDS], self._late_slots(steps).start
                 for s in steps:
                     ids[s.slot - first, : len(s.step.late)] = s.late_ids
 
@@ -76,37 +81,51 @@ class PackedLayout:
         # Several late rows are of one sequence.
         return 0, slice(0, sum(len(s.step.late) for s in wanting))
 
-    def _slot_lengths(self, steps: Sequence[SlotStep], window: int) -> list[int]:
-        """Rows of each slot's attention node; ``window``: packed rows without the idle one."""
+    def _late_slots(self, steps: Sequence[SlotStep]) -> range:
+        if steps[0].step.kind == "prefill":
+            return range(steps[0].slot, steps[0].slot + 1)
+        return range(steps[-1].slot + 1)
+
+    @staticmethod
+    def _own_rows(step: SlotStep) -> int:
+        """Packed rows of a step's window: a prompt's chunk is rounded up, so that there are few shapes."""
+        return rounded_rows(len(step.step.late)) if step.step.kind == "prefill" else len(step.step.window)
+
+    def _late_len(self, part: Sequence[SlotStep]) -> int:
+        return self._own_rows(part[0]) if part[0].step.kind == "prefill" else 1
+
+    def _slot_lengths(self, steps: Sequence[SlotStep]) -> list[int]:
+        """Rows of each slot's attention node."""
         if self._slots == 1:
-            return [window]
-        lengths, prefill = [1] * self._slots, steps[0].step.kind == "prefill"
+            return [self._own_rows(steps[0])]
+        lengths = [1] * self._slots
         for s in steps:
-            lengths[s.slot] = window if prefill else len(s.step.window)
-        even = self._constant_total is not None and not prefill
+            lengths[s.slot] = self._own_rows(s)
+        even = self._constant_total is not None and steps[0].step.kind != "prefill"
         return [max(lengths)] * self._slots if even else lengths
 
     def _fill_window(self, arrays: Mapping[str, Array], steps: Sequence[SlotStep], fed: Sequence[int]) -> None:
-        packed_ids, late_rows = arrays[contract.INPUT_IDS][0], arrays[contract.LATE_ROWS]
+        packed_ids, late_rows = arrays[contract.INPUT_IDS][0], arrays[contract.LATE_ROWS].reshape(-1)
         idle = len(steps) < self._slots
-        window = len(packed_ids) - idle
-        lengths = self._slot_lengths(steps, window)
+        lengths = self._slot_lengths(steps)
         starts = [fed[slot] for slot in range(self._slots)]
         owned: dict[int, range] = {}
-        row, first = 0, self.batch_slots(steps).start
-        for s in steps:
-            packed_ids[row : row + len(s.ids)] = s.ids
-            # Rows that round a prompt up belong to it.
-            owned[s.slot] = range(row, window if s is steps[-1] else row + len(s.ids))
-            row += len(s.step.window)
-            late = len(s.step.late)
-            late_rows[s.slot - first, :late] = range(row - late, row)
-            starts[0 if self._slots == 1 else s.slot] = s.step.window.start
+        row, parts = 0, self.split(steps)
+        for part, late_at in zip(parts, self.late_offsets(parts), strict=True):
+            first, width = self._late_slots(part).start, self._late_len(part)
+            for s in part:
+                packed_ids[row : row + len(s.ids)] = s.ids
+                owned[s.slot] = range(row, row + self._own_rows(s))
+                late_at_slot, late = late_at + (s.slot - first) * width, len(s.step.late)
+                end = row + len(s.step.window)
+                late_rows[late_at_slot : late_at_slot + late] = range(end - late, end)
+                starts[0 if self._slots == 1 else s.slot] = s.step.window.start
+                row = owned[s.slot].stop
         self._fill_lengths(arrays, steps, starts, lengths)
         if self._slots > 1:
             if idle:
-                packed_ids[window] = 0
-            self._fill_rows(arrays, owned, lengths, window if idle else None)
+                packed_ids[row] = 0
+            self._fill_rows(arrays, owned, lengths, row if idle else None)
 
     def _fill_lengths(
         self, arrays: Mapping[str, Array], steps: Sequence[SlotStep], starts: Sequence[int], lengths: Sequence[int]
@@ -136,7 +155,7 @@ class PackedLayout:
     def _fill_late(self, arrays: Mapping[str, Array], steps: Sequence[SlotStep], fed: Sequence[int]) -> None:
         hidden, thought = arrays[contract.GATE_HIDDEN], arrays[contract.GATE_THOUGHT]
         seqlens = arrays[contract.seqlens_k("late")]
-        slots, rows = self.batch_slots(steps), hidden.shape[1]
+        slots, rows = self._late_slots(steps), hidden.shape[1]
         hidden[:], thought[:] = True, False
         for batch_row, slot in enumerate(slots):
             seqlens[batch_row] = fed[slot] + rows - 1
@@ -149,7 +168,7 @@ class PackedLayout:
     def _fill_logit_rows(self, arrays: Mapping[str, Array], steps: Sequence[SlotStep]) -> None:
         """The last row of each sequence that wants logits, or as many of its rows as there is room for."""
         logit_rows, width = arrays[contract.LOGIT_ROWS], arrays[contract.GATE_HIDDEN].shape[1]
-        first, wanting = self.batch_slots(steps).start, [s for s in steps if s.step.wants_logits]
+        first, wanting = self._late_slots(steps).start, [s for s in steps if s.step.wants_logits]
         if len(logit_rows) > max(1, len(wanting)):
             logit_rows[:] = np.minimum(np.arange(len(logit_rows)), len(wanting[0].step.late) - 1)
             return

@@ -22,10 +22,16 @@ class RectangularLayout:
         self._slots, self._max_rows = slots, max_rows
 
     def split(self, steps: Sequence[SlotStep]) -> Sequence[Sequence[SlotStep]]:
-        return [steps]
+        """Heads and prompts apart: whoever takes few rows would be padded to the longest chunk."""
+        prompts = [step for step in steps if step.step.kind == "prefill"]
+        others = [step for step in steps if step.step.kind != "prefill"]
+        return [part for part in (others, prompts) if part]
 
-    def batch_slots(self, steps: Sequence[SlotStep]) -> range:
+    def batch_slots(self, graph: contract.GraphName, steps: Sequence[SlotStep]) -> range:
         return range(self._slots)
+
+    def late_offsets(self, parts: Sequence[Sequence[SlotStep]]) -> Sequence[int]:
+        return [0] * len(parts)  # every part goes through T by itself
 
     def sizes(self, graph: contract.GraphName, steps: Sequence[SlotStep], rows: Rows = "last") -> Mapping[str, int]:
         window, late = max(len(s.step.window) for s in steps), max(len(s.step.late) for s in steps)

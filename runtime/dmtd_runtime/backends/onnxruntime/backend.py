@@ -12,17 +12,19 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from dmtd_runtime.backends.base import Array, BackendOptions, Rows, RunOutput, RunStats, SlotStep, StepwiseBackend
 from dmtd_runtime.backends.kv_cache import HostKvCache
+from dmtd_runtime.backends.layouts.layout import Layout
 from dmtd_runtime.backends.layouts.packed import PackedLayout
 from dmtd_runtime.backends.layouts.rectangular import RectangularLayout
 from dmtd_runtime.backends.onnxruntime.binding import Binding, check_io
+from dmtd_runtime.backends.onnxruntime.limits import check_dtype, graph_slots, max_model_len
 from dmtd_runtime.backends.onnxruntime.memory import (
     Buffer,
     GpuMemory,
@@ -34,11 +36,11 @@ from dmtd_runtime.backends.onnxruntime.memory import (
 from dmtd_runtime.backends.onnxruntime.sizes import OrtSizes
 from dmtd_runtime.backends.onnxruntime.trial import captures_agree, warm_up_steps
 from dmtd_runtime.backends.onnxruntime.weights import mapped_weights, upload_weights
+from dmtd_runtime.backends.row_copies import CacheLayout, RowCopies
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.engine_record import default_full_pass
-from dmtd_runtime.bundle.manifest import Manifest
+from dmtd_runtime.bundle.manifest import DTYPE_BYTES, Manifest
 from dmtd_runtime.device.base import check_room
-from dmtd_runtime.errors import BackendError, RequestError
 from dmtd_runtime.ort.session import CudaOptions, open_session
 
 logger = logging.getLogger("dmtd.onnxruntime")
@@ -48,65 +50,42 @@ MAX_BINDINGS = 256
 ROOM_HINT = "lower --max-model-len or --max-num-seqs, or free the device"
 
 
-class Layout(Protocol):
-    """How the rows of several slots become the inputs of one graph."""
-
-    def split(self, steps: Sequence[SlotStep]) -> Sequence[Sequence[SlotStep]]:
-        """The runs that these steps need: the parts that may go together."""
-        ...
-
-    def batch_slots(self, steps: Sequence[SlotStep]) -> range:
-        """The slots that are the batch of the run."""
-        ...
-
-    def sizes(self, graph: contract.GraphName, steps: Sequence[SlotStep], rows: Rows = "last") -> Mapping[str, int]:
-        """Symbolic dimensions of the run; with equal sizes and batch slots, runs share a binding."""
-        ...
-
-    def fill(
-        self, graph: contract.GraphName, arrays: Mapping[str, Array], steps: Sequence[SlotStep], fed: Sequence[int]
-    ) -> None:
-        """Write every input of the run; ``fed`` are the committed rows of all slots."""
-        ...
-
-    def logit_index(self, steps: Sequence[SlotStep], rows: Rows = "last") -> Any:
-        """Index of the wanted rows in the logits output."""
-        ...
-
-
 class OnnxRuntimeBackend(StepwiseBackend):
     """Runs a bundle in ONNX Runtime. See :class:`dmtd_runtime.backends.base.Backend`."""
 
     def __init__(self, directory: Path, manifest: Manifest, options: BackendOptions) -> None:
-        _check_dtype(manifest, options)
+        check_dtype(manifest, options)
         self._manifest = manifest
         self._options = options
         dialect = options.dialect or manifest.default_dialect
         packed = dialect == contract.ONNXRUNTIME
-        graph_slots = _graph_slots(manifest, options) if packed else 1
+        num_slots = graph_slots(manifest, options) if packed else 1
         on_gpu = options.device == "cuda"
         self.slots = options.max_num_seqs
-        self.max_model_len = _max_model_len(manifest, options)
+        self.max_model_len = max_model_len(manifest, options)
         self.max_rows = manifest.model.max_window
         self.capacity = self.max_model_len + manifest.model.max_window
         self.stats = RunStats()
         self.full_pass = options.full_pass or default_full_pass(manifest)
         self.chooses_tokens = on_gpu if options.choose_on_device is None else options.choose_on_device
+        self.gives_all_rows = True
         self._captures = on_gpu and options.cuda_graphs
+        self._rides = packed and self.full_pass == "staged" and not on_gpu  # prompts run through T beside the heads
         constant_total = self.capacity if self._captures else None
         self._layout: Layout = (
-            PackedLayout(graph_slots, constant_total=constant_total) if packed else RectangularLayout(self.slots)
+            PackedLayout(num_slots, constant_total=constant_total) if packed else RectangularLayout(self.slots)
         )
-        self._cache_slots = max(graph_slots, self.slots)
+        self._cache_slots = max(num_slots, self.slots)
         self._host_cache = None if on_gpu else HostKvCache(manifest.model, self._cache_slots, self.capacity)
         self._caches: dict[tuple[int, contract.Kind], Buffer] = {}
+        self._copies: RowCopies | None = None
         self._outputs: dict[str, Buffer] = {}
-        self._bindings: dict[tuple[contract.GraphName, range, tuple[tuple[str, int], ...], bool], Binding] = {}
+        self._bindings: dict[tuple[Hashable, ...], Binding] = {}
         self._choosers: dict[tuple[int, ...], Binding] = {}
         self._graph_ids = itertools.count()
         first = contract.FULL_PASS if self.full_pass == "fused" else contract.THINKING
         self._graphs = {
-            first: manifest.graph(first, dialect, graph_slots),
+            first: manifest.graph(first, dialect, num_slots),
             contract.LATE_DECODE: manifest.graph(contract.LATE_DECODE, dialect),
         }
         if self.chooses_tokens or on_gpu:
@@ -117,6 +96,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
             slots=self._cache_slots,
             capacity=self.capacity,
             packed=packed,
+            prompts_ride=self._rides,
         )
         self._sessions: dict[contract.GraphName, Any] = {}
         self._weights: Mapping[str, Any] = {}
@@ -133,10 +113,10 @@ class OnnxRuntimeBackend(StepwiseBackend):
         assert not choose or self.chooses_tokens, "this backend leaves the choice to the host"
         parts, rows_of = self._layout.split(steps), [*committed, *(0,) * (self._cache_slots - len(committed))]
         found: list[Array] = []
-        for part in parts:
-            chosen = self._run_together(part, rows_of, choose=choose, rows=rows)
-            found.append(chosen if len(parts) == 1 else chosen.copy())  # a later part overwrites it
-            for s in part:  # a later part writes padding behind what this one wrote
+        for group in [parts] if self._rides else [[part] for part in parts]:
+            for chosen in self._run_together(group, rows_of, choose=choose, rows=rows):
+                found.append(chosen if len(parts) == 1 else chosen.copy())  # a later part overwrites it
+            for s in itertools.chain(*group):  # a later part writes padding behind what this one wrote
                 rows_of[s.slot] = s.step.late.stop
         together = found[0] if len(found) == 1 else np.concatenate(found)
         return RunOutput(tokens=together) if choose else RunOutput(logits=together)
@@ -154,6 +134,12 @@ class OnnxRuntimeBackend(StepwiseBackend):
             return
         for cache in self._caches.values():
             self._memory.move_rows(cache, source, target, rows)
+
+    def read_rows(self, slot: int, rows: range) -> Array:
+        return (self._host_cache or self._row_copies()).read_rows(slot, rows)
+
+    def write_rows(self, slot: int, first: int, values: Array) -> None:
+        (self._host_cache or self._row_copies()).write_rows(slot, first, values)
 
     def warm_up(self) -> None:
         """Run every common shape once: a GPU builds plans and captures graphs at their first use. The host does neither."""
@@ -216,7 +202,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
 
     def _trial(self, step: SlotStep, captured: bool) -> Array:
         committed = [step.step.late.start, *(0,) * (self._cache_slots - 1)]
-        return self._run_together([step], committed, captured=captured).copy()
+        return next(self._run_together([[step]], committed, captured=captured)).copy()
 
     def _session(self, directory: Path, name: contract.GraphName) -> Any:
         graph = self._graphs[name]
@@ -236,25 +222,32 @@ class OnnxRuntimeBackend(StepwiseBackend):
 
     def _run_together(
         self,
-        steps: Sequence[SlotStep],
+        parts: Sequence[Sequence[SlotStep]],
         committed: Sequence[int],
         *,
         choose: bool = False,
         rows: Rows = "last",
         captured: bool = True,
-    ) -> Array:
-        """Run the graphs of one step; returns logits [n, vocab], or with ``choose`` what the device chose, int64 [n]."""
+    ) -> Iterator[Array]:
+        """Run the graphs of steps whose windows go through T together: logits [n, vocab] of each part, valid until the next
+        is asked for, or with ``choose`` what the device chose, int64 [n].
+        """
+        steps = [step for part in parts for step in part]
         late, fused = steps[0].step.kind == "late", self.full_pass == "fused"
         if not late and not fused:
             self._run_graph(contract.THINKING, steps, committed, rows, captured)
-        last = contract.LATE_DECODE if late or not fused else contract.FULL_PASS
-        binding = self._run_graph(last, steps, committed, rows, captured)
         if late:
             self.stats.late_steps += 1
         else:
             self.stats.full_passes += 1
-            self.stats.prefill_passes += steps[0].step.kind == "prefill"
+            self.stats.prefill_passes += all(s.step.kind == "prefill" for s in steps)
             self.stats.refill_rows += sum(len(s.step.window) - len(s.step.late) for s in steps)
+        last = contract.LATE_DECODE if late or not fused else contract.FULL_PASS
+        for part, offset in zip(parts, self._layout.late_offsets(parts), strict=True):
+            binding = self._run_graph(last, part, committed, rows, captured, thought_from=offset)
+            yield self._results(binding, part, choose, rows)
+
+    def _results(self, binding: Binding, steps: Sequence[SlotStep], choose: bool, rows: Rows) -> Array:
         logits, index = binding.buffers[contract.LOGITS], self._layout.logit_index(steps, rows)
         start = time.perf_counter()
         found: Array
@@ -270,18 +263,28 @@ class OnnxRuntimeBackend(StepwiseBackend):
         return found
 
     def _run_graph(
-        self, name: contract.GraphName, steps: Sequence[SlotStep], committed: Sequence[int], rows: Rows, captured: bool
+        self,
+        name: contract.GraphName,
+        steps: Sequence[SlotStep],
+        committed: Sequence[int],
+        rows: Rows,
+        captured: bool,
+        *,
+        thought_from: int = 0,
     ) -> Binding:
-        """Fill and run a graph; returns its binding, whose buffers have the outputs."""
-        sizes, slots = self._layout.sizes(name, steps, rows), self._layout.batch_slots(steps)
+        """Fill and run a graph; returns its binding, whose buffers have the outputs.
+
+        ``thought_from``: the first of its rows in what thinking gave.
+        """
+        sizes, slots = self._layout.sizes(name, steps, rows), self._layout.batch_slots(name, steps)
         # Prompts have too many shapes to keep a captured graph for each.
         captured = captured and self._captures and steps[0].step.kind != "prefill"
-        key = (name, slots, tuple(sizes.items()), captured)
+        key = (name, slots, tuple(sizes.items()), captured, thought_from)
         binding = self._bindings.get(key)
         if binding is None:
             if len(self._bindings) == MAX_BINDINGS:  # windows of several slots have many combinations of lengths
                 del self._bindings[next(iter(self._bindings))]
-            binding = self._bindings[key] = self._bind(name, sizes, slots, captured)
+            binding = self._bindings[key] = self._bind(name, sizes, slots, captured, thought_from)
         binding.begin()
         self._layout.fill(name, binding.arrays, steps, committed)
         binding.run(self.stats)
@@ -300,29 +303,34 @@ class OnnxRuntimeBackend(StepwiseBackend):
         chosen: Array = np.where(binding.arrays[contract.IS_FINITE], binding.arrays[contract.TOKEN_IDS], -1)
         return chosen
 
-    def _bind(self, name: contract.GraphName, sizes: Mapping[str, int], slots: range, captured: bool) -> Binding:
+    def _bind(
+        self, name: contract.GraphName, sizes: Mapping[str, int], slots: range, captured: bool, thought_from: int
+    ) -> Binding:
         graph = self._graphs[name]
         buffers: dict[str, Buffer] = {}
         for info in (*graph.inputs, *graph.outputs):
             if cache := contract.cache_name(info.name):
                 buffers[info.name] = self._cache_buffer(cache, info.dims[0], slots)
             elif info.name in (contract.THOUGHT, contract.LOGITS):
-                buffers[info.name] = self._output_buffer(name, info.name, sizes)
+                first = thought_from if info.name == contract.THOUGHT else 0
+                buffers[info.name] = self._output_buffer(name, info.name, sizes, first)
         graph_id = None
         if self._options.device == "cuda" and self._options.cuda_graphs:  # the sessions were opened for captures
             graph_id = next(self._graph_ids) if captured else -1
         sizes = {**sizes, "capacity": self.capacity}
         return Binding(self._sessions[name], graph, sizes, buffers, self._memory, graph_id=graph_id)
 
-    def _output_buffer(self, name: contract.GraphName, output: str, sizes: Mapping[str, int]) -> Buffer:
-        """The buffer of thought or logits in this shape, one for all graphs."""
+    def _output_buffer(self, name: contract.GraphName, output: str, sizes: Mapping[str, int], first: int = 0) -> Buffer:
+        """The buffer of thought or logits in this shape, from row ``first`` on; one for all graphs."""
         info = next(i for i in (*self._graphs[name].outputs, *self._graphs[name].inputs) if i.name == output)
         shape = [sizes[dim] if isinstance(dim, str) else dim for dim in info.dims]
-        if math.prod(shape) > math.prod(
-            self._outputs[output].shape
-        ):  # all rows of a window, asked for by who scores text
-            self._outputs[output] = self._memory.zeros(shape, info.dtype, output)
-        return self._outputs[output].prefix(shape)
+        whole = self._outputs[output]
+        needed, width = first * shape[-1] + math.prod(shape), whole.shape[-1]
+        if needed > math.prod(whole.shape):  # all rows of a window, asked for by who scores text
+            assert output == contract.LOGITS, f"{needed // width} rows of thought, there is room for {whole.shape[0]}"
+            whole = self._outputs[output] = self._memory.zeros(shape, info.dtype, output)
+            return whole
+        return whole.rows(first, whole.shape[0] - first).prefix(shape)
 
     def _cache_buffer(self, cache: contract.CacheName, batch: int | str, slots: range) -> Buffer:
         """The part of a layer's cache that a KV input or output stands for; both names of a pair are one buffer."""
@@ -332,6 +340,17 @@ class OnnxRuntimeBackend(StepwiseBackend):
         if batch == "batch":
             return buffer.rows(slots.start, len(slots))
         return buffer.rows(cache.slot or 0, 1)
+
+    def _row_copies(self) -> RowCopies:
+        """Copies of rows between the device's caches and the host."""
+        if self._copies is None:
+            assert isinstance(self._memory, GpuMemory), "caches on the host are copied where they are"
+            model = self._manifest.model
+            row_bytes = model.head_dim * DTYPE_BYTES[model.dtype]
+            layout = CacheLayout(heads=model.num_kv_heads, capacity=self.capacity, row_bytes=row_bytes)
+            caches = [cache.address for cache in self._caches.values()]
+            self._copies = RowCopies(self._memory.cuda, layout, caches)
+        return self._copies
 
     def _make_caches(self) -> None:
         model = self._manifest.model
@@ -343,44 +362,3 @@ class OnnxRuntimeBackend(StepwiseBackend):
                     if self._host_cache is None
                     else host_buffer(self._host_cache.buffer(layer, kind))
                 )
-
-
-def _graph_slots(manifest: Manifest, options: BackendOptions) -> int:
-    """Slots of the packed graphs to load: the fewest that hold ``max_num_seqs`` sequences."""
-    stored = sorted({graph.slots for graph in manifest.graphs if graph.dialect == contract.ONNXRUNTIME})
-    fitting = [slots for slots in stored if slots >= options.max_num_seqs]
-    if not fitting:
-        most = max(stored, default=0)
-        raise RequestError(
-            f"got {options.max_num_seqs}, expected 1 to {most}, what the bundle was exported for; "
-            f"export it with a larger --max-num-seqs",
-            param="max_num_seqs",
-        )
-    return fitting[0]
-
-
-def _max_model_len(manifest: Manifest, options: BackendOptions) -> int:
-    limit = manifest.model.max_model_len
-    if options.max_model_len is not None and not 1 <= options.max_model_len <= limit:
-        raise RequestError(
-            f"got {options.max_model_len}, expected 1 to {limit}, the bundle's limit", param="max_model_len"
-        )
-    return options.model_len(limit)
-
-
-def _check_dtype(manifest: Manifest, options: BackendOptions) -> None:
-    dtype = manifest.model.dtype
-    if options.device == "cpu" and dtype == "bfloat16":
-        raise BackendError(
-            "this bundle is bfloat16, which ONNX Runtime cannot run on the CPU; "
-            "export it with --dtype float32, or use --device cuda"
-        )
-    if (
-        options.device == "cuda"
-        and dtype == "float32"
-        and (options.dialect or manifest.default_dialect) == contract.ONNXRUNTIME
-    ):
-        raise BackendError(
-            "this bundle is float32, and GroupQueryAttention on CUDA takes float16 or bfloat16 only; "
-            "export it with --dtype bfloat16"
-        )

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dmtd_runtime.backends.base import PREFILL_ROUNDING
 from dmtd_runtime.backends.kv_cache import kv_bytes
 from dmtd_runtime.backends.onnxruntime.weights import weight_bytes
 from dmtd_runtime.bundle import contract
@@ -17,13 +18,17 @@ logger = logging.getLogger("dmtd.onnxruntime")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OrtSizes:
-    """What decides sizes: ``slots`` of the caches, with room for ``capacity`` rows; rows ``packed`` or rectangular."""
+    """What decides sizes: ``slots`` of the caches, with room for ``capacity`` rows; rows ``packed`` or rectangular.
+
+    ``prompts_ride``: a pass of T may hold the windows of heads and chunks of several prompts.
+    """
 
     manifest: Manifest
     graphs: Sequence[GraphInfo]
     slots: int
     capacity: int
     packed: bool
+    prompts_ride: bool
 
     @property
     def symbols(self) -> dict[str, int]:
@@ -40,6 +45,8 @@ class OrtSizes:
         """The largest shapes of thought and logits."""
         model, rows = self.manifest.model, self.manifest.model.max_window
         late_rows = max(self.slots, rows) if self.packed else self.slots * rows
+        if self.packed and self.prompts_ride:  # heads, then prompts, each rounded up
+            late_rows = self.slots + 2 * rows + self.slots * PREFILL_ROUNDING[0]
         return {
             contract.THOUGHT: (late_rows, model.hidden_size),
             contract.LOGITS: (self.slots, model.vocab_size),

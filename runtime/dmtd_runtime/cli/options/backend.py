@@ -15,27 +15,30 @@ BACKEND = Group(
             panel=_PANEL,
             metavar="NAME",
         ),
-        "device": option("Of onnxruntime; cuda takes a float16 or bfloat16 bundle.", panel=_PANEL),
-        "device_id": option("Which GPU, as nvidia-smi numbers them.", panel=_PANEL),
+        "device": option("With onnxruntime: where to run. cuda takes a float16 or bfloat16 bundle.", panel=_PANEL),
+        "device_id": option("Which GPU, by its number in nvidia-smi.", panel=_PANEL),
         "full_pass": option(
-            "staged: each layer once in memory; fused: encoding layers read once, more memory. By default fused where there "
-            "are encoding layers.",
+            "staged: each layer is in memory once. fused: encoding layers are read once, for more memory. By default fused where "
+            "there are encoding layers.",
             panel=_PANEL,
         ),
         "dialect": option(
-            "Of onnxruntime: which of the bundle's graphs; by default onnxruntime's own where it has them.",
+            "With onnxruntime: which of the bundle's graphs to run. standard: plain ONNX. onnxruntime: its own operators, "
+            "faster. By default onnxruntime where the bundle has it.",
             panel=_PANEL,
         ),
-        "max_num_seqs": option("Sequences at a time.", panel=_PANEL, min=1),
+        "max_num_seqs": option("Most sequences at a time.", panel=_PANEL, min=1),
         "max_model_len": option(
-            "Tokens of prompt and answer together; by default the bundle's limit.", panel=_PANEL, min=1
+            "Most tokens of prompt and answer together. By default the bundle's limit.", panel=_PANEL, min=1
         ),
-        "threads": option("CPU threads; by default one for each core this process may use.", panel=_PANEL, min=1),
+        "threads": option("CPU threads. By default one for each core this process may use.", panel=_PANEL, min=1),
         "cuda_graphs": option(
-            "On a GPU: capture work once and replay it.", "--cuda-graphs/--no-cuda-graphs", panel=_PANEL
+            "On a GPU: capture work once as CUDA graphs and replay it.", "--cuda-graphs/--no-cuda-graphs", panel=_PANEL
         ),
         "warm_up": option(
-            "On a GPU: run every shape once at opening, so that no answer waits.", "--warm-up", panel=_PANEL
+            "On a GPU: run every shape once at opening, so that no answer waits for it. By default off.",
+            "--warm-up",
+            panel=_PANEL,
         ),
     }
 )

@@ -58,6 +58,8 @@ class GivenSampling:
         changes = {
             name: value for name, value in given.items() if value is not None and value is not False and value != []
         }
+        if self.max_tokens is not None and self.min_tokens is None:  # what was asked for wins over what is recommended
+            changes["min_tokens"] = min(defaults.min_tokens, self.max_tokens)
         params = replace(defaults, **changes)
         idle = [f"--{name.replace('_', '-')}" for name in ("top_p", "top_k", "min_p", "seed") if name in changes]
         if params.greedy and idle:
@@ -67,21 +69,25 @@ class GivenSampling:
 
 SAMPLING = Group(
     {
-        "greedy": _option("The most likely token, always: --temperature 0.", "--greedy"),
-        "temperature": _option("0 takes the most likely token."),
-        "top_p": _option("Fewest tokens whose probabilities reach this sum; 1 is off."),
-        "top_k": _option("This many most likely tokens; 0 is off."),
-        "min_p": _option("Tokens at least this share as likely as the best; 0 is off."),
-        "presence_penalty": _option("Subtracted from the logit of tokens already generated."),
-        "frequency_penalty": _option("Subtracted once for every time a token was generated."),
-        "repetition_penalty": _option("Above 1: repeats become less likely."),
-        "seed": _option("The same seed gives the same tokens; by default drawn anew."),
-        "max_tokens": _option("Most new tokens; by default until the end of the sequence."),
-        "min_tokens": _option("No end of sequence before this many tokens; by default 0."),
-        "stop": _option("A string that ends the text; may be given again.", "--stop"),
-        "stop_token_ids": _option("Token ids that end the sequence: 1,2,3.", "--stop-token-ids"),
-        "ignore_eos": _option("Go on after an end-of-sequence token.", "--ignore-eos"),
-        "logit_bias": _option('JSON object, token id to number: {"50": -100}.', "--logit-bias"),
+        "greedy": _option("Always the likeliest token, as --temperature 0.", "--greedy"),
+        "temperature": _option("Higher is more random. 0: always the likeliest token."),
+        "top_p": _option("Choose among the fewest tokens whose probabilities reach this sum. 1: off."),
+        "top_k": _option("Choose among this many likeliest tokens. 0: off."),
+        "min_p": _option("Choose among tokens at least this share as likely as the likeliest. 0: off."),
+        "presence_penalty": _option("Subtracted from the logits of tokens that were generated. 0: off."),
+        "frequency_penalty": _option("Subtracted from a token's logit for each time it was generated. 0: off."),
+        "repetition_penalty": _option("Above 1, repeats become less likely. 1: off."),
+        "seed": _option("The same seed gives the same tokens. By default another each time."),
+        "max_tokens": _option("Most new tokens. By default until the model ends the sequence."),
+        "min_tokens": _option("The sequence does not end before this many tokens. By default 0."),
+        "stop": _option("A string that ends the text. May be given again. By default none.", "--stop"),
+        "stop_token_ids": _option(
+            "Token ids that end the sequence, such as 1,2,3. By default none.", "--stop-token-ids"
+        ),
+        "ignore_eos": _option("Go on after an end-of-sequence token. By default off.", "--ignore-eos"),
+        "logit_bias": _option(
+            'Added to the logits of tokens: JSON, such as {"50": -100}. By default none.', "--logit-bias"
+        ),
     }
 )
 GenerateSampling = Annotated[GivenSampling, SAMPLING]
@@ -103,11 +109,25 @@ def parse_ids(text: str | None, param: str) -> list[int] | None:
         raise RequestError(f"got {text[:60]!r}, expected whole numbers such as 1,2,3", param=param) from None
 
 
-def _parse_logit_bias(text: str | None) -> dict[int, float] | None:
+def _parse_logit_bias(text: str | None) -> dict[int, Any] | None:
     """A JSON object of token ids and numbers."""
-    if text is None:
-        return None
     try:
-        return {int(token_id): value for token_id, value in json.loads(text).items()}
-    except (ValueError, AttributeError):
-        raise RequestError(f'got {text[:60]!r}, expected JSON such as {{"50": -100}}', param="logit_bias") from None
+        return None if text is None else bias_by_id(json.loads(text))
+    except json.JSONDecodeError:
+        raise _no_bias(text) from None
+
+
+def bias_by_id(value: object) -> dict[int, Any]:
+    """A logit_bias with whole numbers for keys, which JSON cannot write.
+
+    Raises:
+        RequestError: no such object.
+    """
+    try:
+        return {int(token_id): number for token_id, number in value.items()}  # type: ignore[attr-defined]
+    except (ValueError, TypeError, AttributeError):
+        raise _no_bias(json.dumps(value)) from None
+
+
+def _no_bias(text: object) -> RequestError:
+    return RequestError(f'got {str(text)[:60]!r}, expected JSON such as {{"50": -100}}', param="logit_bias")

@@ -1,4 +1,4 @@
-"""The engine: who runs when, what a failure of the backend or of one sequence does, and that nothing ever hangs."""
+"""The worker: who runs when, what a failure of the backend or of one sequence does, and that nothing ever hangs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from dmtd_runtime.errors import DmtdError
 from dmtd_runtime.sampling.sampler import Sampler
 from dmtd_runtime.sampling.stops import StopRules
 from dmtd_runtime.serving import sequence as sequence_module
+from dmtd_runtime.serving.options import ServingOptions
 from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
-from dmtd_runtime.serving.worker import Engine
+from dmtd_runtime.serving.worker import Worker
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -122,23 +123,27 @@ class Client:
         return self.events[-1].error or self.events[-1].finish_reason
 
 
+def made(backend: ScriptedBackend, **options: int) -> Worker:
+    return Worker(backend, CyclePlan(cycle=CYCLE), options=ServingOptions(prefix_cache_bytes=0, **options))
+
+
 @pytest.fixture
 def backend() -> ScriptedBackend:
     return ScriptedBackend()
 
 
 @pytest.fixture
-def engine(backend: ScriptedBackend) -> Iterator[Engine]:
-    engine = Engine(backend, CyclePlan(cycle=CYCLE))
-    yield engine
+def worker(backend: ScriptedBackend) -> Iterator[Worker]:
+    worker = made(backend)
+    yield worker
     backend.gate.set()
-    engine.close()
-    assert not engine._thread.is_alive()
+    worker.close()
+    assert not worker._thread.is_alive()
 
 
-def test_batches_of_as_many_as_there_are_slots(engine: Engine, backend: ScriptedBackend) -> None:
+def test_batches_of_as_many_as_there_are_slots(worker: Worker, backend: ScriptedBackend) -> None:
     clients = [Client(first=i, tokens=3 + i) for i in range(5)]
-    engine.submit([client.sequence for client in clients])
+    worker.submit([client.sequence for client in clients])
     for i, client in enumerate(clients):
         assert client.wait().end == "length"
         assert client.tokens == [(i + 1 + step) % VOCAB for step in range(3 + i)]
@@ -151,25 +156,26 @@ def test_batches_of_as_many_as_there_are_slots(engine: Engine, backend: Scripted
 
 def test_slots_are_compact_and_in_order() -> None:
     backend = ScriptedBackend(slots=6)
-    engine = Engine(backend, CyclePlan(cycle=CYCLE))
+    worker = made(backend)
     clients = [Client(first=i, tokens=tokens, prompt_len=1 + i) for i, tokens in enumerate((2, 9, 1, 5, 12, 3))]
-    engine.submit([client.sequence for client in clients])
+    worker.submit([client.sequence for client in clients])
     for client in clients:
         client.wait()
     for steps in backend.asked:
-        slots = [step.slot for step in steps]
-        assert slots == sorted(set(slots))
+        order = [(step.step.kind == "prefill", step.slot) for step in steps]
+        assert order == sorted(set(order)), "heads by slot, then prompts by slot"
     # When all decode together, the slots in use have no gap.
-    full = [[step.slot for step in steps] for steps in backend.asked if steps[0].step.kind == "full"]
+    full = [[step.slot for step in steps] for steps in backend.asked if {step.step.kind for step in steps} == {"full"}]
+    assert full
     assert all(slots == list(range(len(slots))) for slots in full)
     assert [client.tokens[-1] for client in clients] == [(i + n) % VOCAB for i, n in enumerate((2, 9, 1, 5, 12, 3))]
-    engine.close()
+    worker.close()
 
 
-def test_cancelling_between_two_steps(engine: Engine, backend: ScriptedBackend) -> None:
+def test_cancelling_between_two_steps(worker: Worker, backend: ScriptedBackend) -> None:
     backend.gate.clear()
     one, other = Client(tokens=1000), Client(first=3, tokens=6)
-    engine.submit([one.sequence, other.sequence])
+    worker.submit([one.sequence, other.sequence])
     one.reason = "abort"
     backend.gate.set()
     assert one.wait().end == "abort"
@@ -177,12 +183,12 @@ def test_cancelling_between_two_steps(engine: Engine, backend: ScriptedBackend) 
     assert other.tokens == [4, 5, 6, 7, 8, 9]
 
 
-def test_a_cancelled_sequence_that_waits_ends_between_two_steps(engine: Engine, backend: ScriptedBackend) -> None:
+def test_a_cancelled_sequence_that_waits_ends_between_two_steps(worker: Worker, backend: ScriptedBackend) -> None:
     backend.gate.clear()
     running, waiting = [Client(tokens=1 << 19), Client(tokens=1 << 19)], Client()
-    engine.submit([client.sequence for client in running])
+    worker.submit([client.sequence for client in running])
     wait_until(lambda: running[1].sequence.started is not None)
-    engine.submit([waiting.sequence])
+    worker.submit([waiting.sequence])
     waiting.reason = "abort"
     backend.gate.set()
     assert (waiting.wait().end, waiting.tokens) == ("abort", [])
@@ -192,7 +198,7 @@ def test_a_cancelled_sequence_that_waits_ends_between_two_steps(engine: Engine, 
     assert [client.wait().end for client in running] == ["abort", "abort"]
 
 
-def test_a_panic_of_a_native_library_reaches_every_caller(engine: Engine, backend: ScriptedBackend) -> None:
+def test_a_panic_of_a_native_library_reaches_every_caller(worker: Worker, backend: ScriptedBackend) -> None:
     class Panic(BaseException):
         pass
 
@@ -201,15 +207,15 @@ def test_a_panic_of_a_native_library_reaches_every_caller(engine: Engine, backen
 
     backend.run = run  # type: ignore[method-assign]
     client = Client()
-    engine.submit([client.sequence])
+    worker.submit([client.sequence])
     assert "Panic: native code gave up" in str(client.wait().end)
     with pytest.raises(BackendError, match="stopped earlier"):
-        engine.submit([Client().sequence])
+        worker.submit([Client().sequence])
 
 
-def test_a_finalizer_that_cancels_in_the_engines_own_thread_does_not_block_it() -> None:
-    """As a dropped stream does whose reference cycle is collected while the engine tells its request of a token."""
-    engine = Engine(ScriptedBackend(slots=1), CyclePlan(cycle=CYCLE))
+def test_a_finalizer_that_cancels_in_the_workers_own_thread_does_not_block_it() -> None:
+    """As a dropped stream does whose reference cycle is collected while the worker tells its request of a token."""
+    worker = made(ScriptedBackend(slots=1))
     first, waiting = Client(tokens=50), Client()
     told = first.sequence.on_event
 
@@ -218,18 +224,18 @@ def test_a_finalizer_that_cancels_in_the_engines_own_thread_does_not_block_it() 
         waiting.reason = "abort"  # all that a finalizer does
 
     first.sequence.on_event = tell
-    engine.submit([first.sequence, waiting.sequence])
+    worker.submit([first.sequence, waiting.sequence])
     assert waiting.wait().end == "abort"
     assert first.wait().end == "length"
-    engine.close()
+    worker.close()
 
 
 def test_a_passed_deadline_ends_waiting_and_running_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(sequence_module, "time", clock)
-    engine = Engine(ScriptedBackend(slots=1), CyclePlan(cycle=CYCLE))
+    worker = made(ScriptedBackend(slots=1))
     running, waiting, patient = Client(tokens=1 << 20, deadline=20.0), Client(deadline=10.0), Client()
-    engine.submit([client.sequence for client in (running, waiting, patient)])
+    worker.submit([client.sequence for client in (running, waiting, patient)])
     wait_until(lambda: running.tokens != [])
     clock.now = 15.0
     assert (waiting.wait().end, waiting.tokens) == ("deadline", [])
@@ -237,39 +243,39 @@ def test_a_passed_deadline_ends_waiting_and_running_sequences(monkeypatch: pytes
     clock.now = 25.0
     assert running.wait().end == "deadline"
     assert patient.wait().end == "length"
-    engine.close()
+    worker.close()
 
 
-def test_a_failing_backend_ends_everything_with_its_error(engine: Engine, backend: ScriptedBackend) -> None:
+def test_a_failing_backend_ends_everything_with_its_error(worker: Worker, backend: ScriptedBackend) -> None:
     backend.fail_at = 4
     clients = [Client(tokens=100) for _ in range(5)]
-    engine.submit([client.sequence for client in clients])
+    worker.submit([client.sequence for client in clients])
     for client in clients:
         assert isinstance(client.wait().end, BackendError)
         assert "the device is gone" in str(client.end)
     assert [len(client.tokens) > 0 for client in clients] == [True, True, False, False, False]
     wait_until(lambda: backend.closed == 1)
-    with pytest.raises(BackendError, match="the engine stopped earlier: the device is gone; open the bundle again"):
-        engine.submit([Client().sequence])
+    with pytest.raises(BackendError, match="the worker stopped earlier: the device is gone; open the bundle again"):
+        worker.submit([Client().sequence])
 
 
 def test_a_bug_in_the_backend_is_an_error_with_its_name(
-    engine: Engine, backend: ScriptedBackend, caplog: pytest.LogCaptureFixture
+    worker: Worker, backend: ScriptedBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
     def run(steps: Sequence[SlotStep], committed: Sequence[int], **options: object) -> RunOutput:
         raise ZeroDivisionError("a bug")
 
     backend.run = run  # type: ignore[method-assign]
     client = Client()
-    engine.submit([client.sequence])
+    worker.submit([client.sequence])
     assert "ZeroDivisionError: a bug" in str(client.wait().end)
     assert "Traceback" in caplog.text
 
 
-def test_nan_ends_its_own_sequence_and_clears_its_slot(engine: Engine, backend: ScriptedBackend) -> None:
+def test_nan_ends_its_own_sequence_and_clears_its_slot(worker: Worker, backend: ScriptedBackend) -> None:
     backend.gate.clear()
     ill, healthy = Client(), Client(first=7)
-    engine.submit([ill.sequence, healthy.sequence])
+    worker.submit([ill.sequence, healthy.sequence])
     backend.nan_slots = {0}
     backend.gate.set()
     assert isinstance(ill.wait().end, BackendError)
@@ -279,49 +285,49 @@ def test_nan_ends_its_own_sequence_and_clears_its_slot(engine: Engine, backend: 
 
 
 def test_close_ends_what_runs_and_what_waits(backend: ScriptedBackend) -> None:
-    engine = Engine(backend, CyclePlan(cycle=CYCLE))
+    worker = made(backend)
     clients = [Client(tokens=1 << 19) for _ in range(4)]
-    engine.submit([client.sequence for client in clients])
+    worker.submit([client.sequence for client in clients])
     wait_until(lambda: clients[0].tokens != [])
-    # The engine asks every running sequence whether to go on; a request answers for the engine.
+    # The worker asks every running sequence whether to go on; a request answers for the worker.
     for client in clients[:2]:
-        client.sequence.cancelled = lambda: "abort" if engine.is_closing() else None
-    engine.close()
+        client.sequence.cancelled = lambda: "abort" if worker.is_closing() else None
+    worker.close()
     assert [client.end for client in clients] == ["abort"] * 4
     assert backend.closed == 1
-    engine.close()
+    worker.close()
     assert backend.closed == 1
     with pytest.raises(AbortedError):
-        engine.submit([Client().sequence])
+        worker.submit([Client().sequence])
 
 
 def test_close_from_an_event(backend: ScriptedBackend) -> None:
-    """The engine's own thread may close it: it cannot wait for itself."""
-    engine = Engine(backend, CyclePlan(cycle=CYCLE))
+    """The worker's own thread may close it: it cannot wait for itself."""
+    worker = made(backend)
     client = Client(tokens=3)
     take = client.sequence.on_event
 
     def close(event: TokenEvent) -> None:
         take(event)
-        engine.close()
+        worker.close()
 
     client.sequence.on_event = close
-    engine.submit([client.sequence])
+    worker.submit([client.sequence])
     client.wait()
-    engine._thread.join(120)
-    assert not engine._thread.is_alive()
+    worker._thread.join(120)
+    assert not worker._thread.is_alive()
 
 
 def test_submitting_from_many_threads_while_it_closes(backend: ScriptedBackend) -> None:
     """Every sequence that was taken ends; every other one was refused."""
-    engine = Engine(backend, CyclePlan(cycle=CYCLE))
+    worker = made(backend)
     taken: list[Client] = []
 
     def submit(first: int) -> None:
         for _ in range(50):
             client = Client(first=first, tokens=2)
             try:
-                engine.submit([client.sequence])
+                worker.submit([client.sequence])
             except AbortedError:
                 return
             taken.append(client)
@@ -330,7 +336,7 @@ def test_submitting_from_many_threads_while_it_closes(backend: ScriptedBackend) 
     for thread in threads:
         thread.start()
     wait_until(lambda: len(taken) > 8)
-    engine.close()
+    worker.close()
     for thread in threads:
         thread.join()
     assert taken
@@ -350,7 +356,7 @@ def test_every_request_gets_the_error_of_a_backend_that_fails(
     bundle: TinyBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with LLM(bundle.directory, max_num_seqs=2, threads=1) as llm:
-        backend, calls = llm._engine._backend, []
+        backend, calls = llm._worker._backend, []
         run = backend.run
 
         def failing(steps: Sequence[SlotStep], *args: object, **options: object) -> RunOutput:
@@ -392,7 +398,7 @@ def test_an_llm_that_is_dropped_ends_its_thread(bundle: TinyBundle) -> None:
     before = threading.active_count()
     llm = LLM(bundle.directory, threads=1)
     llm.generate([1, 2], GREEDY)
-    thread, gone = llm._engine._thread, weakref.ref(llm)
+    thread, gone = llm._worker._thread, weakref.ref(llm)
     del llm
     gc.collect()
     assert gone() is None
@@ -401,7 +407,7 @@ def test_an_llm_that_is_dropped_ends_its_thread(bundle: TinyBundle) -> None:
     assert threading.active_count() == before
 
 
-def test_a_forked_child_gets_an_error_and_does_not_wait(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forked_child_gets_an_error_and_does_not_wait(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dmtd_runtime.serving.worker.os.getpid", lambda: -1)
     with pytest.raises(AbortedError, match="after forking"):
-        engine.submit([Client().sequence])
+        worker.submit([Client().sequence])

@@ -1,4 +1,4 @@
-"""How long work tells how far it is: one kind of call for export, build, verify and evaluate. No display stands here."""
+"""How long work tells how far it is: one kind of call for every verb. No display stands here."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import signal
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from finetune_cli import QUICK, SPLIT, dmtd, error_line, finetune, write_lines
 from safetensors.numpy import load_file
-from typer.testing import CliRunner, Result
 
-from dmtd_export.cli.main import VERBS, _LazyCommand, app
+from dmtd_export.cli.main import VERBS, _LazyCommand
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.reference.testing import write_tiny_checkpoint
 
-SPLIT = ("--decoding-layers", "2", "--cycle-length", "3")
-QUICK = (*SPLIT, "--precision", "float32", "--tokens-per-step", "128", "--top-k", "4", "--device", "cpu")
-LISTS = {"curriculum", "data", "held_out", "decontaminate"}  # None or empty: the same
 SUMMARY_KEYS = {
     "schema",
     "base",
@@ -47,70 +43,16 @@ SUMMARY_KEYS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _small_world(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(1)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setattr("dmtd_models.finetune.run._matmul_peak", lambda dtype, device: 1e12)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_tiny_checkpoint(tmp_path_factory.mktemp("base") / "base", tokenizer=True, layers=4))
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> str:
-    file = tmp_path_factory.mktemp("data") / "chats.jsonl"
-    with file.open("w") as stream:
-        for number in range(12):
-            messages = [
-                {"role": "user", "content": f"Say {number}."},
-                {"role": "assistant", "content": f"It is {number * number}, more or less."},
-            ]
-            stream.write(json.dumps({"messages": messages}) + "\n")
-    return str(file)
-
-
-def dmtd(*arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments, prog_name="dmtd")
-
-
-def finetune(base: str, output: Path, data: str | None, *more: str, quick: tuple[str, ...] = QUICK) -> Result:
-    return dmtd("finetune", base, "-o", str(output), *(("--data", data) if data else ()), *quick, *more)
-
-
-def error_line(result: Result, code: int = 1) -> str:
-    assert result.exit_code == code, (result.output, result.exception)
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, result.stderr
-    assert "Traceback" not in result.output
-    return lines[0]
-
-
 def test_defaults_are_those_of_the_library() -> None:
-    from dmtd_models.finetune.job import Job
-    from dmtd_models.finetune.options import TrainOptions
+    from dmtd_models.finetune.options import Job
 
-    given = {
-        parameter.name: parameter.default for parameter in _LazyCommand("finetune", VERBS["finetune"]).load().params
-    }
-    names = {"train": "trained", "cache": "cache_features", "save_every": "save_every_s"}
-    names |= {"eval_every": "eval_every_tokens", "cache_dir": "feature_dir"}
-    train, job = TrainOptions(), Job(base=Path(), output=Path())
-    library = {
-        **{field.name: getattr(job, field.name) for field in fields(Job)},
-        **{field.name: getattr(train, field.name) for field in fields(TrainOptions)},
-        **{field.name: getattr(train.loss, field.name) for field in fields(train.loss)},
-        **{field.name: getattr(train.batch, field.name) for field in fields(train.batch)},
-    }
-    compared = 0
-    for name, default in given.items():
-        key = names.get(name, name)
-        if key in library and name not in LISTS | {"output", "precision"}:  # the device's
-            assert library[key] == default, name
-            compared += 1
-    assert compared >= 27
+    given = {each.name: each.default for each in _LazyCommand("finetune", VERBS["finetune"]).load().params}
+    job = Job(base=Path(), output=Path())
+    parts = (job, job.split, job.train, job.train.loss, job.train.batch)
+    library = {each.name: getattr(part, each.name) for part in parts for each in fields(part)}
+    compared = given.keys() & library.keys() - {"base", "output"}
+    assert {name: given[name] or None for name in compared} == {name: library[name] or None for name in compared}
+    assert len(compared) >= 40
 
 
 @pytest.fixture(scope="module")
@@ -187,27 +129,6 @@ def test_a_long_cycle_is_told_in_short(base: str, chats: str, tmp_path: Path) ->
     assert divergence.split()[-1] == "..." and divergence.count("/") == 15
 
 
-@pytest.fixture
-def at_forward(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Any]], None]:
-    """Lets something happen in the n-th forward pass of the student."""
-    from dmtd_models.finetune.student import Student
-
-    whole = Student.forward
-
-    def install(call: int, act: Callable[[], Any]) -> None:
-        calls: list[int] = []
-
-        def forward(self: Student, *args: Any, **kwargs: Any) -> Any:
-            calls.append(1)
-            if len(calls) == call:
-                act()
-            return whole(self, *args, **kwargs)
-
-        monkeypatch.setattr(Student, "forward", forward)
-
-    return install
-
-
 def weights(output: Path) -> dict[str, np.ndarray]:
     return load_file(output / "model.safetensors")
 
@@ -249,10 +170,10 @@ def test_a_run_goes_on_in_its_own_precision_on_another_machine(
     base: str, chats: str, tmp_path: Path, at_forward: Any, monkeypatch: pytest.MonkeyPatch, began: str, found: str
 ) -> None:
     quick = (*SPLIT, "--tokens-per-step", "128", "--top-k", "4", "--device", "cpu", "--epochs", "3", "--json")
-    monkeypatch.setattr("dmtd_models.finetune.options.usual_precision", lambda device: began)
+    monkeypatch.setattr("dmtd_models.finetune.job.usual_precision", lambda device: began)
     at_forward(3, lambda: signal.raise_signal(signal.SIGINT))
     assert finetune(base, tmp_path / "out", chats, quick=quick).exit_code == 130
-    monkeypatch.setattr("dmtd_models.finetune.options.usual_precision", lambda device: found)
+    monkeypatch.setattr("dmtd_models.finetune.job.usual_precision", lambda device: found)
     line = error_line(finetune(base, tmp_path / "out", chats, "--precision", found, quick=quick))
     assert "--precision" in line and began in line
     result = finetune(base, tmp_path / "out", chats, quick=quick)
@@ -319,7 +240,7 @@ def test_a_loss_that_is_no_number_is_one_line(base: str, chats: str, tmp_path: P
         (("--decoding-layers", "0", "--cycle-length", "3"), "DMTD split"),
         (("--decoding-layers", "2", "--cycle-length", "0"), "--cycle-length: got 0, expected 1 to 256"),
         (("--decoding-layers", "2", "--cycle-length", "257"), "--cycle-length: got 257, expected 1 to 256"),
-        ((*SPLIT, "--prompt-input", "cyclical"), "undefined"),
+        ((*SPLIT, "--cycle-origin", "prompt", "--prompt-input", "cyclical"), "undefined"),
         ((*SPLIT, "--curriculum", "3:0.9,2:0.1"), "--curriculum: got 2:0.1, expected"),
         ((*SPLIT, "--curriculum", "4:0.5"), "--curriculum: goes above"),
         ((*SPLIT, "--temperature", "0"), "--temperature"),
@@ -380,34 +301,6 @@ def test_the_base_is_never_written_over(base: str, chats: str, tmp_path: Path) -
     assert (Path(base) / "model.safetensors").read_bytes() == before
 
 
-def write_lines(file: Path, *values: object) -> str:
-    file.write_text("".join(json.dumps(value) + "\n" for value in values))
-    return str(file)
-
-
-USER, ANSWER = {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello there."}
-
-
-@pytest.mark.parametrize(
-    ("rows", "words"),
-    [
-        ([], "no data"),
-        ([{"messages": [USER]}], "got no assistant message, expected a chat with both sides"),
-        ([{"messages": [USER, ANSWER]}, {"messages": [ANSWER]}], "d.jsonl:2: messages: got no user message"),
-        ([{"messages": [USER, {**ANSWER, "content": None, "tool_calls": [{}]}]}], "tool calls are not learnt"),
-        ([{"words": "Hi."}], "expected one of `messages`, `text`"),
-        ([{"prompt_ids": [1, 2], "answer_ids": [9999]}], "9999"),
-    ],
-)
-def test_data_that_cannot_be_used_is_one_line(base: str, tmp_path: Path, rows: list[Any], words: str) -> None:
-    assert words in error_line(finetune(base, tmp_path / "out", write_lines(tmp_path / "d.jsonl", *rows)))
-
-
-def test_no_data_at_all(base: str, tmp_path: Path) -> None:
-    assert "--data" in error_line(finetune(base, tmp_path / "out", None))
-    assert "no such file" in error_line(finetune(base, tmp_path / "out", str(tmp_path / "none.jsonl")))
-
-
 def test_an_output_that_cannot_be_written(base: str, chats: str, tmp_path: Path, monkeypatch: Any) -> None:
     from pathlib import Path as AnyPath
 
@@ -420,43 +313,6 @@ def test_an_output_that_cannot_be_written(base: str, chats: str, tmp_path: Path,
 
     monkeypatch.setattr(AnyPath, "mkdir", refusing)
     assert "Permission denied" in error_line(finetune(base, tmp_path / "out", chats))
-
-
-def test_what_is_evaluated_on_is_not_learnt(base: str, tmp_path: Path, at_forward: Any) -> None:
-    question = "A farmer has twelve sheep and sells five of them; how many are left?"
-    asked = [{"role": "user", "content": question}, ANSWER]
-    chats = [{"messages": [{"role": "user", "content": f"Say {number}."}, ANSWER]} for number in range(30)]
-    data = write_lines(tmp_path / "d.jsonl", {"messages": asked}, *chats)
-    items = write_lines(tmp_path / "items.jsonl", {"messages": asked[:1], "accepted": ["seven"]})
-    command = ("--max-tokens", "600", "--eval-every", "0", "--json")
-    at_forward(2, lambda: signal.raise_signal(signal.SIGINT))
-    assert finetune(base, tmp_path / "out", data, *command, "--decontaminate", items).exit_code == 130
-    record = json.loads((tmp_path / "out" / "training" / "job.json").read_text())
-    assert record["documents"] == [30, 0] and record["decontaminate"] == [items]
-    assert "--decontaminate" in error_line(finetune(base, tmp_path / "out", data, *command))
-    result = finetune(base, tmp_path / "out", data, *command, "--decontaminate", items)
-    assert result.exit_code == 0, (result.output, result.exception)
-    text = json.loads(result.stdout)["text"]
-    assert "documents left out because something of --decontaminate occurs in them: 1 of 31" in text
-
-
-@pytest.mark.parametrize("option", ["--data", "--held-out", "--decontaminate"])
-def test_names_of_corpora_and_tasks_are_no_files(base: str, chats: str, tmp_path: Path, option: str) -> None:
-    line = error_line(finetune(base, tmp_path / "out", chats, option, "austen"))
-    assert "austen: no such file or directory; give" in line
-
-
-def test_the_base_writes_chats_over_given_prompts(base: str, tmp_path: Path) -> None:
-    (tmp_path / "asked.txt").write_text("".join(f"What is {number}?\n" for number in range(8)))
-    written = ("--answer-tokens", "200", "--questions", str(tmp_path / "asked.txt"), "--max-tokens", "200", "--json")
-    result = finetune(base, tmp_path / "out", None, *written, "--save", "adapter")
-    assert result.exit_code == 0, (result.output, result.exception)
-    [text] = json.loads(result.stdout)["text"]
-    assert f"{tmp_path / 'out' / 'training' / 'answers'}: " in text and " answer)" in text
-    [shard] = (tmp_path / "out" / "training" / "answers").glob("*.jsonl")
-    assert {json.loads(line)["kind"] for line in shard.read_text().splitlines()} == {"given"}
-    line = error_line(finetune(base, tmp_path / "other", None, "--questions", str(tmp_path / "asked.txt")))
-    assert "--questions: has no effect without --answer-tokens" in line
 
 
 def test_help_names_every_option_whole_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:

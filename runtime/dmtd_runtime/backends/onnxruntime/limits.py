@@ -1,0 +1,50 @@
+"""What of a request to open a bundle ONNX Runtime can give, checked before anything is opened."""
+
+from __future__ import annotations
+
+from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.manifest import Manifest
+from dmtd_runtime.errors import BackendError, RequestError
+from dmtd_runtime.ort.cuda_provider import check_cuda_provider
+from dmtd_runtime.ort.library import import_onnxruntime
+
+
+def graph_slots(manifest: Manifest, options: BackendOptions) -> int:
+    """Slots of the packed graphs to load: the fewest that hold ``max_num_seqs`` sequences."""
+    stored = sorted({graph.slots for graph in manifest.graphs if graph.dialect == contract.ONNXRUNTIME})
+    fitting = [slots for slots in stored if slots >= options.max_num_seqs]
+    if not fitting:
+        most = max(stored, default=0)
+        raise RequestError(
+            f"got {options.max_num_seqs}, expected 1 to {most}, what the bundle was exported for; for more sequences at a time "
+            f"export it again: dmtd export ... --max-num-seqs {options.max_num_seqs}",
+            param="max_num_seqs",
+        )
+    return fitting[0]
+
+
+def max_model_len(manifest: Manifest, options: BackendOptions) -> int:
+    limit = manifest.model.max_model_len
+    if options.max_model_len is not None and not 1 <= options.max_model_len <= limit:
+        raise RequestError(
+            f"got {options.max_model_len}, expected 1 to {limit}, the bundle's limit", param="max_model_len"
+        )
+    return options.model_len(limit)
+
+
+def check_dtype(manifest: Manifest, options: BackendOptions) -> None:
+    dtype = manifest.model.dtype
+    if options.device == "cpu" and dtype == "bfloat16":
+        raise BackendError(
+            "this bundle is bfloat16, which ONNX Runtime cannot run on the CPU; "
+            "export it with --dtype float32, or use --device cuda"
+        )
+    if options.device == "cpu":
+        return
+    check_cuda_provider(import_onnxruntime())  # who has no provider wants to know that before anything of the bundle
+    if dtype == "float32" and (options.dialect or manifest.default_dialect) == contract.ONNXRUNTIME:
+        raise BackendError(
+            "this bundle is float32, and GroupQueryAttention on CUDA takes float16 or bfloat16 only; "
+            "export it with --dtype bfloat16"
+        )

@@ -1,0 +1,31 @@
+"""What a worker is doing and has done, as plain numbers: written by its thread after every step, read by anybody."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """A moment of a worker. Gauges first, then counts since it was opened.
+
+    Sequences, not requests, are counted. ``kv_rows`` of ``kv_capacity_rows`` rows of the slots are committed. A cycle is in
+    phase if every running sequence stood at its head; ``prefix_queries`` and ``prefix_hits`` are prompt tokens.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    waiting_prompt_tokens: int = 0
+    kv_rows: int = 0
+    kv_capacity_rows: int = 0
+    prefix_cache_bytes: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    full_passes: int = 0
+    prefill_passes: int = 0
+    late_steps: int = 0
+    refill_rows: int = 0
+    head_passes: int = 0
+    head_passes_in_phase: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
