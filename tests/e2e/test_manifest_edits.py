@@ -18,7 +18,7 @@ from bundles import make_checkpoint
 from rich.console import Console
 
 from dmtd_export.bundle.export import export_bundle
-from dmtd_export.options import ExportOptions
+from dmtd_export.options import ExportOptions, SplitOptions
 from dmtd_runtime import LLM, SamplingParams
 from dmtd_runtime.bundle import describe
 from dmtd_runtime.bundle.manifest import load_manifest
@@ -38,7 +38,9 @@ Place = tuple[str | int, ...]
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("edits")
     options = ExportOptions(
-        decoding_layers=2, encoding_layers=request.param, cycle_length=3, max_num_seqs=2, target="onnxruntime"
+        split=SplitOptions(decoding_layers=2, encoding_layers=request.param, cycle_length=3),
+        max_num_seqs=2,
+        target="onnxruntime",
     )
     export_bundle(make_checkpoint(place / "checkpoint"), place / "bundle", options)
     return place / "bundle"
