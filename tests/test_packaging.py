@@ -194,7 +194,12 @@ def test_wheel_metadata(wheel: Path, repo_root: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
     assert set(metadata.get_all("Provides-Extra", [])) >= {"cpu", "gpu", "export", "oracle", "demo", "dev"}
-    assert text_in(wheel, "entry_points.txt").split() == ["[console_scripts]", "dmtd", "=", "dmtd_export.cli.main:main"]
+    assert text_in(wheel, "entry_points.txt").split() == [
+        "[console_scripts]",
+        "dmtd",
+        "=",
+        "dmtd_export.cli.__main__:main",
+    ]
 
 
 def test_base_dependencies_are_the_runtimes_without_an_onnxruntime_wheel(wheel: Path) -> None:
