@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from runtime_support import END_OF_TURN, TinyBundles
 
 from dmtd_runtime import LLM, RequestError, SamplingParams
+from dmtd_runtime.sampling.grammar import GrammarCompiler
 from dmtd_runtime.text.chat_template import ChatTemplate
 from dmtd_runtime.text.tool_calls import (
     ToolCallDelta,
@@ -29,15 +30,15 @@ FORMATS: tuple[ToolFormat, ...] = ("hermes", "llama3_json")
 # How the families' templates write calls, each in a few words.
 QWEN = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{{ m.content }}"
-    "{% for c in m.tool_calls %}\n<tool_call>\n"
+    "{% for c in m.tool_calls %}{{ '\n<tool_call>\n' }}"
     '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}'
-    "\n</tool_call>{% endfor %}<|im_end|>{% endif %}{% endfor %}"
+    "{{ '\n</tool_call>' }}{% endfor %}<|im_end|>{% endif %}{% endfor %}"
 )
 HERMES = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant"
-    "{% for c in m.tool_calls %}\n<tool_call>\n"
+    "{% for c in m.tool_calls %}{{ '\n<tool_call>\n' }}"
     '{ "arguments": {{ c.function.arguments | tojson }}, "name": "{{ c.function.name }}"}'
-    "\n</tool_call> {% endfor %}<|im_end|>{% endif %}{% endfor %}"
+    "{{ '\n</tool_call> ' }}{% endfor %}<|im_end|>{% endif %}{% endfor %}"
 )
 LLAMA = (
     "{# ipython #}{% for m in messages %}{% if m.role == 'assistant' %}<|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -232,15 +233,20 @@ def test_a_forced_call_is_a_call_to_a_given_function(llm: LLM, format: ToolForma
     assert whole(llm.generate([1], only)[0].outputs[0].text, format)[1][0][1] == "now"
 
 
-def test_forced_calls_in_parallel(llm: LLM) -> None:
-    form = forced_calls("hermes", {"f": None, "g": None}, parallel=True)
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize(("template", "format"), [(QWEN, "hermes"), (LLAMA, "llama3_json")])
+def test_the_form_takes_what_templates_write(llm: LLM, template: str, format: ToolFormat, parallel: bool) -> None:
+    """To the letter, and as many calls as may be."""
     assert llm.tokenizer is not None
-    bias = {llm.tokenizer.encode(char)[0]: -6.0 for char in " \t\r"} | {END_OF_TURN: -1.0}
-    params = [SamplingParams(seed=s, logit_bias=bias, structured_outputs=form) for s in range(8)]
-    answers = [output.outputs[0] for output in llm.generate([[s] for s in range(8)], params)]
-    found = [whole(answer.text, "hermes") for answer in answers if answer.finish_reason == "stop"]
-    assert all(content == "" and calls for content, calls in found)
-    assert any(len(calls) > 1 for _, calls in found)
+    compiler = GrammarCompiler(llm.tokenizer, vocab_size=259, eos_token_ids=(END_OF_TURN,))
+    state = compiler.compile(forced_calls(format, FUNCTIONS, parallel=parallel)).start()
+    calls: list[tuple[str, dict[str, Any]]] = [("weather", {"unit": "C", "days": 3}), ("now", {})]
+    several = parallel and format == "hermes"
+    for token_id in llm.tokenizer.encode(rendered(template, calls if several else calls[:1]).strip()):
+        assert state.allowed()[token_id]
+        state.observe(token_id)
+    assert state.allowed()[END_OF_TURN]
+    assert state.complete is not several
 
 
 def test_what_cannot_be_forced_is_refused(llm: LLM) -> None:
