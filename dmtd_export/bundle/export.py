@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
 from importlib.resources import files as resource_files
@@ -17,7 +17,7 @@ from dmtd_export.bundle.assets import write_assets
 from dmtd_export.bundle.atomic import atomic_directory
 from dmtd_export.bundle.split import cycle_of
 from dmtd_export.bundle.target import check_disk, check_target, one_line_os_errors
-from dmtd_export.bundle.weights import stored_bytes, write_weights
+from dmtd_export.bundle.weights import NUMPY_DTYPES, stored_bytes, write_weights
 from dmtd_export.errors import ExportError as ExportError
 from dmtd_export.graphs.build import build_graph
 from dmtd_export.graphs.rows import GraphSpec
@@ -27,11 +27,13 @@ from dmtd_models.config.model import DmtdSpec, ModelConfig, require_split, resol
 from dmtd_models.progress import Progress, counter, silent
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import FileInfo, GraphInfo, Manifest, ModelInfo, sha256_of
+from dmtd_runtime.text.special_tokens import eos_token_ids_of
 from dmtd_runtime.version import __version__
 
 logger = logging.getLogger("dmtd.export")
 
 GQA_HEAD_MULTIPLE = 16
+LARGE_TABLES_BYTES = 256 << 20  # 128 k positions of 128 in float32 take 67 MB
 
 VerifyHook = Callable[[Path, Checkpoint], Any]
 
@@ -57,6 +59,7 @@ def export_bundle(
         check_target(output)
         spec = resolve(checkpoint, options)
         max_model_len = _max_model_len(checkpoint.config, options)
+        _tell_of_tables(checkpoint.config, options.dtype, max_model_len)
         check_disk(output, stored_bytes(checkpoint.config, checkpoint, options.dtype, max_model_len + MAX_WINDOW))
         with atomic_directory(output) as work:
             manifest = _write_bundle(work, checkpoint, spec, max_model_len, options, progress)
@@ -129,7 +132,7 @@ def _write_bundle(
     work: Path, checkpoint: Checkpoint, spec: DmtdSpec, max_model_len: int, options: ExportOptions, progress: Progress
 ) -> Manifest:
     config = checkpoint.config
-    write_assets(work, checkpoint)
+    write_assets(work, checkpoint, options.generation_config)
     loader = resource_files("dmtd_export").joinpath("bundle", "polygraphy_data.py").read_text(encoding="utf-8")
     (work / contract.DATA_LOADER_FILE).write_text(loader, encoding="utf-8")
     rotary_rows = max_model_len + MAX_WINDOW
@@ -155,7 +158,7 @@ def _write_bundle(
             listed[path.name] = FileInfo(bytes=path.stat().st_size, sha256=sha256_of(path))
     manifest = Manifest(
         schema=contract.SCHEMA_VERSION,
-        model=_model_info(config, options, max_model_len),
+        model=_model_info(config, options, max_model_len, eos_token_ids_of(work)),
         cycle=cycle_of(spec),
         graphs=tuple(graphs),
         weights=weights,
@@ -188,7 +191,7 @@ def wanted_graphs(options: ExportOptions) -> list[tuple[contract.GraphName, cont
     return [*decoder, *((name, contract.STANDARD, 1) for name in contract.CHOICE_GRAPHS)]
 
 
-def _model_info(config: ModelConfig, options: ExportOptions, max_model_len: int) -> ModelInfo:
+def _model_info(config: ModelConfig, options: ExportOptions, max_model_len: int, ends: Sequence[int]) -> ModelInfo:
     return ModelInfo(
         family=config.family,
         vocab_size=config.vocab_size,
@@ -203,8 +206,19 @@ def _model_info(config: ModelConfig, options: ExportOptions, max_model_len: int)
         max_model_len=max_model_len,
         max_window=MAX_WINDOW,
         bos_token_id=config.bos_token_id,
-        eos_token_ids=config.eos_token_ids,
+        eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *ends))),  # Llama 3 ends turns by the latter alone
     )
+
+
+def _tell_of_tables(config: ModelConfig, dtype: str, max_model_len: int) -> None:
+    """Rotary tables have a row for every position: with millions of them they outgrow a small model."""
+    table_bytes = (max_model_len + MAX_WINDOW) * config.head_dim * NUMPY_DTYPES[dtype].itemsize
+    if table_bytes > LARGE_TABLES_BYTES:
+        logger.warning(
+            "rotary tables of %d positions take %.2f GB of the bundle; --max-model-len stores those that are used",
+            max_model_len,
+            table_bytes / 1e9,
+        )
 
 
 def _max_model_len(config: ModelConfig, options: ExportOptions) -> int:

@@ -84,7 +84,7 @@ def one_line_os_errors(output: Path) -> Iterator[None]:
             raise ExportError(
                 f"no space left while writing {output}: free some and export again; nothing was kept"
             ) from error
-        if error.errno is None:
+        if error.errno is None or error.errno == errno.ENOMEM:  # the latter is no fault of the place
             raise
         raise ExportError(
             f"{error.filename or output}: {error.strerror}; mend that, or name another directory with -o; nothing was kept"

@@ -42,7 +42,7 @@ def one_line_disk_errors(directory: Path) -> Iterator[None]:
             raise ExportError(
                 f"no space left while writing {directory}: free some and build again; nothing was kept"
             ) from error
-        if error.errno is None:
+        if error.errno is None or error.errno == errno.ENOMEM:  # the latter is no fault of the place
             raise
         raise ExportError(
             f"{error.filename or directory}: {error.strerror}; mend that and build again; nothing was kept"

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import onnx
+from onnx import numpy_helper
 
 from dmtd_export.verify.feeds import make_feed, runs_of, slots_of
 from dmtd_export.verify.scenario import Call, Outcome, Scenario
@@ -18,6 +20,7 @@ from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import CycleInfo, GraphInfo, TensorInfo
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.ort.library import import_onnxruntime
+from dmtd_runtime.ort.links import graph_source, reached_by_links
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -38,16 +41,49 @@ def open_onnxruntime(path: Path) -> Session:
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session: Session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return session
+    mapped = {}
+    if reached_by_links(path):
+        arrays = _weights_of(onnx.load(path, load_external_data=False), path.parent)
+        mapped = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+    with graph_source(path, options, mapped) as source:
+        session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return _Holding(session, mapped)
+
+
+class _Holding:
+    """A session, and arrays that must live as long."""
+
+    def __init__(self, session: Session, held: object) -> None:
+        self._session, self._held = session, held
+
+    def run(self, output_names: Sequence[str], feed: Mapping[str, Array]) -> list[Array]:
+        return self._session.run(output_names, feed)
 
 
 def open_evaluator(path: Path) -> Session:
     """ONNX's reference evaluator: plain numpy, every type, standard operators only, slow."""
     from onnx.reference import ReferenceEvaluator
 
-    session: Session = ReferenceEvaluator(str(path))
+    # onnx itself reads no weights that are reached by a link, nor from a file that has a second name.
+    model = onnx.load(path, load_external_data=False)
+    arrays = _weights_of(model, path.parent)
+    for tensor in model.graph.initializer:
+        if tensor.name in arrays:
+            tensor.CopyFrom(numpy_helper.from_array(np.array(arrays[tensor.name]), tensor.name))
+    session: Session = ReferenceEvaluator(model)
     return session
+
+
+def _weights_of(model: onnx.ModelProto, folder: Path) -> dict[str, Array]:
+    """The initializers that stand in another file, mapped."""
+    found: dict[str, Array] = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            file, offset = folder / place["location"], int(place.get("offset", 0))
+            found[tensor.name] = np.memmap(file, dtype, "r", offset=offset, shape=tuple(tensor.dims))
+    return found
 
 
 def run_graph(

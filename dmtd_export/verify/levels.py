@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -38,7 +39,7 @@ class Plan:
 def make_plan(directory: Path, manifest: Manifest, wanted: Level | None, config: ModelConfig | None) -> Plan:
     """The highest level that can run, at most ``wanted``."""
     highest: Level = wanted or "oracle"
-    for ceiling, reason in _limits(directory, manifest, config):
+    for ceiling, reason in _limits(directory, manifest, config, wants_torch=highest == "oracle"):
         if LEVELS.index(ceiling) < LEVELS.index(highest):
             return _finish(manifest, ceiling, f"level lowered to {ceiling}: {reason}")
     note = f"level {highest}, as asked" if wanted is not None and wanted != "oracle" else ""
@@ -68,7 +69,9 @@ def least_bytes(manifest: Manifest) -> int:
     return 4 * largest + rows * manifest.model.vocab_size * 8 + WORKING_BYTES
 
 
-def _limits(directory: Path, manifest: Manifest, config: ModelConfig | None) -> list[tuple[Level, str]]:
+def _limits(
+    directory: Path, manifest: Manifest, config: ModelConfig | None, *, wants_torch: bool
+) -> list[tuple[Level, str]]:
     """Every (ceiling, reason) that holds here, the lowest ceiling first."""
     limits: list[tuple[Level, str]] = []
     if not installed("onnxruntime"):
@@ -84,6 +87,8 @@ def _limits(directory: Path, manifest: Manifest, config: ModelConfig | None) -> 
             limits.append(("structure", reason))
     if not installed("torch"):
         limits.append(("graphs", 'PyTorch is not installed; pip install "dmtd[oracle]"'))
+    elif wants_torch and (problem := _import_problem("torch")) is not None:
+        limits.append(("graphs", f"PyTorch cannot be imported ({problem})"))
     if config is None:
         limits.append(
             ("graphs", "the bundle has no config.json to build the reference from; name its source with --checkpoint")
@@ -116,3 +121,12 @@ def _finish(manifest: Manifest, level: Level, note: str) -> Plan:
 
 def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
+
+
+def _import_problem(module: str) -> str | None:
+    """Why an installed module cannot be imported, in one line; None if it can."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # noqa: BLE001 - a broken library, or one too large for the memory, raises many kinds
+        return " ".join(str(error).split()) or type(error).__name__
+    return None

@@ -19,6 +19,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.errors import AbortedError
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.serving.outputs import Delta, RequestOutput
@@ -27,6 +29,8 @@ from dmtd_runtime.serving.service import Service
 from dmtd_runtime.text.prompt import Message, Prompt
 
 logger = logging.getLogger("dmtd.llm")
+
+SERVICE_NUM_SEQS = 8  # where a pass over T still costs little more than one for a single sequence
 
 LONG_PROMPT = 4000
 """Characters or token ids that are checked in a thread; what is shorter takes less than about 3 ms of the event loop."""
@@ -118,6 +122,10 @@ class AsyncLLM(Service):
         return AsyncStream(
             self, request, is_long=_has_form(params) or len(repr((messages, tools, documents))) > LONG_PROMPT
         )
+
+    def _usual_num_seqs(self, manifest: Manifest) -> int:
+        packed = [graph.slots for graph in manifest.graphs if graph.dialect == contract.ONNXRUNTIME]
+        return min(SERVICE_NUM_SEQS, max(packed, default=SERVICE_NUM_SEQS))
 
     def _after_step(self) -> Callable[[], None]:
         self._loops = _EventLoops()

@@ -44,6 +44,17 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "generate over engines": ("generate", "BUNDLE", "--token-ids", "1,2", "--backend", "tensorrt-rtx"),
     "chat": ("chat", "BUNDLE"),
     "bench": ("bench", "BUNDLE", "--max-tokens", "8", "--prompt-len", "2", "--repeats", "1", "--warmup", "0"),
+    "bench with a plot": (
+        "bench",
+        "BUNDLE",
+        "--serve",
+        "--request-rate",
+        "1,2",
+        "--plot",
+        "no.png",
+        "--max-tokens",
+        "8",
+    ),
 }
 # What cannot be done without an extra, and the extra that the line names.
 NAMED: dict[str, dict[str, str]] = {
@@ -54,7 +65,7 @@ NAMED: dict[str, dict[str, str]] = {
         "evaluate": "evaluate",
     },
     "oracle": {"finetune": "train", "evaluate": "evaluate"},
-    "evaluate": {"finetune": "train", "evaluate": "evaluate"},
+    "evaluate": {"finetune": "train", **dict.fromkeys(("evaluate", "bench with a plot"), "evaluate")},
     "train": {"finetune": "train", "finetune a GGUF": "train"},
     "lm-eval": {"evaluate with lm-eval": "lm-eval"},
     "structured": {"generate a form": "structured"},
@@ -108,7 +119,7 @@ def test_a_verb_works_or_names_the_pip_line(extra: str, bundle: Path, tmp_path: 
         for name, words in COMMANDS.items()
     }
     # Libraries that take long to import are left alone where another extra is missing.
-    slow = {"finetune", "finetune a GGUF", "evaluate with lm-eval"}
+    slow = {"finetune", "finetune a GGUF", "evaluate with lm-eval", "bench with a plot"}
     commands = {name: words for name, words in commands.items() if name not in slow or name in NAMED[extra]}
     commands |= {f"{verb} --help": [verb, "--help"] for verb in VERBS}
     done = subprocess.run(

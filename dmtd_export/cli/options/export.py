@@ -49,6 +49,11 @@ ExportGroup = Annotated[
                 "Tokens of prompt and answer together. By default the model's own limit.", panel=_BUNDLE
             ),
             "max_num_seqs": option(f"Most sequences at a time, 1 to {MAX_NUM_SEQS_LIMIT}.", panel=_BUNDLE),
+            "generation_config": option(
+                "A generation_config.json in the place of the checkpoint's, or none: its end ids alone.",
+                metavar="none|FILE",
+                panel=_BUNDLE,
+            ),
             "verify": option("Verify the bundle before it takes its place.", "--verify/--no-verify", panel=_BUNDLE),
         }
     ),

@@ -15,9 +15,14 @@ from types import MappingProxyType
 from tokenizers import Tokenizer
 
 from dmtd_errors.native import call_native
+from dmtd_models.checkpoints.protocol import CHAT_TEMPLATE, TOOL_USE_TEMPLATE
 
 _CONTRACTIONS_AND_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _THE_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_NAMES = {  # GGUF's own spelling
+    **{"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"},
+    **{"sep_token": "seperator", "cls_token": "cls", "mask_token": "mask"},
+}
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # of tokenizer.ggml.token_type
 
 
@@ -70,7 +75,10 @@ def tokenizer_from_metadata(metadata: Mapping[str, object], *, max_len: int) -> 
     files: dict[str, bytes] = {}
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
-        files["chat_template.jinja"] = template.encode()
+        files[CHAT_TEMPLATE] = template.encode()
+    tool_use = metadata.get("tokenizer.chat_template.tool_use")
+    if isinstance(tool_use, str):
+        files[TOOL_USE_TEMPLATE] = tool_use.encode()
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
         return TokenizerFiles(files=files, problem="the GGUF file carries no tokenizer (tokenizer.ggml.tokens)")
@@ -200,7 +208,7 @@ def _tokenizer_config(metadata: Mapping[str, object], tokens: list[str], pre: _P
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_len,
     }
-    for key, name in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")):
+    for key, name in _NAMES.items():
         special = _special(metadata, tokens, name)
         if special is not None:
             config[key] = special[1]

@@ -1,11 +1,12 @@
 """A Hugging Face directory as a ``Checkpoint``: config.json and one or many safetensors files. No torch, no pickle.
 
-Stands behind ``checkpoint.open_checkpoint``. Does not interpret the tokenizer: its files are handed on as they are.
+Stands behind ``checkpoint.open_checkpoint``. The tokenizer's files are ``hf_tokenizer``'s.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from dmtd_errors.pointers import lfs_pointer
-from dmtd_models.checkpoints.protocol import ASSET_NAMES
+from dmtd_models.checkpoints.hf_tokenizer import complete_tokenizer
+from dmtd_models.checkpoints.protocol import ASSET_NAMES, CHAT_TEMPLATE, TOOL_USE_TEMPLATE
 from dmtd_models.checkpoints.safetensors_file import FLOAT_TYPES, StoredTensor, map_tensor
 from dmtd_models.checkpoints.tensors import EMBEDDING, LM_HEAD, tensor_shapes
 from dmtd_models.checkpoints.weight_files import adapter_problem, json_object, stored_tensors
 from dmtd_models.config.model import DmtdSpec, ModelConfig, read_config
+from dmtd_models.config.rope import ignored_factor
 from dmtd_models.errors import CheckpointError
+
+logger = logging.getLogger("dmtd.models")
 
 AnyArray = npt.NDArray[np.generic]
 
@@ -36,7 +41,11 @@ class HuggingFaceCheckpoint:
     def __init__(self, path: Path) -> None:
         raw = _config_json(path)
         config, self._dmtd = read_config(raw)
+        if (line := ignored_factor(raw, config.rope)) is not None:
+            logger.warning("%s: %s", path / "config.json", line)
         self._path = path
+        self._raw = raw
+        self._assets: dict[str, bytes] | None = None
         stored = stored_tensors(path, raw)
         self._tensors = _checked(path, config, stored)
         if raw.get("dtype") is None and raw.get("torch_dtype") is None:
@@ -73,11 +82,21 @@ class HuggingFaceCheckpoint:
         return map_tensor(self._tensor(name))
 
     def assets(self) -> dict[str, bytes]:
-        found = {name: _asset(self._path / name) for name in ASSET_NAMES if (self._path / name).is_file()}
-        if "chat_template.jinja" not in found and "tokenizer_config.json" in found:
-            template = embedded_chat_template(found["tokenizer_config.json"])
-            if template is not None:
-                found["chat_template.jinja"] = template.encode()
+        if self._assets is None:
+            self._assets = self._read_assets()
+        return dict(self._assets)
+
+    def _read_assets(self) -> dict[str, bytes]:
+        names = (*ASSET_NAMES, "added_tokens.json")
+        found = {name: _asset(self._path / name) for name in names if (self._path / name).is_file()}
+        # A file of templates takes the place of all that the tokenizer's config has.
+        if CHAT_TEMPLATE not in found:
+            templates = embedded_chat_templates(found.get("tokenizer_config.json", b"{}"))
+            found |= {name: text.encode() for name, text in templates.items()}
+        elif (tool_use := self._path / "additional_chat_templates" / "tool_use.jinja").is_file():
+            found[TOOL_USE_TEMPLATE] = _asset(tool_use)
+        found |= complete_tokenizer(self._path, found, self._raw)
+        found.pop("added_tokens.json", None)
         return found
 
     def close(self) -> None:
@@ -97,16 +116,17 @@ class HuggingFaceCheckpoint:
         return self._tensors[name]
 
 
-def embedded_chat_template(tokenizer_config: bytes) -> str | None:
-    """The chat template inside a tokenizer_config.json: a string, or the entry named ``default`` of a list."""
+def embedded_chat_templates(tokenizer_config: bytes) -> dict[str, str]:
+    """The chat templates inside a tokenizer_config.json (a string, or a list of named ones) by the file they become."""
     try:
         template = json.loads(tokenizer_config).get("chat_template")
     except (ValueError, AttributeError):
-        return None
+        return {}
+    named: dict[object, object] = {"default": template}
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+    files = {CHAT_TEMPLATE: named.get("default"), TOOL_USE_TEMPLATE: named.get("tool_use")}
+    return {name: text for name, text in files.items() if isinstance(text, str)}
 
 
 def _asset(file: Path) -> bytes:

@@ -16,11 +16,13 @@ from dmtd_models.config.model import DmtdSpec, ModelConfig
 
 AnyArray = npt.NDArray[np.generic]
 
+CHAT_TEMPLATE, TOOL_USE_TEMPLATE = "chat_template.jinja", "chat_template_tool_use.jinja"
 ASSET_NAMES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
+    TOOL_USE_TEMPLATE,
     "generation_config.json",
     "config.json",
 )

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from dmtd_models.config.families import FAMILIES
 from dmtd_models.config.hf import to_hugging_face
 from dmtd_models.config.model import ModelConfig, Rope, read_config
+from dmtd_models.config.rope import yarn_factor
 from dmtd_models.errors import CheckpointError, ConfigError
 
 _KNOWN_KEYS = frozenset(
@@ -25,6 +26,7 @@ _KNOWN_KEYS = frozenset(
         *("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count", "rope.scale_linear"),
         *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
         *("rope.scaling.finetuned", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+        "rope.scaling.yarn_attn_factor",  # written by the converter, and overwritten by llama.cpp with yarn's own
     )
 )
 # Unknown keys are let through at these values, which mean "not in use".
@@ -37,7 +39,6 @@ _NEUTRAL: Mapping[str, tuple[float, ...]] = {
     "embedding_scale": (1,),
     "residual_scale": (1,),
     "rope.scaling.attn_factor": (0, 1),
-    "rope.scaling.yarn_attn_factor": (1,),
     "rope.scaling.yarn_ext_factor": (1,),
     "rope.scaling.yarn_log_multiplier": (0,),
 }
@@ -110,7 +111,8 @@ def _family_and_keys(path: Path, metadata: Mapping[str, object]) -> tuple[str, d
         raise ConfigError(f"{path}: general.architecture: got {family!r}, expected one of {', '.join(FAMILIES)}")
     own = {key.removeprefix(f"{family}."): value for key, value in metadata.items() if key.startswith(f"{family}.")}
     for key, value in own.items():
-        if key not in _KNOWN_KEYS and value not in _NEUTRAL.get(key, ()):
+        read = _KNOWN_KEYS | {"rope.scaling.attn_factor"} if own.get("rope.scaling.type") == "yarn" else _KNOWN_KEYS
+        if key not in read and value not in _NEUTRAL.get(key, ()):
             raise ConfigError(f"{path}: {family}.{key}: got {value!r}, which may change the output; not supported")
     return str(family), own
 
@@ -139,6 +141,7 @@ def _rope(
     if kind == "linear":
         return Rope(theta=theta, kind="linear", factor=factor)
     if kind == "yarn":
+        scale = _decimal(path, own, "rope.scaling.attn_factor", 1.0)  # llama.cpp multiplies yarn's own factor by it
         return Rope(
             theta=theta,
             kind="yarn",
@@ -146,6 +149,7 @@ def _rope(
             original_max_positions=_count(path, own, "rope.scaling.original_context_length", max_positions),
             beta_fast=_decimal(path, own, "rope.scaling.yarn_beta_fast", 32.0),
             beta_slow=_decimal(path, own, "rope.scaling.yarn_beta_slow", 1.0),
+            attention_factor=None if scale in (0.0, 1.0) else scale * yarn_factor(factor),
         )
     raise ConfigError(f"{path}: rope.scaling.type: got {kind!r}, expected none, linear or yarn")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
@@ -17,6 +18,8 @@ _ROPE_KEYS = frozenset(
         *_COMMON_ROPE_KEYS,
         *("partial_rotary_factor", "low_freq_factor", "high_freq_factor"),
         *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+        # What transformers, the reference of these families, reads from no config.
+        *("attn_factor", "finetuned"),
     )
 )
 
@@ -68,6 +71,24 @@ def read_rope(raw: Mapping[str, object], max_positions: int) -> Rope:
     if theta <= 0:
         raise ConfigError(f"rope_theta: got {theta}, expected a positive number")
     return _rope_of_kind(cast(RopeKind, kind), theta, rope, raw, max_positions)
+
+
+def ignored_factor(raw: Mapping[str, object], rope: Rope) -> str | None:
+    """A line about ``attn_factor``, which other runtimes multiply yarn's factor by; None where that makes no difference."""
+    places = (raw.get("rope_scaling"), raw.get("rope_parameters"))
+    given = next((place["attn_factor"] for place in places if isinstance(place, Mapping) and "attn_factor" in place), 1)
+    if rope.kind != "yarn" or not isinstance(given, int | float) or given == 1:
+        return None
+    product = given * yarn_factor(rope.factor or 1.0)
+    return (
+        f"rope parameter attn_factor: got {given!r}, ignored as transformers does; vLLM multiplies by it: "
+        f"for that, say attention_factor {product:.6g} in config.json instead"
+    )
+
+
+def yarn_factor(factor: float, mscale: float = 1.0) -> float:
+    """What yarn multiplies cos and sin by, where no parameter says otherwise."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def _rope_of_kind(

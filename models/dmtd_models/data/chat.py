@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dmtd_errors.native import NativePanicError, call_native
 from dmtd_models.checkpoints.checkpoint import Checkpoint
+from dmtd_models.checkpoints.hf_tokenizer import named_tokens
 from dmtd_models.data.errors import DataError
 
 if TYPE_CHECKING:
@@ -50,8 +51,7 @@ class TextTokenizer:
         self.vocab_size = vocab_size
         template = assets.get("chat_template.jinja")
         self._template = template.decode("utf-8") if template else _default_template(config.get("chat_template"))
-        named = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token")}
-        self._special = {name: token for name, token in named.items() if token is not None}
+        self._special = named_tokens(config)
         parts = (source, (self._template or "").encode(), json.dumps(self._special, sort_keys=True).encode())
         self.fingerprint = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
         """SHA-256 of all that the ids depend on."""
@@ -136,10 +136,4 @@ def _default_template(value: object) -> str | None:
     if isinstance(value, list):
         named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
         value = named.get("default")
-    return value if isinstance(value, str) else None
-
-
-def _token_text(value: object) -> str | None:
-    if isinstance(value, dict):
-        value = value.get("content")
     return value if isinstance(value, str) else None

@@ -12,7 +12,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from dmtd_models.config.model import Rope
+from dmtd_models.config.rope import Rope, yarn_factor
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -63,8 +63,8 @@ def attention_factor(rope: Rope) -> float:
         return rope.attention_factor
     factor = _present(rope.factor)
     if rope.mscale and rope.mscale_all_dim:
-        return _yarn_mscale(factor, rope.mscale) / _yarn_mscale(factor, rope.mscale_all_dim)
-    return _yarn_mscale(factor, 1.0)
+        return yarn_factor(factor, rope.mscale) / yarn_factor(factor, rope.mscale_all_dim)
+    return yarn_factor(factor)
 
 
 def yarn_range(rope: Rope, head_dim: int) -> tuple[float, float]:
@@ -81,10 +81,6 @@ def yarn_range(rope: Rope, head_dim: int) -> tuple[float, float]:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     return low, high + 0.001 if low == high else high
-
-
-def _yarn_mscale(factor: float, mscale: float) -> float:
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def _llama3(rope: Rope, base: FloatArray) -> FloatArray:

@@ -6,6 +6,7 @@ may be written by padding and are never seen, but they must be finite, because N
 
 from __future__ import annotations
 
+import math
 import mmap
 from typing import Any
 
@@ -18,7 +19,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class HostKvCache:
-    """KV buffers in host memory; pages are committed by the operating system as rows are written."""
+    """KV buffers in host memory; pages are committed by the operating system as rows are written.
+
+    Raises MemoryError where the address space does not hold them.
+    """
 
     def __init__(self, model: ModelInfo, slots: int, capacity: int) -> None:
         shape = (slots, model.num_kv_heads, capacity, model.head_dim)
@@ -58,9 +62,12 @@ class HostKvCache:
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Zeros whose pages exist once written. numpy's own asks for huge pages, which commits 2 MB around every row."""
-    count = int(np.prod(shape))
-    # Private: the default of Python's mmap is memory that a forked child would share and write into.
-    pages = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    count = math.prod(shape)
+    try:
+        # Private: the default of Python's mmap is memory that a forked child would share and write into.
+        pages = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"{count * dtype.itemsize} bytes of cache") from error
     pages.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(pages, dtype, count).reshape(shape)
 

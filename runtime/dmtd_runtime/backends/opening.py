@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dmtd_runtime.backends.base import Backend, BackendOptions
+from dmtd_runtime.backends.kv_cache import kv_bytes
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.engine_choice import EngineWish, choose_record, require_fit
 from dmtd_runtime.bundle.engine_record import OLDEST_CAPABILITY, EngineRecord, is_new_enough
@@ -17,6 +18,9 @@ from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.bundle.opening import checked_once
 from dmtd_runtime.device.libraries import CudaBackend
 from dmtd_runtime.errors import BackendError, RequestError
+from dmtd_runtime.machine.memory import one_line_memory
+
+ROOM_HINT = "lower --max-model-len or --max-num-seqs, or free some memory"
 
 
 def open_backend(
@@ -31,14 +35,24 @@ def open_backend(
         RequestError: an option out of range.
         BundleError: a file of the bundle is damaged.
     """
-    backend = _open(directory, manifest, options, engines)
-    if options.warm_up:
-        try:
-            backend.warm_up()
-        except BaseException:
-            backend.close()
-            raise
+    with one_line_memory(memory_needs(manifest, options), ROOM_HINT):
+        backend = _open(directory, manifest, options, engines)
+        if options.warm_up:
+            try:
+                backend.warm_up()
+            except BaseException:
+                backend.close()
+                raise
     return backend
+
+
+def memory_needs(manifest: Manifest, options: BackendOptions) -> dict[str, int]:
+    """Bytes that a backend takes at most, in the words of the line that refuses them; activations aside."""
+    rows = options.model_len(manifest.model.max_model_len) + manifest.model.max_window
+    return {
+        "weights": sum(info.length for info in manifest.weights.values()),
+        f"caches of {options.max_num_seqs} x {rows} rows": kv_bytes(manifest.model, options.max_num_seqs * rows),
+    }
 
 
 def _open(directory: Path, manifest: Manifest, options: BackendOptions, engines: Path | None) -> Backend:

@@ -4,12 +4,56 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.device.libraries import gpu_here
 from dmtd_runtime.errors import BackendError
+from dmtd_runtime.machine.hardware import default_threads, look_at_gpus, look_at_machine
+from dmtd_runtime.version import __version__
+
+
+def load_average() -> float | None:
+    """Of the last minute; None where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def conditions_of(directory: Path, manifest: Manifest, backend: BackendOptions, load: float | None) -> dict[str, Any]:
+    """Bundle, backend, machine and versions, ready for JSON. ``load``: the load average before measuring."""
+    machine, cycle = look_at_machine(), manifest.cycle
+    engines = backend.runs_engines
+    on_gpu = backend.device == "cuda" or (engines and backend.backend != "simulator")
+    return {
+        "bundle": str(directory),
+        "family": manifest.model.family,
+        "split": [cycle.encoding_layers, cycle.thinking_layers, cycle.decoding_layers],
+        "cycle_length": cycle.cycle_length,
+        "cycle_origin": cycle.cycle_origin,
+        "prompt_input": cycle.prompt_input,
+        "dtype": manifest.model.dtype,
+        "backend": backend.backend,
+        "device": backend.device,
+        "dialect": "standard" if engines else backend.dialect or manifest.default_dialect,
+        "full_pass": backend.full_pass,
+        "max_model_len": backend.max_model_len or manifest.model.max_model_len,
+        "cpu": machine.cpu,
+        "isa": list(machine.isa),
+        "cores": machine.cores_usable,
+        "threads": backend.threads or default_threads(),
+        "load_average": load,
+        "platform": machine.platform,
+        "python": machine.python,
+        "onnxruntime": version_of("onnxruntime", "onnxruntime-gpu"),
+        "tensorrt": tensorrt_of(backend) if engines else None,
+        "gpu": gpu_name(backend.device_id) if on_gpu else None,
+        "driver": look_at_gpus()[1] if on_gpu else None,
+        "dmtd": __version__,
+        "commit": commit(),
+    }
 
 
 def gpu_name(device_id: int) -> str | None:

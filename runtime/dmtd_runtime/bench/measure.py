@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,15 +24,13 @@ import numpy as np
 from dmtd_runtime.backends.base import Backend, BackendOptions, FullPass
 from dmtd_runtime.backends.kv_cache import kv_bytes
 from dmtd_runtime.backends.opening import open_backend
-from dmtd_runtime.bench.conditions import commit, gpu_name, tensorrt_of, version_of
+from dmtd_runtime.bench.conditions import conditions_of, load_average
 from dmtd_runtime.bench.run import RunRecord, private_bytes, run_once
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.bundle.speed_bound import SplitBytes, mean_context, split_bytes
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.errors import RequestError
-from dmtd_runtime.machine.hardware import default_threads, look_at_gpus, look_at_machine
-from dmtd_runtime.version import __version__
 
 SCHEMA = 1
 Mode = Literal["plain", "dmtd", "whole_model"]
@@ -134,10 +131,8 @@ def run_bench(
         BackendError: the device or library cannot be used.
     """
     check_options(options, manifest, backend_options)
-    if backend_options.runs_engines or backend_options.device == "cuda":
-        # Kernels are compiled or chosen when a shape first runs: the same runs go untimed first, whatever was asked for.
-        options = replace(options, warmup=max(1, options.warmup))
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    options = warmed(options, backend_options)
+    load = load_average()
     split = split_bytes(manifest)
     modes = 3 if options.whole_model else 2
     total, done = len(options.batches) * modes * (options.warmup + options.repeats), 0
@@ -154,11 +149,20 @@ def run_bench(
         reports.append(report)
         done += modes * (options.warmup + options.repeats)
     return BenchReport(
-        conditions=_conditions(directory, manifest, options, replace(backend_options, full_pass=full_pass), load),
+        conditions={
+            **conditions_of(directory, manifest, replace(backend_options, full_pass=full_pass), load),
+            **{name: value for name, value in dataclasses.asdict(options).items() if name != "whole_model"},
+        },
         split=split,
         context=mean_context(options.prompt_len, options.max_tokens),
         batches=tuple(reports),
     )
+
+
+def warmed(options: BenchOptions, backend_options: BackendOptions) -> BenchOptions:
+    """With a warm-up where kernels are compiled or chosen when a shape first runs, whatever was asked for."""
+    on_device = backend_options.runs_engines or backend_options.device == "cuda"
+    return replace(options, warmup=max(1, options.warmup)) if on_device else options
 
 
 def _shifted(on_run: OnRun, base: int, total: int) -> Callable[[str, int], None]:
@@ -322,45 +326,3 @@ def _ratio_of_steps(
     if plain_ms is None or full_ms is None:
         return None
     return tau * plain_ms / (full_ms + (tau - 1) * (late_ms or 0.0))
-
-
-def _conditions(
-    directory: Path, manifest: Manifest, options: BenchOptions, backend: BackendOptions, load: float | None
-) -> dict[str, Any]:
-    machine, cycle = look_at_machine(), manifest.cycle
-    engines = backend.runs_engines
-    on_gpu = backend.device == "cuda" or (engines and backend.backend != "simulator")
-    gpu = gpu_name(backend.device_id) if on_gpu else None
-    return {
-        "bundle": str(directory),
-        "family": manifest.model.family,
-        "split": [cycle.encoding_layers, cycle.thinking_layers, cycle.decoding_layers],
-        "cycle_length": cycle.cycle_length,
-        "cycle_origin": cycle.cycle_origin,
-        "prompt_input": cycle.prompt_input,
-        "dtype": manifest.model.dtype,
-        "backend": backend.backend,
-        "device": backend.device,
-        "dialect": "standard" if engines else backend.dialect or manifest.default_dialect,
-        "full_pass": backend.full_pass,
-        "max_model_len": backend.max_model_len or manifest.model.max_model_len,
-        "batches": list(options.batches),
-        "prompt_len": options.prompt_len,
-        "max_tokens": options.max_tokens,
-        "repeats": options.repeats,
-        "warmup": options.warmup,
-        "seed": options.seed,
-        "cpu": machine.cpu,
-        "isa": list(machine.isa),
-        "cores": machine.cores_usable,
-        "threads": backend.threads or default_threads(),
-        "load_average": load,
-        "platform": machine.platform,
-        "python": machine.python,
-        "onnxruntime": version_of("onnxruntime", "onnxruntime-gpu"),
-        "tensorrt": tensorrt_of(backend) if engines else None,
-        "gpu": gpu,
-        "driver": look_at_gpus()[1] if on_gpu else None,
-        "dmtd": __version__,
-        "commit": commit(),
-    }

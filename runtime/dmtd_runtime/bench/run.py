@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Literal
 
 from dmtd_runtime.backends.base import Array, Backend, Rows, RunOutput, SlotCycle, SlotStep
+from dmtd_runtime.bench.lent import LentBackend
 from dmtd_runtime.cycle import CyclePlan, StepKind
 from dmtd_runtime.errors import DmtdError
 from dmtd_runtime.sampling.params import SamplingParams
@@ -24,6 +25,7 @@ from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
 class RunRecord:
     """One run of one mode. Rates count the tokens of all sequences; times of steps are medians."""
 
+    tok_per_s: float  # over all, prompts included
     prefill_tok_per_s: float
     decode_tok_per_s: float
     first_token_ms: float
@@ -37,57 +39,47 @@ class RunRecord:
     refill_rows: int
 
 
-class _StepClock:
-    """A backend that notes the kind and time of every step, and what the sessions had used by then."""
+class _StepClock(LentBackend):
+    """Notes the kind and time of every step, and what the sessions had used by then."""
 
     def __init__(self, backend: Backend) -> None:
-        self.slots, self.capacity, self.max_rows = backend.slots, backend.capacity, backend.max_rows
-        self.stats, self.chooses_tokens = backend.stats, backend.chooses_tokens
-        self.max_model_len, self.full_pass = backend.max_model_len, backend.full_pass
-        self.runs_cycles, self.gives_all_rows = backend.runs_cycles, backend.gives_all_rows
+        super().__init__(backend)
         self.marks: list[tuple[StepKind | Literal["cycle"], float, float]] = []
         self.cycle_ends: list[float] = []
-        self._backend = backend
 
     def run(
         self, steps: Sequence[SlotStep], committed: Sequence[int], *, choose: bool = False, rows: Rows = "last"
     ) -> RunOutput:
         self.marks.append((steps[0].step.kind, time.perf_counter(), self.stats.session_seconds))
-        return self._backend.run(steps, committed, choose=choose, rows=rows)
-
-    def warm_up(self) -> None:
-        self._backend.warm_up()
+        return super().run(steps, committed, choose=choose, rows=rows)
 
     def start_cycle(self, slots: Sequence[SlotCycle], *, follows: bool = False) -> None:
         self.marks.append(("cycle", time.perf_counter(), self.stats.session_seconds))
-        self._backend.start_cycle(slots, follows=follows)
+        super().start_cycle(slots, follows=follows)
 
     def finish_cycle(self) -> Array:
-        tokens = self._backend.finish_cycle()
+        tokens = super().finish_cycle()
         self.cycle_ends.append(time.perf_counter())
         return tokens
 
-    def clear(self, slot: int, rows: int) -> None:
-        self._backend.clear(slot, rows)
 
-    def move(self, source: int, target: int, rows: int) -> None:
-        self._backend.move(source, target, rows)
-
-    def read_rows(self, slot: int, rows: range) -> Array:
-        return self._backend.read_rows(slot, rows)
-
-    def write_rows(self, slot: int, first: int, values: Array) -> None:
-        self._backend.write_rows(slot, first, values)
-
-    def close(self) -> None:
-        self._backend.close()
+def greedy_sequence(
+    prompt: Sequence[int], vocab_size: int, max_tokens: int, on_event: Callable[[TokenEvent], None]
+) -> SequenceRun:
+    """A sequence of exactly ``max_tokens`` new tokens, whatever they are."""
+    params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=max_tokens)
+    return SequenceRun(
+        ids=list(prompt),
+        sampler=Sampler(params, vocab_size=vocab_size, prompt_ids=prompt, seed=0),
+        stops=StopRules(params),
+        on_event=on_event,
+    )
 
 
 def run_once(
     backend: Backend, plan: CyclePlan, prompts: Sequence[Sequence[int]], vocab_size: int, max_tokens: int
 ) -> RunRecord:
     """Generate ``max_tokens`` tokens for each prompt, greedily, and take the times."""
-    params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=max_tokens)
     clock = _StepClock(backend)
     told: list[tuple[float, float]] = []
     errors: list[DmtdError] = []
@@ -97,15 +89,7 @@ def run_once(
             errors.append(event.error)
         told.append((time.perf_counter(), backend.stats.session_seconds))
 
-    sequences = [
-        SequenceRun(
-            ids=list(prompt),
-            sampler=Sampler(params, vocab_size=vocab_size, prompt_ids=prompt, seed=0),
-            stops=StopRules(params),
-            on_event=on_event,
-        )
-        for prompt in prompts
-    ]
+    sequences = [greedy_sequence(prompt, vocab_size, max_tokens, on_event) for prompt in prompts]
     before = replace(backend.stats)
     start = time.perf_counter()
     run_batch(clock, plan, sequences)
@@ -122,6 +106,7 @@ def run_once(
     _, decode_start, decode_session = decode[0]
     seconds = end - decode_start
     return RunRecord(
+        tok_per_s=batch * max_tokens / (end - start),
         prefill_tok_per_s=sum(map(len, prompts)) / (decode_start - start),
         decode_tok_per_s=batch * (max_tokens - 1) / seconds,
         first_token_ms=(told[0][0] - start) * 1e3,

@@ -23,6 +23,7 @@ import typer
 from rich.console import Console
 
 from dmtd_runtime.errors import DmtdError, MissingExtraError
+from dmtd_runtime.machine.memory import left_in_words, ran_out
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
@@ -32,6 +33,7 @@ BundleOption = Annotated[Path | None, typer.Option("--model", "-m", help="The bu
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 
 T = TypeVar("T")
+_NO_MEMORY = "not enough memory ({}), {}; free some, or choose a smaller model, batch or length"
 _OWN_EXTRAS = {"onnxruntime": "cpu", "lm_eval": "lm-eval"}
 
 
@@ -66,7 +68,11 @@ def require(verb: str, modules: Sequence[str], extra: str) -> None:
     for name in modules:
         try:
             importlib.import_module(name)
-        except ImportError as error:
+        except Exception as error:  # noqa: BLE001 - a library that is broken, or too large for the memory, raises many kinds
+            if ran_out(error):
+                raise MissingExtraError(
+                    f"dmtd {verb} needs {name}, for which there is not enough memory ({error}), {left_in_words()}; free some"
+                ) from None
             raise MissingExtraError(
                 f"dmtd {verb} needs {name}, which cannot be imported ({error}); run: pip install {pip_name(name, extra)}"
             ) from None
@@ -104,7 +110,13 @@ def friendly_errors(flags: Mapping[str, str] | None = None, *, extra: str = "cpu
             raise _fail(
                 f"no space left on the device ({error.filename or 'output'}); free some and try again"
             ) from error
+        if ran_out(error):
+            raise _fail(_NO_MEMORY.format(error, left_in_words())) from error
         raise
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        raise _fail(_NO_MEMORY.format(error or type(error).__name__, left_in_words())) from error
 
 
 def _fail(message: str) -> typer.Exit:

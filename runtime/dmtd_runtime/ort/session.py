@@ -13,8 +13,10 @@ from typing import Any
 
 from dmtd_runtime.errors import BackendError, BundleError
 from dmtd_runtime.machine.hardware import default_threads
+from dmtd_runtime.machine.memory import ran_out
 from dmtd_runtime.ort.cuda_provider import CUDA_PROVIDER, prepare
 from dmtd_runtime.ort.library import import_onnxruntime
+from dmtd_runtime.ort.links import graph_source, reached_by_links
 
 CPU_PROVIDER = "CPUExecutionProvider"
 # Kernels of attention that may be taken, by the provider's numbers: flash, memory-efficient and unfused. Left to itself the
@@ -64,11 +66,12 @@ def open_session(
         threads: None: one for each core this process may use.
         prepack: weights are copied into the kernels' own layout.
         cuda: None: on the CPU.
-        weights: initializers by name that are on the device already; they must outlive the session.
+        weights: initializers by name that are in memory already; they must outlive the session.
 
     Raises:
         BundleError: the graph cannot be loaded.
         BackendError: ONNX Runtime or its CUDA provider is missing or unfit.
+        MemoryError: there is too little for it.
     """
     ort = import_onnxruntime()
     settings = ort.SessionOptions()
@@ -79,19 +82,24 @@ def open_session(
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     if not prepack:
         settings.add_session_config_entry("session.disable_prepacking", "1")
-    for name, value in (weights or {}).items():
-        settings.add_initializer(name, value)
     providers: list[Any] = [CPU_PROVIDER]
+    on_host = weights or {}
     if cuda is not None:
+        for name, value in on_host.items():
+            settings.add_initializer(name, value)
+        on_host = {}
         prepare(ort, cuda.device_id)
         settings.enable_mem_pattern = False  # a second run of the same shapes would allocate everything anew
         settings.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         providers = [(CUDA_PROVIDER, provider_options(cuda)), CPU_PROVIDER]
     try:
         # Without the fallback, which would print to stdout and go on with the CPU.
-        session = ort.InferenceSession(str(path), settings, providers=providers, enable_fallback=0)
+        with graph_source(path, settings, on_host) as source:
+            session = ort.InferenceSession(source, settings, providers=providers, enable_fallback=0)
     except Exception as error:
-        raise BundleError(f"ONNX Runtime cannot load {path}: {first_line(error)}; export the bundle again") from error
+        if ran_out(error):
+            raise MemoryError(f"ONNX Runtime, opening {path}: {first_line(error)}") from error
+        raise BundleError(f"ONNX Runtime cannot load {path}: {first_line(error)}; {_remedy(path)}") from error
     wanted = CPU_PROVIDER if cuda is None else CUDA_PROVIDER
     if session.get_providers()[0] != wanted:
         raise BackendError(
@@ -100,6 +108,12 @@ def open_session(
             param="device",
         )
     return session
+
+
+def _remedy(path: Path) -> str:
+    if reached_by_links(path):
+        return "its files are links, which may be the matter: copy what they lead to (cp -rL), or make it again"
+    return "export the bundle again"
 
 
 def first_line(error: Exception) -> str:

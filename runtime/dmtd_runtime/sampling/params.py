@@ -6,7 +6,7 @@ fits is ``LLM``'s question.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
@@ -144,17 +144,21 @@ class SamplingParams:
                 )
 
     @staticmethod
-    def from_generation_config(raw: Mapping[str, Any]) -> "SamplingParams":
+    def from_generation_config(
+        raw: Mapping[str, Any], *, ignored: Callable[[str], None] = lambda line: None
+    ) -> "SamplingParams":
         """Reads a model's recommended options from the content of its generation_config.json.
 
-        Without ``do_sample: true`` the model asks for greedy decoding. Keys that say nothing about sampling are
-        ignored; options that are absent or null keep the defaults of this class.
+        Without ``do_sample: true`` the model asks for greedy decoding, and a value that only sampling would read is left out
+        where it is none of ours. Keys that say nothing about sampling are ignored; options that are absent or null keep the
+        defaults of this class.
 
         Args:
             raw: The parsed file.
+            ignored: Told of every value that is left out, in one line.
 
         Raises:
-            BundleError: A value out of its range.
+            BundleError: A value out of its range that would be used.
         """
         names = {
             "top_p": "top_p",
@@ -164,13 +168,23 @@ class SamplingParams:
             "max_new_tokens": "max_tokens",
             "min_new_tokens": "min_tokens",
         }
-        given = {ours: raw[theirs] for theirs, ours in names.items() if raw.get(theirs) is not None}
+        given = {ours: _whole(raw[theirs]) for theirs, ours in names.items() if raw.get(theirs) is not None}
         sampled = raw.get("do_sample") is True
         given["temperature"] = (1.0 if raw.get("temperature") is None else raw["temperature"]) if sampled else 0.0
+        for name in ("top_p", "top_k", "min_p"):
+            if sampled or name not in given:
+                continue
+            try:
+                SamplingParams(**{name: given[name]})
+            except RequestError as error:
+                ignored(f"generation_config.json: {error}; ignored, as do_sample is not true")
+                del given[name]
         try:
-            return replace(SamplingParams(), **given)
+            params = SamplingParams(**{**given, "min_tokens": 0})
+            least = SamplingParams(min_tokens=given.get("min_tokens", 0)).min_tokens
         except RequestError as error:
             raise BundleError(f"generation_config.json: {error}; correct the file") from error
+        return replace(params, min_tokens=least if params.max_tokens is None else min(least, params.max_tokens))
 
     def _refuse_contradictions(self) -> None:
         form = self.structured_outputs
@@ -190,6 +204,11 @@ class SamplingParams:
                 "set a temperature above 0",
                 param="n",
             )
+
+
+def _whole(value: Any) -> Any:
+    """50.0, as some files write 50."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _integer(name: str, value: object, low: int, high: int) -> int:

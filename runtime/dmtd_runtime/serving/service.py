@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from dmtd_runtime.backends.base import BackendName, BackendOptions, FullPass
-from dmtd_runtime.backends.opening import open_backend
+from dmtd_runtime.backends.opening import ROOM_HINT, memory_needs, open_backend
+from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.bundle.opening import open_bundle, read_generation_config
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.errors import RequestError
+from dmtd_runtime.machine.memory import one_line_memory
 from dmtd_runtime.sampling.grammar import GrammarCompiler
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.serving.counts import Counts
@@ -32,7 +34,8 @@ from dmtd_runtime.serving.request import Request
 from dmtd_runtime.serving.worker import Worker
 from dmtd_runtime.text.chat_template import ChatTemplate
 from dmtd_runtime.text.prompt import Message, Prompt, token_ids_of
-from dmtd_runtime.text.tokenizer import Tokenizer, eos_token_ids_of
+from dmtd_runtime.text.special_tokens import eos_token_ids_of
+from dmtd_runtime.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("dmtd.llm")
 
@@ -54,7 +57,8 @@ class Service:
         dialect: which graphs; None takes ONNX Runtime's own where the bundle has them.
         full_pass: ``staged`` (T, D and lm_head in memory once) or ``fused`` (one graph, encoding layers read once); None takes
             fused where the split has encoding layers.
-        max_num_seqs: sequences that may run at a time. 1, the default, is the fastest for a single sequence.
+        max_num_seqs: sequences that may run at a time. None: of ``LLM`` 1, the fastest for a single sequence; of ``AsyncLLM``,
+            made for services, as many as the bundle was exported for, at most 8.
         max_model_len: prompt and answer together, at most the bundle's own limit, the default.
         threads: of the computation; None takes one for each core this process may use.
         max_num_batched_tokens: rows of a full pass, cycle heads and prompts together; None: what the backend takes.
@@ -82,7 +86,7 @@ class Service:
         device_id: int = _BACKEND.device_id,
         dialect: Literal["standard", "onnxruntime"] | None = _BACKEND.dialect,
         full_pass: FullPass | None = _BACKEND.full_pass,
-        max_num_seqs: int = _BACKEND.max_num_seqs,
+        max_num_seqs: int | None = None,
         max_model_len: int | None = _BACKEND.max_model_len,
         threads: int | None = _BACKEND.threads,
         max_num_batched_tokens: int | None = _SERVING.max_num_batched_tokens,
@@ -94,12 +98,14 @@ class Service:
         plain: bool = False,
     ) -> None:
         given = dict(locals())
+        self.manifest = open_bundle(Path(bundle))
+        if max_num_seqs is None:
+            given["max_num_seqs"] = self._usual_num_seqs(self.manifest)
         self._open(Path(bundle), _made_of(BackendOptions, given), _made_of(ServingOptions, given), plain=plain)
 
     def _open(self, directory: Path, options: BackendOptions, serving: ServingOptions, *, plain: bool) -> None:
         if not isinstance(plain, bool):
             raise RequestError(f"got {plain!r}, expected True or False", param="plain")
-        self.manifest = open_bundle(directory)
         self.tokenizer = Tokenizer.from_directory(directory, model_vocab_size=self.manifest.model.vocab_size)
         self.default_params = SamplingParams.from_generation_config(read_generation_config(directory))
         self._template = ChatTemplate.from_directory(directory) if self.tokenizer else None
@@ -114,13 +120,14 @@ class Service:
         )
         self._ids = itertools.count()
         self._requests: dict[str, Request] = {}
-        self._worker = Worker(
-            opened,
-            CyclePlan(cycle=self.manifest.cycle, plain=plain),
-            options=serving,
-            warm_up=options.warm_up,
-            after_step=self._after_step(),
-        )
+        with one_line_memory(memory_needs(self.manifest, options), ROOM_HINT):
+            self._worker = Worker(
+                opened,
+                CyclePlan(cycle=self.manifest.cycle, plain=plain),
+                options=serving,
+                warm_up=options.warm_up,
+                after_step=self._after_step(),
+            )
         self._close = weakref.finalize(self, Worker.close, self._worker)
         if not self.manifest.cycle.dmtd_trained and not plain:
             logger.info("%s: weights not trained for DMTD; its late steps choose poor words", directory)
@@ -161,6 +168,10 @@ class Service:
     def snapshot(self) -> Counts:
         """What the worker does and has done, as of its last step. Takes microseconds and no lock of the worker's."""
         return self._worker.snapshot()
+
+    def _usual_num_seqs(self, manifest: Manifest) -> int:
+        """Sequences at a time where nobody said how many."""
+        return 1
 
     def _after_step(self) -> Callable[[], None]:
         """What the worker calls after each step. It must not keep this object alive."""

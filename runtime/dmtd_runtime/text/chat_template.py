@@ -27,7 +27,7 @@ import jinja2.utils
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.errors import BundleError, DmtdError, RequestError
 from dmtd_runtime.text.messages import Budget, Message, calls_of, checked_messages, checked_objects, short
-from dmtd_runtime.text.tokenizer import read_config, read_special_tokens
+from dmtd_runtime.text.special_tokens import read_config, read_special_tokens
 
 MAX_TEMPLATE_CHARS = 1 << 20
 MAX_RENDERED_CHARS = 64 << 20

@@ -18,16 +18,12 @@ from typing import Any
 import tokenizers
 
 from dmtd_errors.native import NativePanicError, call_native
-from dmtd_errors.pointers import lfs_pointer
 from dmtd_runtime.errors import BundleError, RequestError
+from dmtd_runtime.text.special_tokens import eos_token_ids_of, read_special_tokens, read_text
 
 MAX_TOKENIZER_BYTES = 256 << 20
-MAX_CONFIG_BYTES = 64 << 20
 LONG_TEXT = 4000
 """Characters beyond which a text is encoded as a batch: the library then lets Python's other threads run meanwhile."""
-
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""What transformers knows by name; a model may have more."""
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -81,7 +77,7 @@ class Tokenizer:
         file = directory / "tokenizer.json"
         if not file.exists():
             return None
-        text = _read_text(file, MAX_TOKENIZER_BYTES)
+        text = read_text(file, MAX_TOKENIZER_BYTES)
         try:
             core = call_native(tokenizers.Tokenizer.from_str, text, quiet=True)
         except Exception as error:  # the library raises nothing more precise
@@ -140,7 +136,8 @@ class Tokenizer:
             Token ids, possibly none.
 
         Raises:
-            RequestError: Not text, text with half a surrogate pair, or text that this tokenizer or the model has no id for.
+            RequestError: Not text, text with half a surrogate pair, or with a token that the model has no row for.
+            BundleError: tokenizer.json fails on it.
         """
         if not isinstance(text, str):
             raise RequestError(f"got {type(text).__name__}, expected a string", param="prompt")
@@ -184,7 +181,7 @@ class Tokenizer:
 
         Raises:
             RequestError: A negative id, or one beyond 32 bits.
-            BundleError: As for ``encode``.
+            BundleError: The library fails on them.
         """
         try:
             return str(_on_text(self._core.decode, list(ids), skip_special_tokens=skip_special_tokens))
@@ -293,91 +290,6 @@ class TextStream:
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens) if ids else ""
-
-
-def read_special_tokens(directory: Path) -> dict[str, str]:
-    """The named special tokens of tokenizer_config.json as text: ``bos_token``, ``eos_token``, ``pad_token``, ...
-
-    Chat templates see them all, those with a name of the model's own (``image_token``) included; none where the file is absent.
-
-    Raises:
-        BundleError: The file is broken.
-    """
-    config = read_config(directory / "tokenizer_config.json")
-    own = {name: value for name, value in config.items() if name.endswith("_token") and isinstance(value, str | dict)}
-    extra = config.get("extra_special_tokens")
-    named = {name: config.get(name) for name in NAMED_TOKENS} | own | (extra if isinstance(extra, dict) else {})
-    found = {name: _token_text(name, value) for name, value in named.items()}
-    return {name: text for name, text in found.items() if text is not None}
-
-
-def eos_token_ids_of(directory: str | Path) -> tuple[int, ...]:
-    """End-of-sequence ids of generation_config.json or, where it names none, of config.json.
-
-    Args:
-        directory: A bundle, or a Hugging Face model directory; it needs no tokenizer.
-
-    Returns:
-        Ids in the order of the file, possibly none.
-
-    Raises:
-        BundleError: A file is broken.
-    """
-    for name in ("generation_config.json", "config.json"):
-        file = Path(directory) / name
-        value = read_config(file).get("eos_token_id")
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-            raise BundleError(f"{file}: eos_token_id: got {value!r}, expected a token id or a list of them; correct it")
-        if ids:
-            return tuple(ids)
-    return ()
-
-
-def read_config(file: Path) -> Mapping[str, Any]:
-    """Reads a small JSON file of a bundle.
-
-    Args:
-        file: Its path.
-
-    Returns:
-        The object; empty where the file is absent.
-
-    Raises:
-        BundleError: Too large, unreadable, or not a JSON object.
-    """
-    if not file.exists():
-        return {}
-    text = _read_text(file, MAX_CONFIG_BYTES)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{file}: not JSON ({error}); export the model again") from error
-    if not isinstance(value, dict):
-        raise BundleError(f"{file}: got a JSON {type(value).__name__}, expected an object; export the model again")
-    return value
-
-
-def _read_text(file: Path, max_bytes: int) -> str:
-    if (pointer := lfs_pointer(file)) is not None:
-        raise BundleError(f"{file}: {pointer}")
-    try:
-        size = file.stat().st_size
-        if size > max_bytes:
-            raise BundleError(f"{file}: got {size} bytes, expected at most {max_bytes}; is this the right file?")
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BundleError(f"{file}: cannot be read ({error.strerror}); mend that") from error
-    except UnicodeDecodeError as error:
-        raise BundleError(f"{file}: cannot be read as UTF-8 ({error}); export the model again") from error
-
-
-def _token_text(name: str, value: object) -> str | None:
-    if isinstance(value, dict):
-        value = value.get("content")
-    if value is not None and not isinstance(value, str):
-        raise BundleError(f"tokenizer_config.json: {name}: got {value!r}, expected a token's text; correct the file")
-    return value
 
 
 def _on_text(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

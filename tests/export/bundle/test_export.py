@@ -6,7 +6,9 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -173,8 +175,8 @@ def test_max_model_len_bounds_the_bundle_and_its_rotary_tables(plain: Path, tmp_
     [
         ({"max_model_len": 257}, "max_model_len: got 257, expected 2 to 256"),
         ({"max_model_len": 0}, "max_model_len: got 0"),
-        ({"max_num_seqs": 0}, "max_num_seqs: got 0, expected 1 to 32"),
-        ({"max_num_seqs": 33}, "max_num_seqs: got 33"),
+        ({"max_num_seqs": 0}, "max_num_seqs: got 0, expected 1 to 64"),
+        ({"max_num_seqs": 65}, "max_num_seqs: got 65"),
         ({"cycle_length": 257}, "cycle_length: got 257, expected 1 to 256"),
         ({"cycle_length": 0}, "cycle_length: got 0"),
         ({"decoding_layers": 4}, "encoding 0 + thinking 0 + decoding 4"),
@@ -330,3 +332,75 @@ def test_a_head_that_onnxruntime_refuses_is_named_with_the_way_out(tmp_path: Pat
     export_bundle(
         source, tmp_path / "b", ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=3), target="tensorrt")
     )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        (None, {"eos_token_id": [258, 7], "do_sample": True, "temperature": 0.5}),
+        ("none", {"eos_token_id": [258, 7]}),  # ends are no option
+        ("FILE", {"temperature": 0.25}),
+    ],
+)
+def test_generation_config_is_the_checkpoints_the_users_or_none(
+    tmp_path: Path, wanted: str | None, expected: dict[str, Any]
+) -> None:
+    source = write_tiny_checkpoint(tmp_path / "m", layers=2, tokenizer=True)
+    (source / "generation_config.json").write_text(
+        '{"eos_token_id": [258, 7], "do_sample": true, "temperature": 0.5}', encoding="utf-8"
+    )
+    own = tmp_path / "own.json"
+    own.write_text('{"temperature": 0.25}', encoding="utf-8")
+    options = ExportOptions(
+        split=SplitOptions(decoding_layers=1, cycle_length=2),
+        generation_config=str(own) if wanted == "FILE" else wanted,
+    )
+    export_bundle(source, tmp_path / "b", options)
+    assert json.loads((tmp_path / "b/generation_config.json").read_text(encoding="utf-8")) == expected
+    # Whoever reads the manifest alone knows all ends.
+    assert read_manifest(tmp_path / "b")["model"]["eos_token_ids"] == expected.get("eos_token_id", [258])
+
+
+def test_a_generation_config_that_is_in_the_way_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = write_tiny_checkpoint(tmp_path / "m", layers=2, tokenizer=True)
+    options = ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=2))
+    for content in ('{"do_sample": true, "top_p": 7}', "{", '{"eos_token_id": "x"}'):
+        (source / "generation_config.json").write_text(content, encoding="utf-8")
+        with pytest.raises(ExportError, match=r"generation_config\.json.* leave it out with --generation-config none"):
+            export_bundle(source, tmp_path / "b", options)
+    for name in (str(tmp_path), "none/such"):
+        with pytest.raises(ExportError, match=r"^generation_config: .* cannot be read"):
+            export_bundle(source, tmp_path / "b", replace(options, generation_config=name))
+    (source / "generation_config.json").write_text('{"do_sample": false, "top_p": 0.0}', encoding="utf-8")
+    with caplog.at_level(logging.WARNING, "dmtd"):
+        export_bundle(source, tmp_path / "b", options)
+    assert [line for line in caplog.messages if "top_p: got 0, " in line and line.endswith("do_sample is not true")]
+
+
+def test_a_factor_that_the_reference_ignores_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What DeepSeek-R1-0528-Qwen3-8B publishes: transformers takes 1 + 0.1 ln 4, vLLM 0.878 times that, which is 1."""
+    source = write_tiny_checkpoint(tmp_path / "m", layers=2, max_positions=256)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    config["rope_scaling"] = scaling | {"attn_factor": 0.8782488562869419, "finetuned": True}
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with caplog.at_level(logging.WARNING, "dmtd"):
+        options = ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=2), target="tensorrt")
+        export_bundle(source, tmp_path / "b", options)
+    [line] = [line for line in caplog.messages if "attn_factor" in line]
+    assert line.endswith("for that, say attention_factor 1 in config.json instead")
+
+
+def test_large_rotary_tables_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = write_tiny_checkpoint(tmp_path / "model", max_positions=1000)
+    export(source, tmp_path / "quiet")
+    assert "rotary tables" not in caplog.text
+    monkeypatch.setattr("dmtd_export.bundle.export.LARGE_TABLES_BYTES", 50_000)
+    export(source, tmp_path / "told")
+    rows = read_manifest(tmp_path / "told")["weights"]["rotary.cos"]["shape"][0]
+    assert f"rotary tables of 1000 positions take {2 * rows * 8 * 4 / 1e9:.2f} GB" in caplog.text
+    caplog.clear()
+    export(source, tmp_path / "short", max_model_len=100)
+    assert "rotary tables" not in caplog.text

@@ -62,7 +62,7 @@ def test_dry_run_says_what_stands_twice(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (("--max-num-seqs", 99), "error: --max-num-seqs: got 99, expected 1 to 32"),
+        (("--max-num-seqs", 99), "error: --max-num-seqs: got 99, expected 1 to 64"),
         (("--max-model-len", 65), "error: --max-model-len: got 65, expected 2 to 64"),
         (("--compute-capability", "8.9"), "error: --compute-capability: got 8.9, but simulator builds"),
     ],

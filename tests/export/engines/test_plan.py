@@ -64,7 +64,7 @@ def test_capacity_holds_the_longest_sequence_and_a_padded_chunk(manifest: Manife
     ("options", "message"),
     [
         (BuildOptions(max_model_len=50000), "max_model_len: got 50000, expected 2 to 40960"),
-        (BuildOptions(max_num_seqs=33), "max_num_seqs: got 33, expected 1 to 32"),
+        (BuildOptions(max_num_seqs=65), "max_num_seqs: got 65, expected 1 to 64"),
         (BuildOptions(prefill_chunk=512), "prefill_chunk: got 512, expected 3 to 256"),
         (BuildOptions(prefill_chunk=2), "prefill_chunk: got 2, expected 3 to 256"),
     ],

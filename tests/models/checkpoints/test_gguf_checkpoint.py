@@ -86,6 +86,17 @@ YARN = Rope(theta=1e6, kind="yarn", factor=4.0, original_max_positions=128, beta
             },
             YARN,
         ),
+        (
+            # llama.cpp multiplies yarn's own factor, 1 + 0.1 ln 4, by the one, and overwrites the other.
+            {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 4.0,
+                "rope.scaling.original_context_length": 128,
+                "rope.scaling.attn_factor": 0.5,
+                "rope.scaling.yarn_attn_factor": 0.8782488562869419,
+            },
+            dataclasses.replace(YARN, attention_factor=0.5 * (0.1 * math.log(4.0) + 1)),
+        ),
     ],
 )
 def test_rope_scaling(tmp_path, metadata, expected):

@@ -165,3 +165,15 @@ def test_a_file_without_a_tokenizer(tmp_path):
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", config, random_weights(config, seed=1)))
     assert "carries no tokenizer" in checkpoint.tokenizer_problem
     assert set(checkpoint.assets()) == {"config.json", "generation_config.json"}
+
+
+def test_all_named_tokens_and_the_template_for_tools() -> None:
+    data = metadata("smollm") | {
+        "tokenizer.ggml.seperator_token_id": 0,
+        "tokenizer.ggml.mask_token_id": 1,
+        "tokenizer.chat_template.tool_use": "T",
+    }
+    files = tokenizer_from_metadata(data, max_len=8).files
+    config, tokens = json.loads(files["tokenizer_config.json"]), data["tokenizer.ggml.tokens"]
+    assert (config["sep_token"], config["mask_token"]) == (tokens[0], tokens[1])
+    assert files["chat_template_tool_use.jinja"] == b"T"

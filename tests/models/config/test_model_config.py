@@ -8,6 +8,7 @@ import transformers
 from dmtd_models.config.hf import to_hugging_face
 from dmtd_models.config.model import DmtdSpec, Rope, SplitOptions, read_config, resolve_dmtd
 from dmtd_models.errors import ConfigError
+from dmtd_models.reference.rope import attention_factor
 
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -142,6 +143,18 @@ def test_both_spellings_of_rope_are_one():
         32768,
     )
     assert (new.rope.beta_fast, new.rope.beta_slow, new.rope.truncate) == (32.0, 1.0, True)
+
+
+def test_what_transformers_ignores_of_rope_is_ignored():
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    published = {**scaling, "attn_factor": 0.8782488562869419, "finetuned": True}
+    ours, _ = read_config({**LLAMA, "rope_scaling": published, "max_position_embeddings": 131072})
+    assert ours == read_config({**LLAMA, "rope_scaling": scaling, "max_position_embeddings": 131072})[0]
+    theirs = transformers.Qwen3Config(rope_parameters={"rope_theta": 1e6, **published}, max_position_embeddings=131072)
+    _, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")
+    assert attention_factor(ours.rope) == pytest.approx(factor, rel=1e-12)
 
 
 @pytest.mark.parametrize("cls", ["LlamaConfig", "Qwen2Config", "Qwen3Config"])

@@ -6,23 +6,20 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import typer.main
 from bundles import make_bundle, with_files
 from typer.testing import CliRunner, Result
 
 from dmtd_export.cli.main import VERBS, _LazyCommand, app
 from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.bench.load import LoadOptions
 from dmtd_runtime.bench.measure import BenchOptions
-from dmtd_runtime.cli.chat import change_params, params_words
 from dmtd_runtime.cli.common import human_bytes, printable
-from dmtd_runtime.cli.options.sampling import GivenSampling
-from dmtd_runtime.errors import RequestError
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.serving.options import ServingOptions
 
@@ -82,6 +79,10 @@ def test_defaults_are_those_of_the_dataclasses(verb: str) -> None:
         own = {f.name for f in fields(BenchOptions)} - {"batches"}
         assert {name: options[name].default for name in own} == {name: getattr(bench, name) for name in own}
         assert options["batches"].default == "1"
+        load = LoadOptions()
+        own = {f.name for f in fields(LoadOptions)} - {"request_rates"}
+        assert {name: options[name].default for name in own} == {name: getattr(load, name) for name in own}
+        assert options["request_rates"].default == "inf"
     else:
         # Not given means: as generation_config.json or SamplingParams says.
         own = {f.name for f in fields(SamplingParams)} & set(options)
@@ -180,68 +181,6 @@ def test_token_ids_are_printed_where_there_is_no_tokenizer(mute_bundle: str) -> 
     assert [int(word) for word in result.stdout.split()] == told["token_ids"]
 
 
-def test_chat_from_a_pipe(bundle: str, tmp_path: Path) -> None:
-    saved = tmp_path / "talk.json"
-    lines = ["/system be brief", "hello", '"""two', 'lines"""', "/params max_tokens=3", "again", f"/save {saved}"]
-    result = dmtd("chat", bundle, "--max-tokens", "4", stdin="\n".join(lines) + "\n")
-    assert result.exit_code == 0, result.output
-    messages = json.loads(saved.read_text(encoding="utf-8"))["messages"]
-    assert [message["role"] for message in messages] == ["system", *("user", "assistant") * 3]
-    assert [message["content"] for message in messages if message["role"] == "user"] == ["hello", "two\nlines", "again"]
-    assert messages[2]["content"] in result.stdout
-    assert "> " not in result.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
-
-
-def test_chat_goes_on_after_mistakes(bundle: str, tmp_path: Path) -> None:
-    lines = [
-        "/nope",
-        "/params temperature=-1",
-        "/params nonsense",
-        "x" * 300,
-        f"/save {tmp_path}/no/such/folder",
-        "/save",
-        "/reset",
-        "/exit",
-        "never said",
-    ]
-    result = dmtd("chat", bundle, stdin="\n".join(lines) + "\n")
-    assert result.exit_code == 1
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 6
-    assert "expected at most 255" in errors[3]
-    assert result.stdout == ""
-
-
-@pytest.mark.parametrize(
-    ("lines", "words"),
-    [
-        (b"hello\n\xff\n", "line 2 of stdin is not UTF-8 at byte 0"),
-        (b'"""a\nb\xe4\n', "line 2 of stdin is not UTF-8 at byte 1"),
-        (b'hello\n"""two\nlines\n', 'the message that begins in line 2 was not said: its """ is not closed'),
-        (b'"""a""" b\n', "got 'b' behind the closing"),
-    ],
-)
-def test_a_pipe_that_makes_no_message(bundle: str, lines: bytes, words: str) -> None:
-    result = CliRunner().invoke(app, ["chat", bundle, "--max-tokens", "2"], input=lines, prog_name="dmtd")
-    assert result.exit_code == 1
-    [error] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert words in error
-
-
-def test_chat_keeps_its_history_over_a_refused_message(bundle: str, tmp_path: Path) -> None:
-    core = tokenizers.Tokenizer.from_file(str(Path(bundle) / "tokenizer.json"))
-    core.add_tokens(["[PAD]"])  # id 259, which the model has no row for
-    copy = with_files(Path(bundle), tmp_path / "bundle", {"tokenizer.json": core.to_str().encode()})
-    saved = tmp_path / "talk.json"
-    lines = ["hello", "[PAD]", "again", f"/save {saved}"]
-    result = dmtd("chat", str(copy), "--max-tokens", "2", stdin="\n".join(lines))
-    assert result.exit_code == 1
-    assert "got '[PAD]', token id 259" in result.stderr
-    messages = json.loads(saved.read_text(encoding="utf-8"))["messages"]
-    assert [message["content"] for message in messages if message["role"] == "user"] == ["hello", "again"]
-
-
 def test_arguments_of_the_chat_template(bundle: str, tmp_path: Path) -> None:
     source = b"{{ messages[-1].content }}{% if big %}ABC{% endif %}{{ tools[0].name if tools }}"
     copy = str(with_files(Path(bundle), tmp_path / "bundle", {"chat_template.jinja": source}))
@@ -261,45 +200,6 @@ def test_arguments_of_the_chat_template(bundle: str, tmp_path: Path) -> None:
         assert result.stderr.splitlines()[-1].startswith(f"error: {words}")
 
 
-def test_params_have_blanks_and_objects() -> None:
-    params = SamplingParams(temperature=0.5)
-    changed = change_params(params, 'stop=["a b", "\\"c\\" ="]  logit_bias={"50": -100, "7": 1.5} top-p=0.5')
-    assert changed == SamplingParams(temperature=0.5, stop=("a b", '"c" ='), logit_bias={50: -100.0, 7: 1.5}, top_p=0.5)
-    assert change_params(params, 'stop="The end"').stop_strings == ("The end",)
-    assert change_params(changed, "logit_bias=none stop=[]") == replace(params, top_p=0.5)
-    # What is shown can be typed.
-    assert change_params(SamplingParams(), " ".join(params_words(changed))) == changed
-    for words in (
-        'stop=["a',
-        "logit_bias={50: -100}",
-        'logit_bias={"a": 1}',
-        "logit_bias=[1]",
-        'stop="a b',
-        "top_p=0.5 x",
-    ):
-        with pytest.raises(RequestError) as caught:
-            change_params(params, words)
-        assert "\n" not in str(caught.value)
-
-
-def test_asked_tokens_win_over_recommended_ones() -> None:
-    defaults = SamplingParams(min_tokens=10, max_tokens=20)
-    assert GivenSampling(max_tokens=5).over(defaults).min_tokens == 5
-    assert GivenSampling(max_tokens=15).over(defaults).min_tokens == 10
-    with pytest.raises(RequestError, match="min_tokens"):
-        GivenSampling(max_tokens=5, min_tokens=6).over(defaults)
-
-
-def test_params_words() -> None:
-    params = SamplingParams(temperature=0.5, max_tokens=5)
-    changed = change_params(params, 'top_p=0.5 max-tokens=none stop=["a"] ignore_eos=true')
-    assert (changed.temperature, changed.top_p, changed.max_tokens) == (0.5, 0.5, None)
-    assert (changed.stop_strings, changed.ignore_eos) == (("a",), True)
-    assert change_params(params, "stop=END").stop_strings == ("END",)
-    with pytest.raises(RequestError, match="expected NAME=VALUE"):
-        change_params(params, "n=2")
-
-
 def test_bench_json(bundle: str) -> None:
     told = one_json(
         dmtd("bench", bundle, "--prompt-len", "4", "--max-tokens", "6", "--repeats", "2", "--batch", "1,2", "--json")
@@ -313,6 +213,28 @@ def test_bench_table(bundle: str) -> None:
     assert result.exit_code == 0
     for words in ("bytes a token", "bound", "ratio", "outside the sessions", "fused", "more memory"):
         assert words in result.stdout
+
+
+SERVE = ("--serve", "--prompt-len", "4", "--max-tokens", "6", "--repeats", "1", "--warmup", "0")
+
+
+def test_bench_serve_json(bundle: str) -> None:
+    told = one_json(dmtd("bench", bundle, *SERVE, "--batch", "1,2", "--concurrency", "3", "--json"))
+    assert [(load["slots"], load["concurrency"], load["request_rate"]) for load in told["loads"]] == [
+        (1, 3, None),
+        (2, 3, None),
+    ]
+    assert told["loads"][1]["dmtd"]["requests"] == 8  # four for each slot
+
+
+def test_bench_serve_table_and_plot(bundle: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name, begin in (("load.png", b"\x89PNG"), ("load.svg", b"<?xml")):
+        result = dmtd("bench", bundle, *SERVE, "--request-rate", "500,1000", "--plot", str(tmp_path / name))
+        assert result.exit_code == 0, result.output
+        for words in ("1 slots, 500/s", "1 slots, 1000/s", "DMTD / static batch", "heads in phase", "first token"):
+            assert words in result.stdout
+        assert (tmp_path / name).read_bytes().startswith(begin)
 
 
 def test_inspect_and_doctor(bundle: str) -> None:
@@ -358,6 +280,18 @@ BAD_REQUESTS: list[tuple[str, Sequence[str], str]] = [
     ("text without tokenizer", ("generate", "MUTE", "-p", "x"), "no tokenizer: give --token-ids"),
     ("chat without tokenizer", ("chat", "MUTE"), "no tokenizer, which chatting needs"),
     ("bench length", ("bench", "BUNDLE"), "--prompt-len: got 128, and 256 new tokens, expected at most 256"),
+    ("load without serve", ("bench", "BUNDLE", "--num-prompts", "3"), "--serve: an option of a serving load was given"),
+    ("rates", ("bench", "BUNDLE", *SERVE, "--request-rate", "1,fast"), "--request-rate: got '1,fast'"),
+    ("rate and loop", ("bench", "BUNDLE", *SERVE, "--request-rate", "1", "--concurrency", "2"), "--concurrency: got 2"),
+    ("plot of one", ("bench", "BUNDLE", *SERVE, "--plot", "x.png"), "--plot: expected several request rates"),
+    ("plot kind", ("bench", "BUNDLE", *SERVE, "--request-rate", "1,2", "--plot", "x.gif"), "--plot: got x.gif"),
+    (
+        "load length",
+        ("bench", "BUNDLE", "--serve", "--max-tokens", "120"),
+        "with a range ratio of 0.5, expected at most",
+    ),
+    ("no dataset", ("bench", "BUNDLE", *SERVE, "--dataset", "/no/such"), "--dataset: /no/such cannot be read"),
+    ("whole and serve", ("bench", "BUNDLE", *SERVE, "--whole-model"), "--whole-model: got it with --serve"),
     ("bench sizes", ("bench", "BUNDLE", "--batch", "1,b"), "--batch: got '1,b'"),
 ]
 
@@ -441,13 +375,3 @@ def test_sampling_options_that_change_nothing_are_noted(bundle: str) -> None:
     noted = dmtd("generate", bundle, "-p", "a", "--max-tokens", "2", "--top-p", "0.9", "--greedy")
     assert "--top-p changes nothing at temperature 0" in noted.stderr
     assert "changes nothing" not in dmtd("generate", bundle, "-p", "a", "--max-tokens", "2", "--greedy").stderr
-
-
-def test_chat_says_when_the_conversation_is_full_and_saves_over_no_other_file(bundle: str, tmp_path: Path) -> None:
-    other = tmp_path / "mine.txt"
-    other.write_text("precious")
-    lines = "".join(f"{letter * 40}\n" for letter in "abcdefgh") + f"/save {other}\n"
-    result = dmtd("chat", bundle, "--greedy", "--max-tokens", "60", stdin=lines)
-    assert "the conversation is full" in result.stderr
-    assert "is no saved conversation" in result.stderr
-    assert other.read_text() == "precious"

@@ -173,6 +173,11 @@ def test_validate_for_a_vocabulary() -> None:
             {"do_sample": True, "top_k": None, "min_p": 0.1, "repetition_penalty": 1.1, "max_new_tokens": 32},
             {"temperature": 1.0, "min_p": 0.1, "repetition_penalty": 1.1, "max_tokens": 32},
         ),
+        ({"do_sample": True, "top_k": 50.0}, {"temperature": 1.0, "top_k": 50}),
+        ({"do_sample": False, "top_p": 0.0, "top_k": 20}, {"temperature": 0.0, "top_k": 20}),
+        ({"top_p": 0.9, "top_k": -5, "min_p": "x"}, {"temperature": 0.0, "top_p": 0.9}),
+        ({"min_new_tokens": 40, "max_new_tokens": 8.0}, {"temperature": 0.0, "min_tokens": 8, "max_tokens": 8}),
+        ({"min_new_tokens": 40}, {"temperature": 0.0, "min_tokens": 40}),
     ],
 )
 def test_from_generation_config(raw: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -180,8 +185,21 @@ def test_from_generation_config(raw: dict[str, Any], expected: dict[str, Any]) -
 
 
 def test_from_generation_config_names_the_file() -> None:
-    with pytest.raises(BundleError, match=r"generation_config\.json: top_p: got 7"):
-        SamplingParams.from_generation_config({"top_p": 7})
+    for raw, found in (
+        ({"top_p": 7, "do_sample": True}, "top_p: got 7"),
+        ({"repetition_penalty": 0}, "repetition_penalty: got 0"),
+        ({"min_new_tokens": -1}, "min_tokens: got -1"),
+        ({"top_k": 50.5, "do_sample": True}, "top_k: got 50.5"),
+    ):
+        with pytest.raises(BundleError, match=rf"generation_config\.json: {found}"):
+            SamplingParams.from_generation_config(raw)
+
+
+def test_values_that_nobody_reads_are_told() -> None:
+    lines: list[str] = []
+    SamplingParams.from_generation_config({"top_p": 0.0, "top_k": 50}, ignored=lines.append)
+    [line] = lines
+    assert line.startswith("generation_config.json: top_p: got 0, expected a finite number above 0 up to 1; ignored")
 
 
 ANYTHING = (

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from dmtd_runtime.errors import BundleError, RequestError
-from dmtd_runtime.text.tokenizer import TextStream, Tokenizer, eos_token_ids_of
+from dmtd_runtime.text.special_tokens import eos_token_ids_of
+from dmtd_runtime.text.tokenizer import TextStream, Tokenizer
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",

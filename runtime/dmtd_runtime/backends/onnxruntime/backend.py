@@ -35,7 +35,7 @@ from dmtd_runtime.backends.onnxruntime.memory import (
 )
 from dmtd_runtime.backends.onnxruntime.sizes import OrtSizes
 from dmtd_runtime.backends.onnxruntime.trial import captures_agree, warm_up_steps
-from dmtd_runtime.backends.onnxruntime.weights import upload_weights
+from dmtd_runtime.backends.onnxruntime.weights import mapped_weights, upload_weights
 from dmtd_runtime.backends.row_copies import CacheLayout, RowCopies
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.engine_record import default_full_pass
@@ -189,6 +189,8 @@ class OnnxRuntimeBackend(StepwiseBackend):
             chooser = self._session(directory, contract.CHOOSE_TOKEN)
             graphs = [self._graphs[name] for name in names]
             self._weights = upload_weights(directory, self._manifest, graphs, self._memory, chooser)
+        else:
+            self._weights = mapped_weights(directory, self._manifest, self._graphs.values())
         for name in names:
             self._session(directory, name)
         if self._captures:

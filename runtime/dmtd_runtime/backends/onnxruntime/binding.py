@@ -12,6 +12,7 @@ from dmtd_runtime.backends.base import Array, RunStats
 from dmtd_runtime.backends.onnxruntime.memory import Block, Buffer, OrtMemory
 from dmtd_runtime.bundle.manifest import GraphInfo
 from dmtd_runtime.errors import BackendError
+from dmtd_runtime.machine.memory import left_in_words, ran_out
 from dmtd_runtime.ort.library import import_onnxruntime
 from dmtd_runtime.ort.session import first_line
 
@@ -100,6 +101,11 @@ class Binding:
         try:
             self._session.run_with_iobinding(self._binding, self._run_options)
         except Exception as error:
+            if ran_out(error):
+                raise BackendError(
+                    f"not enough memory for this step ({first_line(error)}), {left_in_words()}; send shorter prompts, "
+                    "or lower --max-model-len or --max-num-seqs"
+                ) from error
             hint = "; try --no-cuda-graphs" if self._graph_id not in (None, -1) else ""
             raise BackendError(f"ONNX Runtime failed: {first_line(error)}{hint}") from error
         stats.session_seconds += time.perf_counter() - start

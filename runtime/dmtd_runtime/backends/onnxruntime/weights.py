@@ -1,4 +1,6 @@
-"""A bundle's weights on a GPU, each once, whichever graphs read it: uploaded here and handed to sessions as initializers."""
+"""A bundle's weights handed to sessions as initializers: on a GPU, each once, whichever graphs read it; on the CPU only where
+links lie between a graph and the weights file, which ONNX Runtime would not follow.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,8 @@ from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import GraphInfo, Manifest
 from dmtd_runtime.device.base import Address, aligned
 from dmtd_runtime.device.uploading import Uploader
+from dmtd_runtime.ort.library import import_onnxruntime
+from dmtd_runtime.ort.links import reached_by_links
 
 
 def weights_of(manifest: Manifest, graphs: Iterable[GraphInfo]) -> dict[str, tuple[int, int, tuple[int, ...], str]]:
@@ -43,3 +47,13 @@ def upload_weights(
         buffer = Buffer(address=address, shape=shape, dtype=dtype, array=None)
         values[name] = value_at(session, buffer, memory.device)
     return values
+
+
+def mapped_weights(directory: Path, manifest: Manifest, graphs: Iterable[GraphInfo]) -> Mapping[str, Any]:
+    """What the graphs read, as OrtValues over the mapped file; empty where ONNX Runtime reads the file itself."""
+    linked = [graph for graph in graphs if reached_by_links(directory / graph.file)]
+    from_array = import_onnxruntime().OrtValue.ortvalue_from_numpy
+    return {
+        name: from_array(np.memmap(directory / contract.WEIGHTS_FILE, dtype, "r", offset=offset, shape=shape))
+        for name, (offset, _, shape, dtype) in weights_of(manifest, linked).items()
+    }

@@ -35,3 +35,6 @@ SERVING = Group(
 OnePrompt = Annotated[ServingOptions, SERVING.only("max_num_batched_tokens")]
 Turns = Annotated[ServingOptions, SERVING.only("max_num_batched_tokens", "prefix_cache_bytes")]
 """What matters to one sequence after another: nobody waits."""
+_SHARED = ("max_num_batched_tokens", "long_prefill_token_threshold", "max_num_partial_prefills", "prefix_cache_bytes")
+Many = Annotated[ServingOptions, SERVING.only(*_SHARED)]
+"""What matters where many sequences come, and none is refused."""

@@ -1,0 +1,48 @@
+"""A backend lent to who would close it: the benchmark runs many loops and workers over one open backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dmtd_runtime.backends.base import Array, Backend, Rows, RunOutput, SlotCycle, SlotStep
+
+
+class LentBackend:
+    """Does all that the backend does, but closing. See :class:`dmtd_runtime.backends.base.Backend`."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.slots, self.capacity, self.max_rows = backend.slots, backend.capacity, backend.max_rows
+        self.stats, self.chooses_tokens = backend.stats, backend.chooses_tokens
+        self.max_model_len, self.full_pass = backend.max_model_len, backend.full_pass
+        self.runs_cycles, self.gives_all_rows = backend.runs_cycles, backend.gives_all_rows
+        self._backend = backend
+
+    def run(
+        self, steps: Sequence[SlotStep], committed: Sequence[int], *, choose: bool = False, rows: Rows = "last"
+    ) -> RunOutput:
+        return self._backend.run(steps, committed, choose=choose, rows=rows)
+
+    def warm_up(self) -> None:
+        self._backend.warm_up()
+        self.stats = self._backend.stats
+
+    def start_cycle(self, slots: Sequence[SlotCycle], *, follows: bool = False) -> None:
+        self._backend.start_cycle(slots, follows=follows)
+
+    def finish_cycle(self) -> Array:
+        return self._backend.finish_cycle()
+
+    def clear(self, slot: int, rows: int) -> None:
+        self._backend.clear(slot, rows)
+
+    def move(self, source: int, target: int, rows: int) -> None:
+        self._backend.move(source, target, rows)
+
+    def read_rows(self, slot: int, rows: range) -> Array:
+        return self._backend.read_rows(slot, rows)
+
+    def write_rows(self, slot: int, first: int, values: Array) -> None:
+        self._backend.write_rows(slot, first, values)
+
+    def close(self) -> None:
+        """Whoever opened the backend closes it."""
