@@ -89,7 +89,9 @@ class AsyncLLM(Service):
                 score_from=score_from,
             )
 
-        return AsyncStream(self, request, is_long=hasattr(prompt, "__len__") and len(prompt) > LONG_PROMPT)
+        return AsyncStream(
+            self, request, is_long=_has_form(params) or (hasattr(prompt, "__len__") and len(prompt) > LONG_PROMPT)
+        )
 
     def chat(
         self,
@@ -117,7 +119,9 @@ class AsyncLLM(Service):
                 from_template=True,
             )
 
-        return AsyncStream(self, request, is_long=len(repr((messages, tools, documents))) > LONG_PROMPT)
+        return AsyncStream(
+            self, request, is_long=_has_form(params) or len(repr((messages, tools, documents))) > LONG_PROMPT
+        )
 
     def _usual_num_seqs(self, manifest: Manifest) -> int:
         packed = [graph.slots for graph in manifest.graphs if graph.dialect == contract.ONNXRUNTIME]
@@ -131,6 +135,11 @@ class AsyncLLM(Service):
         """Queue a request whose reader waits in the running event loop."""
         request.notify = self._loops.teller(reader)
         self._start([request])
+
+
+def _has_form(params: object) -> bool:
+    """Whether a grammar is to be compiled, which may take long."""
+    return isinstance(params, SamplingParams) and params.structured_outputs is not None
 
 
 class AsyncStream(AsyncIterator[Delta]):

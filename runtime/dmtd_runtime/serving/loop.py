@@ -197,7 +197,7 @@ class Loop:
             return False
         planned = self._scheduler.schedule_cycle()
         running = [self._sequences[one.sequence] for one in planned]
-        if not planned or any(s.sampler.wants_logprobs for s in running):
+        if not planned or any(s.sampler.needs_host for s in running):
             return False
         if self._scheduler.num_reading and self._read_first:
             self._read_first = False

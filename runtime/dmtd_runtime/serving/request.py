@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dmtd_runtime.errors import DmtdError
+from dmtd_runtime.sampling.grammar import Grammar
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import Choice, Sampler
 from dmtd_runtime.sampling.stops import StopRules
@@ -52,6 +53,7 @@ class Request:
         eos_token_ids: Sequence[int],
         room: int,
         tokenizer: Tokenizer | None,
+        grammar: Grammar | None,
         deadline: float | None,
         priority: int,
         cache_salt: str | None,
@@ -88,6 +90,7 @@ class Request:
                     seed=seed,
                     sequence=index,
                     eos_token_ids=eos_token_ids,
+                    form=grammar.start() if grammar else None,
                 ),
                 stops=StopRules(params, eos_token_ids=eos_token_ids, room=room, text=text),
                 on_event=lambda event: self._take_in(index, event),

@@ -190,6 +190,10 @@ class Tokenizer:
                 "token ids: got a negative id or one beyond 32 bits, expected ids of the model"
             ) from error
 
+    def to_json(self) -> str:
+        """tokenizer.json's text, without padding and truncation."""
+        return str(self._core.to_str())
+
     def token_to_id(self, token: str) -> int | None:
         """The id of a token written as in tokenizer.json, None if there is none."""
         return self._core.token_to_id(token)
