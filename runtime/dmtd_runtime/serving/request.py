@@ -126,7 +126,7 @@ class Request:
             prompt=self._prompt,
             prompt_token_ids=self._prompt_ids,
             outputs=self._outputs,
-            prompt_logprobs=self._prompt_logprobs(),
+            prompt_logprobs=self.prompt_logprobs(),
             metrics=self._metrics,
         )
 
@@ -164,7 +164,8 @@ class Request:
         if self._error is not None:
             raise self._error
 
-    def _prompt_logprobs(self) -> list[TokenLogprob | None] | None:
+    def prompt_logprobs(self) -> list[TokenLogprob | None] | None:
+        """Those of the prompt's tokens, where they were asked for: all of them from the first piece on."""
         first = self.sequences[0]
         if first.prompt_logprobs is None:
             return None

@@ -24,7 +24,7 @@ from dmtd_runtime.backends.opening import ROOM_HINT, memory_needs, open_backend
 from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.bundle.opening import open_bundle, read_generation_config
 from dmtd_runtime.cycle import CyclePlan
-from dmtd_runtime.errors import RequestError
+from dmtd_runtime.errors import DmtdError, RequestError
 from dmtd_runtime.machine.memory import one_line_memory
 from dmtd_runtime.sampling.grammar import GrammarCompiler
 from dmtd_runtime.sampling.params import SamplingParams
@@ -168,6 +168,11 @@ class Service:
     def snapshot(self) -> Counts:
         """What the worker does and has done, as of its last step. Takes microseconds and no lock of the worker's."""
         return self._worker.snapshot()
+
+    @property
+    def failure(self) -> DmtdError | None:
+        """What ended the worker, if it has failed: nothing can be served any more."""
+        return self._worker.failure
 
     def _usual_num_seqs(self, manifest: Manifest) -> int:
         """Sequences at a time where nobody said how many."""

@@ -58,7 +58,7 @@ class Worker:
         self._open: list[SequenceRun] = []  # where the queue is bounded: all that may not have ended
         self._counts = self._snapshot = self._loop.counts()
         self._process = os.getpid()
-        self._failure: DmtdError | None = None
+        self.failure: DmtdError | None = None  # what ended it
         self._is_warm = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(warm_up,), name="dmtd-worker", daemon=True)
         try:
@@ -67,9 +67,9 @@ class Worker:
         except BaseException:
             self.close()
             raise
-        if self._failure is not None:
+        if self.failure is not None:
             self._thread.join()
-            raise self._failure
+            raise self.failure
 
     def submit(self, sequences: Sequence[SequenceRun]) -> None:
         """Queue sequences, all or none.
@@ -83,8 +83,8 @@ class Worker:
         if os.getpid() != self._process:  # before the lock, which somebody may have held when the process was forked
             raise AbortedError("the worker belongs to the process that opened it; open the bundle after forking")
         with self._changed:
-            if self._failure is not None:
-                raise BackendError(f"the worker stopped earlier: {self._failure}; open the bundle again")
+            if self.failure is not None:
+                raise BackendError(f"the worker stopped earlier: {self.failure}; open the bundle again")
             if self._closing or not self._thread.is_alive():
                 raise AbortedError("the worker is closed; open the bundle again")
             self._refuse_beyond_bounds(sequences)
@@ -186,7 +186,7 @@ class Worker:
 
     def _fail(self, error: DmtdError) -> None:
         with self._changed:
-            self._failure = error
+            self.failure = error
         for sequence in self._take_what_is_left():
             sequence.tell(TokenEvent(choice=None, error=error))
 

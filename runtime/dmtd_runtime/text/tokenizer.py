@@ -208,6 +208,17 @@ class Tokenizer:
             return None
         return self._core.id_to_token(token_id)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of the text that a token stands for, blank before a word included; none for an id without text."""
+        token = self.token_for_text(token_id, skip_special_tokens=False)
+        if token is None:
+            return b""
+        if "ByteLevel" in self._decoders and token_id not in self._special_ids:
+            return _bytes_of(token)
+        if "ByteFallback" in self._decoders and _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("\u2581", " ").encode()
+
     @property
     def decoder_types(self) -> tuple[str, ...]:
         """The kinds of tokenizer.json's decoder steps, in order."""
