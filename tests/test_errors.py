@@ -23,7 +23,7 @@ from dmtd_export.verify import verify_bundle, verify_on_device
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.config.model import SplitOptions
 from dmtd_models.errors import ModelError
-from dmtd_runtime import LLM, RequestError, SamplingParams
+from dmtd_runtime import LLM, AsyncLLM, RequestError, SamplingParams
 from dmtd_runtime.backends.base import BackendOptions
 
 SPLIT = ExportOptions(split=SplitOptions(decoding_layers=2, cycle_length=3), verify=False)
@@ -87,6 +87,10 @@ NAMED: dict[str, Callable[[Path, Path], object]] = {
     "prompts": lambda bundle, place: generated(bundle, lambda llm: llm.generate([])),
     "prompt": lambda bundle, place: generated(bundle, lambda llm: llm.generate([[10**6]])),
     "timeout_s": lambda bundle, place: generated(bundle, lambda llm: llm.generate([[1]], timeout_s=0)),
+    "priority": lambda bundle, place: generated(bundle, lambda llm: llm.generate([[1]], priority="high")),  # type: ignore[arg-type]
+    "cache_salt": lambda bundle, place: generated(bundle, lambda llm: llm.generate([[1]], cache_salt="")),
+    "request_id": lambda bundle, place: generated(bundle, lambda llm: llm.stream([1], request_id="")),
+    "max_num_queued_reqs": lambda bundle, place: AsyncLLM(bundle, max_num_queued_reqs=0),
     "messages[0].role": lambda bundle, place: generated(bundle, lambda llm: llm.chat([{"role": 1, "content": "x"}])),
     "window_len": lambda bundle, place: EvaluateOptions(window_len=1),
     "limit": lambda bundle, place: EvaluateOptions(limit=0),

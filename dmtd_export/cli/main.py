@@ -2,7 +2,7 @@
 
 A verb's module is imported when the verb runs or its own help is asked for, so that ``dmtd --help`` is quick and a machine
 with the runtime's dependencies alone has the verbs that need no more. The verbs stand in ``dmtd_runtime.cli`` (generate, chat,
-bench, inspect, doctor) and beside this module (the others). Exit codes: see ``dmtd_runtime.cli.common``.
+serve, bench, inspect, doctor) and beside this module (the others). Exit codes: see ``dmtd_runtime.cli.common``.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Verb:
     function: str
     help: str
     extra: str = "cpu"  # of the distribution: what the verb needs besides the runtime's dependencies
+    environment: str | None = None  # prefix of the variables that its options are read from
 
 
 VERBS: dict[str, Verb] = {
@@ -78,6 +79,13 @@ VERBS: dict[str, Verb] = {
         module="dmtd_runtime.cli.generate", function="generate", help="Generate text for a prompt, streaming."
     ),
     "chat": Verb(module="dmtd_runtime.cli.chat", function="chat", help="Talk to a bundle in the terminal."),
+    "serve": Verb(
+        module="dmtd_runtime.cli.serve",
+        function="serve",
+        help="Serve a bundle to OpenAI's clients.",
+        extra="serve",
+        environment="DMTD",
+    ),
     "bench": Verb(
         module="dmtd_runtime.cli.bench",
         function="bench",
@@ -116,7 +124,7 @@ class _LazyCommand(typer.core.TyperCommand):
             add_completion=False,
             pretty_exceptions_enable=False,
             rich_markup_mode="rich",
-            context_settings=_HELP_NAMES,
+            context_settings=_HELP_NAMES | {"auto_envvar_prefix": self._verb.environment},
         )
         single.command(name=self.name)(guarded(takes_groups(function), flags, self._verb.extra))
         command = typer.main.get_command(single)

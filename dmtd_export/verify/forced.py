@@ -31,7 +31,7 @@ class ForcedSampler(Sampler):
         return True
 
     @property
-    def wants_logprobs(self) -> bool:
+    def needs_host(self) -> bool:
         return True  # so every step comes by here, whole cycles included
 
     def choose(self, logits: Logits) -> Choice:

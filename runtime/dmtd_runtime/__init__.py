@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dmtd_runtime.async_llm import AsyncLLM
     from dmtd_runtime.llm import LLM
     from dmtd_runtime.sampling.params import SamplingParams
+    from dmtd_runtime.sampling.structured import StructuredOutputs
     from dmtd_runtime.serving.counts import Counts
     from dmtd_runtime.serving.outputs import CompletionOutput, Delta, RequestOutput
 
@@ -37,6 +38,7 @@ __all__ = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputs",
     "__version__",
 ]
 
@@ -48,6 +50,7 @@ _HOMES = {
     "Delta": "dmtd_runtime.serving.outputs",
     "RequestOutput": "dmtd_runtime.serving.outputs",
     "SamplingParams": "dmtd_runtime.sampling.params",
+    "StructuredOutputs": "dmtd_runtime.sampling.structured",
 }
 
 

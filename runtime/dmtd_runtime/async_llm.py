@@ -89,7 +89,9 @@ class AsyncLLM(Service):
                 score_from=score_from,
             )
 
-        return AsyncStream(self, request, is_long=hasattr(prompt, "__len__") and len(prompt) > LONG_PROMPT)
+        return AsyncStream(
+            self, request, is_long=_has_form(params) or (hasattr(prompt, "__len__") and len(prompt) > LONG_PROMPT)
+        )
 
     def chat(
         self,
@@ -117,7 +119,9 @@ class AsyncLLM(Service):
                 from_template=True,
             )
 
-        return AsyncStream(self, request, is_long=len(repr((messages, tools, documents))) > LONG_PROMPT)
+        return AsyncStream(
+            self, request, is_long=_has_form(params) or len(repr((messages, tools, documents))) > LONG_PROMPT
+        )
 
     def _usual_num_seqs(self, manifest: Manifest) -> int:
         packed = [graph.slots for graph in manifest.graphs if graph.dialect == contract.ONNXRUNTIME]
@@ -131,6 +135,11 @@ class AsyncLLM(Service):
         """Queue a request whose reader waits in the running event loop."""
         request.notify = self._loops.teller(reader)
         self._start([request])
+
+
+def _has_form(params: object) -> bool:
+    """Whether a grammar is to be compiled, which may take long."""
+    return isinstance(params, SamplingParams) and params.structured_outputs is not None
 
 
 class AsyncStream(AsyncIterator[Delta]):
@@ -147,23 +156,27 @@ class AsyncStream(AsyncIterator[Delta]):
         self._close: Callable[[], Any] = lambda: None
         self._is_closed = False
 
-    async def start(self) -> Request:
-        """Check and queue the request, once; the first piece that is asked for does it too. Errors as in LLM.generate."""
-        if self._request is None:
-            if self._is_closed:
-                raise AbortedError("the stream was closed before it was started; ask again")
-            request = await asyncio.to_thread(self._make) if self._is_long else self._make()
-            llm = self._llm
-            self._reader.forget = lambda: llm._forget([request])
-            llm._start_for(self._reader, request)
-            self._request, self._close = request, weakref.finalize(self, self._reader.forget)
+    @property
+    def request_id(self) -> str | None:
+        """Its name for :meth:`AsyncLLM.abort`; None before it is started."""
+        return self._request.request_id if self._request else None
+
+    @property
+    def request(self) -> Request:
+        """What was started."""
+        assert self._request is not None, "the stream has not started"
         return self._request
+
+    async def start(self) -> Self:
+        """Check and queue the request, once; the first piece that is asked for does it too. Errors as in LLM.generate."""
+        await self._started()
+        return self
 
     async def __anext__(self) -> Delta:
         if self._is_closed and self._request is None:
             raise StopAsyncIteration
         try:
-            request = await self.start()
+            request = await self._started()
             while True:
                 self._reader.bell.clear()
                 finished = request.finished  # before the last pieces are taken
@@ -179,7 +192,7 @@ class AsyncStream(AsyncIterator[Delta]):
 
     async def result(self) -> RequestOutput:
         """Wait for the end, and give the whole output with its metrics, pieces taken before included."""
-        request = await self.start()
+        request = await self._started()
         async for _ in self:
             pass
         return request.result()
@@ -196,6 +209,17 @@ class AsyncStream(AsyncIterator[Delta]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
+
+    async def _started(self) -> Request:
+        if self._request is None:
+            if self._is_closed:
+                raise AbortedError("the stream was closed before it was started; ask again")
+            request = await asyncio.to_thread(self._make) if self._is_long else self._make()
+            llm = self._llm
+            self._reader.forget = lambda: llm._forget([request])
+            llm._start_for(self._reader, request)
+            self._request, self._close = request, weakref.finalize(self, self._reader.forget)
+        return self._request
 
 
 class _Reader:

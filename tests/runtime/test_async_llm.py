@@ -71,9 +71,9 @@ def test_tokens_text_and_metrics_are_those_of_llm(llm: AsyncLLM, bundle: TinyBun
 
 
 def test_two_thousand_streams_in_one_event_loop_need_no_thread(llm: AsyncLLM, bundle: TinyBundle) -> None:
-    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     prompts = [random_prompt(seed, 3) for seed in range(8)]
-    want = [bundle.greedy_tokens(prompt, 2) for prompt in prompts]
+    want = [bundle.greedy_tokens(prompt, 1) for prompt in prompts]
     threads: set[int] = set()
 
     async def one(number: int) -> list[int]:
@@ -113,7 +113,7 @@ def test_an_event_loop_is_woken_once_a_step(bundle: TinyBundle, monkeypatch: pyt
 @pytest.mark.parametrize("way", ["break", "aclose", "with", "cancel", "drop"])
 def test_leaving_a_stream_frees_its_slot(bundle: TinyBundle, way: str) -> None:
     async def main() -> None:
-        async with AsyncLLM(bundle.directory, threads=1) as llm:
+        async with AsyncLLM(bundle.directory, max_num_seqs=1, threads=1) as llm:
             with held(llm, after=8):
                 stream = llm.generate([1, 2], ENDLESS)
                 await anext(stream)
@@ -146,7 +146,8 @@ def test_leaving_a_stream_frees_its_slot(bundle: TinyBundle, way: str) -> None:
 def test_a_slow_reader_gets_one_large_piece(llm: AsyncLLM, bundle: TinyBundle) -> None:
     async def main() -> None:
         async with llm.generate("ab", GREEDY) as stream:
-            request = await stream.start()
+            await stream.start()
+            request = llm._requests[stream.request_id]
             await until(lambda: request.finished)
             pieces = [delta async for delta in stream]
             output = await stream.result()
@@ -163,7 +164,9 @@ def test_abort_and_deadline(llm: AsyncLLM) -> None:
         with held(llm, after=4):
             stream = llm.generate([1, 2], ENDLESS, request_id="x")
             assert not llm.abort("x"), "it has not started"
+            assert stream.request_id is None
             await anext(stream)
+            assert stream.request_id == "x"
             assert llm.abort("x")
             with pytest.raises(RequestError, match="request_id: 'x' is in use"):
                 await llm.generate([1], GREEDY, request_id="x").start()
@@ -199,7 +202,9 @@ def test_errors_are_raised_when_a_stream_starts(llm: AsyncLLM) -> None:
 
 def test_a_full_queue_refuses_and_loses_nothing(bundle: TinyBundle) -> None:
     async def main() -> None:
-        async with AsyncLLM(bundle.directory, threads=1, max_num_queued_reqs=2, max_num_queued_tokens=9) as llm:
+        async with AsyncLLM(
+            bundle.directory, max_num_seqs=1, threads=1, max_num_queued_reqs=2, max_num_queued_tokens=9
+        ) as llm:
             with held(llm, after=4):
                 running = llm.generate([1], GREEDY)
                 await anext(running)
@@ -226,13 +231,14 @@ def test_a_full_queue_refuses_and_loses_nothing(bundle: TinyBundle) -> None:
 
 def test_priority_and_salt_reach_the_sequences(bundle: TinyBundle) -> None:
     async def main() -> None:
-        async with AsyncLLM(bundle.directory, threads=1) as llm:
+        async with AsyncLLM(bundle.directory, max_num_seqs=1, threads=1) as llm:
             with held(llm, after=4):
                 running = llm.generate([1], GREEDY)
                 await anext(running)
                 late = llm.generate([2], GREEDY, priority=1, cache_salt="mine")
                 soon = llm.generate([3], GREEDY, priority=-1)
-                [one], [other] = (await late.start()).sequences, (await soon.start()).sequences
+                names = [(await stream.start()).request_id for stream in (late, soon)]
+                [one], [other] = (llm._requests[name].sequences for name in names)
             await asyncio.gather(late.result(), soon.result())
             assert (one.priority, one.cache_salt, other.priority, other.cache_salt) == (1, "mine", -1, None)
             assert other.started < one.started, "lower goes first"
@@ -261,7 +267,8 @@ def test_an_event_loop_that_is_closed_hurts_nobody(
     llm = AsyncLLM(bundle.directory, max_num_seqs=2, threads=1)
     with held(llm, after=4) as hold:
         loop, kept = asyncio.new_event_loop(), llm.generate([1, 2], ENDLESS)
-        request = loop.run_until_complete(kept.start())
+        loop.run_until_complete(kept.start())
+        request = llm._requests[kept.request_id]
         hold.wait()
         if not is_told:
             loop.run_until_complete(anext(kept))
@@ -306,7 +313,7 @@ def test_a_reader_that_cannot_be_told_ends_alone(llm: AsyncLLM, bundle: TinyBund
 
 def test_close_ends_streams_and_a_failure_reaches_all(bundle: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
-        async with AsyncLLM(bundle.directory, threads=1) as llm:
+        async with AsyncLLM(bundle.directory, max_num_seqs=1, threads=1) as llm:
             with held(llm, after=4):
                 streams = [llm.generate([number], ENDLESS) for number in (1, 2)]
                 for stream in streams:
@@ -317,7 +324,7 @@ def test_close_ends_streams_and_a_failure_reaches_all(bundle: TinyBundle, monkey
                 await llm.generate([1], GREEDY).start()
             await llm.close()
             assert (llm.snapshot().running, llm.snapshot().waiting) == (0, 0)
-        async with AsyncLLM(bundle.directory, threads=1) as llm:
+        async with AsyncLLM(bundle.directory, max_num_seqs=1, threads=1) as llm:
             monkeypatch.setattr(llm._worker._backend, "run", broken)
             for result in await asyncio.gather(
                 *(llm.generate([number], GREEDY).result() for number in (1, 2)), return_exceptions=True
@@ -334,7 +341,7 @@ def test_close_ends_streams_and_a_failure_reaches_all(bundle: TinyBundle, monkey
 
 
 def test_an_async_llm_that_is_dropped_ends_its_thread(bundle: TinyBundle) -> None:
-    llm = AsyncLLM(bundle.directory, threads=1)
+    llm = AsyncLLM(bundle.directory, max_num_seqs=1, threads=1)
     asyncio.run(tokens_of(llm.generate([1, 2], GREEDY)))
     thread = llm._worker._thread
     del llm

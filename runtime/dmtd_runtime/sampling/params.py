@@ -12,6 +12,8 @@ from numbers import Integral, Real
 from typing import Any
 
 from dmtd_runtime.errors import BundleError, RequestError
+from dmtd_runtime.sampling.structured import PARAM as STRUCTURED_OUTPUTS
+from dmtd_runtime.sampling.structured import StructuredOutputs
 
 MAX_N = 128
 MAX_TEMPERATURE = 100.0
@@ -53,6 +55,8 @@ class SamplingParams:
         logprobs: None: no log probabilities; 0: the chosen token's; k: also those of the k most likely tokens.
         prompt_logprobs: The same of the prompt's own tokens, in the output's ``prompt_logprobs``; the prompt is then read whole.
         logit_bias: Token id -> number added to its logit.
+        structured_outputs: The form that the whole answer has. Where it is complete the sequence ends; end-of-sequence ids
+            come only where it may end, with ``ignore_eos`` or before ``min_tokens`` only where nothing else may follow.
         skip_special_tokens: Leave special tokens out of the text.
         include_stop_str_in_output: Keep the stop string (or the text of the stop token) in the text.
 
@@ -77,6 +81,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    structured_outputs: StructuredOutputs | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
@@ -182,6 +187,11 @@ class SamplingParams:
         return replace(params, min_tokens=least if params.max_tokens is None else min(least, params.max_tokens))
 
     def _refuse_contradictions(self) -> None:
+        form = self.structured_outputs
+        if form is not None and not isinstance(form, StructuredOutputs):
+            raise RequestError(
+                f"got {_shown(form)}, expected StructuredOutputs(json=...), say", param=STRUCTURED_OUTPUTS
+            )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"got {self.min_tokens} with max_tokens {self.max_tokens}, expected at most max_tokens; "

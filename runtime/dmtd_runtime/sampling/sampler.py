@@ -3,8 +3,10 @@
 Flow: backend -> logits [vocab] -> ``Sampler.choose`` -> ``Choice`` -> ``StopRules`` (stops.py) and the next step.
 The rules, in order:
 
+0. Where the answer must have a form, tokens that it does not allow next are masked.
 1. ``logit_bias`` is added.
 2. Until ``min_tokens`` tokens are out, stop ids and (unless ``ignore_eos``) end-of-sequence ids are masked.
+   Where a form must be kept: so long as it allows anything else, and with ``ignore_eos`` for good.
 3. Repetition penalty over prompt and output (a positive logit is divided by it, another one multiplied), then
    ``frequency_penalty * count`` and ``presence_penalty * (count > 0)`` over the output are subtracted.
 4. Greedy: the largest logit, of equals the lowest id. The end.
@@ -16,7 +18,7 @@ The rules, in order:
    first candidate always stays.
 8. One uniform number, ``uniform(seed, sequence, token_index)``, picks from the cumulative sum in descending order.
 
-Log probabilities are those of the model itself: log-softmax of the logits as they came in, before rule 1.
+Log probabilities are those of the model itself: log-softmax of the logits as they came in, before rule 0.
 The graph ``sample_token`` (dmtd_export.graphs.token_choice) follows the same rules on a device, over numbers and tables that
 ``Sampler`` hands out. It does not decide when to stop and knows no text.
 """
@@ -29,7 +31,9 @@ from numpy.typing import NDArray
 
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.errors import BackendError, RequestError
+from dmtd_runtime.sampling.grammar import GrammarState
 from dmtd_runtime.sampling.params import SamplingParams
+from dmtd_runtime.sampling.penalties import Penalties
 
 MAX_CANDIDATES = 1024
 
@@ -97,6 +101,7 @@ class Sampler:
         seed: int,
         sequence: int = 0,
         eos_token_ids: Sequence[int] = (),
+        form: GrammarState | None = None,
     ) -> None:
         """Makes the sampler of one sequence.
 
@@ -107,6 +112,7 @@ class Sampler:
             seed: ``params.seed``, or the one the engine drew.
             sequence: Which of the request's ``n`` sequences.
             eos_token_ids: The model's end-of-sequence ids.
+            form: A fresh state of the grammar that the answer must follow.
 
         Raises:
             RequestError: A token id in ``params`` or the prompt that the model does not have.
@@ -117,20 +123,32 @@ class Sampler:
         self._seed = seed
         self._sequence = sequence
         self._num_chosen = 0
-        self._penalties = _Penalties.for_request(params, vocab_size=vocab_size, prompt_ids=prompt_ids)
+        self._form = form
+        self._penalties = Penalties.for_request(params, vocab_size=vocab_size, prompt_ids=prompt_ids)
         bias = params.logit_bias or {}
         self._bias_ids = np.fromiter(bias.keys(), np.int64, len(bias))
         self._bias = np.fromiter(bias.values(), np.float32, len(bias))
         # Ids that the model's tokenizer has and its head lacks cannot be chosen and need no mask.
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
         self._end_ids = np.array(sorted(i for i in ends if 0 <= i < vocab_size), dtype=np.int64)
+        self._eos_ids = np.array([i for i in eos_token_ids if 0 <= i < vocab_size], dtype=np.int64)
 
     @property
     def needs_logits(self) -> bool:
         """Whether more than the arg-max of the next logits is wanted."""
         mask_ends = self._num_chosen < self._params.min_tokens and self._end_ids.size > 0
         adjusted = bool(self._bias_ids.size) or mask_ends or self._penalties is not None
-        return adjusted or not self._params.greedy or self._params.logprobs is not None
+        return adjusted or not self._params.greedy or self.needs_host
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether the logits are needed here, for every token, wherever tokens are chosen: log probabilities, a form."""
+        return self._params.logprobs is not None or self._form is not None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer has its form, and nothing may follow."""
+        return self._form is not None and self._form.complete
 
     @property
     def num_chosen(self) -> int:
@@ -167,7 +185,7 @@ class Sampler:
         return choice
 
     def take(self, token_id: int) -> Choice:
-        """Counts what a device chose; allowed where no log probabilities are asked.
+        """Counts what a device chose; allowed where ``needs_host`` is not.
 
         Args:
             token_id: The token, or NOT_FINITE or NO_CHOICE.
@@ -176,16 +194,11 @@ class Sampler:
             BackendError: The logits held NaN or infinity.
             RequestError: The options mask every token.
         """
-        assert not self.wants_logprobs, "log probabilities need logits"
+        assert not self.needs_host, "log probabilities and forms need logits"
         if token_id < 0:
             raise self._no_choice() if token_id == NO_CHOICE else self._not_finite()
         self.observe(token_id)
         return Choice(token_id=token_id)
-
-    @property
-    def wants_logprobs(self) -> bool:
-        """Whether the logits are needed here, wherever the token is chosen."""
-        return self._params.logprobs is not None
 
     def device_numbers(self) -> Mapping[str, float]:
         """The options that are one number, by the names of sample_token's inputs."""
@@ -244,19 +257,36 @@ class Sampler:
         self._num_chosen += 1
         if self._penalties is not None:
             self._penalties.observe(token_id)
+        if self._form is not None:
+            self._form.observe(token_id)
 
     def _adjusted(self, logits: Logits) -> Logits:
-        """Rules 1 to 3; the array itself where none applies."""
+        """Rules 0 to 3; the array itself where none applies."""
         mask_ends = self._num_chosen < self._params.min_tokens and self._end_ids.size > 0
-        if not (self._bias_ids.size or mask_ends or self._penalties is not None):
+        if self._form is not None:
+            adjusted, mask_ends = np.where(self._allowed(self._form), logits, np.float32(-np.inf)), False
+        elif self._bias_ids.size or mask_ends or self._penalties is not None:
+            adjusted = logits.copy()
+        else:
             return logits
-        adjusted = logits.copy()
         adjusted[self._bias_ids] += self._bias
         if mask_ends:
             adjusted[self._end_ids] = -np.inf
         if self._penalties is not None:
             self._penalties.apply(adjusted)
         return adjusted
+
+    def _allowed(self, form: GrammarState) -> NDArray[np.bool_]:
+        """Rule 0, and rule 2 where a form must be kept: bool [vocab]."""
+        allowed = form.allowed()
+        unwelcome = self._end_ids if self._num_chosen < self._params.min_tokens else self._end_ids[:0]
+        if self._params.ignore_eos:
+            unwelcome = np.concatenate([unwelcome, self._eos_ids])
+        if not unwelcome.size:
+            return allowed
+        others = allowed.copy()
+        others[unwelcome] = False
+        return others if others.any() else allowed
 
     def _draw(self, logits: Logits) -> int:
         """Rules 5 to 8."""
@@ -293,75 +323,6 @@ def described(token_id: int, logits: Logits, num_top: int) -> Choice:
         logprob=float(logits[token_id]) - normaliser,
         top_logprobs=tuple((int(i), float(logits[i]) - normaliser) for i in top),
     )
-
-
-class _Penalties:
-    """Which tokens were seen, and how often: work per step grows with the distinct tokens, not with the vocabulary."""
-
-    def __init__(self, params: SamplingParams, *, vocab_size: int, prompt_ids: Sequence[int]) -> None:
-        self._repetition = np.float32(params.repetition_penalty)
-        self._presence = np.float32(params.presence_penalty)
-        self._frequency = np.float32(params.frequency_penalty)
-        self._counts = np.zeros(vocab_size, np.int32)
-        self._output = _IdSet(vocab_size)
-        self._all = _IdSet(vocab_size)
-        if params.repetition_penalty != 1:
-            for token_id in np.unique(np.asarray(prompt_ids, np.int64)).tolist():
-                if not 0 <= token_id < vocab_size:
-                    raise RequestError(
-                        f"got token id {token_id}, expected ids from 0 to {vocab_size - 1}", param="prompt"
-                    )
-                self._all.add(token_id)
-
-    @classmethod
-    def for_request(cls, params: SamplingParams, *, vocab_size: int, prompt_ids: Sequence[int]) -> "_Penalties | None":
-        """None where no penalty is asked, so that the common case pays nothing."""
-        if (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1.0, 0.0, 0.0):
-            return None
-        return cls(params, vocab_size=vocab_size, prompt_ids=prompt_ids)
-
-    def observe(self, token_id: int) -> None:
-        self._counts[token_id] += 1
-        self._output.add(token_id)
-        self._all.add(token_id)
-
-    def fill(self, seen: NDArray[np.generic], counts: NDArray[np.generic]) -> None:
-        """Write what was seen (prompt and output) and how often it was generated, both [vocab]."""
-        seen[self._all.ids] = True
-        counts[:] = self._counts
-
-    def apply(self, logits: Logits) -> None:
-        """Rule 3, in place."""
-        if self._repetition != 1:
-            ids = self._all.ids
-            values = logits[ids]
-            with np.errstate(over="ignore"):  # choose() refuses an infinite winner
-                logits[ids] = np.where(values > 0, values / self._repetition, values * self._repetition)
-        if self._presence != 0 or self._frequency != 0:
-            ids = self._output.ids
-            logits[ids] -= self._frequency * self._counts[ids].astype(np.float32) + self._presence
-
-
-class _IdSet:
-    """Distinct token ids as an array that grows."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self._seen = np.zeros(vocab_size, np.bool_)
-        self._ids = np.empty(256, np.int64)
-        self._size = 0
-
-    @property
-    def ids(self) -> NDArray[np.int64]:
-        return self._ids[: self._size]
-
-    def add(self, token_id: int) -> None:
-        if self._seen[token_id]:
-            return
-        self._seen[token_id] = True
-        if self._size == len(self._ids):
-            self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
-        self._ids[self._size] = token_id
-        self._size += 1
 
 
 def top_ids(logits: Logits, count: int) -> NDArray[np.int64]:

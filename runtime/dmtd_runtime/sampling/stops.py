@@ -7,6 +7,7 @@ The rules, after each token:
    character comes first; of those that end together, the longest.
 2. An end-of-sequence id (unless ``ignore_eos``) or one of ``stop_token_ids`` ends it with ``"stop"``; the token's own
    text is left out unless ``include_stop_str_in_output``.
+   A form (grammar.py) that is complete ends it too, with ``"stop"`` and no stop reason, however few tokens there are.
 3. ``max_tokens``, or the room that the model's length leaves, ends it with ``"length"``.
 4. Rules 1 and 2 sleep for the first ``min_tokens`` tokens.
 5. Text that could be the beginning of a stop string is held back until it is clear that it is not, so the pieces handed
@@ -101,26 +102,29 @@ class StopRules:
         """Whether the sequence has ended."""
         return self._finished
 
-    def push(self, token_id: int) -> StopStep:
+    def push(self, token_id: int, *, complete: bool = False) -> StopStep:
         """Takes the next token.
 
         Args:
             token_id: As chosen.
+            complete: Whether nothing may follow it: the answer has the form that was asked for.
 
         Returns:
             The text to hand out, and the reason if this token ended the sequence.
         """
         assert not self._finished, "no token follows the end of a sequence"
         self._num_tokens += 1
-        awake = self._num_tokens > self._min_tokens
+        awake = complete or self._num_tokens > self._min_tokens
         ends_by_id = awake and token_id in self._end_ids
-        self._finished = ends_by_id or self._num_tokens == self._limit
+        self._finished = ends_by_id or complete or self._num_tokens == self._limit
         text, matched = self._next_text(token_id, shown=self._include_stop or not ends_by_id, awake=awake)
         if matched is not None:
             self._finished = True
             return StopStep(text=text, finish_reason="stop", stop_reason=matched)
         if ends_by_id:
             return StopStep(text=text, finish_reason="stop", stop_reason=token_id)
+        if complete:
+            return StopStep(text=text, finish_reason="stop")
         return StopStep(text=text, finish_reason="length" if self._finished else None)
 
     def flush(self) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dmtd_runtime.errors import DmtdError
+from dmtd_runtime.sampling.grammar import Grammar
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import Choice, Sampler
 from dmtd_runtime.sampling.stops import StopRules
@@ -52,6 +53,7 @@ class Request:
         eos_token_ids: Sequence[int],
         room: int,
         tokenizer: Tokenizer | None,
+        grammar: Grammar | None,
         deadline: float | None,
         priority: int,
         cache_salt: str | None,
@@ -88,6 +90,7 @@ class Request:
                     seed=seed,
                     sequence=index,
                     eos_token_ids=eos_token_ids,
+                    form=grammar.start() if grammar else None,
                 ),
                 stops=StopRules(params, eos_token_ids=eos_token_ids, room=room, text=text),
                 on_event=lambda event: self._take_in(index, event),
@@ -123,7 +126,7 @@ class Request:
             prompt=self._prompt,
             prompt_token_ids=self._prompt_ids,
             outputs=self._outputs,
-            prompt_logprobs=self._prompt_logprobs(),
+            prompt_logprobs=self.prompt_logprobs(),
             metrics=self._metrics,
         )
 
@@ -161,7 +164,8 @@ class Request:
         if self._error is not None:
             raise self._error
 
-    def _prompt_logprobs(self) -> list[TokenLogprob | None] | None:
+    def prompt_logprobs(self) -> list[TokenLogprob | None] | None:
+        """Those of the prompt's tokens, where they were asked for: all of them from the first piece on."""
         first = self.sequences[0]
         if first.prompt_logprobs is None:
             return None

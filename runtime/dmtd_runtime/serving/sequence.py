@@ -84,7 +84,7 @@ class SequenceRun:
         try:
             choice = choose()
             self.ids.append(choice.token_id)
-            outcome = self.stops.push(choice.token_id)
+            outcome = self.stops.push(choice.token_id, complete=self.sampler.complete)
         except DmtdError as error:
             self.tell(TokenEvent(choice=None, error=error))
             return

@@ -24,8 +24,9 @@ from dmtd_runtime.backends.opening import ROOM_HINT, memory_needs, open_backend
 from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.bundle.opening import open_bundle, read_generation_config
 from dmtd_runtime.cycle import CyclePlan
-from dmtd_runtime.errors import RequestError
+from dmtd_runtime.errors import DmtdError, RequestError
 from dmtd_runtime.machine.memory import one_line_memory
+from dmtd_runtime.sampling.grammar import GrammarCompiler
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.serving.counts import Counts
 from dmtd_runtime.serving.options import ServingOptions
@@ -114,6 +115,9 @@ class Service:
         self._gives_all_rows = opened.gives_all_rows
         tokenizer_eos = self.tokenizer.eos_token_ids if self.tokenizer else eos_token_ids_of(directory)
         self._eos = tuple(dict.fromkeys((*self.manifest.model.eos_token_ids, *tokenizer_eos)))
+        self._grammars = GrammarCompiler(
+            self.tokenizer, vocab_size=self.manifest.model.vocab_size, eos_token_ids=self._eos
+        )
         self._ids = itertools.count()
         self._requests: dict[str, Request] = {}
         with one_line_memory(memory_needs(self.manifest, options), ROOM_HINT):
@@ -164,6 +168,11 @@ class Service:
     def snapshot(self) -> Counts:
         """What the worker does and has done, as of its last step. Takes microseconds and no lock of the worker's."""
         return self._worker.snapshot()
+
+    @property
+    def failure(self) -> DmtdError | None:
+        """What ended the worker, if it has failed: nothing can be served any more."""
+        return self._worker.failure
 
     def _usual_num_seqs(self, manifest: Manifest) -> int:
         """Sequences at a time where nobody said how many."""
@@ -220,6 +229,7 @@ class Service:
             eos_token_ids=self._eos,
             room=self.max_model_len - len(ids),
             tokenizer=self.tokenizer,
+            grammar=self._grammars.compile(params.structured_outputs) if params.structured_outputs else None,
             deadline=deadline,
             priority=int(priority),
             cache_salt=cache_salt,

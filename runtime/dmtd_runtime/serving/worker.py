@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from dmtd_runtime.backends.base import Backend
 from dmtd_runtime.cycle import CyclePlan
-from dmtd_runtime.errors import AbortedError, BackendError, DmtdError, QueueFullError
+from dmtd_runtime.errors import AbortedError, BackendError, DmtdError, QueueFullError, RequestError
 from dmtd_runtime.serving.counts import Counts
 from dmtd_runtime.serving.loop import Loop
 from dmtd_runtime.serving.options import ServingOptions
@@ -58,7 +58,7 @@ class Worker:
         self._open: list[SequenceRun] = []  # where the queue is bounded: all that may not have ended
         self._counts = self._snapshot = self._loop.counts()
         self._process = os.getpid()
-        self._failure: DmtdError | None = None
+        self.failure: DmtdError | None = None  # what ended it
         self._is_warm = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(warm_up,), name="dmtd-worker", daemon=True)
         try:
@@ -67,23 +67,24 @@ class Worker:
         except BaseException:
             self.close()
             raise
-        if self._failure is not None:
+        if self.failure is not None:
             self._thread.join()
-            raise self._failure
+            raise self.failure
 
     def submit(self, sequences: Sequence[SequenceRun]) -> None:
         """Queue sequences, all or none.
 
         Raises:
             QueueFullError: more would wait than the options allow.
+            RequestError: so many at once that they would never be taken.
             AbortedError: after close, or in a process that was forked after opening.
             BackendError: after a failure.
         """
         if os.getpid() != self._process:  # before the lock, which somebody may have held when the process was forked
             raise AbortedError("the worker belongs to the process that opened it; open the bundle after forking")
         with self._changed:
-            if self._failure is not None:
-                raise BackendError(f"the worker stopped earlier: {self._failure}; open the bundle again")
+            if self.failure is not None:
+                raise BackendError(f"the worker stopped earlier: {self.failure}; open the bundle again")
             if self._closing or not self._thread.is_alive():
                 raise AbortedError("the worker is closed; open the bundle again")
             self._refuse_beyond_bounds(sequences)
@@ -113,6 +114,11 @@ class Worker:
         most, most_tokens = self._options.max_num_queued_reqs, self._options.max_num_queued_tokens
         if most is None and most_tokens is None:
             return
+        if most is not None and len(sequences) > self._backend.slots + most:
+            raise RequestError(
+                f"got {len(sequences)} sequences at once, expected at most {self._backend.slots + most}, which is max_num_seqs "
+                "and max_num_queued_reqs together; ask for fewer at a time"
+            )
         self._open = [sequence for sequence in self._open if not sequence.ended]
         waiting = [sequence for sequence in self._open if sequence.started is None]
         free = self._backend.slots - (len(self._open) - len(waiting))
@@ -180,7 +186,7 @@ class Worker:
 
     def _fail(self, error: DmtdError) -> None:
         with self._changed:
-            self._failure = error
+            self.failure = error
         for sequence in self._take_what_is_left():
             sequence.tell(TokenEvent(choice=None, error=error))
 

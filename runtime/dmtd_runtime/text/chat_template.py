@@ -59,16 +59,18 @@ class ChatTemplate:
         Raises:
             BundleError: Too long, or not a jinja2 template.
         """
+        self.source, self.tool_use_source = source, source if tool_use is None else tool_use
         self._tokens = dict(special_tokens)
         self._default = _Compiled(source, now)
         self._tool_use = self._default if tool_use is None else _Compiled(tool_use, now)
 
     @classmethod
-    def from_directory(cls, path: str | Path) -> "ChatTemplate | None":
+    def from_directory(cls, path: str | Path, *, given: str | None = None) -> "ChatTemplate | None":
         """Reads chat_template.jinja, or ``chat_template`` of tokenizer_config.json (of several, the one named default).
 
         Args:
             path: A bundle, or a Hugging Face model directory.
+            given: A template in place of the directory's.
 
         Returns:
             The template; None where there is none.
@@ -77,10 +79,10 @@ class ChatTemplate:
             BundleError: A file is broken.
         """
         directory = Path(path)
-        source = _read_source(directory)
+        source = _read_source(directory) if given is None else given
         if source is None:
             return None
-        tool_use = _read_template(directory / contract.TOOL_USE_TEMPLATE_FILE)
+        tool_use = _read_template(directory / contract.TOOL_USE_TEMPLATE_FILE) if given is None else None
         return cls(source, special_tokens=read_special_tokens(directory), tool_use=tool_use)
 
     def render(

@@ -190,6 +190,10 @@ class Tokenizer:
                 "token ids: got a negative id or one beyond 32 bits, expected ids of the model"
             ) from error
 
+    def to_json(self) -> str:
+        """tokenizer.json's text, without padding and truncation."""
+        return str(self._core.to_str())
+
     def token_to_id(self, token: str) -> int | None:
         """The id of a token written as in tokenizer.json, None if there is none."""
         return self._core.token_to_id(token)
@@ -203,6 +207,17 @@ class Tokenizer:
         if skip_special_tokens and token_id in self._special_ids:
             return None
         return self._core.id_to_token(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of the text that a token stands for, blank before a word included; none for an id without text."""
+        token = self.token_for_text(token_id, skip_special_tokens=False)
+        if token is None:
+            return b""
+        if "ByteLevel" in self._decoders and token_id not in self._special_ids:
+            return _bytes_of(token)
+        if "ByteFallback" in self._decoders and _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("\u2581", " ").encode()
 
     @property
     def decoder_types(self) -> tuple[str, ...]:

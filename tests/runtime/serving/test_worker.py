@@ -11,120 +11,24 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
+from device_support import engine_backend, simulator_engines
 from runtime_support import TinyBundle, TinyBundles, poisoned_bundle, wait_until
+from worker_support import CYCLE, VOCAB, Client, ScriptedBackend, made
 
-from dmtd_runtime import LLM, AbortedError, BackendError, SamplingParams
-from dmtd_runtime.backends.base import Rows, RunOutput, RunStats, SlotStep, StepwiseBackend
-from dmtd_runtime.bundle.manifest import CycleInfo
+from dmtd_runtime import LLM, AbortedError, BackendError, QueueFullError, RequestError, SamplingParams
+from dmtd_runtime.backends.base import RunOutput, SlotStep
 from dmtd_runtime.cycle import CyclePlan
-from dmtd_runtime.errors import DmtdError
 from dmtd_runtime.sampling.sampler import Sampler
-from dmtd_runtime.sampling.stops import StopRules
 from dmtd_runtime.serving import sequence as sequence_module
 from dmtd_runtime.serving.options import ServingOptions
-from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
+from dmtd_runtime.serving.sequence import TokenEvent
 from dmtd_runtime.serving.worker import Worker
 
 pytestmark = pytest.mark.timeout(300)
 
-VOCAB = 16
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
-CYCLE = CycleInfo(
-    encoding_layers=0,
-    thinking_layers=3,
-    decoding_layers=2,
-    cycle_length=4,
-    cycle_origin="absolute",
-    prompt_input="cyclical",
-    dmtd_trained=True,
-)
-
-
-class ScriptedBackend(StepwiseBackend):
-    """A backend without a model: the next token is the last one plus 1. Keeps what it was asked."""
-
-    capacity = max_model_len = 1 << 20
-    max_rows = 64
-    chooses_tokens = False
-
-    def __init__(self, slots: int = 2) -> None:
-        self.slots = slots
-        self.stats = RunStats()
-        self.asked: list[list[SlotStep]] = []
-        self.cleared: list[int] = []
-        self.closed = 0
-        self.gate = threading.Event()
-        self.gate.set()
-        self.fail_at: int | None = None
-        self.nan_slots: set[int] = set()
-
-    def run(
-        self, steps: Sequence[SlotStep], committed: Sequence[int], *, choose: bool = False, rows: Rows = "last"
-    ) -> RunOutput:
-        assert len(committed) == self.slots
-        assert all(committed[s.slot] == s.step.late.start for s in steps), "the rows of a slot are counted once"
-        assert self.gate.wait(120), "the test never opened the gate"
-        self.asked.append(list(steps))
-        if self.fail_at is not None and len(self.asked) >= self.fail_at:
-            raise BackendError("the device is gone")
-        found = [np.eye(VOCAB, dtype=np.float32)[(s.ids[-1] + 1) % VOCAB] for s in steps if s.step.wants_logits]
-        logits = np.stack(found) if found else np.zeros((0, VOCAB), np.float32)
-        for row, s in enumerate(s for s in steps if s.step.wants_logits):
-            if s.slot in self.nan_slots:
-                logits[row] = np.nan
-        return RunOutput(logits=logits)
-
-    def clear(self, slot: int, rows: int) -> None:
-        self.cleared.append(slot)
-
-    def move(self, source: int, target: int, rows: int) -> None: ...
-
-    def close(self) -> None:
-        self.closed += 1
-
-
-class Client:
-    """One sequence and what it was told."""
-
-    def __init__(self, first: int = 0, tokens: int = 5, deadline: float | None = None, prompt_len: int = 1) -> None:
-        self.events: list[TokenEvent] = []
-        self.done = threading.Event()
-        self.reason: str | None = None
-        params = SamplingParams(temperature=0, max_tokens=tokens)
-        prompt = [*range(first - prompt_len + 1, first + 1)]
-        self.sequence = SequenceRun(
-            ids=[token % VOCAB for token in prompt],
-            sampler=Sampler(params, vocab_size=VOCAB, prompt_ids=[], seed=0),
-            stops=StopRules(params),
-            on_event=self._take,
-            cancelled=lambda: self.reason,
-            deadline=deadline,
-        )
-
-    def _take(self, event: TokenEvent) -> None:
-        assert not self.done.is_set(), "an event after the end"
-        self.events.append(event)
-        if event.finish_reason or event.error:
-            self.done.set()
-
-    def wait(self) -> Client:
-        assert self.done.wait(120), "the sequence never ended"
-        return self
-
-    @property
-    def tokens(self) -> list[int]:
-        return [event.choice.token_id for event in self.events if event.choice]
-
-    @property
-    def end(self) -> str | DmtdError | None:
-        return self.events[-1].error or self.events[-1].finish_reason
-
-
-def made(backend: ScriptedBackend, **options: int) -> Worker:
-    return Worker(backend, CyclePlan(cycle=CYCLE), options=ServingOptions(prefix_cache_bytes=0, **options))
 
 
 @pytest.fixture
@@ -152,6 +56,53 @@ def test_batches_of_as_many_as_there_are_slots(worker: Worker, backend: Scripted
     # First come, first served: each pair ends before the next one starts.
     starts = [client.sequence.started for client in clients]
     assert starts == sorted(starts)
+
+
+def test_the_queue_is_bounded_behind_the_free_slots(backend: ScriptedBackend) -> None:
+    """Two slots and two places: the fifth is refused, whatever the worker has come to; who ends makes room."""
+    backend.gate.clear()
+    worker = made(backend, max_num_queued_reqs=2, max_num_queued_tokens=7)
+    clients = [Client(first=i, tokens=2, prompt_len=3) for i in range(4)]
+    for client in clients[:3]:
+        worker.submit([client.sequence])
+    for refused, numbers in ((2, "got 3 waiting sequences with 9 prompt tokens"), (1, None)):
+        more = [Client(prompt_len=3).sequence for _ in range(refused)]
+        if numbers is None:
+            more[0].ids = more[0].ids * 2
+            numbers = "got 2 waiting sequences with 9 prompt tokens"
+        with pytest.raises(QueueFullError, match=numbers + r", expected at most 2 \(.*\) with 7 \("):
+            worker.submit(more)
+    worker.submit([clients[3].sequence])
+    counts = worker.snapshot()
+    assert counts.running + counts.waiting == 4
+    backend.gate.set()
+    assert [client.wait().end for client in clients] == ["length"] * 4
+    with pytest.raises(RequestError, match="got 5 sequences at once, expected at most 4"):
+        worker.submit([Client().sequence for _ in range(5)])
+    last = [Client(first=i) for i in range(4)]
+    worker.submit([client.sequence for client in last])
+    assert [client.wait().end for client in last] == ["length"] * 4
+    wait_until(lambda: worker.snapshot().running == 0)
+    counts = worker.snapshot()
+    assert (counts.waiting, counts.waiting_prompt_tokens) == (0, 0)
+    assert (counts.prompt_tokens, counts.generation_tokens) == (4 * 3 + 4, 4 * 2 + 4 * 5)
+    worker.close()
+
+
+def test_after_every_step_and_at_the_end_the_worker_says_so(backend: ScriptedBackend) -> None:
+    told: list[int] = []
+    client = Client(tokens=6)
+    worker = Worker(
+        backend,
+        CyclePlan(cycle=CYCLE),
+        options=ServingOptions(prefix_cache_bytes=0),
+        after_step=lambda: told.append(len(client.tokens)),
+    )
+    worker.submit([client.sequence])
+    client.wait()
+    worker.close()
+    assert told[-2:] == [6, 6], "once more, behind the last step"
+    assert sorted(set(told) - {0}) == [1, 2, 3, 4, 5, 6]
 
 
 def test_slots_are_compact_and_in_order() -> None:
@@ -376,6 +327,25 @@ def test_every_request_gets_the_error_of_a_backend_that_fails(
         assert llm._requests == {}
         with pytest.raises(BackendError, match="stopped earlier"):
             llm.generate([1], GREEDY)
+
+
+def test_over_engines_who_waits_hears_after_every_cycle(bundle: TinyBundle) -> None:
+    """Many cycles are one step of the loop where nobody comes; streams and counts do not wait for its end."""
+    backend = engine_backend(bundle.directory, bundle.manifest, simulator_engines(bundle.directory))
+    plan, client = CyclePlan(cycle=bundle.manifest.cycle), Client(tokens=4 * CYCLE.cycle_length)
+    client.sequence.sampler = Sampler(GREEDY, vocab_size=bundle.manifest.model.vocab_size, prompt_ids=[0], seed=0)
+    told: list[tuple[int, int]] = []
+    worker = Worker(
+        backend,
+        plan,
+        after_step=lambda: told.append((len(client.tokens), worker.snapshot().generation_tokens)),
+    )
+    worker.submit([client.sequence])
+    client.wait()
+    worker.close()
+    assert {tokens for tokens, _ in told} >= {1, 5, 9, 13, 16}
+    assert all(tokens == counted for tokens, counted in told), "counts come before those who read them are woken"
+    assert backend.stats.cycles >= 4
 
 
 def test_nan_logits_fail_their_own_request(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 
 from dmtd_runtime.errors import BundleError, RequestError
 from dmtd_runtime.text.special_tokens import eos_token_ids_of
-from dmtd_runtime.text.tokenizer import TextStream, Tokenizer
+from dmtd_runtime.text.tokenizer import LONG_TEXT, TextStream, Tokenizer
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
@@ -182,6 +182,13 @@ def test_byte_level_round_trip(text: str) -> None:
     # The added token "naïve" reads back as bytes of another alphabet, so it is taken out here.
     text = text.replace("naïve", "")
     assert BYTE_LEVEL.decode(BYTE_LEVEL.encode(text)) == text
+
+
+def test_a_long_text_has_the_ids_that_it_has_in_pieces() -> None:
+    line = "The <|start|> of it, and two words more.\n"
+    text = line * (LONG_TEXT // len(line) + 1)
+    assert len(text) > LONG_TEXT
+    assert BYTE_LEVEL.encode(text) == BYTE_LEVEL.encode(line) * (len(text) // len(line))
 
 
 def test_special_tokens_in_text_and_out() -> None:

@@ -1,0 +1,127 @@
+"""``dmtd serve``: a bundle behind the API that OpenAI's clients speak.
+
+Every option may stand in a YAML file (``--config``) or in the environment (``DMTD_MAX_NUM_SEQS`` is ``--max-num-seqs``):
+defaults < file < environment < command line.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.cli.common import BundleArgument, BundleOption, note, pick, require
+from dmtd_runtime.cli.options.backend import AnswerBackend
+from dmtd_runtime.cli.options.server import LimitsGroup, SchedulingGroup, ServerGroup
+from dmtd_runtime.errors import RequestError
+from dmtd_runtime.server.options import Limits, ServerOptions
+from dmtd_runtime.serving.options import ServingOptions
+
+MAX_CONFIG_BYTES = 1 << 20
+DEFAULT_SERVING = ServingOptions(max_num_queued_reqs=256, max_num_queued_tokens=1 << 20)
+_OF_ONE_START = ("config", "dry_run")
+
+
+def _read_config(context: typer.Context, file: Path | None) -> Path | None:
+    """Make the file's values the defaults of this run."""
+    if file is None or context.resilient_parsing:
+        return file
+    require("serve --config", ("yaml",), "serve")
+    import yaml
+
+    try:
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            raise RequestError(f"{file} is larger than {MAX_CONFIG_BYTES} bytes; is it the right file?", param="config")
+        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise RequestError(f"{file} cannot be read ({' '.join(str(error).split())})", param="config") from None
+    if not isinstance(given or {}, dict):
+        raise RequestError(
+            f"{file}: got a {type(given).__name__}, expected names of options and values", param="config"
+        )
+    names = {str(name).replace("-", "_"): value for name, value in (given or {}).items()}
+    flags = {_flag(each): str(each.name) for each in context.command.params}
+    names = {flags.get(name, name): value for name, value in names.items()}
+    known = {each.name for each in context.command.params} - {*_OF_ONE_START, "help"}
+    for name in names:
+        if name not in known:
+            raise RequestError(f"{file}: {name!r} is no option of dmtd serve; see --help", param="config")
+    context.default_map = {**(context.default_map or {}), **{k: v for k, v in names.items() if v is not None}}
+    return file
+
+
+def serve(
+    context: typer.Context,
+    bundle: BundleArgument = None,
+    model: BundleOption = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file of options, named as here; the environment and the command line come before it.",
+            is_eager=True,
+            callback=_read_config,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the options that would hold, and where each came from.")
+    ] = False,
+    server: ServerGroup = ServerOptions(),
+    limits: LimitsGroup = Limits(),
+    backend: AnswerBackend = BackendOptions(),
+    serving: SchedulingGroup = DEFAULT_SERVING,
+) -> None:
+    """Serve a bundle to OpenAI's clients: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models, /metrics.
+
+    Every option may also be set by an environment variable, DMTD_ and its name: DMTD_PORT, DMTD_API_KEY.
+    """
+    del config  # read before everything else
+    directory = pick(bundle, model, "BUNDLE")
+    if dry_run:
+        server.refuse_open_bind()
+        typer.echo("\n".join(_told(context)))
+        return
+    require("serve", ("fastapi", "uvicorn", "prometheus_client"), "serve")
+    from dmtd_runtime.server.logs import log_to_stderr
+    from dmtd_runtime.server.run import Settings
+    from dmtd_runtime.server.run import serve as run
+
+    log_to_stderr(server.log_format)
+
+    def announce(url: str, seconds: float) -> None:
+        note(f"serving {directory} at {url} (opened in {seconds:.1f} s)")
+
+    code = run(
+        Settings(bundle=directory, options=server, limits=limits, backend=backend, serving=serving), announce=announce
+    )
+    if code:
+        raise typer.Exit(code)
+
+
+def _told(context: typer.Context) -> list[str]:
+    """All options as a file for --config, each with where its value came from; keys are counted, not shown."""
+    lines = []
+    for each in context.command.params:
+        name = str(each.name)
+        if name in (*_OF_ONE_START, "help"):
+            continue
+        value = context.params.get(name)
+        source = context.get_parameter_source(name)
+        where = (
+            "default" if source is None else source.name.lower().replace("_map", " file").replace("commandline", "flag")
+        )
+        shown = f"# {len(value)} not shown" if name == "api_key" and value else json.dumps(value, default=_plain)
+        lines.append(f"{_flag(each).replace('_', '-')}: {shown}  # {where.replace('default file', 'file')}")
+    return lines
+
+
+def _flag(parameter: Any) -> str:
+    """How a parameter is called on the command line: shutdown_timeout of --shutdown-timeout."""
+    options = [each for each in parameter.opts if each.startswith("--")]
+    return (max(options, key=len) if options else str(parameter.name)).lstrip("-").replace("-", "_")
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else list(value)

@@ -1,0 +1,224 @@
+"""The process: uvicorn with our signals, our timeouts of connections, and the bundle opened while liveness already answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.errors import DmtdError, RequestError
+from dmtd_runtime.server.app import Home, make_app
+from dmtd_runtime.server.lifecycle import Lifecycle
+from dmtd_runtime.server.options import Limits, ServerOptions
+from dmtd_runtime.server.served import open_served
+from dmtd_runtime.server.streaming import ABORT_CONNECTION
+from dmtd_runtime.serving.options import ServingOptions
+
+logger = logging.getLogger("dmtd.server")
+
+EXIT_ENGINE_DIED = 1
+EXIT_NOW = 128 + signal.SIGTERM
+_WATCH_S = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All that a server is started with."""
+
+    bundle: Path
+    options: ServerOptions = ServerOptions()
+    limits: Limits = Limits()
+    backend: BackendOptions = BackendOptions()
+    serving: ServingOptions = ServingOptions()
+
+
+def serve(settings: Settings, *, announce: Callable[[str, float], None] = lambda url, seconds: None) -> int:
+    """Serve until a signal or the engine's end; the exit code.
+
+    ``announce`` is called with the URL, and the seconds that opening the bundle took, once requests are answered.
+
+    Raises:
+        DmtdError: the bundle, an option or the address is not usable.
+    """
+    options = settings.options
+    options.refuse_open_bind()
+    server = Server(settings, announce)
+    sock = _bind(options.host, options.port)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(server.serve(sockets=[sock]))
+    finally:
+        sock.close()
+    if server.failure is not None:
+        raise server.failure
+    return EXIT_ENGINE_DIED if server.home.lifecycle.state == "dead" else 0
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which stops listening at the first signal; this one drains first."""
+
+    def __init__(self, settings: Settings, announce: Callable[[str, float], None]) -> None:
+        options, limits = settings.options, settings.limits
+        self.settings, self.announce = settings, announce
+        self.failure: DmtdError | None = None
+        self.home = Home(Lifecycle(shutdown_timeout_s=options.shutdown_timeout_s, ended=self._end))
+        self._opening: asyncio.Task[None] | None = None
+        protocol = type("Protocol", (Protocol,), {"limits": limits})
+        given: dict[str, Any] = {name: getattr(options, name) for name in ("ssl_certfile", "ssl_keyfile")}
+        given["ssl_ca_certs"] = None if options.ssl_ca_certs is None else str(options.ssl_ca_certs)
+        super().__init__(
+            uvicorn.Config(
+                make_app(self.home, options=options, limits=limits),
+                http=protocol,
+                ws="none",
+                loop="asyncio",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=int(limits.keep_alive_s),
+                h11_max_incomplete_event_size=limits.max_header_bytes,
+                timeout_graceful_shutdown=1,
+                **given,
+            )
+        )
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals, in the event loop; and the bundle, which is opened in a thread."""
+        loop = asyncio.get_running_loop()
+        for each in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread: who runs us stops us
+                loop.add_signal_handler(each, self._signalled)
+        self._opening = loop.create_task(self._open())
+        yield
+        self._opening.cancel()
+
+    def _signalled(self) -> None:
+        if self.home.lifecycle.state in ("loading", "ready"):
+            self.home.lifecycle.drain()
+        else:
+            os._exit(EXIT_NOW)
+
+    def _end(self) -> None:
+        self.should_exit = True
+
+    async def _open(self) -> None:
+        begin = time.perf_counter()
+        settings, lifecycle = self.settings, self.home.lifecycle
+        try:
+            served = await asyncio.to_thread(
+                open_served,
+                settings.bundle,
+                options=settings.options,
+                limits=settings.limits,
+                backend=settings.backend,
+                serving=settings.serving,
+                lifecycle=lifecycle,
+            )
+        except DmtdError as error:
+            self.failure = error
+            self._end()
+            return
+        except Exception:
+            logger.exception("the bundle could not be opened")
+            lifecycle.engine_died()
+            return
+        self.home.opened = served
+        lifecycle.loaded()
+        seconds = time.perf_counter() - begin
+        while not self.started:
+            await asyncio.sleep(0.01)
+        self.announce(self._url(), seconds)
+        while all(llm.failure is None for llm in (served.llm, served.plain) if llm is not None):
+            await asyncio.sleep(_WATCH_S)
+        lifecycle.engine_died()
+
+    def _url(self) -> str:
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        scheme = "https" if self.settings.options.ssl_certfile else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{self.settings.options.root_path}/v1"
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop listening, and free the engine."""
+        await super().shutdown(sockets)
+        if (served := self.home.opened) is not None:
+            for llm in (served.llm, served.plain):
+                if llm is not None:
+                    await llm.close()
+
+
+class Protocol(H11Protocol):
+    """A connection that must send a whole head in time, of which there may be so many, and that can be dropped."""
+
+    limits = Limits()
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.app_state = {**self.app_state, ABORT_CONNECTION: self._drop}
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take the connection, or drop it."""
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.max_connections:
+            logger.warning("%d connections are open: a new one is dropped", len(self.connections) - 1)
+            transport.abort()
+            return
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget it."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Read on; from the first byte of a head, it has so many seconds."""
+        if self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._await_head()
+        super().data_received(data)
+
+    def handle_events(self) -> None:
+        """After each: a head that is whole needs no timer."""
+        before = self.cycle
+        super().handle_events()
+        if self.cycle is not before:
+            self._stop_timer()
+
+    def _await_head(self) -> None:
+        self._head_timer = self.loop.call_later(self.limits.header_timeout_s, self._drop)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _drop(self) -> None:
+        self._stop_timer()
+        self.transport.abort()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host.strip("[]"), port))
+    except OSError as error:
+        sock.close()
+        raise RequestError(
+            f"{host}:{port} cannot be listened on ({error.strerror}); choose another", param="port"
+        ) from None
+    return sock
