@@ -131,3 +131,12 @@ def test_an_output_that_the_list_lacks(bundle: Path, tmp_path: Path) -> None:
             found = outcome(copied, edited(whole, ("graphs", number, side, index), None, delete=True))
             assert isinstance(found, str), info
             assert "late_decode.ort.onnx" in found, info
+
+
+@pytest.mark.parametrize("name", ["rotary.cos", "model.norm.weight"])
+def test_a_weight_without_dimensions(name: str, bundle: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(bundle, tmp_path / "bundle")
+    whole = json.loads((bundle / "manifest.json").read_text())
+    found = outcome(copied, edited(whole, ("weights", name, "shape"), [], delete=False))
+    assert isinstance(found, str)
+    assert name in found

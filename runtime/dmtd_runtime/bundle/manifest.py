@@ -302,7 +302,7 @@ def _check_consistency(manifest: Manifest, path: Path) -> None:
             f"{cycle.cycle_length}; export the bundle again"
         )
     for name in contract.ROTARY_TABLES:
-        rows = manifest.weights[name].shape[0] if name in manifest.weights else 0
+        rows = next(iter(manifest.weights[name].shape), 0) if name in manifest.weights else 0
         if rows != model.max_model_len + model.max_window:
             raise BundleError(
                 f"{path}: {name} has {rows} rows, expected max_model_len + max_window = "
