@@ -113,9 +113,9 @@ def test_the_next_cycle_is_enqueued_before_the_tokens_of_this_one_are_seen(
     calls: list[str] = []
     start, finish = backend.start_cycle, backend.finish_cycle
 
-    def noted_start(slots: Any, *, follows: bool = False) -> None:
+    def noted_start(slots: Any, committed: Any, *, follows: bool = False) -> None:
         calls.append("follow" if follows else "start")
-        start(slots, follows=follows)
+        start(slots, committed, follows=follows)
 
     def noted_finish() -> Any:
         calls.append("finish")
