@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from dmtd_export.engines.options import BuildOptions
 from dmtd_export.engines.run import build_engines
@@ -17,6 +18,7 @@ from dmtd_runtime.bundle.manifest import CycleInfo, Manifest
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.device.base import Device
 from dmtd_runtime.device.simulator.device import SimulatedDevice
+from dmtd_runtime.sampling.grammar import Grammar
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import Sampler
 from dmtd_runtime.sampling.stops import StopRules
@@ -95,14 +97,21 @@ def run_sequences(
     vocab_size: int,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams],
+    grammars: Mapping[int, Grammar] = MappingProxyType({}),
 ) -> list[list[TokenEvent]]:
-    """Run prompts as one static batch with the product's sampler; seeds are the places in the batch."""
+    """Run prompts as one static batch with the product's sampler; seeds are the places in the batch, ``grammars`` by place."""
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     told: list[list[TokenEvent]] = [[] for _ in prompts]
     sequences = [
         SequenceRun(
             ids=list(ids),
-            sampler=Sampler(p, vocab_size=vocab_size, prompt_ids=ids, seed=seed),
+            sampler=Sampler(
+                p,
+                vocab_size=vocab_size,
+                prompt_ids=ids,
+                seed=seed,
+                form=grammars[seed].start() if seed in grammars else None,
+            ),
             stops=StopRules(p),
             on_event=events.append,
         )

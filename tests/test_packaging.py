@@ -194,7 +194,12 @@ def test_wheel_metadata(wheel: Path, repo_root: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
     assert set(metadata.get_all("Provides-Extra", [])) >= {"cpu", "gpu", "export", "oracle", "demo", "dev"}
-    assert text_in(wheel, "entry_points.txt").split() == ["[console_scripts]", "dmtd", "=", "dmtd_export.cli.main:main"]
+    assert text_in(wheel, "entry_points.txt").split() == [
+        "[console_scripts]",
+        "dmtd",
+        "=",
+        "dmtd_export.cli.__main__:main",
+    ]
 
 
 def test_base_dependencies_are_the_runtimes_without_an_onnxruntime_wheel(wheel: Path) -> None:
@@ -240,10 +245,13 @@ def test_the_gpu_extra_brings_what_the_cuda_provider_links(repo_root: Path) -> N
 
 def test_the_wheel_is_small_and_downloads_nothing(wheel: Path) -> None:
     """What fetches packages is the study's. What lm-eval needs of the network, lm-eval fetches, and is asked for by name."""
-    assert wheel.stat().st_size < 500_000
+    assert wheel.stat().st_size < 700_000  # 500,000 before there was a server
     with zipfile.ZipFile(wheel) as archive:
         sources = {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".py")}
-    fetching = re.compile(r"\burllib\b|\brequests\.|\"pip\"|apt-get|snapshot_download|hf_hub_download")
+    fetching = re.compile(
+        r"\burllib\.request\b|^\s*(?:import|from) (?:urllib|requests|httpx)\b|\"pip\"|apt-get|snapshot_download|hf_hub_download",
+        re.MULTILINE,
+    )
     assert [name for name, source in sources.items() if fetching.search(source)] == []
 
 

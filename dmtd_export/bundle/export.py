@@ -20,6 +20,7 @@ from dmtd_export.bundle.target import check_disk, check_target, one_line_os_erro
 from dmtd_export.bundle.weights import NUMPY_DTYPES, stored_bytes, write_weights
 from dmtd_export.errors import ExportError as ExportError
 from dmtd_export.graphs.build import build_graph
+from dmtd_export.graphs.checking import checker_fault
 from dmtd_export.graphs.rows import GraphSpec
 from dmtd_export.options import MAX_NUM_SEQS_LIMIT, MAX_WINDOW, ExportOptions
 from dmtd_models.checkpoints.checkpoint import Checkpoint, is_gguf, open_checkpoint
@@ -150,7 +151,8 @@ def _write_bundle(
     for name, dialect, slots in wanted_graphs(options):
         model, info = build_graph(graph_spec, name, dialect, slots)
         onnx.save_model(model, work / info.file)
-        onnx.checker.check_model(work / info.file, full_check=True)
+        fault = checker_fault(work / info.file)
+        assert fault is None, f"{info.file} is no valid graph: {fault}"
         graphs.append(info)
     listed = {contract.WEIGHTS_FILE: weights_file}
     for path in sorted(work.iterdir()):

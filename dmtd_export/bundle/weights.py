@@ -21,10 +21,10 @@ from dmtd_export.errors import ExportError
 from dmtd_export.graphs.layers import COS, SIN
 from dmtd_models.config.model import ModelConfig
 from dmtd_models.reference.rope import rotary_tables
+from dmtd_runtime.bundle.manifest import PAGE_BYTES as PAGE_BYTES
 from dmtd_runtime.bundle.manifest import FileInfo, WeightInfo
 
 Array = np.ndarray
-PAGE_BYTES = 4096
 CHUNK_BYTES = 32 << 20  # converted at a time: bounds the anonymous memory of an export
 PROBE_RTOL = 1e-10  # of the norm; float64 sums in another order stay below 1e-13 of it for 28 million values
 

@@ -17,8 +17,10 @@ import typer
 import typer.core
 import typer.main
 
+from dmtd_export.cli.startup import unwind_on_ctrl_c
 from dmtd_runtime.cli.common import EXIT_USAGE, friendly_errors, note
 from dmtd_runtime.cli.options.groups import takes_groups
+from dmtd_runtime.cli.process import flushed, prepare_streams, unwind_on_signals
 from dmtd_runtime.version import __version__
 
 RENAMED = {"--flavour": "--backend", "--max-batch": "--max-num-seqs"}
@@ -155,6 +157,7 @@ def guarded(function: Callable[..., Any], flags: Mapping[str, str], extra: str) 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         with friendly_errors(flags, extra=extra):
+            unwind_on_ctrl_c()
             return function(*args, **kwargs)
 
     return run
@@ -187,7 +190,10 @@ def _dmtd(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `dmtd` command; ends the process with its exit code."""
-    app(args=list(arguments) if arguments is not None else None, prog_name="dmtd")
+    prepare_streams()
+    unwind_on_signals()
+    with flushed():
+        app(args=list(arguments) if arguments is not None else None, prog_name="dmtd")
 
 
 if __name__ == "__main__":

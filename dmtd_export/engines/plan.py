@@ -103,7 +103,9 @@ def plan_build(manifest: Manifest, options: BuildOptions) -> BuildPlan:
     max_model_len = options.max_model_len
     if max_model_len is None:
         max_model_len = min(model.max_model_len, contract.DEVICE_MODEL_LEN)
-    max_num_seqs = options.max_num_seqs or manifest.max_num_seqs or ExportOptions().max_num_seqs
+    max_num_seqs = options.max_num_seqs
+    if max_num_seqs is None:
+        max_num_seqs = manifest.max_num_seqs or ExportOptions().max_num_seqs
     for name, got, least, most in (
         ("max_model_len", max_model_len, 2, model.max_model_len),
         ("max_num_seqs", max_num_seqs, 1, MAX_NUM_SEQS_LIMIT),

@@ -20,7 +20,7 @@ from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import CycleInfo, GraphInfo, TensorInfo
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.ort.library import import_onnxruntime
-from dmtd_runtime.ort.links import graph_source, reached_by_links
+from dmtd_runtime.ort.links import graph_source, path_problem
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -42,10 +42,10 @@ def open_onnxruntime(path: Path) -> Session:
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     mapped = {}
-    if reached_by_links(path):
+    if path_problem(path):
         arrays = _weights_of(onnx.load(path, load_external_data=False), path.parent)
         mapped = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
-    with graph_source(path, options, mapped) as source:
+    with graph_source(path, options, mapped, holds_no_weights=not mapped) as source:
         session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     return _Holding(session, mapped)
 

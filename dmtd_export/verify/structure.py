@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +20,7 @@ import onnx
 from dmtd_export.bundle.split import spec_of
 from dmtd_export.bundle.weights import PROBE_RTOL, Fingerprint, fingerprint_of, map_tensor
 from dmtd_export.graphs.build import build_graph
+from dmtd_export.graphs.checking import checker_fault
 from dmtd_export.graphs.layers import COS, SIN
 from dmtd_export.graphs.rows import GraphSpec
 from dmtd_export.graphs.writer import CONTRIB_DOMAIN, IR_VERSION, ONNX_DTYPES, OPSET
@@ -202,22 +201,8 @@ def _graph_faults(
         fault = _initializer_fault(tensor, by_offset)
         if fault:
             yield f"initializer {tensor.name}: {fault}"
-    if (refusal := _checker_fault(path)) is not None:
+    if (refusal := checker_fault(path)) is not None:
         yield f"onnx.checker: {refusal}"
-
-
-def _checker_fault(path: Path) -> str | None:
-    """What onnx's checker says of a graph. It takes weights that are a link, or have a second name, for an attack, and reads
-    none of them: it is shown an empty file in their place.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copyfile(path, Path(folder, path.name))
-        Path(folder, contract.WEIGHTS_FILE).touch()
-        try:
-            onnx.checker.check_model(Path(folder, path.name), full_check=True)
-        except Exception as error:  # noqa: BLE001 - the checker raises several kinds
-            return str(error).strip().splitlines()[0].replace(f"{folder}/", "")
-    return None
 
 
 def _io_faults(model: onnx.ModelProto, graph: GraphInfo, agreed: GraphInfo) -> Iterator[str]:

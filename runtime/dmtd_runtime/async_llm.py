@@ -161,6 +161,12 @@ class AsyncStream(AsyncIterator[Delta]):
         """Its name for :meth:`AsyncLLM.abort`; None before it is started."""
         return self._request.request_id if self._request else None
 
+    @property
+    def request(self) -> Request:
+        """What was started."""
+        assert self._request is not None, "the stream has not started"
+        return self._request
+
     async def start(self) -> Self:
         """Check and queue the request, once; the first piece that is asked for does it too. Errors as in LLM.generate."""
         await self._started()

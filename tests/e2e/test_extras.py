@@ -24,6 +24,7 @@ EXTRAS = {
     "evaluate": {"matplotlib"},
     "train": {"transformers", "accelerate", "datasets", "peft", "reasoning_gym", "pyarrow"},
     "lm-eval": {"lm_eval"},
+    "structured": {"llguidance"},
     "tensorrt": {"tensorrt", "tensorrt_rtx", "cuda"},
     "serve": {"fastapi", "uvicorn", "yaml"},
 }
@@ -40,6 +41,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "evaluate with lm-eval": ("evaluate", "CHECKPOINT", "--lm-eval", "no_such_task"),
     "inspect": ("inspect", "BUNDLE"),
     "generate": ("generate", "BUNDLE", "--token-ids", "1,2", "--max-tokens", "2"),
+    "generate a form": ("generate", "BUNDLE", "-p", "a", "--regex", "a", "--max-tokens", "2"),
     "generate over engines": ("generate", "BUNDLE", "--token-ids", "1,2", "--backend", "tensorrt-rtx"),
     "chat": ("chat", "BUNDLE"),
     "serve": ("serve", "TEXT"),
@@ -58,7 +60,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 # What cannot be done without an extra, and the extra that the line names.
 NAMED: dict[str, dict[str, str]] = {
-    "cpu": dict.fromkeys(("generate", "bench", "evaluate a bundle"), "cpu"),
+    "cpu": dict.fromkeys(("generate", "generate a form", "bench", "evaluate a bundle"), "cpu"),
     "export": {
         **dict.fromkeys(("finetune", "finetune a GGUF"), "train"),
         **dict.fromkeys(("export", "build", "build simulator", "verify"), "export"),
@@ -68,6 +70,7 @@ NAMED: dict[str, dict[str, str]] = {
     "evaluate": {"finetune": "train", **dict.fromkeys(("evaluate", "bench with a plot"), "evaluate")},
     "train": {"finetune": "train", "finetune a GGUF": "train"},
     "lm-eval": {"evaluate with lm-eval": "lm-eval"},
+    "structured": {"generate a form": "structured"},
     "tensorrt": {"build": "tensorrt-rtx", "generate over engines": "tensorrt-rtx"},
     "serve": {"serve": "serve"},
 }

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.cli.main import app
-from dmtd_export.options import ExportOptions
+from dmtd_export.options import ExportOptions, SplitOptions
 from dmtd_export.verify import verify_bundle
 from dmtd_export.verify.graph_runs import open_evaluator
 from dmtd_runtime import LLM, BundleError, SamplingParams
@@ -69,7 +69,7 @@ LAYOUTS = (hub_cache, weights_elsewhere, graphs_elsewhere, hard_links, linked_di
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """E0 T1 D1 of float16, with both dialects."""
     place = tmp_path_factory.mktemp("plain")
-    options = ExportOptions(decoding_layers=2, cycle_length=3, max_num_seqs=1, dtype="float16")
+    options = ExportOptions(split=SplitOptions(decoding_layers=2, cycle_length=3), max_num_seqs=1, dtype="float16")
     export_bundle(make_checkpoint(place / "checkpoint"), place / "bundle", options)
     return place / "bundle"
 

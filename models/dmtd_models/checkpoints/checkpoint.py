@@ -51,6 +51,13 @@ def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
             adapted = AdaptedCheckpoint(base, adapter)
             on_error.pop_all()
         return adapted
+    try:
+        return _open(path)
+    except OSError as error:  # no right to pass a directory, a name that is too long
+        raise CheckpointError(f"{error.filename or path}: cannot be read ({error.strerror}); mend that") from error
+
+
+def _open(path: Path) -> Checkpoint:
     if path.is_dir():
         from dmtd_models.checkpoints.hf import HuggingFaceCheckpoint
 

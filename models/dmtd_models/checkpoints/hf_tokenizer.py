@@ -4,7 +4,7 @@ Stands under ``hf``, as ``gguf_tokenizer`` under ``gguf``. Whoever reads tokeniz
 has all there is; files that say it all already are left byte for byte. The rules are those of ``AutoTokenizer``:
 
 1. Named special tokens are tokenizer_config.json's and, where that has no ``added_tokens_decoder``, special_tokens_map.json's
-   over them. A tokenizer class has defaults for names that no file gives.
+   over them. A tokenizer class has defaults for names that no file gives, and tokenizer.json's padding has a token.
 2. Tokens that tokenizer.json lacks come from ``added_tokens_decoder`` or, without it, from added_tokens.json, in the order of
    their ids; then the named ones and the extra ones. Flags that differ are set anew.
 3. A class of transformers' own splits text by its own rules, whatever tokenizer.json says: ``_CLASSES``.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -47,7 +47,7 @@ Json = dict[str, Any]
 class _Class:
     """A tokenizer class of transformers 5: names by default, and what it puts in the place of tokenizer.json's parts."""
 
-    named: Mapping[str, str]
+    named: Mapping[str, str | None]
     parts: Mapping[str, Any]
     model: Mapping[str, object] = field(default_factory=dict)
 
@@ -91,7 +91,7 @@ _CLASSES: Mapping[str, _Class] = MappingProxyType(
             model={"ignore_merges": False},
         ),
         "GPT2Tokenizer": _Class(
-            named={"unk_token": _END, "bos_token": _END, "eos_token": _END},
+            named={"unk_token": _END, "bos_token": _END, "eos_token": _END, "pad_token": None},
             parts={
                 "normalizer": None,
                 "pre_tokenizer": _byte_level(use_regex=True),
@@ -135,25 +135,28 @@ def complete_tokenizer(path: Path, files: Mapping[str, bytes], model_config: Map
     kind = _llama(legacy=True) if name == "LlamaTokenizer" and named.get("legacy") else _CLASSES.get(name)
     rebuilt = None
     if kind is not None:
-        for key, token in kind.named.items():
-            if core.token_to_id(token) is not None:
-                named.setdefault(key, token)
+        for key, text in kind.named.items():
+            if text is None or core.token_to_id(text) is not None:
+                named.setdefault(key, text)
         rebuilt = _rebuilt(described, kind)
+    if described.get("padding"):
+        named.setdefault("pad_token", described["padding"]["pad_token"])
     if rebuilt is not None:
         core = call_native(Tokenizer.from_str, json.dumps(rebuilt))
-        logger.warning(
-            "%s: %s has rules of its own for splitting text, which take the place of this file's, as in transformers 5%s",
-            *(path / _TOKENIZER, name),
-            ""
-            if model_config.get("model_type") == "qwen2"
-            else f'; to keep the file\'s, say in {_CONFIG}: "tokenizer_class": "PreTrainedTokenizerFast"',
-        )
-    changed = _add(path, core, _listed(path, config, files, named), named, described if rebuilt else None)
+        _warn_of_rules(path, name, may_choose=model_config.get("model_type") != "qwen2")
+    own = {int(token["id"]): _token(token) for token in described.get("added_tokens", ())}
+    listed = _listed(path, config, files, named)
+    if "added_tokens_decoder" not in config:
+        listed |= {index: (_TOKENIZER, token) for index, token in own.items()}
+    elif kind is not None:
+        _refuse_lost(path, name, own.values(), {token.content for _, token in listed.values()})
+    changed = _add(core, [token for _, (_, token) in sorted(listed.items())], named)
+    _check_ids(path, core, listed | {index: (_TOKENIZER, token) for index, token in own.items()})
     if changed or rebuilt:
         found[_TOKENIZER] = core.to_str(pretty=True).encode()
     # The names alone: flags and extra tokens stand in tokenizer.json now.
-    names = {name: text_of(value) for name, value in named.items() if name.endswith("_token")}
-    changes = {name: text for name, text in names.items() if text != text_of(config.get(name))}
+    texts = {key: text_of(value) for key, value in named.items() if key.endswith("_token")}
+    changes = {key: text for key, text in texts.items() if text != text_of(config.get(key))}
     if changes:
         found[_CONFIG] = (json.dumps(config | changes, indent=2, ensure_ascii=False) + "\n").encode()
     return found
@@ -172,9 +175,11 @@ def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _named(config: Mapping[str, Any]) -> Json:
+    """Names and tokens in the order in which transformers adds those that are new."""
     extra = config.get("extra_special_tokens")
     own = {name: value for name, value in config.items() if name.endswith("_token")}
-    return own | (extra if isinstance(extra, dict) else {})
+    ordered = {name: own[name] for name in NAMED_TOKENS if name in own}
+    return ordered | own | (extra if isinstance(extra, dict) else {})
 
 
 def _object(path: Path, name: str, files: Mapping[str, bytes]) -> Json:
@@ -229,14 +234,20 @@ def _extras(named: Json) -> list[Any]:
     return list(extra.values()) if isinstance(extra, dict) else list(extra)
 
 
-def _add(
-    path: Path, core: Tokenizer, listed: dict[int, tuple[str, AddedToken]], named: Json, source: Json | None
-) -> bool:
-    """Add what the tokenizer lacks; whether there was any. ``source``: tokenizer.json, where its own tokens were left out."""
-    for token in source["added_tokens"] if source else ():
-        listed[int(token["id"])] = (_TOKENIZER, _token(token))
+def _refuse_lost(path: Path, name: str, own: Iterable[AddedToken], listed: set[str]) -> None:
+    """A class takes its tokens from ``added_tokens_decoder`` where there is one, and forgets tokenizer.json's others."""
+    for token in own:
+        if token.content not in listed:
+            raise CheckpointError(
+                f"{path / _CONFIG}: added_tokens_decoder: got no {token.content!r}, expected all added tokens of {_TOKENIZER}, "
+                f"which {name} takes from here; add it, or save the tokenizer anew with transformers"
+            )
+
+
+def _add(core: Tokenizer, listed: Sequence[AddedToken], named: Json) -> bool:
+    """Add what the tokenizer lacks; whether there was any."""
     has = {token.content: token.__getstate__() for token in core.get_added_tokens_decoder().values()}
-    missing = [token for _, (_, token) in sorted(listed.items()) if token.__getstate__() != has.get(token.content)]
+    missing = [token for token in listed if token.__getstate__() != has.get(token.content)]
     known = {*has, *(token.content for token in missing)}
     for value in (*_named(named).values(), *_extras(named)):
         if (text := text_of(value)) is not None and text not in known:
@@ -246,13 +257,16 @@ def _add(
     for token in missing:
         token.special = token.special or token.content in names
     core.add_tokens(missing)
-    for index, (name, token) in listed.items():
-        if core.token_to_id(token.content) != index:
-            raise CheckpointError(
-                f"{path / name}: token {token.content!r}: got id {index}, expected {core.token_to_id(token.content)}, which it "
-                f"has behind the tokens of {_TOKENIZER}; save the tokenizer anew with transformers"
-            )
     return bool(missing)
+
+
+def _check_ids(path: Path, core: Tokenizer, given: Mapping[int, tuple[str, AddedToken]]) -> None:
+    for index, (file, token) in given.items():
+        if (got := core.token_to_id(token.content)) != index:
+            raise CheckpointError(
+                f"{path / file}: token {token.content!r}: got id {index}, expected {got}, which it has behind the tokens of "
+                f"{_TOKENIZER}; save the tokenizer anew with transformers"
+            )
 
 
 def _class_name(model_config: Mapping[str, object], config: Json, described: Json) -> str:
@@ -272,6 +286,15 @@ def _rebuilt(described: Json, kind: _Class) -> Json | None:
         return None
     rebuilt = {**described, **kind.parts, "model": {**model, **kind.model}, "added_tokens": []}
     return None if _rules(rebuilt) == _rules(described) else rebuilt
+
+
+def _warn_of_rules(path: Path, name: str, *, may_choose: bool) -> None:
+    """``may_choose``: whether AutoTokenizer minds the class that the directory names."""
+    way = f'; to keep the file\'s, say in {_CONFIG}: "tokenizer_class": "PreTrainedTokenizerFast"' if may_choose else ""
+    logger.warning(
+        "%s: %s has rules of its own for splitting text, which take the place of this file's, as in transformers 5%s",
+        *(path / _TOKENIZER, name, way),
+    )
 
 
 def _rules(described: Json) -> object:

@@ -59,7 +59,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 )
             header = json.loads(stream.read(length))
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); check that the file is there") from error
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); mend that") from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -44,18 +44,20 @@ def json_object(file: Path) -> dict[str, object]:
 
 def adapter_problem(path: Path) -> str | None:
     """What to say of a directory that is an adapter, whoever made it; None if it is none."""
-    file = path / ADAPTER_CONFIG
-    if not file.is_file():
+    if not (path / ADAPTER_CONFIG).is_file():
         return None
-    try:
-        ours = "dmtd_adapter" in json_object(file)
-    except CheckpointError:
-        ours = False
-    if ours:
+    if _is_ours(path / ADAPTER_CONFIG):
         return (
             "an adapter that dmtd finetune made; give the model that it was made of, and this directory with --adapter"
         )
     return f"a PEFT adapter; {MERGE} (--adapter takes those that dmtd finetune made)"
+
+
+def _is_ours(adapter_config: Path) -> bool:
+    try:
+        return "dmtd_adapter" in json_object(adapter_config)
+    except CheckpointError:
+        return False
 
 
 def stored_tensors(path: Path, config: dict[str, object]) -> dict[str, StoredTensor]:
@@ -72,7 +74,8 @@ def stored_tensors(path: Path, config: dict[str, object]) -> dict[str, StoredTen
             f"{SINGLE_FILE} (or {INDEX_FILE}) and take the key out"
         )
     chosen = next((file for file in (single, index) if file.is_file()), None)
-    if chosen is not None and (path / ADAPTER_CONFIG).is_file():
+    adapter = path / ADAPTER_CONFIG
+    if chosen is not None and adapter.is_file() and not _is_ours(adapter):  # ours is what the weights differ by
         raise CheckpointError(
             f"{path}: {ADAPTER_CONFIG} stands beside {chosen.name}, and nothing says whether the adapter is in those weights; "
             f"move it away if it is, else {MERGE}"

@@ -114,7 +114,7 @@ class StepwiseBackend:
 
     def warm_up(self) -> None: ...
 
-    def start_cycle(self, slots: Sequence[SlotCycle], *, follows: bool = False) -> None:
+    def start_cycle(self, slots: Sequence[SlotCycle], committed: Sequence[int], *, follows: bool = False) -> None:
         raise NotImplementedError("this backend runs step by step")
 
     def finish_cycle(self) -> Array:
@@ -190,8 +190,8 @@ class Backend(Protocol):
         """
         ...
 
-    def start_cycle(self, slots: Sequence[SlotCycle], *, follows: bool = False) -> None:
-        """Enqueue one cycle of the named slots, and return without waiting for it.
+    def start_cycle(self, slots: Sequence[SlotCycle], committed: Sequence[int], *, follows: bool = False) -> None:
+        """Enqueue one cycle of the named slots, and return without waiting for it; ``committed`` as for :meth:`run`.
 
         With ``follows`` it goes on where the cycle before it, of the same slots, ends: ``ids`` are not read, the device has
         them. At most two cycles may be under way.

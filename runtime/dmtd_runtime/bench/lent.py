@@ -26,8 +26,8 @@ class LentBackend:
         self._backend.warm_up()
         self.stats = self._backend.stats
 
-    def start_cycle(self, slots: Sequence[SlotCycle], *, follows: bool = False) -> None:
-        self._backend.start_cycle(slots, follows=follows)
+    def start_cycle(self, slots: Sequence[SlotCycle], committed: Sequence[int], *, follows: bool = False) -> None:
+        self._backend.start_cycle(slots, committed, follows=follows)
 
     def finish_cycle(self) -> Array:
         return self._backend.finish_cycle()

@@ -53,9 +53,9 @@ class _StepClock(LentBackend):
         self.marks.append((steps[0].step.kind, time.perf_counter(), self.stats.session_seconds))
         return super().run(steps, committed, choose=choose, rows=rows)
 
-    def start_cycle(self, slots: Sequence[SlotCycle], *, follows: bool = False) -> None:
+    def start_cycle(self, slots: Sequence[SlotCycle], committed: Sequence[int], *, follows: bool = False) -> None:
         self.marks.append(("cycle", time.perf_counter(), self.stats.session_seconds))
-        super().start_cycle(slots, follows=follows)
+        super().start_cycle(slots, committed, follows=follows)
 
     def finish_cycle(self) -> Array:
         tokens = super().finish_cycle()

@@ -63,7 +63,8 @@ from typing import Any, Literal
 
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.contract import GraphName
-from dmtd_runtime.bundle.manifest import DTYPE_BYTES, FileInfo, Manifest, TensorInfo, decode, safe_relative, sha256_of
+from dmtd_runtime.bundle.json_records import decode
+from dmtd_runtime.bundle.manifest import DTYPE_BYTES, FileInfo, Manifest, TensorInfo, safe_relative, sha256_of
 from dmtd_runtime.errors import BundleError, RequestError
 
 EngineBackend = Literal["tensorrt", "tensorrt-rtx", "simulator"]

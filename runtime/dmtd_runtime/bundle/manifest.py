@@ -6,23 +6,24 @@ Reading order of a consumer: :func:`load_manifest` (shape and schema), :meth:`Ma
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
+import math
 import os
 import shlex
-import types
-import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from dmtd_errors.pointers import lfs_pointer
 from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.json_records import decode
 from dmtd_runtime.errors import BundleError
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
 HASH_CHUNK_BYTES = 1 << 22
+PAGE_BYTES = 4096  # what groups of weights are aligned to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +187,8 @@ class Manifest:
                 raise BundleError(f"{path} is missing, the manifest lists it; export the bundle again")
             size = path.stat().st_size
             if size != info.bytes:
+                if (pointer := lfs_pointer(path)) is not None:
+                    raise BundleError(f"{path}: {pointer}")
                 raise BundleError(
                     f"{path} has {size} bytes, the manifest says {info.bytes}: truncated or altered; export the bundle again"
                 )
@@ -216,9 +219,27 @@ def sha256_of(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
     return digest.hexdigest()
 
 
+def _unreachable(path: Path) -> str | None:
+    """Why nothing can be said of a path: no right to pass a directory above it, a ring of links, a name that is too long."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return (
+            f"{path} is a link to {path.readlink()}, which is not there; mend the link" if path.is_symlink() else None
+        )
+    except NotADirectoryError:
+        return None
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        return f"{path} cannot be reached: {getattr(error, 'strerror', None) or error}; mend that, or name another directory"
+    return None
+
+
 def load_manifest(directory: Path) -> Manifest:
     """Read and check ``directory``/manifest.json. Raises BundleError in one line for whatever is wrong with it."""
     path = directory / contract.MANIFEST_FILE
+    problem = _unreachable(directory) or _unreachable(path)
+    if problem is not None:
+        raise BundleError(problem)
     if not directory.is_dir():
         raise BundleError(
             f"{directory} is not a directory; make a bundle with: dmtd export MODEL -o {shlex.quote(str(directory))}"
@@ -227,9 +248,13 @@ def load_manifest(directory: Path) -> Manifest:
         raise BundleError(
             f"{directory} has no manifest.json, so it is not a bundle; make one with: dmtd export MODEL -o OUT"
         )
+    if (pointer := lfs_pointer(path)) is not None:
+        raise BundleError(f"{path}: {pointer}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}; mend that") from None
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read as JSON ({error}); export the bundle again") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("schema"), int):
         raise BundleError(f"{path} has no integer 'schema'; it is not a DMTD bundle's manifest")
@@ -277,7 +302,7 @@ def _check_consistency(manifest: Manifest, path: Path) -> None:
             f"{cycle.cycle_length}; export the bundle again"
         )
     for name in contract.ROTARY_TABLES:
-        rows = manifest.weights[name].shape[0] if name in manifest.weights else 0
+        rows = next(iter(manifest.weights[name].shape), 0) if name in manifest.weights else 0
         if rows != model.max_model_len + model.max_window:
             raise BundleError(
                 f"{path}: {name} has {rows} rows, expected max_model_len + max_window = "
@@ -290,57 +315,80 @@ def _check_consistency(manifest: Manifest, path: Path) -> None:
     for graph in manifest.graphs:
         if graph.file not in manifest.files:
             raise BundleError(f"{path}: graph file {graph.file} is not in the list of files; export the bundle again")
+    for fault in (*_faults_of_weights(manifest), *_faults_of_model(manifest), *_faults_of_graphs(manifest)):
+        raise BundleError(f"{path}: {fault}; export the bundle again")
 
 
-def decode(kind: Any, raw: Any, where: str) -> Any:
-    """Build ``kind`` (dataclasses, tuples, mappings, literals, scalars) from JSON; ValueError names the place."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return raw
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(raw, dict):
-            raise ValueError(f"{where} is {type(raw).__name__}, expected an object")
-        hints = _hints(kind)
-        known = {f.name: f for f in dataclasses.fields(kind)}
-        missing = [
-            name
-            for name, f in known.items()
-            if name not in raw and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        ]
-        if missing:
-            raise ValueError(f"{where} lacks {', '.join(missing)}")
-        return kind(**{name: decode(hints[name], raw[name], f"{where}.{name}") for name in known if name in raw})
-    if origin is tuple:
-        if not isinstance(raw, list):
-            raise ValueError(f"{where} is {type(raw).__name__}, expected a list")
-        return tuple(decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(raw))
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        if not isinstance(raw, dict):
-            raise ValueError(f"{where} is {type(raw).__name__}, expected an object")
-        return {name: decode(args[1], item, f"{where}.{name}") for name, item in raw.items()}
-    if origin is Literal:
-        if raw not in args:
-            raise ValueError(f"{where} is {raw!r}, expected one of {', '.join(map(str, args))}")
-        return raw
-    if origin is types.UnionType:
-        return _decode_union(args, raw, where)
-    if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
-        return float(raw)
-    if not isinstance(raw, kind) or (kind is int and isinstance(raw, bool)):
-        raise ValueError(f"{where} is {raw!r}, expected {kind.__name__}")
-    return raw
+def _faults_of_weights(manifest: Manifest) -> Iterator[str]:
+    """Tensors fill the weights file one behind another; a group of them begins at a page."""
+    stored, end = manifest.files.get(contract.WEIGHTS_FILE), 0
+    if stored is None:
+        yield f"the list of files lacks {contract.WEIGHTS_FILE}"
+        return
+    for name, info in sorted(manifest.weights.items(), key=lambda item: item[1].offset):
+        if info.dtype != manifest.model.dtype or not info.shape or min(info.shape) < 1:
+            yield f"weight {name} is {info.dtype} {list(info.shape)}, expected {manifest.model.dtype} and no empty shape"
+            return
+        if info.length != math.prod(info.shape) * DTYPE_BYTES[info.dtype]:
+            yield f"weight {name} of shape {list(info.shape)} has {info.length} bytes"
+        if info.offset not in (end, -(-end // PAGE_BYTES) * PAGE_BYTES):
+            yield f"weight {name} begins at byte {info.offset}, the one before it ends at {end}"
+        end = info.offset + info.length
+    if end != stored.bytes:
+        yield f"the weights end at byte {end}, {contract.WEIGHTS_FILE} has {stored.bytes}"
 
 
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+def _faults_of_model(manifest: Manifest) -> Iterator[str]:
+    """The model's dimensions are those of its weights."""
+    model, layer = manifest.model, "model.layers.0."
+    hidden, head = model.hidden_size, model.head_dim
+    expected = {
+        "model.embed_tokens.weight": (model.vocab_size, hidden),
+        f"{layer}self_attn.q_proj.weight": (model.num_heads * head, hidden),
+        f"{layer}self_attn.k_proj.weight": (model.num_kv_heads * head, hidden),
+        f"{layer}mlp.up_proj.weight": (model.intermediate_size, hidden),
+    }
+    expected |= dict.fromkeys(contract.ROTARY_TABLES, (model.max_model_len + model.max_window, head // 2))
+    if not model.tie_word_embeddings:
+        expected["lm_head.weight"] = (model.vocab_size, hidden)
+    elif "lm_head.weight" in manifest.weights:
+        yield "model.tie_word_embeddings is true, and lm_head.weight is stored"
+    for name, shape in expected.items():
+        found = manifest.weights.get(name)
+        if found is None or found.shape != shape:
+            got = "missing" if found is None else str(list(found.shape))
+            yield f"weight {name} is {got}, expected {list(shape)} by the model's dimensions"
+    ids = (*model.eos_token_ids, *(() if model.bos_token_id is None else (model.bos_token_id,)))
+    if any(not 0 <= token < 1 << 31 for token in ids):
+        yield f"token ids {list(ids)} of begin and end, expected none below 0 and none beyond 31 bits"
 
 
-def _decode_union(kinds: tuple[Any, ...], raw: Any, where: str) -> Any:
-    for kind in kinds:
-        if kind is type(None):
-            if raw is None:
-                return None
-        elif isinstance(raw, kind) and not isinstance(raw, bool):
-            return raw
-    raise ValueError(f"{where} is {raw!r}, expected {' or '.join(kind.__name__ for kind in kinds)}")
+def _faults_of_graphs(manifest: Manifest) -> Iterator[str]:
+    """What the list of a graph's inputs and outputs says is what the model's dimensions and the split say."""
+    model, cycle = manifest.model, manifest.cycle
+    layers = {
+        contract.FULL_PASS: {*range(model.num_layers)},
+        contract.THINKING: {*cycle.encoding_range, *cycle.thinking_range},
+        contract.LATE_DECODE: {*cycle.encoding_range, *cycle.decoding_range},
+    }
+    widths = {contract.LOGITS: model.vocab_size, contract.THOUGHT: model.hidden_size}
+    for graph in manifest.graphs:
+        if graph.slots < 1 or graph.file != contract.graph_file(graph.name, graph.dialect, graph.slots):
+            yield f"graph file {graph.file} for {graph.name}, {graph.dialect}, {graph.slots} slot(s)"
+        for side in (graph.inputs, graph.outputs):
+            caches = {name.layer for info in side if (name := contract.cache_name(info.name))}
+            if caches != layers.get(graph.name, set()):
+                yield f"{graph.file} keeps caches of layers {sorted(caches)}, which the split does not say"
+        for info in (*graph.inputs, *graph.outputs):
+            if info.dtype not in DTYPE_BYTES or any(
+                isinstance(dim, int) and not 0 < dim < 1 << 31 for dim in info.dims
+            ):
+                yield f"{graph.file}: {info.name} is {info.dtype} {list(info.dims)}"
+            elif contract.cache_name(info.name) and (
+                info.dims[1:] != (model.num_kv_heads, "capacity", model.head_dim) or info.dtype != model.dtype
+            ):
+                yield f"{graph.file}: {info.name} is {info.dtype} {list(info.dims)}, which the model's dimensions do not say"
+            elif info.name in widths and info.dims[-1:] != (widths[info.name],):
+                yield f"{graph.file}: {info.name} is {list(info.dims)}, expected to end in {widths[info.name]}"
+        if unknown := [name for name in graph.weights if name.partition("+")[0] not in manifest.weights]:
+            yield f"{graph.file} reads {unknown[0]}, which is not among the weights"

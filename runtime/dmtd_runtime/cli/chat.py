@@ -122,14 +122,16 @@ def _talk(llm: LLM, conversation: Conversation) -> bool:
             note("\n(Ctrl-D or /exit leaves)")
         except (AbortedError, BackendError):
             raise  # the engine is gone
+        except _InputError as error:
+            if not interactive:  # where the next message begins is not known
+                raise RequestError(str(error)) from None
+            note(f"error: {error}")
         except DmtdError as error:
-            if isinstance(error, _InputError) and not interactive:
-                raise  # where the next message begins is not known
             note(f"error: {error}")
             good = False
 
 
-class _InputError(RequestError):
+class _InputError(Exception):
     """Lines that make no message."""
 
 

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import importlib
 import logging
-import os
 import signal
 import sys
 import traceback
@@ -22,6 +21,7 @@ from typing import Annotated, TypeVar
 import typer
 from rich.console import Console
 
+from dmtd_runtime.cli.process import drop_stdout
 from dmtd_runtime.errors import DmtdError, MissingExtraError
 from dmtd_runtime.machine.memory import left_in_words, ran_out
 
@@ -69,6 +69,8 @@ def require(verb: str, modules: Sequence[str], extra: str) -> None:
         try:
             importlib.import_module(name)
         except Exception as error:  # noqa: BLE001 - a library that is broken, or too large for the memory, raises many kinds
+            if _was_interrupted(error):
+                raise KeyboardInterrupt from None
             if ran_out(error):
                 raise MissingExtraError(
                     f"dmtd {verb} needs {name}, for which there is not enough memory ({error}), {left_in_words()}; free some"
@@ -76,6 +78,13 @@ def require(verb: str, modules: Sequence[str], extra: str) -> None:
             raise MissingExtraError(
                 f"dmtd {verb} needs {name}, which cannot be imported ({error}); run: pip install {pip_name(name, extra)}"
             ) from None
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C stands behind an error: C++ sides of libraries dress it up as a failed import."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 @contextlib.contextmanager
@@ -103,16 +112,31 @@ def friendly_errors(flags: Mapping[str, str] | None = None, *, extra: str = "cpu
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:
         # Whoever read the output has gone: be quiet, and keep the interpreter from writing to it once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_stdout()
         raise typer.Exit(EXIT_BROKEN_PIPE) from None
     except OSError as error:
+        if error.errno == errno.EBADF and error.filename is None:
+            drop_stdout()
+            raise _fail(
+                "stdout is closed, so the result has no place to go; redirect it to a file or /dev/null"
+            ) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.filename is None:
+                drop_stdout()
             raise _fail(
                 f"no space left on the device ({error.filename or 'output'}); free some and try again"
             ) from error
         if ran_out(error):
             raise _fail(_NO_MEMORY.format(error, left_in_words())) from error
         raise
+    except ImportError as error:
+        if _was_interrupted(error):
+            _release_streams()
+            note("interrupted")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        if not ran_out(error):
+            raise
+        raise _fail(_NO_MEMORY.format(error, left_in_words())) from error
     except (MemoryError, RuntimeError) as error:
         if not ran_out(error):
             raise

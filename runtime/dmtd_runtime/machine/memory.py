@@ -37,7 +37,7 @@ def ran_out(error: BaseException | None) -> bool:
             return True
         if _WORDS.search(str(error)):
             return True
-        error = error.__cause__
+        error = error.__cause__ or error.__context__
     return False
 
 

@@ -16,7 +16,7 @@ from dmtd_runtime.machine.hardware import default_threads
 from dmtd_runtime.machine.memory import ran_out
 from dmtd_runtime.ort.cuda_provider import CUDA_PROVIDER, prepare
 from dmtd_runtime.ort.library import import_onnxruntime
-from dmtd_runtime.ort.links import graph_source, reached_by_links
+from dmtd_runtime.ort.links import graph_source, path_problem
 
 CPU_PROVIDER = "CPUExecutionProvider"
 # Kernels of attention that may be taken, by the provider's numbers: flash, memory-efficient and unfused. Left to itself the
@@ -99,7 +99,9 @@ def open_session(
     except Exception as error:
         if ran_out(error):
             raise MemoryError(f"ONNX Runtime, opening {path}: {first_line(error)}") from error
-        raise BundleError(f"ONNX Runtime cannot load {path}: {first_line(error)}; {_remedy(path)}") from error
+        raise BundleError(
+            f"ONNX Runtime cannot load {path}: {first_line(error)}; {path_problem(path) or 'export the bundle again'}"
+        ) from error
     wanted = CPU_PROVIDER if cuda is None else CUDA_PROVIDER
     if session.get_providers()[0] != wanted:
         raise BackendError(
@@ -108,12 +110,6 @@ def open_session(
             param="device",
         )
     return session
-
-
-def _remedy(path: Path) -> str:
-    if reached_by_links(path):
-        return "its files are links, which may be the matter: copy what they lead to (cp -rL), or make it again"
-    return "export the bundle again"
 
 
 def first_line(error: Exception) -> str:

@@ -102,7 +102,7 @@ class Run:
         self._is_open.enter_context(self.served.lifecycle.answering(self))
         try:
             for stream in self._streams:
-                self._requests.append(await stream.start())
+                self._requests.append((await stream.start()).request)
         except DmtdError as error:
             await self.aclose()
             raise self._told(error) from error

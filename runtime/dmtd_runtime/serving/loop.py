@@ -229,7 +229,7 @@ class Loop:
             ids = () if unseen else sequence.ids[window.start : window.stop]
             cycles.append(SlotCycle(slot=one.slot, steps=one.steps, ids=ids, sampler=sequence.sampler, unseen=unseen))
         self._count_heads(planned)
-        self._backend.start_cycle(cycles, follows=unseen > 0)
+        self._backend.start_cycle(cycles, self._scheduler.committed, follows=unseen > 0)
         self._scheduler.commit(planned)
 
     def _count_heads(self, planned: Sequence[Planned]) -> None:

@@ -6,6 +6,7 @@ dropped. How text is cut into pieces changes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from dmtd_runtime.sampling.stops import StopStringMatcher
@@ -40,7 +41,7 @@ class ReasoningStream:
         """Starts an answer; ``started``: it is in the middle of the reasoning (:func:`starts_in_reasoning`)."""
         self._begin = begin
         self._ends = StopStringMatcher((end,))
-        self._state = self._in_reasoning if started else self._at_beginning
+        self._state: Callable[[str], None] = self._in_reasoning if started else self._at_beginning
         self._raw = ""  # of what may be the mark
         self._blank = ""  # of the reasoning, if more follows
         self._reasoning = self._content = ""

@@ -95,7 +95,7 @@ class ToolCallStream:
         self._marked = format == "hermes"
         self._names = names if not self._marked else None
         self._new_id = new_id or (lambda: f"call_{secrets.token_hex(12)}")
-        self._state = self._in_text if self._marked else self._between
+        self._state: Callable[[str], None] = self._in_text if self._marked else self._between
         self._marks = StopStringMatcher((_BEGIN, _END) if self._marked else ())
         self._num_calls = 0
         self._told = _Told()
@@ -140,7 +140,7 @@ class ToolCallStream:
         self._content(text)
         if mark == _BEGIN:
             self._begin(self._blank + _BEGIN)
-        elif mark == _END and not (self._after_call and not self._blank.strip(_BLANK)):
+        elif mark == _END and not self._after_call:
             self._content(_END)
 
     def _between(self, char: str) -> None:

@@ -136,7 +136,7 @@ def weights(output: Path) -> dict[str, np.ndarray]:
 def test_ctrl_c_and_the_same_command_again(
     base: str, chats: str, tmp_path: Path, at_forward: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ("--epochs", "3", "--eval-every", "0")
+    command = ("--epochs", "2", "--eval-every", "0")
     whole = finetune(base, tmp_path / "whole", chats, *command)
     assert whole.exit_code == 0, (whole.output, whole.exception)
     at_forward(3, lambda: signal.raise_signal(signal.SIGINT))
@@ -169,7 +169,7 @@ def test_ctrl_c_and_the_same_command_again(
 def test_a_run_goes_on_in_its_own_precision_on_another_machine(
     base: str, chats: str, tmp_path: Path, at_forward: Any, monkeypatch: pytest.MonkeyPatch, began: str, found: str
 ) -> None:
-    quick = (*SPLIT, "--tokens-per-step", "128", "--top-k", "4", "--device", "cpu", "--epochs", "3", "--json")
+    quick = (*SPLIT, "--tokens-per-step", "128", "--top-k", "4", "--device", "cpu", "--epochs", "1", "--json")
     monkeypatch.setattr("dmtd_models.finetune.job.usual_precision", lambda device: began)
     at_forward(3, lambda: signal.raise_signal(signal.SIGINT))
     assert finetune(base, tmp_path / "out", chats, quick=quick).exit_code == 130

@@ -104,7 +104,7 @@ CHECKPOINTS = [
     case("cut tokenizer config", cut("m/tokenizer_config.json", 50), EXPORT, "m/tokenizer_config.json: not JSON"),
     case("bad template", write("m/chat_template.jinja", "{% if %}"), EXPORT, "chat template: line 1: Expected an expr"),
     case("template bytes", write("m/chat_template.jinja", b"\xe4"), EXPORT, "m/chat_template.jinja: cannot be read"),
-    case("bad defaults", write("m/generation_config.json", '{"top_k": -7}'), EXPORT, "generation_config.json: top_k"),
+    case("bad defaults", write("m/generation_config.json", '{"do_sample":true,"top_k":-7}'), EXPORT, "top_k: got -7"),
     case(
         "pickle", write("x/pytorch_model.bin", "x"), ("export", "x/pytorch_model.bin", *EXPORT[2:]), "convert it to sa"
     ),
@@ -124,6 +124,18 @@ ARCHITECTURES = [
 ]
 SPLITS = [
     case("no split", nothing, ("export", "m", "-o", "new"), "give --decoding-layers and --cycle-length"),
+    case(
+        "no split of a GGUF",
+        write("x.gguf", "GGUF\x03"),
+        ("export", "x.gguf", "-o", "new"),
+        "its split is unknown; give",
+    ),
+    case(
+        "half a split",
+        write("x.gguf", "GGUF"),
+        ("export", "x.gguf", "-o", "new", *SPLIT[:2]),
+        "give --cycle-length (for",
+    ),
     case("sum", nothing, (*EXPORT, "--thinking-layers", "1"), "encoding 0 + thinking 1 + decoding 1 = 2 layers"),
     case("no thinking", nothing, (*EXPORT, "--encoding-layers", "3"), "thinking 0 + decoding 1"),
     case("recorded sum", config(**RECORDED), ("export", "m", "-o", "new"), "= 3 layers, expected"),

@@ -21,6 +21,8 @@ from dmtd_export.engines.plan import (
     ranges,
 )
 from dmtd_export.errors import ExportError
+from dmtd_export.verify import largest_batch
+from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import Manifest, TensorInfo, load_manifest
 
 RTX = Target(backend="tensorrt-rtx", version="1.7.1")
@@ -60,9 +62,22 @@ def test_capacity_holds_the_longest_sequence_and_a_padded_chunk(manifest: Manife
     assert plan_build(manifest, BuildOptions(max_model_len=40960)).capacity == 41216
 
 
+@pytest.mark.parametrize(("exported", "built", "checked"), [((1,), 1, 1), ((1, 4), 4, 4), ((1, 16), 16, 8), ((), 8, 8)])
+def test_engines_are_for_as_many_sequences_as_the_bundle_was_exported_for(
+    manifest: Manifest, exported: tuple[int, ...], built: int, checked: int
+) -> None:
+    """``()``: a bundle without graphs of ONNX Runtime's own, which alone are made for a number of sequences."""
+    [graph] = [graph for graph in manifest.graphs if graph.name == contract.THINKING]
+    made = [dataclasses.replace(graph, dialect=contract.ONNXRUNTIME, slots=slots) for slots in exported]
+    bundle = dataclasses.replace(manifest, graphs=(*manifest.graphs, *made))
+    assert plan_build(bundle, BuildOptions()).max_num_seqs == built
+    assert largest_batch(bundle) == checked
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (BuildOptions(max_num_seqs=0), "max_num_seqs: got 0, expected 1 to 32"),
         (BuildOptions(max_model_len=50000), "max_model_len: got 50000, expected 2 to 40960"),
         (BuildOptions(max_num_seqs=65), "max_num_seqs: got 65, expected 1 to 64"),
         (BuildOptions(prefill_chunk=512), "prefill_chunk: got 512, expected 3 to 256"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from dmtd_models.checkpoints.hf import HuggingFaceCheckpoint
+from dmtd_models.checkpoints.hf_tokenizer import named_tokens
 from dmtd_models.errors import CheckpointError
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.text.special_tokens import read_special_tokens
@@ -51,6 +53,12 @@ def digits() -> Tokenizer:
     )
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    return core
+
+
+def padded() -> Tokenizer:
+    core = digits()
+    core.enable_padding(pad_token="<|im_start|>", pad_id=258)
     return core
 
 
@@ -96,6 +104,8 @@ CASES: dict[str, tuple[str, Tokenizer | None, dict[str, Any]]] = {
     "qwen3's class": ("qwen3", None, {"config": {"tokenizer_class": "Qwen2Tokenizer"}}),
     "no class": ("qwen3", None, {"config": {"tokenizer_class": None}}),
     "gpt2's class": ("llama", digits(), {"config": {"tokenizer_class": "GPT2Tokenizer", "eos_token": None}}),
+    "padding": ("llama", padded(), {"config": {"tokenizer_class": "GPT2Tokenizer"}, "without": "pad_token"}),
+    "padding and null": ("llama", padded(), {"config": {"pad_token": None}}),
     "any class": ("llama", digits(), {}),
     "llama's class over bytes": ("llama", digits(), {"config": {"tokenizer_class": "LlamaTokenizerFast"}}),
     **{
@@ -114,10 +124,15 @@ CASES: dict[str, tuple[str, Tokenizer | None, dict[str, Any]]] = {
 
 
 def write(directory: Path, family: str, core: Tokenizer | None, files: dict[str, Any]) -> Path:
-    write_tiny_checkpoint(directory, family=family, layers=2, tokenizer=True, vocab_size=300)
+    write_tiny_checkpoint(directory, family=family, layers=1, tokenizer=True, vocab_size=300)
+    return rewrite(directory, core, files)
+
+
+def rewrite(directory: Path, core: Tokenizer | None, files: dict[str, Any]) -> Path:
     if core is not None:
         core.save(str(directory / "tokenizer.json"))
     config = json.loads((directory / "tokenizer_config.json").read_text()) | files.get("config", {})
+    config.pop(files.get("without"), None)
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     for name, content in (("special_tokens_map", files.get("map")), ("added_tokens", files.get("added"))):
         if content is not None:
@@ -197,3 +212,80 @@ def test_the_template_for_tools_comes_along(tmp_path: Path) -> None:
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates/tool_use.jinja").write_text("own")
     assert HuggingFaceCheckpoint(source).assets()["chat_template_tool_use.jinja"] == b"own"
+
+
+def random_files(rng: random.Random) -> dict[str, Any]:
+    """Tokens spread over the files, mostly without a contradiction."""
+    files: dict[str, Any] = {"config": {"tokenizer_class": rng.choice(TOKENIZER_CLASSES)}}
+    words = rng.sample(["<think>", "[PAD]", "<img>", "[X]", "[Y]", "[Z]", "<|im_end|>"], k=rng.randint(0, 4))
+    listed = {word: 259 + i for i, word in enumerate(word for word in words if word != "<|im_end|>")}
+    if rng.random() < 0.1 and listed:
+        listed[next(iter(listed))] += 7
+    way = rng.random()
+    if way < 0.4:
+        flags = ("special", "lstrip", "rstrip", "normalized", "single_word")
+        files["config"]["added_tokens_decoder"] = {
+            str(index): {"content": word} | {flag: rng.random() < 0.3 for flag in flags}
+            for word, index in listed.items()
+        }
+    elif way < 0.8:
+        files["added"] = listed
+    names = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token", "image_token")
+    for name in rng.sample(names, k=rng.randint(0, 3)):
+        files["config"][name] = rng.choice([*words, "<|im_start|>", None])
+    if rng.random() < 0.5:
+        files["map"] = {name: rng.choice([*words, "<|im_start|>"]) for name in rng.sample(names[:5], k=2)}
+    if rng.random() < 0.4:
+        files["config"][rng.choice(["extra_special_tokens", "additional_special_tokens"])] = rng.sample(
+            words, k=len(words) // 2
+        )
+    return files
+
+
+TOKENIZER_CLASSES = ("PreTrainedTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer", "LlamaTokenizerFast", None)
+
+
+def check_random_directory(rng: random.Random, place: Path) -> bool:
+    """Whether the directory was read; what is refused contradicts itself or is refused by transformers too."""
+    transformers = pytest.importorskip("transformers")
+    files, family, core = random_files(rng), rng.choice(["llama", "qwen2", "qwen3"]), rng.choice([None, digits()])
+    directory = place / f"{family}-{core is None}"
+    if not directory.exists():
+        write(directory, family, core, {})
+    for old in ("special_tokens_map.json", "added_tokens.json"):
+        (directory / old).unlink(missing_ok=True)
+    (directory / "tokenizer_config.json").write_text("{}")
+    rewrite(directory, None, files)
+    try:
+        theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    except Exception:
+        return False
+    try:
+        assets = HuggingFaceCheckpoint(directory).assets()
+    except CheckpointError:
+        added = files.get("added") or {
+            token["content"]: int(index) for index, token in files["config"].get("added_tokens_decoder", {}).items()
+        }
+        # Their ids are others than the files give, or tokens that tokenizer.json marks are forgotten.
+        core = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        marked = {token.content: index for index, token in core.get_added_tokens_decoder().items()}
+        assert any(theirs.added_tokens_encoder.get(token) != index for token, index in (added | marked).items()), files
+        return False
+    core = Tokenizer.from_str(assets["tokenizer.json"].decode())
+    names = named_tokens(json.loads(assets["tokenizer_config.json"]))
+    known = {name: token for name, token in theirs.special_tokens_map.items() if core.token_to_id(token) is not None}
+    assert {name: names.get(name) for name in known} == known, files
+    for text in (*TEXTS, "".join(rng.choices([*TEXTS, "[X] ", " [PAD]", "<img>"], k=4))):
+        assert core.encode(text).ids == theirs.encode(text), (files, text)
+    return True
+
+
+def test_random_directories_are_read_as_auto_tokenizer_reads_them(tmp_path: Path) -> None:
+    rng = random.Random(3)
+    assert sum(check_random_directory(rng, tmp_path) for _ in range(40)) >= 15
+
+
+@pytest.mark.slow
+def test_many_random_directories_are_read_as_auto_tokenizer_reads_them(tmp_path: Path) -> None:
+    rng = random.Random(4)
+    assert sum(check_random_directory(rng, tmp_path) for _ in range(600)) >= 250

@@ -54,7 +54,7 @@ def test_options_that_contradict_each_other(base: Path, tmp_path: Path, given: d
 
 @pytest.mark.parametrize(("trained", "rate"), [("late", 1e-3), ("full", 3e-4), ("lora", 1e-3)])
 def test_learning_rate_by_kind(base: Path, tmp_path: Path, trained: str, rate: float) -> None:
-    options = run_options(trained=trained, learning_rate=None, schedule="linear", warmup=0.0)
+    options = run_options(trained=trained, learning_rate=None, schedule="linear", warmup=0.0, max_tokens=10)
     run_tiny(base, tmp_path, options)
     assert first_rate(tmp_path) == pytest.approx(rate, rel=1e-6), "the first step's, before it falls"
 

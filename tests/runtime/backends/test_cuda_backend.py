@@ -19,7 +19,7 @@ from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime import LLM, BackendError, SamplingParams
 from dmtd_runtime.backends.base import BackendOptions
-from dmtd_runtime.backends.onnxruntime import binding
+from dmtd_runtime.backends.onnxruntime import binding, limits
 from dmtd_runtime.backends.onnxruntime import memory as ort_memory
 from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from dmtd_runtime.backends.onnxruntime.trial import trial_step
@@ -59,6 +59,7 @@ def provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeOnnxRuntime]:
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", FakeCuda(host))  # type: ignore[arg-type]
     for user in (ort_session, binding):
         monkeypatch.setattr(user, "import_onnxruntime", lambda: module)
+    monkeypatch.setattr(limits, "check_cuda_provider", lambda ort: None)
     monkeypatch.setattr(ort_session, "prepare", lambda ort, device_id: None)
     monkeypatch.setattr(ort_memory, "prepare", lambda ort, device_id: None)
     return module

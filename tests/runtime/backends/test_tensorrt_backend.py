@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from device_support import Engines, engine_backend, run_sequences, simulator_engines, tokens_of
-from runtime_support import CONVENTIONS, TinyBundles, poisoned_bundle, random_prompt
+from runtime_support import CONVENTIONS, TinyBundles, poisoned_bundle, random_prompt, tokenizer_of
 
 from dmtd_models.reference import oracle
 from dmtd_runtime.backends.base import BackendOptions
@@ -18,9 +19,11 @@ from dmtd_runtime.backends.engines.backend import TensorRtBackend
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.device.simulator.device import SimulatedDevice
 from dmtd_runtime.errors import BackendError, BundleError, RequestError
+from dmtd_runtime.sampling.grammar import GrammarCompiler
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import Sampler
 from dmtd_runtime.sampling.stops import StopRules
+from dmtd_runtime.sampling.structured import StructuredOutputs
 from dmtd_runtime.serving.loop import run_batch
 from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
 
@@ -110,9 +113,9 @@ def test_the_next_cycle_is_enqueued_before_the_tokens_of_this_one_are_seen(
     calls: list[str] = []
     start, finish = backend.start_cycle, backend.finish_cycle
 
-    def noted_start(slots: Any, *, follows: bool = False) -> None:
+    def noted_start(slots: Any, committed: Any, *, follows: bool = False) -> None:
         calls.append("follow" if follows else "start")
-        start(slots, follows=follows)
+        start(slots, committed, follows=follows)
 
     def noted_finish() -> Any:
         calls.append("finish")
@@ -197,6 +200,21 @@ def test_log_probabilities_go_step_by_step_and_cycles_take_over_again(tiny: Tiny
     assert [tokens_of(events) for events in told] == [tokens_of(events) for events in wanted]
     got, expected = ([e.choice.logprob for e in events[0] if e.choice] for events in (told, wanted))
     np.testing.assert_allclose(got, expected, atol=1e-4)
+    assert 5 < backend.stats.cycles < 10
+
+
+def test_a_form_goes_step_by_step_beside_free_sequences(tiny: TinyBundles, engines: MakeEngines) -> None:
+    """As log probabilities do: its tokens are allowed ones, its neighbour's are its own, and cycles take over again."""
+    bundle = tiny.get()
+    tokenizer, vocab = tokenizer_of(bundle.directory), vocab_of(tiny)
+    grammar = GrammarCompiler(tokenizer, vocab_size=vocab).compile(StructuredOutputs(regex="[a-f]{9}"))
+    params = [SamplingParams(temperature=1.5, max_tokens=30), greedy(40)]
+    prompts = [random_prompt(i, 4) for i in range(2)]
+    backend = engine_backend(bundle.directory, bundle.manifest, engines(), slots=2)
+    plan = CyclePlan(cycle=bundle.manifest.cycle)
+    formed, free = (tokens_of(e) for e in run_sequences(backend, plan, vocab, prompts, params, {0: grammar}))
+    assert re.fullmatch("[a-f]{9}", tokenizer.decode(formed))
+    assert free == bundle.greedy_tokens(prompts[1], 40)
     assert 5 < backend.stats.cycles < 10
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -122,6 +123,16 @@ def test_generate_json_is_what_the_library_gives(bundle: str) -> None:
     assert told["text"] == output.outputs[0].text
     assert (told["finish_reason"], told["prompt_tokens"]) == ("length", 3)
     assert (told["full_passes"], told["late_steps"]) == (3, 4)
+
+
+def test_generate_answers_of_a_form(bundle: str, tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    sampled = ("generate", bundle, "-p", "Hi", "--temperature", "1.5", "--seed", "3", "--json")
+    for given in (json.dumps(schema), str(tmp_path / "schema.json")):
+        assert json.loads(one_json(dmtd(*sampled, "--json-schema", given))["text"])["a"] in (1, 2)
+    assert re.fullmatch("[ab]{3}c", one_json(dmtd(*sampled, "--regex", "[ab]{3}c"))["text"])
+    assert one_json(dmtd(*sampled, "--choice", "yes", "--choice", "no"))["text"] in ("yes", "no")
 
 
 def test_generate_plain_runs_every_layer_and_needs_no_warning(bundle: str) -> None:
@@ -260,6 +271,9 @@ BAD_REQUESTS: list[tuple[str, Sequence[str], str]] = [
     ("range", ("generate", "BUNDLE", "-p", "x", "--top-p", "2"), "--top-p: got 2"),
     ("stop id", ("generate", "BUNDLE", "-p", "x", "--stop-token-ids", "999"), "--stop-token-ids: got token id 999"),
     ("bias", ("generate", "BUNDLE", "-p", "x", "--logit-bias", "nope"), "--logit-bias: got 'nope'"),
+    ("form", ("generate", "BUNDLE", "-p", "x", "--regex", "("), "structured_outputs: it cannot be enforced"),
+    ("two forms", ("generate", "BUNDLE", "-p", "x", "--regex", "a", "--choice", "b"), "got regex and choice"),
+    ("no schema", ("generate", "BUNDLE", "-p", "x", "--json-schema", "/no/such"), "--json-schema: got '/no/such'"),
     ("timeout", ("generate", "BUNDLE", "-p", "x", "--timeout", "0"), "--timeout: got 0"),
     ("no file", ("generate", "BUNDLE", "--prompt-file", "/no/such"), "cannot be read"),
     ("system and raw", ("generate", "BUNDLE", "-p", "x", "--raw", "--system", "y"), "--system: needs a chat template"),

@@ -31,7 +31,9 @@ def test_defaults_are_those_people_expect() -> None:
         "max_tokens": None,
         "min_tokens": 0,
         "logprobs": None,
+        "prompt_logprobs": None,
         "logit_bias": None,
+        "structured_outputs": None,
         "skip_special_tokens": True,
         "include_stop_str_in_output": False,
     }

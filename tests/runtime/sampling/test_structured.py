@@ -13,7 +13,10 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+import tokenizers
+from random_schemas import Schemas
 from runtime_support import END_OF_TURN, TinyBundle, make_bundle, random_prompt, tokenizer_of
+from tokenizers import AddedToken, decoders, models, normalizers
 
 from dmtd_runtime import LLM, AsyncLLM, RequestError, SamplingParams, StructuredOutputs
 from dmtd_runtime.errors import MissingExtraError
@@ -21,6 +24,7 @@ from dmtd_runtime.sampling import grammar as grammar_module
 from dmtd_runtime.sampling.grammar import GrammarCompiler
 from dmtd_runtime.sampling.sampler import Sampler
 from dmtd_runtime.sampling.structured import MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH, MAX_WHITESPACE
+from dmtd_runtime.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -61,87 +65,6 @@ def texts(llm: LLM, params: Sequence[SamplingParams]) -> list[str]:
 
 
 # -- JSON
-
-
-class Schemas:
-    """Random schemas that something satisfies, of the keywords that people use."""
-
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
-        self._definitions: dict[str, Any] = {}
-
-    def make(self) -> dict[str, Any]:
-        schema = self._any(0)
-        return {**schema, "$defs": self._definitions} if self._definitions else schema
-
-    def _any(self, depth: int) -> dict[str, Any]:
-        scalars = [self._text, self._integer, self._number, self._constant, lambda _: {"type": "boolean"}]
-        nested = [self._object, self._object, self._array, self._tuple, self._union, self._reference]
-        made: dict[str, Any] = self._random.choice(scalars if depth > 2 else scalars[:depth] + nested)(depth)
-        return made
-
-    def _text(self, _: int) -> dict[str, Any]:
-        kind = self._random.randrange(4)
-        if kind == 0:
-            return {"type": "string", "pattern": self._random.choice(["^[a-f]{2,4}$", "^x", "[0-9]$", "^(ab|cd)*e$"])}
-        if kind == 1:
-            return {"type": "string", "format": self._random.choice(["date", "time", "ipv4", "uuid"])}
-        low = self._random.randrange(4)
-        return {"type": "string", "minLength": low, "maxLength": low + self._random.randrange(6)}
-
-    def _integer(self, _: int) -> dict[str, Any]:
-        low = self._random.randrange(-1000, 1000)
-        bounds = {"minimum": low, "exclusiveMaximum": low + self._random.randrange(1, 2000)}
-        return {"type": "integer", **{k: v for k, v in bounds.items() if self._random.random() < 0.7}}
-
-    def _number(self, _: int) -> dict[str, Any]:
-        low = self._random.randrange(-50, 50)
-        return {"type": ["number", "null"]} if low < -25 else {"type": "number", "minimum": low, "maximum": low + 3.5}
-
-    def _constant(self, _: int) -> dict[str, Any]:
-        values = ["a", "größe\n", "\U0001f600\"'\\", 7, -2.5, None, True, {"k": [1, "z"]}, []]
-        return (
-            {"const": self._random.choice(values)}
-            if self._random.random() < 0.3
-            else {"enum": self._random.sample(values, 4)}
-        )
-
-    def _object(self, depth: int) -> dict[str, Any]:
-        names = self._random.sample(
-            ["a", "b", "größe", 'quo"te', "with space", "$x", "äöü\\"], self._random.randrange(1, 5)
-        )
-        schema: dict[str, Any] = {
-            "type": "object",
-            "properties": {name: self._any(depth + 1) for name in names},
-            "required": [name for name in names if self._random.random() < 0.6],
-            "additionalProperties": False,
-        }
-        if self._random.random() < 0.2:
-            schema["patternProperties"] = {"^p_[a-z]{1,3}$": {"type": "boolean"}}
-        elif self._random.random() < 0.2:
-            schema["additionalProperties"] = {"type": "integer"}
-        return schema
-
-    def _array(self, depth: int) -> dict[str, Any]:
-        low = self._random.randrange(3)
-        return {"type": "array", "items": self._any(depth + 1), "minItems": low, "maxItems": low + 2}
-
-    def _tuple(self, depth: int) -> dict[str, Any]:
-        return {"type": "array", "prefixItems": [self._any(depth + 1) for _ in range(2)], "items": False, "minItems": 2}
-
-    def _union(self, depth: int) -> dict[str, Any]:
-        if self._random.random() < 0.3:
-            return {"oneOf": [{"type": "integer"}, {"type": "string", "maxLength": 3}, {"type": "null"}]}
-        return {"anyOf": [self._any(depth + 1) for _ in range(2)]}
-
-    def _reference(self, depth: int) -> dict[str, Any]:
-        name = f"d{len(self._definitions)}"
-        self._definitions[name] = {}  # taken, while what it is made of is made
-        self._definitions[name] = self._any(depth + 1)
-        if self._random.random() < 0.3:  # a tree
-            item = {"type": "array", "items": {"$ref": f"#/$defs/{name}"}, "maxItems": 2}
-            self._definitions[name] = {"type": "object", "properties": {"next": item}, "additionalProperties": False}
-        return {"$ref": f"#/$defs/{name}"}
 
 
 def check_schemas(llm: LLM, seeds: Sequence[int]) -> None:
@@ -351,6 +274,39 @@ def test_logits_without_text_are_never_allowed(llm: LLM, vocab_size: int) -> Non
         assert allowed[END_OF_TURN]
 
 
+@pytest.mark.parametrize("pattern", ["(ab){1,5}", "ab ab ab", "[ä-ü]{3}", "a( ab)*"])
+def test_tokens_of_sentencepiece(pattern: str) -> None:
+    """Spaces are marks there, and letters without a token are bytes: any allowed tokens give text of the form."""
+    core = sentencepiece_like()
+    tokenizer = Tokenizer(core, eos_token_ids=(2,))
+    grammar = GrammarCompiler(tokenizer, vocab_size=320, eos_token_ids=(2,)).compile(StructuredOutputs(regex=pattern))
+    for seed in range(10):
+        state, stream, chance, text = grammar.start(), tokenizer.text_stream(), random.Random(seed), ""
+        while not state.complete:
+            token_id = chance.choice(np.flatnonzero(state.allowed()).tolist())
+            state.observe(token_id)
+            text += stream.push(token_id)
+        assert re.fullmatch(pattern, text + stream.flush())
+
+
+def sentencepiece_like() -> tokenizers.Tokenizer:
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdef", "ab", "▁a", "▁ab"]
+    core = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={name: i for i, name in enumerate(names)},
+            merges=[("a", "b"), ("▁", "a"), ("▁", "ab")],
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    core.add_special_tokens([AddedToken(name, special=True) for name in names[:3]])
+    return core
+
+
 def test_the_mask_comes_before_every_option(llm: LLM) -> None:
     state = compiler(llm).compile(StructuredOutputs(choice=["a", "b"])).start()
     assert llm.tokenizer is not None
@@ -391,6 +347,10 @@ REFUSED: dict[str, dict[str, Any]] = {
     "schema of a wrong type": {"json": {"type": 7}},
     "schema unsatisfiable": {"json": {"allOf": [{"type": "integer"}, {"type": "string"}]}},
     "schema never ends": {"json": {"$ref": "#"}},
+    "schema in circles": {"json": {"$ref": "#/$defs/a", "$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}, {}]}}}},
+    "schema of too many unions": {
+        "json": {"allOf": [{"anyOf": [{"properties": {f"{i} {j}": {}}} for j in range(8)]} for i in range(8)]}
+    },
     "schema without what it refers to": {"json": {"$ref": "#/$defs/nothing"}},
     "schema elsewhere": {"json": {"$ref": "https://example.com/schema.json"}},
     "schema in a file": {"json": {"$ref": "file:///etc/passwd"}},
@@ -485,8 +445,6 @@ def test_a_missing_library_is_told_with_what_to_install(llm: LLM, monkeypatch: p
 
 def test_text_of_the_tokenizer_survives(bundle: TinyBundle) -> None:
     """What the library reads has the same ids as the bundle's own file."""
-    import tokenizers
-
     ours = tokenizer_of(bundle.directory)
     again = tokenizers.Tokenizer.from_str(ours.to_json())
     assert again.encode("Grüße <|im_end|>").ids == ours.encode("Grüße <|im_end|>")

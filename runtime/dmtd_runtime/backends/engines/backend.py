@@ -161,7 +161,7 @@ class TensorRtBackend:
             self._choose(batch)
         for shape in reach.cycles():
             program, staging = self._program_of(shape), self._control_staging.take()
-            program.fill(program.control.views(staging), ())
+            program.fill(program.control.views(staging), (), ())
             self._device.upload(self._control, staging[: program.control.num_bytes])
             self._control_staging.used()
             for _ in range(2 if self._graphs else 1):
@@ -220,11 +220,11 @@ class TensorRtBackend:
                     context.set_address(name.partition(":")[2], block.address(self._control, name))
             context.enqueue()
 
-    def start_cycle(self, slots: Sequence[SlotCycle], *, follows: bool = False) -> None:
+    def start_cycle(self, slots: Sequence[SlotCycle], committed: Sequence[int], *, follows: bool = False) -> None:
         assert len(self._under_way) < CYCLES_UNDER_WAY, f"{CYCLES_UNDER_WAY} cycles are under way"
         self._begin()
         waited_since, self._idle_since = self._idle_since, None
-        program = self._program(slots)
+        program = self._program(slots, committed)
         if follows:
             last = self._under_way[-1]
             assert last.program.shape.batch == program.shape.batch, "a following cycle has the batch of the one before"
@@ -234,7 +234,7 @@ class TensorRtBackend:
         if program.shape.sampled:
             self._update_tables(slots)
         staging = self._control_staging.take()
-        program.fill(program.control.views(staging), slots)
+        program.fill(program.control.views(staging), slots, committed)
         first = program.control_from if follows else 0
         self._device.upload(Address(self._control + first), staging[first : program.control.num_bytes])
         self._control_staging.used()
@@ -297,13 +297,15 @@ class TensorRtBackend:
                 return
         self._device.replay(program.capture)
 
-    def _program(self, slots: Sequence[SlotCycle]) -> CycleProgram:
+    def _program(self, slots: Sequence[SlotCycle], committed: Sequence[int]) -> CycleProgram:
         """The program for the batch and length buckets of these slots."""
         full = tuple(step.kind == "full" for step in slots[0].steps)
         window = self._tau if not all(full) or self._tau == 1 else 1
-        needed = max(max(s.steps[-1].late.stop, s.steps[0].window.start + window) for s in slots)
+        batch = self._batch_for(max(s.slot for s in slots))
+        ends = [max(s.steps[-1].late.stop, s.steps[0].window.start + window) for s in slots]
+        needed = max(*ends, max(committed[:batch]) + window)
         shape = CycleShape(
-            batch=self._batch_for(max(s.slot for s in slots)),
+            batch=batch,
             visible_len=self._record.bucket_for(needed),
             full=full,
             window_len=window,

@@ -23,7 +23,7 @@ from dmtd_runtime.backends.kv_cache import HostKvCache
 from dmtd_runtime.backends.layouts.layout import Layout
 from dmtd_runtime.backends.layouts.packed import PackedLayout
 from dmtd_runtime.backends.layouts.rectangular import RectangularLayout
-from dmtd_runtime.backends.onnxruntime.binding import Binding
+from dmtd_runtime.backends.onnxruntime.binding import Binding, check_io
 from dmtd_runtime.backends.onnxruntime.limits import check_dtype, graph_slots, max_model_len
 from dmtd_runtime.backends.onnxruntime.memory import (
     Buffer,
@@ -217,6 +217,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
             cuda=cuda,
             weights={weight: self._weights[weight] for weight in graph.weights} if self._weights else None,
         )
+        check_io(self._sessions[name], graph)
         return self._sessions[name]
 
     def _run_together(

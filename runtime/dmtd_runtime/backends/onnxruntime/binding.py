@@ -11,7 +11,7 @@ import numpy as np
 from dmtd_runtime.backends.base import Array, RunStats
 from dmtd_runtime.backends.onnxruntime.memory import Block, Buffer, OrtMemory
 from dmtd_runtime.bundle.manifest import GraphInfo
-from dmtd_runtime.errors import BackendError
+from dmtd_runtime.errors import BackendError, BundleError
 from dmtd_runtime.machine.memory import left_in_words, ran_out
 from dmtd_runtime.ort.library import import_onnxruntime
 from dmtd_runtime.ort.session import first_line
@@ -109,6 +109,31 @@ class Binding:
             hint = "; try --no-cuda-graphs" if self._graph_id not in (None, -1) else ""
             raise BackendError(f"ONNX Runtime failed: {first_line(error)}{hint}") from error
         stats.session_seconds += time.perf_counter() - start
+
+
+def check_io(session: Any, graph: GraphInfo) -> None:
+    """Hold the manifest's list of a graph's inputs and outputs against the graph itself.
+
+    Raises:
+        BundleError: they differ; binding by the list would leave something unbound, or bind another shape.
+    """
+    for side, found, listed in (
+        ("input", session.get_inputs(), graph.inputs),
+        ("output", session.get_outputs(), graph.outputs),
+    ):
+        in_graph = [(info.name, _DTYPES.get(info.type, info.type), tuple(info.shape)) for info in found]
+        in_list = [(info.name, info.dtype, info.dims) for info in listed]
+        if in_graph != in_list:
+            got = next((each for each in in_list if each not in in_graph), "another number or order of them")
+            expected = next((each for each in in_graph if each not in in_list), "what the graph has")
+            raise BundleError(
+                f"{graph.file}: the manifest lists the {side} {got}, expected {expected}; export the bundle again"
+            )
+
+
+_DTYPES = {f"tensor({name})": name for name in ("float16", "bfloat16", "int64", "int32", "bool")} | {
+    "tensor(float)": "float32"
+}
 
 
 def _run_options(graph_id: int | None) -> Any:

@@ -21,6 +21,7 @@ from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import DTYPE_BYTES, GraphInfo
 from dmtd_runtime.device.base import Address, Array
 from dmtd_runtime.device.cuda_memory import CudaMemory
+from dmtd_runtime.errors import BundleError
 from dmtd_runtime.ort.cuda_provider import prepare
 from dmtd_runtime.ort.library import import_onnxruntime
 
@@ -237,10 +238,15 @@ def open_memory(options: BackendOptions) -> OrtMemory:
 
 def small_tensors(graph: GraphInfo, sizes: Mapping[str, int]) -> list[tuple[str, list[int], str]]:
     """(name, shape, dtype) of the inputs and outputs of a graph that stand in its block."""
-    return [
-        (info.name, [sizes[dim] if isinstance(dim, str) else dim for dim in info.dims], info.dtype)
+    small = [
+        info
         for info in (*graph.inputs, *graph.outputs)
         if not contract.cache_name(info.name) and info.name not in (contract.THOUGHT, contract.LOGITS)
+    ]
+    if unknown := {dim for info in small for dim in info.dims if isinstance(dim, str)} - sizes.keys():
+        raise BundleError(f"{graph.file}: the manifest names a dimension {min(unknown)!r}; export the bundle again")
+    return [
+        (info.name, [sizes[dim] if isinstance(dim, str) else dim for dim in info.dims], info.dtype) for info in small
     ]
 
 

@@ -17,7 +17,7 @@ from dmtd_runtime.bundle.manifest import GraphInfo, Manifest
 from dmtd_runtime.device.base import Address, aligned
 from dmtd_runtime.device.uploading import Uploader
 from dmtd_runtime.ort.library import import_onnxruntime
-from dmtd_runtime.ort.links import reached_by_links
+from dmtd_runtime.ort.links import path_problem
 
 
 def weights_of(manifest: Manifest, graphs: Iterable[GraphInfo]) -> dict[str, tuple[int, int, tuple[int, ...], str]]:
@@ -51,7 +51,7 @@ def upload_weights(
 
 def mapped_weights(directory: Path, manifest: Manifest, graphs: Iterable[GraphInfo]) -> Mapping[str, Any]:
     """What the graphs read, as OrtValues over the mapped file; empty where ONNX Runtime reads the file itself."""
-    linked = [graph for graph in graphs if reached_by_links(directory / graph.file)]
+    linked = [graph for graph in graphs if path_problem(directory / graph.file)]
     from_array = import_onnxruntime().OrtValue.ortvalue_from_numpy
     return {
         name: from_array(np.memmap(directory / contract.WEIGHTS_FILE, dtype, "r", offset=offset, shape=shape))

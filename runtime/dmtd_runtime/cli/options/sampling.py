@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 from dmtd_runtime.cli.common import note
 from dmtd_runtime.cli.options.groups import Group, option
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.sampling.params import SamplingParams
+from dmtd_runtime.sampling.structured import StructuredOutputs
 
 _PANEL = "Sampling (by default as the bundle's generation_config.json says)"
 
 
 def _option(text: str, *flags: str) -> Any:
     return option(text, *flags, panel=_PANEL, show_default=False)
+
+
+def _form(text: str, *flags: str) -> Any:
+    return option(text, *flags, panel="Form of the answer, one of these (extra: structured)", show_default=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +46,9 @@ class GivenSampling:
     stop_token_ids: str | None = None
     ignore_eos: bool = False
     logit_bias: str | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
 
     def over(self, defaults: SamplingParams) -> SamplingParams:
         """``defaults`` with what was given.
@@ -55,6 +64,13 @@ class GivenSampling:
         given["temperature"] = 0.0 if given.pop("greedy") else self.temperature
         given["stop_token_ids"] = parse_ids(self.stop_token_ids, "stop_token_ids")
         given["logit_bias"] = _parse_logit_bias(self.logit_bias)
+        form = {
+            "json": _read_schema(given.pop("json_schema")),
+            "regex": given.pop("regex"),
+            "choice": given.pop("choice"),
+        }
+        form = {name: value for name, value in form.items() if value not in (None, [])}
+        given["structured_outputs"] = StructuredOutputs(**form) if form else None
         changes = {
             name: value for name, value in given.items() if value is not None and value is not False and value != []
         }
@@ -85,6 +101,9 @@ SAMPLING = Group(
             "Token ids that end the sequence, such as 1,2,3. By default none.", "--stop-token-ids"
         ),
         "ignore_eos": _option("Go on after an end-of-sequence token. By default off.", "--ignore-eos"),
+        "json_schema": _form("A JSON schema, or a file that holds one: the answer is JSON that satisfies it."),
+        "regex": _form("A regular expression that matches the whole answer."),
+        "choice": _form("The whole answer is this. May be given again: then it is one of them.", "--choice"),
         "logit_bias": _option(
             'Added to the logits of tokens: JSON, such as {"50": -100}. By default none.', "--logit-bias"
         ),
@@ -131,3 +150,16 @@ def bias_by_id(value: object) -> dict[int, Any]:
 
 def _no_bias(text: object) -> RequestError:
     return RequestError(f'got {str(text)[:60]!r}, expected JSON such as {{"50": -100}}', param="logit_bias")
+
+
+def _read_schema(given: str | None) -> str | None:
+    """The text of a schema: what was given, if that is JSON, or the file of that name."""
+    if given is None or given.lstrip().startswith("{"):
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"got {given[:60]!r}, which is no JSON object and no file that can be read ({error}); give one of them",
+            param="json_schema",
+        ) from None
