@@ -44,7 +44,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "generate a form": ("generate", "BUNDLE", "-p", "a", "--regex", "a", "--max-tokens", "2"),
     "generate over engines": ("generate", "BUNDLE", "--token-ids", "1,2", "--backend", "tensorrt-rtx"),
     "chat": ("chat", "BUNDLE"),
-    "serve": ("serve", "TEXT"),
+    "serve": ("serve", "TEXT", "--port", "0"),
     "bench": ("bench", "BUNDLE", "--max-tokens", "8", "--prompt-len", "2", "--repeats", "1", "--warmup", "0"),
     "bench with a plot": (
         "bench",
