@@ -180,11 +180,12 @@ class Run:
     def _observe(self, place: int, delta: Delta) -> None:
         if not delta.token_ids:
             return
-        before = self._times.get((place, delta.index))
+        before, count = self._times.get((place, delta.index)), len(delta.token_ids)
         if before is None:
             self.served.metrics.first_token(time.monotonic() - self._arrived)
-        else:
-            self.served.metrics.tokens((delta.at_s - before) / len(delta.token_ids), len(delta.token_ids))
+            before, count = self._requests[place].first_token_s or 0.0, count - 1
+        if count:
+            self.served.metrics.tokens(max(delta.at_s - before, 0.0) / count, count)
         self._times[place, delta.index] = delta.at_s
 
     def _observe_ends(self) -> None:

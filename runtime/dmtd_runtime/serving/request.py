@@ -109,6 +109,11 @@ class Request:
         """Whether all sequences ended."""
         return self._done.is_set()
 
+    @property
+    def first_token_s(self) -> float | None:
+        """Seconds from submission to the first token of any sequence; None before it."""
+        return self._metrics.first_token_s
+
     def cancel(self, reason: FinishReason) -> None:
         """Let the request end before its next step. Takes no lock, so that a finalizer may call it."""
         self._cancelled = self._cancelled or reason
