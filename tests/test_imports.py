@@ -175,6 +175,14 @@ def test_importing_the_runtime_loads_no_heavy_library() -> None:
     assert not {"onnxruntime", "tokenizers", "torch", "onnx"} & set(loaded)
 
 
+def test_the_core_imports_without_the_server_and_its_libraries() -> None:
+    of_the_server = ("dmtd_runtime.server", "dmtd_runtime.cli")
+    wanted = [name for name in modules_of("dmtd_runtime") if not name.startswith(of_the_server)]
+    report = import_in_fresh_interpreter({"fastapi", "starlette", "uvicorn", "pydantic", "yaml", "llguidance"}, wanted)
+    assert report["failures"] == []
+    assert not [name for name in report["loaded"] if name.startswith("dmtd_runtime.server")]
+
+
 def test_export_imports_without_torch() -> None:
     """Export needs no torch: a few modules are bridges to it, and nothing imports them before they are called for."""
     bridges = {

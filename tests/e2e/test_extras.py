@@ -26,6 +26,7 @@ EXTRAS = {
     "lm-eval": {"lm_eval"},
     "structured": {"llguidance"},
     "tensorrt": {"tensorrt", "tensorrt_rtx", "cuda"},
+    "serve": {"fastapi", "uvicorn", "yaml"},
 }
 EXTRAS["all"] = set().union(*EXTRAS.values())
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -43,6 +44,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "generate a form": ("generate", "BUNDLE", "-p", "a", "--regex", "a", "--max-tokens", "2"),
     "generate over engines": ("generate", "BUNDLE", "--token-ids", "1,2", "--backend", "tensorrt-rtx"),
     "chat": ("chat", "BUNDLE"),
+    "serve": ("serve", "TEXT"),
     "bench": ("bench", "BUNDLE", "--max-tokens", "8", "--prompt-len", "2", "--repeats", "1", "--warmup", "0"),
     "bench with a plot": (
         "bench",
@@ -70,8 +72,9 @@ NAMED: dict[str, dict[str, str]] = {
     "lm-eval": {"evaluate with lm-eval": "lm-eval"},
     "structured": {"generate a form": "structured"},
     "tensorrt": {"build": "tensorrt-rtx", "generate over engines": "tensorrt-rtx"},
+    "serve": {"serve": "serve"},
 }
-NAMED["all"] = NAMED["export"] | NAMED["cpu"] | {"generate over engines": "tensorrt-rtx"}
+NAMED["all"] = NAMED["export"] | NAMED["cpu"] | NAMED["serve"] | {"generate over engines": "tensorrt-rtx"}
 RUNNER = """
 import json, sys
 blocked, commands = (json.loads(argument) for argument in sys.argv[1:])

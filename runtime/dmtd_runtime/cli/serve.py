@@ -7,13 +7,14 @@ defaults < file < environment < command line.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dmtd_runtime.backends.base import BackendOptions
-from dmtd_runtime.cli.common import BundleArgument, BundleOption, note, pick, require
+from dmtd_runtime.cli.common import BundleArgument, BundleOption, friendly_errors, note, pick, require
 from dmtd_runtime.cli.options.backend import AnswerBackend
 from dmtd_runtime.cli.options.server import LimitsGroup, SchedulingGroup, ServerGroup
 from dmtd_runtime.errors import RequestError
@@ -27,30 +28,38 @@ _OF_ONE_START = ("config", "dry_run")
 
 def _read_config(context: typer.Context, file: Path | None) -> Path | None:
     """Make the file's values the defaults of this run."""
-    if file is None or context.resilient_parsing:
-        return file
+    if file is not None and not context.resilient_parsing:
+        with friendly_errors({"config": "--config"}, extra="serve"):
+            context.default_map = {**(context.default_map or {}), **_options_of(file, context.command.params)}
+    return file
+
+
+def _options_of(file: Path, parameters: Sequence[Any]) -> dict[str, Any]:
+    """Parameter -> value, of a file that names options with hyphens or without."""
     require("serve --config", ("yaml",), "serve")
     import yaml
 
     try:
         if file.stat().st_size > MAX_CONFIG_BYTES:
             raise RequestError(f"{file} is larger than {MAX_CONFIG_BYTES} bytes; is it the right file?", param="config")
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+        given = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise RequestError(f"{file} cannot be read ({' '.join(str(error).split())})", param="config") from None
-    if not isinstance(given or {}, dict):
+    if not isinstance(given, dict):
         raise RequestError(
             f"{file}: got a {type(given).__name__}, expected names of options and values", param="config"
         )
-    names = {str(name).replace("-", "_"): value for name, value in (given or {}).items()}
-    flags = {_flag(each): str(each.name) for each in context.command.params}
-    names = {flags.get(name, name): value for name, value in names.items()}
-    known = {each.name for each in context.command.params} - {*_OF_ONE_START, "help"}
-    for name in names:
+    known = {each.name for each in parameters} - {*_OF_ONE_START, "help"}
+    flags = {_flag(each): str(each.name) for each in parameters}
+    found = {}
+    for written, value in given.items():
+        name = str(written).replace("-", "_")
+        name = flags.get(name, name)
         if name not in known:
-            raise RequestError(f"{file}: {name!r} is no option of dmtd serve; see --help", param="config")
-    context.default_map = {**(context.default_map or {}), **{k: v for k, v in names.items() if v is not None}}
-    return file
+            raise RequestError(f"{file}: {written!r} is no option of dmtd serve; see --help", param="config")
+        if value is not None:
+            found[name] = value
+    return found
 
 
 def serve(
@@ -83,19 +92,17 @@ def serve(
         server.refuse_open_bind()
         typer.echo("\n".join(_told(context)))
         return
-    require("serve", ("fastapi", "uvicorn", "prometheus_client"), "serve")
-    from dmtd_runtime.server.logs import log_to_stderr
+    require("serve", ("fastapi", "uvicorn"), "serve")
+    from dmtd_runtime.server.logs import logs_to_stderr
     from dmtd_runtime.server.run import Settings
     from dmtd_runtime.server.run import serve as run
-
-    log_to_stderr(server.log_format)
 
     def announce(url: str, seconds: float) -> None:
         note(f"serving {directory} at {url} (opened in {seconds:.1f} s)")
 
-    code = run(
-        Settings(bundle=directory, options=server, limits=limits, backend=backend, serving=serving), announce=announce
-    )
+    settings = Settings(bundle=directory, options=server, limits=limits, backend=backend, serving=serving)
+    with logs_to_stderr(server.log_format):
+        code = run(settings, announce=announce)
     if code:
         raise typer.Exit(code)
 

@@ -172,6 +172,12 @@ def _add_errors(app: FastAPI) -> None:
         told = _of_validation(error)
         return answer(told.body(), told.status)
 
+    @app.exception_handler(Exception)
+    async def _(http: HttpRequest, _: Exception) -> Response:
+        name = http.state.request_id
+        told = ApiError(500, f"internal error; the server's log tells it as {name}", code="internal_error")
+        return answer(told.body(), told.status)
+
     @app.exception_handler(HTTPException)
     async def _(_: HttpRequest, error: HTTPException) -> Response:
         told = ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
@@ -187,8 +193,8 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     place = list(first["loc"][1:])
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', 'it cannot be read')}")
-    if isinstance(cause, ValueError):
-        return ApiError(400, str(cause), param=str(place[0]) if place else None)
+    if isinstance(cause, ValueError):  # of a model's own rules, which name the field first
+        return ApiError(400, str(cause), param=str(cause).partition(":")[0])
     param = str(place[0]) if place else None
     inner = "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in place[1:])
     problem = f"{first['msg'][:1].lower()}{first['msg'][1:]}"

@@ -69,8 +69,9 @@ def render(
     source = served.template.tool_use_source if tools else served.template.source
     if "developer" not in source:
         messages = [{**each, "role": "system"} if each.get("role") == "developer" else each for each in messages]
-    for name, value in (("tools", tools), ("documents", documents), *(template_kwargs or {}).items()):
-        if value and name not in source:
+    given = {"tools": tools or None, "documents": documents or None, **(template_kwargs or {})}
+    for name, value in given.items():
+        if value is not None and name not in source:
             raise invalid(name, f"this model's chat template knows no {name}; leave it out")
     return served.template.render(
         messages,

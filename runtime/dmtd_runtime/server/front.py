@@ -63,12 +63,10 @@ class Front:
             told.status = 499  # nginx's word for it
             if isinstance(gone, asyncio.CancelledError):
                 raise
-        except Exception:
-            logger.exception("%s: a bug; please report it", request_id, extra={"request_id": request_id})
-            if told.status:
+        except Exception:  # answered already (``app``), unless an answer was under way
+            logger.exception("a bug; please report it", extra={"request_id": request_id})
+            if told.status != 500:
                 raise
-            problem = ApiError(500, f"internal error; the server's log tells it as {request_id}", code="internal_error")
-            await answer(problem.body(), 500)(scope, receive, told)
         finally:
             self._log(scope, request_id, told.status, time.perf_counter() - begin)
 

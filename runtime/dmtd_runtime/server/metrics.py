@@ -6,16 +6,14 @@ are filled by the event loop as pieces pass through it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
-
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import generate_latest
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 
 from dmtd_runtime.serving.counts import Counts
 from dmtd_runtime.serving.outputs import RequestOutput
 
+_PREFIX = "dmtd:"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
 _LONG = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -62,41 +60,62 @@ _COUNTERS: dict[str, tuple[str, Callable[[Counts], float]]] = {
 }
 
 
+class _Histogram:
+    """Counts of values by bucket, and the lines that tell them. For one thread: the event loop's."""
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float], label: str) -> None:
+        self._bounds, self._counts, self._sum = bounds, [0] * (len(bounds) + 1), 0.0
+        self._head = _head(name, text, "histogram")
+        ends = [f"{bound:g}" for bound in bounds] + ["+Inf"]
+        self._buckets = [f'{_PREFIX}{name}_bucket{{{label},le="{end}"}} ' for end in ends]
+        self._totals = f"{_PREFIX}{name}_count{{{label}}} ", f"{_PREFIX}{name}_sum{{{label}}} "
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Take a value, so many times."""
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
+
+    def lines(self) -> Iterable[str]:
+        """As Prometheus reads them: each bucket holds what is at most its end."""
+        yield self._head
+        for name, count in zip(self._buckets, accumulate(self._counts), strict=True):
+            yield f"{name}{count}"
+        yield f"{self._totals[0]}{sum(self._counts)}"
+        yield f"{self._totals[1]}{self._sum!r}"
+
+
 class Metrics:
-    """Of one model; ``counts`` gives the worker's snapshot."""
+    """Of one model; ``counts`` gives the worker's snapshot. A library's registry takes milliseconds for this text."""
 
     def __init__(self, model_name: str, counts: Callable[[], Counts]) -> None:
-        self._registry = CollectorRegistry()
-        self._model_name = model_name
+        self._label = f'model_name="{_escaped(model_name)}"'
         self._counts = counts
-        self._registry.register(self)
-        names: dict[str, Any] = {"labelnames": ("model_name",), "registry": self._registry}
         self._histograms = {
-            name: Histogram(f"dmtd:{name}", text, buckets=buckets, **names).labels(model_name)
-            for name, (text, buckets) in _HISTOGRAMS.items()
+            name: _Histogram(name, text, bounds, self._label) for name, (text, bounds) in _HISTOGRAMS.items()
         }
-        names["labelnames"] = ("model_name", "finished_reason")
-        self._success = Counter("dmtd:request_success", "Sequences that came to their ends.", **names)
-        names["labelnames"] = ("model_name", "reason")
-        self._rejected = Counter(
-            "dmtd:admission_rejections", "Requests that were not taken, or waited too long.", **names
-        )
-
-    def collect(self) -> Iterable[Metric]:
-        """The worker's counts, as the registry asks for them."""
-        counts, labels = self._counts(), [self._model_name]
-        for name, (text, value) in _GAUGES.items():
-            gauge = GaugeMetricFamily(f"dmtd:{name}", text, labels=["model_name"])
-            gauge.add_metric(labels, value(counts))
-            yield gauge
-        for name, (text, value) in _COUNTERS.items():
-            counter = CounterMetricFamily(f"dmtd:{name}", text, labels=["model_name"])
-            counter.add_metric(labels, value(counts))
-            yield counter
+        self._success: dict[str, int] = dict.fromkeys(("stop", "length"), 0)
+        self._rejected: dict[str, int] = dict.fromkeys(("queue_full", "queue_timeout"), 0)
 
     def text(self) -> bytes:
         """One scrape."""
-        return generate_latest(self._registry)
+        counts, lines = self._counts(), []
+        for name, (text, value) in _GAUGES.items():
+            lines += [_head(name, text, "gauge"), f"{_PREFIX}{name}{{{self._label}}} {value(counts)}"]
+        for name, (text, value) in _COUNTERS.items():
+            lines += [
+                _head(f"{name}_total", text, "counter"),
+                f"{_PREFIX}{name}_total{{{self._label}}} {value(counts)}",
+            ]
+        told = (
+            ("request_success_total", "Sequences that came to their ends.", "finished_reason", self._success),
+            ("admission_rejections_total", "Requests not taken, or that waited too long.", "reason", self._rejected),
+        )
+        for name, text, label, values in told:
+            lines.append(_head(name, text, "counter"))
+            lines += [f'{_PREFIX}{name}{{{self._label},{label}="{each}"}} {value}' for each, value in values.items()]
+        for histogram in self._histograms.values():
+            lines += histogram.lines()
+        return ("\n".join(lines) + "\n").encode()
 
     def first_token(self, seconds: float) -> None:
         """A sequence began to answer, this long after its request came."""
@@ -104,13 +123,11 @@ class Metrics:
 
     def tokens(self, seconds: float, count: int) -> None:
         """``count`` more tokens of a sequence, ``seconds`` each."""
-        histogram = self._histograms["inter_token_latency_seconds"]
-        for _ in range(count):
-            histogram.observe(seconds)
+        self._histograms["inter_token_latency_seconds"].observe(seconds, count)
 
     def rejected(self, reason: str) -> None:
         """A request was not taken."""
-        self._rejected.labels(self._model_name, reason).inc()
+        self._rejected[reason] = self._rejected.get(reason, 0) + 1
 
     def ended(self, output: RequestOutput, seconds: float) -> None:
         """A request came to its end, ``seconds`` after it came."""
@@ -129,7 +146,8 @@ class Metrics:
                 )
         for each in output.outputs:
             self._see("request_generation_tokens", len(each.token_ids))
-            self._success.labels(self._model_name, each.finish_reason).inc()
+            reason = each.finish_reason or "abort"
+            self._success[reason] = self._success.get(reason, 0) + 1
 
     def _see(self, name: str, value: float) -> None:
         self._histograms[name].observe(value)
@@ -137,3 +155,11 @@ class Metrics:
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole > 0 else 0.0
+
+
+def _head(name: str, text: str, kind: str) -> str:
+    return f"# HELP {_PREFIX}{name} {text}\n# TYPE {_PREFIX}{name} {kind}"
+
+
+def _escaped(label: str) -> str:
+    return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

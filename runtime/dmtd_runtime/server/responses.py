@@ -101,9 +101,9 @@ class _Writer:
         """The event that ends a stream that failed."""
         return self._event("error", message=error.message, code=error.code, param=error.param)
 
-    def _event(self, name: str, **more: Any) -> bytes:
+    def _event(self, event_name: str, /, **more: Any) -> bytes:
         self._num_events += 1
-        return event({"type": name, "sequence_number": self._num_events - 1, **more}, name)
+        return event({"type": event_name, "sequence_number": self._num_events - 1, **more}, event_name)
 
     def _say(self, said: Said, logprobs: list[TokenLogprob]) -> Iterator[bytes]:
         """Take a piece; the events of it."""
@@ -141,7 +141,7 @@ class _Writer:
     def _is_open(self, kind: str) -> bool:
         return bool(self._items) and self._items[-1]["type"] == kind and self._items[-1]["status"] == "in_progress"
 
-    def _open(self, kind: str, **facts: Any) -> Iterator[bytes]:
+    def _open(self, kind: str, /, **facts: Any) -> Iterator[bytes]:
         item = {"id": f"{_IDS[kind]}_{secrets.token_hex(16)}", "type": kind, "status": "in_progress", **facts}
         self._items.append(item)
         yield self._event("response.output_item.added", output_index=len(self._items) - 1, item=item)
@@ -162,8 +162,8 @@ class _Writer:
             yield self._of_item("response.content_part.done", content_index=0, part=part)
         yield self._event("response.output_item.done", output_index=len(self._items) - 1, item=item)
 
-    def _of_item(self, name: str, **more: Any) -> bytes:
-        return self._event(name, item_id=self._items[-1]["id"], output_index=len(self._items) - 1, **more)
+    def _of_item(self, event_name: str, /, **more: Any) -> bytes:
+        return self._event(event_name, item_id=self._items[-1]["id"], output_index=len(self._items) - 1, **more)
 
     def _response(self, choice: Choice | None) -> Json:
         """The response as it is; ``choice``: its end."""

@@ -52,18 +52,7 @@ def serve(settings: Settings, *, announce: Callable[[str, float], None] = lambda
     Raises:
         DmtdError: the bundle, an option or the address is not usable.
     """
-    options = settings.options
-    options.refuse_open_bind()
-    server = Server(settings, announce)
-    sock = _bind(options.host, options.port)
-    try:
-        with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(server.serve(sockets=[sock]))
-    finally:
-        sock.close()
-    if server.failure is not None:
-        raise server.failure
-    return EXIT_ENGINE_DIED if server.home.lifecycle.state == "dead" else 0
+    return Server(settings, announce).run_to_end()
 
 
 class Server(uvicorn.Server):
@@ -74,6 +63,7 @@ class Server(uvicorn.Server):
         self.settings, self.announce = settings, announce
         self.failure: DmtdError | None = None
         self.home = Home(Lifecycle(shutdown_timeout_s=options.shutdown_timeout_s, ended=self._end))
+        self.loop: asyncio.AbstractEventLoop | None = None
         self._opening: asyncio.Task[None] | None = None
         protocol = type("Protocol", (Protocol,), {"limits": limits})
         given: dict[str, Any] = {name: getattr(options, name) for name in ("ssl_certfile", "ssl_keyfile")}
@@ -95,10 +85,23 @@ class Server(uvicorn.Server):
             )
         )
 
+    def run_to_end(self) -> int:
+        """Listen, serve, end; the exit code. In the main thread signals end it, elsewhere ``home.lifecycle.drain``."""
+        options = self.settings.options
+        options.refuse_open_bind()
+        sock = _bind(options.host, options.port)
+        try:
+            asyncio.run(self.serve(sockets=[sock]))
+        finally:
+            sock.close()
+        if self.failure is not None:
+            raise self.failure
+        return EXIT_ENGINE_DIED if self.home.lifecycle.state == "dead" else 0
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Signals, in the event loop; and the bundle, which is opened in a thread."""
-        loop = asyncio.get_running_loop()
+        loop = self.loop = asyncio.get_running_loop()
         for each in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread: who runs us stops us
                 loop.add_signal_handler(each, self._signalled)

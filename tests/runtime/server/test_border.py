@@ -1,0 +1,285 @@
+"""What reaches the server's border: errors in OpenAI's form, keys, limits, broken connections."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from prometheus_client import parser
+from runtime_support import TinyBundles, wait_until
+from server_support import HI, Running, running
+
+from dmtd_runtime import RequestError
+from dmtd_runtime.server.options import Limits, ServerOptions
+from dmtd_runtime.serving.options import ServingOptions
+
+pytestmark = pytest.mark.timeout(300)
+
+KEYS = ["first-key-1", "second-key-2"]
+AUTH = {"Authorization": f"Bearer {KEYS[1]}"}
+LIMITS = Limits(
+    max_body_bytes=20_000,
+    max_header_bytes=8192,
+    header_timeout_s=0.5,
+    body_timeout_s=0.5,
+    write_timeout_s=0.5,
+    max_n=3,
+    max_stop=2,
+    max_stop_chars=5,
+    max_prompts=4,
+    max_prompt_tokens=100,
+    max_output_tokens=200,
+    max_logprobs=3,
+    max_logit_bias=2,
+    max_messages=3,
+    max_schema_bytes=300,
+    max_schema_depth=5,
+)
+
+
+@pytest.fixture(scope="module")
+def server(tiny: TinyBundles) -> Iterator[Running]:
+    options = ServerOptions(api_key=KEYS, served_model_name=["tiny"])
+    with running(tiny.get().directory, options, limits=LIMITS) as server:
+        yield server
+
+
+def is_idle(server: Running) -> bool:
+    counts = server.served.llm.snapshot()
+    return counts.running == counts.waiting == 0 == server.server.home.lifecycle.num_open
+
+
+# Errors and limits
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"n": 4}, "n"),
+        ({"n": 0}, "n"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"stop": ["a", "b", "c"]}, "stop"),
+        ({"stop": "abcdef"}, "stop"),
+        ({"max_tokens": 201}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"logprobs": True, "top_logprobs": 4}, "top_logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logit_bias": {"1": 1, "2": 1, "3": 1}}, "logit_bias"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"100000": 1}}, "logit_bias"),
+        ({"messages": HI * 4}, "messages"),
+        ({"messages": []}, "messages"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages[0].content[0]",
+        ),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "x" * 120}]}, "messages"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"title": "x" * 300}}}},
+            "response_format",
+        ),
+        ({"structured_outputs": {"json": {"a": {"b": {"c": {"d": {"e": {"f": {}}}}}}}}}, "structured_outputs"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"dmtd": {"plain": True}}, "dmtd.plain"),
+        ({"chat_template": "{{ 1 }}"}, "chat_template"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "enable_thinking"),
+        ({"seed": 1 << 70}, "seed"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"guided_json": {}}, "guided_json"),
+        ({"continue_final_message": True}, "continue_final_message"),
+    ],
+)
+def test_what_cannot_be_served_is_400_with_the_field(server: Running, change: dict[str, Any], param: str) -> None:
+    answer = server.post("/v1/chat/completions", {"messages": HI, "max_tokens": 1, **change}, headers=AUTH)
+    told = answer.json()["error"]
+    assert (answer.status_code, told["type"]) == (400, "invalid_request_error"), answer.text
+    assert told["param"] in (param, param.partition("[")[0]) and told["message"].startswith(param.partition("[")[0])
+
+
+def test_a_context_too_long_is_told_in_the_words_that_harnesses_look_for(server: Running) -> None:
+    for body, numbers in (
+        ({"prompt": [1] * 256}, ("256", "256")),
+        ({"prompt": [1] * 90, "max_tokens": 190}, ("90", "190")),
+    ):
+        answer = server.post("/v1/completions", body, headers=AUTH)
+        told = answer.json()["error"]
+        assert (answer.status_code, told["code"]) == (400, "context_length_exceeded")
+        assert "exceeds the available context size" in told["message"] and all(n in told["message"] for n in numbers)
+
+
+def test_other_refusals(server: Running) -> None:
+    for path, body, status in (
+        ("/v1/completions", {"prompt": ["a"] * 5}, 400),
+        ("/v1/completions", {"prompt": ""}, 400),
+        ("/v1/completions", {"prompt": "a", "best_of": 2}, 400),
+        ("/v1/completions", {"prompt": "a", "suffix": "b"}, 400),
+        ("/v1/completions", {"prompt": "a", "model": "gpt"}, 404),
+        ("/v1/completions", {"prompt": [1.5]}, 400),
+        ("/v1/completions", {"prompt": [-1]}, 400),
+        ("/v1/completions", {"prompt": "\ud800"}, 400),
+        ("/v1/completions", {"prompt": "a", "model": "\ud800"}, 404),
+        ("/v1/responses", {"input": "a", "previous_response_id": "r"}, 400),
+        ("/v1/responses", {"input": [{"type": "input_image"}]}, 400),
+        ("/detokenize", {"tokens": [-1]}, 400),
+        ("/v1/nothing", {}, 404),
+        ("/v1/models", {}, 405),
+    ):
+        answer = server.post(path, body, headers=AUTH)
+        assert answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert answer.headers["x-request-id"]
+
+
+def test_bodies_that_are_none(server: Running) -> None:
+    import httpx
+
+    url, kind = f"{server.url}/chat/completions", {"Content-Type": "application/json"}
+    for content, headers, status in (
+        (b'{"messages": "\xff"}', kind, 400),
+        (b"{", kind, 400),
+        (b"", kind, 400),
+        (b"[" * 10_000, kind, 400),
+        (b'{"seed": ' + b"9" * 5000 + b"}", kind, 400),
+        (b"{}", {"Content-Type": "text/plain"}, 415),
+        (b"a=b", {"Content-Type": "application/x-www-form-urlencoded"}, 415),
+        (b" " * 20_001, kind, 413),
+    ):
+        answer = httpx.post(url, content=content, headers={**AUTH, **headers}, timeout=60)
+        assert answer.status_code == status and "message" in answer.json()["error"], content[:20]
+
+
+def test_keys(server: Running) -> None:
+    for header in (
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": KEYS[0]},
+        {"Authorization": "Bearer " + KEYS[0][:-1]},
+    ):
+        answer = server.get("/v1/models", headers=header)
+        assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+    for key in KEYS:
+        assert server.get("/v1/models", headers={"Authorization": f"bearer {key}"}).status_code == 200
+    for path in ("/health", "/health/ready", "/v2/health/live", "/v2/health/ready", "/metrics"):
+        assert server.get(path).status_code == 200
+    assert server.get("/version").status_code == 401
+    assert "access-control-allow-origin" not in server.get("/health", headers={"Origin": "http://a"}).headers
+
+
+def test_an_open_bind_needs_a_key() -> None:
+    for host in ("0.0.0.0", "::", "example.org"):
+        with pytest.raises(RequestError, match="no key"):
+            ServerOptions(host=host).refuse_open_bind()
+        ServerOptions(host=host, insecure=True).refuse_open_bind()
+        ServerOptions(host=host, api_key=KEYS).refuse_open_bind()
+    for host in ("127.0.0.1", "::1", "localhost"):
+        ServerOptions(host=host).refuse_open_bind()
+    with pytest.raises(RequestError) as caught:
+        ServerOptions(api_key=["short"])
+    assert "short" not in str(caught.value)
+
+
+# Connections
+
+
+def head(path: str = "/v1/completions", length: int = 0) -> bytes:
+    lines = (f"POST {path} HTTP/1.1", "Host: a", "Content-Type: application/json", f"Content-Length: {length}")
+    return "\r\n".join((*lines, f"Authorization: {AUTH['Authorization']}", "", "")).encode()
+
+
+def read_all(connection: socket.socket) -> bytes:
+    data = b""
+    try:
+        while more := connection.recv(65536):
+            data += more
+    except ConnectionResetError:
+        pass
+    connection.close()
+    return data
+
+
+def test_half_requests_end(server: Running) -> None:
+    slow = server.raw(b"POST /v1/comp")
+    slower = server.raw(head(length=100) + b"{")
+    assert read_all(slow) == b""  # dropped: no whole head in time
+    assert b" 408 " in read_all(slower).split(b"\r\n")[0]
+    assert b" 431 " in (told := read_all(server.raw(b"GET / HTTP/1.1\r\nX: " + b"a" * 20_000))) or b" 400 " in told
+    assert b" 400 " in read_all(server.raw(b"nonsense\r\n\r\n"))
+    assert server.get("/health").status_code == 200
+
+
+def test_pipelined_requests_are_answered_in_order(server: Running) -> None:
+    bodies = [json.dumps({"prompt": [5], "max_tokens": n}).encode() for n in (1, 2)]
+    data = b"".join(head(length=len(body)) + body for body in bodies)
+    connection = server.raw(data + b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+    told = read_all(connection)
+    assert told.count(b"HTTP/1.1 200") == 3
+    assert told.index(b'"completion_tokens":1') < told.index(b'"completion_tokens":2') < told.index(b'"live"')
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_frees_its_slot(server: Running, stream: bool) -> None:
+    body = json.dumps(
+        {"prompt": [5], "max_tokens": 200, "ignore_eos": True, "stream": stream, "n": 3, "temperature": 1}
+    ).encode()
+    connections = [server.raw(head(length=len(body)) + body) for _ in range(8)]
+    wait_until(lambda: server.server.home.lifecycle.num_open >= 1)
+    for connection in connections:
+        connection.close()
+    wait_until(lambda: is_idle(server))
+
+
+def test_names_of_requests_and_headers(server: Running) -> None:
+    assert server.get("/health", headers={"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    assert server.get("/health", headers={"X-Request-Id": "a b"}).headers["x-request-id"] != "a b"
+
+
+# The queue
+
+
+def test_a_full_queue_is_429_and_nothing_of_it_starts(tiny: TinyBundles) -> None:
+    options, serving = ServerOptions(max_num_seqs=1), ServingOptions(max_num_queued_reqs=2)
+    with running(tiny.get().directory, options, serving=serving) as server:
+        answer = server.post("/v1/completions", {"prompt": [[1], [2], [3], [4]], "temperature": 1})
+        assert answer.status_code == 429 and answer.headers["retry-after"]
+        assert answer.json()["error"]["code"] == "queue_full"
+        wait_until(lambda: is_idle(server))
+        assert server.post("/v1/completions", {"prompt": [[1], [2]], "max_tokens": 2}).status_code == 200
+        assert (
+            b'dmtd:admission_rejections_total{model_name="bundle",reason="queue_full"} 1\n'
+            in server.get("/metrics").content
+        )
+
+
+def test_metrics_count_what_was_asked(tiny: TinyBundles) -> None:
+    with running(tiny.get().directory, ServerOptions(served_model_name=["m"])) as server:
+        server.post(
+            "/v1/completions", {"prompt": [[1, 2, 3], [4]], "max_tokens": 5, "temperature": 0, "ignore_eos": True}
+        )
+        text = server.get("/metrics").text
+        samples = {}
+        for family in parser.text_string_to_metric_families(text):
+            for each in family.samples:
+                samples[each.name, *(v for k, v in sorted(each.labels.items()) if k != "model_name")] = each.value
+                assert each.labels["model_name"] == "m"
+        for key, value in {
+            ("dmtd:prompt_tokens_total",): 4,
+            ("dmtd:generation_tokens_total",): 10,
+            ("dmtd:num_requests_running",): 0,
+            ("dmtd:request_success_total", "length"): 2,
+            ("dmtd:time_to_first_token_seconds_count",): 2,
+            ("dmtd:inter_token_latency_seconds_count",): 8,
+            ("dmtd:inter_token_latency_seconds_bucket", "+Inf"): 8,
+            ("dmtd:e2e_request_latency_seconds_count",): 2,
+            ("dmtd:request_generation_tokens_sum",): 10,
+            ("dmtd:request_generation_tokens_bucket", "4"): 0,
+            ("dmtd:request_generation_tokens_bucket", "16"): 2,
+        }.items():
+            assert samples[key] == value, key
