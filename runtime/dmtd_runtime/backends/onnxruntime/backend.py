@@ -24,7 +24,7 @@ from dmtd_runtime.backends.layouts.layout import Layout
 from dmtd_runtime.backends.layouts.packed import PackedLayout
 from dmtd_runtime.backends.layouts.rectangular import RectangularLayout
 from dmtd_runtime.backends.onnxruntime.binding import Binding, SharedIo, check_io
-from dmtd_runtime.backends.onnxruntime.limits import check_dtype, graph_slots, max_model_len
+from dmtd_runtime.backends.onnxruntime.limits import check_dtype, graph_slots, max_model_len, usual_full_pass
 from dmtd_runtime.backends.onnxruntime.memory import (
     Buffer,
     GpuMemory,
@@ -38,7 +38,6 @@ from dmtd_runtime.backends.onnxruntime.trial import captures_agree, warm_up_step
 from dmtd_runtime.backends.onnxruntime.weights import mapped_weights, upload_weights
 from dmtd_runtime.backends.row_copies import CacheLayout, RowCopies
 from dmtd_runtime.bundle import contract
-from dmtd_runtime.bundle.engine_record import default_full_pass
 from dmtd_runtime.bundle.manifest import DTYPE_BYTES, Manifest
 from dmtd_runtime.device.base import check_room
 from dmtd_runtime.ort.session import CudaOptions, open_session
@@ -66,7 +65,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self.max_rows = manifest.model.max_window
         self.capacity = self.max_model_len + manifest.model.max_window
         self.stats = RunStats()
-        self.full_pass = options.full_pass or default_full_pass(manifest)
+        self.full_pass = usual_full_pass(manifest, options, packed=packed)
         self.chooses_tokens = on_gpu if options.choose_on_device is None else options.choose_on_device
         self.gives_all_rows = True
         self._captures = on_gpu and options.cuda_graphs
