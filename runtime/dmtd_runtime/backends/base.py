@@ -34,7 +34,7 @@ class BackendOptions:
     device: Literal["cpu", "cuda"] = "cpu"
     device_id: int = 0
     dialect: Literal["standard", "onnxruntime"] | None = None  # None: onnxruntime where the bundle has it
-    full_pass: FullPass | None = None  # None: fused where the split has encoding layers (and engines were built for it)
+    full_pass: FullPass | None = None  # None: fused for encoding layers, where engines are, or one sequence at a time
     max_num_seqs: int = 1
     max_model_len: int | None = None  # None: see model_len; of engines, what they were built for
     choose_on_device: bool | None = None  # arg-max by the bundle's choose_token graph; None: on a GPU only

@@ -34,7 +34,7 @@ from dmtd_runtime.serving.slots import Move, Slots, Tenancy
 
 CHUNK_FLOOR = 16  # rows of a prompt in every pass that it shares; fewer cost as much
 CHUNK_BESIDE = 64  # rows of prompts that running sequences wait for, where no option says otherwise
-CONTEXT_OF_TWICE = 1024  # rows of context over which a row of a prompt costs about twice as much as over none
+CONTEXT_OF_TWICE = 2048  # rows of context over which a row of a prompt costs about twice as much as over none
 AGE_ROWS = 16  # what having waited for a pass is worth, in rows
 
 

@@ -23,8 +23,8 @@ from dmtd_runtime.backends.kv_cache import HostKvCache
 from dmtd_runtime.backends.layouts.layout import Layout
 from dmtd_runtime.backends.layouts.packed import PackedLayout
 from dmtd_runtime.backends.layouts.rectangular import RectangularLayout
-from dmtd_runtime.backends.onnxruntime.binding import Binding, check_io
-from dmtd_runtime.backends.onnxruntime.limits import check_dtype, graph_slots, max_model_len
+from dmtd_runtime.backends.onnxruntime.binding import Binding, SharedIo, check_io
+from dmtd_runtime.backends.onnxruntime.limits import check_dtype, graph_slots, max_model_len, usual_full_pass
 from dmtd_runtime.backends.onnxruntime.memory import (
     Buffer,
     GpuMemory,
@@ -38,7 +38,6 @@ from dmtd_runtime.backends.onnxruntime.trial import captures_agree, warm_up_step
 from dmtd_runtime.backends.onnxruntime.weights import mapped_weights, upload_weights
 from dmtd_runtime.backends.row_copies import CacheLayout, RowCopies
 from dmtd_runtime.bundle import contract
-from dmtd_runtime.bundle.engine_record import default_full_pass
 from dmtd_runtime.bundle.manifest import DTYPE_BYTES, Manifest
 from dmtd_runtime.device.base import check_room
 from dmtd_runtime.ort.session import CudaOptions, open_session
@@ -66,7 +65,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self.max_rows = manifest.model.max_window
         self.capacity = self.max_model_len + manifest.model.max_window
         self.stats = RunStats()
-        self.full_pass = options.full_pass or default_full_pass(manifest)
+        self.full_pass = usual_full_pass(manifest, options, packed=packed)
         self.chooses_tokens = on_gpu if options.choose_on_device is None else options.choose_on_device
         self.gives_all_rows = True
         self._captures = on_gpu and options.cuda_graphs
@@ -81,6 +80,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self._copies: RowCopies | None = None
         self._outputs: dict[str, Buffer] = {}
         self._bindings: dict[tuple[Hashable, ...], Binding] = {}
+        self._ios: dict[tuple[contract.GraphName, range], SharedIo] = {}
         self._choosers: dict[tuple[int, ...], Binding] = {}
         self._graph_ids = itertools.count()
         first = contract.FULL_PASS if self.full_pass == "fused" else contract.THINKING
@@ -156,7 +156,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self.stats = RunStats()
 
     def close(self) -> None:
-        for owned in (self._bindings, self._choosers, self._outputs, self._caches, self._sessions):
+        for owned in (self._bindings, self._ios, self._choosers, self._outputs, self._caches, self._sessions):
             owned.clear()
         self._weights = {}
         if self._host_cache is not None:
@@ -295,7 +295,8 @@ class OnnxRuntimeBackend(StepwiseBackend):
         if logits.shape not in self._choosers:
             sizes = {"batch": logits.shape[0], "num_logits": logits.shape[1]}
             session, graph = self._sessions[contract.CHOOSE_TOKEN], self._graphs[contract.CHOOSE_TOKEN]
-            binding = Binding(session, graph, sizes, {contract.LOGITS: logits}, self._memory)
+            io = SharedIo(session, graph, {}, self._memory)
+            binding = Binding(io, graph, sizes, {contract.LOGITS: logits}, self._memory)
             self._choosers[logits.shape] = binding
         binding = self._choosers[logits.shape]
         binding.run(self.stats)
@@ -307,18 +308,31 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self, name: contract.GraphName, sizes: Mapping[str, int], slots: range, captured: bool, thought_from: int
     ) -> Binding:
         graph = self._graphs[name]
-        buffers: dict[str, Buffer] = {}
-        for info in (*graph.inputs, *graph.outputs):
-            if cache := contract.cache_name(info.name):
-                buffers[info.name] = self._cache_buffer(cache, info.dims[0], slots)
-            elif info.name in (contract.THOUGHT, contract.LOGITS):
+        io, buffers = self._io(name, slots, captured), dict[str, Buffer]()
+        for info in (*io.inputs, *io.outputs):
+            if info.name in (contract.THOUGHT, contract.LOGITS):
                 first = thought_from if info.name == contract.THOUGHT else 0
                 buffers[info.name] = self._output_buffer(name, info.name, sizes, first)
         graph_id = None
         if self._options.device == "cuda" and self._options.cuda_graphs:  # the sessions were opened for captures
             graph_id = next(self._graph_ids) if captured else -1
         sizes = {**sizes, "capacity": self.capacity}
-        return Binding(self._sessions[name], graph, sizes, buffers, self._memory, graph_id=graph_id)
+        return Binding(io, graph, sizes, buffers, self._memory, graph_id=graph_id)
+
+    def _io(self, name: contract.GraphName, slots: range, captured: bool) -> SharedIo:
+        """The graph's caches in place; a captured graph has an io binding of its own, whose addresses stay."""
+        io = self._ios.get((name, slots))
+        if io is None or captured:
+            graph = self._graphs[name]
+            caches = {
+                info.name: self._cache_buffer(cache, info.dims[0], slots)
+                for info in (*graph.inputs, *graph.outputs)
+                if (cache := contract.cache_name(info.name))
+            }
+            io = SharedIo(self._sessions[name], graph, caches, self._memory)
+            if not captured:
+                self._ios[name, slots] = io
+        return io
 
     def _output_buffer(self, name: contract.GraphName, output: str, sizes: Mapping[str, int], first: int = 0) -> Buffer:
         """The buffer of thought or logits in this shape, from row ``first`` on; one for all graphs."""

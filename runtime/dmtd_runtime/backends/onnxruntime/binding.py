@@ -1,4 +1,4 @@
-"""The inputs and outputs of a session, bound once for each set of row counts and written in place before each run."""
+"""The inputs and outputs of a session: a place for each set of row counts, written before each run; caches bound once."""
 
 from __future__ import annotations
 
@@ -37,15 +37,33 @@ def _element(buffer: Buffer) -> Any:
     return ONNX_BFLOAT16 if buffer.dtype == "bfloat16" else np.dtype(buffer.dtype)
 
 
+class SharedIo:
+    """An io binding that has a graph's caches in place, for the bindings of all its row counts to take turns with.
+
+    A packed graph of eight slots has hundreds of caches, bound once; what differs from shape to shape is a few dozen tensors.
+    """
+
+    def __init__(self, session: Any, graph: GraphInfo, caches: Mapping[str, Buffer], memory: OrtMemory) -> None:
+        """``caches``: by input or output name."""
+        self.session, self.io = session, session.io_binding()
+        self.user: Binding | None = None  # whose small tensors are bound
+        self.inputs, self.outputs = (
+            [info for info in infos if info.name not in caches] for infos in (graph.inputs, graph.outputs)
+        )
+        for infos, bind in ((graph.inputs, self.io.bind_input), (graph.outputs, self.io.bind_output)):
+            for buffer, name in ((caches[info.name], info.name) for info in infos if info.name in caches):
+                bind(name, *memory.device, _element(buffer), buffer.shape, buffer.address)
+
+
 class Binding:
-    """One (graph, row counts): every input and output bound once, written in place before each run.
+    """One (graph, row counts): every input and output has its place, written before each run.
 
     ``arrays`` are the small inputs by name, to be filled between :meth:`begin` and :meth:`run`.
     """
 
     def __init__(
         self,
-        session: Any,
+        io: SharedIo,
         graph: GraphInfo,
         sizes: Mapping[str, int],
         buffers: Mapping[str, Buffer],
@@ -53,38 +71,36 @@ class Binding:
         *,
         graph_id: int | None = None,
     ) -> None:
-        """``buffers`` are caches, thought and logits by input or output name; ``sizes`` resolves symbolic dimensions.
+        """``buffers`` are thought and logits by input or output name; ``sizes`` resolves symbolic dimensions.
 
         Outputs that are no buffer stand in the block, to be pulled. ``graph_id``: in a session with CUDA graphs, the one
-        that these runs are captured into; -1 for none. None elsewhere.
+        that these runs are captured into, whose ``io`` is this binding's alone; -1 for none. None elsewhere.
         """
-        self._session, self._graph_id = session, graph_id
-        self._binding = session.io_binding()
+        self._io, self._graph_id = io, graph_id
         self.buffers = dict(buffers)
-        self._has_inputs = any(info.name not in buffers for info in graph.inputs)
+        inputs, outputs = io.inputs, io.outputs
+        self._has_inputs = any(info.name not in buffers for info in inputs)
         self._run_options = _run_options(graph_id) if memory.stream is not None else None
-        on_host = host_inputs(session) if memory.stream is not None else frozenset()
+        on_host = host_inputs(io.session) if memory.stream is not None else frozenset()
         shapes = {
             info.name: ([sizes[dim] if isinstance(dim, str) else dim for dim in info.dims], info.dtype)
-            for info in (*graph.inputs, *graph.outputs)
+            for info in (*inputs, *outputs)
             if info.name not in buffers
         }
         self._host_arrays = {name: np.zeros(*shapes.pop(name)) for name in on_host if name in shapes}
         self.block: Block = memory.block(graph.name, [(name, *shape) for name, shape in shapes.items()])
         self.arrays: Mapping[str, Array] = {**self.block.arrays, **self._host_arrays}
-        for infos, bind in ((graph.inputs, self._binding.bind_input), (graph.outputs, self._binding.bind_output)):
-            for info in infos:
-                if info.name in self._host_arrays:
-                    array = self._host_arrays[info.name]
-                    bind(info.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-                    continue
-                buffer = buffers.get(info.name)
-                if buffer is None:
-                    array = self.block.arrays[info.name]
-                    address, shape = self.block.addresses[info.name], array.shape
-                    bind(info.name, *memory.device, array.dtype, shape, address)
-                else:
-                    bind(info.name, *memory.device, _element(buffer), buffer.shape, buffer.address)
+        self._inputs = [self._place(info.name, memory) for info in inputs]
+        self._outputs = [self._place(info.name, memory) for info in outputs]
+
+    def _place(self, name: str, memory: OrtMemory) -> tuple[Any, ...]:
+        """Where a tensor lies, as an io binding wants to be told."""
+        if (array := self._host_arrays.get(name)) is not None:
+            return name, "cpu", 0, array.dtype, array.shape, array.ctypes.data
+        if (buffer := self.buffers.get(name)) is not None:
+            return name, *memory.device, _element(buffer), buffer.shape, buffer.address
+        array = self.block.arrays[name]
+        return name, *memory.device, array.dtype, array.shape, self.block.addresses[name]
 
     def begin(self) -> None:
         """Before the arrays are filled."""
@@ -95,11 +111,17 @@ class Binding:
 
         A GPU may still be at it on return.
         """
+        if self._io.user is not self:
+            for place in self._inputs:
+                self._io.io.bind_input(*place)
+            for place in self._outputs:
+                self._io.io.bind_output(*place)
+            self._io.user = self
         start = time.perf_counter()
         if self._has_inputs:
             self.block.push()
         try:
-            self._session.run_with_iobinding(self._binding, self._run_options)
+            self._io.session.run_with_iobinding(self._io.io, self._run_options)
         except Exception as error:
             if ran_out(error):
                 raise BackendError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.backends.base import BackendOptions, FullPass
 from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.engine_record import default_full_pass
 from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.errors import BackendError, RequestError
 from dmtd_runtime.ort.cuda_provider import check_cuda_provider
@@ -31,6 +32,13 @@ def max_model_len(manifest: Manifest, options: BackendOptions) -> int:
             f"got {options.max_model_len}, expected 1 to {limit}, the bundle's limit", param="max_model_len"
         )
     return options.model_len(limit)
+
+
+def usual_full_pass(manifest: Manifest, options: BackendOptions, *, packed: bool) -> FullPass:
+    """How a full pass runs where nobody said: with several sequences at a time as one in which prompts can ride."""
+    if options.full_pass is None and packed and options.device == "cpu" and options.max_num_seqs > 1:
+        return "staged"
+    return options.full_pass or default_full_pass(manifest)
 
 
 def check_dtype(manifest: Manifest, options: BackendOptions) -> None:

@@ -19,7 +19,7 @@ BACKEND = Group(
         "device_id": option("Which GPU, by its number in nvidia-smi.", panel=_PANEL),
         "full_pass": option(
             "staged: each layer is in memory once. fused: encoding layers are read once, for more memory. By default fused where "
-            "there are encoding layers.",
+            "there are encoding layers and one sequence runs at a time.",
             panel=_PANEL,
         ),
         "dialect": option(
