@@ -236,6 +236,14 @@ def test_a_client_that_goes_frees_its_slot(server: Running, stream: bool) -> Non
     wait_until(lambda: is_idle(server))
 
 
+def test_answers_do_not_wait_for_acknowledgements(server: Running) -> None:
+    connection = server.raw()
+    wait_until(lambda: len(server.server.server_state.connections) > 0)
+    sockets = [each.transport.get_extra_info("socket") for each in list(server.server.server_state.connections)]
+    assert all(each.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for each in sockets)
+    connection.close()
+
+
 def test_names_of_requests_and_headers(server: Running) -> None:
     assert server.get("/health", headers={"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"
     assert server.get("/health", headers={"X-Request-Id": "a b"}).headers["x-request-id"] != "a b"
