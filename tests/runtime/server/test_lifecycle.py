@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from dmtd_export.cli.main import app
 from dmtd_runtime.server.options import ServerOptions
+from dmtd_runtime.server.run import Server, Settings
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -123,6 +124,15 @@ def test_the_engines_death_is_every_requests_error_and_the_exit_code(tiny: TinyB
         assert "fell off" not in answer.text
         server.thread.join(60)
         assert server.codes == [1] and not server.thread.is_alive()
+
+
+def test_a_second_signal_ends_it_now(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    server = Server(Settings(bundle=tmp_path), lambda url, seconds: None)
+    server.home.lifecycle.state = "draining"
+    server._signalled()
+    assert codes == [128 + signal.SIGTERM]
 
 
 def test_a_process_from_start_to_signal(tiny: TinyBundles) -> None:
