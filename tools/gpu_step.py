@@ -25,6 +25,8 @@ REPO = Path(__file__).resolve().parents[1]
 for folder in (REPO / "tools", REPO / "models", REPO / "runtime", REPO):
     sys.path.insert(0, str(folder))
 
+import gpu_bundles  # noqa: E402, F401 - lets bundles be opened whose weights are a ring
+
 from dmtd_runtime.errors import BackendError, DmtdError  # noqa: E402
 
 Found = dict[str, Any]

@@ -69,7 +69,8 @@ def drive(bundle: Path, case: Case, *, cuda_graphs: bool, plain: bool) -> None:
     """Open the bundle, warm it up, and measure every way of choosing tokens."""
     gc.collect()  # what failed before lets go of its memory
     mark("open", cuda_graphs=cuda_graphs, plain=plain)
-    with LLM(bundle, cuda_graphs=cuda_graphs, plain=plain, **case.llm_options()) as llm:
+    # Prefixes that are kept are copied to the host and waited for, which is no part of a step.
+    with LLM(bundle, cuda_graphs=cuda_graphs, plain=plain, prefix_cache_bytes=0, **case.llm_options()) as llm:
         backend, model = llm._worker._backend, llm.manifest.model
         row_bytes = model.num_kv_heads * model.head_dim * (4 if model.dtype == "float32" else 2)
         kv_bytes = 2 * model.num_layers * backend.slots * backend.capacity * row_bytes

@@ -119,6 +119,16 @@ def test_tokens_are_those_of_the_cpu(
         np.testing.assert_allclose(logprobs, expected_logprobs, atol=2e-2 if dtype == "float16" else 1e-5)
 
 
+def test_a_prefix_that_was_kept_on_the_host_comes_back_to_the_device(
+    bundles: dict[str, Path], provider: FakeOnnxRuntime
+) -> None:
+    prompt, params = [5 + i % 90 for i in range(60)], SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    with LLM(bundles["float32"], device="cuda", dialect="standard", max_num_seqs=2) as llm:
+        first, again = (llm.generate(prompt, params)[0] for _ in range(2))
+    assert (first.metrics.cached_tokens, again.metrics.cached_tokens) == (0, 48)
+    assert again.outputs[0].token_ids == first.outputs[0].token_ids
+
+
 def backend(bundle: Path, **options: Any) -> OnnxRuntimeBackend:
     return OnnxRuntimeBackend(bundle, open_bundle(bundle), BackendOptions(device="cuda", **options))
 
