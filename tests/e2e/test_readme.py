@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from dmtd_export.cli.main import app
 from dmtd_models.reference.testing import write_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,20 +69,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(command: str, directory: Path) -> str:
+    """Its output. ``dmtd`` is called in this process, which has its libraries loaded; the rest are processes."""
     program, *arguments = shlex.split(command)
     if program == "dmtd":
-        launcher = [sys.executable, "-c", "from dmtd_export.cli.main import main; main()"]
-    elif program == "python":
-        launcher = [sys.executable]
-    elif program.startswith("tools/"):
-        launcher = [sys.executable, str(ROOT / program)]
-    else:
-        launcher = [str(Path(sys.executable).with_name(program))]
-    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "runtime", "models"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(directory)
+            result = CliRunner().invoke(app, arguments, prog_name="dmtd")
+        assert result.exit_code == 0, f"{command}\n{result.output}\n{result.exception!r}"
+        return result.stdout
+    launcher = [str(ROOT / program) if program.startswith("tools/") else str(Path(sys.executable).with_name(program))]
     done = subprocess.run(
-        [*launcher, *(str(ROOT / a) if a.startswith("runtime/examples/") else a for a in arguments)],
+        [sys.executable, *launcher, *arguments],
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in (".", "runtime", "models"))},
         capture_output=True,
         text=True,
         timeout=300,

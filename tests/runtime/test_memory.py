@@ -26,7 +26,7 @@ def open_descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-@pytest.mark.parametrize("full_pass", ["staged", "fused"])
+@pytest.mark.parametrize("full_pass", ["staged", pytest.param("fused", marks=pytest.mark.slow)])
 def test_open_generate_close_stays_flat(directory: Path, full_pass: str) -> None:
     threads = threading.active_count()
     marks = []

@@ -165,7 +165,10 @@ def test_ctrl_c_and_the_same_command_again(
     assert (tmp_path / "out" / "adapter_config.json").is_file()
 
 
-@pytest.mark.parametrize(("began", "found"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+@pytest.mark.parametrize(
+    ("began", "found"),
+    [("float32", "bfloat16"), pytest.param("bfloat16", "float32", marks=pytest.mark.slow)],
+)
 def test_a_run_goes_on_in_its_own_precision_on_another_machine(
     base: str, chats: str, tmp_path: Path, at_forward: Any, monkeypatch: pytest.MonkeyPatch, began: str, found: str
 ) -> None:

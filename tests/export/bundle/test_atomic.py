@@ -57,7 +57,11 @@ def start(target: Path, *sources: Path, times: int = 10_000) -> subprocess.Popen
     return child
 
 
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "SIGINT"])
+@pytest.mark.parametrize(
+    "kind",
+    [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],  # Ctrl-C in any stage: below
+    ids=["SIGKILL", "SIGINT"],
+)
 def test_killed_at_any_moment(
     kind: signal.Signals, target: Path, sources: list[Path], weights_of: dict[str, str]
 ) -> None:
@@ -180,7 +184,7 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path, sources: list[Path], monk
 def test_several_exports_into_one_target_at_a_time(
     tmp_path: Path, sources: list[Path], weights_of: dict[str, str]
 ) -> None:
-    children = [start(tmp_path / "b", source, times=15) for source in sources]
+    children = [start(tmp_path / "b", source, times=5) for source in sources]
     for child in children:
         _, errors = child.communicate(timeout=120)
         assert child.returncode == 0, errors

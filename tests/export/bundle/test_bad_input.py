@@ -361,15 +361,20 @@ main(sys.argv[2:])
 @pytest.mark.parametrize(
     ("file", "arguments"),
     [
-        ("m/config.json", ("export", "m", "-o", "b", *SPLIT, "--no-verify")),
         ("model.onnx.data", ("export", "m", "-o", "b", *SPLIT, "--no-verify")),
-        ("thinking.onnx", ("export", "m", "-o", "b", *SPLIT, "--no-verify")),
-        ("new/manifest.json", ("export", "m", "-o", "b", *SPLIT)),
-        ("late_decode.onnx", ("verify", "b")),
         *(("b/manifest.json", arguments) for arguments in VERBS_OF_BUNDLES.values()),
-        ("b/tokenizer.json", GENERATE),
-        ("b/generation_config.json", GENERATE),
         ("meminfo", ("doctor",)),
+        *(
+            pytest.param(file, arguments, marks=pytest.mark.slow, id=f"{file.replace('/', '-')}-{arguments[0]}")
+            for file, arguments in [
+                ("m/config.json", ("export", "m", "-o", "b", *SPLIT, "--no-verify")),
+                ("thinking.onnx", ("export", "m", "-o", "b", *SPLIT, "--no-verify")),
+                ("new/manifest.json", ("export", "m", "-o", "b", *SPLIT)),
+                ("late_decode.onnx", ("verify", "b")),
+                ("b/tokenizer.json", GENERATE),
+                ("b/generation_config.json", GENERATE),
+            ]
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else value.replace("/", "-"),
 )

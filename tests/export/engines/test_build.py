@@ -42,9 +42,9 @@ def bundle(bundles: Callable[..., Path], tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("family", "encoding", "dtype"),
     [
-        ("qwen3", 0, "bfloat16"),
         ("qwen2", 2, "float16"),
-        ("llama", 0, "float32"),
+        pytest.param("qwen3", 0, "bfloat16", marks=pytest.mark.slow),
+        pytest.param("llama", 0, "float32", marks=pytest.mark.slow),
         pytest.param("qwen3", 2, "float16", marks=pytest.mark.slow),
         pytest.param("qwen2", 0, "float16", marks=pytest.mark.slow),
         pytest.param("llama", 2, "bfloat16", marks=pytest.mark.slow),

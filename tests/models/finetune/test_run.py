@@ -80,7 +80,7 @@ def test_bfloat16_only_where_the_cpu_computes_it() -> None:
     assert usual_precision("cpu") == ("bfloat16" if has else "float32")
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_it_learns(base: Path, tmp_path: Path, precision: str) -> None:
     options = run_options(epochs=8.0, eval_every_tokens=400, save_every_s=1e9, precision=precision)
     result = run_tiny(base, tmp_path, options)
@@ -97,7 +97,11 @@ def test_it_learns(base: Path, tmp_path: Path, precision: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "share"), [*zip(KINDS, (0.35, 0.8, 0.35), strict=True)], ids=lambda value: value if value in KINDS else ""
+    ("kind", "share"),
+    [  # "late" goes on in the tests of Ctrl-C and of half-written states as well
+        pytest.param(kind, share, id=kind, marks=[] if "bfloat16" in kind else pytest.mark.slow)
+        for kind, share in zip(KINDS, (0.35, 0.8, 0.35), strict=True)
+    ],
 )
 def test_an_interrupted_run_ends_with_the_same_weights(
     base: Path, tmp_path: Path, kind: str, share: float, whole_runs: Any

@@ -243,15 +243,16 @@ def options(draw: st.DrawFn) -> SamplingParams:
     )
 
 
-@settings(deadline=None, max_examples=300)
-@given(
+CASES = given(
     params=options(),
     logits=LOGITS,
     prompt=st.lists(st.integers(0, VOCAB - 1), max_size=4),
     output=st.lists(st.integers(0, VOCAB - 1), max_size=4),
     seed=st.integers(0, 2**32),
 )
-def test_equals_the_slow_reference(
+
+
+def check_against_the_reference(
     params: SamplingParams, logits: np.ndarray, prompt: list[int], output: list[int], seed: int
 ) -> None:
     sampler = make(params, VOCAB, prompt_ids=prompt, seed=seed, sequence=2, eos_token_ids=[7])
@@ -264,6 +265,12 @@ def test_equals_the_slow_reference(
     if got != expected:  # float32 penalties against float64 ones may fall on two sides of an edge, and only there
         penalised = params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty
         assert margin < 1e-4 or (penalised and adjacent(logits, params, got, expected, prompt, output))
+
+
+test_equals_the_slow_reference = settings(max_examples=100)(CASES(check_against_the_reference))
+test_equals_the_slow_reference_in_many_cases = pytest.mark.slow(
+    settings(max_examples=10_000)(CASES(check_against_the_reference))
+)
 
 
 def adjacent(logits: np.ndarray, params: SamplingParams, a: int, b: int, prompt: list[int], output: list[int]) -> bool:

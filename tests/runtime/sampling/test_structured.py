@@ -28,7 +28,7 @@ from dmtd_runtime.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.timeout(300)
 
-SCHEMAS, SLOW_SCHEMAS = 40, 1000
+SCHEMAS, SLOW_SCHEMAS = 25, 1000
 SMALL_PERSON = {
     "type": "object",
     "properties": {

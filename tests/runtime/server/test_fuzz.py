@@ -86,7 +86,7 @@ def fuzz(server: Running, count: int, seed: int) -> None:
 
 
 def test_fuzzed_requests(server: Running) -> None:
-    fuzz(server, 3000, seed=1)
+    fuzz(server, 1000, seed=1)
 
 
 @pytest.mark.slow

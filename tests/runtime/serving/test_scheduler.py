@@ -166,8 +166,7 @@ class Service:
             assert sum(chunks) <= max(self.options.max_num_batched_tokens or self.max_rows, 1)
 
 
-@settings(max_examples=100)
-@given(
+COMINGS_AND_GOINGS = given(
     data=st.data(),
     tau=st.sampled_from(TAUS),
     convention=st.sampled_from(CONVENTIONS),
@@ -181,7 +180,9 @@ class Service:
         max_num_partial_prefills=st.integers(1, 4),
     ),
 )
-def test_whoever_comes_and_goes_heads_fall_together_and_nobody_waits_for_ever(
+
+
+def whoever_comes_and_goes(
     data: st.DataObject,
     tau: int,
     convention: tuple[str, str],
@@ -210,6 +211,14 @@ def test_whoever_comes_and_goes_heads_fall_together_and_nobody_waits_for_ever(
     assert service.scheduler.committed == [0] * num_slots, "a slot has leaked"
     assert service.scheduler.num_waiting == 0
     assert service.heads <= service.tokens, "a pass at the heads that made no token"
+
+
+test_whoever_comes_and_goes_heads_fall_together_and_nobody_waits_for_ever = settings(max_examples=40)(
+    COMINGS_AND_GOINGS(whoever_comes_and_goes)
+)
+test_whoever_comes_and_goes_in_many_cases = pytest.mark.slow(
+    settings(max_examples=2000)(COMINGS_AND_GOINGS(whoever_comes_and_goes))
+)
 
 
 def test_a_newcomer_costs_no_pass_over_the_thinking_layers_of_its_own() -> None:

@@ -24,7 +24,7 @@ from dmtd_runtime.text.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 
-QUICK, LONG = 60, 4000
+QUICK, LONG = 30, 4000
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
