@@ -45,7 +45,8 @@ class MarkedBackend:
 
     def run(self, steps: Sequence[SlotStep], committed: Sequence[int], **options: Any) -> RunOutput:
         tokens = sum(s.step.wants_logits for s in steps)
-        mark("step", kind=steps[0].step.kind, sequences=len(steps), tokens=tokens)
+        prompts = sum(s.step.kind == "prefill" for s in steps)
+        mark("step", kind=steps[0].step.kind, sequences=len(steps), prompts=prompts, tokens=tokens)
         output = self._backend.run(steps, committed, **options)
         mark("between")
         zeros = {

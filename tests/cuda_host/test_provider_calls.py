@@ -55,11 +55,11 @@ def test_cudnn_computes_nothing(ran: Ran) -> None:
 
 
 def test_the_host_waits_once_a_token(ran: Ran) -> None:
-    """A prefill may run prompts one by one, each with its own token."""
+    """Prompts may run one by one, each with its own token, behind the sequences that stand at a head."""
     waiting = []
     for opened in ran[0]:
         for step in opened.warm_steps():
-            allowed = step.sequences if step.kind == "prefill" else 1
+            allowed = step.prompts + (step.prompts < step.sequences)
             if len(step.waits) > allowed:
                 what = f"{opened.name}, {step.choice}, {step.kind} of {step.sequences}"
                 waiting.append(f"{what}: {len(step.waits)} waits:{listed(step.waits, 4)}")

@@ -88,6 +88,7 @@ class Step:
 
     kind: str  # prefill, full or late
     sequences: int
+    prompts: int  # of the sequences, those whose prompts are read
     tokens: int
     choice: str
     warm: bool
