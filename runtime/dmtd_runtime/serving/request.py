@@ -61,13 +61,11 @@ class Request:
         closing: Callable[[], bool],
     ) -> None:
         self.request_id = request_id
-        self._prompt = prompt
-        self._prompt_ids = list(prompt_ids)
+        self._prompt, self._prompt_ids = prompt, list(prompt_ids)
         self._closing = closing
         self._cancelled: FinishReason | None = None
         self._error: DmtdError | None = None
-        self._submitted = time.monotonic()
-        self._metrics = RequestMetrics()
+        self._submitted, self._metrics = time.monotonic(), RequestMetrics()
         self._outputs = [
             CompletionOutput(index=index, logprobs=None if params.logprobs is None else [], cumulative_logprob=None)
             for index in range(params.n)
