@@ -259,7 +259,7 @@ def test_self_asked_documents_are_whole_chats(tiny, tmp_path):
 
 def test_a_stopped_run_goes_on_to_the_same_documents(tiny, tmp_path):
     model, tokenizer = tiny
-    write_answers(model, tokenizer, render, question_of, tmp_path / "whole", options())
+    write_answers(model, tokenizer, render, question_of, tmp_path / "whole", options(answer_tokens=130))
 
     calls = []
 
@@ -269,18 +269,20 @@ def test_a_stopped_run_goes_on_to_the_same_documents(tiny, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_answers(model, tokenizer, render, question_of, tmp_path / "cut", options(), progress=stop)
+        write_answers(
+            model, tokenizer, render, question_of, tmp_path / "cut", options(answer_tokens=130), progress=stop
+        )
     assert len(documents(tmp_path / "cut")) == calls[-1].documents >= 8
     # A kill between a shard and its entry in the state leaves a shard that must be written anew.
     (tmp_path / "cut" / "answers-3-00002.jsonl").write_text("{}\n")
-    report = write_answers(model, tokenizer, render, question_of, tmp_path / "cut", options())
+    report = write_answers(model, tokenizer, render, question_of, tmp_path / "cut", options(answer_tokens=130))
     whole = {document["index"]: document for document in documents(tmp_path / "whole")}
     cut = {document["index"]: document for document in documents(tmp_path / "cut")}
     assert len(cut) == report.documents == len(documents(tmp_path / "cut"))
     shared = whole.keys() & cut.keys()
     assert len(shared) >= len(whole) - 4
     assert all(whole[index] == cut[index] for index in shared)
-    again = write_answers(model, tokenizer, render, question_of, tmp_path / "cut", options())
+    again = write_answers(model, tokenizer, render, question_of, tmp_path / "cut", options(answer_tokens=130))
     assert again == report
 
 

@@ -67,7 +67,14 @@ def test_chat_template_and_round_trip(checkpoint, tokenizer, tmp_path):
     assert (loaded.bos_token_id, loaded.eos_token_id) == (1, 2)
 
 
-def test_logits_agree_with_transformers(path, checkpoint, tokenizer):
+@pytest.fixture(scope="module")
+def ours(checkpoint):
+    spec = resolve_dmtd(checkpoint.config, None, SplitOptions(decoding_layers=8, cycle_length=4))
+    return DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, torch.float32)
+
+
+@pytest.mark.slow
+def test_logits_agree_with_transformers(path, checkpoint, tokenizer, ours):
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -88,12 +95,12 @@ def test_logits_agree_with_transformers(path, checkpoint, tokenizer):
     with torch.no_grad():
         expected = theirs(torch.tensor([ids])).logits[0]
 
-    spec = resolve_dmtd(checkpoint.config, None, SplitOptions(decoding_layers=8, cycle_length=4))
-    ours = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, torch.float32)
     got = teacher_forced(ours, ids, len(ids), plain=True)
     assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()
     assert not set(checkpoint.names()) ^ (set(tensors) - {"lm_head.weight"})
 
+
+def test_a_fact_is_known(ours, tokenizer):
     prompt = tokenizer.encode("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n").ids
     answer = tokenizer.decode(greedy(ours, prompt, 8, plain=True, stop_ids=(2,)).token_ids)
     assert "Paris" in answer
