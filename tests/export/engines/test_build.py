@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -26,7 +28,7 @@ from dmtd_export.engines.run import build_engines, preview
 from dmtd_export.errors import ExportError
 from dmtd_export.graphs.engine import EngineGraph
 from dmtd_runtime.bundle.engine_record import read_record
-from dmtd_runtime.bundle.manifest import load_manifest
+from dmtd_runtime.bundle.manifest import FileInfo, load_manifest
 from dmtd_runtime.errors import BackendError, BundleError
 
 SMALL = BuildOptions(backend="tensorrt-rtx", max_num_seqs=2, max_model_len=64)
@@ -171,7 +173,7 @@ def test_the_parser_needs_no_standard_graphs(tmp_path: Path) -> None:
     ("damage", "message"),
     [
         ("unlisted", r"has no config\.json to write graphs from; export the bundle again"),
-        ("other", r"config\.json: num_heads is 4, the manifest says 8; export the bundle again"),
+        ("other", r"config\.json: num_heads is 8, the manifest says 4; export the bundle again"),
     ],
 )
 def test_without_its_config_a_bundle_is_refused(bundle: Path, damage: str, message: str) -> None:
@@ -181,7 +183,9 @@ def test_without_its_config_a_bundle_is_refused(bundle: Path, damage: str, messa
         manifest = replace(manifest, files=files)
         config.unlink()
     else:
-        manifest = replace(manifest, model=replace(manifest.model, num_heads=8))
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"num_attention_heads": 8, "head_dim": 16}))
+        info = FileInfo(bytes=config.stat().st_size, sha256=hashlib.sha256(config.read_bytes()).hexdigest())
+        manifest = replace(manifest, files={**manifest.files, config.name: info})
     (bundle / "manifest.json").write_text(manifest.to_json())
     with pytest.raises(ExportError, match=message):
         build_engines(bundle, BuildOptions(backend="simulator", max_model_len=64))

@@ -34,6 +34,7 @@ from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.config.model import Rope, SplitOptions
 from dmtd_models.reference.rope import rotary_tables
 from dmtd_models.reference.testing import write_tiny_checkpoint
+from dmtd_runtime.errors import BundleError
 
 LAYERS = 5  # E0 T3 D2
 OPTIONS = ExportOptions(
@@ -311,8 +312,9 @@ def test_a_renamed_input_is_named(bundle: Path, also_in_manifest: bool) -> None:
     assert ("contract" if also_in_manifest else "manifest") in first.detail
 
 
-@pytest.mark.parametrize("resealed", [False, True])
-@pytest.mark.parametrize("file", ["thinking.ort.onnx", WEIGHTS])
+@pytest.mark.parametrize(
+    ("file", "resealed"), [("thinking.ort.onnx", False), ("thinking.ort.onnx", True), (WEIGHTS, False)]
+)
 def test_a_truncated_file_is_named(bundle: Path, file: str, resealed: bool) -> None:
     content = (bundle / file).read_bytes()
     (bundle / file).write_bytes(content[: len(content) // 2])
@@ -322,6 +324,14 @@ def test_a_truncated_file_is_named(bundle: Path, file: str, resealed: bool) -> N
     assert report.first_divergence is not None
     assert report.first_divergence.graph == file
     assert report.level == "structure"
+
+
+def test_weights_shorter_than_the_manifest_lists_are_no_bundle(bundle: Path) -> None:
+    content = (bundle / WEIGHTS).read_bytes()
+    (bundle / WEIGHTS).write_bytes(content[: len(content) // 2])
+    reseal(bundle)
+    with pytest.raises(BundleError, match=f"the weights end at byte {len(content)}, {WEIGHTS} has {len(content) // 2}"):
+        verify(bundle)
 
 
 def test_a_missing_file_is_named(bundle: Path) -> None:
