@@ -118,7 +118,7 @@ def footer(report: BenchReport) -> Text:
     facts = report.conditions
     line = f"medians of {facts['repeats']} interleaved repeats; {facts['full_pass']} full pass"
     if facts["full_pass"] == "fused":
-        line += f", whose graph repeats D and the head: {human_bytes(report.split.fused_extra)} more memory"
+        line += f", whose graph repeats D and lm_head: {human_bytes(report.split.fused_extra)} more memory"
     return _conditions(facts, [line])
 
 
