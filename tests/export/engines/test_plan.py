@@ -77,7 +77,7 @@ def test_engines_are_for_as_many_sequences_as_the_bundle_was_exported_for(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (BuildOptions(max_num_seqs=0), "max_num_seqs: got 0, expected 1 to 32"),
+        (BuildOptions(max_num_seqs=0), "max_num_seqs: got 0, expected 1 to 64"),
         (BuildOptions(max_model_len=50000), "max_model_len: got 50000, expected 2 to 40960"),
         (BuildOptions(max_num_seqs=65), "max_num_seqs: got 65, expected 1 to 64"),
         (BuildOptions(prefill_chunk=512), "prefill_chunk: got 512, expected 3 to 256"),
