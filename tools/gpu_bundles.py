@@ -33,9 +33,6 @@ from dmtd_models.reference.rope import rotary_tables
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.manifest import FileInfo, WeightInfo
 
-# Tensors of a ring overlap, which no bundle that is exported for use has.
-dmtd_runtime.bundle.manifest._faults_of_weights = lambda manifest: iter(())
-
 RING_BYTES = 1 << 30  # far more than a GPU's cache holds, were the ring ever read as it is
 RANDOM_VALUES = 8 << 20
 
@@ -71,6 +68,11 @@ SHAPES = {
 }
 
 
+def rings_may_be_opened() -> contextlib.AbstractContextManager[Any]:
+    """Tensors of a ring overlap, which those of no other bundle do: while this lasts, opening a bundle does not mind."""
+    return mock.patch.object(dmtd_runtime.bundle.manifest, "_faults_of_weights", lambda manifest: iter(()))
+
+
 def make_bundle(wanted: Wanted, place: Path, *, checkpoint: Path | None, max_num_seqs: int, max_model_len: int) -> Path:
     """The bundle at ``place``/bundle, unless it is there; ``checkpoint`` is a real one of that shape."""
     bundle, shape = place / "bundle", SHAPES[wanted.shape]
@@ -93,6 +95,7 @@ def make_bundle(wanted: Wanted, place: Path, *, checkpoint: Path | None, max_num
     with contextlib.ExitStack() as patched:
         if shape.ring:
             patched.enter_context(mock.patch.object(dmtd_export.bundle.export, "write_weights", write_ring))
+            patched.enter_context(rings_may_be_opened())
         export_bundle(source, bundle, options)
     return bundle
 

@@ -25,7 +25,6 @@ REPO = Path(__file__).resolve().parents[1]
 for folder in (REPO / "tools", REPO / "models", REPO / "runtime", REPO):
     sys.path.insert(0, str(folder))
 
-import gpu_bundles  # noqa: E402, F401 - lets bundles be opened whose weights are a ring
 
 from dmtd_runtime.errors import BackendError, DmtdError  # noqa: E402
 
@@ -362,4 +361,7 @@ def _plain(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    from gpu_bundles import rings_may_be_opened
+
+    with rings_may_be_opened():
+        main()
