@@ -70,7 +70,7 @@ SHAPES = {
 
 def rings_may_be_opened() -> contextlib.AbstractContextManager[Any]:
     """Tensors of a ring overlap, which those of no other bundle do: while this lasts, opening a bundle does not mind."""
-    return mock.patch.object(dmtd_runtime.bundle.manifest, "_faults_of_weights", lambda manifest: iter(()))
+    return mock.patch.object(dmtd_runtime.bundle.manifest, "_faults_of_weights", return_value=())
 
 
 def make_bundle(wanted: Wanted, place: Path, *, checkpoint: Path | None, max_num_seqs: int, max_model_len: int) -> Path:

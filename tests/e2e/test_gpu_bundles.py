@@ -25,7 +25,8 @@ def tools(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTy
     monkeypatch.delitem(sys.modules, "gpu_bundles")
     logger = logging.getLogger("dmtd.export")  # which it quietens for good
     before = logger.level
-    yield gpu_bundles
+    with gpu_bundles.rings_may_be_opened():  # as tools/gpu_step.py does in a process of its own
+        yield gpu_bundles
     logger.setLevel(before)
 
 
