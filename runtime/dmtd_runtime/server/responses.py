@@ -56,7 +56,6 @@ async def respond(served: Served, body: ResponsesBody, http: HttpRequest) -> Res
     return EventStream(
         writer.events(),
         close=run.aclose,
-        write_timeout_s=served.limits.write_timeout_s,
         error_event=writer.error,
     )
 
