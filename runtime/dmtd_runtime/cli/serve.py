@@ -19,6 +19,7 @@ from dmtd_runtime.cli.options.backend import AnswerBackend
 from dmtd_runtime.cli.options.server import LimitsGroup, SchedulingGroup, ServerGroup
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.server.options import Limits, ServerOptions
+from dmtd_runtime.server.tls import tls_context
 from dmtd_runtime.serving.options import ServingOptions
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -90,6 +91,7 @@ def serve(
     directory = pick(bundle, model, "BUNDLE")
     if dry_run:
         server.refuse_open_bind()
+        tls_context(server)
         typer.echo("\n".join(_told(context)))
         return
     require("serve", ("fastapi", "uvicorn"), "serve")

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 
@@ -23,6 +22,7 @@ from dmtd_runtime.server.connection import Connection
 from dmtd_runtime.server.lifecycle import Lifecycle
 from dmtd_runtime.server.options import Limits, ServerOptions
 from dmtd_runtime.server.served import open_served
+from dmtd_runtime.server.tls import tls_context
 from dmtd_runtime.serving.options import ServingOptions
 
 logger = logging.getLogger("dmtd.server")
@@ -64,8 +64,7 @@ class Server(uvicorn.Server):
         self.home = Home(Lifecycle(shutdown_timeout_s=options.shutdown_timeout_s, ended=self._end))
         self.loop: asyncio.AbstractEventLoop | None = None
         self._opening: asyncio.Task[None] | None = None
-        given: dict[str, Any] = {name: getattr(options, name) for name in ("ssl_certfile", "ssl_keyfile")}
-        given["ssl_ca_certs"] = None if options.ssl_ca_certs is None else str(options.ssl_ca_certs)
+        context = tls_context(options)
         super().__init__(
             uvicorn.Config(
                 make_app(self.home, options=options, limits=limits),
@@ -79,7 +78,7 @@ class Server(uvicorn.Server):
                 timeout_keep_alive=int(limits.keep_alive_s),
                 h11_max_incomplete_event_size=limits.max_header_bytes,
                 timeout_graceful_shutdown=1,
-                **given,
+                ssl_context_factory=None if context is None else lambda *_: context,
             )
         )
 
