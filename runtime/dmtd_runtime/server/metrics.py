@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 
-from dmtd_runtime.serving.counts import Counts
+from dmtd_runtime.serving.counts import STEP_TOKENS, Counts
 from dmtd_runtime.serving.outputs import RequestOutput
 
 _PREFIX = "dmtd:"
@@ -60,15 +60,30 @@ _COUNTERS: dict[str, tuple[str, Callable[[Counts], float]]] = {
 }
 
 
-class _Histogram:
-    """Counts of values by bucket, and the lines that tell them. For one thread: the event loop's."""
+class _Buckets:
+    """The lines that tell counts of values by bucket."""
 
     def __init__(self, name: str, text: str, bounds: Sequence[float], label: str) -> None:
-        self._bounds, self._counts, self._sum = bounds, [0] * (len(bounds) + 1), 0.0
         self._head = _head(name, text, "histogram")
         ends = [f"{bound:g}" for bound in bounds] + ["+Inf"]
         self._buckets = [f'{_PREFIX}{name}_bucket{{{label},le="{end}"}} ' for end in ends]
         self._totals = f"{_PREFIX}{name}_count{{{label}}} ", f"{_PREFIX}{name}_sum{{{label}}} "
+
+    def lines(self, counts: Sequence[int], total: float) -> Iterable[str]:
+        """As Prometheus reads them: each bucket holds what is at most its end. ``total``: the sum of all values."""
+        yield self._head
+        for name, count in zip(self._buckets, accumulate(counts), strict=True):
+            yield f"{name}{count}"
+        yield f"{self._totals[0]}{sum(counts)}"
+        yield f"{self._totals[1]}{total!r}"
+
+
+class _Histogram:
+    """Values as they come. For one thread: the event loop's."""
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float], label: str) -> None:
+        self._bounds, self._counts, self._sum = bounds, [0] * (len(bounds) + 1), 0.0
+        self._told = _Buckets(name, text, bounds, label)
 
     def observe(self, value: float, times: int = 1) -> None:
         """Take a value, so many times."""
@@ -76,12 +91,7 @@ class _Histogram:
         self._sum += value * times
 
     def lines(self) -> Iterable[str]:
-        """As Prometheus reads them: each bucket holds what is at most its end."""
-        yield self._head
-        for name, count in zip(self._buckets, accumulate(self._counts), strict=True):
-            yield f"{name}{count}"
-        yield f"{self._totals[0]}{sum(self._counts)}"
-        yield f"{self._totals[1]}{self._sum!r}"
+        return self._told.lines(self._counts, self._sum)
 
 
 class Metrics:
@@ -93,6 +103,8 @@ class Metrics:
         self._histograms = {
             name: _Histogram(name, text, bounds, self._label) for name, (text, bounds) in _HISTOGRAMS.items()
         }
+        text = "Tokens that went through a step: of prompts, and one for each sequence that decodes."
+        self._steps = _Buckets("iteration_tokens_total", text, STEP_TOKENS, self._label)
         self._success: dict[str, int] = dict.fromkeys(("stop", "length"), 0)
         self._rejected: dict[str, int] = dict.fromkeys(("queue_full", "queue_timeout"), 0)
 
@@ -115,6 +127,7 @@ class Metrics:
             lines += [f'{_PREFIX}{name}{{{self._label},{label}="{each}"}} {value}' for each, value in values.items()]
         for histogram in self._histograms.values():
             lines += histogram.lines()
+        lines += self._steps.lines(counts.step_tokens, counts.step_tokens_sum)
         return ("\n".join(lines) + "\n").encode()
 
     def first_token(self, seconds: float) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dmtd_runtime.backends.base import Backend, SlotCycle, SlotStep
 from dmtd_runtime.cycle import CyclePlan, Step
 from dmtd_runtime.sampling.sampler import described
-from dmtd_runtime.serving.counts import Counts
+from dmtd_runtime.serving.counts import Counts, StepTokens
 from dmtd_runtime.serving.options import ServingOptions
 from dmtd_runtime.serving.prefix_cache import PrefixCache
 from dmtd_runtime.serving.scheduler import Planned, Scheduler
@@ -57,6 +57,7 @@ class Loop:
         self._read_first = False  # whether prompts come before the next cycle
         self._prompt_tokens = self._chosen = self._looked_up = self._found = 0
         self._head_passes = self._in_phase = 0
+        self._step_tokens = StepTokens()
 
     @property
     def sequences(self) -> list[SequenceRun]:
@@ -102,6 +103,8 @@ class Loop:
             head_passes_in_phase=self._in_phase,
             prefix_queries=self._looked_up,
             prefix_hits=self._found,
+            step_tokens=tuple(self._step_tokens.counts),
+            step_tokens_sum=self._step_tokens.sum,
         )
 
     def _enter(self) -> None:
@@ -128,6 +131,7 @@ class Loop:
     def _run(self, planned: Sequence[Planned]) -> None:
         """Run one step of the sequences, and tell those that get a token."""
         self._count_heads(planned)
+        self._step_tokens.add(sum(len(one.step.late) for one in planned))
         scored = [one for one in planned if one.step.kind == "prefill" and self._scores(one)]
         for one in scored:
             self._run_scored(one)
@@ -229,6 +233,7 @@ class Loop:
             ids = () if unseen else sequence.ids[window.start : window.stop]
             cycles.append(SlotCycle(slot=one.slot, steps=one.steps, ids=ids, sampler=sequence.sampler, unseen=unseen))
         self._count_heads(planned)
+        self._step_tokens.add(len(planned), steps=len(planned[0].steps))
         self._backend.start_cycle(cycles, self._scheduler.committed, follows=unseen > 0)
         self._scheduler.commit(planned)
 

@@ -352,6 +352,7 @@ def test_metrics_count_what_was_asked(tiny: TinyBundles) -> None:
             ("dmtd:inter_token_latency_seconds_bucket", "+Inf"): 8,
             ("dmtd:e2e_request_latency_seconds_count",): 2,
             ("dmtd:request_generation_tokens_sum",): 10,
+            ("dmtd:iteration_tokens_total_sum",): 4 + 8,
             ("dmtd:request_generation_tokens_bucket", "4"): 0,
             ("dmtd:request_generation_tokens_bucket", "16"): 2,
         }.items():
