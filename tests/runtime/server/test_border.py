@@ -326,34 +326,40 @@ def test_a_full_queue_is_429_and_nothing_of_it_starts(tiny: TinyBundles) -> None
         wait_until(lambda: is_idle(server))
         assert server.post("/v1/completions", {"prompt": [[1], [2]], "max_tokens": 2}).status_code == 200
         assert (
-            b'dmtd:admission_rejections_total{model_name="bundle",reason="queue_full"} 1\n'
+            b'dmtd:admission_rejections_total{model_name="bundle",engine="dmtd",reason="queue_full"} 1\n'
             in server.get("/metrics").content
         )
 
 
 def test_metrics_count_what_was_asked(tiny: TinyBundles) -> None:
-    with running(tiny.get().directory, ServerOptions(served_model_name=["m"])) as server:
-        server.post(
-            "/v1/completions", {"prompt": [[1, 2, 3], [4]], "max_tokens": 5, "temperature": 0, "ignore_eos": True}
-        )
+    with running(tiny.get().directory, ServerOptions(served_model_name=["m"], allow_plain=True)) as server:
+        body = {"max_tokens": 5, "temperature": 0, "ignore_eos": True}
+        server.post("/v1/completions", {"prompt": [[1, 2, 3], [4]], **body})
+        server.post("/v1/completions", {"prompt": [7] * 6, **body, "dmtd": {"plain": True}})
         text = server.get("/metrics").text
         samples = {}
         for family in parser.text_string_to_metric_families(text):
             for each in family.samples:
-                samples[each.name, *(v for k, v in sorted(each.labels.items()) if k != "model_name")] = each.value
-                assert each.labels["model_name"] == "m"
-        for key, value in {
-            ("dmtd:prompt_tokens_total",): 4,
-            ("dmtd:generation_tokens_total",): 10,
-            ("dmtd:num_requests_running",): 0,
-            ("dmtd:request_success_total", "length"): 2,
-            ("dmtd:time_to_first_token_seconds_count",): 2,
-            ("dmtd:inter_token_latency_seconds_count",): 8,
-            ("dmtd:inter_token_latency_seconds_bucket", "+Inf"): 8,
-            ("dmtd:e2e_request_latency_seconds_count",): 2,
-            ("dmtd:request_generation_tokens_sum",): 10,
-            ("dmtd:iteration_tokens_total_sum",): 4 + 8,
-            ("dmtd:request_generation_tokens_bucket", "4"): 0,
-            ("dmtd:request_generation_tokens_bucket", "16"): 2,
-        }.items():
-            assert samples[key] == value, key
+                engine, name = each.labels.pop("engine"), each.labels.pop("model_name")
+                samples[engine, each.name.removeprefix("dmtd:"), *each.labels.values()] = each.value
+                assert name == "m"
+        for key, of_dmtd, of_plain in (
+            ("prompt_tokens_total", 4, 6),
+            ("generation_tokens_total", 10, 5),
+            ("num_requests_running", 0, 0),
+            ("request_success_total length", 2, 1),
+            ("time_to_first_token_seconds_count", 2, 1),
+            ("inter_token_latency_seconds_count", 8, 4),
+            ("inter_token_latency_seconds_bucket +Inf", 8, 4),
+            ("e2e_request_latency_seconds_count", 2, 1),
+            ("request_generation_tokens_sum", 10, 5),
+            ("request_generation_tokens_bucket 4", 0, 0),
+            ("request_generation_tokens_bucket 16", 2, 1),
+            ("iteration_tokens_total_sum", 4 + 8, 6 + 4),
+            ("iteration_tokens_total_bucket 1", None, 4),
+            ("full_passes_total", None, 1 + 4),
+            ("late_steps_total", None, 0),
+        ):
+            assert samples["plain", *key.split()] == of_plain, key
+            assert of_dmtd is None or samples["dmtd", *key.split()] == of_dmtd, key
+        assert samples["dmtd", "late_steps_total"] > 0
