@@ -6,12 +6,15 @@ import asyncio
 import logging
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dmtd_runtime.server.options import Limits
 
 logger = logging.getLogger("dmtd.server")
 
+_MAX_WAITING_BYTES = 64 << 10
+"""Of requests behind the one being answered; with more of them the connection is not read on until it is their turn."""
 _LOOKS = 8
 """So often within ``write_timeout_s`` it is seen whether a client reads."""
 
@@ -50,11 +53,16 @@ class Connection(H11Protocol):
         super().data_received(data)
 
     def handle_events(self) -> None:
-        """After each: a head that is whole needs no timer."""
+        """After each: a head that is whole needs no timer, and requests that wait behind another hide no client's end.
+
+        uvicorn reads no further while bytes of the next request wait, and would see the client go when its answer is written.
+        """
         before = self.cycle
         super().handle_events()
         if self.cycle is not before:
             self._stop_head_timer()
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < _MAX_WAITING_BYTES:
+            self.flow.resume_reading()
 
     def _await_head(self) -> None:
         self._head_timer = self.loop.call_later(self.limits.header_timeout_s, self._drop)

@@ -27,14 +27,18 @@ def server(tiny: TinyBundles) -> Iterator[Running]:
         yield server
 
 
-def unread(server: Running, body: dict[str, object]) -> socket.socket:
-    """A client that asks and reads nothing."""
+def request(body: dict[str, object]) -> bytes:
     data = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+    return f"{head}\r\n\r\n".encode() + data
+
+
+def unread(server: Running, body: dict[str, object]) -> socket.socket:
+    """A client that asks and reads nothing."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)
     connection.connect(server.address)
-    connection.sendall(f"{head}\r\n\r\n".encode() + data)
+    connection.sendall(request(body))
     return connection
 
 
@@ -92,3 +96,17 @@ def test_who_reads_slowly_gets_everything(server: Running) -> None:
             told += (more := connection.recv(SMALL))
             assert more
     assert len(told) > PROMPT_BYTES and b"data: [DONE]" in told
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_is_seen_behind_requests_that_wait(server: Running, stream: bool) -> None:
+    body = {"prompt": [5], "max_tokens": 200, "ignore_eos": True, "temperature": 1, "stream": stream}
+    connections = server.server.server_state.connections
+    before = server.served.llm.snapshot().generation_tokens
+    with held(server.served.llm, after=5, until=lambda: not connections) as hold:  # type: ignore[arg-type]
+        with server.raw(request(body) + request(body)) as connection:
+            hold.wait()
+            connection.sendall(request(body)[:70])  # in the middle of a third
+        wait_until(lambda: not connections)
+    wait_until(lambda: is_idle(server))
+    assert server.served.llm.snapshot().generation_tokens - before < 40
