@@ -42,6 +42,11 @@ def unread(server: Running, body: dict[str, object]) -> socket.socket:
     return connection
 
 
+def is_closed(server: Running) -> bool:
+    """Whether no client is there, and all that it asked for is cancelled."""
+    return not server.server.server_state.connections and server.server.home.lifecycle.num_open == 0
+
+
 def is_idle(server: Running) -> bool:
     counts = server.served.llm.snapshot()
     return counts.running == counts.waiting == 0 == server.server.home.lifecycle.num_open
@@ -61,11 +66,11 @@ def test_a_stream_that_nobody_reads_frees_its_slot(server: Running, caplog: pyte
     before = server.served.llm.snapshot().generation_tokens
     with caplog.at_level(logging.DEBUG, "dmtd.server"):
         # The worker stands still after 60 steps, 200 kB of events, until the client is dropped: then four slots are free.
-        with held(server.served.llm, after=60, until=lambda: not connections), unread(server, body):  # type: ignore[arg-type]
+        with held(server.served.llm, after=60, until=lambda: is_closed(server)), unread(server, body):  # type: ignore[arg-type]
             wait_until(lambda: len(connections) == 1)
             wait_until(lambda: not connections)
         wait_until(lambda: is_idle(server))
-    assert 100 < server.served.llm.snapshot().generation_tokens - before < 400
+    assert 100 < server.served.llm.snapshot().generation_tokens - before <= 4 * 61
     told = [record for record in caplog.records if "read nothing for 0.2 s" in record.getMessage()]
     assert len(told) == 1 and all(record.levelno <= logging.INFO and not record.exc_info for record in caplog.records)
 
@@ -103,10 +108,10 @@ def test_a_client_that_goes_is_seen_behind_requests_that_wait(server: Running, s
     body = {"prompt": [5], "max_tokens": 200, "ignore_eos": True, "temperature": 1, "stream": stream}
     connections = server.server.server_state.connections
     before = server.served.llm.snapshot().generation_tokens
-    with held(server.served.llm, after=5, until=lambda: not connections) as hold:  # type: ignore[arg-type]
+    with held(server.served.llm, after=5, until=lambda: is_closed(server)) as hold:  # type: ignore[arg-type]
         with server.raw(request(body) + request(body)) as connection:
             hold.wait()
             connection.sendall(request(body)[:70])  # in the middle of a third
         wait_until(lambda: not connections)
     wait_until(lambda: is_idle(server))
-    assert server.served.llm.snapshot().generation_tokens - before < 40
+    assert server.served.llm.snapshot().generation_tokens - before <= 6
