@@ -66,8 +66,8 @@ def test_a_stream_that_nobody_reads_frees_its_slot(server: Running, caplog: pyte
     before = server.served.llm.snapshot().generation_tokens
     with caplog.at_level(logging.DEBUG, "dmtd.server"):
         # The worker stands still after 60 steps, 200 kB of events, until the client is dropped: then four slots are free.
-        with held(server.served.llm, after=60, until=lambda: is_closed(server)), unread(server, body):  # type: ignore[arg-type]
-            wait_until(lambda: len(connections) == 1)
+        with held(server.served.llm, after=60, until=lambda: is_closed(server)) as hold, unread(server, body):  # type: ignore[arg-type]
+            hold.wait()
             wait_until(lambda: not connections)
         wait_until(lambda: is_idle(server))
     assert 100 < server.served.llm.snapshot().generation_tokens - before <= 4 * 61
@@ -78,11 +78,11 @@ def test_a_stream_that_nobody_reads_frees_its_slot(server: Running, caplog: pyte
 @pytest.mark.parametrize("num_choices", [1, 4])
 def test_a_whole_answer_that_nobody_reads_does_not_stay(server: Running, num_choices: int) -> None:
     """In a buffer that is full, and in one that is not."""
-    connections = server.server.server_state.connections
+    state = server.server.server_state
     body = {"prompt": [5], "max_tokens": 60, "ignore_eos": True, "n": num_choices, "temperature": 1, "logprobs": 20}
+    before = state.total_requests
     with unread(server, body):
-        wait_until(lambda: len(connections) == 1)
-        wait_until(lambda: not connections)
+        wait_until(lambda: state.total_requests > before and not state.connections)
 
 
 def test_who_reads_slowly_gets_everything(server: Running) -> None:
