@@ -23,14 +23,14 @@ def page(repo_root: Path) -> str:
 
 def option_rows() -> list[str]:
     """The rows of the page's table, as the command has its options."""
-    rows = []
+    rows, backslash = [], "\\<"  # no tags of HTML
     for each in _LazyCommand("serve", VERBS["serve"]).load().params:
         if each.param_type_name == "option" and each.name != "model":
             default = "" if each.default in (None, False, "") else f"`{each.default}`"
             if isinstance(each.default, bool):
                 default = "`on`" if each.default else ""
             flag = " / ".join(f"`{max(names, key=len)}`" for names in (each.opts, each.secondary_opts) if names)
-            rows.append(f"| {flag} | {default} | {each.help} |")
+            rows.append(f"| {flag} | {default} | {each.help.replace('<', backslash)} |")
     return rows
 
 
