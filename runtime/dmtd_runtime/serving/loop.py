@@ -2,7 +2,8 @@
 
 Where the backend runs cycles, and every sequence that decodes stands at a head, whole cycles are enqueued, the next one
 before the tokens of this one are looked at, unless somebody waits to join. Ends are then found when a cycle is over: what it
-chose behind the end is dropped unseen. Prompts are read between two cycles.
+chose behind the end is dropped unseen. Prompts are read between two cycles. Who needs the host for every token takes the same
+cycle behind that of the others, step by step: all stay in phase, and T is read twice in such a round.
 
 What comes next is the scheduler's, numbers are the backend's; here sequences are told of their tokens, and prefixes are kept
 and found again. No threads: ``worker.py`` has them.
@@ -14,6 +15,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from dmtd_runtime.backends.base import Backend, SlotCycle, SlotStep
 from dmtd_runtime.cycle import CyclePlan, Step
@@ -192,16 +194,18 @@ class Loop:
                 self._leave([planned.sequence])
 
     def _run_cycles(self) -> bool:
-        """Run whole cycles until a sequence ends or another one comes, if all may run them; whether anything ran.
+        """Run whole cycles until a sequence ends or another one comes, of all that may run them; whether anything ran.
 
-        The cycle after the one under way is enqueued before that one's tokens are known, unless a sequence is certain to end.
-        Prompts and cycles take turns.
+        The cycle after the one under way is enqueued before that one's tokens are known, unless a sequence is certain to end
+        or another one needs the host. Prompts and cycles take turns.
         """
         if not self._backend.runs_cycles:
             return False
-        planned = self._scheduler.schedule_cycle()
+        planned, by_steps = list[Planned](), list[Planned]()
+        for one in self._scheduler.schedule_cycle():
+            (by_steps if self._sequences[one.sequence].sampler.needs_host else planned).append(one)
         running = [self._sequences[one.sequence] for one in planned]
-        if not planned or any(s.sampler.needs_host for s in running):
+        if not planned:
             return False
         if self._scheduler.num_reading and self._read_first:
             self._read_first = False
@@ -211,7 +215,7 @@ class Loop:
         self._start_cycle(planned, 0)
         tau, under_way = self._cycle_length, deque([planned])
         while under_way:
-            alone = not (self._scheduler.num_reading or self._scheduler.can_enter or self._arriving())
+            alone = not (by_steps or self._scheduler.num_reading or self._scheduler.can_enter or self._arriving())
             if alone and not any(s.ended for s in running) and len(under_way) == 1 and _go_on(running, tau):
                 under_way.append(planned := self._scheduler.schedule_cycle())
                 self._start_cycle(planned, tau)
@@ -223,7 +227,15 @@ class Loop:
                     self._chosen += not sequence.failed
             self._end_from_outside()
         self._leave(number for number, sequence in self._sequences.items() if sequence.ended)
+        self._run_heads(by_steps)
         return True
+
+    def _run_heads(self, planned: Sequence[Planned]) -> None:
+        """Run the full steps of cycles that the others are ahead by. What is left of them the scheduler lets catch up."""
+        for steps in zip(*(one.steps for one in planned), strict=True):
+            if steps[0].kind == "full":
+                pairs = zip(planned, steps, strict=True)
+                self._run([replace(one, steps=[step]) for one, step in pairs if one.sequence in self._sequences])
 
     def _start_cycle(self, planned: Sequence[Planned], unseen: int) -> None:
         """Enqueue a cycle and take its steps as run. ``unseen``: tokens of a cycle under way, which this one follows."""
