@@ -77,7 +77,8 @@ def _unequal(
             )
             continue
         if name in manifest.quantised:
-            yield from itertools.islice(_unlike(directory, manifest, name, checkpoint.read(name)), 1)
+            exact = checkpoint.block_source(name) == manifest.quantised[name].source
+            yield from itertools.islice(_unlike(directory, manifest, name, checkpoint.read(name), exact=exact), 1)
             continue
         info = manifest.weights[name]
         stored, source = map_tensor(directory / contract.WEIGHTS_FILE, info), checkpoint.read(name)
@@ -96,14 +97,18 @@ def _unequal(
                 break
 
 
-def _unlike(directory: Path, manifest: Manifest, name: str, source: Array) -> Iterator[Divergence]:
-    """Quantised values that are not the nearest to the source's which their block has."""
-    first, fmt = 0, manifest.quantised[name]
+def _unlike(directory: Path, manifest: Manifest, name: str, source: Array, *, exact: bool) -> Iterator[Divergence]:
+    """Quantised values that are not the nearest to the source's which their block has; ``exact``: not the source's own."""
+    first, fmt, how = 0, manifest.quantised[name], "in" if exact else "rounded to"
     for values, codes, scales in quantised_rows(directory, manifest, name):
         wanted = np.asarray(source[first : first + len(values)], dtype=np.float32)
         apart = wanted - values
         outside = ((codes == 0) & (apart * scales < 0)) | ((codes == 2**fmt.bits - 1) & (apart * scales > 0))
-        wrong = ~((np.abs(apart) <= (0.5 + HALF_A_STEP) * np.abs(scales) + SMALLEST_SCALE) | outside)
+        wrong = (
+            apart != 0
+            if exact
+            else ~((np.abs(apart) <= (0.5 + HALF_A_STEP) * np.abs(scales) + SMALLEST_SCALE) | outside)
+        )
         if wrong.any():
             row, column = (int(i) for i in np.unravel_index(int(wrong.argmax()), wrong.shape))
             yield Divergence(
@@ -111,7 +116,7 @@ def _unlike(directory: Path, manifest: Manifest, name: str, source: Array) -> It
                 layer=layer_of(name),
                 expected=float(wanted[row, column]),
                 got=float(values[row, column]),
-                detail=f"{name}[{first + row}, {column}] is not the checkpoint's value rounded to {fmt.name}",
+                detail=f"{name}[{first + row}, {column}] is not the checkpoint's value {how} {fmt.name}",
             )
         first += len(values)
 
