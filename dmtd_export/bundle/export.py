@@ -15,7 +15,7 @@ import onnx
 
 from dmtd_export.bundle.assets import write_assets
 from dmtd_export.bundle.atomic import atomic_directory
-from dmtd_export.bundle.quantise import Quantisation, plan_quantisation
+from dmtd_export.bundle.quantise import Quantisation, plan_quantisation, resolved_formats
 from dmtd_export.bundle.split import cycle_of
 from dmtd_export.bundle.target import check_disk, check_target, one_line_os_errors
 from dmtd_export.bundle.weights import NUMPY_DTYPES, stored_bytes, write_weights
@@ -59,9 +59,10 @@ def export_bundle(
         require_split(options.split)
     with one_line_os_errors(output), open_checkpoint(model, adapter) as checkpoint:
         check_target(output)
+        options = replace(options, formats=resolved_formats(checkpoint, options))
         check_formats(options)
         spec = resolve(checkpoint, options)
-        quantisation = plan_quantisation(checkpoint.config, spec, options.formats)
+        quantisation = plan_quantisation(checkpoint, spec, options.formats)
         max_model_len = _max_model_len(checkpoint.config, options)
         _tell_of_tables(checkpoint.config, options.dtype, max_model_len)
         needed = stored_bytes(checkpoint.config, checkpoint, options.dtype, max_model_len + MAX_WINDOW, quantisation)

@@ -22,7 +22,7 @@ from dmtd_export.bundle.split import spec_of
 from dmtd_export.errors import ExportError
 from dmtd_export.verify.cycles import Array, Case, Comparison, Variant, forced_group, make_cases
 from dmtd_export.verify.levels import installed
-from dmtd_export.verify.margins import FLOAT32, HALF_TOP1_AGREEMENT, Margin, half_margin
+from dmtd_export.verify.margins import FLOAT32, Margin, rounding_margin
 from dmtd_export.verify.report import Check, VerifyReport
 from dmtd_export.verify.structure import model_config
 from dmtd_models.progress import Progress, silent
@@ -73,8 +73,8 @@ def verify_on_device(
     """
     start, manifest = time.monotonic(), open_bundle(directory)
     reference = _reference(directory, manifest)
-    dtype, layers = manifest.model.dtype, manifest.model.num_layers
-    margin = FLOAT32 if dtype == "float32" else half_margin(dtype, layers)
+    rounded = rounding_margin(manifest)
+    margin = rounded or FLOAT32
     cases = make_cases(manifest, quick)
     checks: list[Check] = []
     done = 0
@@ -91,8 +91,9 @@ def verify_on_device(
             backend.close()
         checks = [*found, *checks]  # told from batch 1 on, where a divergence is simplest
     margins = {"float32_of_max": FLOAT32.limit}
-    if dtype != "float32":
-        margins = {"half_ulp": margin.limit, "half_top1_agreement": HALF_TOP1_AGREEMENT}
+    if rounded is not None:
+        kind = "int8_of_max" if manifest.quantised else "half_ulp"
+        margins = {kind: rounded.limit, f"{kind.partition('_')[0]}_top1_agreement": rounded.agreement or 0.0}
     return VerifyReport(
         level="oracle",
         level_note="",
@@ -186,7 +187,7 @@ def _generations(
                     )
     cycles = backend.stats.cycles - cycles
     detail = f"top-1 agreement {agreed}/{total}, {cycles} whole cycles" + (f"; {first}" if first else "")
-    ok = not first and (margin.ulp_bits is None or agreed >= HALF_TOP1_AGREEMENT * total)
+    ok = not first and agreed >= (margin.agreement or 0.0) * total
     return Check(
         name=f"generated: {_name(options)}, {variant.full_pass}, batch {batch}",
         level="oracle",
