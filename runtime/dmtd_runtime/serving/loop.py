@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from dmtd_runtime.backends.base import Backend, SlotCycle, SlotStep
 from dmtd_runtime.cycle import CyclePlan, Step
+from dmtd_runtime.sampling.confidence import ALWAYS
 from dmtd_runtime.sampling.sampler import described
 from dmtd_runtime.serving.counts import Counts
 from dmtd_runtime.serving.options import ServingOptions
@@ -56,7 +57,7 @@ class Loop:
         self._numbers = itertools.count()
         self._read_first = False  # whether prompts come before the next cycle
         self._prompt_tokens = self._chosen = self._looked_up = self._found = 0
-        self._head_passes = self._in_phase = 0
+        self._head_passes = self._in_phase = self._dropped = 0
 
     @property
     def sequences(self) -> list[SequenceRun]:
@@ -98,6 +99,7 @@ class Loop:
             prefill_passes=stats.prefill_passes,
             late_steps=stats.late_steps,
             refill_rows=stats.refill_rows,
+            dropped_tokens=self._dropped,
             head_passes=self._head_passes,
             head_passes_in_phase=self._in_phase,
             prefix_queries=self._looked_up,
@@ -137,17 +139,25 @@ class Loop:
         steps = [self._slot_step(one) for one in planned]
         wanting = [one for one in planned if one.step.wants_logits]
         choose = self._backend.chooses_tokens and not any(
-            self._sequences[one.sequence].sampler.needs_logits for one in wanting
+            sequence.sampler.needs_logits or sequence.looks
+            for sequence in (self._sequences[one.sequence] for one in wanting)
         )
         output = self._backend.run(steps, self._scheduler.committed, choose=choose)
         self._scheduler.commit(planned)
         for row, one in enumerate(wanting):
             sequence = self._sequences[one.sequence]
+            sequence.count(one.step.kind)
             if output.tokens is not None:
                 sequence.take(int(output.tokens[row]))
             else:
                 assert output.logits is not None, "a run gives tokens or logits"
+                if one.step.kind == "late" and sequence.drops(output.logits[row]):
+                    self._scheduler.leave_cycle(one.sequence, take_back=True)
+                    self._dropped += 1
+                    continue
                 sequence.choose(output.logits[row])
+            if one.step.kind == "full" and sequence.min_confidence >= ALWAYS:
+                self._scheduler.leave_cycle(one.sequence)
             self._chosen += not sequence.failed
             if one.step.kind == "prefill":
                 self._keep(one.sequence)
@@ -197,7 +207,7 @@ class Loop:
             return False
         planned = self._scheduler.schedule_cycle()
         running = [self._sequences[one.sequence] for one in planned]
-        if not planned or any(s.sampler.needs_host for s in running):
+        if not planned or any(s.sampler.needs_host or s.min_confidence for s in running):
             return False
         if self._scheduler.num_reading and self._read_first:
             self._read_first = False
@@ -215,6 +225,7 @@ class Loop:
             for step, index in itertools.product(range(tau), range(len(cycle))):
                 sequence = self._sequences[cycle[index].sequence]
                 if not sequence.ended:
+                    sequence.count(cycle[index].steps[step].kind)
                     sequence.take(int(tokens[step, index]))
                     self._chosen += not sequence.failed
             self._end_from_outside()

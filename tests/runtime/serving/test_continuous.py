@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,7 @@ class Visit:
     priority: int
     salt: str | None
     leaves: int | None = None
+    min_confidence: float = 0.0
 
     @property
     def prompt(self) -> list[int]:
@@ -69,9 +70,15 @@ class Guest:
             stops=StopRules(params),
             on_event=self.events.append,
             cancelled=lambda: self.reason,
+            min_confidence=self.visit.min_confidence,
             priority=self.visit.priority,
             cache_salt=self.visit.salt,
         )
+
+    @property
+    def steps(self) -> tuple[int, int, int]:
+        """Full passes, late steps, and those of them that were dropped."""
+        return self.sequence.full_passes, self.sequence.late_steps, self.sequence.dropped_tokens
 
     @property
     def tokens(self) -> list[int]:
@@ -118,6 +125,7 @@ visits = st.builds(
     priority=st.integers(0, 1),
     salt=st.sampled_from((None, None, "a")),
     leaves=st.sampled_from((None, None, None, 0, 3, 9)),
+    min_confidence=st.sampled_from((0.0, 0.0, 0.1, 0.2, 0.4, 1.0)),
 )
 all_options = st.builds(
     ServingOptions,
@@ -131,20 +139,23 @@ plans = st.tuples(st.integers(1, 6), st.sampled_from(CONVENTIONS), st.sampled_fr
 
 @st.composite
 def cases(draw: st.DrawFn) -> dict[str, Any]:
+    plan, guests = draw(plans), draw(st.lists(visits, min_size=1, max_size=12))
+    if plan[1][0] == "absolute" or plan[2]:  # nothing leaves a cycle there
+        guests = [replace(visit, min_confidence=0.0) for visit in guests]
     return {
         "family": draw(st.sampled_from(("qwen3", "llama"))),
         "encoding_layers": draw(st.sampled_from((0, 2))),
         "dialect": draw(st.sampled_from(("onnxruntime", "onnxruntime", "standard"))),
         "full_pass": draw(st.sampled_from(("staged", "fused"))),
         "slots": draw(st.sampled_from((1, 3, MAX_BATCH))),
-        "plan": draw(plans),
+        "plan": plan,
         "options": draw(all_options),
-        "visits": draw(st.lists(visits, min_size=1, max_size=12)),
+        "visits": guests,
     }
 
 
-def check_case(tiny: TinyBundles, case: dict[str, Any]) -> int:
-    """How many tokens were compared."""
+def check_case(tiny: TinyBundles, case: dict[str, Any]) -> tuple[int, int]:
+    """How many tokens were compared, and how many late steps were dropped."""
     tau, convention, plain = case["plan"]
     backend = tiny.backend(
         case["family"],
@@ -154,7 +165,7 @@ def check_case(tiny: TinyBundles, case: dict[str, Any]) -> int:
         slots=case["slots"],
     )
     cycle = tiny.get(case["family"], case["encoding_layers"]).cycle(tau, convention)
-    plan, compared = CyclePlan(cycle=cycle, plain=plain), 0
+    plan, compared, dropped = CyclePlan(cycle=cycle, plain=plain), 0, 0
     for guest in serve(backend, plan, case["visits"], case["options"]):
         want = alone(backend, plan, guest.visit)
         count = len(guest.tokens)
@@ -162,11 +173,13 @@ def check_case(tiny: TinyBundles, case: dict[str, Any]) -> int:
         if guest.visit.leaves is None:
             assert guest.events[-1].finish_reason == want.events[-1].finish_reason == "length"
             assert count == guest.visit.tokens
+            assert guest.steps == want.steps, f"company changed the steps of {guest.visit} in {case}"
         if case["dialect"] == "onnxruntime" and count:
             got, expected = np.stack(guest.sampler.rows), np.stack(want.sampler.rows[:count])
             np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32), f"bits of {guest.visit}")
         compared += count
-    return compared
+        dropped += guest.sequence.dropped_tokens
+    return compared, dropped
 
 
 @pytest.mark.timeout(600)
@@ -180,7 +193,9 @@ def test_company_changes_nothing(tiny: TinyBundles) -> None:
 
     check()
     assert len(compared) >= CASES
-    assert sum(compared) >= 15 * CASES
+    tokens, dropped = (sum(each) for each in zip(*compared, strict=True))
+    assert tokens >= 15 * CASES
+    assert dropped >= CASES
 
 
 @pytest.mark.slow
@@ -266,6 +281,7 @@ def test_on_engines_too(tiny: TinyBundles) -> None:
                 want = alone(backend, plan, guest.visit)
                 assert guest.tokens == want.tokens[: len(guest.tokens)], f"{guest.visit} in {case}"
                 assert guest.visit.leaves is not None or len(guest.tokens) == guest.visit.tokens
+                assert guest.visit.leaves is not None or guest.steps == want.steps
                 compared += len(guest.tokens)
             cycles += backend.stats.cycles
         finally:
