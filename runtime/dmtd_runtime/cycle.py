@@ -15,6 +15,7 @@ The oracle in dmtd_models has rules of its own, and a test holds the two against
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -70,11 +71,17 @@ class Position:
             )
             self.thought = step.window.stop
 
-    def leave_cycle(self, *, take_back: bool = False) -> None:
-        """Let the next position be a head, wherever in a cycle it stands; ``take_back``: that of the late step just run."""
-        if take_back:
-            assert self.fed > max(self.thought, self.given_len), "only a late step is taken back"
-            self.fed -= 1
+    def leave_cycle(self, take_back: Sequence[Step] = ()) -> None:
+        """Let the next position be a head, wherever in a cycle it stands.
+
+        ``take_back``: the last steps that were committed, in their order and the first of them late: their rows count no more,
+        and the head is where that one stood.
+        """
+        assert not take_back or take_back[0].kind == "late", "a cycle is left at a late step"
+        for step in reversed(take_back):
+            assert step.late.stop == self.fed, f"row {self.fed} was written last, the step ended at {step.late.stop}"
+            self.fed = step.late.start
+            self.thought = step.window.start if step.window else self.thought
         assert not self.in_prefill, "a sequence that reads its prompt is in no cycle"
         self.counts_from = self.fed
 

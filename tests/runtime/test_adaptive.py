@@ -7,16 +7,19 @@ the late step that it would have been: every choice that was kept must have been
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from device_support import engine_backend, run_sequences, simulator_engines, tokens_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runtime_support import CONVENTIONS, MARGIN, MAX_BATCH, Ran, Reference, TinyBundles, random_prompt, run_prompts
 
 from dmtd_models.reference import oracle
 from dmtd_runtime import LLM, RequestError, SamplingParams
+from dmtd_runtime.backends.base import SlotCycle
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.sampling.confidence import confidence
 
@@ -157,6 +160,33 @@ def test_what_is_drawn_comes_from_the_pass_that_was_kept(tiny: TinyBundles) -> N
         late = [softmax_max(expected[at - 11]) for at in range(12, len(ids)) if at not in ran.heads]
         assert min(late, default=1) >= 0.2 - NEAR
         assert ran.dropped > 0
+
+
+def test_whole_cycles_of_engines_are_left_too(tiny: TinyBundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device tells how sure it was; what was launched ahead of a doubt is dropped, and the next window is shorter."""
+    bundle = tiny.get("llama", 2)
+    backend = engine_backend(bundle.directory, bundle.manifest, simulator_engines(bundle.directory), slots=3)
+    started: list[tuple[bool, tuple[int, ...]]] = []
+    start, plan = backend.start_cycle, CyclePlan(cycle=bundle.manifest.cycle)
+
+    def noted_start(slots: Sequence[SlotCycle], committed: Sequence[int], *, follows: bool = False) -> None:
+        started.append((follows, tuple(len(each.steps[0].window) for each in slots)))
+        start(slots, committed, follows=follows)
+
+    monkeypatch.setattr(backend, "start_cycle", noted_start)
+    wanted, prompts = (0.12, 0.0, 0.16, 0.12), [random_prompt(seed, 9) for seed in range(4)]
+    params = [SamplingParams(temperature=0, max_tokens=40, min_confidence=p) for p in wanted]
+    told = run_sequences(backend, plan, 259, prompts[:3], params[:3]) + run_sequences(
+        backend, plan, 259, prompts[3:], params[3:]
+    )
+    launched, windows = sum(follows for follows, _ in started), Counter(w for _, lens in started for w in lens)
+    for prompt, p, events in zip(prompts, wanted, told, strict=True):
+        want = oracle.adaptive(bundle.reference(4, ("prompt", "thinking")), prompt, 40, p)
+        assert tuple(tokens_of(events)) == want.token_ids
+        assert (p > 0) == (want.dropped > 2)
+    assert launched > 4
+    assert min(windows[rows] for rows in (1, 2, 3, 4)) > 0
+    backend.close()
 
 
 def test_the_metrics_of_an_answer(tiny: TinyBundles) -> None:

@@ -184,7 +184,7 @@ def test_any_heads_with_lawful_gaps_have_the_oracles_gates(
         if step.kind == "full":
             heads.append(step.late.start)
         if leave == "take back" and step.kind == "late":
-            at.leave_cycle(take_back=True)
+            at.leave_cycle([step])
             gates.pop()
         elif leave is not None and step.kind != "prefill":
             at.leave_cycle()
@@ -214,7 +214,7 @@ def test_leaving_cycles_by_hand() -> None:
         shown.append((step.kind, list(step.window), step.late[-1]))
         at.commit(step)
         if leave:
-            at.leave_cycle(take_back=leave == "take back")
+            at.leave_cycle([step] if leave == "take back" else ())
     assert shown == [
         ("prefill", [0, 1, 2, 3, 4, 5], 5),
         ("full", [6], 6),
@@ -228,15 +228,31 @@ def test_leaving_cycles_by_hand() -> None:
     ]
 
 
+def test_a_cycle_is_left_with_the_one_that_was_launched_behind_it() -> None:
+    plan, at = plan_of(4, ("prompt", "thinking")), Position(prompt_len=6)
+    at.commit(plan.next_step(at, 256))
+    cycles = []
+    for _ in range(3):
+        cycles.append(plan.cycle_steps(at))
+        for step in cycles[-1]:
+            at.commit(step)
+    at.leave_cycle([*cycles[1][2:], *cycles[2]])  # heads at 6 and 10, doubt at 12
+    assert (at.fed, at.thought) == (12, 11)
+    assert [(s.kind, list(s.window), s.late[0]) for s in plan.cycle_steps(at)] == [
+        ("full", [11, 12], 12),
+        *(("late", [], row) for row in (13, 14, 15)),
+    ]
+
+
 def test_what_may_not_be_left_or_taken_back() -> None:
     assert not plan_of(4, ("absolute", "cyclical")).may_leave
     plan, at = plan_of(4, ("prompt", "sum")), Position(prompt_len=3)
     with pytest.raises(AssertionError, match="in no cycle"):
         at.leave_cycle()
     for _ in range(2):  # the prompt, a head
-        at.commit(plan.next_step(at, 256))
-        with pytest.raises(AssertionError, match="only a late step"):
-            at.leave_cycle(take_back=True)
+        at.commit(step := plan.next_step(at, 256))
+        with pytest.raises(AssertionError, match="left at a late step"):
+            at.leave_cycle([step])
 
 
 def test_a_step_out_of_order_is_refused() -> None:

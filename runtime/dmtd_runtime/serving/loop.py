@@ -4,6 +4,10 @@ Where the backend runs cycles, and every sequence that decodes stands at a head,
 before the tokens of this one are looked at, unless somebody waits to join. Ends are then found when a cycle is over: what it
 chose behind the end is dropped unseen. Prompts are read between two cycles.
 
+So is an unsure late step of a sequence that asks for confidence: its choice and all behind it are dropped, its part of a cycle
+that was launched ahead included. Such a launch costs the sequence a whole cycle's time, where waiting for the tokens costs the
+host's: cycles are launched ahead only while most sequences kept the last one whole.
+
 What comes next is the scheduler's, numbers are the backend's; here sequences are told of their tokens, and prefixes are kept
 and found again. No threads: ``worker.py`` has them.
 """
@@ -15,9 +19,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
-from dmtd_runtime.backends.base import Backend, SlotCycle, SlotStep
+from dmtd_runtime.backends.base import Backend, RunOutput, SlotCycle, SlotStep
 from dmtd_runtime.cycle import CyclePlan, Step
-from dmtd_runtime.sampling.confidence import ALWAYS
+from dmtd_runtime.sampling.confidence import ALWAYS, confidence
 from dmtd_runtime.sampling.sampler import described
 from dmtd_runtime.serving.counts import Counts
 from dmtd_runtime.serving.options import ServingOptions
@@ -56,6 +60,7 @@ class Loop:
         self._sequences: dict[int, SequenceRun] = {}
         self._numbers = itertools.count()
         self._read_first = False  # whether prompts come before the next cycle
+        self._look_ahead = True  # whether most sequences kept the last cycle whole
         self._prompt_tokens = self._chosen = self._looked_up = self._found = 0
         self._head_passes = self._in_phase = self._dropped = 0
 
@@ -151,8 +156,8 @@ class Loop:
                 sequence.take(int(output.tokens[row]))
             else:
                 assert output.logits is not None, "a run gives tokens or logits"
-                if one.step.kind == "late" and sequence.drops(output.logits[row]):
-                    self._scheduler.leave_cycle(one.sequence, take_back=True)
+                if one.step.kind == "late" and sequence.looks and sequence.drops(confidence(output.logits[row])):
+                    self._scheduler.leave_cycle(one.sequence, [one.step])
                     self._dropped += 1
                     continue
                 sequence.choose(output.logits[row])
@@ -207,7 +212,7 @@ class Loop:
             return False
         planned = self._scheduler.schedule_cycle()
         running = [self._sequences[one.sequence] for one in planned]
-        if not planned or any(s.sampler.needs_host or s.min_confidence for s in running):
+        if not planned or any(s.sampler.needs_host or s.min_confidence >= ALWAYS for s in running):
             return False
         if self._scheduler.num_reading and self._read_first:
             self._read_first = False
@@ -215,22 +220,46 @@ class Loop:
             return True
         self._read_first = True
         self._start_cycle(planned, 0)
-        tau, under_way = self._cycle_length, deque([planned])
+        tau, under_way, left = self._cycle_length, deque([planned]), set[int]()
         while under_way:
             alone = not (self._scheduler.num_reading or self._scheduler.can_enter or self._arriving())
-            if alone and not any(s.ended for s in running) and len(under_way) == 1 and _go_on(running, tau):
+            ahead = self._look_ahead and not left and not any(s.ended for s in running)
+            if alone and ahead and len(under_way) == 1 and _go_on(running, tau):
                 under_way.append(planned := self._scheduler.schedule_cycle())
                 self._start_cycle(planned, tau)
-            tokens, cycle = self._backend.finish_cycle(), under_way.popleft()
-            for step, index in itertools.product(range(tau), range(len(cycle))):
-                sequence = self._sequences[cycle[index].sequence]
-                if not sequence.ended:
-                    sequence.count(cycle[index].steps[step].kind)
-                    sequence.take(int(tokens[step, index]))
-                    self._chosen += not sequence.failed
+            output, cycle = self._backend.finish_cycle(), under_way.popleft()
+            left |= self._take_cycle(output, cycle, left, under_way)
             self._end_from_outside()
         self._leave(number for number, sequence in self._sequences.items() if sequence.ended)
         return True
+
+    def _take_cycle(
+        self, output: RunOutput, cycle: Sequence[Planned], gone: set[int], following: Iterable[Sequence[Planned]]
+    ) -> set[int]:
+        """Tell sequences of a cycle's tokens, but those that have ``gone`` from the one before. Which left theirs in this one."""
+        assert output.tokens is not None and output.confidence is not None, "a cycle gives both"
+        left: set[int] = set()
+        for k, (index, one) in itertools.product(range(self._cycle_length), enumerate(cycle)):
+            sequence, step = self._sequences[one.sequence], one.steps[k]
+            if sequence.ended or one.sequence in gone | left:
+                continue
+            sequence.count(step.kind)
+            if step.kind == "late" and sequence.drops(float(output.confidence[k, index])):
+                behind = [
+                    step
+                    for later in following
+                    for other in later
+                    if other.sequence == one.sequence
+                    for step in other.steps
+                ]
+                self._scheduler.leave_cycle(one.sequence, [*one.steps[k:], *behind])
+                self._dropped += 1
+                left.add(one.sequence)
+                continue
+            sequence.take(int(output.tokens[k, index]))
+            self._chosen += not sequence.failed
+        self._look_ahead = 2 * len(left) < len(cycle)
+        return left
 
     def _start_cycle(self, planned: Sequence[Planned], unseen: int) -> None:
         """Enqueue a cycle and take its steps as run. ``unseen``: tokens of a cycle under way, which this one follows."""

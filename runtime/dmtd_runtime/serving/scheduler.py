@@ -213,10 +213,10 @@ class Scheduler:
                 for step in one.steps:
                     living.position.commit(step)
 
-    def leave_cycle(self, sequence: int, *, take_back: bool = False) -> None:
-        """Let a sequence's next position be a head; ``take_back``: the position of the late step that it has just run."""
+    def leave_cycle(self, sequence: int, take_back: Sequence[Step] = ()) -> None:
+        """Let a sequence's next position be a head; ``take_back``: see :meth:`Position.leave_cycle`."""
         assert self._plan.may_leave, "heads stand where the count puts them"
-        self.position_of(sequence).leave_cycle(take_back=take_back)
+        self.position_of(sequence).leave_cycle(take_back)
 
     def free(self, sequence: int) -> None:
         """Let a sequence go, waiting or running."""

@@ -10,7 +10,7 @@ from typing import Literal
 
 from dmtd_runtime.cycle import StepKind
 from dmtd_runtime.errors import DmtdError
-from dmtd_runtime.sampling.confidence import ALWAYS, confidence
+from dmtd_runtime.sampling.confidence import ALWAYS
 from dmtd_runtime.sampling.sampler import Choice, Logits, Sampler
 from dmtd_runtime.sampling.stops import StopRules
 
@@ -61,7 +61,7 @@ class SequenceRun:
 
     @property
     def looks(self) -> bool:
-        """Whether the logits of late steps are looked at before a token is chosen from them."""
+        """Whether it matters how sure late steps are."""
         return 0 < self.min_confidence < ALWAYS
 
     def count(self, kind: StepKind) -> None:
@@ -69,9 +69,9 @@ class SequenceRun:
         self.full_passes += kind == "full"
         self.late_steps += kind == "late"
 
-    def drops(self, logits: Logits) -> bool:
-        """Whether the choice of a late step from logits [vocab] is dropped, and counted so."""
-        unsure = self.looks and confidence(logits) < self.min_confidence
+    def drops(self, confidence: float) -> bool:
+        """Whether the choice of a late step that is so sure is dropped, and counted so."""
+        unsure = self.looks and confidence < self.min_confidence
         self.dropped_tokens += unsure
         return unsure
 

@@ -12,7 +12,7 @@ from dmtd_runtime.bundle.manifest import CycleInfo
 from dmtd_runtime.cycle import CONVENTIONS, CyclePlan, Position
 from dmtd_runtime.serving.options import ServingOptions
 from dmtd_runtime.serving.scheduler import CHUNK_BESIDE, Planned, Scheduler
-from dmtd_runtime.serving.slots import Move, Slots
+from dmtd_runtime.serving.slots import Move
 
 TAUS = (1, 2, 3, 4, 8, 256)
 
@@ -128,8 +128,9 @@ class Service:
         for one in planned:
             if self.leaving is not None and one.step.kind != "prefill" and self.leaving.random() < 0.3:
                 take_back = one.step.kind == "late" and self.leaving.random() < 0.5
-                self.at[one.sequence].leave_cycle(take_back=take_back)
-                self.scheduler.leave_cycle(one.sequence, take_back=take_back)
+                back = [one.step] if take_back else []
+                self.at[one.sequence].leave_cycle(back)
+                self.scheduler.leave_cycle(one.sequence, back)
                 self.dropped += take_back
         for number, at in list(self.at.items()):
             if at.fed - at.prompt_len >= self.wants[number]:
@@ -395,17 +396,3 @@ def test_whole_cycles_only_where_everybody_stands_at_a_head(plain: bool) -> None
     assert scheduler.committed == [*(rows + 3 for rows in before[:2]), 0]
     [chunk] = scheduler.schedule(heads=False)
     assert (chunk.sequence, len(chunk.step.window)) == (2, 64)
-
-
-def test_slots_are_taken_from_the_lowest_on_and_told_apart_by_generation() -> None:
-    slots = Slots(2)
-    first = slots.take(Position(prompt_len=1))
-    assert (first.slot, slots.num_free) == (0, 1)
-    slots.free(first)
-    second = slots.take(Position(prompt_len=1))
-    assert second.slot == 0
-    assert second.generation > first.generation
-    assert slots.holds(second)
-    assert not slots.holds(first)
-    with pytest.raises(AssertionError, match="is not generation"):
-        slots.free(first)
