@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dmtd_export.cli.options.export import ExportGroup, SplitGroup
+from dmtd_export.cli.options.export import ExportGroup, SplitGroup, WeightsGroup
 from dmtd_export.cli.progress import StageDisplay
-from dmtd_export.options import ExportOptions
+from dmtd_export.options import ExportOptions, WeightOptions
 from dmtd_models.config.model import SplitOptions
 from dmtd_runtime.bundle.speed_bound import split_bytes
 from dmtd_runtime.cli.common import JsonOption, human_bytes, logs_to_stderr, pick, require
@@ -45,6 +45,7 @@ def export(
         ),
     ] = None,
     split: SplitGroup = SplitOptions(),
+    formats: WeightsGroup = WeightOptions(),
     options: ExportGroup = ExportOptions(),
     json: JsonOption = False,
 ) -> None:
@@ -67,7 +68,7 @@ def export(
         manifest = export_bundle(
             source,
             output,
-            replace(options, split=split),
+            replace(options, split=split, formats=formats),
             adapter=adapter,
             progress=display.counted,
             verify=hook,

@@ -24,7 +24,7 @@ from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.sampling.confidence import confidence
 
 DEFAULT_CASES, SLOW_CASES = 25, 3_000
-CONFIDENCES = (0.0, 0.1, 0.15, 0.25, 0.5, 1.0)
+CONFIDENCES = (0.0, 0.06, 0.1, 0.15, 0.25, 1.0)
 NEAR = 1e-4  # of a probability
 
 
@@ -56,7 +56,7 @@ def cases(draw: st.DrawFn) -> Case:
         slots=draw(st.sampled_from([slots for slots in (1, 3, 6, MAX_BATCH) if slots >= batch])),
         prompts=tuple(draw(st.lists(prompt, min_size=batch, max_size=batch))),
         confidences=tuple(draw(st.lists(st.sampled_from(CONFIDENCES), min_size=batch, max_size=batch))),
-        tokens=draw(st.integers(1, 14)),
+        tokens=draw(st.integers(6, 16)),
     )
 
 
@@ -118,7 +118,7 @@ def test_every_doubt_is_the_oracles(tiny: TinyBundles, count: int) -> None:
         check_case(tiny, case, seen)
 
     check()
-    assert min(seen["dropped"], seen["kept"]) >= 2 * count, seen
+    assert min(seen["dropped"], seen["kept"]) >= count, seen
 
 
 def test_a_whole_run_is_the_oracles(tiny: TinyBundles) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from dmtd_export.evaluate.options import EvaluateOptions, HarnessOptions, OpenOptions
-from dmtd_runtime.cli.options.groups import Group, option
+from dmtd_runtime.cli.options.groups import Group, option, threads_option
 
 _WHAT, _HOW, _HARNESS = "What is measured", "How much, and where", "Tasks of lm-eval"
 
@@ -56,7 +56,7 @@ OpenGroup = Annotated[
             ),
             "dtype": option("Type of a checkpoint in memory. A bundle has its own.", panel=_HOW),
             "device": option("Where to compute.", panel=_HOW),
-            "threads": option("CPU threads. By default one for each core this process may use.", panel=_HOW, min=1),
+            "threads": threads_option(_HOW),
         }
     ),
 ]

@@ -14,6 +14,7 @@ from dmtd_runtime.bundle.engine_record import ENGINE_BACKENDS
 from dmtd_runtime.bundle.engine_record import FullPass as FullPass
 from dmtd_runtime.cycle import Step
 from dmtd_runtime.errors import RequestError
+from dmtd_runtime.machine.hardware import MAX_THREADS
 from dmtd_runtime.sampling.sampler import Sampler
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -73,6 +74,8 @@ class BackendOptions:
         for name, most in (("max_num_seqs", self.max_num_seqs), ("threads", self.threads)):
             if most is not None and most < 1:
                 raise RequestError(f"got {most}, expected at least 1", param=name)
+        if self.threads is not None and self.threads > MAX_THREADS:
+            raise RequestError(f"got {self.threads}, expected at most {MAX_THREADS}", param="threads")
         if self.dialect is not None and self.runs_engines:
             raise RequestError(
                 f"got {self.dialect!r} with the backend {self.backend}, which runs engines; leave the dialect out",

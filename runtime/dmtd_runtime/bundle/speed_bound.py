@@ -85,15 +85,14 @@ def split_bytes(manifest: Manifest) -> SplitBytes:
             layer = int(found.group(1))
             group = next(g for g in groups if layer in getattr(cycle, f"{g}_range"))
             groups[group] += info.length
-    sizes = {name: info.length for name, info in manifest.weights.items()}
-    embedding = sizes.get(EMBEDDING_NAME, 0)
+    embedding, lm_head = manifest.bytes_of(EMBEDDING_NAME), manifest.bytes_of(LM_HEAD_NAME)
     return SplitBytes(
         embedding=embedding,
         encoding=groups["encoding"],
         thinking=groups["thinking"],
         decoding=groups["decoding"],
-        lm_head=sizes.get(LM_HEAD_NAME, embedding) + sizes.get(NORM_NAME, 0),
-        tied=LM_HEAD_NAME not in sizes,
+        lm_head=(lm_head or embedding) + manifest.bytes_of(NORM_NAME),
+        tied=not lm_head,
         num_layers=(cycle.encoding_layers, cycle.thinking_layers, cycle.decoding_layers),
         kv_row_bytes=2 * model.num_kv_heads * model.head_dim * DTYPE_BYTES[model.dtype],
         cycle_length=cycle.cycle_length,

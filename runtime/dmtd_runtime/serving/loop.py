@@ -2,7 +2,8 @@
 
 Where the backend runs cycles, and every sequence that decodes stands at a head, whole cycles are enqueued, the next one
 before the tokens of this one are looked at, unless somebody waits to join. Ends are then found when a cycle is over: what it
-chose behind the end is dropped unseen. Prompts are read between two cycles.
+chose behind the end is dropped unseen. Prompts are read between two cycles. Who needs the host for every token takes the same
+cycle behind that of the others, step by step: all stay in phase, and T is read twice in such a round.
 
 So is an unsure late step of a sequence that asks for confidence: its choice and all behind it are dropped, its part of a cycle
 that was launched ahead included. Such a launch costs the sequence a whole cycle's time, where waiting for the tokens costs the
@@ -18,12 +19,13 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from dmtd_runtime.backends.base import Backend, RunOutput, SlotCycle, SlotStep
 from dmtd_runtime.cycle import CyclePlan, Step
 from dmtd_runtime.sampling.confidence import ALWAYS, confidence
 from dmtd_runtime.sampling.sampler import described
-from dmtd_runtime.serving.counts import Counts
+from dmtd_runtime.serving.counts import Counts, StepTokens
 from dmtd_runtime.serving.options import ServingOptions
 from dmtd_runtime.serving.prefix_cache import PrefixCache
 from dmtd_runtime.serving.scheduler import Planned, Scheduler
@@ -63,6 +65,7 @@ class Loop:
         self._look_ahead = True  # whether most sequences kept the last cycle whole
         self._prompt_tokens = self._chosen = self._looked_up = self._found = 0
         self._head_passes = self._in_phase = self._dropped = 0
+        self._step_tokens = StepTokens()
 
     @property
     def sequences(self) -> list[SequenceRun]:
@@ -109,6 +112,8 @@ class Loop:
             head_passes_in_phase=self._in_phase,
             prefix_queries=self._looked_up,
             prefix_hits=self._found,
+            step_tokens=tuple(self._step_tokens.counts),
+            step_tokens_sum=self._step_tokens.sum,
         )
 
     def _enter(self) -> None:
@@ -135,6 +140,7 @@ class Loop:
     def _run(self, planned: Sequence[Planned]) -> None:
         """Run one step of the sequences, and tell those that get a token."""
         self._count_heads(planned)
+        self._step_tokens.add(sum(len(one.step.late) for one in planned))
         scored = [one for one in planned if one.step.kind == "prefill" and self._scores(one)]
         for one in scored:
             self._run_scored(one)
@@ -203,16 +209,20 @@ class Loop:
                 self._leave([planned.sequence])
 
     def _run_cycles(self) -> bool:
-        """Run whole cycles until a sequence ends or another one comes, if all may run them; whether anything ran.
+        """Run whole cycles until a sequence ends or another one comes, of all that may run them; whether anything ran.
 
-        The cycle after the one under way is enqueued before that one's tokens are known, unless a sequence is certain to end.
-        Prompts and cycles take turns.
+        The cycle after the one under way is enqueued before that one's tokens are known, unless a sequence is certain to end
+        or another one needs the host. Prompts and cycles take turns.
         """
         if not self._backend.runs_cycles:
             return False
-        planned = self._scheduler.schedule_cycle()
+        planned, by_steps = list[Planned](), list[Planned]()
+        for one in self._scheduler.schedule_cycle():
+            sequence = self._sequences[one.sequence]
+            stepwise = sequence.sampler.needs_host or sequence.min_confidence >= ALWAYS
+            (by_steps if stepwise else planned).append(one)
         running = [self._sequences[one.sequence] for one in planned]
-        if not planned or any(s.sampler.needs_host or s.min_confidence >= ALWAYS for s in running):
+        if not planned:
             return False
         if self._scheduler.num_reading and self._read_first:
             self._read_first = False
@@ -222,7 +232,7 @@ class Loop:
         self._start_cycle(planned, 0)
         tau, under_way, left = self._cycle_length, deque([planned]), set[int]()
         while under_way:
-            alone = not (self._scheduler.num_reading or self._scheduler.can_enter or self._arriving())
+            alone = not (by_steps or self._scheduler.num_reading or self._scheduler.can_enter or self._arriving())
             ahead = self._look_ahead and not left and not any(s.ended for s in running)
             if alone and ahead and len(under_way) == 1 and _go_on(running, tau):
                 under_way.append(planned := self._scheduler.schedule_cycle())
@@ -231,6 +241,7 @@ class Loop:
             left |= self._take_cycle(output, cycle, left, under_way)
             self._end_from_outside()
         self._leave(number for number, sequence in self._sequences.items() if sequence.ended)
+        self._run_heads(by_steps)
         return True
 
     def _take_cycle(
@@ -261,6 +272,13 @@ class Loop:
         self._look_ahead = 2 * len(left) < len(cycle)
         return left
 
+    def _run_heads(self, planned: Sequence[Planned]) -> None:
+        """Run the full steps of cycles that the others are ahead by. What is left of them the scheduler lets catch up."""
+        for steps in zip(*(one.steps for one in planned), strict=True):
+            if steps[0].kind == "full":
+                pairs = zip(planned, steps, strict=True)
+                self._run([replace(one, steps=[step]) for one, step in pairs if one.sequence in self._sequences])
+
     def _start_cycle(self, planned: Sequence[Planned], unseen: int) -> None:
         """Enqueue a cycle and take its steps as run. ``unseen``: tokens of a cycle under way, which this one follows."""
         cycles = []
@@ -269,6 +287,7 @@ class Loop:
             ids = () if unseen else sequence.ids[window.start : window.stop]
             cycles.append(SlotCycle(slot=one.slot, steps=one.steps, ids=ids, sampler=sequence.sampler, unseen=unseen))
         self._count_heads(planned)
+        self._step_tokens.add(len(planned), steps=len(planned[0].steps))
         self._backend.start_cycle(cycles, self._scheduler.committed, follows=unseen > 0)
         self._scheduler.commit(planned)
 

@@ -347,6 +347,12 @@ def test_wrong_usage_exits_2(arguments: Sequence[str], bundle: str) -> None:
     assert "Error" in result.stderr
 
 
+@pytest.mark.parametrize("verb", ["finetune", "evaluate", "generate", "chat", "serve", "bench"])
+def test_more_threads_than_any_machine_has_are_refused(verb: str) -> None:
+    result = dmtd(verb, "X", "--threads", "99999", stdin="")
+    assert result.exit_code == 2 and "Invalid value for '--threads'" in result.stderr
+
+
 def test_damaged_bundles(bundle: str, tmp_path: Path) -> None:
     import shutil
 

@@ -42,6 +42,7 @@ HTTP = Group(
             "Web pages of this origin may ask (CORS); may be given again. By default none.",
             "--allowed-origin",
             panel=_HTTP,
+            envvar="DMTD_ALLOWED_ORIGIN",
         ),
         "ssl_certfile": option("Certificate (PEM): serve https.", panel=_HTTP),
         "ssl_keyfile": option("Its key, where the certificate's file does not hold it.", panel=_HTTP),
