@@ -21,6 +21,7 @@ import numpy as np
 from dmtd_export.bundle.split import spec_of
 from dmtd_export.errors import ExportError
 from dmtd_export.verify.cycles import Array, Case, Comparison, Variant, forced_group, make_cases
+from dmtd_export.verify.forced import LeavingRun
 from dmtd_export.verify.levels import installed
 from dmtd_export.verify.margins import FLOAT32, Margin, rounding_margin
 from dmtd_export.verify.report import Check, VerifyReport
@@ -36,7 +37,7 @@ from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import Sampler
 from dmtd_runtime.sampling.stops import StopRules
 from dmtd_runtime.serving.loop import run_batch
-from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
+from dmtd_runtime.serving.sequence import TokenEvent
 
 if TYPE_CHECKING:
     from dmtd_export.verify.reference import Reference
@@ -152,7 +153,7 @@ class _Work:
 
     def expected(self, case: Case) -> Array:
         """The oracle's logits [new, vocab] behind the prompt and each token but the last."""
-        [rows] = self.reference.teacher_forced([case.sequence], [len(case.prompt)], [case.plain])
+        [rows] = self.reference.teacher_forced([case.sequence], [len(case.prompt)], [case.plain], [case.heads])
         return rows[len(case.prompt) - 1 :]
 
 
@@ -213,7 +214,13 @@ def _generate(backend: Backend, plan: CyclePlan, manifest: Manifest, cases: Sequ
         room = backend.max_model_len - len(case.prompt)
         params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=max(1, min(wanted, room)))
         sampler = Sampler(params, vocab_size=manifest.model.vocab_size, prompt_ids=case.prompt, seed=0)
-        run = SequenceRun(ids=list(case.prompt), sampler=sampler, stops=StopRules(params), on_event=events.append)
+        run = LeavingRun(
+            ids=list(case.prompt),
+            sampler=sampler,
+            stops=StopRules(params),
+            on_event=events.append,
+            leaves=case.leaves,
+        )
         sequences.append(run)
     run_batch(backend, plan, sequences)
     for events in told:
