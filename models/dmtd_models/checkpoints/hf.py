@@ -94,6 +94,9 @@ class HuggingFaceCheckpoint:
         tensor = self._tensor(name)
         return tensor.format.method if isinstance(tensor, PackedMatrix) and tensor.block is not None else None
 
+    def was_in_blocks(self, name: str) -> bool:
+        return self.block_source(name) is not None
+
     def blocks(self, name: str) -> BlockWeight | None:
         tensor = self._tensor(name)
         return tensor.blocks() if isinstance(tensor, PackedMatrix) else None
