@@ -7,6 +7,7 @@ All rows agreeing, in logits and in the token they choose, is the same as free g
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,12 +35,17 @@ STANDARD_BATCH = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One prompt in one mode, and the tokens that follow it (empty before the baseline has run)."""
+    """One prompt in one mode, and the tokens that follow it (empty before the baseline has run).
+
+    ``heads``, where they are not those of fixed cycles; at those of ``leaves`` a late step is tried first, and taken back.
+    """
 
     prompt: tuple[int, ...]
     plain: bool
     num_new: int
     continuation: tuple[int, ...] = ()
+    heads: tuple[int, ...] | None = None
+    leaves: tuple[int, ...] = ()
 
     @property
     def sequence(self) -> tuple[int, ...]:
@@ -83,7 +89,21 @@ def make_cases(manifest: Manifest, quick: bool, seed: int = 0) -> list[Case]:
         prompt = tuple(rng.integers(0, manifest.model.vocab_size, length).tolist())
         cases.append(Case(prompt=prompt, plain=False, num_new=new))
     # Plain mode knows no phase, so two lengths say as much as all of them.
-    return [*cases, *(replace(case, plain=True) for case in (cases[len(cases) // 2], cases[-1]))]
+    plain = [replace(case, plain=True) for case in (cases[len(cases) // 2], cases[-1])]
+    adaptive = [leaving(case, tau, rng) for case in cases[-1 if quick else -2 :] if tau > 1]
+    return [*cases, *plain, *(adaptive if manifest.cycle.cycle_origin == "prompt" else ())]
+
+
+def leaving(case: Case, tau: int, rng: np.random.Generator) -> Case:
+    """The case with cycles of 1 to ``tau`` positions, the first one left early; heads are listed further than it goes."""
+    heads, leaves, at = [], [], len(case.prompt)
+    lengths = itertools.chain((tau - 1,), map(int, iter(lambda: rng.integers(1, tau + 1), None)))
+    while at < len(case.prompt) + case.num_new + 8 * tau:
+        heads.append(at)
+        length = next(lengths)
+        at += length
+        leaves += [at] if length < tau else []
+    return replace(case, heads=tuple(heads), leaves=tuple(leaves))
 
 
 def make_variants(manifest: Manifest, quick: bool, prepack: bool = True) -> list[Variant]:
@@ -114,12 +134,7 @@ def choose_tokens(
     """Let ``variant`` continue every case greedily. Returns the cases with their tokens, and each step's logits."""
     logits = list(run_variant(directory, manifest, variant, cases))
     chosen = [
-        Case(
-            prompt=case.prompt,
-            plain=case.plain,
-            num_new=case.num_new,
-            continuation=tuple(int(i) for i in rows.argmax(-1)),
-        )
+        replace(case, continuation=tuple(int(i) for i in rows.argmax(-1)))
         for case, rows in zip(cases, logits, strict=True)
     ]
     return chosen, logits
@@ -190,6 +205,7 @@ def forced_group(
         [case.num_new for case in cases],
         vocab_size=vocab_size,
         max_rows=max_rows,
+        leaves=[case.leaves for case in cases],
     )
 
 
@@ -244,7 +260,7 @@ class Comparison:
 
     def _diverged(self, case: Case, position: int, expected: float | str, got: float | str, what: str) -> None:
         if self._first is None:
-            mode = "plain" if case.plain else "dmtd"
+            mode = "plain" if case.plain else "adaptive" if case.leaves else "dmtd"
             how = f"{self._variant.full_pass}, batch {self._variant.batch}"
             detail = f"{what}; {mode} mode, prompt of {len(case.prompt)}, {how}"
             self._first = Divergence(

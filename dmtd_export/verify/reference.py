@@ -6,7 +6,7 @@ The only module of the package that imports torch, and it is imported only when 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +60,20 @@ class Reference:
         return Outcome(thought=run.thought.numpy(), logits=run.logits.numpy(), caches=caches)
 
     def teacher_forced(
-        self, sequences: Sequence[Sequence[int]], prompt_lens: Sequence[int], plain: Sequence[bool]
+        self,
+        sequences: Sequence[Sequence[int]],
+        prompt_lens: Sequence[int],
+        plain: Sequence[bool],
+        heads: Sequence[Collection[int] | None],
     ) -> list[Array]:
         """Logits [n, vocab] of whole sequences under the oracle's gates, in one pass (causal: padding is harmless)."""
         n = max(map(len, sequences))
         ids = torch.zeros((len(sequences), n), dtype=torch.int64)
         both = torch.ones((2, len(sequences), n), dtype=torch.int64)
-        for row, (sequence, prompt_len, is_plain) in enumerate(zip(sequences, prompt_lens, plain, strict=True)):
+        each = zip(sequences, prompt_lens, plain, heads, strict=True)
+        for row, (sequence, prompt_len, is_plain, listed) in enumerate(each):
             ids[row, : len(sequence)] = torch.tensor(list(sequence))
-            pair = gates(self._model.spec, prompt_len=prompt_len, total_len=len(sequence), plain=is_plain)
+            pair = gates(self._model.spec, prompt_len=prompt_len, total_len=len(sequence), plain=is_plain, heads=listed)
             for gate, values in zip(both, pair, strict=True):
                 gate[row, : len(sequence)] = torch.from_numpy(values)
         run = self._model(ids, torch.arange(n)[None].expand(len(sequences), -1), both[0], both[1])

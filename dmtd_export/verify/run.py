@@ -267,6 +267,7 @@ class _Run:
                     [case.sequence for case in cases],
                     [len(case.prompt) for case in cases],
                     [case.plain for case in cases],
+                    [case.heads for case in cases],
                 )
                 logits = [row[len(case.prompt) - 1 :] for row, case in zip(rows, cases, strict=True)]
                 expected = cycles.Expected(logits=logits, level="oracle")

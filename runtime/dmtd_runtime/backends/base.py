@@ -100,11 +100,13 @@ class SlotStep:
 class RunOutput:
     """What a run gives for each row asked for, in the order of the steps; valid until the next call.
 
-    ``logits`` are float32 [n, vocab]; ``tokens``, where the device was to choose, int64 [n], negative where it could not.
+    ``logits`` are float32 [n, vocab]; ``tokens``, where the device was to choose, int64 [n], negative where it could not. Of a
+    cycle ``tokens`` are [steps, slots], and ``confidence`` float32 the same: the probability of each row's likeliest token.
     """
 
     logits: Array | None = None
     tokens: Array | None = None
+    confidence: Array | None = None
 
 
 Rows = Literal["last", "all"]
@@ -120,7 +122,7 @@ class StepwiseBackend:
     def start_cycle(self, slots: Sequence[SlotCycle], committed: Sequence[int], *, follows: bool = False) -> None:
         raise NotImplementedError("this backend runs step by step")
 
-    def finish_cycle(self) -> Array:
+    def finish_cycle(self) -> RunOutput:
         raise NotImplementedError("this backend runs step by step")
 
 
@@ -201,10 +203,10 @@ class Backend(Protocol):
         """
         ...
 
-    def finish_cycle(self) -> Array:
-        """Wait for the earliest cycle under way: the tokens it chose, int64 [steps, slots] in the order of its slots.
+    def finish_cycle(self) -> RunOutput:
+        """Wait for the earliest cycle under way: the tokens it chose, [steps, slots] in the order of its slots, and how surely.
 
-        A negative entry is one of sampler.NOT_FINITE and NO_CHOICE.
+        A negative token is one of sampler.NOT_FINITE and NO_CHOICE.
         """
         ...
 

@@ -56,6 +56,7 @@ THOUGHT = "thought"
 LOGITS = "logits"
 TOKEN_IDS = "token_ids"
 IS_FINITE = "is_finite"
+CONFIDENCE = "confidence"
 # sample_token (dmtd_export.graphs.token_choice has the table).
 TEMPERATURE = "temperature"
 TOP_K = "top_k"

@@ -56,6 +56,7 @@ _COUNTERS: dict[str, tuple[str, Callable[[Counts], float]]] = {
     "full_passes": ("Passes through all layers.", lambda c: c.full_passes),
     "prefill_passes": ("Those of them that read prompts alone.", lambda c: c.prefill_passes),
     "late_steps": ("Steps through the decoding layers alone.", lambda c: c.late_steps),
+    "dropped_tokens": ("Choices of late steps that were not kept.", lambda c: c.dropped_tokens),
     "refill_rows": ("Rows that heads of cycles refilled.", lambda c: c.refill_rows),
 }
 _NUMBERS = [(name, "gauge", text, value) for name, (text, value) in _GAUGES.items()]

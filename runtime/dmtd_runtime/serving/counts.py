@@ -14,8 +14,9 @@ class Counts:
     """A moment of a worker. Gauges first, then counts since it was opened.
 
     Sequences, not requests, are counted. ``kv_rows`` of ``kv_capacity_rows`` rows of the slots are committed. A cycle is in
-    phase if every running sequence stood at its head; ``prefix_queries`` and ``prefix_hits`` are prompt tokens. ``step_tokens``
-    are steps by the tokens that went through them, of prompts and one for each sequence that decodes.
+    phase if every running sequence stood at its head; ``dropped_tokens`` are choices of late steps that were not kept;
+    ``prefix_queries`` and ``prefix_hits`` are prompt tokens. ``step_tokens`` are steps by the tokens that went
+    through them, of prompts and one for each sequence that decodes.
     """
 
     running: int = 0
@@ -30,6 +31,7 @@ class Counts:
     prefill_passes: int = 0
     late_steps: int = 0
     refill_rows: int = 0
+    dropped_tokens: int = 0
     head_passes: int = 0
     head_passes_in_phase: int = 0
     prefix_queries: int = 0

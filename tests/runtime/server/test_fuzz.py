@@ -32,7 +32,14 @@ ODD: list[Any] = [
     *({"type": "json_object"}, {"type": "json_schema"}, {"regex": "[ab]"}, {"choice": ["x", "y"]}, {"json": {}}),
     *({"type": "function", "function": {"name": "f"}}, [{"type": "function", "name": "f", "parameters": {}}]),
     *([{"role": "user", "content": "x"}], [{"role": "tool", "content": [{"type": "text", "text": "y"}]}], HI * 3),
-    *({"plain": True}, {"score_from": 1}, {"include_usage": True}, {"format": {"type": "text"}}, {"effort": "low"}),
+    *(
+        {"plain": True},
+        {"score_from": 1},
+        {"min_confidence": 0.3},
+        {"include_usage": True},
+        {"format": {"type": "text"}},
+        {"effort": "low"},
+    ),
 ]
 OF_LIBRARIES = re.compile(r"nput should|ield required|should have|xtra inputs|alue error|parsing the body|pydantic")
 
