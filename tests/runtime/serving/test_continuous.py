@@ -62,7 +62,7 @@ def test_company_changes_nothing(tiny: TinyBundles) -> None:
     assert len(compared) >= CASES
     tokens, dropped = (sum(each) for each in zip(*compared, strict=True))
     assert tokens >= 15 * CASES
-    assert dropped >= CASES
+    assert dropped >= CASES // 2
 
 
 @pytest.mark.slow
