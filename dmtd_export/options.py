@@ -10,7 +10,9 @@ from dmtd_runtime.bundle import contract
 
 Target = Literal["onnxruntime", "tensorrt", "all"]
 Dtype = Literal["float32", "float16", "bfloat16"]
-WeightFormat = Literal["float", "int8", "int4"]
+WeightGroup = Literal["thinking", "late", "lm_head", "embedding"]
+GROUPS: tuple[WeightGroup, ...] = ("thinking", "late", "lm_head", "embedding")
+WeightFormat = Literal["float", "keep", "int8", "int4"]
 
 # The longest window of a graph: KV capacity and rotary tables leave this much room above the model length.
 MAX_WINDOW = contract.MIN_WINDOW
@@ -20,24 +22,28 @@ MAX_NUM_SEQS_LIMIT = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightOptions:
-    """The formats that weights are stored in: a group's own, or ``weights``. ``weights_block``: inputs that share a scale."""
+    """The formats that weights are stored in: a group's own, or ``weights``.
 
-    weights: WeightFormat = "float"
+    ``keep``: as the checkpoint has them; so it is by default where the checkpoint is quantised, and ``float`` elsewhere.
+    ``weights_block``: inputs that share a scale.
+    """
+
+    weights: WeightFormat | None = None
     weights_thinking: WeightFormat | None = None
     weights_late: WeightFormat | None = None
     weights_lm_head: WeightFormat | None = None
     weights_embedding: WeightFormat | None = None
     weights_block: int = 32
 
-    def format_of(self, group: Literal["thinking", "late", "lm_head", "embedding"]) -> WeightFormat:
+    def format_of(self, group: WeightGroup) -> WeightFormat:
         """The format of a group: E and D are late."""
         own: WeightFormat | None = getattr(self, f"weights_{group}")
-        return own or self.weights
+        return own or self.weights or "float"
 
     @property
     def quantises(self) -> bool:
         """Whether any group is not stored as floats."""
-        return any(self.format_of(group) != "float" for group in ("thinking", "late", "lm_head", "embedding"))
+        return any(self.format_of(group) != "float" for group in GROUPS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,9 +15,9 @@ import onnx
 
 from dmtd_export.bundle.assets import write_assets
 from dmtd_export.bundle.atomic import atomic_directory
-from dmtd_export.bundle.quantise import Quantisation, plan_quantisation
+from dmtd_export.bundle.quantise import Quantisation, plan_quantisation, resolved_formats
 from dmtd_export.bundle.split import cycle_of
-from dmtd_export.bundle.target import check_disk, check_target, one_line_os_errors
+from dmtd_export.bundle.target import check_disk, check_target, one_line_os_errors, tell_of_engines
 from dmtd_export.bundle.weights import NUMPY_DTYPES, stored_bytes, write_weights
 from dmtd_export.errors import ExportError as ExportError
 from dmtd_export.graphs.build import build_graph
@@ -57,21 +57,30 @@ def export_bundle(
     """
     if adapter is None and is_gguf(model):
         require_split(options.split)
-    with one_line_os_errors(output), open_checkpoint(model, adapter) as checkpoint:
+    with one_line_os_errors(output):
         check_target(output)
-        check_formats(options)
-        spec = resolve(checkpoint, options)
-        quantisation = plan_quantisation(checkpoint.config, spec, options.formats)
-        max_model_len = _max_model_len(checkpoint.config, options)
-        _tell_of_tables(checkpoint.config, options.dtype, max_model_len)
-        needed = stored_bytes(checkpoint.config, checkpoint, options.dtype, max_model_len + MAX_WINDOW, quantisation)
-        check_disk(output, needed)
-        with atomic_directory(output) as work:
-            manifest = _write_bundle(work, checkpoint, spec, quantisation, max_model_len, options, progress)
-            if verify is not None:
-                progress("verify", 0, 0)
-                manifest = replace(manifest, verification=verify(work, checkpoint))
-                (work / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        with open_checkpoint(model, adapter) as checkpoint:
+            return _export(checkpoint, output, options, progress, verify)
+
+
+def _export(
+    checkpoint: Checkpoint, output: Path, options: ExportOptions, progress: Progress, verify: VerifyHook | None
+) -> Manifest:
+    tell_of_engines(output)
+    options = replace(options, formats=resolved_formats(checkpoint, options))
+    check_formats(options)
+    spec = resolve(checkpoint, options)
+    quantisation = plan_quantisation(checkpoint, spec, options.formats)
+    max_model_len = _max_model_len(checkpoint.config, options)
+    _tell_of_tables(checkpoint.config, options.dtype, max_model_len)
+    needed = stored_bytes(checkpoint.config, checkpoint, options.dtype, max_model_len + MAX_WINDOW, quantisation)
+    check_disk(output, needed)
+    with atomic_directory(output) as work:
+        manifest = _write_bundle(work, checkpoint, spec, quantisation, max_model_len, options, progress)
+        if verify is not None:
+            progress("verify", 0, 0)
+            manifest = replace(manifest, verification=verify(work, checkpoint))
+            (work / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
 

@@ -7,27 +7,30 @@ embedding. Matrices alone are quantised; norms, biases and rotary tables stay fl
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
 
 from dmtd_export.errors import ExportError
-from dmtd_export.options import WeightFormat, WeightOptions
+from dmtd_export.options import GROUPS, ExportOptions, WeightFormat, WeightGroup, WeightOptions
 from dmtd_models.checkpoints.blocks import BLOCK_SIZES, BlockWeight
+from dmtd_models.checkpoints.protocol import Checkpoint
 from dmtd_models.checkpoints.tensors import EMBEDDING, tensor_shapes
-from dmtd_models.config.model import DmtdSpec, ModelConfig
+from dmtd_models.config.model import DmtdSpec
 
 Array = np.ndarray
-WeightGroup = Literal["thinking", "late", "lm_head", "embedding"]
 BITS: dict[WeightFormat, Literal[4, 8]] = {"int4": 4, "int8": 8}
+CHANGED: WeightFormat = "int8"
+KEPT_BYTES = 3  # of two weights, at most: 8 bits, and two floats for a block of 16
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 class MatrixSource(Protocol):
-    """What gives a tensor as floats: any checkpoint."""
+    """What gives a tensor as floats, and in the blocks it is stored in: any checkpoint."""
 
     def read(self, name: str) -> Array: ...
+    def blocks(self, name: str) -> BlockWeight | None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,23 +43,48 @@ class Quantisation:
     def blocks(self, source: MatrixSource, name: str) -> BlockWeight | None:
         """A matrix in its format; None where it stays a float."""
         fmt = self.formats.get(name)
-        return None if fmt is None else round_to_nearest(source.read(name), BITS[fmt], self.block)
+        if fmt is None or fmt == "keep":
+            return None if fmt is None else source.blocks(name)
+        return round_to_nearest(source.read(name), BITS[fmt], self.block)
 
     def stored_bytes(self, name: str, count: int, itemsize: int) -> int:
         """Bytes that ``count`` values take, floats of ``itemsize`` bytes or blocks with half-precision scales."""
         fmt = self.formats.get(name)
-        return count * itemsize if fmt is None else count * BITS[fmt] // 8 + count // self.block * 2
+        if fmt is None or fmt == "keep":
+            return count * itemsize if fmt is None else count * KEPT_BYTES // 2
+        return count * BITS[fmt] // 8 + count // self.block * 2
 
 
 NOTHING = Quantisation(formats={}, block=BLOCK_SIZES[-1])
 
 
-def plan_quantisation(config: ModelConfig, dmtd: DmtdSpec, options: WeightOptions) -> Quantisation:
+def resolved_formats(checkpoint: Checkpoint, options: ExportOptions) -> WeightOptions:
+    """The formats with what takes the place of none: a quantised checkpoint's own, where the graphs asked for take blocks.
+
+    Raises:
+        ExportError: blocks are to be kept of a checkpoint that has none.
+    """
+    formats = options.formats
+    quantised = any(checkpoint.was_in_blocks(name) for name in checkpoint.names())
+    if not quantised and "keep" in (formats.weights, *(formats.format_of(group) for group in GROUPS)):
+        raise ExportError(
+            f"got keep, and {checkpoint.path} is not quantised; choose int8, int4 or float", param="weights"
+        )
+    if formats.weights is not None:
+        return formats
+    keeps = quantised and options.target in (None, "onnxruntime") and options.dtype == "float32"
+    return replace(formats, weights="keep" if keeps else "float")
+
+
+def plan_quantisation(checkpoint: Checkpoint, dmtd: DmtdSpec, options: WeightOptions) -> Quantisation:
     """What the options make of a model's matrices.
+
+    A matrix that an adapter changed is in its blocks no longer: where they were to be kept, it is rounded to ``CHANGED``.
 
     Raises:
         ExportError: a block size that does not divide a matrix, or two formats for one tied matrix.
     """
+    config = checkpoint.config
     if options.weights_block not in BLOCK_SIZES:
         sizes = ", ".join(map(str, BLOCK_SIZES))
         raise ExportError(f"got {options.weights_block}, expected one of {sizes}; choose one", param="weights_block")
@@ -69,9 +97,11 @@ def plan_quantisation(config: ModelConfig, dmtd: DmtdSpec, options: WeightOption
     formats: dict[str, WeightFormat] = {}
     for name, shape in tensor_shapes(config).items():
         fmt = options.format_of(group_of(name, dmtd))
+        if fmt == "keep" and checkpoint.block_source(name) is None:
+            fmt = CHANGED if checkpoint.was_in_blocks(name) else "float"
         if len(shape) != 2 or fmt == "float":
             continue
-        if shape[1] % options.weights_block:
+        if fmt != "keep" and shape[1] % options.weights_block:
             raise ExportError(
                 f"{name} has {shape[1]} inputs, expected a multiple of the block of {options.weights_block}; choose a smaller "
                 f"one ({BLOCK_SIZES[0]} at least), or --weights-{group_of(name, dmtd).replace('_', '-')} float",

@@ -8,6 +8,7 @@ All rows agreeing, in logits and in the token they choose, is the same as free g
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dmtd_export.verify.forced import forced_logits
-from dmtd_export.verify.margins import FLOAT32, HALF_TOP1_AGREEMENT, Margin, top_two_gap, worst_difference
+from dmtd_export.verify.margins import FLOAT32, Margin, log_softmax, top_two_gap, worst_difference
 from dmtd_export.verify.report import Check, Divergence, Level
 from dmtd_runtime.backends.base import Backend, BackendOptions, FullPass
 from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
@@ -223,6 +224,8 @@ class Comparison:
         self._near_ties: list[str] = []
         self._rows = 0
         self._agreed = 0
+        self._divergence_nats = 0.0  # Kullback-Leibler, expected against got
+        self._loss_nats = 0.0  # what the tokens that follow cost more than by the expected logits
         self._first: Divergence | None = None
 
     def add(self, case: Case, expected: Array, got: Array) -> None:
@@ -234,6 +237,8 @@ class Comparison:
             position = len(case.prompt) - 1 + step  # of the row that was fed
             token, best = int(row.argmax()), int(wanted.argmax())
             self._agreed += token == best
+            if self._margin.agreement is not None:
+                self._add_nats(wanted, row, case.continuation[step])
             if apart.error > self._margin.limit:
                 self._diverged(
                     case, position, apart.expected, apart.got, f"{apart.error:.3g} {self._margin.unit} in the logits"
@@ -245,8 +250,13 @@ class Comparison:
                     self._near_ties.append(
                         f"position {position}: {best} or {token}, {gap:.2g} {self._margin.unit} apart"
                     )
-                elif self._margin.ulp_bits is None:
+                elif self._margin.agreement is None:
                     self._diverged(case, position, str(best), str(token), "token")
+
+    def _add_nats(self, expected: Array, got: Array, token: int) -> None:
+        wanted, found = log_softmax(expected), log_softmax(got)
+        self._divergence_nats += float((np.exp(wanted) * (wanted - found)).sum())
+        self._loss_nats += float(wanted[token] - found[token])
 
     def _diverged(self, case: Case, position: int, expected: float | str, got: float | str, what: str) -> None:
         if self._first is None:
@@ -263,23 +273,24 @@ class Comparison:
             )
 
     def check(self, name: str, level: Level) -> Check:
-        if (
-            self._margin.ulp_bits is not None
-            and self._first is None
-            and self._agreed < HALF_TOP1_AGREEMENT * self._rows
-        ):
+        least, rows = self._margin.agreement, max(1, self._rows)
+        if least is not None and self._first is None and self._agreed < least * self._rows:
             self._first = Divergence(
                 graph="whole cycles",
                 dialect=self._variant.dialect,
-                expected=HALF_TOP1_AGREEMENT,
-                got=self._agreed / max(1, self._rows),
+                expected=least,
+                got=self._agreed / rows,
                 detail="top-1 agreement with float32",
             )
         detail = "" if self._first is None else str(self._first)
         if self._near_ties and not detail:
             detail = f"near-ties: {'; '.join(self._near_ties[:3])}"
-        if self._margin.ulp_bits is not None:
-            detail = f"top-1 agreement {self._agreed}/{self._rows}" + (f"; {detail}" if detail else "")
+        if least is not None:
+            shown = (
+                f"top-1 agreement {self._agreed}/{self._rows}, KL {self._divergence_nats / rows:.1e}, "
+                f"perplexity x{math.exp(self._loss_nats / rows):.4f}"
+            )
+            detail = shown + (f"; {detail}" if detail else "")
         return Check(
             name=name,
             level=level,

@@ -13,21 +13,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmtd_export.bundle.weights import NUMPY_DTYPES, map_tensor
+from dmtd_export.bundle.weights import NUMPY_DTYPES
 from dmtd_export.verify.scenario import Outcome, Scenario
+from dmtd_export.verify.stored import stored_weight
 from dmtd_models.checkpoints.checkpoint import Checkpoint
 from dmtd_models.config.model import DmtdSpec, ModelConfig
 from dmtd_models.reference.dmtd import StreamedModel
 from dmtd_models.reference.layers import rotary
 from dmtd_models.reference.oracle import gates
-from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import Manifest
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Reference:
-    """The oracle over a checkpoint's weights as the bundle stores them (cast to its type), or over the bundle's own."""
+    """The oracle over a checkpoint's weights as the bundle stores them (cast to its type), or over the bundle's own.
+
+    Quantised weights are the bundle's own.
+    """
 
     def __init__(
         self, config: ModelConfig, spec: DmtdSpec, directory: Path, manifest: Manifest, checkpoint: Checkpoint | None
@@ -36,8 +39,8 @@ class Reference:
         stored = NUMPY_DTYPES[manifest.model.dtype]
 
         def read(name: str) -> Array:
-            if checkpoint is None:
-                return map_tensor(directory / contract.WEIGHTS_FILE, manifest.weights[name])
+            if checkpoint is None or name in manifest.quantised:
+                return stored_weight(directory, manifest, name)
             return checkpoint.read(name).astype(stored, copy=False)
 
         # float64, so that the error shown is the graph's own and not the reference's as well

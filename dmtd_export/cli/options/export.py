@@ -41,7 +41,11 @@ WeightsGroup = Annotated[
     WeightOptions,
     Group(
         {
-            "weights": option("int4, int8: rounded in blocks, with a scale each. float: in --dtype.", panel=_WEIGHTS),
+            "weights": option(
+                "int4, int8: rounded in blocks, with a scale each. keep: a quantised checkpoint's own blocks, the default "
+                "for one. float: in --dtype.",
+                panel=_WEIGHTS,
+            ),
             "weights_thinking": option("The thinking layers' format, instead of --weights.", panel=_WEIGHTS),
             "weights_late": option("That of the layers that run for every token.", panel=_WEIGHTS),
             "weights_lm_head": option("That of lm_head; where it is tied, also the embedding's.", panel=_WEIGHTS),

@@ -116,6 +116,9 @@ class AdaptedCheckpoint:
         """As ``blocks``."""
         return None if name in self._changed else self._base.block_source(name)
 
+    def was_in_blocks(self, name: str) -> bool:
+        return self._base.was_in_blocks(name)
+
     def blocks(self, name: str) -> BlockWeight | None:
         """The base's blocks where the adapter leaves the tensor alone, else None: a sum is no longer in them."""
         return None if name in self._changed else self._base.blocks(name)

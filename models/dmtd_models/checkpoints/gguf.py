@@ -96,6 +96,9 @@ class GgufCheckpoint:
         tensor = self._tensor(name)
         return _type_name(tensor) if _type_name(tensor) in BLOCK_TYPES and len(tensor.shape) == 2 else None
 
+    def was_in_blocks(self, name: str) -> bool:
+        return self.block_source(name) is not None
+
     def blocks(self, name: str) -> BlockWeight | None:
         if (source := self.block_source(name)) is None:
             return None

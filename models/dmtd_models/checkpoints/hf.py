@@ -86,6 +86,9 @@ class HuggingFaceCheckpoint:
         self._tensor(name)
         return None
 
+    def was_in_blocks(self, name: str) -> bool:
+        return self.block_source(name) is not None
+
     def blocks(self, name: str) -> BlockWeight | None:
         self._tensor(name)
         return None

@@ -66,6 +66,9 @@ class Checkpoint(Protocol):
     def blocks(self, name: str) -> BlockWeight | None:
         """One matrix in those blocks, whose values are ``read``'s; None where ``block_source`` is."""
 
+    def was_in_blocks(self, name: str) -> bool:
+        """Whether a matrix was stored in blocks, be it that an adapter has changed it since."""
+
     def assets(self) -> dict[str, bytes]:
         """Those of ``ASSET_NAMES`` that exist, by name."""
 

@@ -105,6 +105,7 @@ def serve(
     directory = pick(bundle, model, "BUNDLE")
     if dry_run:
         server.refuse_open_bind()
+        server.keys()
         tls_context(server)
         typer.echo("\n".join(_told(context)))
         return

@@ -75,7 +75,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                timeout_keep_alive=int(limits.keep_alive_s),
+                timeout_keep_alive=limits.keep_alive_s,  # type: ignore[arg-type]  # it takes parts of a second too
                 h11_max_incomplete_event_size=limits.max_header_bytes,
                 timeout_graceful_shutdown=1,
                 ssl_context_factory=None if context is None else lambda *_: context,

@@ -18,6 +18,7 @@ logger = logging.getLogger("dmtd.server")
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 _EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -27,9 +28,8 @@ class ClientGoneError(Exception):
 
 def json_bytes(value: Any) -> bytes:
     """JSON in UTF-8; half a surrogate pair, which a request may have carried, stays an escape."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     try:
-        return text.encode()
+        return _encode(value).encode()
     except UnicodeEncodeError:
         return json.dumps(value, separators=(",", ":")).encode()
 

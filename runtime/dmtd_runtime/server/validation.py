@@ -69,15 +69,15 @@ def _found(model: type[BaseModel], errors: Sequence[Mapping[str, Any]], body: An
         return [f".{left[0]}"], "nested too deeply; send fewer levels"
     while left:
         kinds = _kinds(hint)
-        if len(kinds) > 1:  # one complaint for each of them; an object is held to the one that describes objects
-            models = [kind for kind in kinds if _is_model(kind)]
-            if not (isinstance(value, Mapping) and len(models) == 1):
+        if (
+            len(kinds) > 1
+        ):  # one complaint for each of them: that of the only one which describes such a value, if it goes deeper
+            depth, kind = len(error["loc"]) - len(left), _only_fitting(kinds, value)
+            deeper = [each for each in errors if len(each["loc"]) > depth + 1 and _tells_of(each["loc"][depth], kind)]
+            if not deeper:
                 return path, f"got {shown(value)}, expected {_words(hint)}"
-            depth = len(error["loc"]) - len(left)
-            error = next(each for each in errors if each["loc"][depth : depth + 1] == (models[0].__name__,))
-            left, kinds = list(error["loc"][depth + 1 :]), models
-            if not left:
-                break
+            error, kinds = deeper[0], [kind]
+            left = list(error["loc"][depth + 1 :])
         hint, part = kinds[0], left.pop(0)
         path.append(f"[{part}]" if isinstance(part, int) else f".{shown_name(part)}")
         hint, value = _inside(hint, part), _item(value, part)
@@ -113,6 +113,20 @@ def _kinds(hint: Any) -> list[Any]:
     if get_origin(hint) in (Union, UnionType):
         return [each for each in get_args(hint) if each is not NoneType]
     return [hint]
+
+
+def _only_fitting(kinds: Sequence[Any], value: Any) -> Any:
+    """The only type of a union that describes an object or a list, as the value is one."""
+    if isinstance(value, Mapping):
+        fitting = [kind for kind in kinds if _is_model(kind)]
+    else:
+        fitting = [kind for kind in kinds if get_origin(kind) is list] if isinstance(value, list) else []
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _tells_of(tag: object, kind: Any) -> bool:
+    """Whether a complaint's place in a union is this type's."""
+    return kind is not None and str(tag).startswith("list[" if get_origin(kind) is list else kind.__name__)
 
 
 def _is_model(hint: Any) -> bool:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from prometheus_client import parser
 from runtime_support import TinyBundles, wait_until
-from server_support import HI, WEATHER, Running, running
+from server_support import HI, Running, running
 
 from dmtd_runtime import RequestError
 from dmtd_runtime.server.options import Limits, ServerOptions
@@ -162,13 +162,14 @@ def chat_body(**change: Any) -> bytes:
         (CHAT, b'{"a" 1}', None, "the body is not JSON: expecting ':' delimiter at character 5"),
         (CHAT, b"[" * 10_000, None, "the body is nested too deeply; send fewer levels"),
         (CHAT, b'{"seed": ' + b"9" * 5000 + b"}", None, "the body has a number of too many digits; send a smaller one"),
-        (CHAT, b'{"documents": [' + NESTED + b"]}", "documents", "nested too deeply; send fewer levels"),
+        (CHAT, b'{"messages": [' + NESTED + b"]}", "messages", "nested too deeply; send fewer levels"),
         (CHAT, b"{}", "messages", "missing, expected a list of objects"),
         (CHAT, chat_body(messages=["x"]), "messages[0]", 'got "x", expected an object'),
         (CHAT, chat_body(tool_choice="x"), "tool_choice", CHOICES),
         (CHAT, chat_body(tool_choice={"function": {}}), "tool_choice.function.name", "missing, expected text"),
         (CHAT, chat_body(tools=[{"type": "x"}]), "tools[0].type", 'got "x", expected function'),
-        (CHAT, chat_body(stop=[1]), "stop", "got a list, expected text or a list of texts"),
+        (CHAT, chat_body(stop=1), "stop", "got 1, expected text or a list of texts"),
+        (CHAT, chat_body(stop=["a", 1]), "stop[1]", "got 1, expected text"),
         (CHAT, chat_body(seed=1.5), "seed", "got 1.5, expected an integer"),
         (CHAT, chat_body(n=0), "n", "got 0, expected 1 or more"),
         (CHAT, chat_body(stream="yes"), "stream", 'got "yes", expected true or false'),
@@ -213,7 +214,7 @@ def test_tools_that_are_not_to_be_called_need_no_template(server: Running) -> No
     """The template knows none; as vLLM does, whose templates leave out what they do not know."""
     with_tools, without = (
         server.post(CHAT, {"messages": HI, "max_tokens": 3, "temperature": 0, **more}, headers=AUTH).json()
-        for more in ({"tools": [WEATHER], "tool_choice": "none"}, {})
+        for more in ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"}, {})
     )
     assert (
         with_tools["choices"] == without["choices"]

@@ -62,13 +62,12 @@ def test_a_stream_that_nobody_reads_frees_its_slot(server: Running, caplog: pyte
         "temperature": 1,
         "logprobs": 20,
     }
-    connections = server.server.server_state.connections
     before = server.served.llm.snapshot().generation_tokens
     with caplog.at_level(logging.DEBUG, "dmtd.server"):
         # The worker stands still after 60 steps, 200 kB of events, until the client is dropped: then four slots are free.
         with held(server.served.llm, after=60, until=lambda: is_closed(server)) as hold, unread(server, body):  # type: ignore[arg-type]
             hold.wait()
-            wait_until(lambda: not connections)
+            wait_until(lambda: is_closed(server))
         wait_until(lambda: is_idle(server))
     assert 100 < server.served.llm.snapshot().generation_tokens - before <= 4 * 61
     told = [record for record in caplog.records if "read nothing for 0.2 s" in record.getMessage()]
@@ -106,12 +105,11 @@ def test_who_reads_slowly_gets_everything(server: Running) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_is_seen_behind_requests_that_wait(server: Running, stream: bool) -> None:
     body = {"prompt": [5], "max_tokens": 200, "ignore_eos": True, "temperature": 1, "stream": stream}
-    connections = server.server.server_state.connections
     before = server.served.llm.snapshot().generation_tokens
     with held(server.served.llm, after=5, until=lambda: is_closed(server)) as hold:  # type: ignore[arg-type]
         with server.raw(request(body) + request(body)) as connection:
             hold.wait()
             connection.sendall(request(body)[:70])  # in the middle of a third
-        wait_until(lambda: not connections)
+        wait_until(lambda: is_closed(server))
     wait_until(lambda: is_idle(server))
     assert server.served.llm.snapshot().generation_tokens - before <= 6
