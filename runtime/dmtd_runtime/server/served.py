@@ -18,7 +18,7 @@ from dmtd_runtime.serving.options import ServingOptions
 from dmtd_runtime.text.chat_template import ChatTemplate
 from dmtd_runtime.text.tokenizer import Tokenizer
 
-_OF_THE_BACKEND_ALONE = ("choose_on_device", "prepack")
+_OF_THE_BACKEND_ALONE = ("prepack",)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -138,18 +138,17 @@ class Loop:
             return
         steps = [self._slot_step(one) for one in planned]
         wanting = [one for one in planned if one.step.wants_logits]
-        choose = self._backend.chooses_tokens and not any(
-            self._sequences[one.sequence].sampler.needs_logits for one in wanting
-        )
+        choose = not any(self._sequences[one.sequence].sampler.needs_logits for one in wanting)
         output = self._backend.run(steps, self._scheduler.committed, choose=choose)
         self._scheduler.commit(planned)
-        for row, one in enumerate(wanting):
+        found = output.logits if output.tokens is None else output.tokens.tolist()
+        assert found is not None, "a run gives tokens or logits"
+        for one, given in zip(wanting, found, strict=True):
             sequence = self._sequences[one.sequence]
-            if output.tokens is not None:
-                sequence.take(int(output.tokens[row]))
+            if choose:
+                sequence.take(given)
             else:
-                assert output.logits is not None, "a run gives tokens or logits"
-                sequence.choose(output.logits[row])
+                sequence.choose(given)
             self._chosen += not sequence.failed
             if one.step.kind == "prefill":
                 self._keep(one.sequence)
