@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import logging
+import os
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -24,15 +25,14 @@ NOT_LOST = frozenset({"__pycache__"})  # Polygraphy makes it beside the bundle's
 
 
 def check_target(output: Path) -> None:
-    """Refuse a target that is neither free nor a bundle, or that holds files besides the bundle.
-
-    Engines were built from the bundle that is replaced and fit no other: they go with it, and a warning says so.
+    """Refuse a target that is neither free nor a bundle, that holds files besides the bundle, or that cannot be written.
 
     Raises:
         ExportError: with what is in the way.
     """
     if output.exists() and not output.is_dir():
         raise ExportError(f"{output} is a file; name a directory with -o")
+    _check_parent(output)
     names = {path.name for path in output.iterdir()} if output.is_dir() else set()
     if not names:
         return
@@ -47,7 +47,25 @@ def check_target(output: Path) -> None:
             f"{output} holds {foreign[0]}{more} besides its bundle, which a new bundle would replace whole; "
             "move that away, or name another directory with -o"
         )
-    if engines:
+
+
+def _check_parent(output: Path) -> None:
+    """The work directory stands beside the bundle: in its parent, which is made where it is missing."""
+    place = _existing_parent(output)
+    fault = (
+        "Not a directory" if not place.is_dir() else "" if os.access(place, os.W_OK | os.X_OK) else "Permission denied"
+    )
+    if fault:
+        raise ExportError(_refused(place, fault))
+
+
+def _existing_parent(output: Path) -> Path:
+    return next(place for place in output.resolve().parents if place.exists())
+
+
+def tell_of_engines(output: Path) -> None:
+    """Warn of engines in the bundle that is replaced: they were built from it, fit no other, and go with it."""
+    if engines := _engines(output):
         logger.warning(
             "%s: the engines of the bundle that is replaced go with it, they fit no other (%s); "
             "build new ones afterwards with: dmtd build %s",
@@ -63,9 +81,7 @@ def check_disk(output: Path, needed_bytes: int) -> None:
     Raises:
         ExportError: with the bytes free and needed.
     """
-    place = output.absolute().parent
-    while not place.exists():
-        place = place.parent
+    place = _existing_parent(output)
     free, needed = shutil.disk_usage(place).free, needed_bytes + DISK_SLACK_BYTES
     if free < needed:
         raise ExportError(
@@ -86,9 +102,11 @@ def one_line_os_errors(output: Path) -> Iterator[None]:
             ) from error
         if error.errno is None or error.errno == errno.ENOMEM:  # the latter is no fault of the place
             raise
-        raise ExportError(
-            f"{error.filename or output}: {error.strerror}; mend that, or name another directory with -o; nothing was kept"
-        ) from error
+        raise ExportError(_refused(error.filename or output, error.strerror or str(error))) from error
+
+
+def _refused(place: object, fault: str) -> str:
+    return f"{place}: {fault}; mend that, or name another directory with -o; nothing was kept"
 
 
 def _engines(output: Path) -> list[str] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_text
 import shlex
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,6 +79,7 @@ def build(
         else:
             console.print(_preview_table(seen))
         return
+    started = time.monotonic()
     with logs_to_stderr(), StageDisplay() as display:
         hook = engines_hook(progress=display.verified) if verify else None
         result = build_engines(
@@ -89,20 +91,20 @@ def build(
             cold = warm_up_engines(directory, result.directory, result.record)
     if cold:
         note(f"kernels are compiled when the engines first run, not now: {cold}")
-    _tell(directory, result, json=json)
+    _tell(directory, result, time.monotonic() - started, json=json)
 
 
-def _tell(directory: Path, result: BuildResult, *, json: bool) -> None:
-    """What came of a build; an error where its verification did not run to its end."""
+def _tell(directory: Path, result: BuildResult, seconds: float, *, json: bool) -> None:
+    """What came of a build that took ``seconds`` in all; an error where its verification did not run to its end."""
     from dmtd_export.verify import FAILED, SKIPPED
 
     found = result.record.verification if result.built else {}
     if reason := found.get(SKIPPED):
         note(f"not verified: {reason}; where it can be done run: {_verify_command(directory, result.record)}")
     if json:
-        typer.echo(json_text.dumps(_result_json(result)))
+        typer.echo(json_text.dumps(_result_json(result, seconds)))
     else:
-        Console(highlight=False).print(_result_table(result))
+        Console(highlight=False).print(_result_table(result, seconds))
     if reason := found.get(FAILED):
         note(f"error: built, but verification did not run to its end: {reason}")
         raise typer.Exit(EXIT_ERROR)
@@ -168,7 +170,7 @@ def _preview_table(seen: Preview) -> Table:
     return table
 
 
-def _result_json(result: BuildResult) -> dict[str, Any]:
+def _result_json(result: BuildResult, seconds: float) -> dict[str, Any]:
     record = result.record
     return {
         "schema": 1,
@@ -198,10 +200,11 @@ def _result_json(result: BuildResult) -> dict[str, Any]:
         "verification": dict(record.verification),
         "peak_bytes": record.build.peak_bytes,
         "seconds": record.build.seconds,
+        "total_seconds": round(seconds, 3),
     }
 
 
-def _result_table(result: BuildResult) -> Table:
+def _result_table(result: BuildResult, seconds: float) -> Table:
     record, table = result.record, _table()
     _row(table, "engines", str(result.directory))
     if not result.built:
@@ -216,7 +219,8 @@ def _result_table(result: BuildResult) -> Table:
         scratch = "" if engine.scratch_bytes is None else f", {human_bytes(engine.scratch_bytes)} of activations"
         weights = f"{human_bytes(engine.weight_bytes)} of weights"
         _row(table, engine.graph, f"{human_bytes(engine.bytes)}, {weights}{scratch}; {engine.seconds:.1f} s")
-    _row(table, "took", f"{record.build.seconds:.1f} s, {human_bytes(record.build.peak_bytes)} of memory")
+    alone = f"{record.build.seconds:.1f} s, {human_bytes(record.build.peak_bytes)} of memory"
+    _row(table, "took", f"{seconds:.1f} s, building alone {alone}" if result.built else alone)
     if record.verification.get("ok"):
         checks = record.verification["checks"]
         _row(table, "verified", f"{len(checks)} checks against the float32 oracle", "green")

@@ -11,8 +11,8 @@ The backend comes from ``dmtd_runtime``; the structure and the CPU's numbers are
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,11 +21,12 @@ import numpy as np
 from dmtd_export.bundle.split import spec_of
 from dmtd_export.errors import ExportError
 from dmtd_export.verify.cycles import Array, Case, Comparison, Variant, forced_group, make_cases
+from dmtd_export.verify.forced import LeavingRun
 from dmtd_export.verify.levels import installed
-from dmtd_export.verify.margins import FLOAT32, HALF_TOP1_AGREEMENT, Margin, half_margin
+from dmtd_export.verify.margins import FLOAT32, Margin, rounding_margin
 from dmtd_export.verify.report import Check, VerifyReport
 from dmtd_export.verify.structure import model_config
-from dmtd_models.progress import Progress, silent
+from dmtd_models.progress import Progress, counter, silent
 from dmtd_runtime.backends.base import Backend, BackendOptions
 from dmtd_runtime.backends.opening import open_backend
 from dmtd_runtime.bundle import contract
@@ -36,7 +37,7 @@ from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import Sampler
 from dmtd_runtime.sampling.stops import StopRules
 from dmtd_runtime.serving.loop import run_batch
-from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
+from dmtd_runtime.serving.sequence import TokenEvent
 
 if TYPE_CHECKING:
     from dmtd_export.verify.reference import Reference
@@ -65,7 +66,7 @@ def verify_on_device(
         options: backend and device; ``max_num_seqs`` is the largest batch that is checked.
         quick: fewer prompts.
         engines: the directory of the engines to run; by default those of the bundle that fit.
-        progress: told (stage, steps done, steps of the stage).
+        progress: told (check, prompts done, prompts of the check).
 
     Raises:
         ExportError: PyTorch is missing, or the bundle's weights are not a model that it knows.
@@ -73,26 +74,27 @@ def verify_on_device(
     """
     start, manifest = time.monotonic(), open_bundle(directory)
     reference = _reference(directory, manifest)
-    dtype, layers = manifest.model.dtype, manifest.model.num_layers
-    margin = FLOAT32 if dtype == "float32" else half_margin(dtype, layers)
+    rounded = rounding_margin(manifest)
+    margin = rounded or FLOAT32
     cases = make_cases(manifest, quick)
     checks: list[Check] = []
-    done = 0
     # The largest first: what the engines or the device do not take is then said before any work is done.
     for batch in sorted({1, options.max_num_seqs}, reverse=True):
         backend = open_backend(directory, manifest, replace(options, max_num_seqs=batch), engines=engines)
+        work = _Work(
+            backend=backend, manifest=manifest, reference=reference, cases=cases, margin=margin, options=options
+        )
         found = []
         try:
-            for run in (_steps, _generations):
-                progress("device", done, 4)
-                found.append(run(backend, manifest, reference, cases, margin, options, batch))
-                done += 1
+            for name, run in (("step by step", _steps), ("generated", _generations)):
+                found.append(run(work, counter(progress, f"{name}, {backend.full_pass}, batch {batch}", len(cases))))
         finally:
             backend.close()
         checks = [*found, *checks]  # told from batch 1 on, where a divergence is simplest
     margins = {"float32_of_max": FLOAT32.limit}
-    if dtype != "float32":
-        margins = {"half_ulp": margin.limit, "half_top1_agreement": HALF_TOP1_AGREEMENT}
+    if rounded is not None:
+        kind = "int8_of_max" if manifest.quantised else "half_ulp"
+        margins = {kind: rounded.limit, f"{kind.partition('_')[0]}_top1_agreement": rounded.agreement or 0.0}
     return VerifyReport(
         level="oracle",
         level_note="",
@@ -120,58 +122,61 @@ def _name(options: BackendOptions) -> str:
     return f"ONNX Runtime on {options.device}"
 
 
-def _variant(backend: Backend, options: BackendOptions, manifest: Manifest, batch: int) -> Variant:
-    dialect = contract.STANDARD if options.runs_engines else options.dialect or manifest.default_dialect
-    return Variant(dialect=dialect, full_pass=backend.full_pass, batch=batch, chunk=manifest.model.max_window)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """An open backend, and what it is held to."""
+
+    backend: Backend
+    manifest: Manifest
+    reference: Reference
+    cases: Sequence[Case]
+    margin: Margin
+    options: BackendOptions
+
+    @property
+    def variant(self) -> Variant:
+        engines, manifest = self.options.runs_engines, self.manifest
+        dialect = contract.STANDARD if engines else self.options.dialect or manifest.default_dialect
+        full_pass, batch = self.backend.full_pass, self.backend.slots
+        return Variant(dialect=dialect, full_pass=full_pass, batch=batch, chunk=manifest.model.max_window)
+
+    def named(self, check: str) -> str:
+        return f"{check}: {_name(self.options)}, {self.backend.full_pass}, batch {self.backend.slots}"
+
+    def groups(self) -> Iterator[tuple[CyclePlan, list[Case]]]:
+        """Cases of one mode that run together."""
+        batch = self.backend.slots
+        for plain in (False, True):
+            plan = CyclePlan(cycle=self.manifest.cycle, plain=plain)
+            wanted = [case for case in self.cases if case.plain == plain]
+            yield from ((plan, wanted[i : i + batch]) for i in range(0, len(wanted), batch))
+
+    def expected(self, case: Case) -> Array:
+        """The oracle's logits [new, vocab] behind the prompt and each token but the last."""
+        [rows] = self.reference.teacher_forced([case.sequence], [len(case.prompt)], [case.plain], [case.heads])
+        return rows[len(case.prompt) - 1 :]
 
 
-def _groups(cases: Sequence[Case], batch: int) -> list[tuple[bool, list[Case]]]:
-    """Cases of one mode that run together."""
-    groups = []
-    for plain in (False, True):
-        wanted = [case for case in cases if case.plain == plain]
-        groups += [(plain, wanted[i : i + batch]) for i in range(0, len(wanted), batch)]
-    return groups
-
-
-def _steps(
-    backend: Backend,
-    manifest: Manifest,
-    reference: Reference,
-    cases: Sequence[Case],
-    margin: Margin,
-    options: BackendOptions,
-    batch: int,
-) -> Check:
+def _steps(work: _Work, done: Callable[[int], None]) -> Check:
     """Every row of logits, the device's own tokens fed back to both."""
-    found = Comparison(variant=_variant(backend, options, manifest, batch), margin=margin)
-    for plain, group in _groups(cases, batch):
-        plan = CyclePlan(cycle=manifest.cycle, plain=plain)
-        found_rows = forced_group(backend, plan, backend.max_rows, group, manifest.model.vocab_size)
-        for case, rows in zip(group, found_rows, strict=True):
+    backend, vocab_size = work.backend, work.manifest.model.vocab_size
+    found = Comparison(variant=work.variant, margin=work.margin)
+    for plan, group in work.groups():
+        for case, rows in zip(group, forced_group(backend, plan, backend.max_rows, group, vocab_size), strict=True):
             chosen = replace(case, continuation=tuple(int(token) for token in rows.argmax(-1)))
-            found.add(chosen, _expected(reference, chosen), rows)
-    return found.check(f"step by step: {_name(options)}, {backend.full_pass}, batch {batch}", "oracle")
+            found.add(chosen, work.expected(chosen), rows)
+            done(1)
+    return found.check(work.named("step by step"), "oracle")
 
 
-def _generations(
-    backend: Backend,
-    manifest: Manifest,
-    reference: Reference,
-    cases: Sequence[Case],
-    margin: Margin,
-    options: BackendOptions,
-    batch: int,
-) -> Check:
+def _generations(work: _Work, done: Callable[[int], None]) -> Check:
     """The tokens of free greedy generation: one row of the oracle for each, its chosen token raised to its best."""
-    variant = _variant(backend, options, manifest, batch)
     agreed, total, near, first = 0, 0, 0, ""
+    backend, margin = work.backend, work.margin
     cycles = backend.stats.cycles
-    for plain, group in _groups(cases, batch):
-        plan = CyclePlan(cycle=manifest.cycle, plain=plain)
-        for case, tokens in zip(group, _generate(backend, plan, manifest, group), strict=True):
-            chosen = replace(case, continuation=tokens)
-            rows = _expected(reference, chosen)
+    for plan, group in work.groups():
+        for case, tokens in zip(group, _generate(backend, plan, work.manifest, group), strict=True):
+            rows = work.expected(replace(case, continuation=tokens))
             scale = margin.scale(float(np.abs(rows).max()))
             for step, (row, token) in enumerate(zip(rows, tokens, strict=True)):
                 total, best = total + 1, int(row.argmax())
@@ -181,14 +186,15 @@ def _generations(
                 near += 0 < gap <= 2 * margin.limit
                 if gap > 2 * margin.limit and not first:
                     first = (
-                        f"{'plain' if plain else 'dmtd'} mode, prompt of {len(case.prompt)}, token {step}: expected {best}, "
+                        f"{'plain' if plan.plain else 'dmtd'} mode, prompt of {len(case.prompt)}, token {step}: expected {best}, "
                         f"got {token}, {gap:.3g} {margin.unit} below"
                     )
+            done(1)
     cycles = backend.stats.cycles - cycles
     detail = f"top-1 agreement {agreed}/{total}, {cycles} whole cycles" + (f"; {first}" if first else "")
-    ok = not first and (margin.ulp_bits is None or agreed >= HALF_TOP1_AGREEMENT * total)
+    ok = not first and agreed >= (margin.agreement or 0.0) * total
     return Check(
-        name=f"generated: {_name(options)}, {variant.full_pass}, batch {batch}",
+        name=work.named("generated"),
         level="oracle",
         ok=ok,
         margin=margin.limit,
@@ -197,12 +203,6 @@ def _generations(
         detail=detail,
         near_ties=near,
     )
-
-
-def _expected(reference: Reference, case: Case) -> Array:
-    """The oracle's logits [new, vocab] behind the prompt and each token but the last."""
-    [rows] = reference.teacher_forced([case.sequence], [len(case.prompt)], [case.plain])
-    return rows[len(case.prompt) - 1 :]
 
 
 def _generate(backend: Backend, plan: CyclePlan, manifest: Manifest, cases: Sequence[Case]) -> list[tuple[int, ...]]:
@@ -214,7 +214,13 @@ def _generate(backend: Backend, plan: CyclePlan, manifest: Manifest, cases: Sequ
         room = backend.max_model_len - len(case.prompt)
         params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=max(1, min(wanted, room)))
         sampler = Sampler(params, vocab_size=manifest.model.vocab_size, prompt_ids=case.prompt, seed=0)
-        run = SequenceRun(ids=list(case.prompt), sampler=sampler, stops=StopRules(params), on_event=events.append)
+        run = LeavingRun(
+            ids=list(case.prompt),
+            sampler=sampler,
+            stops=StopRules(params),
+            on_event=events.append,
+            leaves=case.leaves,
+        )
         sequences.append(run)
     run_batch(backend, plan, sequences)
     for events in told:

@@ -242,7 +242,7 @@ def _command(line: str, conversation: Conversation) -> None:
     elif name == "/save":
         _save(conversation, argument)
     else:
-        note(f"error: {name}: no such command; /help lists them")
+        raise RequestError(f"{name}: no such command; /help lists them")
 
 
 def params_words(params: SamplingParams) -> list[str]:

@@ -149,6 +149,7 @@ TARGETS = [
     case("no -o", nothing, ("export", "m", *SPLIT), "-o / --output: missing", exit_code=2),
     case("no model", nothing, ("export", "-o", "new"), "MODEL: missing", exit_code=2),
     case("over the checkpoint", nothing, ("export", "m", "-o", "m", *SPLIT), "m exists and is not a bundle"),
+    case("the place is looked at first", nothing, ("export", "no-model", "-o", "m", *SPLIT), "m exists and is not"),
     case("over a file", nothing, ("export", "m", "-o", "m/config.json", *SPLIT), "is a file; name a directory with -o"),
     case("under a file", nothing, ("export", "m", "-o", "m/config.json/x", *SPLIT, "--no-verify"), "nothing was kept"),
     case(

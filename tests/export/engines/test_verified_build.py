@@ -60,7 +60,8 @@ def wrong_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_build_ends_with_verification(bundle: Path) -> None:
     done = dmtd("build", bundle, *SIMULATOR, "--fused", "--json")
     assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)["verification"]
+    told = json.loads(done.stdout)
+    found = told["verification"]
     assert found["ok"] is True and found["level"] == "oracle"
     kinds = ("step by step", "generated")
     assert [check["name"] for check in found["checks"]] == [
@@ -71,6 +72,10 @@ def test_a_build_ends_with_verification(bundle: Path) -> None:
     ]
     assert all(check["cases"] > 0 for check in found["checks"])
     assert read_record(directory_of(bundle)).verification == found
+    assert told["total_seconds"] > told["seconds"] > 0  # verifying counts, and is seen
+    assert [line for line in done.stderr.splitlines() if line.startswith("verify: ")] == [
+        f"verify: {kind}, {way}, batch {batch} ..." for way in ("staged", "fused") for batch in (2, 1) for kind in kinds
+    ]
     again = dmtd("build", bundle, *SIMULATOR, "--fused")
     assert "8 checks against the float32 oracle" in again.stdout
 
@@ -95,6 +100,7 @@ def test_no_verify_builds_alone(bundle: Path, wrong_weights: None) -> None:
     assert done.exit_code == 0, done.output
     assert "not verified" not in done.stderr
     assert "no; check them with: dmtd verify" in " ".join(done.stdout.split())
+    assert " s, building alone " in done.stdout
     assert read_record(directory_of(bundle)).verification == {}
 
 

@@ -42,12 +42,16 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_good_bundle_passes_step_by_step_and_in_whole_cycles(bundle: Path) -> None:
-    report = verify_on_device(bundle, SIMULATOR, quick=True)
+    told: list[tuple[str, int, int]] = []
+    report = verify_on_device(bundle, SIMULATOR, quick=True, progress=lambda *step: told.append(step))
     assert report.ok
     assert [check.name.split(":")[0] for check in report.checks] == ["step by step", "generated"] * 2
     assert all(check.cases > 0 for check in report.checks)
     assert "whole cycles" in report.checks[1].detail
     assert " 0 whole cycles" not in report.checks[1].detail
+    # A stage for each check, a step for each prompt: two in cycles and two plain.
+    stages = [f"{kind}, staged, batch {batch}" for batch in (3, 1) for kind in ("step by step", "generated")]
+    assert told == [(stage, done, 4) for stage in stages for done in range(5)]
 
 
 def test_what_the_engines_do_not_take_is_said_before_any_work(bundle: Path) -> None:

@@ -51,8 +51,13 @@ def test_chat_goes_on_after_mistakes(bundle: str, tmp_path: Path) -> None:
     assert result.exit_code == 1
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 6
+    assert errors[0] == "error: /nope: no such command; /help lists them"
     assert "expected at most 255" in errors[3]
     assert result.stdout == ""
+
+
+def test_a_command_that_is_none_is_refused_as_a_message_is(bundle: str) -> None:
+    assert dmtd("chat", bundle, stdin="/bogus\n").exit_code == 1
 
 
 @pytest.mark.parametrize(

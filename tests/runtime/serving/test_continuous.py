@@ -21,8 +21,8 @@ from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
 CASES, SLOW_CASES = 25, 20_000
 
 
-def check_case(tiny: TinyBundles, case: dict[str, Any]) -> int:
-    """How many tokens were compared."""
+def check_case(tiny: TinyBundles, case: dict[str, Any]) -> tuple[int, int]:
+    """How many tokens were compared, and how many late steps were dropped."""
     tau, convention, plain = case["plan"]
     backend = tiny.backend(
         case["family"],
@@ -32,7 +32,7 @@ def check_case(tiny: TinyBundles, case: dict[str, Any]) -> int:
         slots=case["slots"],
     )
     cycle = tiny.get(case["family"], case["encoding_layers"]).cycle(tau, convention)
-    plan, compared = CyclePlan(cycle=cycle, plain=plain), 0
+    plan, compared, dropped = CyclePlan(cycle=cycle, plain=plain), 0, 0
     for guest in serve(backend, plan, case["visits"], case["options"]):
         want = alone(backend, plan, guest.visit, guest.index)
         count = len(guest.tokens)
@@ -40,11 +40,13 @@ def check_case(tiny: TinyBundles, case: dict[str, Any]) -> int:
         if guest.visit.leaves is None:
             assert guest.events[-1].finish_reason == want.events[-1].finish_reason == "length"
             assert count == guest.visit.tokens
+            assert guest.steps == want.steps, f"company changed the steps of {guest.visit} in {case}"
         if case["dialect"] == "onnxruntime" and count:
             got, expected = np.stack(guest.sampler.rows), np.stack(want.sampler.rows[:count])
             np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32), f"bits of {guest.visit}")
         compared += count
-    return compared
+        dropped += guest.sequence.dropped_tokens
+    return compared, dropped
 
 
 @pytest.mark.timeout(600)
@@ -58,7 +60,9 @@ def test_company_changes_nothing(tiny: TinyBundles) -> None:
 
     check()
     assert len(compared) >= CASES
-    assert sum(compared) >= 15 * CASES
+    tokens, dropped = (sum(each) for each in zip(*compared, strict=True))
+    assert tokens >= 15 * CASES
+    assert dropped >= CASES
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ def check_engine_case(bundle: TinyBundle, engines: dict[bool, Engines], case: di
         for guest in serve(backend, plan, case["visits"], case["options"]):
             want, count = alone(backend, plan, guest.visit, guest.index), len(guest.tokens)
             assert guest.tokens == want.tokens[:count], f"{guest.visit} in {case}"
-            assert guest.visit.leaves is not None or count == guest.visit.tokens
+            assert guest.visit.leaves is not None or (count, guest.steps) == (guest.visit.tokens, want.steps)
             if guest.visit.logprobs is not None and count:
                 got, expected = np.stack(guest.sampler.rows), np.stack(want.sampler.rows[:count])
                 # Another batch, another order of sums; the tokens are the same.

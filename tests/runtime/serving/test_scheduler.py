@@ -10,7 +10,7 @@ from serving_support import TAUS, plan_of
 from dmtd_runtime.cycle import CONVENTIONS, Position
 from dmtd_runtime.serving.options import ServingOptions
 from dmtd_runtime.serving.scheduler import Planned, Scheduler
-from dmtd_runtime.serving.slots import Move, Slots
+from dmtd_runtime.serving.slots import Move
 
 
 def made(
@@ -216,17 +216,3 @@ def test_whole_cycles_only_where_everybody_stands_at_a_head(plain: bool) -> None
     assert scheduler.committed == [*(rows + 3 for rows in before[:2]), 0]
     [chunk] = scheduler.schedule(heads=False)
     assert (chunk.sequence, len(chunk.step.window)) == (2, 64)
-
-
-def test_slots_are_taken_from_the_lowest_on_and_told_apart_by_generation() -> None:
-    slots = Slots(2)
-    first = slots.take(Position(prompt_len=1))
-    assert (first.slot, slots.num_free) == (0, 1)
-    slots.free(first)
-    second = slots.take(Position(prompt_len=1))
-    assert second.slot == 0
-    assert second.generation > first.generation
-    assert slots.holds(second)
-    assert not slots.holds(first)
-    with pytest.raises(AssertionError, match="is not generation"):
-        slots.free(first)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from dmtd_runtime.backends.base import Array, BackendOptions, Rows, RunOutput, RunStats, SlotCycle, SlotStep
-from dmtd_runtime.backends.engines.device_cycle import CycleProgram, CycleShape, control_layout, results_layout
+from dmtd_runtime.backends.engines.device_cycle import CHOSEN, CycleProgram, CycleShape, control_layout, results_layout
 from dmtd_runtime.backends.engines.engine_set import TABLES, EngineSet
 from dmtd_runtime.backends.engines.limits import check_limits, visible_rows
 from dmtd_runtime.backends.engines.warm_up import Reach
@@ -252,14 +252,14 @@ class TensorRtBackend:
         self.stats.late_steps += len(program.shape.full) - full
         self.stats.refill_rows += sum(len(step.window) - 1 for s in slots for step in s.steps if step.window)
 
-    def finish_cycle(self) -> Array:
+    def finish_cycle(self) -> RunOutput:
         cycle = self._under_way.popleft()
         self._device.wait(cycle.mark)
-        tokens = cycle.program.chosen(cycle.program.results.views(cycle.results), cycle.slots)
+        found = cycle.program.chosen(cycle.program.results.views(cycle.results), cycle.slots)
         if not self._under_way:
             self._end()
             self._idle_since = time.perf_counter()
-        return tokens
+        return found
 
     def clear(self, slot: int, rows: int) -> None:
         self._engines.clear_slot(slot)
@@ -335,7 +335,7 @@ class TensorRtBackend:
         shape = CycleShape(batch=batch, visible_len=0, full=(True,), window_len=1, sampled=False)
         layout = results_layout(shape)
         context = self._engines.context(contract.CHOOSE_TOKEN, "choose", {"batch": batch, "num_logits": 1})
-        for name in (contract.TOKEN_IDS, contract.IS_FINITE):
+        for name in CHOSEN:
             context.set_address(name, layout.address(self._results, f"{name}.0"))
         context.enqueue()
         results = self._results_staging.take()[: layout.num_bytes]
