@@ -22,7 +22,7 @@ from dmtd_runtime.serving.loop import Loop
 from dmtd_runtime.serving.options import ServingOptions
 from dmtd_runtime.serving.sequence import FinishReason, SequenceRun, TokenEvent
 
-CASES, ENGINE_CASES, SLOW_CASES = 25, 8, 20_000
+CASES, ENGINE_CASES, SLOW_CASES = 12, 8, 20_000
 VOCAB = 259
 PHASES = (Phase.explicit, Phase.generate)  # shrinking a case over models takes longer than reading it
 
