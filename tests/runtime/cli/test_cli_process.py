@@ -86,7 +86,7 @@ def test_a_full_disk_is_one_line(bundle: str) -> None:
 
 
 def test_a_bug_keeps_its_traceback() -> None:
-    broken = "import dmtd_runtime.machine.doctor as d; d.collect = lambda: 1 / 0"
+    broken = "import dmtd_runtime.cli.doctor_facts as d; d.collect = lambda: 1 / 0"
     code = f"{broken}; from dmtd_export.cli.main import main; main(['doctor'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRON, check=False)
     assert done.returncode == 1
