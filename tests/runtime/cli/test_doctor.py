@@ -182,7 +182,10 @@ def test_install_lines_and_limits_agree_with_pyproject(repo_root: Path) -> None:
                 bound, oldest = bound.partition(".")[0], str(LIBRARIES[name].major)
             assert bound == oldest, f"{name}: pyproject.toml has {bound}, the doctor {oldest}"
             checked += 1
-    assert checked >= 16
+    assert checked >= 21
+    known = {alias for name, *_ in doctor.COMPONENTS for alias in doctor.ALIASES.get(name, (name,))}
+    verbs = set(extras) - {"cpu", "gpu", "test", "dev"}
+    assert {name for extra in verbs for name in closure(extras[extra])} - known == {"onnxruntime"}  # of the demo
     assert closure(extras["cpu"]) == {"onnxruntime": doctor.ONNXRUNTIME_OLDEST}
     assert closure(extras["gpu"]) == {
         "onnxruntime-gpu": doctor.ONNXRUNTIME_OLDEST,
