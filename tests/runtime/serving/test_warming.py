@@ -15,7 +15,7 @@ from dmtd_runtime.bundle.manifest import CycleInfo
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.serving.worker import Worker
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 
 PLAN = CyclePlan(
     cycle=CycleInfo(
