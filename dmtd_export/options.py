@@ -10,11 +10,40 @@ from dmtd_runtime.bundle import contract
 
 Target = Literal["onnxruntime", "tensorrt", "all"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+WeightGroup = Literal["thinking", "late", "lm_head", "embedding"]
+GROUPS: tuple[WeightGroup, ...] = ("thinking", "late", "lm_head", "embedding")
+WeightFormat = Literal["float", "keep", "int8", "int4"]
 
 # The longest window of a graph: KV capacity and rotary tables leave this much room above the model length.
 MAX_WINDOW = contract.MIN_WINDOW
 assert MAX_WINDOW >= MAX_CYCLE_LENGTH, "a refill fits into a window"
 MAX_NUM_SEQS_LIMIT = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightOptions:
+    """The formats that weights are stored in: a group's own, or ``weights``.
+
+    ``keep``: as the checkpoint has them; so it is by default where the checkpoint is quantised, and ``float`` elsewhere.
+    ``weights_block``: inputs that share a scale.
+    """
+
+    weights: WeightFormat | None = None
+    weights_thinking: WeightFormat | None = None
+    weights_late: WeightFormat | None = None
+    weights_lm_head: WeightFormat | None = None
+    weights_embedding: WeightFormat | None = None
+    weights_block: int = 32
+
+    def format_of(self, group: WeightGroup) -> WeightFormat:
+        """The format of a group: E and D are late."""
+        own: WeightFormat | None = getattr(self, f"weights_{group}")
+        return own or self.weights or "float"
+
+    @property
+    def quantises(self) -> bool:
+        """Whether any group is not stored as floats."""
+        return any(self.format_of(group) != "float" for group in GROUPS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,9 +54,15 @@ class ExportOptions:
     """
 
     split: SplitOptions = field(default_factory=SplitOptions)
-    target: Target = "all"
+    formats: WeightOptions = field(default_factory=WeightOptions)
+    target: Target | None = None  # all; with quantised weights onnxruntime, which alone has graphs for them
     dtype: Dtype = "float32"
     max_model_len: int | None = None  # the model's own by default
     max_num_seqs: int = 8
     generation_config: str | None = None
     verify: bool = True
+
+    @property
+    def graphs_for(self) -> Target:
+        """The target, or what takes its place where none is given."""
+        return self.target or ("onnxruntime" if self.formats.quantises else "all")

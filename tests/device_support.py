@@ -114,6 +114,7 @@ def run_sequences(
             ),
             stops=StopRules(p),
             on_event=events.append,
+            min_confidence=p.min_confidence,
         )
         for seed, (ids, p, events) in enumerate(zip(prompts, each, told, strict=True))
     ]

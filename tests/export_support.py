@@ -17,7 +17,7 @@ from dmtd_models.config.model import SplitOptions, read_config
 from dmtd_models.reference.testing import random_weights
 from dmtd_runtime.bundle.manifest import load_manifest
 
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "uint8": np.uint8}
 PLAIN = {"decoding_layers": 1, "cycle_length": 3}  # what a plain tiny checkpoint must be told
 WARNINGS_OF_PLAIN = 3  # no convention, not trained, no tokenizer
 

@@ -32,7 +32,7 @@ from dmtd_runtime import LLM, AsyncLLM
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from dmtd_runtime.bundle.manifest import CycleInfo, FileInfo, Manifest
-from dmtd_runtime.cycle import CyclePlan
+from dmtd_runtime.cycle import CyclePlan, StepKind
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import Choice, Sampler
 from dmtd_runtime.sampling.stops import StopRules
@@ -215,6 +215,20 @@ class Ran:
     finish_reason: str | None
     stop_reason: str | int | None
     error: Exception | None
+    heads: tuple[int, ...] = ()
+    late_steps: int = 0
+    dropped: int = 0
+
+
+class CountingRun(SequenceRun):
+    """Remembers the positions that were heads."""
+
+    __slots__ = ("heads",)
+
+    def count(self, kind: StepKind) -> None:
+        if kind == "full":
+            self.heads = (*getattr(self, "heads", ()), len(self.ids) - 1)
+        super().count(kind)
 
 
 def run_prompts(
@@ -234,11 +248,12 @@ def run_prompts(
         RecordingSampler(p, vocab_size=vocab_size, prompt_ids=ids) for p, ids in zip(each, prompts, strict=True)
     ]
     sequences = [
-        SequenceRun(
+        CountingRun(
             ids=list(ids),
             sampler=sampler,
             stops=StopRules(p, eos_token_ids=(), text=tokenizer.text_stream() if tokenizer else None),
             on_event=told.append,
+            min_confidence=p.min_confidence,
         )
         for ids, p, sampler, told in zip(prompts, each, samplers, events, strict=True)
     ]
@@ -251,8 +266,11 @@ def run_prompts(
             finish_reason=told[-1].finish_reason,
             stop_reason=told[-1].stop_reason,
             error=told[-1].error,
+            heads=getattr(sequence, "heads", ()),
+            late_steps=sequence.late_steps,
+            dropped=sequence.dropped_tokens,
         )
-        for told, sampler in zip(events, samplers, strict=True)
+        for told, sampler, sequence in zip(events, samplers, sequences, strict=True)
     ]
 
 

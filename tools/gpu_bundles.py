@@ -24,7 +24,7 @@ from gpu_order import Wanted
 import dmtd_export.bundle.export
 import dmtd_runtime.bundle.manifest
 from dmtd_export.bundle.export import export_bundle
-from dmtd_export.bundle.weights import NUMPY_DTYPES, PAGE_BYTES, TensorSource, tensor_groups
+from dmtd_export.bundle.weights import NUMPY_DTYPES, PAGE_BYTES, TensorSource, Written, tensor_groups
 from dmtd_export.graphs.layers import COS, SIN
 from dmtd_export.options import ExportOptions
 from dmtd_models.checkpoints.tensors import tensor_shapes
@@ -160,7 +160,8 @@ def write_ring(
     dtype: str,
     rotary_rows: int,
     _on_bytes: Callable[[int], None] | None = None,
-) -> tuple[dict[str, WeightInfo], FileInfo]:
+    _quantisation: object = None,
+) -> Written:
     """In place of ``write_weights`` of the exporter: matrices are places in a ring of random values, norms are ones."""
     kind = NUMPY_DTYPES[dtype]
     groups = [[(name, source.shape(name)) for name in group] for group in tensor_groups(config)]
@@ -197,7 +198,8 @@ def write_ring(
             infos[name] = _info(dtype, array.shape, file.tell(), array.nbytes)
             put(array.view(np.uint8).reshape(-1).data)
             put(b"\0" * (-file.tell() % PAGE_BYTES))
-        return infos, FileInfo(bytes=file.tell(), sha256=digest.hexdigest())
+        stored = FileInfo(bytes=file.tell(), sha256=digest.hexdigest())
+        return Written(weights=infos, quantised={}, file=stored)
 
 
 def _bytes(kind: np.dtype[Any], *shapes: Sequence[int]) -> int:

@@ -310,14 +310,17 @@ class BlindBackend:
         return getattr(self._backend, name)
 
     def run(self, *args: Any, **options: Any) -> Any:
-        output = self._backend.run(*args, **options)
-        found = {name: getattr(output, name) for name in ("logits", "tokens")}
-        return dataclasses.replace(
-            output, **{name: np.zeros_like(rows) for name, rows in found.items() if rows is not None}
-        )
+        return _blind(self._backend.run(*args, **options))
 
     def finish_cycle(self) -> Any:
-        return np.zeros_like(self._backend.finish_cycle())
+        return _blind(self._backend.finish_cycle())
+
+
+def _blind(output: Any) -> Any:
+    found = {name: getattr(output, name) for name in ("logits", "tokens")}
+    return dataclasses.replace(
+        output, **{name: np.zeros_like(rows) for name, rows in found.items() if rows is not None}
+    )
 
 
 STEPS = {

@@ -15,6 +15,7 @@ import onnx
 
 from dmtd_export.bundle.assets import write_assets
 from dmtd_export.bundle.atomic import atomic_directory
+from dmtd_export.bundle.quantise import Quantisation, plan_quantisation, resolved_formats
 from dmtd_export.bundle.split import cycle_of
 from dmtd_export.bundle.target import check_disk, check_target, one_line_os_errors, tell_of_engines
 from dmtd_export.bundle.weights import NUMPY_DTYPES, stored_bytes, write_weights
@@ -66,12 +67,16 @@ def _export(
     checkpoint: Checkpoint, output: Path, options: ExportOptions, progress: Progress, verify: VerifyHook | None
 ) -> Manifest:
     tell_of_engines(output)
+    options = replace(options, formats=resolved_formats(checkpoint, options))
+    check_formats(options)
     spec = resolve(checkpoint, options)
+    quantisation = plan_quantisation(checkpoint, spec, options.formats)
     max_model_len = _max_model_len(checkpoint.config, options)
     _tell_of_tables(checkpoint.config, options.dtype, max_model_len)
-    check_disk(output, stored_bytes(checkpoint.config, checkpoint, options.dtype, max_model_len + MAX_WINDOW))
+    needed = stored_bytes(checkpoint.config, checkpoint, options.dtype, max_model_len + MAX_WINDOW, quantisation)
+    check_disk(output, needed)
     with atomic_directory(output) as work:
-        manifest = _write_bundle(work, checkpoint, spec, max_model_len, options, progress)
+        manifest = _write_bundle(work, checkpoint, spec, quantisation, max_model_len, options, progress)
         if verify is not None:
             progress("verify", 0, 0)
             manifest = replace(manifest, verification=verify(work, checkpoint))
@@ -79,11 +84,27 @@ def _export(
     return manifest
 
 
+def check_formats(options: ExportOptions) -> None:
+    """Refuse graphs or a type that quantised weights do not have.
+
+    Raises:
+        ExportError: with the option.
+    """
+    if not options.formats.quantises:
+        return
+    for param, got, expected in (("target", options.graphs_for, "onnxruntime"), ("dtype", options.dtype, "float32")):
+        if got != expected:
+            raise ExportError(
+                f"got {got}, expected {expected}: nothing else takes quantised weights; export with --weights float for it",
+                param=param,
+            )
+
+
 def resolve(checkpoint: Checkpoint, options: ExportOptions) -> DmtdSpec:
     """The split and convention of the bundle: the checkpoint's record, overridden by options."""
     spec = resolve_dmtd(checkpoint.config, checkpoint.dmtd, options.split)
     head_dim = checkpoint.config.head_dim
-    if options.target != "tensorrt" and runnable_target(head_dim) == "tensorrt":
+    if options.graphs_for != "tensorrt" and runnable_target(head_dim) == "tensorrt":
         raise ExportError(
             f"head_dim: got {head_dim}, ONNX Runtime's attention takes multiples of {GQA_HEAD_MULTIPLE}; use --target tensorrt, "
             "whose standard graphs ONNX Runtime runs too"
@@ -138,23 +159,33 @@ def _same_training(recorded: DmtdSpec, spec: DmtdSpec) -> bool:
 
 
 def _write_bundle(
-    work: Path, checkpoint: Checkpoint, spec: DmtdSpec, max_model_len: int, options: ExportOptions, progress: Progress
+    work: Path,
+    checkpoint: Checkpoint,
+    spec: DmtdSpec,
+    quantisation: Quantisation,
+    max_model_len: int,
+    options: ExportOptions,
+    progress: Progress,
 ) -> Manifest:
     config = checkpoint.config
     write_assets(work, checkpoint, options.generation_config)
     loader = resource_files("dmtd_export").joinpath("bundle", "polygraphy_data.py").read_text(encoding="utf-8")
     (work / contract.DATA_LOADER_FILE).write_text(loader, encoding="utf-8")
     rotary_rows = max_model_len + MAX_WINDOW
-    weights, weights_file = write_weights(
+    needed = stored_bytes(config, checkpoint, options.dtype, rotary_rows, quantisation)
+    written = write_weights(
         work / contract.WEIGHTS_FILE,
         checkpoint,
         config,
         options.dtype,
         rotary_rows,
-        counter(progress, "weights", stored_bytes(config, checkpoint, options.dtype, rotary_rows)),
+        counter(progress, "weights", needed),
+        quantisation,
     )
     progress("graphs", 0, 0)
-    graph_spec = GraphSpec(config=config, dmtd=spec, dtype=options.dtype, weights=weights)
+    graph_spec = GraphSpec(
+        config=config, dmtd=spec, dtype=options.dtype, weights=written.weights, quantised=written.quantised
+    )
     graphs: list[GraphInfo] = []
     for name, dialect, slots in wanted_graphs(options):
         model, info = build_graph(graph_spec, name, dialect, slots)
@@ -162,7 +193,7 @@ def _write_bundle(
         fault = checker_fault(work / info.file)
         assert fault is None, f"{info.file} is no valid graph: {fault}"
         graphs.append(info)
-    listed = {contract.WEIGHTS_FILE: weights_file}
+    listed = {contract.WEIGHTS_FILE: written.file}
     for path in sorted(work.iterdir()):
         if path.name not in (contract.WEIGHTS_FILE, contract.MANIFEST_FILE):
             listed[path.name] = FileInfo(bytes=path.stat().st_size, sha256=sha256_of(path))
@@ -171,7 +202,8 @@ def _write_bundle(
         model=_model_info(config, options, max_model_len, eos_token_ids_of(work)),
         cycle=cycle_of(spec),
         graphs=tuple(graphs),
-        weights=weights,
+        weights=written.weights,
+        quantised=written.quantised,
         files=listed,
         tools={"dmtd": __version__, "onnx": metadata.version("onnx")},
     )
@@ -187,9 +219,9 @@ def slot_counts(max_num_seqs: int) -> list[int]:
 def wanted_graphs(options: ExportOptions) -> list[tuple[contract.GraphName, contract.Dialect, int]]:
     """(graph, dialect, slots) of every graph file that the options ask for."""
     wanted: list[tuple[contract.Dialect, int]] = []
-    if options.target in ("onnxruntime", "all"):
+    if options.graphs_for in ("onnxruntime", "all"):
         wanted += [(contract.ONNXRUNTIME, slots) for slots in slot_counts(options.max_num_seqs)]
-    if options.target in ("tensorrt", "all"):
+    if options.graphs_for in ("tensorrt", "all"):
         wanted.append((contract.STANDARD, 1))
     # late_decode takes any batch as it is: only T's layers need a node for every slot.
     decoder = [

@@ -33,4 +33,10 @@ def graph_spec(bundle: Path, manifest: Manifest) -> GraphSpec:
             raise ExportError(
                 f"{path}: {name} is {getattr(config, name)}, the manifest says {getattr(model, name)}; export the bundle again"
             )
-    return GraphSpec(config=config, dmtd=spec_of(manifest.cycle), dtype=model.dtype, weights=manifest.weights)
+    return GraphSpec(
+        config=config,
+        dmtd=spec_of(manifest.cycle),
+        dtype=model.dtype,
+        weights=manifest.weights,
+        quantised=manifest.quantised,
+    )

@@ -102,7 +102,7 @@ def one_line_os_errors(output: Path) -> Iterator[None]:
             ) from error
         if error.errno is None or error.errno == errno.ENOMEM:  # the latter is no fault of the place
             raise
-        raise ExportError(_refused(error.filename or output, error.strerror)) from error
+        raise ExportError(_refused(error.filename or output, error.strerror or str(error))) from error
 
 
 def _refused(place: object, fault: str) -> str:

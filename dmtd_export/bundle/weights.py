@@ -1,28 +1,34 @@
 """The bundle's one weights file: every tensor once, streamed from the checkpoint, with numbers to recognise it by.
 
 Layout: tensors stand in Hugging Face's own form ``[out, in]``; q, k, v and gate, up stand one behind another so that a
-graph can read them as one matrix; every group starts at a page. The numbers (``norm``, ``probe``) let `dmtd verify` tell
-an altered tensor from the exported one without the checkpoint, even where the file's hash was recomputed.
+graph can read them as one matrix; every group starts at a page. A quantised weight stands as codes, scales and minimums (see
+``BlockFormat``), the codes of a group one behind another, then its scales, in half precision where that holds them exactly.
+The numbers (``norm``, ``probe``) let `dmtd verify` tell an altered tensor from the exported one without the checkpoint, even
+where the file's hash was recomputed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Literal, Protocol
 
 import ml_dtypes
 import numpy as np
 
+from dmtd_export.bundle.quantise import NOTHING, Quantisation
 from dmtd_export.errors import ExportError
 from dmtd_export.graphs.layers import COS, SIN
+from dmtd_models.checkpoints.blocks import BlockWeight
 from dmtd_models.config.model import ModelConfig
 from dmtd_models.reference.rope import rotary_tables
+from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import PAGE_BYTES as PAGE_BYTES
-from dmtd_runtime.bundle.manifest import FileInfo, WeightInfo
+from dmtd_runtime.bundle.manifest import BlockFormat, FileInfo, WeightInfo
 
 Array = np.ndarray
 CHUNK_BYTES = 32 << 20  # converted at a time: bounds the anonymous memory of an export
@@ -32,6 +38,7 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "uint8": np.dtype(np.uint8),
 }
 
 
@@ -41,6 +48,16 @@ class TensorSource(Protocol):
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
     def read(self, name: str) -> Array: ...
+    def blocks(self, name: str) -> BlockWeight | None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What :func:`write_weights` wrote: the stored tensors, the weights that are in blocks, and the file."""
+
+    weights: dict[str, WeightInfo]
+    quantised: dict[str, BlockFormat]
+    file: FileInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,10 +133,14 @@ def tensor_groups(config: ModelConfig) -> Iterator[tuple[str, ...]]:
         yield ("lm_head.weight",)
 
 
-def stored_bytes(config: ModelConfig, source: TensorSource, dtype: str, rotary_rows: int) -> int:
-    """Bytes of all tensors in ``dtype``, both rotary tables of ``rotary_rows`` rows among them, alignment aside."""
-    counts = [int(np.prod(source.shape(name))) for group in tensor_groups(config) for name in group]
-    return (sum(counts) + rotary_rows * config.head_dim) * NUMPY_DTYPES[dtype].itemsize
+def stored_bytes(
+    config: ModelConfig, source: TensorSource, dtype: str, rotary_rows: int, quantisation: Quantisation = NOTHING
+) -> int:
+    """Bytes of all tensors, floats in ``dtype``, both rotary tables of ``rotary_rows`` rows among them, alignment aside."""
+    itemsize = NUMPY_DTYPES[dtype].itemsize
+    names = [name for group in tensor_groups(config) for name in group]
+    counts = [quantisation.stored_bytes(name, int(np.prod(source.shape(name))), itemsize) for name in names]
+    return sum(counts) + rotary_rows * config.head_dim * itemsize
 
 
 def write_weights(
@@ -129,28 +150,75 @@ def write_weights(
     dtype: str,
     rotary_rows: int,
     on_bytes: Callable[[int], None] | None = None,
-) -> tuple[dict[str, WeightInfo], FileInfo]:
-    """Stream all tensors of ``source`` into ``path``. ``on_bytes`` is told of every chunk, for a progress bar."""
+    quantisation: Quantisation = NOTHING,
+) -> Written:
+    """Stream all tensors of ``source`` into ``path``, those of ``quantisation`` in blocks.
+
+    ``on_bytes`` is told of every chunk, for a progress bar.
+    """
+    quantised: dict[str, BlockFormat] = {}
     with path.open("wb") as file:
-        writer = _WeightsFile(file, NUMPY_DTYPES[dtype], on_bytes)
+        writer = _WeightsFile(file, on_bytes)
         for group in tensor_groups(config):
             writer.align()
-            for name in group:
-                writer.write(name, dtype, source.read(name))
+            made = [(name, weight, _format(weight)) for name in group for weight in [quantisation.blocks(source, name)]]
+            for fmt, run in itertools.groupby(made, lambda each: each[2]):
+                if fmt is None:
+                    for name, _, _ in run:
+                        writer.write(name, dtype, source.read(name))
+                    continue
+                in_blocks = {name: weight for name, weight, _ in run if weight is not None}
+                _write_blocks(writer, in_blocks)
+                quantised |= dict.fromkeys(in_blocks, fmt)
         for name, table in zip((COS, SIN), rotary_tables(config.rope, config.head_dim, rotary_rows), strict=True):
             writer.align()
             writer.write(name, dtype, table)
         file.flush()
-        return writer.infos, FileInfo(bytes=writer.offset, sha256=writer.digest.hexdigest())
+        written = FileInfo(bytes=writer.offset, sha256=writer.digest.hexdigest())
+        return Written(weights=writer.infos, quantised=quantised, file=written)
+
+
+def _format(weight: BlockWeight | None) -> BlockFormat | None:
+    if weight is None:
+        return None
+    minimums = weight.minimums is not None
+    levels = weight.levels if minimums else 1 << weight.bits
+    bits: Literal[4, 8] = 4 if weight.bits == 4 else 8
+    return BlockFormat(bits=bits, block=weight.block, minimums=minimums, levels=levels, source=weight.source)
+
+
+def _write_blocks(writer: _WeightsFile, weights: Mapping[str, BlockWeight]) -> None:
+    """The codes of some weights of one format, then their scales, then their minimums: each kind is read as one matrix."""
+    for name, weight in weights.items():
+        writer.write(contract.block_part(name, contract.CODES), "uint8", packed_codes(weight))
+    scales = {name: weight.scales for name, weight in weights.items()}
+    minimums = {name: weight.minimums for name, weight in weights.items() if weight.minimums is not None}
+    for kind, arrays in ((contract.SCALES, scales), (contract.MINIMUMS, minimums)):
+        narrow = all(_fits_half(array) for array in arrays.values())
+        for name, array in arrays.items():
+            writer.write(contract.block_part(name, kind), "float16" if narrow else "float32", array)
+
+
+def packed_codes(weight: BlockWeight) -> Array:
+    """Codes about the container's middle, uint8 [out, blocks, bytes of a block]; of 4 bits the even ones in the lower halves."""
+    codes, _ = weight.centred()
+    if weight.bits == 4:
+        codes = codes[:, 0::2] | codes[:, 1::2] << np.uint8(4)
+    return codes.reshape(*weight.blocks_shape, -1)
+
+
+def _fits_half(array: Array) -> bool:
+    """Whether half precision holds every value as it is."""
+    with np.errstate(over="ignore"):
+        return bool((array.astype(np.float16).astype(np.float32) == array).all())
 
 
 class _WeightsFile:
-    def __init__(self, file: BinaryIO, dtype: np.dtype, on_bytes: Callable[[int], None] | None) -> None:
+    def __init__(self, file: BinaryIO, on_bytes: Callable[[int], None] | None) -> None:
         self.infos: dict[str, WeightInfo] = {}
         self.offset = 0
         self.digest = hashlib.sha256()
         self._file = file
-        self._dtype = dtype
         self._on_bytes = on_bytes
 
     def align(self) -> None:
@@ -160,7 +228,7 @@ class _WeightsFile:
         start, fingerprint = self.offset, Fingerprinter()
         for rows in row_chunks(tensor):
             with np.errstate(over="ignore"):  # an overflow shows in the norm
-                chunk = np.ascontiguousarray(rows.astype(self._dtype, copy=False))
+                chunk = np.ascontiguousarray(rows.astype(NUMPY_DTYPES[dtype], copy=False))
             fingerprint.add(chunk)
             self._put(chunk.view(np.uint8).reshape(-1).data)
             if self._on_bytes:

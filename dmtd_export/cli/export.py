@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dmtd_export.cli.options.export import ExportGroup, SplitGroup
+from dmtd_export.cli.options.export import ExportGroup, SplitGroup, WeightsGroup
 from dmtd_export.cli.progress import StageDisplay
-from dmtd_export.options import ExportOptions
+from dmtd_export.options import ExportOptions, WeightOptions
 from dmtd_models.config.model import SplitOptions
-from dmtd_runtime.bundle.speed_bound import split_bytes
+from dmtd_runtime.bundle.speed_bound import split_bytes, weight_formats
 from dmtd_runtime.cli.common import JsonOption, human_bytes, logs_to_stderr, pick, require
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def export(
         ),
     ] = None,
     split: SplitGroup = SplitOptions(),
+    formats: WeightsGroup = WeightOptions(),
     options: ExportGroup = ExportOptions(),
     json: JsonOption = False,
 ) -> None:
@@ -67,7 +68,7 @@ def export(
         manifest = export_bundle(
             source,
             output,
-            replace(options, split=split),
+            replace(options, split=split, formats=formats),
             adapter=adapter,
             progress=display.counted,
             verify=hook,
@@ -93,6 +94,7 @@ def _summary(output: Path, manifest: Manifest) -> dict[str, Any]:
         "dtype": manifest.model.dtype,
         "max_model_len": manifest.model.max_model_len,
         "weight_bytes": split_bytes(manifest).stored,
+        "weight_formats": weight_formats(manifest),
         "files": {name: info.bytes for name, info in manifest.files.items()},
         "verification": dict(manifest.verification),
     }
@@ -114,6 +116,9 @@ def _table(output: Path, manifest: Manifest) -> Table:
         f"origin {cycle.cycle_origin}, prompt input {cycle.prompt_input}",
     )
     row("model", f"{model.family}, {model.dtype}, up to {model.max_model_len} tokens")
+    if manifest.quantised:
+        for group, formats in weight_formats(manifest).items():
+            row("", f"{group.replace('_', ' ')}: {formats}")
     if not cycle.dmtd_trained:
         row("", "not trained for DMTD: speed is real, words of the late steps are not", "yellow")
     size = sum(info.bytes for info in manifest.files.values())

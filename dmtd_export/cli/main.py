@@ -20,6 +20,7 @@ import typer.main
 from dmtd_export.cli.startup import unwind_on_ctrl_c
 from dmtd_runtime.cli.common import EXIT_USAGE, friendly_errors, note
 from dmtd_runtime.cli.options.groups import takes_groups
+from dmtd_runtime.cli.places import place_of
 from dmtd_runtime.cli.process import flushed, prepare_streams, unwind_on_signals
 from dmtd_runtime.version import __version__
 
@@ -103,21 +104,26 @@ class _LazyCommand(typer.core.TyperCommand):
     def __init__(self, name: str, verb: Verb) -> None:
         super().__init__(name=name, help=verb.help, short_help=verb.help)
         self._verb = verb
+        self._flags: dict[str, str] = {}  # parameter -> the option that sets it, or where its value was written
 
     def make_context(self, info_name: Any, args: list[str], *more: Any, **kwargs: Any) -> Any:
         command, words = self.load(), list(args)  # the parser empties its list
         try:
-            return command.make_context(info_name, args, *more, **kwargs)
-        except Exception as error:  # typer's own, for an option that it does not know
+            context = command.make_context(info_name, args, *more, **kwargs)
+        except Exception as error:  # typer's own: of an option that it does not know, or of a value
             old = getattr(error, "option_name", None)
             if old not in RENAMED:
+                _name_the_place(error)
                 raise
+        else:
+            places = {str(each.name): place_of(context, each) for each in command.params}
+            self._flags |= {name: place for name, place in places.items() if place}
+            return context
         note(f"error: {old}: is called {RENAMED[old]} now; write: {RENAMED[old]} {_new_value(words, str(old))}")
         raise typer.Exit(EXIT_USAGE)
 
     def load(self) -> Any:
         """The verb as a command of typer."""
-        flags: dict[str, str] = {}
         with friendly_errors(extra=self._verb.extra):
             function = getattr(importlib.import_module(self._verb.module), self._verb.function)
         single = typer.Typer(
@@ -126,11 +132,18 @@ class _LazyCommand(typer.core.TyperCommand):
             rich_markup_mode="rich",
             context_settings=_HELP_NAMES | {"auto_envvar_prefix": self._verb.environment},
         )
-        single.command(name=self.name)(guarded(takes_groups(function), flags, self._verb.extra))
+        single.command(name=self.name)(guarded(takes_groups(function), self._flags, self._verb.extra))
         command = typer.main.get_command(single)
         options = [each for each in command.params if each.param_type_name == "option"]
-        flags |= {str(each.name): max(each.opts, key=len) for each in options}
+        self._flags |= {str(each.name): max(each.opts, key=len) for each in options}
         return command
+
+
+def _name_the_place(error: Any) -> None:
+    """Let typer's error of a value name the variable or file that it comes from, in place of the option."""
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    if context is not None and parameter is not None and (place := place_of(context, parameter)):
+        error.param_hint = place
 
 
 def _new_value(words: Sequence[str], option: str) -> str:

@@ -87,11 +87,12 @@ def measure_fluency(
 ) -> FluencyResult:
     """Let both write, and the base's ``scorer`` read."""
     items = everyday_items()
-    ours, theirs = (_voice(write_answers(run, items, on_done), scorer, bootstrap) for run in (model, base))
+    ours, theirs = (voice_of(write_answers(run, items, on_done), scorer, bootstrap) for run in (model, base))
     return FluencyResult(prompts=EVERYDAY, model=ours, base=theirs)
 
 
-def _voice(answers: Sequence[Answer], scorer: Scorer, bootstrap: Bootstrap) -> Voice:
+def voice_of(answers: Sequence[Answer], scorer: Scorer, bootstrap: Bootstrap) -> Voice:
+    """What was written, as the base's ``scorer`` reads it."""
     sums = []
     for answer in answers:
         n = len(answer.prompt_ids)

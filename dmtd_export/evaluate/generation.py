@@ -6,7 +6,7 @@ The model answers under its cycles, the base in plain mode; each answer is check
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ from dmtd_export.evaluate.statistics import PairedScores
 from dmtd_models.data.items import GenerationItem
 from dmtd_runtime import LLM, SamplingParams
 from dmtd_runtime.bundle.manifest import load_manifest
+from dmtd_runtime.serving.outputs import RequestMetrics
 
 MAX_BATCH = 8
 
@@ -27,6 +28,7 @@ class GenerationRun:
 
     bundle: Path
     plain: bool
+    min_confidence: float = 0.0
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = None
 
@@ -38,6 +40,7 @@ class Answer:
     text: str
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +73,17 @@ def write_answers(
         for start in range(0, len(asked), batch):
             part = asked[start : start + batch]
             prompts = [llm.tokenizer.encode(llm.render_chat(m), add_special_tokens=False) for m, _ in part]
-            params = [SamplingParams(temperature=0, max_tokens=max_new_tokens) for _, max_new_tokens in part]
+            params = [SamplingParams(temperature=0, max_tokens=n, min_confidence=run.min_confidence) for _, n in part]
             for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
                 [written] = output.outputs
-                answers.append(Answer(text=written.text, prompt_ids=tuple(prompt), token_ids=tuple(written.token_ids)))
+                answers.append(
+                    Answer(
+                        text=written.text,
+                        prompt_ids=tuple(prompt),
+                        token_ids=tuple(written.token_ids),
+                        metrics=output.metrics,
+                    )
+                )
             on_done(len(part))
     return answers
 

@@ -61,6 +61,7 @@ class EvaluateOptions:
     resamples: int = 1000
     seed: int = 0
     fluency: bool = False  # texts on the everyday prompts
+    min_confidence: tuple[float, ...] = ()  # the dial from quality to speed at these, on the everyday prompts
     compare_conventions: bool = False
     offsets: bool = False  # texts with the first head at every place of a cycle
     harness: HarnessOptions = field(default_factory=HarnessOptions)
@@ -79,6 +80,8 @@ class EvaluateOptions:
         for name, least in lowest.items():
             if (value := getattr(self, name)) < least:
                 raise EvaluateError(f"got {value}, expected {least} or more", param=name)
+        if not all(0 <= confidence <= 1 for confidence in self.min_confidence):
+            raise EvaluateError(f"got {self.min_confidence}, expected numbers from 0 to 1", param="min_confidence")
         if self.window_len < self.context_len + 2 * MIN_SCORED:
             raise EvaluateError(
                 f"got {self.window_len}, expected {self.context_len + 2 * MIN_SCORED} or more: the context "

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from dmtd_export.evaluate.dial import DialResult
 from dmtd_export.evaluate.report import EvaluationReport, scores_of, task_estimates
 from dmtd_export.evaluate.statistics import Estimate
 
 MODEL_COLOUR, BASE_COLOUR = "#1f5fa8", "#9aa4b0"
 AGREEMENT_FILE, PERPLEXITY_FILE, RETENTION_FILE = "agreement.png", "perplexity.png", "retention.png"
+DIAL_FILE = "quality_over_speed.png"
 
 
 def write_plots(report: EvaluationReport, directory: Path) -> list[Path]:
@@ -37,7 +39,30 @@ def write_plots(report: EvaluationReport, directory: Path) -> list[Path]:
         names = [s.name + ("" if s.above_chance else "\n(plain at chance)") for s in scores]
         path = directory / RETENTION_FILE
         written.append(_bars(path, names, [("", kept)], "", "score / plain score", None, line=1.0))
+    if report.dial is not None:
+        written.append(_dial(directory / DIAL_FILE, report.dial))
     return written
+
+
+def _dial(path: Path, found: DialResult) -> Path:
+    """Fluency over measured speed, a point for each confidence, plain decoding at 1."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.0, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.subplots()
+    points = [(each.speed[0], each.nll, f"{each.min_confidence:g}") for each in found.settings]
+    points = [*points, (1.0, found.base_nll, "plain")]
+    axes.plot([x for x, _, _ in points[:-1]], [e.value for _, e, _ in points[:-1]], color=MODEL_COLOUR, marker="o")
+    axes.plot([1.0], [found.base_nll.value], color=BASE_COLOUR, marker="o", linestyle="none")
+    for x, estimate, label in points:
+        axes.annotate(label, (x, estimate.value), textcoords="offset points", xytext=(5, 5))
+    axes.set_xlabel("speed over plain decoding, one sequence")
+    axes.set_ylabel("nats a token under plain")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    return path
 
 
 def _bars(

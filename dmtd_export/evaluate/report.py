@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dmtd_export.evaluate.conventions import ConventionResult
+from dmtd_export.evaluate.dial import DialResult, DialSetting
 from dmtd_export.evaluate.fluency import FluencyResult, Voice
 from dmtd_export.evaluate.generation import GenerationResult
 from dmtd_export.evaluate.lm_eval_run import HarnessResult
@@ -40,6 +41,7 @@ class EvaluationReport:
     runs: Mapping[str, RunLengths]  # by kind of prefix
     tasks: tuple[TaskResult, ...]
     fluency: FluencyResult | None
+    dial: DialResult | None
     retention: Retention | None
     conventions: ConventionResult | None
     offsets: OffsetResult | None
@@ -74,6 +76,7 @@ class EvaluationReport:
             "retention": kept and _retention(kept),
             "tasks": {name: self._task(task) for name, task in tasks.items()},
             "fluency": self.fluency and _fluency(self.fluency),
+            "dial": self.dial and _dial(self.dial),
             "conventions": self.conventions
             and {
                 "best": " + ".join(self.conventions.best),
@@ -195,6 +198,17 @@ def _fluency(found: FluencyResult) -> dict[str, Any]:
         return {"nll": voice.nll.value, "distinct_3grams": voice.distinct_3grams, "texts": list(voice.texts)}
 
     return {"prompts": list(found.prompts), "model": of(found.model), "plain": of(found.base)}
+
+
+def _dial(found: DialResult) -> dict[str, Any]:
+    def of(setting: DialSetting) -> dict[str, Any]:
+        kinds = {name: getattr(setting, name) for name in setting.__slots__}
+        made = {name: value.value if isinstance(value, Estimate) else value for name, value in kinds.items()}
+        intervals = {name: value.interval() for name, value in kinds.items() if isinstance(value, Estimate)}
+        return {**made, "ci95": intervals}
+
+    plain = {"nll": found.base_nll.value, "ci95": {"nll": found.base_nll.interval()}}
+    return {"prompts": found.prompts, "settings": [of(setting) for setting in found.settings], "plain": plain}
 
 
 def _retention(kept: Retention) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import cast
 
 from dmtd_export.evaluate import generation, multiple_choice
 from dmtd_export.evaluate.conventions import ConventionResult, measure_conventions
+from dmtd_export.evaluate.dial import DialResult, measure_dial
 from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.fluency import FluencyResult, everyday_items, measure_fluency
 from dmtd_export.evaluate.generation import GenerationResult, GenerationRun
@@ -60,11 +61,14 @@ def evaluate(
         offsets = run.offsets(windows)
         text, runs = run.text(windows), run.run_lengths(windows, tasks)
         measured: list[TaskResult] = [run.task(items) for items in tasks]
-        fluency = run.fluency()
+        fluency, dial = run.fluency(), run.dial()
         harness, unscored = run.harness()
         measured += harness
         generated = (
-            fluency is not None or bool(harness) or any(isinstance(result, GenerationResult) for result in measured)
+            fluency is not None
+            or dial is not None
+            or bool(harness)
+            or any(isinstance(result, GenerationResult) for result in measured)
         )
     bootstrap = run.bootstrap
     return EvaluationReport(
@@ -79,6 +83,7 @@ def evaluate(
         runs=runs,
         tasks=tuple(measured),
         fluency=fluency,
+        dial=dial,
         retention=retention([scores_of(result) for result in measured], bootstrap) if measured else None,
         conventions=conventions,
         offsets=offsets,
@@ -93,8 +98,10 @@ def evaluate(
 
 
 def _check_sources(options: EvaluateOptions) -> None:
-    if not (options.texts or options.tasks or options.harness.lm_eval or options.fluency):
-        raise EvaluateError("nothing to evaluate on: give --text FILE, --task FILE, --fluency or --lm-eval TASKS")
+    if not (options.texts or options.tasks or options.harness.lm_eval or options.fluency or options.min_confidence):
+        raise EvaluateError(
+            "nothing to evaluate on: give --text FILE, --task FILE, --fluency, --min-confidence or --lm-eval TASKS"
+        )
     for kind, names in (("texts", options.texts), ("tasks", options.tasks)):
         stems = [Path(name).stem for name in names]
         for name, stem in zip(names, stems, strict=True):
@@ -281,6 +288,20 @@ class _Run:
             self.base.scorer,
             self.bootstrap,
             self._counter("fluency", 2 * len(everyday_items())),
+        )
+
+    def dial(self) -> DialResult | None:
+        """Quality and speed by confidence, if asked for."""
+        wanted = self.options.min_confidence
+        if not wanted:
+            return None
+        return measure_dial(
+            self._generation(self.subject, plain=False),
+            self._generation(self.base, plain=True),
+            self.base.scorer,
+            wanted,
+            self.bootstrap,
+            self._counter("dial", (1 + len({0.0, *wanted})) * len(everyday_items())),
         )
 
     def _generation(self, subject: Subject, *, plain: bool) -> GenerationRun:

@@ -21,7 +21,7 @@ def render(report: EvaluationReport) -> RenderableType:
     parts: list[RenderableType] = [_head(report)]
     parts += [
         part
-        for shown in (_conventions, _text, _offsets, _runs, _tasks, _fluency)
+        for shown in (_conventions, _text, _offsets, _runs, _tasks, _fluency, _dial)
         if (part := shown(report)) is not None
     ]
     parts += [Text(f"note: {note}", style="yellow") for note in report.notes]
@@ -168,6 +168,36 @@ def _fluency(report: EvaluationReport) -> Table | None:
     table = _grid("\nfluency on everyday prompts", ("written by", "nats a token under plain", "", "distinct 3-grams"))
     for name, voice in (("model", found.model), ("plain", found.base)):
         table.add_row(name, number(voice.nll.value), _range(voice.nll), percent(voice.distinct_3grams))
+    return table
+
+
+def _dial(report: EvaluationReport) -> Table | None:
+    found = report.dial
+    if found is None:
+        return None
+    columns = ("confidence", "ratio", "agreement", "heads / late", "same", "nats", "tokens/full", "dropped", "speed")
+    table = _grid("\nthe dial: quality and speed by --min-confidence", columns)
+    for each in found.settings:
+        late = [name for name in each.agreement_by_phase if name != "0"]
+        share = sum(each.share_by_phase[name] for name in late)
+        sure = (
+            sum(each.agreement_by_phase[name] * each.share_by_phase[name] for name in late) / share
+            if share
+            else math.nan
+        )
+        heads = each.agreement_by_phase.get("0", math.nan)
+        table.add_row(
+            f"{each.min_confidence:g}" + ("" if each.min_confidence else ", fixed"),
+            number(each.ratio.value),
+            percent(each.agreement.value),
+            f"{percent(heads)} / {percent(sure)}",
+            number(each.matched.value),
+            number(each.nll.value),
+            number(each.tokens_per_full_pass),
+            number(each.dropped),
+            f"{each.speed[0]:.2f}",
+        )
+    table.add_row("plain", "1", "100%", "", "", number(found.base_nll.value), "1", "", "1")
     return table
 
 

@@ -45,7 +45,7 @@ def build_graph(
     spec: GraphSpec, name: GraphName, dialect: Dialect, slots: int = 1
 ) -> tuple[onnx.ModelProto, GraphInfo]:
     """Build one graph. Returns the protobuf (no weights inside) and its record for the manifest."""
-    writer = GraphWriter(name, spec.weights)
+    writer = GraphWriter(name, spec.weights, spec.quantised)
     if name in contract.CHOICE_GRAPHS:
         if name == contract.CHOOSE_TOKEN:
             write_choose_token(writer, spec.config.vocab_size)

@@ -41,7 +41,7 @@ class EngineGraph:
 
 def engine_graph(spec: GraphSpec, name: GraphName, capacity: int) -> EngineGraph:
     """Write a decoder graph for an engine, with caches of ``capacity`` rows."""
-    writer = GraphWriter(name, spec.weights)
+    writer = GraphWriter(name, spec.weights, spec.quantised)
     rows = EngineRows(writer, spec, capacity)
     write_decoder(name, rows)
     caches = [cache for info in writer.outputs if (cache := contract.cache_name(info.name))]

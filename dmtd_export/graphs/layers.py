@@ -1,8 +1,8 @@
 """The decoder layer in both dialects: what is written between two residual states.
 
 Activations are two-dimensional, ``[rows, hidden]``, everywhere but inside attention, so that every linear layer is one
-Gemm over the weight exactly as Hugging Face stores it (``[out, in]``, transB), and q, k, v (gate, up) that stand one behind
-another in the weights file are read as one matrix. A dialect supplies the norm, the residual addition and the attention.
+product over the weight as it is stored (``[out, in]``), and q, k, v (gate, up) that stand one behind another in the weights
+file are read as one matrix. A dialect supplies products (``linear``), the norm, the residual addition and the attention.
 """
 
 from __future__ import annotations
@@ -42,17 +42,13 @@ class DialectWriter(Protocol):
         """(norm(residual + delta), residual + delta)."""
         ...
 
+    def linear(self, x: str, modules: tuple[str, ...], path: str) -> str:
+        """``x`` [rows, in] times the stacked weights of ``modules``; see ``linear``."""
+        ...
+
     def attention(self, x: str, layer: int, group: Group, path: str) -> str:
         """QKV projections, norms, RoPE, KV update and attention: [rows, hidden] -> [rows, heads * head_dim]."""
         ...
-
-
-def linear(writer: GraphWriter, x: str, modules: tuple[str, ...], path: str, *, output: str | None = None) -> str:
-    """One Gemm over the stacked weights of ``modules`` (full module paths), with their biases if they have any."""
-    inputs = [x, writer.weight(*(f"{module}.weight" for module in modules))]
-    if writer.has_weight(f"{modules[0]}.bias"):
-        inputs.append(writer.weight(*(f"{module}.bias" for module in modules)))
-    return writer.op("Gemm", inputs, path, output=output, attrs={"transB": 1})
 
 
 def sum_state(writer: GraphWriter, state: State, path: str) -> str:
@@ -68,28 +64,28 @@ def decoder_layer(dialect: DialectWriter, state: State, layer: int, group: Group
     ``keep`` selects the rows that go on after attention: in the last layer of a group the others are there for their
     keys and values alone, and need neither its output projection nor its MLP.
     """
-    writer = dialect.writer
     module, path = f"model.layers.{layer}", f"/model/layers.{layer}"
     x, residual = dialect.add_norm(state, f"{module}.input_layernorm.weight", f"{path}/input_layernorm")
     attended = dialect.attention(x, layer, group, f"{path}/self_attn")
     if keep:
         attended, residual = keep(attended, f"{path}/keep/attended"), keep(residual, f"{path}/keep/residual")
-    attended = linear(writer, attended, (f"{module}.self_attn.o_proj",), f"{path}/self_attn/o_proj")
+    attended = dialect.linear(attended, (f"{module}.self_attn.o_proj",), f"{path}/self_attn/o_proj")
     x, residual = dialect.add_norm(
         State(residual=residual, delta=attended),
         f"{module}.post_attention_layernorm.weight",
         f"{path}/post_attention_layernorm",
     )
-    return State(residual=residual, delta=mlp(writer, x, module, path))
+    return State(residual=residual, delta=mlp(dialect, x, module, path))
 
 
-def mlp(writer: GraphWriter, x: str, module: str, path: str) -> str:
+def mlp(dialect: DialectWriter, x: str, module: str, path: str) -> str:
     """down(silu(gate(x)) * up(x)), gate and up read as one matrix."""
-    both = linear(writer, x, (f"{module}.mlp.gate_proj", f"{module}.mlp.up_proj"), f"{path}/mlp/gate_up_proj")
+    writer = dialect.writer
+    both = dialect.linear(x, (f"{module}.mlp.gate_proj", f"{module}.mlp.up_proj"), f"{path}/mlp/gate_up_proj")
     gate, up = writer.node("Split", [both], f"{path}/mlp", outputs=2, attrs={"axis": 1, "num_outputs": 2})
     activated = writer.op("Mul", [gate, writer.op("Sigmoid", [gate], f"{path}/mlp/act_fn")], f"{path}/mlp/act_fn")
     product = writer.op("Mul", [activated, up], f"{path}/mlp")
-    return linear(writer, product, (f"{module}.mlp.down_proj",), f"{path}/mlp/down_proj")
+    return dialect.linear(product, (f"{module}.mlp.down_proj",), f"{path}/mlp/down_proj")
 
 
 def kv_dims(config: ModelConfig, batch: int | str, capacity: int | str = "capacity") -> tuple[int | str, ...]:

@@ -13,9 +13,11 @@ Positions are not an input: GroupQueryAttention derives them from the committed 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
-from dmtd_export.graphs.layers import COS, KINDS, SIN, State, kv_dims, linear, qk_norm_weights
-from dmtd_export.graphs.rows import GraphSpec, Rows
+from dmtd_export.graphs.layers import COS, KINDS, SIN, State, kv_dims, qk_norm_weights
+from dmtd_export.graphs.linear import gathered_blocks, linear, nbits_product
+from dmtd_export.graphs.rows import EMBED, TABLE, GraphSpec, Rows
 from dmtd_export.graphs.writer import GraphWriter
 from dmtd_models.config.model import ModelConfig
 from dmtd_runtime.bundle import contract
@@ -107,10 +109,13 @@ class OrtDialect:
                 self.writer.input(contract.past(layer, kind, slot), dims, self._dtype)
                 self.writer.output(contract.present(layer, kind, slot), dims, self._dtype)
 
+    def linear(self, x: str, modules: tuple[str, ...], path: str) -> str:
+        return linear(self.writer, x, modules, path, partial(nbits_product, self.writer, self._dtype))
+
     def attention(self, x: str, layer: int, group: Group, path: str) -> str:
         w, config = self.writer, self._config
         module = f"model.layers.{layer}.self_attn"
-        qkv = linear(w, x, tuple(f"{module}.{kind}_proj" for kind in "qkv"), f"{path}/qkv_proj")
+        qkv = self.linear(x, tuple(f"{module}.{kind}_proj" for kind in "qkv"), f"{path}/qkv_proj")
         qkv = self._normed_qkv(qkv, layer, path)
         if group == "thinking":
             attended = self._packed_attention(qkv, layer, path)
@@ -175,11 +180,17 @@ class OrtRows(Rows):
     """The onnxruntime dialect: packed window rows [1, window_len], late rows [batch, late_len]; row indices are flat."""
 
     def __init__(self, writer: GraphWriter, spec: GraphSpec, slots: int) -> None:
-        super().__init__(writer, spec)
         self.dialect = OrtDialect(writer, spec.config, spec.dtype, slots)
+        super().__init__(writer, spec, self.dialect)
 
     def declare_tokens(self, rows: str) -> None:
         self.writer.input(contract.INPUT_IDS, ["batch" if rows == "late_len" else 1, rows], "int64")
+
+    def embed(self) -> str:
+        path, fmt = "/model/embed_tokens", self.writer.block_format(TABLE)
+        if fmt is None:
+            return super().embed()
+        return self.flat(gathered_blocks(self.writer, self.spec.dtype, EMBED, fmt, contract.INPUT_IDS, path), path)
 
     def declare_late_rows(self) -> None:
         self.writer.input(contract.LATE_ROWS, ["batch", "late_len"], "int64")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from dmtd_export.graphs.layers import linear
+from dmtd_export.graphs.layers import DialectWriter
 from dmtd_export.graphs.writer import GraphWriter
 from dmtd_models.config.model import DmtdSpec, ModelConfig
 from dmtd_runtime.bundle import contract
-from dmtd_runtime.bundle.manifest import WeightInfo
+from dmtd_runtime.bundle.manifest import BlockFormat, WeightInfo
 
 EMBED, LM_HEAD = "model.embed_tokens", "lm_head"
 TABLE = f"{EMBED}.weight"
@@ -17,20 +17,22 @@ TABLE = f"{EMBED}.weight"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphSpec:
-    """What to build: model, split, stored dtype and the tensors of the weights file."""
+    """What to build: model, split, type of computation and caches, the tensors of the weights file and which are in blocks."""
 
     config: ModelConfig
     dmtd: DmtdSpec
     dtype: str
     weights: Mapping[str, WeightInfo]
+    quantised: Mapping[str, BlockFormat] = field(default_factory=dict)
 
 
 class Rows:
     """What both layouts share: gates, and the way of activations between [rows, hidden] and their outer shape."""
 
-    def __init__(self, writer: GraphWriter, spec: GraphSpec) -> None:
+    def __init__(self, writer: GraphWriter, spec: GraphSpec, dialect: DialectWriter) -> None:
         self.writer = writer
         self.spec = spec
+        self._products = dialect
 
     def embed(self) -> str:
         embedded = self.writer.op("Gather", [self.embedding_table(), contract.INPUT_IDS], "/model/embed_tokens")
@@ -41,7 +43,7 @@ class Rows:
 
     def lm_head(self, x: str) -> str:
         head = EMBED if self.spec.config.tie_word_embeddings else LM_HEAD
-        return linear(self.writer, x, (head,), "/lm_head")
+        return self._products.linear(x, (head,), "/lm_head")
 
     def flat(self, x: str, path: str) -> str:
         """[..., hidden] -> [rows, hidden]."""

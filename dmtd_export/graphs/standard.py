@@ -16,12 +16,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dmtd_export.graphs.layers import COS, KINDS, SIN, State, kv_dims, linear, qk_norm_weights, sum_state
+from dmtd_export.graphs.layers import COS, KINDS, SIN, State, kv_dims, qk_norm_weights, sum_state
+from dmtd_export.graphs.linear import linear
 from dmtd_export.graphs.rows import GraphSpec, Rows
 from dmtd_export.graphs.writer import ONNX_DTYPES, GraphWriter
 from dmtd_models.config.model import ModelConfig
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.contract import Group, Kind
+from dmtd_runtime.bundle.manifest import BlockFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,13 +87,21 @@ class StandardDialect:
         residual = sum_state(self.writer, state, f"{path}/residual")
         return self.norm(residual, weight, path), residual
 
+    def linear(self, x: str, modules: tuple[str, ...], path: str) -> str:
+        return linear(self.writer, x, modules, path, self._product_in_blocks)
+
+    def _product_in_blocks(
+        self, x: str, modules: tuple[str, ...], fmt: BlockFormat, path: str, output: str | None
+    ) -> str:
+        raise AssertionError(f"{path}: weights in blocks have no standard graphs, so none are asked for")
+
     def attention(self, x: str, layer: int, group: Group, path: str) -> str:
         w, config, rows = self.writer, self._config, self._groups[group]
         module = f"model.layers.{layer}.self_attn"
         norms = qk_norm_weights(w, layer)
         heads = {}
         for kind, count in (("q", config.num_heads), ("k", config.num_kv_heads), ("v", config.num_kv_heads)):
-            flat = linear(w, x, (f"{module}.{kind}_proj",), f"{path}/{kind}_proj")
+            flat = self.linear(x, (f"{module}.{kind}_proj",), f"{path}/{kind}_proj")
             split = w.op(
                 "Concat",
                 [rows.shape, w.constant([count, config.head_dim], "int64")],
@@ -141,8 +151,8 @@ class StandardRows(Rows):
     """Rectangular rows: [batch, rows] outside, [batch * rows, hidden] inside."""
 
     def __init__(self, writer: GraphWriter, spec: GraphSpec, dialect: StandardDialect | None = None) -> None:
-        super().__init__(writer, spec)
         self.dialect = dialect or StandardDialect(writer, spec.config, spec.dtype)
+        super().__init__(writer, spec, self.dialect)
 
     def declare_tokens(self, rows: str) -> None:
         for name in (contract.INPUT_IDS, contract.POSITION_IDS):

@@ -11,6 +11,7 @@ choose_token:
 | logits | [batch, num_logits, vocab] | float32 |
 | token_ids (out) | [batch, num_logits] | int64 |
 | is_finite (out) | [batch, num_logits] | bool |
+| confidence (out) | [batch, num_logits] | float32, the probability of the likeliest token |
 
 sample_token, one row a sequence:
 
@@ -27,6 +28,7 @@ sample_token, one row a sequence:
 | token_ids (out) | [batch, 1] | int64, within the vocabulary whatever the logits hold |
 | is_finite (out) | [batch, 1] | bool, False where the row holds NaN or infinity |
 | has_choice (out) | [batch, 1] | bool, False where the options leave nothing to choose from |
+| confidence (out) | [batch, 1] | float32, the probability of the likeliest token of the logits as they came in |
 | next_output_counts (out) | [batch, vocab] | float32, ``output_counts`` with the chosen token counted |
 
 Cumulative sums are float32 here and float64 in numpy: the tokens are equal unless the uniform number lies within 1e-5 of an
@@ -53,6 +55,7 @@ def write_choose_token(writer: GraphWriter, vocab_size: int) -> None:
     best = writer.op("ArgMax", [logits], "/choose_token", attrs=attrs)
     _within_vocabulary(writer, best, vocab_size, "/choose_token", token_ids)
     _write_is_finite(writer, logits, rows, "/choose_token")
+    _write_confidence(writer, logits, token_ids, rows, "/choose_token")
 
 
 def write_sample_token(writer: GraphWriter, vocab_size: int, max_candidates: int) -> None:
@@ -76,6 +79,10 @@ def write_sample_token(writer: GraphWriter, vocab_size: int, max_candidates: int
     every_id = _count_up(writer, vocab_size, f"{path}/vocabulary", "int64")
     one_more = writer.op("Equal", [every_id, token_ids], f"{path}/counts/chosen")
     one_more = writer.op("Cast", [one_more], f"{path}/counts", attrs={"to": ONNX_DTYPES["float32"]})
+    likeliest = writer.op("ArgMax", [logits], f"{path}/likeliest", attrs={"axis": -1, "keepdims": 0})
+    _write_confidence(
+        writer, logits, _within_vocabulary(writer, likeliest, vocab_size, f"{path}/likeliest"), rows, path
+    )
     next_counts = writer.output(contract.NEXT_OUTPUT_COUNTS, ["batch", vocab_size], "float32")
     writer.op("Add", [counts, one_more], f"{path}/counts", output=next_counts)
 
@@ -185,7 +192,16 @@ def _write_is_finite(w: GraphWriter, logits: str, rows: list[int | str], path: s
     w.op("Less", [num_wrong, w.constant(0.5, "float32")], f"{path}/is_finite", output=output)
 
 
-def _within_vocabulary(w: GraphWriter, ids: str, vocab_size: int, path: str, output: str) -> None:
+def _write_confidence(w: GraphWriter, logits: str, likeliest: str, rows: list[int | str], path: str) -> None:
+    """1 / sum(exp(logits - logits[likeliest])), ``likeliest`` [*rows] within the vocabulary."""
+    path, last = f"{path}/confidence", w.constant([-1], "int64")
+    largest = w.op("GatherElements", [logits, w.op("Unsqueeze", [likeliest, last], path)], path, attrs={"axis": -1})
+    weights = w.op("Exp", [w.op("Sub", [logits, largest], path)], path)
+    total = w.op("ReduceSum", [weights, last], path, attrs={"keepdims": 0})
+    w.op("Div", [w.constant(1.0, "float32"), total], path, output=w.output(contract.CONFIDENCE, rows, "float32"))
+
+
+def _within_vocabulary(w: GraphWriter, ids: str, vocab_size: int, path: str, output: str | None = None) -> str:
     """The next step looks the id up before anybody has seen it: whatever an arg-max makes of NaN, it stays in range."""
     low, high = w.constant(0, "int64"), w.constant(vocab_size - 1, "int64")
-    w.op("Min", [w.op("Max", [ids, low], f"{path}/clip"), high], f"{path}/clip", output=output)
+    return w.op("Min", [w.op("Max", [ids, low], f"{path}/clip"), high], f"{path}/clip", output=output)

@@ -14,7 +14,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from dmtd_runtime.bundle import contract
-from dmtd_runtime.bundle.manifest import TensorInfo, WeightInfo
+from dmtd_runtime.bundle.manifest import BlockFormat, TensorInfo, WeightInfo
 
 OPSET = 24
 IR_VERSION = 10
@@ -26,6 +26,7 @@ ONNX_DTYPES = {
     "bfloat16": onnx.TensorProto.BFLOAT16,
     "int64": onnx.TensorProto.INT64,
     "int32": onnx.TensorProto.INT32,
+    "uint8": onnx.TensorProto.UINT8,
     "bool": onnx.TensorProto.BOOL,
 }
 
@@ -33,11 +34,15 @@ ONNX_DTYPES = {
 class GraphWriter:
     """Collects the nodes, inputs, outputs and initializers of one graph."""
 
-    def __init__(self, name: str, weights: Mapping[str, WeightInfo]) -> None:
+    def __init__(
+        self, name: str, weights: Mapping[str, WeightInfo], quantised: Mapping[str, BlockFormat] | None = None
+    ) -> None:
         self.name = name
         self.inputs: list[TensorInfo] = []
         self.outputs: list[TensorInfo] = []
         self._weights = weights
+        self._quantised = quantised or {}
+        self._casts: dict[tuple[str, str], str] = {}
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._contrib = False
@@ -115,6 +120,23 @@ class GraphWriter:
                 proto.external_data.add(key=key, value=str(value))
             self._initializers[name] = proto
         return name
+
+    def weight_as(self, dtype: str, *names: str) -> str:
+        """As :meth:`weight`, in another type where it is not stored in that one: a Cast, written once."""
+        name = self.weight(*names)
+        if self._weights[names[0]].dtype == dtype:
+            return name
+        if (name, dtype) not in self._casts:
+            self._casts[name, dtype] = self.op("Cast", [name], f"/stored/{name}", attrs={"to": ONNX_DTYPES[dtype]})
+        return self._casts[name, dtype]
+
+    def dims(self, name: str) -> tuple[int, ...]:
+        """The dimensions of an initializer."""
+        return tuple(self._initializers[name].dims)
+
+    def block_format(self, name: str) -> BlockFormat | None:
+        """How a quantised weight is stored; None for floats."""
+        return self._quantised.get(name)
 
     @property
     def weights(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from dmtd_export.verify.margins import Array
 from dmtd_export.verify.report import Check, Divergence, Level
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import GraphInfo, Manifest
+from dmtd_runtime.sampling.confidence import confidence
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import Sampler
 
@@ -23,10 +24,11 @@ SAMPLED = (
 DRAWS = 24
 # A uniform number may lie so close to an edge between two candidates that float32 and float64 sums fall apart there.
 DRAWS_APART = 1
+CONFIDENCE_MARGIN = 1e-5
 
 
 def check_choose_token(directory: Path, manifest: Manifest, level: Level) -> list[Check]:
-    """The arg-max graph on logits with equal values, infinities and NaN; nothing where the bundle has no such graph."""
+    """The arg-max graph and its confidence on logits with equal values, infinities and NaN; nothing where the bundle has none."""
     graph = next((graph for graph in manifest.graphs if graph.name == contract.CHOOSE_TOKEN), None)
     if graph is None:
         return []
@@ -39,13 +41,15 @@ def check_choose_token(directory: Path, manifest: Manifest, level: Level) -> lis
     found: Divergence | None = None
     try:
         session = open_onnxruntime(directory / graph.file)
-        tokens, is_finite = session.run([contract.TOKEN_IDS, contract.IS_FINITE], {contract.LOGITS: logits})
+        outputs = [contract.TOKEN_IDS, contract.IS_FINITE, contract.CONFIDENCE]
+        tokens, is_finite, sure = session.run(outputs, {contract.LOGITS: logits})
         wrong: Array = np.not_equal(is_finite, finite) | (finite & np.not_equal(tokens, logits.argmax(-1)))
         if wrong.any():
             at = np.unravel_index(int(wrong.argmax()), wrong.shape)
             got = f"token {tokens[at]}, finite {is_finite[at]}"
             expected = f"token {logits[at].argmax()}, finite {finite[at]}"
             found = Divergence(graph=graph.file, dialect=graph.dialect, expected=expected, got=got, detail="arg-max")
+        found = found or _unlike(graph, sure[finite], logits[finite])
     except Exception as error:  # noqa: BLE001 - ONNX Runtime raises its own kinds
         detail = f"{graph.file}: cannot be run: {str(error).strip().splitlines()[0][:300]}"
         found = Divergence(graph=graph.file, dialect=graph.dialect, detail=detail)
@@ -59,6 +63,17 @@ def check_choose_token(directory: Path, manifest: Manifest, level: Level) -> lis
             divergence=found,
         )
     ]
+
+
+def _unlike(graph: GraphInfo, sure: Array, logits: Array) -> Divergence | None:
+    """How sure a graph is of rows of finite logits [n, vocab], against numpy's softmax of them."""
+    wanted = np.array([confidence(row) for row in logits])
+    worst = int(np.abs(sure - wanted).argmax())
+    if abs(sure[worst] - wanted[worst]) <= CONFIDENCE_MARGIN:
+        return None
+    return Divergence(
+        graph=graph.file, dialect=graph.dialect, expected=wanted[worst], got=float(sure[worst]), detail="confidence"
+    )
 
 
 def check_sample_token(directory: Path, manifest: Manifest, level: Level) -> list[Check]:
@@ -104,8 +119,10 @@ def _draw_beside(directory: Path, graph: GraphInfo, vocab_size: int) -> list[Div
         for row, sampler in enumerate(samplers):
             for name, number in {**sampler.device_numbers(), **sampler.device_step(0)}.items():
                 numbers[name][row] = number
-        outputs = [contract.TOKEN_IDS, contract.NEXT_OUTPUT_COUNTS]
-        tokens, counts = session.run(outputs, {**feeds, **numbers, contract.LOGITS: logits})
+        outputs = [contract.TOKEN_IDS, contract.NEXT_OUTPUT_COUNTS, contract.CONFIDENCE]
+        tokens, counts, sure = session.run(outputs, {**feeds, **numbers, contract.LOGITS: logits})
+        if (unlike := _unlike(graph, sure[:, 0], logits[:, 0])) is not None:
+            return [unlike] * (DRAWS_APART + 1)
         for row, sampler in enumerate(samplers):
             expected, got = sampler.choose(logits[row, 0]).token_id, int(tokens[row, 0])
             counts[row, got] -= 1

@@ -7,6 +7,8 @@ All rows agreeing, in logits and in the token they choose, is the same as free g
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dmtd_export.verify.forced import forced_logits
-from dmtd_export.verify.margins import FLOAT32, HALF_TOP1_AGREEMENT, Margin, top_two_gap, worst_difference
+from dmtd_export.verify.margins import FLOAT32, Margin, log_softmax, top_two_gap, worst_difference
 from dmtd_export.verify.report import Check, Divergence, Level
 from dmtd_runtime.backends.base import Backend, BackendOptions, FullPass
 from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
@@ -33,12 +35,17 @@ STANDARD_BATCH = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One prompt in one mode, and the tokens that follow it (empty before the baseline has run)."""
+    """One prompt in one mode, and the tokens that follow it (empty before the baseline has run).
+
+    ``heads``, where they are not those of fixed cycles; at those of ``leaves`` a late step is tried first, and taken back.
+    """
 
     prompt: tuple[int, ...]
     plain: bool
     num_new: int
     continuation: tuple[int, ...] = ()
+    heads: tuple[int, ...] | None = None
+    leaves: tuple[int, ...] = ()
 
     @property
     def sequence(self) -> tuple[int, ...]:
@@ -82,7 +89,21 @@ def make_cases(manifest: Manifest, quick: bool, seed: int = 0) -> list[Case]:
         prompt = tuple(rng.integers(0, manifest.model.vocab_size, length).tolist())
         cases.append(Case(prompt=prompt, plain=False, num_new=new))
     # Plain mode knows no phase, so two lengths say as much as all of them.
-    return [*cases, *(replace(case, plain=True) for case in (cases[len(cases) // 2], cases[-1]))]
+    plain = [replace(case, plain=True) for case in (cases[len(cases) // 2], cases[-1])]
+    adaptive = [leaving(case, tau, rng) for case in cases[-1 if quick else -2 :] if tau > 1]
+    return [*cases, *plain, *(adaptive if manifest.cycle.cycle_origin == "prompt" else ())]
+
+
+def leaving(case: Case, tau: int, rng: np.random.Generator) -> Case:
+    """The case with cycles of 1 to ``tau`` positions, the first one left early; heads are listed further than it goes."""
+    heads, leaves, at = [], [], len(case.prompt)
+    lengths = itertools.chain((tau - 1,), map(int, iter(lambda: rng.integers(1, tau + 1), None)))
+    while at < len(case.prompt) + case.num_new + 8 * tau:
+        heads.append(at)
+        length = next(lengths)
+        at += length
+        leaves += [at] if length < tau else []
+    return replace(case, heads=tuple(heads), leaves=tuple(leaves))
 
 
 def make_variants(manifest: Manifest, quick: bool, prepack: bool = True) -> list[Variant]:
@@ -113,12 +134,7 @@ def choose_tokens(
     """Let ``variant`` continue every case greedily. Returns the cases with their tokens, and each step's logits."""
     logits = list(run_variant(directory, manifest, variant, cases))
     chosen = [
-        Case(
-            prompt=case.prompt,
-            plain=case.plain,
-            num_new=case.num_new,
-            continuation=tuple(int(i) for i in rows.argmax(-1)),
-        )
+        replace(case, continuation=tuple(int(i) for i in rows.argmax(-1)))
         for case, rows in zip(cases, logits, strict=True)
     ]
     return chosen, logits
@@ -189,6 +205,7 @@ def forced_group(
         [case.num_new for case in cases],
         vocab_size=vocab_size,
         max_rows=max_rows,
+        leaves=[case.leaves for case in cases],
     )
 
 
@@ -207,6 +224,8 @@ class Comparison:
         self._near_ties: list[str] = []
         self._rows = 0
         self._agreed = 0
+        self._divergence_nats = 0.0  # Kullback-Leibler, expected against got
+        self._loss_nats = 0.0  # what the tokens that follow cost more than by the expected logits
         self._first: Divergence | None = None
 
     def add(self, case: Case, expected: Array, got: Array) -> None:
@@ -218,6 +237,8 @@ class Comparison:
             position = len(case.prompt) - 1 + step  # of the row that was fed
             token, best = int(row.argmax()), int(wanted.argmax())
             self._agreed += token == best
+            if self._margin.agreement is not None:
+                self._add_nats(wanted, row, case.continuation[step])
             if apart.error > self._margin.limit:
                 self._diverged(
                     case, position, apart.expected, apart.got, f"{apart.error:.3g} {self._margin.unit} in the logits"
@@ -229,12 +250,17 @@ class Comparison:
                     self._near_ties.append(
                         f"position {position}: {best} or {token}, {gap:.2g} {self._margin.unit} apart"
                     )
-                elif self._margin.ulp_bits is None:
+                elif self._margin.agreement is None:
                     self._diverged(case, position, str(best), str(token), "token")
+
+    def _add_nats(self, expected: Array, got: Array, token: int) -> None:
+        wanted, found = log_softmax(expected), log_softmax(got)
+        self._divergence_nats += float((np.exp(wanted) * (wanted - found)).sum())
+        self._loss_nats += float(wanted[token] - found[token])
 
     def _diverged(self, case: Case, position: int, expected: float | str, got: float | str, what: str) -> None:
         if self._first is None:
-            mode = "plain" if case.plain else "dmtd"
+            mode = "plain" if case.plain else "adaptive" if case.leaves else "dmtd"
             how = f"{self._variant.full_pass}, batch {self._variant.batch}"
             detail = f"{what}; {mode} mode, prompt of {len(case.prompt)}, {how}"
             self._first = Divergence(
@@ -247,23 +273,24 @@ class Comparison:
             )
 
     def check(self, name: str, level: Level) -> Check:
-        if (
-            self._margin.ulp_bits is not None
-            and self._first is None
-            and self._agreed < HALF_TOP1_AGREEMENT * self._rows
-        ):
+        least, rows = self._margin.agreement, max(1, self._rows)
+        if least is not None and self._first is None and self._agreed < least * self._rows:
             self._first = Divergence(
                 graph="whole cycles",
                 dialect=self._variant.dialect,
-                expected=HALF_TOP1_AGREEMENT,
-                got=self._agreed / max(1, self._rows),
+                expected=least,
+                got=self._agreed / rows,
                 detail="top-1 agreement with float32",
             )
         detail = "" if self._first is None else str(self._first)
         if self._near_ties and not detail:
             detail = f"near-ties: {'; '.join(self._near_ties[:3])}"
-        if self._margin.ulp_bits is not None:
-            detail = f"top-1 agreement {self._agreed}/{self._rows}" + (f"; {detail}" if detail else "")
+        if least is not None:
+            shown = (
+                f"top-1 agreement {self._agreed}/{self._rows}, KL {self._divergence_nats / rows:.1e}, "
+                f"perplexity x{math.exp(self._loss_nats / rows):.4f}"
+            )
+            detail = shown + (f"; {detail}" if detail else "")
         return Check(
             name=name,
             level=level,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,20 @@ class ForcedSampler(Sampler):
         return Choice(token_id=token)
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class LeavingRun(SequenceRun):
+    """Takes its late steps back at the positions of ``leaves``, however sure they are."""
+
+    leaves: Collection[int] = ()
+
+    @property
+    def looks(self) -> bool:
+        return bool(self.leaves)
+
+    def drops(self, confidence: float) -> bool:
+        return len(self.ids) - 1 in self.leaves
+
+
 def forced_logits(
     backend: Backend,
     plan: CyclePlan,
@@ -50,6 +65,7 @@ def forced_logits(
     *,
     vocab_size: int,
     max_rows: int,
+    leaves: Sequence[Collection[int]] = (),
 ) -> list[Array]:
     """Logits [num_new, vocab] of some sequences, run as one batch.
 
@@ -61,17 +77,20 @@ def forced_logits(
         num_new: rows of logits of each.
         vocab_size: width of a row.
         max_rows: of a prompt's chunk.
+        leaves: positions of each at which it leaves its cycle, and takes a late step back; none by default.
 
     Raises:
         BackendError: the backend failed.
     """
     samplers, sequences, told = [], [], list[TokenEvent]()
-    for prompt, tokens, count in zip(prompts, continuations, num_new, strict=True):
+    leaves = leaves or [()] * len(prompts)
+    for prompt, tokens, count, left in zip(prompts, continuations, num_new, leaves, strict=True):
         params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=count)
         samplers.append(ForcedSampler(tokens, params=params, vocab_size=vocab_size))
-        sequences.append(
-            SequenceRun(ids=list(prompt), sampler=samplers[-1], stops=StopRules(params), on_event=told.append)
+        run = LeavingRun(
+            ids=list(prompt), sampler=samplers[-1], stops=StopRules(params), on_event=told.append, leaves=left
         )
+        sequences.append(run)
     run_batch(backend, plan, sequences, max_rows=max_rows)
     for event in told:
         if event.error is not None:

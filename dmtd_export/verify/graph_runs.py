@@ -34,12 +34,15 @@ class Session(Protocol):
 OpenSession = Callable[[Path], Session]
 
 
-def open_onnxruntime(path: Path) -> Session:
-    """A session of ONNX Runtime on the CPU that reads its weights from the mapped file."""
+def open_onnxruntime(path: Path, *, prepack: bool = False) -> Session:
+    """A session of ONNX Runtime on the CPU that reads its weights from the mapped file.
+
+    ``prepack``: weights are copied into the kernels' own layout, without which products over blocks take another, slow way.
+    """
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     mapped = {}
     if path_problem(path):

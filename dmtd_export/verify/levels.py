@@ -58,13 +58,18 @@ def scratch_directory(directory: Path) -> Path:
 
 
 def float32_bytes(manifest: Manifest) -> int:
-    """Bytes of the stored weights as float32."""
-    return sum(int(np.prod(info.shape)) * 4 for info in manifest.weights.values())
+    """Bytes of the weights that graphs are run over: floats as float32, quantised ones as they stand."""
+    in_blocks = {part for name in manifest.quantised for part in manifest.parts_of(name)}
+    return sum(
+        info.length if name in in_blocks else int(np.prod(info.shape)) * 4 for name, info in manifest.weights.items()
+    )
 
 
 def least_bytes(manifest: Manifest) -> int:
     """Memory without which no graph is run: the largest weight, as float64 and twice as float32, and logits."""
-    largest = max(int(np.prod(info.shape)) * 4 for info in manifest.weights.values())
+    shapes = [info.shape for info in manifest.weights.values()]
+    shapes += [shape for name in manifest.quantised if (shape := manifest.shape_of(name))]
+    largest = max(int(np.prod(shape)) * 4 for shape in shapes)
     rows = max(LOGIT_ROWS, LOGIT_ROWS_A_CYCLE * manifest.cycle.cycle_length)
     return 4 * largest + rows * manifest.model.vocab_size * 8 + WORKING_BYTES
 

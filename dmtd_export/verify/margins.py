@@ -1,8 +1,8 @@
 """How close is close enough: the margins of a verification, and the one comparison that all its numeric checks use.
 
 float32: the largest difference, as a share of the largest magnitude in the expected tensor. Half precision: the same
-difference in units in the last place (ULP) of the type at that magnitude. Tokens: equal, unless the expected top two
-are closer than the margin (a near-tie, counted and shown).
+difference in units in the last place (ULP) of the type at that magnitude. Inputs rounded to int8: a share of the largest
+again. Tokens: equal, unless the expected top two are closer than the margin (a near-tie, counted and shown).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from dmtd_runtime.bundle.manifest import Manifest
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 FLOAT32_MARGIN = 2e-5  # of the largest |value|
@@ -22,16 +24,27 @@ ROTARY_ERROR_A_POSITION = 3e-7
 # root: see MEASURED in tests/export/verify/test_verify_half.py.
 HALF_ULP_AT_DEPTH_ONE = 6.0
 HALF_TOP1_AGREEMENT = 0.9
+# Products that round their inputs to int8, a scale for each block of a row, against the same weights without. A block's step
+# is 1/127 of its largest value, an error uniform within half a step is 1/440 of it at root mean square, and the largest of 32
+# is about 2.3 times their root mean square: 0.5% of a product's own size, which no width averages out because the sum's size
+# grows alike. Errors of layers add as their squares do. The factor is what logits, at their worst element, showed above that.
+INT8_PRODUCT_ERROR = 2.3 / 440
+INT8_WORST = 10.0
+INT8_TOP1_AGREEMENT = 0.9
 MANTISSA_BITS = {"float16": 10, "bfloat16": 7}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Margin:
-    """``limit`` in ``unit``; ``ulp_bits`` are the explicit mantissa bits where the unit is ULP."""
+    """``limit`` in ``unit``; ``ulp_bits`` are the explicit mantissa bits where the unit is ULP.
+
+    ``agreement``: the least share of rows that choose the same token, where roundings may change some; None: all choose it.
+    """
 
     limit: float
     unit: str
     ulp_bits: int | None = None
+    agreement: float | None = None
 
     def scale(self, largest: float) -> float:
         """What one unit is worth in a tensor whose largest magnitude is ``largest``."""
@@ -46,7 +59,20 @@ FLOAT32 = Margin(limit=FLOAT32_MARGIN, unit="of max")
 def half_margin(dtype: str, num_layers: int) -> Margin:
     """The margin of a half-precision graph of ``num_layers`` layers against the same weights in float32."""
     limit = HALF_ULP_AT_DEPTH_ONE * max(1.0, num_layers) ** 0.5
-    return Margin(limit=limit, unit=f"ULP of {dtype}", ulp_bits=MANTISSA_BITS[dtype])
+    return Margin(limit=limit, unit=f"ULP of {dtype}", ulp_bits=MANTISSA_BITS[dtype], agreement=HALF_TOP1_AGREEMENT)
+
+
+def int8_margin(num_layers: int) -> Margin:
+    """The margin of a graph of ``num_layers`` layers whose products round their inputs to int8, against one that does not."""
+    limit = INT8_WORST * INT8_PRODUCT_ERROR * max(1.0, num_layers) ** 0.5
+    return Margin(limit=limit, unit="of max", agreement=INT8_TOP1_AGREEMENT)
+
+
+def rounding_margin(manifest: Manifest) -> Margin | None:
+    """The margin of the graphs as they are; None where they round nothing, so that float32's holds."""
+    if manifest.quantised:
+        return int8_margin(manifest.model.num_layers)
+    return None if manifest.model.dtype == "float32" else half_margin(manifest.model.dtype, manifest.model.num_layers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +105,14 @@ def worst_difference(expected: Array, got: Array, margin: Margin, largest: float
         expected=float(wide[index]),
         got=float(other[index]),
     )
+
+
+def log_softmax(row: Array) -> Array:
+    """Logarithms of a row's probabilities, float64."""
+    wide = row.astype(np.float64)
+    wide -= wide.max()
+    result: Array = wide - np.log(np.exp(wide).sum())
+    return result
 
 
 def top_two_gap(row: Array) -> float:

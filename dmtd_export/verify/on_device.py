@@ -21,8 +21,9 @@ import numpy as np
 from dmtd_export.bundle.split import spec_of
 from dmtd_export.errors import ExportError
 from dmtd_export.verify.cycles import Array, Case, Comparison, Variant, forced_group, make_cases
+from dmtd_export.verify.forced import LeavingRun
 from dmtd_export.verify.levels import installed
-from dmtd_export.verify.margins import FLOAT32, HALF_TOP1_AGREEMENT, Margin, half_margin
+from dmtd_export.verify.margins import FLOAT32, Margin, rounding_margin
 from dmtd_export.verify.report import Check, VerifyReport
 from dmtd_export.verify.structure import model_config
 from dmtd_models.progress import Progress, counter, silent
@@ -36,7 +37,7 @@ from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import Sampler
 from dmtd_runtime.sampling.stops import StopRules
 from dmtd_runtime.serving.loop import run_batch
-from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
+from dmtd_runtime.serving.sequence import TokenEvent
 
 if TYPE_CHECKING:
     from dmtd_export.verify.reference import Reference
@@ -73,8 +74,8 @@ def verify_on_device(
     """
     start, manifest = time.monotonic(), open_bundle(directory)
     reference = _reference(directory, manifest)
-    dtype, layers = manifest.model.dtype, manifest.model.num_layers
-    margin = FLOAT32 if dtype == "float32" else half_margin(dtype, layers)
+    rounded = rounding_margin(manifest)
+    margin = rounded or FLOAT32
     cases = make_cases(manifest, quick)
     checks: list[Check] = []
     # The largest first: what the engines or the device do not take is then said before any work is done.
@@ -91,8 +92,9 @@ def verify_on_device(
             backend.close()
         checks = [*found, *checks]  # told from batch 1 on, where a divergence is simplest
     margins = {"float32_of_max": FLOAT32.limit}
-    if dtype != "float32":
-        margins = {"half_ulp": margin.limit, "half_top1_agreement": HALF_TOP1_AGREEMENT}
+    if rounded is not None:
+        kind = "int8_of_max" if manifest.quantised else "half_ulp"
+        margins = {kind: rounded.limit, f"{kind.partition('_')[0]}_top1_agreement": rounded.agreement or 0.0}
     return VerifyReport(
         level="oracle",
         level_note="",
@@ -151,7 +153,7 @@ class _Work:
 
     def expected(self, case: Case) -> Array:
         """The oracle's logits [new, vocab] behind the prompt and each token but the last."""
-        [rows] = self.reference.teacher_forced([case.sequence], [len(case.prompt)], [case.plain])
+        [rows] = self.reference.teacher_forced([case.sequence], [len(case.prompt)], [case.plain], [case.heads])
         return rows[len(case.prompt) - 1 :]
 
 
@@ -190,7 +192,7 @@ def _generations(work: _Work, done: Callable[[int], None]) -> Check:
             done(1)
     cycles = backend.stats.cycles - cycles
     detail = f"top-1 agreement {agreed}/{total}, {cycles} whole cycles" + (f"; {first}" if first else "")
-    ok = not first and (margin.ulp_bits is None or agreed >= HALF_TOP1_AGREEMENT * total)
+    ok = not first and agreed >= (margin.agreement or 0.0) * total
     return Check(
         name=work.named("generated"),
         level="oracle",
@@ -212,7 +214,13 @@ def _generate(backend: Backend, plan: CyclePlan, manifest: Manifest, cases: Sequ
         room = backend.max_model_len - len(case.prompt)
         params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=max(1, min(wanted, room)))
         sampler = Sampler(params, vocab_size=manifest.model.vocab_size, prompt_ids=case.prompt, seed=0)
-        run = SequenceRun(ids=list(case.prompt), sampler=sampler, stops=StopRules(params), on_event=events.append)
+        run = LeavingRun(
+            ids=list(case.prompt),
+            sampler=sampler,
+            stops=StopRules(params),
+            on_event=events.append,
+            leaves=case.leaves,
+        )
         sequences.append(run)
     run_batch(backend, plan, sequences)
     for events in told:

@@ -6,28 +6,31 @@ The only module of the package that imports torch, and it is imported only when 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from dmtd_export.bundle.weights import NUMPY_DTYPES, map_tensor
+from dmtd_export.bundle.weights import NUMPY_DTYPES
 from dmtd_export.verify.scenario import Outcome, Scenario
+from dmtd_export.verify.stored import stored_weight
 from dmtd_models.checkpoints.checkpoint import Checkpoint
 from dmtd_models.config.model import DmtdSpec, ModelConfig
 from dmtd_models.reference.dmtd import StreamedModel
 from dmtd_models.reference.layers import rotary
 from dmtd_models.reference.oracle import gates
-from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import Manifest
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Reference:
-    """The oracle over a checkpoint's weights as the bundle stores them (cast to its type), or over the bundle's own."""
+    """The oracle over a checkpoint's weights as the bundle stores them (cast to its type), or over the bundle's own.
+
+    Quantised weights are the bundle's own.
+    """
 
     def __init__(
         self, config: ModelConfig, spec: DmtdSpec, directory: Path, manifest: Manifest, checkpoint: Checkpoint | None
@@ -36,8 +39,8 @@ class Reference:
         stored = NUMPY_DTYPES[manifest.model.dtype]
 
         def read(name: str) -> Array:
-            if checkpoint is None:
-                return map_tensor(directory / contract.WEIGHTS_FILE, manifest.weights[name])
+            if checkpoint is None or name in manifest.quantised:
+                return stored_weight(directory, manifest, name)
             return checkpoint.read(name).astype(stored, copy=False)
 
         # float64, so that the error shown is the graph's own and not the reference's as well
@@ -57,15 +60,20 @@ class Reference:
         return Outcome(thought=run.thought.numpy(), logits=run.logits.numpy(), caches=caches)
 
     def teacher_forced(
-        self, sequences: Sequence[Sequence[int]], prompt_lens: Sequence[int], plain: Sequence[bool]
+        self,
+        sequences: Sequence[Sequence[int]],
+        prompt_lens: Sequence[int],
+        plain: Sequence[bool],
+        heads: Sequence[Collection[int] | None],
     ) -> list[Array]:
         """Logits [n, vocab] of whole sequences under the oracle's gates, in one pass (causal: padding is harmless)."""
         n = max(map(len, sequences))
         ids = torch.zeros((len(sequences), n), dtype=torch.int64)
         both = torch.ones((2, len(sequences), n), dtype=torch.int64)
-        for row, (sequence, prompt_len, is_plain) in enumerate(zip(sequences, prompt_lens, plain, strict=True)):
+        each = zip(sequences, prompt_lens, plain, heads, strict=True)
+        for row, (sequence, prompt_len, is_plain, listed) in enumerate(each):
             ids[row, : len(sequence)] = torch.tensor(list(sequence))
-            pair = gates(self._model.spec, prompt_len=prompt_len, total_len=len(sequence), plain=is_plain)
+            pair = gates(self._model.spec, prompt_len=prompt_len, total_len=len(sequence), plain=is_plain, heads=listed)
             for gate, values in zip(both, pair, strict=True):
                 gate[row, : len(sequence)] = torch.from_numpy(values)
         run = self._model(ids, torch.arange(n)[None].expand(len(sequences), -1), both[0], both[1])

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,12 @@ from dmtd_export.bundle.atomic import work_directory
 from dmtd_export.bundle.split import spec_of
 from dmtd_export.verify import cycles
 from dmtd_export.verify.choice_checks import check_choose_token, check_sample_token
+from dmtd_export.verify.exact import exact_twin
 from dmtd_export.verify.graph_checks import check_graphs, graphs_as_expected, ordered
 from dmtd_export.verify.graph_runs import OpenSession, open_evaluator, open_onnxruntime
 from dmtd_export.verify.half import float32_twin
 from dmtd_export.verify.levels import Plan, float32_bytes, make_plan, scratch_directory
-from dmtd_export.verify.margins import FLOAT32, FLOAT32_MARGIN, HALF_TOP1_AGREEMENT, half_margin
+from dmtd_export.verify.margins import FLOAT32, FLOAT32_MARGIN, rounding_margin
 from dmtd_export.verify.report import Check, Divergence, Level, VerificationError, VerifyReport, record
 from dmtd_export.verify.scenario import Outcome, Scenario, make_scenario
 from dmtd_export.verify.structure import check_structure, model_config, steps
@@ -81,9 +83,9 @@ def verify_bundle(
     elif checkpoint is not None:
         checks += run.weights()
     margins = {"float32_of_max": FLOAT32_MARGIN}
-    if manifest.model.dtype != "float32":
-        half = half_margin(manifest.model.dtype, manifest.model.num_layers)
-        margins |= {"half_ulp": half.limit, "half_top1_agreement": HALF_TOP1_AGREEMENT}
+    if (rounded := rounding_margin(manifest)) is not None:
+        kind = "int8_of_max" if manifest.quantised else "half_ulp"
+        margins |= {kind: rounded.limit, f"{kind.partition('_')[0]}_top1_agreement": rounded.agreement or 0.0}
     return VerifyReport(
         level=reached,
         level_note=plan.note,
@@ -164,6 +166,11 @@ class _Run:
             yield f"bfloat16 graphs were run as their float32 cast {how}: the CPU has no bfloat16 kernels"
         if dtype == "float16":
             yield "float16 graphs were run as their float32 cast, and as they are (margin in ULP)"
+        if self._manifest.quantised:
+            yield (
+                "graphs over quantised weights were run without rounding a product's inputs, against float32 over the same "
+                "weights, and as they are"
+            )
 
     def numbers(self, plan: Plan) -> list[Check]:
         """Levels ``graphs`` and ``oracle``, over the bundle or its float32 twin."""
@@ -203,32 +210,40 @@ class _Run:
 
     @contextmanager
     def _float32(self) -> Iterator[tuple[Path, Manifest]]:
-        """The bundle itself, or the float32 twin of a half-precision one in a temporary directory beside it."""
-        if self._manifest.model.dtype == "float32":
+        """The bundle itself, or a twin in a temporary directory beside it: of half precision its float32 cast, of quantised
+        weights one that rounds no inputs.
+        """
+        if rounding_margin(self._manifest) is None:
             yield self._directory, self._manifest
             return
         # Beside the bundle and locked, so that the next export or verification removes what a killed one left.
         with work_directory(scratch_directory(self._directory) / self._directory.resolve().name) as target:
-            yield target, float32_twin(self._directory, self._manifest, target, self.config)
+            if self._manifest.quantised:
+                yield target, exact_twin(self._directory, self._manifest, target)
+            else:
+                yield target, float32_twin(self._directory, self._manifest, target, self.config)
 
     def _graphs(
         self, directory: Path, manifest: Manifest, scenario: Scenario, expected: Outcome, plan: Plan
     ) -> list[Check]:
-        label = "" if manifest is self._manifest else ", cast to float32,"
+        label, open_exact = "" if manifest is self._manifest else ", cast to float32,", open_onnxruntime
+        if manifest.quantised:
+            label, open_exact = ", inputs not rounded,", partial(open_onnxruntime, prepack=True)
         as_is, label_as_is, open_session = self._as_is()
         with self._counting("graphs", len(ordered(manifest)) + len(ordered(as_is))) as done:
-            checks = check_graphs(directory, manifest, scenario, expected, plan.level, label=label, on_done=done)
+            checks = check_graphs(directory, manifest, scenario, expected, plan.level, FLOAT32, label, done, open_exact)
             checks += check_choose_token(directory, manifest, plan.level)
             checks += check_sample_token(directory, manifest, plan.level)
-            if ordered(as_is):
-                half = half_margin(as_is.model.dtype, as_is.model.num_layers)
+            if (rounded := rounding_margin(as_is)) is not None:
                 checks += check_graphs(
-                    self._directory, as_is, scenario, expected, plan.level, half, label_as_is, done, open_session
+                    self._directory, as_is, scenario, expected, plan.level, rounded, label_as_is, done, open_session
                 )
         return checks
 
     def _as_is(self) -> tuple[Manifest, str, OpenSession]:
-        """The half-precision graphs that can run without a cast, and in what."""
+        """The graphs in half precision or with rounded inputs that can run as they are, and in what."""
+        if self._manifest.quantised:
+            return self._manifest, ", as it is,", partial(open_onnxruntime, prepack=True)
         if self._manifest.model.dtype == "float16":
             return self._manifest, ", as it is,", open_onnxruntime
         standard = tuple(graph for graph in ordered(self._manifest) if graph.dialect == contract.STANDARD)
@@ -240,7 +255,7 @@ class _Run:
         return self._manifest.model.dtype == "bfloat16" and float32_bytes(self._manifest) <= EVALUATOR_BYTES
 
     def _cycles(self, directory: Path, manifest: Manifest, reference: Reference | None, plan: Plan) -> list[Check]:
-        runs_as_is = self._manifest.model.dtype == "float16"
+        runs_as_is = bool(self._manifest.quantised) or self._manifest.model.dtype == "float16"
         quick = self._quick or plan.cycles == "few"
         variants = cycles.make_variants(manifest, quick, plan.prepack)
         with self._counting("cycles", len(variants) + 1 + runs_as_is) as done:
@@ -252,6 +267,7 @@ class _Run:
                     [case.sequence for case in cases],
                     [len(case.prompt) for case in cases],
                     [case.plain for case in cases],
+                    [case.heads for case in cases],
                 )
                 logits = [row[len(case.prompt) - 1 :] for row, case in zip(rows, cases, strict=True)]
                 expected = cycles.Expected(logits=logits, level="oracle")
@@ -262,10 +278,12 @@ class _Run:
                     checks.append(cycles.check_cycles(directory, manifest, variant, cases, expected, FLOAT32, given))
                 done()
             if runs_as_is:
-                half = half_margin("float16", manifest.model.num_layers)
+                rounded, what = rounding_margin(self._manifest), "int8 inputs" if manifest.quantised else "float16"
+                assert rounded is not None, "graphs that are run as they are have a margin of their own"
+                label = f", {what} as it is"
                 checks.append(
                     cycles.check_cycles(
-                        self._directory, self._manifest, variants[0], cases, expected, half, label=", float16 as it is"
+                        self._directory, self._manifest, variants[0], cases, expected, rounded, label=label
                     )
                 )
                 done()

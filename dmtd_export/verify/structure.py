@@ -130,7 +130,7 @@ def _layout(directory: Path, manifest: Manifest) -> Iterator[Divergence]:
 
 def _missing_weights(config: ModelConfig, manifest: Manifest) -> Iterator[Divergence]:
     for name, shape in tensor_shapes(config).items():
-        got = manifest.weights[name].shape if name in manifest.weights else "missing"
+        got = manifest.shape_of(name) or "missing"
         if got != shape:
             yield Divergence(
                 graph=contract.MANIFEST_FILE,
@@ -174,6 +174,7 @@ def _graphs(directory: Path, manifest: Manifest, on_done: OnDone) -> Iterator[Di
         dmtd=spec_of(manifest.cycle),
         dtype=manifest.model.dtype,
         weights=manifest.weights,
+        quantised=manifest.quantised,
     )
     for graph in manifest.graphs:
         on_done()

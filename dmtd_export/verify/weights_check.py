@@ -6,6 +6,7 @@ The fingerprints of level ``structure`` hold the file to the manifest; this hold
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from dmtd_export.bundle.weights import NUMPY_DTYPES, map_tensor, row_chunks
 from dmtd_export.graphs.layers import COS, SIN
 from dmtd_export.verify.margins import MANTISSA_BITS, ROTARY_ERROR_A_POSITION
 from dmtd_export.verify.report import Check, Divergence
+from dmtd_export.verify.stored import quantised_rows
 from dmtd_export.verify.structure import layer_of
 from dmtd_models.checkpoints.checkpoint import Checkpoint
 from dmtd_models.checkpoints.tensors import tensor_shapes
@@ -23,6 +25,8 @@ from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import Manifest
 
 Array = np.ndarray[Any, np.dtype[Any]]
+HALF_A_STEP = 1e-3  # of a step: the division that was rounded is itself rounded
+SMALLEST_SCALE = 2.0**-20  # smaller blocks have scales that half precision rounds to few digits, or to zero
 
 
 def check_architecture(manifest: Manifest, checkpoint: Checkpoint) -> Check:
@@ -47,7 +51,7 @@ def check_architecture(manifest: Manifest, checkpoint: Checkpoint) -> Check:
 def check_source(
     directory: Path, manifest: Manifest, checkpoint: Checkpoint, on_done: Callable[[], None] = lambda: None
 ) -> Check:
-    """Every stored tensor equals the checkpoint's, cast to the bundle's type."""
+    """Every stored tensor equals the checkpoint's, cast to the bundle's type or rounded to the nearest that its block has."""
     found = list(_unequal(directory, manifest, checkpoint, on_done))
     first = found[0] if found else None
     cases = len(tensor_shapes(checkpoint.config))
@@ -66,13 +70,17 @@ def _unequal(
 ) -> Iterator[Divergence]:
     for name, shape in tensor_shapes(checkpoint.config).items():
         on_done()
-        info = manifest.weights.get(name)
-        if info is None or info.shape != shape:
-            got = "missing" if info is None else str(info.shape)
+        if (found := manifest.shape_of(name)) != shape:
+            got = "missing" if found is None else str(found)
             yield Divergence(
                 graph=contract.WEIGHTS_FILE, layer=layer_of(name), got=got, expected=str(shape), detail=name
             )
             continue
+        if name in manifest.quantised:
+            exact = checkpoint.block_source(name) == manifest.quantised[name].source
+            yield from itertools.islice(_unlike(directory, manifest, name, checkpoint.read(name), exact=exact), 1)
+            continue
+        info = manifest.weights[name]
         stored, source = map_tensor(directory / contract.WEIGHTS_FILE, info), checkpoint.read(name)
         for mine, theirs in zip(row_chunks(stored), row_chunks(source), strict=True):
             cast = theirs.astype(NUMPY_DTYPES[info.dtype], copy=False)
@@ -87,6 +95,30 @@ def _unequal(
                     detail=f"{name} is not the checkpoint's tensor",
                 )
                 break
+
+
+def _unlike(directory: Path, manifest: Manifest, name: str, source: Array, *, exact: bool) -> Iterator[Divergence]:
+    """Quantised values that are not the nearest to the source's which their block has; ``exact``: not the source's own."""
+    first, fmt, how = 0, manifest.quantised[name], "in" if exact else "rounded to"
+    for values, codes, scales in quantised_rows(directory, manifest, name):
+        wanted = np.asarray(source[first : first + len(values)], dtype=np.float32)
+        apart = wanted - values
+        outside = ((codes == 0) & (apart * scales < 0)) | ((codes == 2**fmt.bits - 1) & (apart * scales > 0))
+        wrong = (
+            apart != 0
+            if exact
+            else ~((np.abs(apart) <= (0.5 + HALF_A_STEP) * np.abs(scales) + SMALLEST_SCALE) | outside)
+        )
+        if wrong.any():
+            row, column = (int(i) for i in np.unravel_index(int(wrong.argmax()), wrong.shape))
+            yield Divergence(
+                graph=contract.WEIGHTS_FILE,
+                layer=layer_of(name),
+                expected=float(wanted[row, column]),
+                got=float(values[row, column]),
+                detail=f"{name}[{first + row}, {column}] is not the checkpoint's value {how} {fmt.name}",
+            )
+        first += len(values)
 
 
 def check_rotary(directory: Path, manifest: Manifest, expected: tuple[Array, Array]) -> Check:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from runtime_support import CONVENTIONS
 
 from dmtd_models.config.model import DmtdSpec
@@ -151,6 +154,105 @@ def test_conventions_without_defined_gates_are_refused(convention: tuple[str, st
         BundleError, match=f"cycle_origin {convention[0]} with prompt_input {convention[1]} is undefined"
     ):
         plan_of(4, convention)
+
+
+PROMPT_ORIGINS = [convention for convention in CONVENTIONS if convention[0] == "prompt"]
+
+
+@settings(max_examples=200)
+@given(
+    tau=st.integers(1, 6),
+    convention=st.sampled_from(PROMPT_ORIGINS),
+    prompt_len=st.integers(1, 20),
+    given_reply=st.integers(0, 9),
+    leaving=st.lists(st.sampled_from((None, None, "keep", "take back")), max_size=40),
+)
+def test_any_heads_with_lawful_gaps_have_the_oracles_gates(
+    tau: int, convention: tuple[str, str], prompt_len: int, given_reply: int, leaving: list[str | None]
+) -> None:
+    """Cycles are left after any step, and late steps taken back: rows are written again from there, and T never twice."""
+    plan, at = plan_of(tau, convention), Position(prompt_len=prompt_len, given_len=prompt_len + given_reply)
+    gates: list[tuple[bool, bool]] = []
+    heads = list(range(prompt_len, prompt_len + given_reply, tau))
+    for leave in [None, *leaving]:
+        step = plan.next_step(at, 256)
+        assert step.late.start == at.fed == len(gates)
+        assert not step.window or step.window == range(at.thought, step.late.stop)
+        assert len(step.window) <= tau or step.kind == "prefill"
+        at.commit(step)
+        gates += zip(step.gate_hidden, step.gate_thought, strict=True)
+        if step.kind == "full":
+            heads.append(step.late.start)
+        if leave == "take back" and step.kind == "late":
+            at.leave_cycle([step])
+            gates.pop()
+        elif leave is not None and step.kind != "prefill":
+            at.leave_cycle()
+        if leave is not None and step.kind != "prefill":
+            assert plan.at_head(at)
+            assert plan.next_step(at, 1).window == range(at.thought, at.fed + 1)
+        assert at.fed - at.thought <= tau - 1
+    hidden, thought = oracle.gates(
+        spec_of(tau, convention),
+        prompt_len=prompt_len,
+        total_len=len(gates),
+        heads=heads if len(gates) > prompt_len else (),
+    )
+    assert [(bool(h), bool(t)) for h, t in zip(hidden, thought, strict=True)] == gates
+    whole = replace(at)
+    while not plan.at_head(whole):
+        whole.commit(plan.next_step(whole, 1))
+    assert [step.kind for step in plan.cycle_steps(whole)] == ["full"] + ["late"] * (tau - 1)
+
+
+def test_leaving_cycles_by_hand() -> None:
+    """Cycle length 4, a prompt of 6: the late step at 8 is taken back, the one at 10 kept and the cycle left behind it."""
+    plan, at = plan_of(4, ("prompt", "thinking")), Position(prompt_len=6)
+    shown = []
+    for leave in ("", "", "", "take back", "", "", "keep", "", ""):
+        step = plan.next_step(at, 256)
+        shown.append((step.kind, list(step.window), step.late[-1]))
+        at.commit(step)
+        if leave:
+            at.leave_cycle([step] if leave == "take back" else ())
+    assert shown == [
+        ("prefill", [0, 1, 2, 3, 4, 5], 5),
+        ("full", [6], 6),
+        ("late", [], 7),
+        ("late", [], 8),
+        ("full", [7, 8], 8),
+        ("late", [], 9),
+        ("late", [], 10),
+        ("full", [9, 10, 11], 11),
+        ("late", [], 12),
+    ]
+
+
+def test_a_cycle_is_left_with_the_one_that_was_launched_behind_it() -> None:
+    plan, at = plan_of(4, ("prompt", "thinking")), Position(prompt_len=6)
+    at.commit(plan.next_step(at, 256))
+    cycles = []
+    for _ in range(3):
+        cycles.append(plan.cycle_steps(at))
+        for step in cycles[-1]:
+            at.commit(step)
+    at.leave_cycle([*cycles[1][2:], *cycles[2]])  # heads at 6 and 10, doubt at 12
+    assert (at.fed, at.thought) == (12, 11)
+    assert [(s.kind, list(s.window), s.late[0]) for s in plan.cycle_steps(at)] == [
+        ("full", [11, 12], 12),
+        *(("late", [], row) for row in (13, 14, 15)),
+    ]
+
+
+def test_what_may_not_be_left_or_taken_back() -> None:
+    assert not plan_of(4, ("absolute", "cyclical")).may_leave
+    plan, at = plan_of(4, ("prompt", "sum")), Position(prompt_len=3)
+    with pytest.raises(AssertionError, match="in no cycle"):
+        at.leave_cycle()
+    for _ in range(2):  # the prompt, a head
+        at.commit(step := plan.next_step(at, 256))
+        with pytest.raises(AssertionError, match="left at a late step"):
+            at.leave_cycle([step])
 
 
 def test_a_step_out_of_order_is_refused() -> None:

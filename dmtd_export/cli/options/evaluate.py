@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.options import EvaluateOptions, HarnessOptions, OpenOptions
-from dmtd_runtime.cli.options.groups import Group, option
+from dmtd_runtime.cli.options.groups import Group, option, threads_option
 
 _WHAT, _HOW, _HARNESS = "What is measured", "How much, and where", "Tasks of lm-eval"
 
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _confidences(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(number) for number in text.replace(",", " ").split())
+    except ValueError:
+        raise EvaluateError(f"got {text[:60]!r}, expected numbers such as 0,0.3,0.5", param="min_confidence") from None
 
 
 EvaluateGroup = Annotated[
@@ -29,6 +37,10 @@ EvaluateGroup = Annotated[
                 "--fluency",
                 panel=_WHAT,
             ),
+            "min_confidence": option(
+                "The dial from quality to speed on the same prompts: confidences with commas between, such as 0,0.3,0.5,0.7.",
+                panel=_WHAT,
+            ),
             "compare_conventions": option(
                 "Measure --text under every legal convention, and name the best. For checkpoints.",
                 "--compare-conventions",
@@ -44,7 +56,8 @@ EvaluateGroup = Annotated[
             "prefixes": option("Beginnings that are continued, to measure run lengths. 0: none.", panel=_HOW),
             "max_run": option("Tokens at which a run length is cut off.", panel=_HOW),
             "seed": option("Seed of everything that is drawn: windows, prefixes, items, intervals.", panel=_HOW),
-        }
+        },
+        parsers={"min_confidence": _confidences},
     ),
 ]
 OpenGroup = Annotated[
@@ -56,7 +69,7 @@ OpenGroup = Annotated[
             ),
             "dtype": option("Type of a checkpoint in memory. A bundle has its own.", panel=_HOW),
             "device": option("Where to compute.", panel=_HOW),
-            "threads": option("CPU threads. By default one for each core this process may use.", panel=_HOW, min=1),
+            "threads": threads_option(_HOW),
         }
     ),
 ]

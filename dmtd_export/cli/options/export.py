@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from dmtd_export.options import MAX_NUM_SEQS_LIMIT, ExportOptions
+from dmtd_export.options import MAX_NUM_SEQS_LIMIT, ExportOptions, WeightOptions
 from dmtd_models.config.model import SplitOptions
 from dmtd_runtime.cli.options.groups import Group, option
 
@@ -36,15 +36,36 @@ SplitGroup = Annotated[
         }
     ),
 ]
+_WEIGHTS = "Formats of weights"
+WeightsGroup = Annotated[
+    WeightOptions,
+    Group(
+        {
+            "weights": option(
+                "int4, int8: rounded in blocks, with a scale each. keep: a quantised checkpoint's own blocks, the default "
+                "for one. float: in --dtype.",
+                panel=_WEIGHTS,
+            ),
+            "weights_thinking": option("The thinking layers' format, instead of --weights.", panel=_WEIGHTS),
+            "weights_late": option("That of the layers that run for every token.", panel=_WEIGHTS),
+            "weights_lm_head": option("That of lm_head; where it is tied, also the embedding's.", panel=_WEIGHTS),
+            "weights_embedding": option("That of the embedding table.", panel=_WEIGHTS),
+            "weights_block": option("Inputs that share a scale: 16, 32, 64 or 128.", panel=_WEIGHTS),
+        }
+    ),
+]
 ExportGroup = Annotated[
     ExportOptions,
     Group(
         {
             "target": option(
-                "Whose graphs the bundle holds: onnxruntime's, those that engines are built from (tensorrt), or all.",
+                "Whose graphs the bundle holds: onnxruntime's, those that engines are built from (tensorrt), or all. By "
+                "default all, with quantised weights onnxruntime.",
                 panel=_BUNDLE,
             ),
-            "dtype": option("Type of weights and caches. ONNX Runtime takes no bfloat16 on a CPU.", panel=_BUNDLE),
+            "dtype": option(
+                "Type of computation, caches and float weights. ONNX Runtime takes no bfloat16 on a CPU.", panel=_BUNDLE
+            ),
             "max_model_len": option(
                 "Tokens of prompt and answer together. By default the model's own limit.", panel=_BUNDLE
             ),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dmtd_models.finetune.options import BatchOptions, Job, LossOptions, TrainOptions
-from dmtd_runtime.cli.options.groups import Group, option
+from dmtd_runtime.cli.options.groups import Group, option, threads_option
 
 _TEXT, _LEARN, _RUN, _STORED, _RESULT = "Text", "What is learnt", "Run", "What frozen layers give", "Result"
 USUAL = Job(base=Path(), output=Path())  # the verb is given both
@@ -52,7 +52,7 @@ JobGroup = Annotated[
                 panel=_LEARN,
             ),
             "device": option("Where to train. By default cuda where there is one.", panel=_RUN),
-            "threads": option("CPU threads. By default as many as PyTorch chooses.", panel=_RUN, min=1),
+            "threads": threads_option(_RUN, "as many as PyTorch chooses"),
             "feature_dir": option(
                 "Directory of what --cache stores. By default within OUTPUT.", "--cache-dir", panel=_STORED
             ),

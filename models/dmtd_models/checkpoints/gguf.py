@@ -16,6 +16,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from dmtd_models.checkpoints.blocks import BlockWeight
+from dmtd_models.checkpoints.gguf_blocks import BLOCK_TYPES, block_weight
 from dmtd_models.checkpoints.gguf_tokenizer import TokenizerFiles, tokenizer_from_metadata
 from dmtd_models.checkpoints.tensors import EMBEDDING, FINAL_NORM, LM_HEAD, tensor_shapes
 from dmtd_models.config.gguf import config_from_metadata
@@ -26,8 +28,7 @@ from dmtd_models.errors import CheckpointError
 AnyArray = npt.NDArray[np.generic]
 
 _FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# Q5_0 and Q5_1 stand in K-quant files for rows that are no multiple of 256.
-_QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+_TYPES = (*_FLOAT_TYPES, *BLOCK_TYPES)
 _ROPE_FREQS = "rope_freqs.weight"
 _TOP_NAMES = {EMBEDDING: "token_embd.weight", FINAL_NORM: "output_norm.weight", LM_HEAD: "output.weight"}
 _LAYER_NAMES = {
@@ -88,11 +89,30 @@ class GgufCheckpoint:
 
     def read(self, name: str) -> AnyArray:
         array = _dequantised(self._tensor(name))
-        if self._config.family == "llama" and ".self_attn.q_proj." in name:
-            return _unpermuted(array, self._config.num_heads)
-        if self._config.family == "llama" and ".self_attn.k_proj." in name:
-            return _unpermuted(array, self._config.num_kv_heads)
-        return array
+        heads = self._permuted_heads(name)
+        return array if heads is None else _unpermuted(array, heads)
+
+    def block_source(self, name: str) -> str | None:
+        tensor = self._tensor(name)
+        return _type_name(tensor) if _type_name(tensor) in BLOCK_TYPES and len(tensor.shape) == 2 else None
+
+    def was_in_blocks(self, name: str) -> bool:
+        return self.block_source(name) is not None
+
+    def blocks(self, name: str) -> BlockWeight | None:
+        if (source := self.block_source(name)) is None:
+            return None
+        weight = block_weight(np.asarray(self._tensor(name).data), source)
+        heads = self._permuted_heads(name)
+        return weight if heads is None else weight.rearranged(lambda array: _unpermuted(array, heads))
+
+    def _permuted_heads(self, name: str) -> int | None:
+        """How many heads a tensor's rows are, where llama files hold them in an order of their own; None elsewhere."""
+        if self._config.family != "llama":
+            return None
+        if ".self_attn.q_proj." in name:
+            return self._config.num_heads
+        return self._config.num_kv_heads if ".self_attn.k_proj." in name else None
 
     def assets(self) -> dict[str, bytes]:
         eos = list(self._config.eos_token_ids)
@@ -176,10 +196,10 @@ def _checked(path: Path, config: ModelConfig, stored: dict[str, gguf.ReaderTenso
             raise CheckpointError(
                 f"{path}: tensor {tensor.name}: got shape {list(_shape(tensor))}, expected {list(shape)}"
             )
-        if _type_name(tensor) not in (*_FLOAT_TYPES, *_QUANTISED):
+        if _type_name(tensor) not in _TYPES:
             raise CheckpointError(
                 f"{path}: tensor {tensor.name}: got type {_type_name(tensor)}, expected one of "
-                f"{', '.join((*_FLOAT_TYPES, *_QUANTISED))}; use a file of another quantisation"
+                f"{', '.join(_TYPES)}; use a file of another quantisation"
             )
         tensors[name] = tensor
     if left:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dmtd_errors.pointers import lfs_pointer
+from dmtd_models.checkpoints.blocks import BlockWeight
 from dmtd_models.checkpoints.hf_tokenizer import complete_tokenizer
 from dmtd_models.checkpoints.protocol import ASSET_NAMES, CHAT_TEMPLATE, TOOL_USE_TEMPLATE
 from dmtd_models.checkpoints.safetensors_file import FLOAT_TYPES, StoredTensor, map_tensor
@@ -80,6 +81,17 @@ class HuggingFaceCheckpoint:
 
     def read(self, name: str) -> AnyArray:
         return map_tensor(self._tensor(name))
+
+    def block_source(self, name: str) -> str | None:
+        self._tensor(name)
+        return None
+
+    def was_in_blocks(self, name: str) -> bool:
+        return self.block_source(name) is not None
+
+    def blocks(self, name: str) -> BlockWeight | None:
+        self._tensor(name)
+        return None
 
     def assets(self) -> dict[str, bytes]:
         if self._assets is None:

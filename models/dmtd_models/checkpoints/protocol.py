@@ -1,6 +1,6 @@
 """What every opened checkpoint offers: ``Checkpoint``, the same for directories, GGUF files and adapters over either.
 
-``checkpoint.open_checkpoint`` makes one, ``hf``, ``gguf`` and ``adapters`` implement it. Nothing here opens a file.
+``checkpoint.open_checkpoint`` makes one, ``hf``, ``gguf`` and ``adapter`` implement it. Nothing here opens a file.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dmtd_models.checkpoints.blocks import BlockWeight
 from dmtd_models.config.model import DmtdSpec, ModelConfig
 
 AnyArray = npt.NDArray[np.generic]
@@ -58,6 +59,15 @@ class Checkpoint(Protocol):
 
         Nothing is kept: reading tensor by tensor holds one tensor in memory.
         """
+
+    def block_source(self, name: str) -> str | None:
+        """The format of the blocks that a matrix is stored in ("Q4_K", "gptq"); None for a float tensor."""
+
+    def blocks(self, name: str) -> BlockWeight | None:
+        """One matrix in those blocks, whose values are ``read``'s; None where ``block_source`` is."""
+
+    def was_in_blocks(self, name: str) -> bool:
+        """Whether a matrix was stored in blocks, be it that an adapter has changed it since."""
 
     def assets(self) -> dict[str, bytes]:
         """Those of ``ASSET_NAMES`` that exist, by name."""

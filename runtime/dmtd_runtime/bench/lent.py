@@ -29,7 +29,7 @@ class LentBackend:
     def start_cycle(self, slots: Sequence[SlotCycle], committed: Sequence[int], *, follows: bool = False) -> None:
         self._backend.start_cycle(slots, committed, follows=follows)
 
-    def finish_cycle(self) -> Array:
+    def finish_cycle(self) -> RunOutput:
         return self._backend.finish_cycle()
 
     def clear(self, slot: int, rows: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-from dmtd_runtime.backends.base import Array, Backend, Rows, RunOutput, SlotCycle, SlotStep
+from dmtd_runtime.backends.base import Backend, Rows, RunOutput, SlotCycle, SlotStep
 from dmtd_runtime.bench.lent import LentBackend
 from dmtd_runtime.cycle import CyclePlan, StepKind
 from dmtd_runtime.errors import DmtdError
@@ -57,10 +57,10 @@ class _StepClock(LentBackend):
         self.marks.append(("cycle", time.perf_counter(), self.stats.session_seconds))
         super().start_cycle(slots, committed, follows=follows)
 
-    def finish_cycle(self) -> Array:
-        tokens = super().finish_cycle()
+    def finish_cycle(self) -> RunOutput:
+        output = super().finish_cycle()
         self.cycle_ends.append(time.perf_counter())
-        return tokens
+        return output
 
 
 def greedy_sequence(

@@ -56,6 +56,7 @@ THOUGHT = "thought"
 LOGITS = "logits"
 TOKEN_IDS = "token_ids"
 IS_FINITE = "is_finite"
+CONFIDENCE = "confidence"
 # sample_token (dmtd_export.graphs.token_choice has the table).
 TEMPERATURE = "temperature"
 TOP_K = "top_k"
@@ -98,6 +99,11 @@ MIN_WINDOW = (
 )
 ROTARY_TABLES = ("rotary.cos", "rotary.sin")
 SCHEMA_VERSION = 2
+# A weight quantised in blocks stands in the weights file as two or three tensors in the place of one: codes uint8
+# [out, blocks, bytes of a block], scales and, where the format has them, minimums [out, blocks].
+CODES = "codes"
+SCALES = "scales"
+MINIMUMS = "minimums"
 
 
 def write_indices(group: Group) -> str:
@@ -130,6 +136,11 @@ def slot_rows(slot: int) -> str:
 def slot_len(slot: int) -> str:
     """The symbolic dimension of :func:`slot_rows`."""
     return f"slot_len.{slot}"
+
+
+def block_part(name: str, kind: str) -> str:
+    """The name of a part of a quantised weight: ``layer.q_proj.weight`` has the codes ``layer.q_proj.codes``."""
+    return f"{name.rpartition('.')[0]}.{kind}"
 
 
 def stack_name(names: Sequence[str]) -> str:

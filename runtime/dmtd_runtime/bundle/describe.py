@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -16,7 +16,7 @@ from rich.text import Text
 
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import CycleInfo, GraphInfo, Manifest, TensorInfo
-from dmtd_runtime.bundle.speed_bound import SplitBytes, split_bytes
+from dmtd_runtime.bundle.speed_bound import SplitBytes, split_bytes, weight_formats
 
 CONTEXTS = (128, 1024, 4096, 8192, 32768)
 COLOURS = {"E": "cyan", "T": "magenta", "D": "green"}
@@ -30,6 +30,7 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
         "schema": manifest.schema,
         "model": dataclasses.asdict(manifest.model),
         "cycle": dataclasses.asdict(manifest.cycle),
+        "weight_formats": weight_formats(manifest),
         "bytes": {
             "embedding": split.embedding,
             "encoding": split.encoding,
@@ -61,7 +62,7 @@ def render(manifest: Manifest, *, width: int) -> Group:
         cycle_picture(manifest.cycle),
         Text(),
         _heading("Bytes"),
-        _bytes_table(split_bytes(manifest)),
+        _bytes_table(split_bytes(manifest), weight_formats(manifest)),
         _heading("Speed-up that the bytes allow (batch 1, over the plain model)"),
         _bound_table(manifest),
         _heading("Graphs"),
@@ -161,25 +162,26 @@ def _head(manifest: Manifest) -> Table:
     return table
 
 
-def _bytes_table(split: SplitBytes) -> Table:
+def _bytes_table(split: SplitBytes, formats: Mapping[str, str]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("group")
     for name in ("bytes", "share", "read in a cycle"):
         table.add_column(name, justify="right")
+    table.add_column("matrices", overflow="fold")
     tau = f"{split.cycle_length} times"
-    rows: list[tuple[str, int, str]] = [
-        ("E encoding", split.encoding, tau),
-        ("T thinking", split.thinking, "once"),
-        ("D decoding", split.decoding, tau),
-        (f"lm_head{' (the embedding, tied)' if split.tied else ''} and norm", split.lm_head, tau),
+    rows: list[tuple[str, str, int, str]] = [
+        ("E encoding", "encoding", split.encoding, tau),
+        ("T thinking", "thinking", split.thinking, "once"),
+        ("D decoding", "decoding", split.decoding, tau),
+        (f"lm_head{' (the embedding, tied)' if split.tied else ''} and norm", "lm_head", split.lm_head, tau),
     ]
     if not split.tied:
-        rows.append(("embedding", split.embedding, "a row a token"))
-    for name, count, reads in rows:
+        rows.append(("embedding", "embedding", split.embedding, "a row a token"))
+    for name, group, count, reads in rows:
         if count:
-            table.add_row(name, _bytes(count), f"{count / split.stored:.0%}", reads)
-    table.add_row("all", _bytes(split.stored), "", "")
-    table.add_row("KV of a token", _bytes(split.kv_per_token()), "", "")
+            table.add_row(name, _bytes(count), f"{count / split.stored:.0%}", reads, formats.get(group, ""))
+    table.add_row("all", _bytes(split.stored), "", "", "")
+    table.add_row("KV of a token", _bytes(split.kv_per_token()), "", "", "")
     return table
 
 

@@ -1,222 +1,33 @@
 """The bundle's manifest: what the exporter writes and what every reader checks first. JSON, no code, no torch.
 
 Reading order of a consumer: :func:`load_manifest` (shape and schema), :meth:`Manifest.check_files` (sizes; hashes on demand).
+The records themselves stand in ``records``.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import math
-import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from collections.abc import Iterator
+from pathlib import Path
 
 from dmtd_errors.pointers import lfs_pointer
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.json_records import decode
+from dmtd_runtime.bundle.records import DTYPE_BYTES as DTYPE_BYTES
+from dmtd_runtime.bundle.records import PAGE_BYTES as PAGE_BYTES
+from dmtd_runtime.bundle.records import BlockFormat as BlockFormat
+from dmtd_runtime.bundle.records import CycleInfo as CycleInfo
+from dmtd_runtime.bundle.records import FileInfo as FileInfo
+from dmtd_runtime.bundle.records import GraphInfo as GraphInfo
+from dmtd_runtime.bundle.records import Manifest as Manifest
+from dmtd_runtime.bundle.records import ModelInfo as ModelInfo
+from dmtd_runtime.bundle.records import TensorInfo as TensorInfo
+from dmtd_runtime.bundle.records import WeightInfo as WeightInfo
+from dmtd_runtime.bundle.records import safe_relative as safe_relative
+from dmtd_runtime.bundle.records import sha256_of as sha256_of
 from dmtd_runtime.errors import BundleError
-
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
-HASH_CHUNK_BYTES = 1 << 22
-PAGE_BYTES = 4096  # what groups of weights are aligned to
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelInfo:
-    """Dimensions of the decoder. ``max_window`` is the longest window a graph accepts: KV capacity must leave room for it."""
-
-    family: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    tie_word_embeddings: bool
-    dtype: Literal["float32", "float16", "bfloat16"]
-    max_model_len: int
-    max_window: int
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CycleInfo:
-    """The split of the layers and the convention of the weights (design: E, T, D, tau)."""
-
-    encoding_layers: int
-    thinking_layers: int
-    decoding_layers: int
-    cycle_length: int
-    cycle_origin: Literal["absolute", "prompt"]
-    prompt_input: Literal["cyclical", "thinking", "sum"]
-    dmtd_trained: bool
-
-    @property
-    def encoding_range(self) -> range:
-        return range(self.encoding_layers)
-
-    @property
-    def thinking_range(self) -> range:
-        return range(self.encoding_layers, self.encoding_layers + self.thinking_layers)
-
-    @property
-    def decoding_range(self) -> range:
-        start = self.encoding_layers + self.thinking_layers
-        return range(start, start + self.decoding_layers)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorInfo:
-    """One named input or output of a graph; a symbolic dimension is a string."""
-
-    name: str
-    dims: tuple[int | str, ...]
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GraphInfo:
-    """One graph file and its full I/O contract.
-
-    ``slots``: attention nodes a packed layer has. ``weights``: its initializers in the weights file (``contract.stack_parts``).
-    """
-
-    name: contract.GraphName
-    dialect: contract.Dialect
-    file: str
-    slots: int
-    inputs: tuple[TensorInfo, ...]
-    outputs: tuple[TensorInfo, ...]
-    weights: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightInfo:
-    """Where a tensor stands in the weights file, and numbers that its values must reproduce (see dmtd_export.bundle.weights)."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    length: int
-    norm: float
-    probe: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileInfo:
-    """Size and SHA-256 of a file of the bundle."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
-    """Everything a reader must know before it opens a graph."""
-
-    schema: int
-    model: ModelInfo
-    cycle: CycleInfo
-    graphs: tuple[GraphInfo, ...]
-    weights: Mapping[str, WeightInfo]
-    files: Mapping[str, FileInfo]
-    tools: Mapping[str, str]
-    verification: Mapping[str, Any] = field(default_factory=dict)
-
-    def graph(self, name: contract.GraphName, dialect: contract.Dialect, slots: int = 1) -> GraphInfo:
-        """The graph asked for; BundleError names what the bundle has instead."""
-        for graph in self.graphs:
-            if (graph.name, graph.dialect, graph.slots) == (name, dialect, slots):
-                return graph
-        has = ", ".join(graph.file for graph in self.graphs)
-        target = "onnxruntime" if dialect == contract.ONNXRUNTIME else "tensorrt"
-        raise BundleError(
-            f"bundle has no {name} graph in the {dialect} dialect for {slots} slot(s), only {has}; "
-            f"export it with --target {target} (or all)"
-        )
-
-    @property
-    def decoder_graphs(self) -> tuple[GraphInfo, ...]:
-        """The graphs that hold layers: all but those that choose tokens."""
-        return tuple(graph for graph in self.graphs if graph.name not in contract.CHOICE_GRAPHS)
-
-    @property
-    def choice_graphs(self) -> tuple[GraphInfo, ...]:
-        """The graphs that choose tokens from logits, in whatever bundle."""
-        return tuple(graph for graph in self.graphs if graph.name in contract.CHOICE_GRAPHS)
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
-
-    @property
-    def default_dialect(self) -> contract.Dialect:
-        """ONNX Runtime's own graphs where the bundle has them."""
-        dialects = {graph.dialect for graph in self.decoder_graphs}
-        return contract.ONNXRUNTIME if contract.ONNXRUNTIME in dialects else contract.STANDARD
-
-    @property
-    def max_num_seqs(self) -> int | None:
-        """Sequences at a time that ONNX Runtime's own graphs were exported for; None where the bundle has none of them."""
-        return max(
-            (graph.slots for graph in self.decoder_graphs if graph.dialect == contract.ONNXRUNTIME), default=None
-        )
-
-    def unlisted_assets(self, directory: Path) -> list[str]:
-        """Files that a runtime would read, and that nothing vouches for."""
-        return [name for name in contract.ASSET_FILES if name not in self.files and (directory / name).exists()]
-
-    def check_files(self, directory: Path, *, hashes: bool, on_bytes: Callable[[int], None] | None = None) -> None:
-        """Raise BundleError for a file that is missing, has another size or (``hashes``) another content.
-
-        ``on_bytes`` is told how many bytes were hashed, for a progress bar.
-        """
-        for name in self.unlisted_assets(directory):
-            raise BundleError(f"{directory / name} is not in the manifest's list of files; remove it, or export again")
-        for name, info in self.files.items():
-            path = directory / safe_relative(name)
-            if not os.access(path, os.R_OK) and path.is_file():
-                raise BundleError(f"{path} cannot be read; mend its permissions")
-            if not path.is_file():
-                raise BundleError(f"{path} is missing, the manifest lists it; export the bundle again")
-            size = path.stat().st_size
-            if size != info.bytes:
-                if (pointer := lfs_pointer(path)) is not None:
-                    raise BundleError(f"{path}: {pointer}")
-                raise BundleError(
-                    f"{path} has {size} bytes, the manifest says {info.bytes}: truncated or altered; export the bundle again"
-                )
-            if hashes and (got := sha256_of(path, on_bytes)) != info.sha256:
-                raise BundleError(
-                    f"{path} has SHA-256 {got[:16]}..., the manifest says {info.sha256[:16]}...: altered; export the bundle again"
-                )
-
-
-def safe_relative(name: str) -> PurePosixPath:
-    """A path inside the bundle; BundleError for anything that could leave it."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name or "\0" in name:
-        raise BundleError(
-            f"manifest names the file {name!r}, expected a path inside the bundle; do not use this bundle"
-        )
-    return path
-
-
-def sha256_of(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """Hexadecimal SHA-256 of a file, read in chunks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
-            if on_bytes:
-                on_bytes(len(chunk))
-    return digest.hexdigest()
 
 
 def _unreachable(path: Path) -> str | None:
@@ -315,8 +126,13 @@ def _check_consistency(manifest: Manifest, path: Path) -> None:
     for graph in manifest.graphs:
         if graph.file not in manifest.files:
             raise BundleError(f"{path}: graph file {graph.file} is not in the list of files; export the bundle again")
-    for fault in (*_faults_of_weights(manifest), *_faults_of_model(manifest), *_faults_of_graphs(manifest)):
+    for fault in _faults(manifest):
         raise BundleError(f"{path}: {fault}; export the bundle again")
+
+
+def _faults(manifest: Manifest) -> Iterator[str]:
+    for look in (_faults_of_weights, _faults_of_blocks, _faults_of_model, _faults_of_graphs):
+        yield from look(manifest)
 
 
 def _faults_of_weights(manifest: Manifest) -> Iterator[str]:
@@ -325,9 +141,14 @@ def _faults_of_weights(manifest: Manifest) -> Iterator[str]:
     if stored is None:
         yield f"the list of files lacks {contract.WEIGHTS_FILE}"
         return
+    in_blocks = {part: fmt for weight, fmt in manifest.quantised.items() for part in manifest.parts_of(weight)}
+    if lacking := [part for part in in_blocks if part not in manifest.weights]:
+        yield f"{lacking[0]} of a quantised weight is not among the weights"
+        return
     for name, info in sorted(manifest.weights.items(), key=lambda item: item[1].offset):
-        if info.dtype != manifest.model.dtype or not info.shape or min(info.shape) < 1:
-            yield f"weight {name} is {info.dtype} {list(info.shape)}, expected {manifest.model.dtype} and no empty shape"
+        allowed = _dtypes_of(name, in_blocks.get(name), manifest.model.dtype)
+        if info.dtype not in allowed or not info.shape or min(info.shape) < 1:
+            yield f"weight {name} is {info.dtype} {list(info.shape)}, expected {' or '.join(allowed)} and no empty shape"
             return
         if info.length != math.prod(info.shape) * DTYPE_BYTES[info.dtype]:
             yield f"weight {name} of shape {list(info.shape)} has {info.length} bytes"
@@ -336,6 +157,23 @@ def _faults_of_weights(manifest: Manifest) -> Iterator[str]:
         end = info.offset + info.length
     if end != stored.bytes:
         yield f"the weights end at byte {end}, {contract.WEIGHTS_FILE} has {stored.bytes}"
+
+
+def _dtypes_of(name: str, fmt: BlockFormat | None, dtype: str) -> tuple[str, ...]:
+    """What a stored tensor's type may be, ``fmt`` that of the weight which it is a part of."""
+    if fmt is None:
+        return (dtype,)
+    return ("uint8",) if name.endswith(f".{contract.CODES}") else ("float16", "float32")
+
+
+def _faults_of_blocks(manifest: Manifest) -> Iterator[str]:
+    """Codes, scales and minimums of a quantised weight fit its format and one another."""
+    for name, fmt in manifest.quantised.items():
+        codes, *per_block = (manifest.weights[part].shape for part in manifest.parts_of(name))
+        if fmt.block < 16 or not 2 <= fmt.levels <= 1 << fmt.bits:
+            yield f"{name} is quantised in {fmt.name} with {fmt.levels} levels"
+        elif len(codes) != 3 or codes[2] != fmt.code_bytes or any(shape != codes[:2] for shape in per_block):
+            yield f"{name} has codes {list(codes)} and, a block, {list(map(list, per_block))}, which {fmt.name} has not"
 
 
 def _faults_of_model(manifest: Manifest) -> Iterator[str]:
@@ -351,12 +189,12 @@ def _faults_of_model(manifest: Manifest) -> Iterator[str]:
     expected |= dict.fromkeys(contract.ROTARY_TABLES, (model.max_model_len + model.max_window, head // 2))
     if not model.tie_word_embeddings:
         expected["lm_head.weight"] = (model.vocab_size, hidden)
-    elif "lm_head.weight" in manifest.weights:
+    elif manifest.shape_of("lm_head.weight") is not None:
         yield "model.tie_word_embeddings is true, and lm_head.weight is stored"
     for name, shape in expected.items():
-        found = manifest.weights.get(name)
-        if found is None or found.shape != shape:
-            got = "missing" if found is None else str(list(found.shape))
+        found = manifest.shape_of(name)
+        if found != shape:
+            got = "missing" if found is None else str(list(found))
             yield f"weight {name} is {got}, expected {list(shape)} by the model's dimensions"
     ids = (*model.eos_token_ids, *(() if model.bos_token_id is None else (model.bos_token_id,)))
     if any(not 0 <= token < 1 << 31 for token in ids):

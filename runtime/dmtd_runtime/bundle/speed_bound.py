@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from dmtd_runtime.bundle.manifest import DTYPE_BYTES, Manifest
+from dmtd_runtime.bundle.manifest import DTYPE_BYTES, CycleInfo, Manifest
 
 EMBEDDING_NAME, LM_HEAD_NAME, NORM_NAME = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -75,25 +75,45 @@ class SplitBytes:
         return self.cycle_length * self.plain_step(context, batch) / self.cycle(context, batch)
 
 
+def group_of(name: str, cycle: CycleInfo) -> str | None:
+    """The group that a stored tensor belongs to: encoding, thinking, decoding, lm_head or embedding; None for the tables."""
+    if (found := _LAYER.match(name)) is not None:
+        return next(g for g in ("encoding", "thinking", "decoding") if int(found[1]) in getattr(cycle, f"{g}_range"))
+    modules = {"model.embed_tokens": "embedding", "lm_head": "lm_head", "model.norm": "lm_head"}
+    return modules.get(name.rpartition(".")[0])
+
+
+def weight_formats(manifest: Manifest) -> dict[str, str]:
+    """How the matrices of each group are stored, in words; a group has several formats where a checkpoint's were kept."""
+    names = {part: fmt.name for weight, fmt in manifest.quantised.items() for part in manifest.parts_of(weight)}
+    found: dict[str, list[str]] = {}
+    for name, info in manifest.weights.items():
+        group = group_of(name, manifest.cycle)
+        if group is not None and len(info.shape) > 1:
+            stored = names.get(name, info.dtype)
+            if stored not in found.setdefault(group, []):
+                found[group].append(stored)
+    if "lm_head" not in found and "embedding" in found:  # tied
+        found["lm_head"] = found["embedding"]
+    return {group: ", ".join(formats) for group, formats in found.items()}
+
+
 def split_bytes(manifest: Manifest) -> SplitBytes:
     """The bytes of a bundle's groups, from the tensors that its manifest lists."""
     cycle, model = manifest.cycle, manifest.model
     groups = {"encoding": 0, "thinking": 0, "decoding": 0}
     for name, info in manifest.weights.items():
-        found = _LAYER.match(name)
-        if found:
-            layer = int(found.group(1))
-            group = next(g for g in groups if layer in getattr(cycle, f"{g}_range"))
+        group = group_of(name, cycle)
+        if group in groups:
             groups[group] += info.length
-    sizes = {name: info.length for name, info in manifest.weights.items()}
-    embedding = sizes.get(EMBEDDING_NAME, 0)
+    embedding, lm_head = manifest.bytes_of(EMBEDDING_NAME), manifest.bytes_of(LM_HEAD_NAME)
     return SplitBytes(
         embedding=embedding,
         encoding=groups["encoding"],
         thinking=groups["thinking"],
         decoding=groups["decoding"],
-        lm_head=sizes.get(LM_HEAD_NAME, embedding) + sizes.get(NORM_NAME, 0),
-        tied=LM_HEAD_NAME not in sizes,
+        lm_head=(lm_head or embedding) + manifest.bytes_of(NORM_NAME),
+        tied=not lm_head,
         num_layers=(cycle.encoding_layers, cycle.thinking_layers, cycle.decoding_layers),
         kv_row_bytes=2 * model.num_kv_heads * model.head_dim * DTYPE_BYTES[model.dtype],
         cycle_length=cycle.cycle_length,

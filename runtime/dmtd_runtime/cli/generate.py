@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_text
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, kw_only=True)
 class Answer:
-    """What came of a prompt, and the times of it; ``full_passes`` and ``late_steps`` are the decoding's."""
+    """What came of a prompt, and the times of it; ``full_passes`` and what follows are the decoding's."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -48,6 +48,8 @@ class Answer:
     decode_tok_per_s: float | None = None
     full_passes: int = 0
     late_steps: int = 0
+    dropped_tokens: int = 0
+    tokens_per_full_pass: float | None = None
 
     def closing_line(self) -> str:
         """Figures for a person."""
@@ -56,9 +58,10 @@ class Answer:
             parts.append(f"{self.decode_tok_per_s:.1f} tok/s")
         if self.first_token_s is not None:
             parts.append(f"first token {self.first_token_s * 1e3:.0f} ms ({self.prompt_tokens} of prompt)")
-        steps = self.full_passes + self.late_steps
-        if self.full_passes > 0:
-            parts.append(f"{self.full_passes} full passes, {steps / self.full_passes:.2f} tokens each")
+        if self.tokens_per_full_pass is not None:
+            parts.append(f"{self.full_passes} full passes, {self.tokens_per_full_pass:.2f} tokens each")
+        if self.dropped_tokens:
+            parts.append(f"{self.dropped_tokens} of {self.late_steps} late steps dropped")
         return f"[{' | '.join(parts)} | ended by {self.finish_reason or 'interruption'}]"
 
 
@@ -166,11 +169,11 @@ def _prompt_ids(
 
 def _run(llm: LLM, ids: list[int], params: SamplingParams, timeout_s: float | None, *, show: bool) -> Answer:
     answer = Answer(prompt_tokens=len(ids))
-    before = replace(llm.stats)  # only this request runs, so what comes on top is its own
     start = time.perf_counter()
     first: Delta | None = None
     last_s = 0.0
-    for delta in llm.stream(ids, params, timeout_s=timeout_s):
+    pieces = llm.stream(ids, params, timeout_s=timeout_s)
+    for delta in pieces:
         if delta.token_ids:
             first, last_s = first or delta, delta.at_s
         if show:
@@ -181,9 +184,9 @@ def _run(llm: LLM, ids: list[int], params: SamplingParams, timeout_s: float | No
         typer.echo()
     if first is not None:
         answer.first_token_s = first.at_s
-        prefill_passes = llm.stats.prefill_passes - before.prefill_passes
-        answer.full_passes = llm.stats.full_passes - before.full_passes - prefill_passes
-        answer.late_steps = llm.stats.late_steps - before.late_steps
+        metrics = pieces.result().metrics
+        answer.full_passes, answer.late_steps = metrics.full_passes, metrics.late_steps
+        answer.dropped_tokens, answer.tokens_per_full_pass = metrics.dropped_tokens, metrics.tokens_per_full_pass
         if last_s > first.at_s:
             answer.decode_tok_per_s = (len(answer.token_ids) - len(first.token_ids)) / (last_s - first.at_s)
     return answer

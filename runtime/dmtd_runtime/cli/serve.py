@@ -17,8 +17,10 @@ from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.cli.common import BundleArgument, BundleOption, friendly_errors, note, pick, require
 from dmtd_runtime.cli.options.backend import AnswerBackend
 from dmtd_runtime.cli.options.server import LimitsGroup, SchedulingGroup, ServerGroup
+from dmtd_runtime.cli.places import note_config
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.server.options import Limits, ServerOptions
+from dmtd_runtime.server.tls import tls_context
 from dmtd_runtime.serving.options import ServingOptions
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -30,36 +32,49 @@ def _read_config(context: typer.Context, file: Path | None) -> Path | None:
     """Make the file's values the defaults of this run."""
     if file is not None and not context.resilient_parsing:
         with friendly_errors({"config": "--config"}, extra="serve"):
-            context.default_map = {**(context.default_map or {}), **_options_of(file, context.command.params)}
+            values, keys = _options_of(file, context.command.params)
+        context.default_map = {**(context.default_map or {}), **values}
+        note_config(context, file, keys)
     return file
 
 
-def _options_of(file: Path, parameters: Sequence[Any]) -> dict[str, Any]:
-    """Parameter -> value, of a file that names options with hyphens or without."""
+def _options_of(file: Path, parameters: Sequence[Any]) -> tuple[dict[str, str | list[str]], dict[str, str]]:
+    """Parameter -> value as it is written, and parameter -> key, of a file that names options with hyphens or without."""
     require("serve --config", ("yaml",), "serve")
     import yaml
 
     try:
         if file.stat().st_size > MAX_CONFIG_BYTES:
             raise RequestError(f"{file} is larger than {MAX_CONFIG_BYTES} bytes; is it the right file?", param="config")
-        given = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        given = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise RequestError(f"{file} cannot be read ({' '.join(str(error).split())})", param="config") from None
-    if not isinstance(given, dict):
-        raise RequestError(
-            f"{file}: got a {type(given).__name__}, expected names of options and values", param="config"
-        )
-    known = {each.name for each in parameters} - {*_OF_ONE_START, "help"}
-    flags = {_flag(each): str(each.name) for each in parameters}
-    found = {}
-    for written, value in given.items():
-        name = str(written).replace("-", "_")
-        name = flags.get(name, name)
-        if name not in known:
-            raise RequestError(f"{file}: {written!r} is no option of dmtd serve; see --help", param="config")
-        if value is not None:
-            found[name] = value
-    return found
+    if given is not None and given.id != "mapping":
+        raise RequestError(f"{file}: got a {given.id}, expected names of options and values", param="config")
+    known = {_flag(each): each for each in parameters if each.name not in (*_OF_ONE_START, "help")}
+    known |= {str(each.name): each for each in known.values()}
+    values: dict[str, str | list[str]] = {}
+    keys: dict[str, str] = {}
+    for key, node in () if given is None else given.value:
+        option = known.get(str(key.value).replace("-", "_"))
+        if option is None:
+            raise RequestError(f"{file}: {key.value!r} is no option of dmtd serve; see --help", param="config")
+        if option.name in keys:
+            raise RequestError(f"{file}: {key.value!r} is given twice; leave one of them", param="config")
+        keys[option.name] = key.value
+        if not node.tag.endswith(":null"):
+            values[option.name] = _written(node, f"{file}: {key.value!r}", several=option.multiple)
+    return values, keys
+
+
+def _written(node: Any, where: str, *, several: bool) -> str | list[str]:
+    """A value of the file as the command line would have it."""
+    if node.id == "scalar":
+        return [node.value] if several else str(node.value)
+    if node.id == "sequence" and several and all(each.id == "scalar" for each in node.value):
+        return [str(each.value) for each in node.value]
+    expected = "a value or a list of values" if several else "one value"
+    raise RequestError(f"{where}: got a {node.id}, expected {expected}", param="config")
 
 
 def serve(
@@ -90,6 +105,8 @@ def serve(
     directory = pick(bundle, model, "BUNDLE")
     if dry_run:
         server.refuse_open_bind()
+        server.keys()
+        tls_context(server)
         typer.echo("\n".join(_told(context)))
         return
     require("serve", ("fastapi", "uvicorn"), "serve")

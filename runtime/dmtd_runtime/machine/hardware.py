@@ -21,6 +21,8 @@ ISA_FLAGS = (
     *("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2"),
 )
+MAX_THREADS = max(64, os.cpu_count() or 1)
+"""Of a computation: more than any machine is slowed down by, unless it has the cores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

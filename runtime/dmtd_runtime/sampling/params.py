@@ -57,6 +57,8 @@ class SamplingParams:
         logit_bias: Token id -> number added to its logit.
         structured_outputs: The form that the whole answer has. Where it is complete the sequence ends; end-of-sequence ids
             come only where it may end, with ``ignore_eos`` or before ``min_tokens`` only where nothing else may follow.
+        min_confidence: Where a late step gives its likeliest token a probability below this, its choice is dropped and a full
+            pass chooses there: quality for speed. 0: cycles have their fixed length; 1: a full pass for every token.
         skip_special_tokens: Leave special tokens out of the text.
         include_stop_str_in_output: Keep the stop string (or the text of the stop token) in the text.
 
@@ -82,6 +84,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     structured_outputs: StructuredOutputs | None = None
+    min_confidence: float = 0.0
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
@@ -107,6 +110,7 @@ class SamplingParams:
             if self.prompt_logprobs is None
             else _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS),
             "logit_bias": _logit_bias(self.logit_bias),
+            "min_confidence": _number("min_confidence", self.min_confidence, 0.0, 1.0),
         }
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             checked[name] = _boolean(name, getattr(self, name))
@@ -167,6 +171,7 @@ class SamplingParams:
             "repetition_penalty": "repetition_penalty",
             "max_new_tokens": "max_tokens",
             "min_new_tokens": "min_tokens",
+            "min_confidence": "min_confidence",
         }
         given = {ours: _whole(raw[theirs]) for theirs, ours in names.items() if raw.get(theirs) is not None}
         sampled = raw.get("do_sample") is True

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+import functools
+from collections.abc import Callable
+from typing import Any, Final, get_type_hints
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
@@ -18,7 +21,6 @@ from dmtd_runtime.server.auth import Keys
 from dmtd_runtime.server.chat import chat
 from dmtd_runtime.server.completions import complete
 from dmtd_runtime.server.errors import ApiError, loading, of_engine
-from dmtd_runtime.server.fields import RefusedField
 from dmtd_runtime.server.front import Front
 from dmtd_runtime.server.lifecycle import Lifecycle
 from dmtd_runtime.server.metrics import CONTENT_TYPE
@@ -28,6 +30,7 @@ from dmtd_runtime.server.schema import ChatBody, CompletionBody, DetokenizeBody,
 from dmtd_runtime.server.served import Served
 from dmtd_runtime.server.streaming import answer
 from dmtd_runtime.server.tokenize import detokenize, tokenize, tokenizer_info
+from dmtd_runtime.server.validation import of_unreadable, of_validation
 from dmtd_runtime.version import __version__
 
 _STATUSES: Final = (400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504)
@@ -168,8 +171,8 @@ def _add_errors(app: FastAPI) -> None:
         return answer(told.body(), told.status, told.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def _(_: HttpRequest, error: RequestValidationError) -> Response:
-        told = _of_validation(error)
+    async def _(http: HttpRequest, error: RequestValidationError) -> Response:
+        told = of_validation(_body_of(http.scope["endpoint"]), error.errors(), error.body)
         return answer(told.body(), told.status)
 
     @app.exception_handler(Exception)
@@ -180,22 +183,11 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _(_: HttpRequest, error: HTTPException) -> Response:
-        told = ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+        told = of_unreadable(error) or ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
         return answer(told.body(), told.status, told.headers)
 
 
-def _of_validation(error: RequestValidationError) -> ApiError:
-    """The first of pydantic's complaints, without the value that it is about."""
-    first = error.errors()[0]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, RefusedField):
-        return ApiError(400, str(cause), param=cause.name, code="unsupported_parameter")
-    place = list(first["loc"][1:])
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', 'it cannot be read')}")
-    if isinstance(cause, ValueError):  # of a model's own rules, which name the field first
-        return ApiError(400, str(cause), param=str(cause).partition(":")[0])
-    param = str(place[0]) if place else None
-    inner = "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in place[1:])
-    problem = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
-    return ApiError(400, problem if param is None else f"{param}{inner}: {problem}", param=param)
+@functools.cache
+def _body_of(endpoint: Callable[..., Any]) -> type[BaseModel]:
+    """What a path takes; nothing else of a request is validated."""
+    return get_type_hints(endpoint)["body"]  # type: ignore[no-any-return]

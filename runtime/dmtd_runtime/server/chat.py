@@ -58,7 +58,7 @@ async def chat(served: Served, body: ChatBody, http: HttpRequest) -> Response:
     writer = _Writer(served, body, head, run, tools)
     if not body.stream:
         return await whole(http, run, writer.answer)
-    return EventStream(writer.events(), close=run.aclose, write_timeout_s=served.limits.write_timeout_s)
+    return EventStream(writer.events(), close=run.aclose)
 
 
 def _asked(body: ChatBody) -> tuple[str, int | None]:

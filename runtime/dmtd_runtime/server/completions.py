@@ -50,7 +50,7 @@ async def complete(served: Served, body: CompletionBody, http: HttpRequest) -> R
     writer = _Writer(served, body, head, run)
     if not body.stream:
         return await whole(http, run, writer.answer)
-    return EventStream(writer.events(), close=run.aclose, write_timeout_s=served.limits.write_timeout_s)
+    return EventStream(writer.events(), close=run.aclose)
 
 
 def _check(body: CompletionBody) -> None:

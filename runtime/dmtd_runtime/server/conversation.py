@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dmtd_runtime.async_llm import LONG_PROMPT
+from dmtd_runtime.errors import RequestError
 from dmtd_runtime.server.errors import invalid
 from dmtd_runtime.server.served import Served
 
@@ -23,32 +24,41 @@ async def chat_prompt(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     add_special_tokens: bool = False,
+    param: str = "messages",
 ) -> list[int]:
-    """Token ids of a conversation, in a thread where it is long.
+    """Token ids of a conversation, in a thread where it is long. ``param``: the field that it was given in.
 
     Raises:
         ApiError: what the template cannot do.
         RequestError: what the messages should not be.
     """
     if served.template is None:
-        raise invalid("messages", "this bundle has no chat template; send a prompt to /v1/completions")
+        raise invalid(param, "this bundle has no chat template; send a prompt to /v1/completions")
     if len(messages) > served.limits.max_messages:
-        raise invalid("messages", f"got {len(messages)}, expected at most {served.limits.max_messages}")
+        raise invalid(param, f"got {len(messages)}, expected at most {served.limits.max_messages}")
     if continue_final_message and add_generation_prompt:
         raise invalid("continue_final_message", "needs add_generation_prompt: false")
 
     def ids() -> list[int]:
-        text = render(
-            served,
-            messages,
-            tools=tools,
-            documents=documents,
-            template_kwargs=template_kwargs,
-            add_generation_prompt=add_generation_prompt,
-        )
+        try:
+            text = render(
+                served,
+                messages,
+                tools=tools,
+                documents=documents,
+                template_kwargs=template_kwargs,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except RequestError as error:  # places in messages are none of a field that is called otherwise
+            if param == "messages" or not (error.param or "").startswith("messages"):
+                raise
+            raise invalid(param, error.problem) from None
         if continue_final_message:
             text = _up_to_its_end(text, messages[-1])
-        return served.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        try:
+            return served.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except RequestError as error:  # of the prompt that the template made
+            raise invalid(param, error.problem) from None
 
     if sum(len(str(message.get("content"))) for message in messages) > LONG_PROMPT or tools:
         return await asyncio.to_thread(ids)

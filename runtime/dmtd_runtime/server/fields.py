@@ -135,7 +135,7 @@ def honoured_fields(endpoint: Endpoint, given: Mapping[str, Any]) -> dict[str, A
     for name, value in given.items():
         row = table.get(name)
         if row is None:
-            raise RefusedField(_shown(name), "this server knows no such field; leave it out")
+            raise RefusedField(shown_name(name), "this server knows no such field; leave it out")
         if row.use == "refused" and value is not None and not _is_neutral(value, row.neutral):
             raise RefusedField(name, row.why)
         if row.use == "honoured" and value is not None:
@@ -149,6 +149,7 @@ def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
     return any(shown == each and isinstance(shown, bool) == isinstance(each, bool) for each in neutral)
 
 
-def _shown(name: str) -> str:
+def shown_name(name: str) -> str:
+    """A key of a client's as an error tells it."""
     text = "".join(letter if letter.isprintable() else "?" for letter in str(name))
     return text if len(text) <= 60 else text[:57] + "..."

@@ -61,6 +61,7 @@ class Run:
         self.served, self.prompts, self.wanted = served, prompts, wanted
         self.completion_tokens = 0
         self._llm: AsyncLLM = served.engine(plain=plain)
+        self._metrics = served.metrics_of(plain=plain)
         self._names = [f"{name}-{index}" for index in range(len(prompts))]
         self._arrived = time.monotonic()
         self._requests: list[Request] = []
@@ -166,14 +167,14 @@ class Run:
             return ApiError(400, f"{param}: {error.problem}", param=param)
         told = of_engine(error)
         if told.status == 429:
-            self.served.metrics.rejected("queue_full")
+            self._metrics.rejected("queue_full")
         if isinstance(error, RequestError) and error.param == "request_id":
             told = ApiError(409, str(error), param="request_id", headers={"x-should-retry": "false"})
         return told
 
     def _look_at_queue(self, patience: float) -> None:
         if any(sequence.started is None for request in self._requests for sequence in request.sequences):
-            self.served.metrics.rejected("queue_timeout")
+            self._metrics.rejected("queue_timeout")
             problem = f"the request waited for {patience:g} seconds without its turn; try again later"
             self.abort(ApiError(429, problem, code="queue_timeout", headers=RETRY_AFTER))
 
@@ -182,16 +183,16 @@ class Run:
             return
         before, count = self._times.get((place, delta.index)), len(delta.token_ids)
         if before is None:
-            self.served.metrics.first_token(time.monotonic() - self._arrived)
+            self._metrics.first_token(time.monotonic() - self._arrived)
             before, count = self._requests[place].first_token_s or 0.0, count - 1
         if count:
-            self.served.metrics.tokens(max(delta.at_s - before, 0.0) / count, count)
+            self._metrics.tokens(max(delta.at_s - before, 0.0) / count, count)
         self._times[place, delta.index] = delta.at_s
 
     def _observe_ends(self) -> None:
         seconds = time.monotonic() - self._arrived
         for request in self._requests:
-            self.served.metrics.ended(request.result(), seconds)
+            self._metrics.ended(request.result(), seconds)
 
 
 async def _merged(streams: Sequence[AsyncStream]) -> AsyncIterator[tuple[int, Delta]]:

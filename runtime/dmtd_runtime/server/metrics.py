@@ -1,16 +1,16 @@
 """What Prometheus reads: vLLM's names behind the prefix ``dmtd:``, and what only this decoding has.
 
 Gauges and most counters are the worker's own counts, an immutable snapshot: a scrape takes no lock of the engine's. Histograms
-are filled by the event loop as pieces pass through it.
+are filled by the event loop as pieces pass through it. The label ``engine`` is dmtd, or plain where clients may ask for it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 
-from dmtd_runtime.serving.counts import Counts
+from dmtd_runtime.serving.counts import STEP_TOKENS, Counts
 from dmtd_runtime.serving.outputs import RequestOutput
 
 _PREFIX = "dmtd:"
@@ -56,19 +56,36 @@ _COUNTERS: dict[str, tuple[str, Callable[[Counts], float]]] = {
     "full_passes": ("Passes through all layers.", lambda c: c.full_passes),
     "prefill_passes": ("Those of them that read prompts alone.", lambda c: c.prefill_passes),
     "late_steps": ("Steps through the decoding layers alone.", lambda c: c.late_steps),
+    "dropped_tokens": ("Choices of late steps that were not kept.", lambda c: c.dropped_tokens),
     "refill_rows": ("Rows that heads of cycles refilled.", lambda c: c.refill_rows),
 }
+_NUMBERS = [(name, "gauge", text, value) for name, (text, value) in _GAUGES.items()]
+_NUMBERS += [(f"{name}_total", "counter", text, value) for name, (text, value) in _COUNTERS.items()]
+_STEPS = "Tokens that went through a step: of prompts, and one for each sequence that decodes."
 
 
-class _Histogram:
-    """Counts of values by bucket, and the lines that tell them. For one thread: the event loop's."""
+class _Buckets:
+    """The lines that tell counts of values by bucket."""
 
-    def __init__(self, name: str, text: str, bounds: Sequence[float], label: str) -> None:
-        self._bounds, self._counts, self._sum = bounds, [0] * (len(bounds) + 1), 0.0
-        self._head = _head(name, text, "histogram")
+    def __init__(self, name: str, bounds: Sequence[float], label: str) -> None:
         ends = [f"{bound:g}" for bound in bounds] + ["+Inf"]
         self._buckets = [f'{_PREFIX}{name}_bucket{{{label},le="{end}"}} ' for end in ends]
         self._totals = f"{_PREFIX}{name}_count{{{label}}} ", f"{_PREFIX}{name}_sum{{{label}}} "
+
+    def lines(self, counts: Sequence[int], total: float) -> Iterable[str]:
+        """As Prometheus reads them: each bucket holds what is at most its end. ``total``: the sum of all values."""
+        for name, count in zip(self._buckets, accumulate(counts), strict=True):
+            yield f"{name}{count}"
+        yield f"{self._totals[0]}{sum(counts)}"
+        yield f"{self._totals[1]}{total!r}"
+
+
+class _Histogram:
+    """Values as they come. For one thread: the event loop's."""
+
+    def __init__(self, name: str, bounds: Sequence[float], label: str) -> None:
+        self._bounds, self._counts, self._sum = bounds, [0] * (len(bounds) + 1), 0.0
+        self._told = _Buckets(name, bounds, label)
 
     def observe(self, value: float, times: int = 1) -> None:
         """Take a value, so many times."""
@@ -76,58 +93,30 @@ class _Histogram:
         self._sum += value * times
 
     def lines(self) -> Iterable[str]:
-        """As Prometheus reads them: each bucket holds what is at most its end."""
-        yield self._head
-        for name, count in zip(self._buckets, accumulate(self._counts), strict=True):
-            yield f"{name}{count}"
-        yield f"{self._totals[0]}{sum(self._counts)}"
-        yield f"{self._totals[1]}{self._sum!r}"
+        return self._told.lines(self._counts, self._sum)
 
 
-class Metrics:
-    """Of one model; ``counts`` gives the worker's snapshot. A library's registry takes milliseconds for this text."""
+class EngineMetrics:
+    """What one engine does: its worker's counts, and what the event loop sees of its requests."""
 
-    def __init__(self, model_name: str, counts: Callable[[], Counts]) -> None:
-        self._label = f'model_name="{_escaped(model_name)}"'
-        self._counts = counts
-        self._histograms = {
-            name: _Histogram(name, text, bounds, self._label) for name, (text, bounds) in _HISTOGRAMS.items()
-        }
-        self._success: dict[str, int] = dict.fromkeys(("stop", "length"), 0)
-        self._rejected: dict[str, int] = dict.fromkeys(("queue_full", "queue_timeout"), 0)
-
-    def text(self) -> bytes:
-        """One scrape."""
-        counts, lines = self._counts(), []
-        for name, (text, value) in _GAUGES.items():
-            lines += [_head(name, text, "gauge"), f"{_PREFIX}{name}{{{self._label}}} {value(counts)}"]
-        for name, (text, value) in _COUNTERS.items():
-            lines += [
-                _head(f"{name}_total", text, "counter"),
-                f"{_PREFIX}{name}_total{{{self._label}}} {value(counts)}",
-            ]
-        told = (
-            ("request_success_total", "Sequences that came to their ends.", "finished_reason", self._success),
-            ("admission_rejections_total", "Requests not taken, or that waited too long.", "reason", self._rejected),
-        )
-        for name, text, label, values in told:
-            lines.append(_head(name, text, "counter"))
-            lines += [f'{_PREFIX}{name}{{{self._label},{label}="{each}"}} {value}' for each, value in values.items()]
-        for histogram in self._histograms.values():
-            lines += histogram.lines()
-        return ("\n".join(lines) + "\n").encode()
+    def __init__(self, label: str, counts: Callable[[], Counts]) -> None:
+        self.label, self.counts = label, counts
+        self.histograms = {name: _Histogram(name, bounds, label) for name, (_, bounds) in _HISTOGRAMS.items()}
+        self.steps = _Buckets("iteration_tokens_total", STEP_TOKENS, label)
+        self.success: dict[str, int] = dict.fromkeys(("stop", "length"), 0)
+        self.rejections: dict[str, int] = dict.fromkeys(("queue_full", "queue_timeout"), 0)
 
     def first_token(self, seconds: float) -> None:
         """A sequence began to answer, this long after its request came."""
-        self._histograms["time_to_first_token_seconds"].observe(seconds)
+        self._see("time_to_first_token_seconds", seconds)
 
     def tokens(self, seconds: float, count: int) -> None:
         """``count`` more tokens of a sequence, ``seconds`` each."""
-        self._histograms["inter_token_latency_seconds"].observe(seconds, count)
+        self.histograms["inter_token_latency_seconds"].observe(seconds, count)
 
     def rejected(self, reason: str) -> None:
         """A request was not taken."""
-        self._rejected[reason] = self._rejected.get(reason, 0) + 1
+        self.rejections[reason] = self.rejections.get(reason, 0) + 1
 
     def ended(self, output: RequestOutput, seconds: float) -> None:
         """A request came to its end, ``seconds`` after it came."""
@@ -147,10 +136,43 @@ class Metrics:
         for each in output.outputs:
             self._see("request_generation_tokens", len(each.token_ids))
             reason = each.finish_reason or "abort"
-            self._success[reason] = self._success.get(reason, 0) + 1
+            self.success[reason] = self.success.get(reason, 0) + 1
 
     def _see(self, name: str, value: float) -> None:
-        self._histograms[name].observe(value)
+        self.histograms[name].observe(value)
+
+
+class Metrics:
+    """Of one model; ``engines``: name -> its worker's snapshot. A library's registry takes milliseconds for this text."""
+
+    def __init__(self, model_name: str, engines: Mapping[str, Callable[[], Counts]]) -> None:
+        label = f'model_name="{_escaped(model_name)}"'
+        self.engines = {name: EngineMetrics(f'{label},engine="{name}"', counts) for name, counts in engines.items()}
+
+    def text(self) -> bytes:
+        """One scrape."""
+        engines = [(engine, engine.counts()) for engine in self.engines.values()]
+        lines: list[str] = []
+        for name, kind, text, value in _NUMBERS:
+            lines.append(_head(name, text, kind))
+            lines += [f"{_PREFIX}{name}{{{engine.label}}} {value(counts)}" for engine, counts in engines]
+        lines.append(_head("request_success_total", "Sequences that came to their ends.", "counter"))
+        lines += self._by("request_success_total", "finished_reason", lambda engine: engine.success)
+        lines.append(_head("admission_rejections_total", "Requests not taken, or that waited too long.", "counter"))
+        lines += self._by("admission_rejections_total", "reason", lambda engine: engine.rejections)
+        for name, (text, _) in _HISTOGRAMS.items():
+            lines.append(_head(name, text, "histogram"))
+            for engine, _ in engines:
+                lines += engine.histograms[name].lines()
+        lines.append(_head("iteration_tokens_total", _STEPS, "histogram"))
+        for engine, counts in engines:
+            lines += engine.steps.lines(counts.step_tokens, counts.step_tokens_sum)
+        return ("\n".join(lines) + "\n").encode()
+
+    def _by(self, name: str, label: str, values: Callable[[EngineMetrics], Mapping[str, int]]) -> Iterable[str]:
+        for engine in self.engines.values():
+            for each, value in values(engine).items():
+                yield f'{_PREFIX}{name}{{{engine.label},{label}="{each}"}} {value}'
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
@@ -17,6 +18,8 @@ from dmtd_runtime.text.tool_calls import ToolFormat
 
 LogFormat = Literal["text", "json"]
 MIN_KEY_CHARS = 8
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]+)?")
+_ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +107,13 @@ class ServerOptions:
             raise RequestError(f"got {self.log_format!r}, expected text or json", param="log_format")
         for key in self.api_key or ():
             _check_key(key, "api_key")
+        for origin in self.allowed_origins or ():
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                expected = "an origin as browsers send it, without a path: https://example.org or http://localhost:3000"
+                raise RequestError(f"got {origin!r}, expected {expected}", param="allowed_origins")
+        if self.root_path and not _ROOT_PATH.fullmatch(self.root_path):
+            expected = "a path that begins with a slash and ends without one: /models/dmtd"
+            raise RequestError(f"got {self.root_path!r}, expected {expected}", param="root_path")
 
     def keys(self) -> tuple[str, ...]:
         """All keys, from options and file.

@@ -48,6 +48,8 @@ def wanted_of(
     given: dict[str, Any] = {name: value for name in _SAME_NAME if (value := getattr(body, name, None)) is not None}
     n = getattr(body, "n", 1)
     _check_limits(body, limits, n=n, max_tokens=max_tokens, logprobs=logprobs)
+    if body.dmtd.min_confidence is not None:
+        given["min_confidence"] = body.dmtd.min_confidence
     given["logit_bias"] = _logit_bias(getattr(body, "logit_bias", None))
     given["logprobs"] = logprobs[1]
     given["prompt_logprobs"] = getattr(body, "prompt_logprobs", None)
@@ -60,7 +62,7 @@ def wanted_of(
         greedy = given.get("temperature", defaults.temperature) < MIN_TEMPERATURE
         params = replace(defaults, **given, n=1 if greedy else n)
     except RequestError as error:
-        renamed = {"max_tokens": max_tokens[0], "logprobs": logprobs[0]}
+        renamed = {"max_tokens": max_tokens[0], "logprobs": logprobs[0], "min_confidence": "dmtd.min_confidence"}
         param = renamed.get(error.param or "", error.param)
         raise ApiError(400, f"{param}: {error.problem}", param=param) from None
     return Wanted(

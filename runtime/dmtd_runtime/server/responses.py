@@ -47,7 +47,7 @@ async def respond(served: Served, body: ResponsesBody, http: HttpRequest) -> Res
     )
     effort = body.reasoning.effort if body.reasoning else None
     kwargs = {"reasoning_effort": effort} if effort else {}
-    ids = await chat_prompt(served, messages_of(body), tools=tools.rendered, template_kwargs=kwargs)
+    ids = await chat_prompt(served, messages_of(body), tools=tools.rendered, template_kwargs=kwargs, param="input")
     head = Head.of(http, "resp", "response", model)
     run = await start(served, body, head, [ids], wanted, param="input", asked=asked)
     writer = _Writer(served, body, head, run, tools)
@@ -56,7 +56,6 @@ async def respond(served: Served, body: ResponsesBody, http: HttpRequest) -> Res
     return EventStream(
         writer.events(),
         close=run.aclose,
-        write_timeout_s=served.limits.write_timeout_s,
         error_event=writer.error,
     )
 

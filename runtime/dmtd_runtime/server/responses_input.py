@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from dmtd_runtime.server.errors import invalid
 from dmtd_runtime.server.forms import Form, made, schema_form
 from dmtd_runtime.server.options import Limits
-from dmtd_runtime.server.schema import NamedFunction, NamedTool, ResponsesBody, ToolBody
+from dmtd_runtime.server.schema import FunctionBody, NamedFunction, NamedTool, ResponsesBody, ToolBody
+from dmtd_runtime.server.validation import of_validation, shown
 
 _TEXTS = ("input_text", "output_text", "text")
 _LOGPROBS = "message.output_text.logprobs"
@@ -53,18 +54,17 @@ def tools_of_body(body: ResponsesBody) -> tuple[list[ToolBody], str | NamedTool 
         if tool.get("type") == "function":
             function = {name: value for name, value in tool.items() if name != "type" and value is not None}
             try:
-                tools.append(ToolBody.model_validate({"type": "function", "function": function}))
+                tools.append(ToolBody(type="function", function=FunctionBody.model_validate(function)))
             except ValidationError as error:
-                first = error.errors()[0]
-                raise invalid("tools", f"[{index}].{first['loc'][-1]}: {first['msg']}") from None
+                raise of_validation(FunctionBody, error.errors(), function, at=f"tools[{index}]") from None
     choice = body.tool_choice
     if isinstance(choice, dict):
         name = choice.get("name")
         if choice.get("type") != "function" or not isinstance(name, str):
-            raise invalid("tool_choice", "expected none, auto, required or {type: function, name}")
+            raise invalid("tool_choice", "got an object, expected {type: function, name}")
         return tools, NamedTool(function=NamedFunction(name=name))
     if choice not in (None, "none", "auto", "required"):
-        raise invalid("tool_choice", "expected none, auto, required or {type: function, name}")
+        raise invalid("tool_choice", f"got {shown(choice)}, expected none, auto, required or an object")
     return tools, choice
 
 

@@ -1,4 +1,4 @@
-"""The process: uvicorn with our signals, our timeouts of connections, and the bundle opened while liveness already answers."""
+"""The process: uvicorn with our signals and connections, and the bundle opened while liveness already answers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.errors import DmtdError, RequestError
 from dmtd_runtime.server.app import Home, make_app
+from dmtd_runtime.server.connection import Connection
 from dmtd_runtime.server.lifecycle import Lifecycle
 from dmtd_runtime.server.options import Limits, ServerOptions
 from dmtd_runtime.server.served import open_served
-from dmtd_runtime.server.streaming import ABORT_CONNECTION
+from dmtd_runtime.server.tls import tls_context
 from dmtd_runtime.serving.options import ServingOptions
 
 logger = logging.getLogger("dmtd.server")
@@ -65,23 +64,21 @@ class Server(uvicorn.Server):
         self.home = Home(Lifecycle(shutdown_timeout_s=options.shutdown_timeout_s, ended=self._end))
         self.loop: asyncio.AbstractEventLoop | None = None
         self._opening: asyncio.Task[None] | None = None
-        protocol = type("Protocol", (Protocol,), {"limits": limits})
-        given: dict[str, Any] = {name: getattr(options, name) for name in ("ssl_certfile", "ssl_keyfile")}
-        given["ssl_ca_certs"] = None if options.ssl_ca_certs is None else str(options.ssl_ca_certs)
+        context = tls_context(options)
         super().__init__(
             uvicorn.Config(
                 make_app(self.home, options=options, limits=limits),
-                http=protocol,
+                http=type("Connection", (Connection,), {"limits": limits}),
                 ws="none",
                 loop="asyncio",
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                timeout_keep_alive=int(limits.keep_alive_s),
+                timeout_keep_alive=limits.keep_alive_s,  # type: ignore[arg-type]  # it takes parts of a second too
                 h11_max_incomplete_event_size=limits.max_header_bytes,
                 timeout_graceful_shutdown=1,
-                **given,
+                ssl_context_factory=None if context is None else lambda *_: context,
             )
         )
 
@@ -161,56 +158,6 @@ class Server(uvicorn.Server):
             for llm in (served.llm, served.plain):
                 if llm is not None:
                     await llm.close()
-
-
-class Protocol(H11Protocol):
-    """A connection that must send a whole head in time, of which there may be so many, and that can be dropped."""
-
-    limits = Limits()
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.app_state = {**self.app_state, ABORT_CONNECTION: self._drop}
-        self._head_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take the connection, or drop it."""
-        super().connection_made(transport)
-        if len(self.connections) > self.limits.max_connections:
-            logger.warning("%d connections are open: a new one is dropped", len(self.connections) - 1)
-            transport.abort()
-            return
-        self._await_head()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it."""
-        self._stop_timer()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        """Read on; from the first byte of a head, it has so many seconds."""
-        if self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
-            self._await_head()
-        super().data_received(data)
-
-    def handle_events(self) -> None:
-        """After each: a head that is whole needs no timer."""
-        before = self.cycle
-        super().handle_events()
-        if self.cycle is not before:
-            self._stop_timer()
-
-    def _await_head(self) -> None:
-        self._head_timer = self.loop.call_later(self.limits.header_timeout_s, self._drop)
-
-    def _stop_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
-    def _drop(self) -> None:
-        self._stop_timer()
-        self.transport.abort()
 
 
 def _bind(host: str, port: int) -> socket.socket:

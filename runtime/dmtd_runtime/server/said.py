@@ -63,6 +63,8 @@ def tools_of(served: Served, tools: list[ToolBody] | None, choice: str | NamedTo
     check_size("tools", rendered, served.limits)
     source = "" if served.template is None else served.template.tool_use_source
     if "tools" not in source:
+        if choice == "none":  # the prompt is the same with them and without
+            return Tools()
         raise invalid("tools", "this model's chat template knows no tools; leave them out")
     if choice == "none":
         return Tools(rendered=rendered)

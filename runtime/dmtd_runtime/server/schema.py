@@ -42,10 +42,13 @@ class RequestBody(_Strict):
 
 
 class Extension(_Strict):
-    """What OpenAI's API has not: ``plain`` answers in plain mode, ``score_from`` scores tokens from there on in cycles."""
+    """What OpenAI's API has not: ``plain`` answers in plain mode, ``score_from`` scores tokens from there on in cycles,
+    ``min_confidence`` leaves a cycle where a late step is less sure.
+    """
 
     plain: bool = False
     score_from: int | None = Field(default=None, ge=1)
+    min_confidence: float | None = None
 
 
 class StreamOptions(_Strict):

@@ -12,12 +12,14 @@ from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.server.errors import ApiError, context_overflow, invalid
 from dmtd_runtime.server.lifecycle import Lifecycle
-from dmtd_runtime.server.metrics import Metrics
+from dmtd_runtime.server.metrics import EngineMetrics, Metrics
 from dmtd_runtime.server.options import Limits, ServerOptions
 from dmtd_runtime.serving.options import ServingOptions
 from dmtd_runtime.text.chat_template import ChatTemplate
 from dmtd_runtime.text.tokenizer import Tokenizer
 
+DMTD, PLAIN = "dmtd", "plain"
+"""Engines, as metrics name them."""
 _OF_THE_BACKEND_ALONE = ("choose_on_device", "prepack")
 
 
@@ -78,6 +80,10 @@ class Served:
             raise invalid("dmtd.plain", "this server was started without --allow-plain; leave it out")
         return self.plain
 
+    def metrics_of(self, *, plain: bool) -> EngineMetrics:
+        """Where requests of an engine are counted."""
+        return self.metrics.engines[PLAIN if plain else DMTD]
+
     def check_prompt(self, ids: list[int], param: str) -> None:
         """Raise ApiError 400 for a prompt that leaves no room, or is longer than this server takes."""
         if len(ids) >= self.llm.max_model_len:
@@ -127,7 +133,7 @@ def open_served(
         options=options,
         limits=limits,
         lifecycle=lifecycle,
-        metrics=Metrics(names[0], llm.snapshot),
+        metrics=Metrics(names[0], {name: each.snapshot for name, each in ((DMTD, llm), (PLAIN, plain)) if each}),
     )
 
 

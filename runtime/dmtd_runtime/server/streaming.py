@@ -1,4 +1,4 @@
-"""Answers on the wire: JSON, and server-sent events that end when the client goes or does not read."""
+"""Answers on the wire: JSON, and server-sent events that end when the client goes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from dmtd_runtime.server.errors import ApiError
 
@@ -18,8 +18,7 @@ logger = logging.getLogger("dmtd.server")
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
-ABORT_CONNECTION = "dmtd.abort_connection"
-"""In the scope's state: what drops a connection without waiting for its buffer (``run.Protocol``)."""
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 _EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -29,9 +28,8 @@ class ClientGoneError(Exception):
 
 def json_bytes(value: Any) -> bytes:
     """JSON in UTF-8; half a surrogate pair, which a request may have carried, stays an escape."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     try:
-        return text.encode()
+        return _encode(value).encode()
     except UnicodeEncodeError:
         return json.dumps(value, separators=(",", ":")).encode()
 
@@ -69,7 +67,7 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
 class EventStream(Response):
     """Server-sent events from ``events``: an error in it is the last of them. ``close`` is called whatever happens.
 
-    No more than the transport's buffer is kept for a reader. Who reads nothing for ``write_timeout_s`` is dropped.
+    No more than the transport's buffer is kept for a reader: nothing is made while it is full.
     """
 
     def __init__(
@@ -77,43 +75,35 @@ class EventStream(Response):
         events: AsyncIterator[bytes],
         *,
         close: Callable[[], Awaitable[None]],
-        write_timeout_s: float,
         error_event: Callable[[ApiError], bytes] = lambda error: event(error.body()) + DONE,
     ) -> None:
         super().__init__(media_type="text/event-stream", headers=_EVENT_HEADERS)
         del self.headers["content-length"]
-        self._events, self._close = events, close
-        self._write_timeout_s, self._error_event = write_timeout_s, error_event
+        self._events, self._close, self._error_event = events, close, error_event
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Write events until they end."""
-
-        async def write(body: bytes, more: bool = True) -> None:
-            message: Message = {"type": "http.response.body", "body": body, "more_body": more}
-            async with asyncio.timeout(self._write_timeout_s):
-                await send(message)
+        """Write events until they end, or nobody reads them."""
 
         async def write_all() -> None:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            try:
-                async for each in self._events:
-                    await write(each)
-            except ApiError as error:
-                await write(self._error_event(error))
-            except Exception:
-                logger.exception("a stream failed")
-                await write(self._error_event(ApiError(500, "internal error", code="internal_error")))
-            await write(b"", more=False)
+            async for each in self._told():
+                await send({"type": "http.response.body", "body": each, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         try:
             await unless_gone(receive, write_all())
-        except TimeoutError:
-            logger.warning("a client read nothing for %g s: its stream ends", self._write_timeout_s)
-            abort = scope.get("state", {}).get(ABORT_CONNECTION)
-            if abort is not None:
-                abort()
         finally:
             await self._close()
+
+    async def _told(self) -> AsyncIterator[bytes]:
+        try:
+            async for each in self._events:
+                yield each
+        except ApiError as error:
+            yield self._error_event(error)
+        except Exception:
+            logger.exception("a stream failed")
+            yield self._error_event(ApiError(500, "internal error", code="internal_error"))
 
 
 async def _until_gone(receive: Receive) -> None:

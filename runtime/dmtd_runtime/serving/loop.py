@@ -2,7 +2,12 @@
 
 Where the backend runs cycles, and every sequence that decodes stands at a head, whole cycles are enqueued, the next one
 before the tokens of this one are looked at, unless somebody waits to join. Ends are then found when a cycle is over: what it
-chose behind the end is dropped unseen. Prompts are read between two cycles.
+chose behind the end is dropped unseen. Prompts are read between two cycles. Who needs the host for every token takes the same
+cycle behind that of the others, step by step: all stay in phase, and T is read twice in such a round.
+
+So is an unsure late step of a sequence that asks for confidence: its choice and all behind it are dropped, its part of a cycle
+that was launched ahead included. Such a launch costs the sequence a whole cycle's time, where waiting for the tokens costs the
+host's: cycles are launched ahead only while most sequences kept the last one whole.
 
 What comes next is the scheduler's, numbers are the backend's; here sequences are told of their tokens, and prefixes are kept
 and found again. No threads: ``worker.py`` has them.
@@ -14,11 +19,13 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
-from dmtd_runtime.backends.base import Backend, SlotCycle, SlotStep
+from dmtd_runtime.backends.base import Backend, RunOutput, SlotCycle, SlotStep
 from dmtd_runtime.cycle import CyclePlan, Step
+from dmtd_runtime.sampling.confidence import ALWAYS, confidence
 from dmtd_runtime.sampling.sampler import described
-from dmtd_runtime.serving.counts import Counts
+from dmtd_runtime.serving.counts import Counts, StepTokens
 from dmtd_runtime.serving.options import ServingOptions
 from dmtd_runtime.serving.prefix_cache import PrefixCache
 from dmtd_runtime.serving.scheduler import Planned, Scheduler
@@ -55,8 +62,10 @@ class Loop:
         self._sequences: dict[int, SequenceRun] = {}
         self._numbers = itertools.count()
         self._read_first = False  # whether prompts come before the next cycle
+        self._look_ahead = True  # whether most sequences kept the last cycle whole
         self._prompt_tokens = self._chosen = self._looked_up = self._found = 0
-        self._head_passes = self._in_phase = 0
+        self._head_passes = self._in_phase = self._dropped = 0
+        self._step_tokens = StepTokens()
 
     @property
     def sequences(self) -> list[SequenceRun]:
@@ -98,10 +107,13 @@ class Loop:
             prefill_passes=stats.prefill_passes,
             late_steps=stats.late_steps,
             refill_rows=stats.refill_rows,
+            dropped_tokens=self._dropped,
             head_passes=self._head_passes,
             head_passes_in_phase=self._in_phase,
             prefix_queries=self._looked_up,
             prefix_hits=self._found,
+            step_tokens=tuple(self._step_tokens.counts),
+            step_tokens_sum=self._step_tokens.sum,
         )
 
     def _enter(self) -> None:
@@ -128,6 +140,7 @@ class Loop:
     def _run(self, planned: Sequence[Planned]) -> None:
         """Run one step of the sequences, and tell those that get a token."""
         self._count_heads(planned)
+        self._step_tokens.add(sum(len(one.step.late) for one in planned))
         scored = [one for one in planned if one.step.kind == "prefill" and self._scores(one)]
         for one in scored:
             self._run_scored(one)
@@ -137,17 +150,25 @@ class Loop:
         steps = [self._slot_step(one) for one in planned]
         wanting = [one for one in planned if one.step.wants_logits]
         choose = self._backend.chooses_tokens and not any(
-            self._sequences[one.sequence].sampler.needs_logits for one in wanting
+            sequence.sampler.needs_logits or sequence.looks
+            for sequence in (self._sequences[one.sequence] for one in wanting)
         )
         output = self._backend.run(steps, self._scheduler.committed, choose=choose)
         self._scheduler.commit(planned)
         for row, one in enumerate(wanting):
             sequence = self._sequences[one.sequence]
+            sequence.count(one.step.kind)
             if output.tokens is not None:
                 sequence.take(int(output.tokens[row]))
             else:
                 assert output.logits is not None, "a run gives tokens or logits"
+                if one.step.kind == "late" and sequence.looks and sequence.drops(confidence(output.logits[row])):
+                    self._scheduler.leave_cycle(one.sequence, [one.step])
+                    self._dropped += 1
+                    continue
                 sequence.choose(output.logits[row])
+            if one.step.kind == "full" and sequence.min_confidence >= ALWAYS:
+                self._scheduler.leave_cycle(one.sequence)
             self._chosen += not sequence.failed
             if one.step.kind == "prefill":
                 self._keep(one.sequence)
@@ -188,16 +209,20 @@ class Loop:
                 self._leave([planned.sequence])
 
     def _run_cycles(self) -> bool:
-        """Run whole cycles until a sequence ends or another one comes, if all may run them; whether anything ran.
+        """Run whole cycles until a sequence ends or another one comes, of all that may run them; whether anything ran.
 
-        The cycle after the one under way is enqueued before that one's tokens are known, unless a sequence is certain to end.
-        Prompts and cycles take turns.
+        The cycle after the one under way is enqueued before that one's tokens are known, unless a sequence is certain to end
+        or another one needs the host. Prompts and cycles take turns.
         """
         if not self._backend.runs_cycles:
             return False
-        planned = self._scheduler.schedule_cycle()
+        planned, by_steps = list[Planned](), list[Planned]()
+        for one in self._scheduler.schedule_cycle():
+            sequence = self._sequences[one.sequence]
+            stepwise = sequence.sampler.needs_host or sequence.min_confidence >= ALWAYS
+            (by_steps if stepwise else planned).append(one)
         running = [self._sequences[one.sequence] for one in planned]
-        if not planned or any(s.sampler.needs_host for s in running):
+        if not planned:
             return False
         if self._scheduler.num_reading and self._read_first:
             self._read_first = False
@@ -205,21 +230,54 @@ class Loop:
             return True
         self._read_first = True
         self._start_cycle(planned, 0)
-        tau, under_way = self._cycle_length, deque([planned])
+        tau, under_way, left = self._cycle_length, deque([planned]), set[int]()
         while under_way:
-            alone = not (self._scheduler.num_reading or self._scheduler.can_enter or self._arriving())
-            if alone and not any(s.ended for s in running) and len(under_way) == 1 and _go_on(running, tau):
+            alone = not (by_steps or self._scheduler.num_reading or self._scheduler.can_enter or self._arriving())
+            ahead = self._look_ahead and not left and not any(s.ended for s in running)
+            if alone and ahead and len(under_way) == 1 and _go_on(running, tau):
                 under_way.append(planned := self._scheduler.schedule_cycle())
                 self._start_cycle(planned, tau)
-            tokens, cycle = self._backend.finish_cycle(), under_way.popleft()
-            for step, index in itertools.product(range(tau), range(len(cycle))):
-                sequence = self._sequences[cycle[index].sequence]
-                if not sequence.ended:
-                    sequence.take(int(tokens[step, index]))
-                    self._chosen += not sequence.failed
+            output, cycle = self._backend.finish_cycle(), under_way.popleft()
+            left |= self._take_cycle(output, cycle, left, under_way)
             self._end_from_outside()
         self._leave(number for number, sequence in self._sequences.items() if sequence.ended)
+        self._run_heads(by_steps)
         return True
+
+    def _take_cycle(
+        self, output: RunOutput, cycle: Sequence[Planned], gone: set[int], following: Iterable[Sequence[Planned]]
+    ) -> set[int]:
+        """Tell sequences of a cycle's tokens, but those that have ``gone`` from the one before. Which left theirs in this one."""
+        assert output.tokens is not None and output.confidence is not None, "a cycle gives both"
+        left: set[int] = set()
+        for k, (index, one) in itertools.product(range(self._cycle_length), enumerate(cycle)):
+            sequence, step = self._sequences[one.sequence], one.steps[k]
+            if sequence.ended or one.sequence in gone | left:
+                continue
+            sequence.count(step.kind)
+            if step.kind == "late" and sequence.drops(float(output.confidence[k, index])):
+                behind = [
+                    step
+                    for later in following
+                    for other in later
+                    if other.sequence == one.sequence
+                    for step in other.steps
+                ]
+                self._scheduler.leave_cycle(one.sequence, [*one.steps[k:], *behind])
+                self._dropped += 1
+                left.add(one.sequence)
+                continue
+            sequence.take(int(output.tokens[k, index]))
+            self._chosen += not sequence.failed
+        self._look_ahead = 2 * len(left) < len(cycle)
+        return left
+
+    def _run_heads(self, planned: Sequence[Planned]) -> None:
+        """Run the full steps of cycles that the others are ahead by. What is left of them the scheduler lets catch up."""
+        for steps in zip(*(one.steps for one in planned), strict=True):
+            if steps[0].kind == "full":
+                pairs = zip(planned, steps, strict=True)
+                self._run([replace(one, steps=[step]) for one, step in pairs if one.sequence in self._sequences])
 
     def _start_cycle(self, planned: Sequence[Planned], unseen: int) -> None:
         """Enqueue a cycle and take its steps as run. ``unseen``: tokens of a cycle under way, which this one follows."""
@@ -229,6 +287,7 @@ class Loop:
             ids = () if unseen else sequence.ids[window.start : window.stop]
             cycles.append(SlotCycle(slot=one.slot, steps=one.steps, ids=ids, sampler=sequence.sampler, unseen=unseen))
         self._count_heads(planned)
+        self._step_tokens.add(len(planned), steps=len(planned[0].steps))
         self._backend.start_cycle(cycles, self._scheduler.committed, follows=unseen > 0)
         self._scheduler.commit(planned)
 

@@ -31,16 +31,26 @@ class CompletionOutput:
 
 @dataclass(slots=True, kw_only=True)
 class RequestMetrics:
-    """Seconds of one request, from its submission, and what the prefix cache spared it.
+    """Seconds of one request, from its submission, what the prefix cache spared it, and the steps of its decoding.
 
     ``cached_tokens``: tokens of the prompt that none of its sequences computed, because earlier requests had. (Of ``n``
-    sequences that is the least: what one of them computes, the others may find.)
+    sequences that is the least: what one of them computes, the others may find.) ``full_passes`` and ``late_steps`` are its
+    sequences' own behind their prompts, whoever shared them; of ``dropped_tokens`` late steps the choice was not kept.
     """
 
     queued_s: float = 0.0
     first_token_s: float | None = None
     finished_s: float | None = None
     cached_tokens: int = 0
+    full_passes: int = 0
+    late_steps: int = 0
+    dropped_tokens: int = 0
+
+    @property
+    def tokens_per_full_pass(self) -> float | None:
+        """Tokens behind the prompts' own passes, for each full pass; None where there was none."""
+        kept = self.full_passes + self.late_steps - self.dropped_tokens
+        return kept / self.full_passes if self.full_passes else None
 
 
 @dataclass(slots=True, kw_only=True)

@@ -58,6 +58,7 @@ class Request:
         priority: int,
         cache_salt: str | None,
         score_from: int | None,
+        min_confidence: float,
         closing: Callable[[], bool],
     ) -> None:
         self.request_id = request_id
@@ -97,6 +98,7 @@ class Request:
                 priority=priority,
                 cache_salt=cache_salt,
                 prompt_len=score_from or len(prompt_ids),
+                min_confidence=min_confidence,
                 prompt_logprobs=params.prompt_logprobs if index == 0 else None,
             )
 
@@ -216,6 +218,8 @@ class Request:
             started = [sequence for sequence in self.sequences if sequence.started is not None]
             self._metrics.finished_s = now
             self._metrics.cached_tokens = min((sequence.cached_tokens for sequence in started), default=0)
+            for name in ("full_passes", "late_steps", "dropped_tokens"):
+                setattr(self._metrics, name, sum(getattr(sequence, name) for sequence in started))
             self._done.set()
 
 

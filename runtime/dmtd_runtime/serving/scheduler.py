@@ -7,7 +7,7 @@ The policy keeps every running sequence in phase, whoever comes and goes, so tha
 
 1. While any sequence stands inside a cycle, only those step, and the ones at a head wait. After at most ``cycle_length - 1``
    short runs all heads fall together. Who joins between two heads waits for the next, or takes the late steps that bring it
-   there; no pass over T is ever run for it alone.
+   there; who leaves a cycle waits for it too; no pass over T is ever run for one alone.
 2. A pass at the heads takes all of them, and beside them chunks of the prompts being read: so every running sequence gets a
    cycle for every pass, however many prompts wait.
 3. A prompt being read gets rows in every such pass: a floor each, and what is left goes to the one with the least to read.
@@ -213,6 +213,11 @@ class Scheduler:
                 for step in one.steps:
                     living.position.commit(step)
 
+    def leave_cycle(self, sequence: int, take_back: Sequence[Step] = ()) -> None:
+        """Let a sequence's next position be a head; ``take_back``: see :meth:`Position.leave_cycle`."""
+        assert self._plan.may_leave, "heads stand where the count puts them"
+        self.position_of(sequence).leave_cycle(take_back)
+
     def free(self, sequence: int) -> None:
         """Let a sequence go, waiting or running."""
         entry = self._entry(sequence)
@@ -255,7 +260,7 @@ class Scheduler:
         return next((entry for entry in self._running if entry.sequence == sequence), None)
 
     def _at_head(self, entry: _Running) -> bool:
-        return self._plan.is_head(entry.position.fed, entry.position.prompt_len)
+        return self._plan.at_head(entry.position)
 
     @staticmethod
     def _planned(entry: _Running, steps: Sequence[Step]) -> Planned:

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dmtd_runtime.cycle import StepKind
 from dmtd_runtime.errors import DmtdError
+from dmtd_runtime.sampling.confidence import ALWAYS
 from dmtd_runtime.sampling.sampler import Choice, Logits, Sampler
 from dmtd_runtime.sampling.stops import StopRules
 
@@ -46,12 +48,32 @@ class SequenceRun:
     prompt_len: int = (
         0  # where the reply begins; 0: all ids are prompt. Ids behind it are a reply that is given, not chosen
     )
+    min_confidence: float = 0.0  # of a late step, below which its choice is dropped and the cycle left
     prompt_logprobs: int | None = None  # of the ids given: log probabilities, and of so many likeliest tokens
     prompt_choices: list[Choice | None] = field(default_factory=list)  # what was asked so; the first token has none
     started: float | None = None  # when it left the queue
     cached_tokens: int = 0  # of the prompt, that came from the prefix cache
+    full_passes: int = 0  # of its decoding, as those below
+    late_steps: int = 0
+    dropped_tokens: int = 0  # late steps whose choice was not kept
     ended: bool = False
     failed: bool = False
+
+    @property
+    def looks(self) -> bool:
+        """Whether it matters how sure late steps are."""
+        return 0 < self.min_confidence < ALWAYS
+
+    def count(self, kind: StepKind) -> None:
+        """Take a step as run."""
+        self.full_passes += kind == "full"
+        self.late_steps += kind == "late"
+
+    def drops(self, confidence: float) -> bool:
+        """Whether the choice of a late step that is so sure is dropped, and counted so."""
+        unsure = self.looks and confidence < self.min_confidence
+        self.dropped_tokens += unsure
+        return unsure
 
     def end_from_outside(self) -> bool:
         """End the sequence if it was cancelled or its deadline has passed; whether it did."""

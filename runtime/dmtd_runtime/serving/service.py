@@ -118,12 +118,12 @@ class Service:
         self._grammars = GrammarCompiler(
             self.tokenizer, vocab_size=self.manifest.model.vocab_size, eos_token_ids=self._eos
         )
-        self._ids = itertools.count()
+        self._plan, self._ids = CyclePlan(cycle=self.manifest.cycle, plain=plain), itertools.count()
         self._requests: dict[str, Request] = {}
         with one_line_memory(memory_needs(self.manifest, options), ROOM_HINT):
             self._worker = Worker(
                 opened,
-                CyclePlan(cycle=self.manifest.cycle, plain=plain),
+                self._plan,
                 options=serving,
                 warm_up=options.warm_up,
                 after_step=self._after_step(),
@@ -214,6 +214,12 @@ class Service:
                 "engines give the logits of last rows alone; leave it out, or use the backend onnxruntime",
                 param="prompt_logprobs",
             )
+        if params.min_confidence and not (self._plan.may_leave or self._plan.plain):
+            raise RequestError(
+                f"got {params.min_confidence:g} with a bundle of cycle_origin absolute, whose heads stand where the count of "
+                "positions puts them, expected 0; leave it out, or export with --cycle-origin prompt",
+                param="min_confidence",
+            )
         if score_from is not None and not (isinstance(score_from, Integral) and 1 <= score_from < len(ids)):
             raise RequestError(
                 f"got {score_from!r}, expected 1 to {len(ids) - 1}, the place of a token behind the first",
@@ -234,6 +240,7 @@ class Service:
             priority=int(priority),
             cache_salt=cache_salt,
             score_from=score_from,
+            min_confidence=0.0 if self._plan.plain else params.min_confidence,
             closing=self._worker.is_closing,
         )
 

@@ -173,7 +173,7 @@ def _checked_content(where: str, content: object, keeps_parts: bool) -> str | li
         return [{"type": "text", **part} for part in content] if keeps_parts else "\n".join(texts)
     if not isinstance(content, str):
         raise RequestError(f"got {short(content)}, expected text or a list of text parts", param=where)
-    return content
+    return whole_text(content, where)
 
 
 def _part_text(where: str, part: object) -> str:
@@ -182,4 +182,20 @@ def _part_text(where: str, part: object) -> str:
         raise RequestError(
             f"got {short(part)}, expected {{'type': 'text', 'text': ...}}: this model reads text", param=where
         )
+    return whole_text(text, where)
+
+
+def whole_text(text: str, param: str) -> str:
+    """Text that UTF-8 can write.
+
+    Raises:
+        RequestError: half a surrogate pair is in it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"got half a surrogate pair at character {error.start}, expected text that UTF-8 can write; remove it",
+            param=param,
+        ) from None
     return text

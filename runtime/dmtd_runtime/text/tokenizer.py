@@ -19,6 +19,7 @@ import tokenizers
 
 from dmtd_errors.native import NativePanicError, call_native
 from dmtd_runtime.errors import BundleError, RequestError
+from dmtd_runtime.text.messages import whole_text
 from dmtd_runtime.text.special_tokens import eos_token_ids_of, read_special_tokens, read_text
 
 MAX_TOKENIZER_BYTES = 256 << 20
@@ -141,13 +142,7 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise RequestError(f"got {type(text).__name__}, expected a string", param="prompt")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"got half a surrogate pair at character {error.start}, expected text that UTF-8 can write; remove it",
-                param="prompt",
-            ) from error
+        whole_text(text, "prompt")
         try:
             if len(text) > LONG_TEXT:
                 encode = self._core.encode_batch_fast

@@ -18,7 +18,7 @@ from bundles import make_bundle, make_checkpoint
 from typer.testing import CliRunner, Result
 
 from dmtd_export.cli.main import VERBS, _LazyCommand, app
-from dmtd_export.options import ExportOptions
+from dmtd_export.options import ExportOptions, WeightOptions
 from dmtd_models.config.model import SplitOptions
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import load_manifest
@@ -46,9 +46,9 @@ def test_defaults_are_those_of_the_options() -> None:
     parameters = {
         parameter.name: parameter.default for parameter in _LazyCommand("export", VERBS["export"]).load().params
     }
-    for options in (ExportOptions(), SplitOptions()):
+    for options in (ExportOptions(), SplitOptions(), WeightOptions()):
         for option in fields(options):
-            assert option.name == "split" or parameters[option.name] == getattr(options, option.name)
+            assert option.name in ("split", "formats") or parameters[option.name] == getattr(options, option.name)
 
 
 def test_export_says_what_it_made_and_what_comes_next(checkpoint: str, tmp_path: Path) -> None:

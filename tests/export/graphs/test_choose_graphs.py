@@ -107,8 +107,11 @@ def test_the_graph_chooses_what_the_sampler_chooses(sample: Any, scale: float) -
             feeds[name] = fresh[name]
         np.testing.assert_array_equal(feeds["output_counts"][9:12], fresh["output_counts"][9:12])
         feeds["logits"] = logits[:, None]
-        tokens, finite, has_choice, feeds["output_counts"] = sample.run(None, feeds)
+        tokens, finite, has_choice, sure, feeds["output_counts"] = sample.run(None, feeds)
         assert finite.all() and has_choice.all()
+        # Of the logits as they came in, whatever the options.
+        softmax = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum(-1, keepdims=True)
+        np.testing.assert_allclose(sure[:, 0], softmax.max(-1), rtol=1e-5)
         for row, (params, sampler) in enumerate(zip(OPTIONS, by_numpy, strict=True)):
             adjusted = sampler._adjusted(logits[row])
             wanted, token = sampler.choose(logits[row]).token_id, int(tokens[row, 0])
@@ -163,12 +166,13 @@ def test_logits_that_are_not_finite_are_told_and_give_an_id_in_range(sample: Any
     logits = np.zeros((3, 1, VOCAB), np.float32)
     logits[1, 0, 77] = bad
     feeds = inputs_of([sampler_of(SamplingParams(), 0)] * 3) | {"logits": logits}
-    tokens, finite, _, _ = sample.run(None, feeds)
+    tokens, finite, *_ = sample.run(None, feeds)
     assert finite[:, 0].tolist() == [True, False, True]
     assert ((tokens >= 0) & (tokens < VOCAB)).all()
     choose = session_of(write_choose_token, "choose_token", VOCAB)
-    tokens, finite = choose.run(None, {"logits": logits})
+    tokens, finite, sure = choose.run(None, {"logits": logits})
     assert finite[:, 0].tolist() == [True, False, True]
+    assert sure[::2, 0] == pytest.approx([1 / VOCAB] * 2)
     assert ((tokens >= 0) & (tokens < VOCAB)).all()
 
 
@@ -176,7 +180,7 @@ def test_nothing_to_choose_from_is_told(sample: Any) -> None:
     sampler = sampler_of(SamplingParams(min_tokens=3), 0)
     feeds = inputs_of([sampler]) | {"logits": np.zeros((1, 1, VOCAB), np.float32)}
     feeds["end_ids"][:] = True
-    _, finite, has_choice, _ = sample.run(None, feeds)
+    _, finite, has_choice, *_ = sample.run(None, feeds)
     assert (finite.item(), has_choice.item()) == (True, False)
     with pytest.raises(RequestError, match="leave nothing to choose from for token 0"):
         sampler.take(NO_CHOICE)

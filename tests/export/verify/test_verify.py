@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from dmtd_export.verify import (
     verify_hook,
 )
 from dmtd_export.verify.cycles import Case, Comparison, Variant, make_cases, make_variants
+from dmtd_export.verify.forced import LeavingRun
 from dmtd_export.verify.margins import FLOAT32, Margin, top_two_gap, worst_difference
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.config.model import Rope, SplitOptions
@@ -117,6 +119,31 @@ def test_the_cases_stand_around_multiples_of_the_cycle_length(bundle: Path) -> N
     }
     assert any(v.chunk < 8 for v in variants)
     assert any(v.batch > 1 for v in variants)
+
+
+def test_some_cases_leave_their_cycles(bundle: Path) -> None:
+    """Heads by the oracle's own rule: no cycle is longer than the bundle's, and each that is shorter was left."""
+    manifest = load_manifest(bundle)
+    for quick in (False, True):
+        cases = [case for case in make_cases(manifest, quick) if case.leaves]
+        assert len(cases) == (1 if quick else 2)
+        for case in cases:
+            assert case.heads is not None
+            gaps = np.diff(case.heads)
+            assert case.heads[0] == len(case.prompt)
+            assert (gaps <= manifest.cycle.cycle_length).all()
+            left = [at for at, gap in zip(case.heads[1:], gaps, strict=True) if gap < manifest.cycle.cycle_length]
+            assert [at for at in case.leaves if at in case.heads] == left
+            assert left[0] < len(case.prompt) + case.num_new - 1
+    absolute = replace(manifest, cycle=replace(manifest.cycle, cycle_origin="absolute", prompt_input="cyclical"))
+    assert not any(case.leaves for case in make_cases(absolute, quick=False))
+
+
+def test_a_late_step_that_is_not_taken_back_is_found(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LeavingRun, "drops", lambda self, confidence: False)
+    report = verify_bundle(bundle, level="oracle", quick=True)
+    assert not report.ok
+    assert "adaptive mode" in str(report.checks[-1])
 
 
 def test_a_model_of_very_few_positions_can_be_verified(checkpoint: Path, tmp_path: Path) -> None:

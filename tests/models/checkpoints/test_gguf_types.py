@@ -164,6 +164,32 @@ def test_dequantised_values(tmp_path, kind):
     assert np.abs(got).max() > 0.05
 
 
+@pytest.mark.parametrize("kind", list(TYPES))
+def test_blocks_have_the_values_of_the_gguf_package(tmp_path, kind):
+    """Bit for bit, rows of queries and keys in the model's order."""
+    config = tiny_config("llama", hidden_size=COLUMNS, intermediate_size=ROWS, num_layers=1, head_dim=64)
+    weights = random_weights(config, seed=1)
+    names = [name for name, weight in weights.items() if weight.shape in ((ROWS, COLUMNS), (ROWS // 2, COLUMNS))]
+    rng = np.random.default_rng(8)
+    stored = {name: (random_blocks(kind, rng)[: weights[name].shape[0]], kind) for name in names}
+    path = write_gguf(tmp_path / "m.gguf", config, weights, stored=stored)
+    checkpoint = open_checkpoint(path)
+    assert len(names) == 7
+    for name in names:
+        expected = gguf.quants.dequantize(stored[name][0], gguf.GGMLQuantizationType[kind])
+        if "q_proj" in name or "k_proj" in name:
+            heads = len(expected) // 64
+            expected = np.concatenate(
+                [[*expected[h * 64 :: 2][:32], *expected[h * 64 + 1 :: 2][:32]] for h in range(heads)]
+            )
+        blocks = checkpoint.blocks(name)
+        assert blocks.source == checkpoint.block_source(name) == kind
+        assert blocks.dequantised().tobytes() == expected.tobytes() == checkpoint.read(name).tobytes()
+    for name in ("model.norm.weight", "model.embed_tokens.weight"):
+        assert checkpoint.blocks(name) is None
+        assert checkpoint.block_source(name) is None
+
+
 @pytest.mark.parametrize(("kind", "dtype"), [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16")])
 def test_float_types_keep_their_type_and_bits(tmp_path, kind, dtype):
     config = tiny_config("llama")

@@ -9,7 +9,7 @@ from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.config.model import DmtdSpec, SplitOptions, resolve_dmtd
 from dmtd_models.errors import ModelError
 from dmtd_models.reference.dmtd import DmtdModel
-from dmtd_models.reference.oracle import gates, greedy, teacher_forced
+from dmtd_models.reference.oracle import adaptive, gates, greedy, teacher_forced
 from dmtd_models.reference.testing import write_tiny_checkpoint
 
 # tau 4, a prompt of 6 tokens, 16 positions. H a head (1, 1), c inside a cycle (1, 0), t the plain stack (0, 1).
@@ -68,6 +68,39 @@ def test_gates_elsewhere(convention, tau, prompt_len, letters):
 def test_undefined_conventions_have_no_gates(pair):
     with pytest.raises(ModelError, match="undefined"):
         gates(make_spec(*pair), prompt_len=2, total_len=4)
+
+
+@pytest.mark.parametrize("prompt_input", ["thinking", "sum"])
+@pytest.mark.parametrize(
+    ("heads", "letters"),
+    [
+        ([6, 7, 11, 14], "HHcccHccHc"),
+        ([6, 10, 14], "HcccHcccHc"),
+        (range(6, 16), "HHHHHHHHHH"),
+        ([6, 8, 12, 99], "HcHcccHccc"),
+    ],
+)
+def test_gates_of_listed_heads(prompt_input, heads, letters):
+    prompt = {"thinking": "t", "sum": "H"}[prompt_input] * 6
+    hidden, thought = gates(make_spec("prompt", prompt_input), prompt_len=6, total_len=16, heads=heads)
+    assert list(zip(hidden.tolist(), thought.tolist(), strict=True)) == [LETTERS[letter] for letter in prompt + letters]
+
+
+@pytest.mark.parametrize(
+    ("origin", "heads", "message"),
+    [
+        ("prompt", [7, 11, 15], "the first generated position, 6"),
+        ("prompt", [], "the first generated position, 6"),
+        ("prompt", [5, 6, 10, 14], "the first generated position, 6"),
+        ("prompt", [6, 11, 14], "none from 6 to 11"),
+        ("prompt", [6, 10], "none from 10 to 16"),
+        ("absolute", [6, 10, 14], "origin absolute"),
+    ],
+)
+def test_unlawful_heads_are_refused(origin, heads, message):
+    spec = make_spec(origin, "cyclical" if origin == "absolute" else "thinking")
+    with pytest.raises(ModelError, match=message):
+        gates(spec, prompt_len=6, total_len=16, heads=heads)
 
 
 def test_more_prompt_than_positions_is_refused():
@@ -136,6 +169,33 @@ def test_greedy_is_teacher_forcing_of_its_own_tokens(directory, convention):
     again = teacher_forced(model, [*PROMPT, *run.token_ids], 6)[5:-1]
     assert (again - run.logits).abs().max() < 1e-9
     assert run.token_ids == tuple(again.argmax(-1).tolist())
+
+
+@pytest.mark.parametrize("prompt_input", ["thinking", "sum"])
+def test_an_adaptive_run_keeps_what_it_is_sure_of(directory, prompt_input):
+    model = load(directory, make_spec("prompt", prompt_input))
+    fixed, every = adaptive(model, PROMPT, 14, 0.0), adaptive(model, PROMPT, 14, 1.0)
+    assert fixed.token_ids == greedy(model, PROMPT, 14).token_ids
+    assert (fixed.heads, fixed.late_steps, fixed.dropped) == ((6, 10, 14, 18), 9, 0)
+    one = load(directory, make_spec("prompt", prompt_input, tau=1))
+    assert every.token_ids == greedy(one, PROMPT, 14).token_ids
+    assert (every.heads, every.late_steps) == (tuple(range(6, 19)), 0)
+
+    run = adaptive(model, PROMPT, 14, 0.25)
+    assert 0 < run.dropped < run.late_steps
+    assert len(run.heads) + run.late_steps - run.dropped == 13
+    # One pass over the result under its heads gives every kept choice again; of those that were not kept, the doubt.
+    tokens = [*PROMPT, *run.token_ids[:-1]]
+    again = teacher_forced(model, tokens, 6, heads=run.heads)
+    assert (again[5:] - run.logits).abs().max() < 1e-9
+    sure = again.softmax(-1).amax(-1)
+    assert all(sure[at] >= 0.25 for at in range(6, len(tokens)) if at not in run.heads)
+    left = [head for before, head in zip(run.heads, run.heads[1:], strict=False) if head - before < 4]
+    for head in left:
+        others = [other for other in run.heads if other < head]
+        doubt = teacher_forced(model, tokens[: head + 1], 6, heads=others)[-1].softmax(-1).max()
+        assert doubt < 0.25
+    assert len(left) <= run.dropped <= len(run.heads)
 
 
 def test_conventions_differ_where_they_must_and_only_there(directory):

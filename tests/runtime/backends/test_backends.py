@@ -282,6 +282,7 @@ def test_prompts_of_all_lengths_need_few_buffers(tiny: TinyBundles, dialect: str
         ({"max_model_len": 0}, RequestError, "got 0, expected 1 to 256"),
         ({"threads": 0}, RequestError, "threads: got 0, expected"),
         ({"threads": -2}, RequestError, "threads: got -2, expected"),
+        ({"threads": 99999}, RequestError, "threads: got 99999, expected at most"),
         ({"device": "cuda"}, BackendError, "has no CUDAExecutionProvider"),
     ],
 )

@@ -78,6 +78,7 @@ def test_every_sequence_gets_its_tokens(
     assert (counts.running, counts.waiting) == (0, 0)
     assert counts.generation_tokens == sum(r.max_tokens for r in requests)
     assert counts.prompt_tokens == sum(len(r.prompt_ids) for r in requests)
+    assert counts.step_tokens_sum == counts.prompt_tokens + sum(r.max_tokens - 1 for r in requests)
     assert 0 < run.session_seconds < max(one.token_s[-1] for one in run.sequences)
     if settings.get("concurrency") == 1:
         # Alone, a sequence of n tokens has a head for every tau of the n - 1 behind the prompt's.
@@ -100,6 +101,9 @@ def test_whole_cycles_of_engines(bundle: Path, manifest: Manifest) -> None:
     assert [len(one.token_s) for one in run.sequences] == [r.max_tokens for r in requests]
     assert engines.stats.cycles > 0
     assert run.counts.generation_tokens == sum(r.max_tokens for r in requests)
+    # Cycles go on behind the end of a sequence: those tokens went through a step too.
+    assert run.counts.step_tokens_sum >= run.counts.prompt_tokens + sum(r.max_tokens - 1 for r in requests)
+    assert sum(run.counts.step_tokens) == run.counts.prefill_passes + manifest.cycle.cycle_length * engines.stats.cycles
 
 
 def test_a_shared_prefix_is_found_again(backend: Backend, manifest: Manifest) -> None:

@@ -11,7 +11,7 @@ import pytest
 from runtime_support import TinyBundles
 
 from dmtd_runtime import LLM, BundleError
-from dmtd_runtime.bundle import manifest as manifest_module
+from dmtd_runtime.bundle import records
 from dmtd_runtime.bundle.opening import cache_directory, open_bundle, read_generation_config
 
 FILES = ["model.onnx.data", "thinking.ort.onnx", "late_decode.onnx", "tokenizer.json", "config.json"]
@@ -28,13 +28,13 @@ def hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """Names of the files hashed from here on, over an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     names: list[str] = []
-    sha256_of = manifest_module.sha256_of
+    sha256_of = records.sha256_of
 
     def counting(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
         names.append(path.name)
         return sha256_of(path, on_bytes)
 
-    monkeypatch.setattr(manifest_module, "sha256_of", counting)
+    monkeypatch.setattr(records, "sha256_of", counting)
     return names
 
 

@@ -142,6 +142,25 @@ def test_generate_plain_runs_every_layer_and_needs_no_warning(bundle: str) -> No
     assert result.stderr == ""
 
 
+def test_generate_with_a_wanted_confidence(bundle: str, tmp_path: Path) -> None:
+    asked = ("--token-ids", "1,2 3", "--max-tokens", "12", "--greedy", "--json")
+    fixed, every, wanted = (
+        one_json(dmtd("generate", bundle, *asked, *more))
+        for more in ((), ("--min-confidence", "1"), ("--min-confidence", "0.3"))
+    )
+    assert (fixed["dropped_tokens"], fixed["tokens_per_full_pass"]) == (0, 11 / 4)
+    assert (every["full_passes"], every["late_steps"], every["tokens_per_full_pass"]) == (11, 0, 1)
+    assert wanted["dropped_tokens"] > 0
+    assert wanted["full_passes"] + wanted["late_steps"] - wanted["dropped_tokens"] == 11
+    told = dmtd("generate", bundle, *asked[:-1], "--min-confidence", "0.3").stderr
+    assert f"{wanted['dropped_tokens']} of {wanted['late_steps']} late steps dropped" in told
+    # The bundle's own default, and the command line over it.
+    adaptive = with_files(Path(bundle), tmp_path / "bundle", {"generation_config.json": b'{"min_confidence": 0.3}'})
+    assert one_json(dmtd("generate", str(adaptive), *asked))["token_ids"] == wanted["token_ids"]
+    again = one_json(dmtd("generate", str(adaptive), *asked, "--min-confidence", "0"))
+    assert again["token_ids"] == fixed["token_ids"]
+
+
 def test_generate_reads_the_prompt_from_anywhere(bundle: str, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("hello\n", encoding="utf-8")
     common = ("generate", bundle, "--max-tokens", "6", "--json")
@@ -326,6 +345,12 @@ def test_wrong_usage_exits_2(arguments: Sequence[str], bundle: str) -> None:
     result = dmtd(*(bundle if word == "BUNDLE" else word for word in arguments), stdin="")
     assert result.exit_code == 2
     assert "Error" in result.stderr
+
+
+@pytest.mark.parametrize("verb", ["finetune", "evaluate", "generate", "chat", "serve", "bench"])
+def test_more_threads_than_any_machine_has_are_refused(verb: str) -> None:
+    result = dmtd(verb, "X", "--threads", "99999", stdin="")
+    assert result.exit_code == 2 and "Invalid value for '--threads'" in result.stderr
 
 
 def test_damaged_bundles(bundle: str, tmp_path: Path) -> None:

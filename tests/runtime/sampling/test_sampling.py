@@ -34,6 +34,7 @@ def test_defaults_are_those_people_expect() -> None:
         "prompt_logprobs": None,
         "logit_bias": None,
         "structured_outputs": None,
+        "min_confidence": 0.0,
         "skip_special_tokens": True,
         "include_stop_str_in_output": False,
     }
@@ -47,6 +48,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"top_k": -1},
     {"top_k": 151936},
     {"min_p": 1},
+    {"min_confidence": 1},
     {"presence_penalty": -2, "frequency_penalty": 2},
     {"repetition_penalty": 0.5},
     {"seed": -1},
@@ -84,6 +86,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"top_k": -2}, "top_k: got -2, expected -1 to"),
     ({"min_p": -0.5}, "min_p: got -0.5"),
     ({"min_p": 1.5}, "min_p: got 1.5"),
+    ({"min_confidence": -0.1}, "min_confidence: got -0.1, expected a finite number from 0 to 1"),
+    ({"min_confidence": 50}, "min_confidence: got 50"),
     ({"presence_penalty": 2.1}, "presence_penalty: got 2.1, expected a finite number from -2 to 2"),
     ({"frequency_penalty": -3}, "frequency_penalty: got -3"),
     ({"repetition_penalty": 0}, "repetition_penalty: got 0, expected a finite number above 0"),
@@ -180,6 +184,7 @@ def test_validate_for_a_vocabulary() -> None:
         ({"top_p": 0.9, "top_k": -5, "min_p": "x"}, {"temperature": 0.0, "top_p": 0.9}),
         ({"min_new_tokens": 40, "max_new_tokens": 8.0}, {"temperature": 0.0, "min_tokens": 8, "max_tokens": 8}),
         ({"min_new_tokens": 40}, {"temperature": 0.0, "min_tokens": 40}),
+        ({"min_confidence": 0.4}, {"temperature": 0.0, "min_confidence": 0.4}),
     ],
 )
 def test_from_generation_config(raw: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 from prometheus_client import parser
 from runtime_support import TinyBundles, wait_until
@@ -19,6 +20,12 @@ from dmtd_runtime.serving.options import ServingOptions
 pytestmark = pytest.mark.timeout(300)
 
 KEYS = ["first-key-1", "second-key-2"]
+HALF_PAIR = "got half a surrogate pair at character 2, expected text that UTF-8 can write; remove it"
+NO_KEY = "this server knows no such key; leave it out"
+CHOICES = 'got "x", expected none, auto, required or an object'
+NESTED = b'{"a":' * 400 + b"1" + b"}" * 400
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "ab\udc00"}]}]
+LISTS = "a list of texts or a list of lists of integers"
 AUTH = {"Authorization": f"Bearer {KEYS[1]}"}
 LIMITS = Limits(
     max_body_bytes=20_000,
@@ -138,22 +145,81 @@ def test_other_refusals(server: Running) -> None:
         assert answer.headers["x-request-id"]
 
 
-def test_bodies_that_are_none(server: Running) -> None:
-    import httpx
+CHAT = "/v1/chat/completions"
 
-    url, kind = f"{server.url}/chat/completions", {"Content-Type": "application/json"}
-    for content, headers, status in (
-        (b'{"messages": "\xff"}', kind, 400),
-        (b"{", kind, 400),
-        (b"", kind, 400),
-        (b"[" * 10_000, kind, 400),
-        (b'{"seed": ' + b"9" * 5000 + b"}", kind, 400),
-        (b"{}", {"Content-Type": "text/plain"}, 415),
-        (b"a=b", {"Content-Type": "application/x-www-form-urlencoded"}, 415),
-        (b" " * 20_001, kind, 413),
+
+def chat_body(**change: Any) -> bytes:
+    return json.dumps({"messages": HI, "max_tokens": 1, **change}).encode()
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "param", "message"),
+    [
+        (CHAT, b"", None, "the body is empty, expected a JSON object"),
+        (CHAT, b"null", None, "the body is null, expected a JSON object"),
+        (CHAT, b"[1]", None, "the body is a list, expected a JSON object"),
+        (CHAT, b'{"a": "\xff"}', None, "the body is not UTF-8: invalid start byte at byte 7; send JSON in UTF-8"),
+        (CHAT, b'{"a" 1}', None, "the body is not JSON: expecting ':' delimiter at character 5"),
+        (CHAT, b"[" * 10_000, None, "the body is nested too deeply; send fewer levels"),
+        (CHAT, b'{"seed": ' + b"9" * 5000 + b"}", None, "the body has a number of too many digits; send a smaller one"),
+        (CHAT, b'{"messages": [' + NESTED + b"]}", "messages", "nested too deeply; send fewer levels"),
+        (CHAT, b"{}", "messages", "missing, expected a list of objects"),
+        (CHAT, chat_body(messages=["x"]), "messages[0]", 'got "x", expected an object'),
+        (CHAT, chat_body(tool_choice="x"), "tool_choice", CHOICES),
+        (CHAT, chat_body(tool_choice={"function": {}}), "tool_choice.function.name", "missing, expected text"),
+        (CHAT, chat_body(tools=[{"type": "x"}]), "tools[0].type", 'got "x", expected function'),
+        (CHAT, chat_body(stop=1), "stop", "got 1, expected text or a list of texts"),
+        (CHAT, chat_body(stop=["a", 1]), "stop[1]", "got 1, expected text"),
+        (CHAT, chat_body(seed=1.5), "seed", "got 1.5, expected an integer"),
+        (CHAT, chat_body(n=0), "n", "got 0, expected 1 or more"),
+        (CHAT, chat_body(stream="yes"), "stream", 'got "yes", expected true or false'),
+        (CHAT, chat_body(temperature=float("nan")), "temperature", "got NaN, expected a finite number"),
+        (CHAT, chat_body(logit_bias={"1": "x"}), "logit_bias.1", 'got "x", expected a number'),
+        (CHAT, chat_body(request_id="a" * 200), "request_id", f'got "{"a" * 36}..., expected text of at most 128 characters'),
+        (CHAT, chat_body(response_format={"type": "text", "z": 1}), "response_format.z", NO_KEY),
+        (CHAT, chat_body(structured_outputs={"json": 4}), "structured_outputs.json", "got 4, expected an object or text"),
+        (CHAT, chat_body(messages=[*HI, {"role": "user", "content": "ab\ud800"}]), "messages[1].content", HALF_PAIR),
+        (CHAT, chat_body(messages=PARTS), "messages[0].content[0]", HALF_PAIR),
+        ("/v1/responses", b'{"input": "ab\\ud800"}', "input", HALF_PAIR),
+        ("/v1/responses", b'{"input": [3]}', "input[0]", "got 3, expected an object"),
+        ("/v1/responses", b'{"input": "a", "tool_choice": "x"}', "tool_choice", CHOICES),
+        ("/v1/responses", b'{"input": "a", "tools": [{"type": "function"}]}', "tools[0].name", "missing, expected text"),
+        ("/v1/completions", b'{"prompt": "ab\\ud800"}', "prompt", HALF_PAIR),
+        ("/v1/completions", b'{"prompt": {}}', "prompt", f"got an object, expected text, a list of integers, {LISTS}"),
+        ("/tokenize", b"{}", "prompt", "expected either prompt or messages"),
+        ("/detokenize", b'{"tokens": ["a"]}', "tokens[0]", 'got "a", expected an integer'),
+    ],
+)  # fmt: skip
+def test_a_refusal_says_what_was_got_and_expected(
+    server: Running, path: str, content: bytes, param: str | None, message: str
+) -> None:
+    headers = {**AUTH, "Content-Type": "application/json"}
+    answer = httpx.post(f"{server.root}{path}", content=content, headers=headers, timeout=60)
+    told = answer.json()["error"]
+    assert (answer.status_code, told["param"]) == (400, param), told
+    assert told["message"] == (message if param is None else f"{param}: {message}")
+
+
+def test_bodies_that_do_not_come_in(server: Running) -> None:
+    for content, kind, status in (
+        (b"{}", "text/plain", 415),
+        (b"a=b", "application/x-www-form-urlencoded", 415),
+        (b" " * 20_001, "application/json", 413),
     ):
-        answer = httpx.post(url, content=content, headers={**AUTH, **headers}, timeout=60)
-        assert answer.status_code == status and "message" in answer.json()["error"], content[:20]
+        answer = httpx.post(f"{server.root}{CHAT}", content=content, headers={**AUTH, "Content-Type": kind}, timeout=60)
+        assert answer.status_code == status and "message" in answer.json()["error"]
+
+
+def test_tools_that_are_not_to_be_called_need_no_template(server: Running) -> None:
+    """The template knows none; as vLLM does, whose templates leave out what they do not know."""
+    with_tools, without = (
+        server.post(CHAT, {"messages": HI, "max_tokens": 3, "temperature": 0, **more}, headers=AUTH).json()
+        for more in ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"}, {})
+    )
+    assert (
+        with_tools["choices"] == without["choices"]
+        and with_tools["usage"]["prompt_tokens"] == without["usage"]["prompt_tokens"]
+    )
 
 
 def test_keys(server: Running) -> None:
@@ -261,33 +327,40 @@ def test_a_full_queue_is_429_and_nothing_of_it_starts(tiny: TinyBundles) -> None
         wait_until(lambda: is_idle(server))
         assert server.post("/v1/completions", {"prompt": [[1], [2]], "max_tokens": 2}).status_code == 200
         assert (
-            b'dmtd:admission_rejections_total{model_name="bundle",reason="queue_full"} 1\n'
+            b'dmtd:admission_rejections_total{model_name="bundle",engine="dmtd",reason="queue_full"} 1\n'
             in server.get("/metrics").content
         )
 
 
 def test_metrics_count_what_was_asked(tiny: TinyBundles) -> None:
-    with running(tiny.get().directory, ServerOptions(served_model_name=["m"])) as server:
-        server.post(
-            "/v1/completions", {"prompt": [[1, 2, 3], [4]], "max_tokens": 5, "temperature": 0, "ignore_eos": True}
-        )
+    with running(tiny.get().directory, ServerOptions(served_model_name=["m"], allow_plain=True)) as server:
+        body = {"max_tokens": 5, "temperature": 0, "ignore_eos": True}
+        server.post("/v1/completions", {"prompt": [[1, 2, 3], [4]], **body})
+        server.post("/v1/completions", {"prompt": [7] * 6, **body, "dmtd": {"plain": True}})
         text = server.get("/metrics").text
         samples = {}
         for family in parser.text_string_to_metric_families(text):
             for each in family.samples:
-                samples[each.name, *(v for k, v in sorted(each.labels.items()) if k != "model_name")] = each.value
-                assert each.labels["model_name"] == "m"
-        for key, value in {
-            ("dmtd:prompt_tokens_total",): 4,
-            ("dmtd:generation_tokens_total",): 10,
-            ("dmtd:num_requests_running",): 0,
-            ("dmtd:request_success_total", "length"): 2,
-            ("dmtd:time_to_first_token_seconds_count",): 2,
-            ("dmtd:inter_token_latency_seconds_count",): 8,
-            ("dmtd:inter_token_latency_seconds_bucket", "+Inf"): 8,
-            ("dmtd:e2e_request_latency_seconds_count",): 2,
-            ("dmtd:request_generation_tokens_sum",): 10,
-            ("dmtd:request_generation_tokens_bucket", "4"): 0,
-            ("dmtd:request_generation_tokens_bucket", "16"): 2,
-        }.items():
-            assert samples[key] == value, key
+                engine, name = each.labels.pop("engine"), each.labels.pop("model_name")
+                samples[engine, each.name.removeprefix("dmtd:"), *each.labels.values()] = each.value
+                assert name == "m"
+        for key, of_dmtd, of_plain in (
+            ("prompt_tokens_total", 4, 6),
+            ("generation_tokens_total", 10, 5),
+            ("num_requests_running", 0, 0),
+            ("request_success_total length", 2, 1),
+            ("time_to_first_token_seconds_count", 2, 1),
+            ("inter_token_latency_seconds_count", 8, 4),
+            ("inter_token_latency_seconds_bucket +Inf", 8, 4),
+            ("e2e_request_latency_seconds_count", 2, 1),
+            ("request_generation_tokens_sum", 10, 5),
+            ("request_generation_tokens_bucket 4", 0, 0),
+            ("request_generation_tokens_bucket 16", 2, 1),
+            ("iteration_tokens_total_sum", 4 + 8, 6 + 4),
+            ("iteration_tokens_total_bucket 1", None, 4),
+            ("full_passes_total", None, 1 + 4),
+            ("late_steps_total", None, 0),
+        ):
+            assert samples["plain", *key.split()] == of_plain, key
+            assert of_dmtd is None or samples["dmtd", *key.split()] == of_dmtd, key
+        assert samples["dmtd", "late_steps_total"] > 0

@@ -16,6 +16,7 @@ import pytest
 from runtime_support import TinyBundle, make_bundle
 from server_support import HERMES, HI, WEATHER, Running, chunks, running
 
+from dmtd_models.reference import oracle
 from dmtd_runtime import LLM, SamplingParams
 from dmtd_runtime.server.options import ServerOptions
 
@@ -139,6 +140,17 @@ def test_what_scores_measured_is_told(server: Running, llm: LLM) -> None:
     expected = [each and each.logprob for each in output.prompt_logprobs]
     assert in_cycles["choices"][0]["logprobs"]["token_logprobs"][: len(ids)] == expected
     assert as_prompt["choices"][0]["logprobs"]["token_logprobs"][: len(ids)] != expected
+
+
+def test_a_wanted_confidence(server: Running, llm: LLM, bundle: TinyBundle) -> None:
+    ids, body = [9, 8, 7], {"max_tokens": 12, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    want = oracle.adaptive(bundle.reference(4, ("prompt", "thinking")), ids, 12, 0.2)
+    assert want.dropped and want.token_ids != tuple(bundle.greedy_tokens(ids, 12))
+    told = server.post("/v1/completions", {**body, "prompt": ids, "dmtd": {"min_confidence": 0.2}}).json()
+    assert tuple(told["choices"][0]["token_ids"]) == want.token_ids
+    refused = server.post("/v1/completions", {**body, "prompt": ids, "dmtd": {"min_confidence": 2}})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "dmtd.min_confidence"
 
 
 def test_plain_mode_is_the_plain_model(server: Running, bundle: TinyBundle) -> None:

@@ -21,6 +21,7 @@ from server_support import HI, chunks, running
 from typer.testing import CliRunner
 
 from dmtd_export.cli.main import app
+from dmtd_runtime.errors import RequestError
 from dmtd_runtime.server.options import ServerOptions
 from dmtd_runtime.server.run import Server, Settings
 
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.timeout(300)
 ROOT = Path(__file__).resolve().parents[3]
 ENVIRON = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "runtime", "models"))}
 SECRET = "a-secret-key-0"
+WIDE = {"COLUMNS": "400"}  # of an error no line is broken
 
 
 @contextmanager
@@ -187,21 +189,81 @@ def test_defaults_file_environment_flags(tmp_path: Path) -> None:
 
 def test_every_option_has_a_variable() -> None:
     from dmtd_export.cli.main import VERBS, _LazyCommand
+    from dmtd_runtime.cli.places import variable_of
 
     command = _LazyCommand("serve", VERBS["serve"]).load()
     env = {"DMTD_MAX_LOGPROBS": "3", "DMTD_PREFIX_CACHE_BYTES": "7", "DMTD_MAX_MODEL_LEN": "9", "DMTD_INSECURE": "1"}
+    env["DMTD_ALLOWED_ORIGIN"] = "http://a"
     told = would_hold(env=env)
     for name, value in env.items():
-        assert told[name.removeprefix("DMTD_").lower().replace("_", "-")][0] in (value, "true")
+        assert told[name.removeprefix("DMTD_").lower().replace("_", "-")][0] in (value, "true", f'["{value}"]')
     assert len(command.params) > 50
+    context = command.make_context("serve", ["BUNDLE"])
+    for each in command.params:
+        flags = [flag for flag in each.opts if flag.startswith("--")]
+        if each.param_type_name == "option":
+            assert variable_of(context, each) == "DMTD_" + flags[0].lstrip("-").upper().replace("-", "_")
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [("nonsense: 1", "no option"), ("[1]", "expected names"), ("a: [", "cannot be read"), ("port: x", "Invalid value")],
+    [
+        ("nonsense: 1", "no option"),
+        ("[1]", "got a sequence, expected names"),
+        ("a: [", "cannot be read"),
+        ("port: x", "Invalid value for port in "),
+        ("max-n: 2.5", "Invalid value for max-n in "),
+        ("port: true", "Invalid value for port in "),
+        ("port: [1]", "'port': got a sequence, expected one value"),
+        ("api-key: {a: b}", "'api-key': got a mapping, expected a value or a list of values"),
+        ("port: 1\nport: 2", "'port' is given twice"),
+        ("max-n: 1\nmax_n: 2", "'max_n' is given twice"),
+        ("max-n: 0", "max-n in "),
+        ("root_path: api", "root_path in "),
+    ],
 )
-def test_a_bad_file_is_one_line(tmp_path: Path, text: str, problem: str) -> None:
+def test_a_bad_file_is_named_with_the_key(tmp_path: Path, text: str, problem: str) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text(text)
-    done = CliRunner().invoke(app, ["serve", "BUNDLE", "--dry-run", "--config", str(file)])
-    assert done.exit_code in (1, 2) and problem in done.stderr
+    done = CliRunner().invoke(app, ["serve", "BUNDLE", "--dry-run", "--config", str(file)], env=WIDE)
+    assert done.exit_code in (1, 2) and problem in done.stderr and "serve.yaml" in done.stderr, done.stderr
+    assert "--port" not in done.stderr and "--max-n" not in done.stderr and "--root-path" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "code"),
+    [("DMTD_PORT", "x", 2), ("DMTD_PORT", "70000", 1), ("DMTD_THREADS", "0", 2), ("DMTD_SHUTDOWN_TIMEOUT", "-1", 1)],
+)
+def test_a_bad_variable_is_named(name: str, value: str, code: int) -> None:
+    done = CliRunner().invoke(app, ["serve", "BUNDLE", "--dry-run"], env={name: value, **WIDE})
+    assert done.exit_code == code and f"{name}: " in done.stderr and "--port" not in done.stderr, done.stderr
+    flag = "--" + name.removeprefix("DMTD_").lower().replace("_", "-")
+    done = CliRunner().invoke(app, ["serve", "BUNDLE", "--dry-run", flag, value], env=WIDE)
+    assert done.exit_code == code and flag in done.stderr and name not in done.stderr, done.stderr
+
+
+def test_values_of_a_file_are_read_as_the_command_line_is(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("insecure: yes\nserved-model-name: m\nlog-requests: false\nmax-stop:\nqueue-timeout: 1e3\n")
+    told = would_hold("--config", str(file))
+    assert told["insecure"] == ("true", "file") and told["served-model-name"] == ('["m"]', "file")
+    assert told["log-requests"] == ("false", "file") and told["queue-timeout"] == ("1000.0", "file")
+    assert told["max-stop"] == ("16", "default")
+
+
+@pytest.mark.parametrize(
+    "origin", ["foo", "https://", "https://a/", "https://a/b", "https://A", "http://a b", "//a", ""]
+)
+def test_what_is_no_origin_is_refused(origin: str) -> None:
+    with pytest.raises(RequestError, match="expected an origin"):
+        ServerOptions(allowed_origins=[origin])
+    for good in ("*", "https://example.org", "http://localhost:3000", "http://[::1]:80", "chrome-extension://abc"):
+        ServerOptions(allowed_origins=[good])
+
+
+@pytest.mark.parametrize("path", ["api", "/", "/api/", "//api", "/a b", "/a?b", "http://a/b"])
+def test_what_is_no_prefix_is_refused(path: str) -> None:
+    with pytest.raises(RequestError, match="begins with a slash"):
+        ServerOptions(root_path=path)
+    for good in ("", "/api", "/models/dmtd-1.0"):
+        ServerOptions(root_path=good)

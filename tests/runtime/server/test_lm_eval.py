@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runtime_support import TinyBundles
@@ -58,3 +60,65 @@ def test_local_completions_score_as_in_process(tiny: TinyBundles, monkeypatch: p
             assert is_greedy == all(each.top[0][0] == each.token_id for each in scored)
         [expected] = llm.generate("Once", SamplingParams(temperature=0, max_tokens=9, stop=["zz"]))
         assert written == expected.outputs[0].text
+
+
+QUESTIONS = [f"{number} and {number} are" for number in range(6)]
+
+
+def chat_task(folder: Path, targets: list[str]) -> Path:
+    """A task of lm-eval whose data is local: questions that are answered with a few tokens."""
+    rows = [{"question": question, "target": target} for question, target in zip(QUESTIONS, targets, strict=True)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        "task": "local_answer",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{target}}",
+        "generation_kwargs": {"until": ["\n\n", "zz"], "max_gen_toks": 7, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    (folder / "local_answer.yaml").write_text(json.dumps(task))  # JSON is YAML
+    return folder
+
+
+@pytest.mark.slow  # as above
+@pytest.mark.filterwarnings("ignore")
+def test_local_chat_completions_answer_as_in_process(
+    tiny: TinyBundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets.config
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    import dmtd_export.evaluate.lm_eval_adapter  # noqa: F401 - registers the model by name
+
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+    directory = tiny.get().directory
+    with LLM(directory, threads=1) as llm:
+        params = SamplingParams(temperature=0, max_tokens=7, stop=["\n\n", "zz"])
+        chats = [llm.chat([{"role": "user", "content": question}], params) for question in QUESTIONS]
+        answers = [output.outputs[0].text for [output] in chats]
+    folder = chat_task(tmp_path, [*answers[:4], "never", "never"])
+
+    def found(model: str, **arguments: Any) -> tuple[list[str], float]:
+        told = simple_evaluate(
+            model=model,
+            model_args=arguments,
+            tasks=["local_answer"],
+            task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+            apply_chat_template=True,
+            bootstrap_iters=0,
+        )
+        assert told is not None
+        resps = [sample["resps"][0][0] for sample in told["samples"]["local_answer"]]
+        return resps, told["results"]["local_answer"]["exact_match,none"]
+
+    with running(directory, ServerOptions(served_model_name=["tiny"])) as server:
+        over_http = found("local-chat-completions", base_url=f"{server.url}/chat/completions", model="tiny")
+    in_process = found("dmtd", pretrained=str(directory), threads=1)
+    assert over_http == in_process == (answers, pytest.approx(4 / 6))

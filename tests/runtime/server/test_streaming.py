@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dmtd_runtime.server.errors import ApiError
-from dmtd_runtime.server.streaming import ABORT_CONNECTION, ClientGoneError, EventStream, event, json_bytes
+from dmtd_runtime.server.streaming import ClientGoneError, EventStream, event, json_bytes
 
 
 async def endless(made: list[int]) -> AsyncIterator[bytes]:
@@ -19,23 +19,28 @@ async def endless(made: list[int]) -> AsyncIterator[bytes]:
         await asyncio.sleep(0)
 
 
-def test_a_client_that_reads_nothing_is_dropped() -> None:
-    made, told = [], []
+def test_a_client_that_reads_nothing_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    made: list[int] = []
+    told: list[str] = []
+    blocked = asyncio.Event()
 
     async def close() -> None:
         told.append("closed")
 
     async def send(message: Any) -> None:
+        told.append("sent")
         if len(made) == 5:  # the transport's buffer is full and stays so
+            blocked.set()
             await asyncio.Event().wait()
 
     async def receive() -> Any:
-        await asyncio.Event().wait()
+        await blocked.wait()
+        return {"type": "http.disconnect"}  # the connection dropped it (``connection.py``)
 
-    stream = EventStream(endless(made), close=close, write_timeout_s=0.05)
-    scope = {"type": "http", "state": {ABORT_CONNECTION: lambda: told.append("dropped")}}
-    asyncio.run(stream(scope, receive, send))
-    assert told == ["dropped", "closed"] and len(made) == 5  # nothing was made for nobody
+    with pytest.raises(ClientGoneError), caplog.at_level("DEBUG"):
+        asyncio.run(EventStream(endless(made), close=close)({"type": "http"}, receive, send))
+    assert told == ["sent"] * 6 + ["closed"] and len(made) == 5  # the head and five events; nothing is made for nobody
+    assert [record for record in caplog.records if record.name != "asyncio"] == []
 
 
 def test_a_client_that_goes_ends_the_stream() -> None:
@@ -52,7 +57,7 @@ def test_a_client_that_goes_ends_the_stream() -> None:
             await asyncio.sleep(0)
         return {"type": "http.disconnect"}
 
-    stream = EventStream(endless(made), close=close, write_timeout_s=60)
+    stream = EventStream(endless(made), close=close)
     with pytest.raises(ClientGoneError):
         asyncio.run(stream({"type": "http"}, receive, send))
     assert closed == [True]
@@ -77,7 +82,7 @@ def test_an_error_in_the_middle_is_the_last_event(error: Exception, code: bytes)
     async def receive() -> Any:
         await asyncio.Event().wait()
 
-    asyncio.run(EventStream(events(), close=close, write_timeout_s=60)({"type": "http"}, receive, send))
+    asyncio.run(EventStream(events(), close=close)({"type": "http"}, receive, send))
     text = b"".join(sent)
     assert code in text and text.endswith(b"data: [DONE]\n\n") and b"secret" not in text
 

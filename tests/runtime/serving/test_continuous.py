@@ -2,149 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
-from device_support import engine_backend, simulator_engines
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings
 from runtime_support import CONVENTIONS, MAX_BATCH, RecordingSampler, TinyBundles, random_prompt
+from serving_support import PHASES, VOCAB, Guest, Visit, alone, cases, serve
 
 from dmtd_models.reference import oracle
-from dmtd_runtime.backends.base import Backend
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.stops import StopRules
 from dmtd_runtime.serving.loop import Loop
 from dmtd_runtime.serving.options import ServingOptions
-from dmtd_runtime.serving.sequence import FinishReason, SequenceRun, TokenEvent
+from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
 
-CASES, ENGINE_CASES, SLOW_CASES = 12, 8, 20_000
-VOCAB = 259
-PHASES = (Phase.explicit, Phase.generate)  # shrinking a case over models takes longer than reading it
+CASES, SLOW_CASES = 12, 20_000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Visit:
-    """One sequence: when it comes, what it asks, and when it is cancelled, in steps of the loop."""
-
-    at: int
-    shared: int  # tokens that its prompt has in common with others
-    own: int
-    tokens: int
-    temperature: float
-    seed: int
-    priority: int
-    salt: str | None
-    leaves: int | None = None
-
-    @property
-    def prompt(self) -> list[int]:
-        return random_prompt(7, 64)[: self.shared] + random_prompt(self.seed, self.own)
-
-    @property
-    def params(self) -> SamplingParams:
-        return SamplingParams(temperature=self.temperature, seed=self.seed, max_tokens=self.tokens, ignore_eos=True)
-
-
-@dataclass(slots=True)
-class Guest:
-    """A visit under way, and what it was told."""
-
-    visit: Visit
-    sampler: RecordingSampler = field(init=False)
-    sequence: SequenceRun = field(init=False)
-    events: list[TokenEvent] = field(default_factory=list)
-    reason: FinishReason | None = None
-
-    def __post_init__(self) -> None:
-        prompt, params = self.visit.prompt, self.visit.params
-        self.sampler = RecordingSampler(params, vocab_size=VOCAB, prompt_ids=prompt)
-        self.sequence = SequenceRun(
-            ids=prompt,
-            sampler=self.sampler,
-            stops=StopRules(params),
-            on_event=self.events.append,
-            cancelled=lambda: self.reason,
-            priority=self.visit.priority,
-            cache_salt=self.visit.salt,
-        )
-
-    @property
-    def tokens(self) -> list[int]:
-        return [event.choice.token_id for event in self.events if event.choice is not None]
-
-
-def serve(backend: Backend, plan: CyclePlan, visits: Sequence[Visit], options: ServingOptions) -> list[Guest]:
-    """Let everybody come at their step, until nobody is left."""
-    loop = Loop(backend, plan, options=options)
-    guests, step = [Guest(visit) for visit in visits], 0
-    while loop.sequences or any(guest.visit.at >= step for guest in guests):
-        for guest in guests:
-            if guest.visit.at == step:
-                loop.add(guest.sequence)
-            if guest.visit.leaves is not None and guest.visit.at + guest.visit.leaves == step:
-                guest.reason = "abort"
-        loop.step()
-        step += 1
-        assert step < 5_000, "somebody waits for ever"
-    counts = loop.counts()
-    assert (counts.running, counts.waiting, counts.kv_rows) == (0, 0, 0), "a slot has leaked"
-    assert counts.head_passes == counts.head_passes_in_phase
-    assert counts.prefix_cache_bytes <= options.prefix_cache_bytes
-    return guests
-
-
-def alone(backend: Backend, plan: CyclePlan, visit: Visit) -> Guest:
-    guest = Guest(visit)
-    loop = Loop(backend, plan)
-    loop.add(guest.sequence)
-    while loop.sequences:
-        loop.step()
-    return guest
-
-
-visits = st.builds(
-    Visit,
-    at=st.integers(0, 25),
-    shared=st.sampled_from((0, 5, 16, 40, 64)),
-    own=st.integers(1, 60),
-    tokens=st.integers(1, 20),
-    temperature=st.sampled_from((0.0, 0.0, 1.5)),
-    seed=st.integers(0, 1 << 20),
-    priority=st.integers(0, 1),
-    salt=st.sampled_from((None, None, "a")),
-    leaves=st.sampled_from((None, None, None, 0, 3, 9)),
-)
-all_options = st.builds(
-    ServingOptions,
-    max_num_batched_tokens=st.sampled_from((None, 8, 64)),
-    long_prefill_token_threshold=st.sampled_from((None, 1, 16)),
-    max_num_partial_prefills=st.integers(1, 3),
-    prefix_cache_bytes=st.sampled_from((0, 100_000, 1 << 28)),
-)
-plans = st.tuples(st.integers(1, 6), st.sampled_from(CONVENTIONS), st.sampled_from((False, False, False, True)))
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> dict[str, Any]:
-    return {
-        "family": draw(st.sampled_from(("qwen3", "llama"))),
-        "encoding_layers": draw(st.sampled_from((0, 2))),
-        "dialect": draw(st.sampled_from(("onnxruntime", "onnxruntime", "standard"))),
-        "full_pass": draw(st.sampled_from(("staged", "fused"))),
-        "slots": draw(st.sampled_from((1, 3, MAX_BATCH))),
-        "plan": draw(plans),
-        "options": draw(all_options),
-        "visits": draw(st.lists(visits, min_size=1, max_size=12)),
-    }
-
-
-def check_case(tiny: TinyBundles, case: dict[str, Any]) -> int:
-    """How many tokens were compared."""
+def check_case(tiny: TinyBundles, case: dict[str, Any]) -> tuple[int, int]:
+    """How many tokens were compared, and how many late steps were dropped."""
     tau, convention, plain = case["plan"]
     backend = tiny.backend(
         case["family"],
@@ -154,7 +32,7 @@ def check_case(tiny: TinyBundles, case: dict[str, Any]) -> int:
         slots=case["slots"],
     )
     cycle = tiny.get(case["family"], case["encoding_layers"]).cycle(tau, convention)
-    plan, compared = CyclePlan(cycle=cycle, plain=plain), 0
+    plan, compared, dropped = CyclePlan(cycle=cycle, plain=plain), 0, 0
     for guest in serve(backend, plan, case["visits"], case["options"]):
         want = alone(backend, plan, guest.visit)
         count = len(guest.tokens)
@@ -162,11 +40,13 @@ def check_case(tiny: TinyBundles, case: dict[str, Any]) -> int:
         if guest.visit.leaves is None:
             assert guest.events[-1].finish_reason == want.events[-1].finish_reason == "length"
             assert count == guest.visit.tokens
+            assert guest.steps == want.steps, f"company changed the steps of {guest.visit} in {case}"
         if case["dialect"] == "onnxruntime" and count:
             got, expected = np.stack(guest.sampler.rows), np.stack(want.sampler.rows[:count])
             np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32), f"bits of {guest.visit}")
         compared += count
-    return compared
+        dropped += guest.sequence.dropped_tokens
+    return compared, dropped
 
 
 @pytest.mark.timeout(600)
@@ -180,7 +60,9 @@ def test_company_changes_nothing(tiny: TinyBundles) -> None:
 
     check()
     assert len(compared) >= CASES
-    assert sum(compared) >= 15 * CASES
+    tokens, dropped = (sum(each) for each in zip(*compared, strict=True))
+    assert tokens >= 15 * CASES
+    assert dropped >= CASES
 
 
 @pytest.mark.slow
@@ -241,39 +123,6 @@ def test_a_reply_is_reused_only_where_its_gates_stay_the_same(
         seen.append(sequence.cached_tokens)
         prompt = sequence.ids + random_prompt(4, 5)
     assert seen == [0, cached]
-
-
-@pytest.mark.timeout(600)
-def test_on_engines_too(tiny: TinyBundles) -> None:
-    """The simulator runs whole cycles: newcomers are let in between two, and the tokens are those of each alone."""
-    bundle = tiny.get()
-    engines = {fused: simulator_engines(bundle.directory, fused=fused) for fused in (False, True)}
-    compared, cycles = 0, 0
-
-    @settings(max_examples=ENGINE_CASES, phases=PHASES, suppress_health_check=list(HealthCheck))
-    @given(case=cases())
-    def check(case: dict[str, Any]) -> None:
-        nonlocal compared, cycles
-        tau, convention, plain = case["plan"]
-        tau = min(tau, 4)  # the engines' windows hold as many rows
-        cycle, fused = bundle.cycle(tau, convention), case["full_pass"] == "fused"
-        backend = engine_backend(
-            bundle.directory, bundle.manifest, engines[fused], cycle=cycle, slots=case["slots"], fused=fused
-        )
-        plan = CyclePlan(cycle=cycle, plain=plain)
-        try:
-            for guest in serve(backend, plan, case["visits"], case["options"]):
-                want = alone(backend, plan, guest.visit)
-                assert guest.tokens == want.tokens[: len(guest.tokens)], f"{guest.visit} in {case}"
-                assert guest.visit.leaves is not None or len(guest.tokens) == guest.visit.tokens
-                compared += len(guest.tokens)
-            cycles += backend.stats.cycles
-        finally:
-            backend.close()
-
-    check()
-    assert compared > 10 * ENGINE_CASES
-    assert cycles > 5 * ENGINE_CASES
 
 
 @pytest.mark.parametrize(

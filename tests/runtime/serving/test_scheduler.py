@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from dmtd_runtime.bundle.manifest import CycleInfo
 from dmtd_runtime.cycle import CONVENTIONS, CyclePlan, Position
 from dmtd_runtime.serving.options import ServingOptions
 from dmtd_runtime.serving.scheduler import CHUNK_BESIDE, Planned, Scheduler
-from dmtd_runtime.serving.slots import Move, Slots
+from dmtd_runtime.serving.slots import Move
 
 TAUS = (1, 2, 3, 4, 8, 256)
 
@@ -89,7 +91,11 @@ def test_a_static_batch_aligns_its_heads_and_starves_nobody(
 class Service:
     """Sequences that come and go, each counted once more beside the scheduler: what every run must keep to."""
 
-    def __init__(self, plan: CyclePlan, num_slots: int, max_rows: int, options: ServingOptions) -> None:
+    def __init__(
+        self, plan: CyclePlan, num_slots: int, max_rows: int, options: ServingOptions, leaving: Random | None = None
+    ) -> None:
+        self.leaving = leaving  # who leaves a cycle, and whether it takes its late step back, is drawn from it
+        self.dropped = 0
         self.plan, self.max_rows, self.options = plan, max_rows, options
         self.scheduler = Scheduler(plan, num_slots=num_slots, max_rows=max_rows, options=options)
         self.at: dict[int, Position] = {}  # of those with a slot
@@ -119,6 +125,13 @@ class Service:
         for one in planned:
             self.at[one.sequence].commit(one.step)
         self.scheduler.commit(planned)
+        for one in planned:
+            if self.leaving is not None and one.step.kind != "prefill" and self.leaving.random() < 0.3:
+                take_back = one.step.kind == "late" and self.leaving.random() < 0.5
+                back = [one.step] if take_back else []
+                self.at[one.sequence].leave_cycle(back)
+                self.scheduler.leave_cycle(one.sequence, back)
+                self.dropped += take_back
         for number, at in list(self.at.items()):
             if at.fed - at.prompt_len >= self.wants[number]:
                 self.leave(number)
@@ -147,7 +160,7 @@ class Service:
             assert one.step == self.plan.next_step(at, max(len(one.step.window), 1)), "the law knows no neighbours"
         kinds = {one.step.kind for one in planned}
         if "late" in kinds:
-            inside = {n for n in decoding if not self.plan.is_head(self.at[n].fed, self.at[n].prompt_len)}
+            inside = {n for n in decoding if not self.plan.at_head(self.at[n])}
             assert kinds == {"late"}
             assert taking_part == inside, "only those inside a cycle step, and all of them"
             return
@@ -191,7 +204,8 @@ def whoever_comes_and_goes(
     max_rows: int,
     options: ServingOptions,
 ) -> None:
-    service = Service(plan_of(tau, convention, plain=plain), num_slots, max_rows, options)
+    leaving = Random(data.draw(st.integers(0, 1 << 20))) if convention[0] == "prompt" else None
+    service = Service(plan_of(tau, convention, plain=plain), num_slots, max_rows, options, leaving)
     number = 0
     for _ in range(data.draw(st.integers(1, 12))):
         for _ in range(data.draw(st.integers(0, 4))):
@@ -382,17 +396,3 @@ def test_whole_cycles_only_where_everybody_stands_at_a_head(plain: bool) -> None
     assert scheduler.committed == [*(rows + 3 for rows in before[:2]), 0]
     [chunk] = scheduler.schedule(heads=False)
     assert (chunk.sequence, len(chunk.step.window)) == (2, 64)
-
-
-def test_slots_are_taken_from_the_lowest_on_and_told_apart_by_generation() -> None:
-    slots = Slots(2)
-    first = slots.take(Position(prompt_len=1))
-    assert (first.slot, slots.num_free) == (0, 1)
-    slots.free(first)
-    second = slots.take(Position(prompt_len=1))
-    assert second.slot == 0
-    assert second.generation > first.generation
-    assert slots.holds(second)
-    assert not slots.holds(first)
-    with pytest.raises(AssertionError, match="is not generation"):
-        slots.free(first)

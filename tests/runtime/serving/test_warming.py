@@ -15,7 +15,7 @@ from dmtd_runtime.backends.base import Array, RunStats, SlotStep, StepwiseBacken
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.serving.worker import Worker
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 
 PLAN = CyclePlan(cycle=CYCLE)
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from device_support import engine_backend, simulator_engines
 from runtime_support import TinyBundle, poisoned_bundle, wait_until
@@ -21,6 +22,7 @@ from dmtd_runtime.backends.base import RunOutput, SlotStep
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.sampling.sampler import Sampler
 from dmtd_runtime.serving import sequence as sequence_module
+from dmtd_runtime.serving.counts import STEP_TOKENS
 from dmtd_runtime.serving.options import ServingOptions
 from dmtd_runtime.serving.sequence import TokenEvent
 from dmtd_runtime.serving.worker import Worker
@@ -86,6 +88,10 @@ def test_the_queue_is_bounded_behind_the_free_slots(backend: ScriptedBackend) ->
     counts = worker.snapshot()
     assert (counts.waiting, counts.waiting_prompt_tokens) == (0, 0)
     assert (counts.prompt_tokens, counts.generation_tokens) == (4 * 3 + 4, 4 * 2 + 4 * 5)
+    tokens = [sum(len(one.step.late) for one in steps) for steps in backend.asked]
+    expected, _ = np.histogram(tokens, [0, *(end + 0.5 for end in STEP_TOKENS), np.inf])
+    assert counts.step_tokens == tuple(expected)
+    assert counts.step_tokens_sum == sum(tokens) == 4 * 3 + 4 + 4 * 1 + 4 * 4  # a prompt's pass gives the first token
     worker.close()
 
 

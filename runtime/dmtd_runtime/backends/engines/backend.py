@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from dmtd_runtime.backends.base import Array, BackendOptions, Rows, RunOutput, RunStats, SlotCycle, SlotStep
-from dmtd_runtime.backends.engines.device_cycle import CycleProgram, CycleShape, control_layout, results_layout
+from dmtd_runtime.backends.engines.device_cycle import CHOSEN, CycleProgram, CycleShape, control_layout, results_layout
 from dmtd_runtime.backends.engines.engine_set import TABLES, EngineSet
 from dmtd_runtime.backends.engines.limits import check_limits, visible_rows
 from dmtd_runtime.backends.engines.warm_up import Reach
@@ -98,6 +98,7 @@ class TensorRtBackend:
         self._programs: dict[CycleShape, CycleProgram] = {}
         self._under_way: deque[_UnderWay] = deque()
         self._counted: list[tuple[Sampler, int] | None] = [None] * self.slots
+        self._thought = [0] * self.slots  # rows of T's caches that the slot's last tenant to run has
         self._busy_since = time.perf_counter()
         self._idle_since: float | None = None  # when the last cycle ended, where nothing but another one followed
         self._copies = self._engines.row_copies()
@@ -161,7 +162,7 @@ class TensorRtBackend:
             self._choose(batch)
         for shape in reach.cycles():
             program, staging = self._program_of(shape), self._control_staging.take()
-            program.fill(program.control.views(staging), (), ())
+            program.fill(program.control.views(staging), (), (), ())
             self._device.upload(self._control, staging[: program.control.num_bytes])
             self._control_staging.used()
             for _ in range(2 if self._graphs else 1):
@@ -178,7 +179,8 @@ class TensorRtBackend:
         sizes = {graph: layout.sizes(graph, steps) for graph in self._graphs_of(kind)}
         longest = max(max(s.get("window_len", 0), s["late_len"]) for s in sizes.values())
         visible_len = self._record.bucket_for(visible_rows(steps, committed[:batch], longest))
-        self._run_graphs(kind, sizes, visible_len, lambda graph, arrays: layout.fill(graph, arrays, steps, committed))
+        rows = {contract.THINKING: self._thinking_rows(committed)}
+        self._run_graphs(kind, sizes, visible_len, lambda g, to: layout.fill(g, to, steps, rows.get(g, committed)))
         self._count(steps)
         wanted = [s.slot for s in steps if s.step.wants_logits]
         if not wanted:
@@ -234,7 +236,7 @@ class TensorRtBackend:
         if program.shape.sampled:
             self._update_tables(slots)
         staging = self._control_staging.take()
-        program.fill(program.control.views(staging), slots, committed)
+        program.fill(program.control.views(staging), slots, committed, self._thinking_rows(committed))
         first = program.control_from if follows else 0
         self._device.upload(Address(self._control + first), staging[first : program.control.num_bytes])
         self._control_staging.used()
@@ -252,27 +254,31 @@ class TensorRtBackend:
         self.stats.full_passes += full
         self.stats.late_steps += len(program.shape.full) - full
         self.stats.refill_rows += sum(len(step.window) - 1 for s in slots for step in s.steps if step.window)
+        for s in slots:
+            self._thought[s.slot] = max(step.window.stop for step in s.steps)
 
-    def finish_cycle(self) -> Array:
+    def finish_cycle(self) -> RunOutput:
         cycle = self._under_way.popleft()
         self._device.wait(cycle.mark)
-        tokens = cycle.program.chosen(cycle.program.results.views(cycle.results), cycle.slots)
+        found = cycle.program.chosen(cycle.program.results.views(cycle.results), cycle.slots)
         if not self._under_way:
             self._end()
             self._idle_since = time.perf_counter()
-        return tokens
+        return found
 
     def clear(self, slot: int, rows: int) -> None:
         self._engines.clear_slot(slot)
 
     def move(self, source: int, target: int, rows: int) -> None:
         self._engines.move_rows(source, target, rows)
+        self._thought[target] = self._thought[source]
 
     def read_rows(self, slot: int, rows: range) -> Array:
         return self._copies.read_rows(slot, rows)
 
     def write_rows(self, slot: int, first: int, values: Array) -> None:
         self._copies.write_rows(slot, first, values)
+        self._thought[slot] = first + values.shape[-2]
 
     def close(self) -> None:
         self._programs.clear()
@@ -336,7 +342,7 @@ class TensorRtBackend:
         shape = CycleShape(batch=batch, visible_len=0, full=(True,), window_len=1, sampled=False)
         layout = results_layout(shape)
         context = self._engines.context(contract.CHOOSE_TOKEN, "choose", {"batch": batch, "num_logits": 1})
-        for name in (contract.TOKEN_IDS, contract.IS_FINITE):
+        for name in CHOSEN:
             context.set_address(name, layout.address(self._results, f"{name}.0"))
         context.enqueue()
         results = self._results_staging.take()[: layout.num_bytes]
@@ -374,7 +380,13 @@ class TensorRtBackend:
         self.stats.full_passes += kind != "late"
         self.stats.prefill_passes += kind == "prefill"
         for s in steps:
-            self.stats.refill_rows += len(s.step.window) - len(s.step.late) if s.step.window else 0
+            if s.step.window:
+                self.stats.refill_rows += len(s.step.window) - len(s.step.late)
+                self._thought[s.slot] = s.step.window.stop
+
+    def _thinking_rows(self, committed: Sequence[int]) -> list[int]:
+        """Rows of T's caches, which lag behind the others' inside a cycle: padding of idle slots leaves no gap in them."""
+        return [min(pair) for pair in zip(committed, self._thought, strict=True)]
 
     def _begin(self) -> None:
         if not self._under_way:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dmtd_runtime.backends.base import SlotCycle
+from dmtd_runtime.backends.base import RunOutput, SlotCycle
 from dmtd_runtime.backends.engines.engine_set import EngineSet
 from dmtd_runtime.backends.layouts.blocks import BlockLayout
 from dmtd_runtime.bundle import contract
@@ -38,6 +38,8 @@ NUMBERS = {
     contract.PRESENCE_PENALTY: "float32",
     contract.TOP_K: "int64",
 }
+CHOSEN = (contract.TOKEN_IDS, contract.CONFIDENCE, contract.IS_FINITE)
+"""What both graphs that choose tokens give for each row."""
 STEP_NUMBERS = {contract.UNIFORMS: "float32", contract.MASK_ENDS: "bool"}
 THINKING_ROWS, LATE_ROW = contract.write_indices("thinking"), contract.write_indices("late")
 WINDOW_POSITIONS, LATE_POSITIONS = f"window_{contract.POSITION_IDS}", f"late_{contract.POSITION_IDS}"
@@ -91,7 +93,7 @@ def control_layout(shape: CycleShape) -> BlockLayout:
 
 def results_layout(shape: CycleShape) -> BlockLayout:
     """What a cycle chose, step by step."""
-    kinds = [(contract.TOKEN_IDS, "int64"), (contract.IS_FINITE, "bool")]
+    kinds = [(contract.TOKEN_IDS, "int64"), (contract.CONFIDENCE, "float32"), (contract.IS_FINITE, "bool")]
     kinds += [(contract.HAS_CHOICE, "bool")] if shape.sampled else []
     steps = range(len(shape.full))
     return BlockLayout.of([(f"{name}.{k}", (shape.batch, 1), dtype) for name, dtype in kinds for k in steps])
@@ -114,15 +116,21 @@ class CycleProgram:
         """Where the part of the control block begins that a following cycle uploads."""
         return self.control.regions[contract.LOGIT_ROWS].offset
 
-    def fill(self, arrays: Mapping[str, Array], slots: Sequence[SlotCycle], committed: Sequence[int]) -> None:
-        """Write the control block; slots that take no part write behind their committed rows."""
+    def fill(
+        self,
+        arrays: Mapping[str, Array],
+        slots: Sequence[SlotCycle],
+        committed: Sequence[int],
+        thinking_rows: Sequence[int],
+    ) -> None:
+        """Write the control block; slots that take no part write behind their committed rows, T's and the others'."""
         for array in arrays.values():
             array[...] = 0
         for k in range(len(self.shape.full)):
             arrays[f"{contract.GATE_HIDDEN}.{k}"][:] = True
         if self.shape.sampled:
             arrays[contract.REPETITION_PENALTY][:] = 1
-        self._fill_idle(arrays, committed)
+        self._fill_idle(arrays, committed, thinking_rows)
         if not slots:
             return  # warming up: all is padding
         window, own = self.shape.window_len, [s.slot for s in slots]
@@ -145,14 +153,17 @@ class CycleProgram:
         if self.shape.sampled:
             self._fill_choice(arrays, slots)
 
-    def _fill_idle(self, arrays: Mapping[str, Array], committed: Sequence[int]) -> None:
+    def _fill_idle(self, arrays: Mapping[str, Array], committed: Sequence[int], thinking_rows: Sequence[int]) -> None:
         """Every slot as if it took no part."""
-        free = np.array([*committed, *(0,) * self.shape.batch][: self.shape.batch], np.int64)
+        free, thought = (
+            np.array([*rows, *(0,) * self.shape.batch][: self.shape.batch], np.int64)
+            for rows in (committed, thinking_rows)
+        )
         for k, full in enumerate(self.shape.full):
             arrays[f"{LATE_POSITIONS}.{k}"][:, 0] = arrays[f"{LATE_ROW}.{k}"][:] = free
             if full:
-                arrays[f"{THINKING_ROWS}.{k}"][:] = free
-                arrays[f"{WINDOW_POSITIONS}.{k}"][:] = free[:, None] + np.arange(self.shape.window_of(k))
+                arrays[f"{THINKING_ROWS}.{k}"][:] = thought
+                arrays[f"{WINDOW_POSITIONS}.{k}"][:] = thought[:, None] + np.arange(self.shape.window_of(k))
 
     def _fill_choice(self, arrays: Mapping[str, Array], slots: Sequence[SlotCycle]) -> None:
         """Numbers of the sampling graph: options of each sequence, and what differs from token to token."""
@@ -187,15 +198,16 @@ class CycleProgram:
         chosen = self._result(f"{contract.TOKEN_IDS}.{last}")
         self._engines.device.copy(self._input(HEAD_IDS), chosen, row_bytes=self.shape.batch * item)
 
-    def chosen(self, arrays: Mapping[str, Array], slots: Sequence[int]) -> Array:
-        """Tokens [steps, slots] of a downloaded results block; negative where a row had none to give."""
-        tokens = []
+    def chosen(self, arrays: Mapping[str, Array], slots: Sequence[int]) -> RunOutput:
+        """Tokens and confidence [steps, slots] of a downloaded block; a token is negative where there was none to give."""
+        tokens, confidence = [], []
         for k in range(len(self.shape.full)):
             ids = arrays[f"{contract.TOKEN_IDS}.{k}"][:, 0]
             if self.shape.sampled:
                 ids = np.where(arrays[f"{contract.HAS_CHOICE}.{k}"][:, 0], ids, NO_CHOICE)
             tokens.append(np.where(arrays[f"{contract.IS_FINITE}.{k}"][:, 0], ids, NOT_FINITE)[list(slots)])
-        return np.stack(tokens)
+            confidence.append(arrays[f"{contract.CONFIDENCE}.{k}"][list(slots), 0])
+        return RunOutput(tokens=np.stack(tokens), confidence=np.stack(confidence))
 
     def _run(self, graph: GraphName, k: int) -> None:
         """Enqueue one decoder engine of step ``k``."""
@@ -236,7 +248,7 @@ class CycleProgram:
             for name in STEP_NUMBERS:
                 context.set_address(name, self._input(f"{name}.{k}"))
             context.set_address(contract.HAS_CHOICE, self._result(f"{contract.HAS_CHOICE}.{k}"))
-        for name in (contract.TOKEN_IDS, contract.IS_FINITE):
+        for name in CHOSEN:
             context.set_address(name, self._result(f"{name}.{k}"))
         context.enqueue()
         if sampled:

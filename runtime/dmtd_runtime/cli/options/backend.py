@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from dmtd_runtime.backends.base import BackendOptions
-from dmtd_runtime.cli.options.groups import Group, option
+from dmtd_runtime.cli.options.groups import Group, option, threads_option
 
 _PANEL = "Backend"
 BACKEND = Group(
@@ -31,7 +31,7 @@ BACKEND = Group(
         "max_model_len": option(
             "Most tokens of prompt and answer together. By default the bundle's limit.", panel=_PANEL, min=1
         ),
-        "threads": option("CPU threads. By default one for each core this process may use.", panel=_PANEL, min=1),
+        "threads": threads_option(_PANEL),
         "cuda_graphs": option(
             "On a GPU: capture work once as CUDA graphs and replay it.", "--cuda-graphs/--no-cuda-graphs", panel=_PANEL
         ),

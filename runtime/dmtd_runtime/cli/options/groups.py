@@ -17,6 +17,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from dmtd_runtime.machine.hardware import MAX_THREADS
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -53,6 +55,11 @@ def option(text: str, *flags: str, panel: str | None = None, **settings: Any) ->
     if "min" in settings:
         settings = {"metavar": "N", **settings}  # typer's own word for a range leaves no room in 80 columns
     return typer.Option(*flags, help=text, rich_help_panel=panel, **settings)
+
+
+def threads_option(panel: str, default: str = "one for each core this process may use") -> Any:
+    """``--threads``, which every verb that computes has."""
+    return option(f"CPU threads. By default {default}.", panel=panel, min=1, max=MAX_THREADS)
 
 
 def takes_groups(verb: Callable[..., Any]) -> Callable[..., Any]:

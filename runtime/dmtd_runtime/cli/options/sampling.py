@@ -46,6 +46,7 @@ class GivenSampling:
     stop_token_ids: str | None = None
     ignore_eos: bool = False
     logit_bias: str | None = None
+    min_confidence: float | None = None
     json_schema: str | None = None
     regex: str | None = None
     choice: list[str] | None = None
@@ -104,6 +105,10 @@ SAMPLING = Group(
         "json_schema": _form("A JSON schema, or a file that holds one: the answer is JSON that satisfies it."),
         "regex": _form("A regular expression that matches the whole answer."),
         "choice": _form("The whole answer is this. May be given again: then it is one of them.", "--choice"),
+        "min_confidence": _option(
+            "Where a late step is less sure than this of its likeliest token, a full pass chooses there: slower, and closer to "
+            "the plain model. 0: cycles of fixed length; 1: a full pass for every token."
+        ),
         "logit_bias": _option(
             'Added to the logits of tokens: JSON, such as {"50": -100}. By default none.', "--logit-bias"
         ),
@@ -114,6 +119,7 @@ ChatSampling = Annotated[
     GivenSampling,
     SAMPLING.only(
         *("greedy", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_tokens", "stop"),
+        "min_confidence",
     ),
 ]
 

@@ -39,14 +39,19 @@ HTTP = Group(
         "insecure": option("Let everybody who reaches the address ask, without a key.", "--insecure", panel=_HTTP),
         "protect_metrics": option("/metrics needs a key too.", "--protect-metrics", panel=_HTTP),
         "allowed_origins": option(
-            "Web pages of this origin may ask (CORS); may be given again. By default none.",
+            "Web pages of this origin may ask (CORS): https://example.org, or * for all; may be given again. By default none.",
             "--allowed-origin",
             panel=_HTTP,
+            envvar="DMTD_ALLOWED_ORIGIN",
         ),
         "ssl_certfile": option("Certificate (PEM): serve https.", panel=_HTTP),
-        "ssl_keyfile": option("Its key, where the certificate's file does not hold it.", panel=_HTTP),
-        "ssl_ca_certs": option("Certificates that those of clients are checked with.", panel=_HTTP),
-        "root_path": option("The prefix that a proxy strips.", panel=_HTTP),
+        "ssl_keyfile": option(
+            "Its key, without a password, where the certificate's file does not hold it.", panel=_HTTP
+        ),
+        "ssl_ca_certs": option(
+            "Certificates (PEM) of who may vouch for clients; one without theirs is refused.", panel=_HTTP
+        ),
+        "root_path": option("The prefix that a proxy strips: /models/dmtd.", panel=_HTTP),
         "max_num_seqs": option(
             "Sequences at a time, by default 8 or as many as the bundle was exported for.", panel=_HTTP, min=1
         ),
@@ -63,7 +68,7 @@ HTTP = Group(
         "shutdown_timeout_s": _seconds(
             "Seconds that running requests have after SIGTERM.", "--shutdown-timeout", _HTTP
         ),
-        "log_format": option("text or json.", panel=_HTTP),
+        "log_format": option("text, or json: an object a line.", panel=_HTTP),
         "log_requests": option("Bodies of requests go to the log, prompts and all.", "--log-requests", panel=_HTTP),
     }
 )

@@ -21,12 +21,8 @@ SERVING = Group(
             min=1,
         ),
         "max_num_partial_prefills": option("Prompts that are read at a time.", panel=_PANEL, min=1),
-        "max_num_queued_reqs": option(
-            "Sequences that may wait, more are refused; by default any number.", panel=_PANEL, min=1
-        ),
-        "max_num_queued_tokens": option(
-            "Prompt tokens that may wait, more are refused; by default any number.", panel=_PANEL, min=1
-        ),
+        "max_num_queued_reqs": option("Sequences that may wait; more are refused.", panel=_PANEL, min=1),
+        "max_num_queued_tokens": option("Prompt tokens that may wait; more are refused.", panel=_PANEL, min=1),
         "prefix_cache_bytes": option(
             "Host memory for keys and values of earlier prompts; 0 keeps none.", panel=_PANEL, min=0
         ),

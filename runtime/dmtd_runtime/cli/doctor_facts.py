@@ -1,6 +1,6 @@
 """What this machine offers and what is installed: the facts behind ``dmtd doctor``.
 
-``collect`` looks (``hardware.py``, package metadata, ONNX Runtime's list of providers), ``render`` and ``to_json`` only
+``collect`` looks (``machine/hardware.py``, package metadata, ONNX Runtime's list of providers), ``render`` and ``to_json`` only
 tell. Nothing here repairs or installs: every gap and every problem carries the command that closes it. No heavy library
 is imported except ONNX Runtime, which alone knows its execution providers; where it is built for CUDA, what its CUDA
 provider links is loaded.
@@ -49,6 +49,11 @@ COMPONENTS = (
     ("datasets", "finetune", "4.1", "dmtd[train]"),
     ("peft", "finetune", "0.18", "dmtd[train]"),
     ("lm-eval", "evaluate --lm-eval", "0.4.12", "dmtd[lm-eval]"),
+    ("fastapi", "serve", "0.115", "dmtd[serve]"),
+    ("uvicorn", "serve", "0.35", "dmtd[serve]"),
+    ("pydantic", "serve", "2.10", "dmtd[serve]"),
+    ("pyyaml", "serve --config", "6", "dmtd[serve]"),
+    ("llguidance", "answers of a form", "1.8", "dmtd[structured]"),
     ("polygraphy", "inspecting graphs", "0.53.6", "dmtd[dev]"),
     ("tensorrt", "TensorRT engines", None, "dmtd[tensorrt]"),
     ("tensorrt-rtx", "TensorRT-RTX engines", None, "dmtd[tensorrt-rtx]"),

@@ -15,10 +15,10 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from dmtd_runtime.cli import doctor_facts as doctor
+from dmtd_runtime.cli.doctor_facts import Report, collect, render, to_json
 from dmtd_runtime.device.libraries import CUDA_MAJOR, LIBRARIES
-from dmtd_runtime.machine import doctor
 from dmtd_runtime.machine import hardware as machine
-from dmtd_runtime.machine.doctor import Report, collect, render, to_json
 from dmtd_runtime.ort.cuda_provider import CudaNeeds, Library
 
 HEALTHY = {"onnxruntime": "1.31.1", "numpy": "2.4.6", "tokenizers": "0.23.3", "onnx": "1.23.2", "torch": "2.13.0+cpu"}
@@ -182,7 +182,10 @@ def test_install_lines_and_limits_agree_with_pyproject(repo_root: Path) -> None:
                 bound, oldest = bound.partition(".")[0], str(LIBRARIES[name].major)
             assert bound == oldest, f"{name}: pyproject.toml has {bound}, the doctor {oldest}"
             checked += 1
-    assert checked >= 16
+    assert checked >= 21
+    known = {alias for name, *_ in doctor.COMPONENTS for alias in doctor.ALIASES.get(name, (name,))}
+    verbs = set(extras) - {"cpu", "gpu", "test", "dev"}
+    assert {name for extra in verbs for name in closure(extras[extra])} - known == {"onnxruntime"}  # of the demo
     assert closure(extras["cpu"]) == {"onnxruntime": doctor.ONNXRUNTIME_OLDEST}
     assert closure(extras["gpu"]) == {
         "onnxruntime-gpu": doctor.ONNXRUNTIME_OLDEST,

@@ -27,7 +27,8 @@ from safetensors.numpy import save_file
 
 from dmtd_errors.native import NativePanicError, call_native
 from dmtd_errors.pointers import lfs_pointer
-from dmtd_models.adapters.delta import delta_difference, misfit
+from dmtd_models.checkpoints.blocks import BlockWeight
+from dmtd_models.checkpoints.delta import delta_difference, misfit
 from dmtd_models.checkpoints.protocol import AnyArray, Checkpoint
 from dmtd_models.checkpoints.saving import make_directory, replacing, write_json
 from dmtd_models.checkpoints.weight_files import ADAPTER_CONFIG as CONFIG_FILE
@@ -110,6 +111,17 @@ class AdaptedCheckpoint:
         else:
             difference = delta_difference(self._tensors, name, self._base.shape(name))
         return np.asarray(array, dtype=np.float32) + difference
+
+    def block_source(self, name: str) -> str | None:
+        """As ``blocks``."""
+        return None if name in self._changed else self._base.block_source(name)
+
+    def was_in_blocks(self, name: str) -> bool:
+        return self._base.was_in_blocks(name)
+
+    def blocks(self, name: str) -> BlockWeight | None:
+        """The base's blocks where the adapter leaves the tensor alone, else None: a sum is no longer in them."""
+        return None if name in self._changed else self._base.blocks(name)
 
     def assets(self) -> dict[str, bytes]:
         assets = self._base.assets()

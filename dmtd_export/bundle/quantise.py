@@ -1,0 +1,136 @@
+"""Which weights of a bundle are quantised, and how: from the options' formats by group to blocks of single matrices.
+
+Groups: ``thinking`` (T), ``late`` (E and D, which run for every token), ``lm_head`` and ``embedding``; a tied lm_head is the
+embedding. Matrices alone are quantised; norms, biases and rotary tables stay floats. ``weights`` writes what is made here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import numpy as np
+
+from dmtd_export.errors import ExportError
+from dmtd_export.options import GROUPS, ExportOptions, WeightFormat, WeightGroup, WeightOptions
+from dmtd_models.checkpoints.blocks import BLOCK_SIZES, BlockWeight
+from dmtd_models.checkpoints.protocol import Checkpoint
+from dmtd_models.checkpoints.tensors import EMBEDDING, tensor_shapes
+from dmtd_models.config.model import DmtdSpec
+
+Array = np.ndarray
+BITS: dict[WeightFormat, Literal[4, 8]] = {"int4": 4, "int8": 8}
+CHANGED: WeightFormat = "int8"
+KEPT_BYTES = 3  # of two weights, at most: 8 bits, and two floats for a block of 16
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+class MatrixSource(Protocol):
+    """What gives a tensor as floats, and in the blocks it is stored in: any checkpoint."""
+
+    def read(self, name: str) -> Array: ...
+    def blocks(self, name: str) -> BlockWeight | None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantisation:
+    """The format of every matrix that is quantised, by its name, and the inputs that share a scale."""
+
+    formats: dict[str, WeightFormat]
+    block: int
+
+    def blocks(self, source: MatrixSource, name: str) -> BlockWeight | None:
+        """A matrix in its format; None where it stays a float."""
+        fmt = self.formats.get(name)
+        if fmt is None or fmt == "keep":
+            return None if fmt is None else source.blocks(name)
+        return round_to_nearest(source.read(name), BITS[fmt], self.block)
+
+    def stored_bytes(self, name: str, count: int, itemsize: int) -> int:
+        """Bytes that ``count`` values take, floats of ``itemsize`` bytes or blocks with half-precision scales."""
+        fmt = self.formats.get(name)
+        if fmt is None or fmt == "keep":
+            return count * itemsize if fmt is None else count * KEPT_BYTES // 2
+        return count * BITS[fmt] // 8 + count // self.block * 2
+
+
+NOTHING = Quantisation(formats={}, block=BLOCK_SIZES[-1])
+
+
+def resolved_formats(checkpoint: Checkpoint, options: ExportOptions) -> WeightOptions:
+    """The formats with what takes the place of none: a quantised checkpoint's own, where the graphs asked for take blocks.
+
+    Raises:
+        ExportError: blocks are to be kept of a checkpoint that has none.
+    """
+    formats = options.formats
+    quantised = any(checkpoint.was_in_blocks(name) for name in checkpoint.names())
+    if not quantised and "keep" in (formats.weights, *(formats.format_of(group) for group in GROUPS)):
+        raise ExportError(
+            f"got keep, and {checkpoint.path} is not quantised; choose int8, int4 or float", param="weights"
+        )
+    if formats.weights is not None:
+        return formats
+    keeps = quantised and options.target in (None, "onnxruntime") and options.dtype == "float32"
+    return replace(formats, weights="keep" if keeps else "float")
+
+
+def plan_quantisation(checkpoint: Checkpoint, dmtd: DmtdSpec, options: WeightOptions) -> Quantisation:
+    """What the options make of a model's matrices.
+
+    A matrix that an adapter changed is in its blocks no longer: where they were to be kept, it is rounded to ``CHANGED``.
+
+    Raises:
+        ExportError: a block size that does not divide a matrix, or two formats for one tied matrix.
+    """
+    config = checkpoint.config
+    if options.weights_block not in BLOCK_SIZES:
+        sizes = ", ".join(map(str, BLOCK_SIZES))
+        raise ExportError(f"got {options.weights_block}, expected one of {sizes}; choose one", param="weights_block")
+    if config.tie_word_embeddings and options.format_of("lm_head") != options.format_of("embedding"):
+        raise ExportError(
+            f"got {options.format_of('lm_head')} with {options.format_of('embedding')} for the embedding, expected one format: "
+            "lm_head is tied to the embedding; give both the same",
+            param="weights_lm_head",
+        )
+    formats: dict[str, WeightFormat] = {}
+    for name, shape in tensor_shapes(config).items():
+        fmt = options.format_of(group_of(name, dmtd))
+        if fmt == "keep" and checkpoint.block_source(name) is None:
+            fmt = CHANGED if checkpoint.was_in_blocks(name) else "float"
+        if len(shape) != 2 or fmt == "float":
+            continue
+        if fmt != "keep" and shape[1] % options.weights_block:
+            raise ExportError(
+                f"{name} has {shape[1]} inputs, expected a multiple of the block of {options.weights_block}; choose a smaller "
+                f"one ({BLOCK_SIZES[0]} at least), or --weights-{group_of(name, dmtd).replace('_', '-')} float",
+                param="weights_block",
+            )
+        formats[name] = fmt
+    return Quantisation(formats=formats, block=options.weights_block)
+
+
+def group_of(name: str, dmtd: DmtdSpec) -> WeightGroup:
+    """The group of formats that a weight belongs to."""
+    if (found := _LAYER.match(name)) is not None:
+        thinks = dmtd.encoding_layers <= int(found[1]) < dmtd.encoding_layers + dmtd.thinking_layers
+        return "thinking" if thinks else "late"
+    return "embedding" if name == EMBEDDING else "lm_head"
+
+
+def round_to_nearest(weight: Array, bits: Literal[4, 8], block: int) -> BlockWeight:
+    """Round a matrix [out, in] to blocks symmetric about their middle code, the largest magnitude of each on the last code.
+
+    The scale is a half-precision number already when values are divided by it. Raises nothing: what is not finite shows in
+    the scales.
+    """
+    x = np.asarray(weight, dtype=np.float32).reshape(len(weight), -1, block)
+    middle = 1 << bits - 1
+    largest = np.take_along_axis(x, np.abs(x).argmax(-1, keepdims=True), -1)[..., 0]
+    with np.errstate(over="ignore", invalid="ignore"):
+        scales = (largest / -middle).astype(np.float16).astype(np.float32)
+        safe = np.where(scales == 0, np.float32(1), scales)
+        codes = np.clip(np.rint(x / safe[..., None]), -middle, middle - 1)
+        unsigned = (np.nan_to_num(codes) + middle).astype(np.uint8)
+    return BlockWeight(codes=unsigned.reshape(weight.shape), bits=bits, block=block, scales=scales, source="rtn")

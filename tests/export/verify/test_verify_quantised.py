@@ -1,0 +1,198 @@
+"""Quantised bundles: held to the oracle over an independent reading of their weights, and run as they are within a margin.
+
+MEASURED, the worst over all graphs and cycles as a share of the largest value, inputs rounded to int8: 5 layers of the seeded
+tiny models 0.064 (margin 0.117), SmolLM2-135M's 30 layers see dmtd_export/README.md; inputs not rounded: 2e-6 (margin 2e-5).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from bundle_mutations import edit_weight, edited_graph, nodes_of, reseal, set_attribute
+from onnx import helper, numpy_helper
+
+from dmtd_export.bundle.export import export_bundle
+from dmtd_export.options import ExportOptions, WeightOptions
+from dmtd_export.verify import VerifyReport, verify_bundle
+from dmtd_export.verify.margins import int8_margin
+from dmtd_export.verify.stored import stored_weight
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.config.model import SplitOptions
+from dmtd_models.reference.testing import write_tiny_checkpoint
+from dmtd_runtime.bundle.manifest import load_manifest
+from dmtd_runtime.ort.library import import_onnxruntime
+
+LAYERS = 4  # E1 T2 D1
+WEIGHT = "model.layers.2.mlp.down_proj"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make(root: Path, formats: WeightOptions, **model: object) -> tuple[Path, Path]:
+    checkpoint = write_tiny_checkpoint(root / "model", layers=LAYERS, **model)
+    options = ExportOptions(
+        split=SplitOptions(encoding_layers=1, decoding_layers=1, cycle_length=2),
+        max_num_seqs=2,
+        max_model_len=64,
+        formats=formats,
+    )
+    export_bundle(checkpoint, root / "bundle", options)
+    return checkpoint, root / "bundle"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Biases, a tied embedding in int4, late layers in int8."""
+    formats = WeightOptions(weights="int4", weights_late="int8")
+    return make(tmp_path_factory.mktemp("quantised"), formats, family="qwen2", tie=True)
+
+
+@pytest.fixture
+def bundle(made: tuple[Path, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made[1], tmp_path / "bundle"))
+
+
+def test_a_quantised_bundle_passes_at_the_highest_level(made: tuple[Path, Path]) -> None:
+    checkpoint, bundle = made
+    with open_checkpoint(checkpoint) as source:
+        report = verify_bundle(bundle, checkpoint=source, quick=True)
+    assert report.ok, report.first_divergence
+    assert report.level == "oracle"
+    exact = [check for check in report.checks if "inputs not rounded" in check.name]
+    as_is = [check for check in report.checks if "as it is" in check.name]
+    assert len(exact) == 5 and {check.margin for check in exact} == {
+        2e-5
+    }  # thinking, full_pass for 1 and 2; late_decode
+    limit = int8_margin(LAYERS).limit
+    assert len(as_is) == 6 and {check.margin for check in as_is} == {limit}
+    # Head-room, and proof that inputs were really rounded: float32 would stay far below.
+    assert 1e-3 < max(check.worst or 0.0 for check in as_is) < limit / 1.5
+    (cycles,) = [check for check in as_is if "whole cycles" in check.name]
+    assert "top-1 agreement" in cycles.detail and "KL" in cycles.detail and "perplexity" in cycles.detail
+    assert report.margins == {"float32_of_max": 2e-5, "int8_of_max": limit, "int8_top1_agreement": 0.9}
+    assert sorted(path.name for path in bundle.parent.iterdir()) == ["bundle", "model"]
+
+
+def test_an_untied_model_without_biases_passes_in_int8(tmp_path: Path) -> None:
+    _, bundle = make(tmp_path, WeightOptions(weights="int8"), family="qwen3", tie=False)
+    report = verify_bundle(bundle, quick=True)
+    assert report.ok, report.first_divergence
+
+
+@pytest.mark.parametrize(
+    "name", [f"{WEIGHT}.weight", "model.layers.3.self_attn.k_proj.weight", "model.embed_tokens.weight"]
+)
+def test_the_reading_of_weights_is_the_kernels_own(made: tuple[Path, Path], name: str) -> None:
+    """A product of the identity matrix gives the weights as ONNX Runtime reads them."""
+    bundle, manifest = made[1], load_manifest(made[1])
+    fmt, (rows, columns) = manifest.quantised[name], manifest.shape_of(name)
+    raw = [(bundle / "model.onnx.data").read_bytes()[i.offset : i.offset + i.length] for i in parts(manifest, name)]
+    codes = np.frombuffer(raw[0], np.uint8).reshape(rows, columns // fmt.block, -1)
+    scales = np.frombuffer(raw[1], np.float16).astype(np.float32).reshape(rows, -1)
+    attrs = {"N": rows, "K": columns, "bits": fmt.bits, "block_size": fmt.block, "accuracy_level": 0}
+    node = helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft", **attrs)
+    graph = helper.make_graph(
+        [node],
+        "identity",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [None, columns])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(codes, "codes"), numpy_helper.from_array(scales, "scales")],
+    )
+    opsets = [helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = import_onnxruntime().InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"x": np.eye(columns, dtype=np.float32)})
+    np.testing.assert_allclose(stored_weight(bundle, manifest, name), got.T, rtol=1e-6, atol=0)
+
+
+def parts(manifest, name: str) -> list:
+    return [manifest.weights[part] for part in manifest.parts_of(name)]
+
+
+# --- what is spoiled is caught -------------------------------------------------------------------------------------
+
+
+def swap_scales(tensor: np.ndarray) -> None:
+    tensor[3, [0, 1]] = tensor[3, [1, 0]]
+
+
+def shift_blocks(tensor: np.ndarray) -> None:
+    tensor[:] = np.roll(tensor, 1, axis=1)
+
+
+def swap_halves(tensor: np.ndarray) -> None:
+    tensor[2, 0] = tensor[2, 0] >> 4 | tensor[2, 0] << 4
+
+
+def other_zero_point(tensor: np.ndarray) -> None:
+    tensor[5] = (tensor[5] + 0x11) & 0xFF
+
+
+@pytest.mark.parametrize(
+    ("part", "edit"),
+    [("scales", swap_scales), ("codes", shift_blocks), ("codes", swap_halves), ("codes", other_zero_point)],
+)
+@pytest.mark.parametrize("known", ["numbers", "checkpoint"])
+def test_a_quantised_weight_altered_in_place_is_named(
+    made: tuple[Path, Path], bundle: Path, part: str, edit: Callable, known: str
+) -> None:
+    edit_weight(bundle, f"{WEIGHT}.{part}", edit, refingerprint=known == "checkpoint")
+    reseal(bundle)
+    if known == "numbers":
+        report = verify_bundle(bundle, level="structure")
+    else:
+        with open_checkpoint(made[0]) as source:
+            report = verify_bundle(bundle, checkpoint=source, level="structure")
+    first = report.first_divergence
+    assert first is not None and (first.graph, first.layer) == ("model.onnx.data", 2)
+    assert WEIGHT in first.detail and (
+        "of model" in first.detail if known == "numbers" else "rounded to int4" in first.detail
+    )
+
+
+def product(model: onnx.ModelProto, path: str) -> onnx.NodeProto:
+    return next(node for node in nodes_of(model, "MatMulNBits") if node.name == f"/model/layers.1/{path}/MatMulNBits")
+
+
+def add_zero_points(model: onnx.ModelProto) -> None:
+    """Seven in the place of the kernel's own eight."""
+    node = product(model, "self_attn/o_proj")
+    count = next(a.i for a in node.attribute if a.name == "N")
+    blocks = next(a.i for a in node.attribute if a.name == "K") // 32
+    zeros = np.full((count, -(-blocks // 2)), 0x77, np.uint8)
+    model.graph.initializer.append(numpy_helper.from_array(zeros, "spoiled_zero_points"))
+    node.input.append("spoiled_zero_points")
+
+
+def other_layers_scales(model: onnx.ModelProto) -> None:
+    one, other = (
+        next(n for n in nodes_of(model, "MatMulNBits") if n.name == f"/model/layers.{i}/self_attn/o_proj/MatMulNBits")
+        for i in (1, 2)
+    )
+    one.input[2], other.input[2] = other.input[2], one.input[2]
+
+
+def other_block_size(model: onnx.ModelProto) -> None:
+    set_attribute(product(model, "mlp/down_proj"), "block_size", 64)
+
+
+@pytest.mark.parametrize("edit", [add_zero_points, other_layers_scales, other_block_size])
+def test_a_product_that_reads_its_blocks_otherwise_is_caught(bundle: Path, edit: Callable) -> None:
+    with edited_graph(bundle, "thinking.ort.onnx") as model:
+        edit(model)
+    reseal(bundle)
+    report: VerifyReport = verify_bundle(bundle, quick=True)
+    first = report.first_divergence
+    assert first is not None and first.graph == "thinking.ort.onnx"
