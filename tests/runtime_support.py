@@ -40,6 +40,8 @@ from dmtd_runtime.serving.loop import run_batch
 from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
 from dmtd_runtime.text.tokenizer import Tokenizer
 
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
 MARGIN = 2e-5  # of the largest |logit|, float32
 LAYERS, DECODING_LAYERS = 5, 2
 MAX_BATCH = 8

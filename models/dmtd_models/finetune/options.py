@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, get_args
 
-from dmtd_models.adapters.delta import MOST_BITS
+from dmtd_models.checkpoints.delta import MOST_BITS
 from dmtd_models.config.model import DmtdSpec, SplitOptions
 from dmtd_models.errors import ConfigError
 

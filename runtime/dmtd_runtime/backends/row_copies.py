@@ -8,40 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-from dmtd_runtime.device.base import Address, Array, Mark
+from dmtd_runtime.device.base import Address, Array, DeviceMemory
 
 SCRATCH_ROWS = 64
-
-
-class CopyDevice(Protocol):
-    """The part of :class:`dmtd_runtime.device.base.Device` that copies take."""
-
-    def alloc(self, num_bytes: int, what: str) -> Address: ...
-
-    def alloc_host(self, num_bytes: int) -> Array: ...
-
-    def upload(self, target: Address, source: Array) -> None: ...
-
-    def download(self, target: Array, source: Address) -> None: ...
-
-    def copy(
-        self,
-        target: Address,
-        source: Address,
-        *,
-        row_bytes: int,
-        rows: int = 1,
-        target_pitch: int = 0,
-        source_pitch: int = 0,
-    ) -> None: ...
-
-    def mark(self) -> Mark: ...
-
-    def wait(self, mark: Mark) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +31,7 @@ class RowCopies:
     ``caches``: their addresses. Scratch memory is taken at the first copy.
     """
 
-    def __init__(self, device: CopyDevice, layout: CacheLayout, caches: Sequence[int]) -> None:
+    def __init__(self, device: DeviceMemory, layout: CacheLayout, caches: Sequence[int]) -> None:
         self._device, self._layout, self._caches = device, layout, caches
         self._scratch: tuple[Address, Array] | None = None
 

@@ -18,7 +18,7 @@ from dmtd_runtime.serving.loop import Loop
 from dmtd_runtime.serving.options import ServingOptions
 from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
 
-CASES, SLOW_CASES = 25, 20_000
+CASES, SLOW_CASES = 12, 20_000
 
 
 def check_case(tiny: TinyBundles, case: dict[str, Any]) -> tuple[int, int]:
