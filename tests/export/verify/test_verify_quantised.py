@@ -7,13 +7,12 @@ tiny models 0.064 (margin 0.117), SmolLM2-135M's 30 layers see dmtd_export/READM
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-import torch
 from bundle_mutations import edit_weight, edited_graph, nodes_of, reseal, set_attribute
 from onnx import helper, numpy_helper
 
@@ -28,16 +27,10 @@ from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.manifest import load_manifest
 from dmtd_runtime.ort.library import import_onnxruntime
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAYERS = 4  # E1 T2 D1
 WEIGHT = "model.layers.2.mlp.down_proj"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make(root: Path, formats: WeightOptions, **model: object) -> tuple[Path, Path]:

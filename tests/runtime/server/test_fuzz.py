@@ -129,7 +129,7 @@ def test_answers_are_as_documented(server: Running) -> None:
 
             @given(case=operation.as_strategy())
             @settings(
-                max_examples=8,
+                max_examples=5,
                 deadline=None,
                 derandomize=True,
                 database=None,
