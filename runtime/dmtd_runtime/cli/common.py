@@ -10,12 +10,13 @@ import contextlib
 import errno
 import importlib
 import importlib.util
+import itertools
 import logging
 import signal
 import sys
 import traceback
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -67,7 +68,8 @@ def pip_name(library: str, extra: str) -> str:
 def require(verb: str, modules: Sequence[str], extra: str) -> None:
     """Raise MissingExtraError with the pip line of the extra if one of ``modules`` cannot be imported."""
     # One that is not there is said at once: those before it may take seconds to import.
-    for look, name in [*((_find, name) for name in modules), *((importlib.import_module, name) for name in modules)]:
+    looks: tuple[Callable[[str], object], ...] = (_find, importlib.import_module)
+    for look, name in itertools.product(looks, modules):
         try:
             look(name)
         except Exception as error:  # noqa: BLE001 - a library that is broken, or too large for the memory, raises many kinds
