@@ -194,11 +194,19 @@ def tokenizer_of(directory: Path) -> Tokenizer:
 
 
 class RecordingSampler(Sampler):
-    """Keeps a copy of every row of logits that it chose from."""
+    """Keeps a copy of every row of logits that it chose from: of all tokens, unless ``records`` is taken back."""
 
-    def __init__(self, params: SamplingParams, *, vocab_size: int, prompt_ids: Sequence[int]) -> None:
-        super().__init__(params, vocab_size=vocab_size, prompt_ids=prompt_ids, seed=0)
+    records = True
+
+    def __init__(
+        self, params: SamplingParams, *, vocab_size: int, prompt_ids: Sequence[int], sequence: int = 0
+    ) -> None:
+        super().__init__(params, vocab_size=vocab_size, prompt_ids=prompt_ids, seed=0, sequence=sequence)
         self.rows: list[Array] = []
+
+    @property
+    def needs_logits(self) -> bool:
+        return self.records or super().needs_logits
 
     def choose(self, logits: Array) -> Choice:
         self.rows.append(logits.copy())

@@ -1,6 +1,7 @@
 """A Hugging Face directory as a ``Checkpoint``: config.json and one or many safetensors files. No torch, no pickle.
 
-Stands behind ``checkpoint.open_checkpoint``. The tokenizer's files are ``hf_tokenizer``'s.
+Stands behind ``checkpoint.open_checkpoint``. Matrices that GPTQ or AWQ packed are ``packed``'s, the tokenizer's files
+``hf_tokenizer``'s.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from dmtd_errors.pointers import lfs_pointer
 from dmtd_models.checkpoints.blocks import BlockWeight
 from dmtd_models.checkpoints.hf_tokenizer import complete_tokenizer
+from dmtd_models.checkpoints.packed import CONFIG_KEY, PackedMatrix, packed_format, take_packed
 from dmtd_models.checkpoints.protocol import ASSET_NAMES, CHAT_TEMPLATE, TOOL_USE_TEMPLATE
 from dmtd_models.checkpoints.safetensors_file import FLOAT_TYPES, StoredTensor, map_tensor
 from dmtd_models.checkpoints.tensors import EMBEDDING, LM_HEAD, tensor_shapes
@@ -34,6 +36,7 @@ AnyArray = npt.NDArray[np.generic]
 _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _COMPARED_ROWS = 4096
+_Tensor = StoredTensor | PackedMatrix
 
 
 class HuggingFaceCheckpoint:
@@ -41,6 +44,8 @@ class HuggingFaceCheckpoint:
 
     def __init__(self, path: Path) -> None:
         raw = _config_json(path)
+        packing = packed_format(raw)
+        raw.pop(CONFIG_KEY, None)
         config, self._dmtd = read_config(raw)
         if (line := ignored_factor(raw, config.rope)) is not None:
             logger.warning("%s: %s", path / "config.json", line)
@@ -48,9 +53,11 @@ class HuggingFaceCheckpoint:
         self._raw = raw
         self._assets: dict[str, bytes] | None = None
         stored = stored_tensors(path, raw)
-        self._tensors = _checked(path, config, stored)
-        if raw.get("dtype") is None and raw.get("torch_dtype") is None:
-            config = replace(config, dtype=_DTYPE_NAMES[self._tensors[EMBEDDING].dtype_name])
+        packed = {} if packing is None else take_packed(path, packing, tensor_shapes(config), stored)
+        self._tensors = _checked(path, config, {**stored, **packed})
+        embedding = self._tensors[EMBEDDING]
+        if raw.get("dtype") is None and raw.get("torch_dtype") is None and isinstance(embedding, StoredTensor):
+            config = replace(config, dtype=_DTYPE_NAMES[embedding.dtype_name])
         self._config = config
 
     @property
@@ -80,18 +87,19 @@ class HuggingFaceCheckpoint:
         return self._tensor(name).shape
 
     def read(self, name: str) -> AnyArray:
-        return map_tensor(self._tensor(name))
+        tensor = self._tensor(name)
+        return tensor.values() if isinstance(tensor, PackedMatrix) else map_tensor(tensor)
 
     def block_source(self, name: str) -> str | None:
-        self._tensor(name)
-        return None
+        tensor = self._tensor(name)
+        return tensor.format.method if isinstance(tensor, PackedMatrix) and tensor.block is not None else None
 
     def was_in_blocks(self, name: str) -> bool:
         return self.block_source(name) is not None
 
     def blocks(self, name: str) -> BlockWeight | None:
-        self._tensor(name)
-        return None
+        tensor = self._tensor(name)
+        return tensor.blocks() if isinstance(tensor, PackedMatrix) else None
 
     def assets(self) -> dict[str, bytes]:
         if self._assets is None:
@@ -107,6 +115,9 @@ class HuggingFaceCheckpoint:
             found |= {name: text.encode() for name, text in templates.items()}
         elif (tool_use := self._path / "additional_chat_templates" / "tool_use.jinja").is_file():
             found[TOOL_USE_TEMPLATE] = _asset(tool_use)
+        config = json.loads(found["config.json"])
+        if config.pop(CONFIG_KEY, None) is not None:  # what is read here is no longer packed
+            found["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
         found |= complete_tokenizer(self._path, found, self._raw)
         found.pop("added_tokens.json", None)
         return found
@@ -122,7 +133,7 @@ class HuggingFaceCheckpoint:
     ) -> None:
         self.close()
 
-    def _tensor(self, name: str) -> StoredTensor:
+    def _tensor(self, name: str) -> _Tensor:
         if name not in self._tensors:
             raise CheckpointError(f"{self._path}: no tensor named {name}; names() lists them")
         return self._tensors[name]
@@ -159,8 +170,8 @@ def _config_json(path: Path) -> dict[str, object]:
     return json_object(file)
 
 
-def _checked(path: Path, config: ModelConfig, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The expected tensors in order; refuses what is missing, misshapen, not a float, or left over."""
+def _checked(path: Path, config: ModelConfig, stored: dict[str, _Tensor]) -> dict[str, _Tensor]:
+    """The expected tensors in order; refuses what is missing, misshapen, neither float nor packed, or left over."""
     expected = tensor_shapes(config)
     if config.tie_word_embeddings and EMBEDDING not in stored and LM_HEAD in stored:
         # One tensor under two names, of which safetensors' save_model keeps the first in the alphabet.
@@ -177,7 +188,7 @@ def _checked(path: Path, config: ModelConfig, stored: dict[str, StoredTensor]) -
             raise CheckpointError(
                 f"{path}: tensor {name}: got shape {list(tensor.shape)}, expected {list(shape)} by config.json"
             )
-        if tensor.dtype_name not in FLOAT_TYPES:
+        if isinstance(tensor, StoredTensor) and tensor.dtype_name not in FLOAT_TYPES:
             raise CheckpointError(
                 f"{path}: tensor {name}: got type {tensor.dtype_name}, expected one of {', '.join(FLOAT_TYPES)}; "
                 "use an unquantised checkpoint"
@@ -195,10 +206,12 @@ def _checked(path: Path, config: ModelConfig, stored: dict[str, StoredTensor]) -
     return {name: stored[name] for name in expected}
 
 
-def _require_same_head(path: Path, embedding: StoredTensor, head: StoredTensor) -> None:
+def _require_same_head(path: Path, embedding: _Tensor, head: _Tensor) -> None:
     """A stored head of a tied model may only repeat the embedding; compared in slices so that memory stays flat."""
-    same = head.shape == embedding.shape and head.dtype_name in FLOAT_TYPES
-    if same:
+    same = head.shape == embedding.shape
+    if isinstance(embedding, PackedMatrix) or isinstance(head, PackedMatrix) or head.dtype_name not in FLOAT_TYPES:
+        same = False
+    elif same:
         left, right = map_tensor(embedding), map_tensor(head)
         same = all(
             np.array_equal(

@@ -26,6 +26,7 @@ FLOAT_TYPES: dict[str, np.dtype[np.generic]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+_TYPES: dict[str, np.dtype[np.generic]] = {**FLOAT_TYPES, "I32": np.dtype("<i4")}  # that are mapped
 _LARGEST_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -82,7 +83,7 @@ def map_tensor(tensor: StoredTensor) -> AnyArray:
     Raises:
         CheckpointError: the file has gone or shrunk since its header was read.
     """
-    dtype = FLOAT_TYPES[tensor.dtype_name]
+    dtype = _TYPES[tensor.dtype_name]
     if prod(tensor.shape) == 0:
         return np.zeros(tensor.shape, dtype)
     try:
@@ -100,7 +101,7 @@ def _entry(file: Path, name: str, entry: object, *, start: int) -> StoredTensor:
         begin, end = (int(offset) for offset in entry["data_offsets"])
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: the header's entry {name!r} is malformed; download the file again") from error
-    dtype = FLOAT_TYPES.get(dtype_name)
+    dtype = _TYPES.get(dtype_name)
     if begin < 0 or end < begin or any(size < 0 for size in shape):
         raise CheckpointError(f"{file}: the header's entry {name!r} has impossible offsets; download the file again")
     if dtype is not None and end - begin != prod(shape) * dtype.itemsize:

@@ -24,7 +24,6 @@ class Warming(StepwiseBackend):
     """A backend that runs nothing, and warms up as it is told."""
 
     slots = max_rows = capacity = max_model_len = 1
-    chooses_tokens = False
 
     def __init__(self, warming: Callable[[], None]) -> None:
         self.stats = RunStats()
