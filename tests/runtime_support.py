@@ -40,6 +40,8 @@ from dmtd_runtime.serving.loop import run_batch
 from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
 from dmtd_runtime.text.tokenizer import Tokenizer
 
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
 MARGIN = 2e-5  # of the largest |logit|, float32
 LAYERS, DECODING_LAYERS = 5, 2
 MAX_BATCH = 8
@@ -192,11 +194,19 @@ def tokenizer_of(directory: Path) -> Tokenizer:
 
 
 class RecordingSampler(Sampler):
-    """Keeps a copy of every row of logits that it chose from."""
+    """Keeps a copy of every row of logits that it chose from: of all tokens, unless ``records`` is taken back."""
 
-    def __init__(self, params: SamplingParams, *, vocab_size: int, prompt_ids: Sequence[int]) -> None:
-        super().__init__(params, vocab_size=vocab_size, prompt_ids=prompt_ids, seed=0)
+    records = True
+
+    def __init__(
+        self, params: SamplingParams, *, vocab_size: int, prompt_ids: Sequence[int], sequence: int = 0
+    ) -> None:
+        super().__init__(params, vocab_size=vocab_size, prompt_ids=prompt_ids, seed=0, sequence=sequence)
         self.rows: list[Array] = []
+
+    @property
+    def needs_logits(self) -> bool:
+        return self.records or super().needs_logits
 
     def choose(self, logits: Array) -> Choice:
         self.rows.append(logits.copy())

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from runtime_support import CONVENTIONS, MAX_BATCH, RecordingSampler, random_prompt
 
 from dmtd_runtime.backends.base import Backend
+from dmtd_runtime.bundle.manifest import CycleInfo
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.stops import StopRules
@@ -22,9 +23,25 @@ VOCAB = 259
 PHASES = (Phase.explicit, Phase.generate)  # shrinking a case over models takes longer than reading it
 
 
+TAUS = (1, 2, 3, 4, 8, 256)
+
+
+def plan_of(tau: int, convention: tuple[str, str] = ("prompt", "thinking"), *, plain: bool = False) -> CyclePlan:
+    cycle = CycleInfo(
+        encoding_layers=0,
+        thinking_layers=3,
+        decoding_layers=2,
+        cycle_length=tau,
+        cycle_origin=convention[0],  # type: ignore[arg-type]
+        prompt_input=convention[1],  # type: ignore[arg-type]
+        dmtd_trained=True,
+    )
+    return CyclePlan(cycle=cycle, plain=plain)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Visit:
-    """One sequence: when it comes, what it asks, and when it is cancelled, in steps of the loop."""
+    """One request: when it comes, what it asks, and when it is cancelled, in steps of the loop."""
 
     at: int
     shared: int  # tokens that its prompt has in common with others
@@ -36,6 +53,7 @@ class Visit:
     salt: str | None
     leaves: int | None = None
     logprobs: int | None = None  # the host must see every token
+    n: int = 1  # sequences
     min_confidence: float = 0.0
 
     @property
@@ -55,9 +73,10 @@ class Visit:
 
 @dataclass(slots=True)
 class Guest:
-    """A visit under way, and what it was told."""
+    """One sequence of a visit, and what it was told."""
 
     visit: Visit
+    index: int = 0
     sampler: RecordingSampler = field(init=False)
     sequence: SequenceRun = field(init=False)
     events: list[TokenEvent] = field(default_factory=list)
@@ -65,7 +84,7 @@ class Guest:
 
     def __post_init__(self) -> None:
         prompt, params = self.visit.prompt, self.visit.params
-        self.sampler = RecordingSampler(params, vocab_size=VOCAB, prompt_ids=prompt)
+        self.sampler = RecordingSampler(params, vocab_size=VOCAB, prompt_ids=prompt, sequence=self.index)
         self.sequence = SequenceRun(
             ids=prompt,
             sampler=self.sampler,
@@ -75,6 +94,7 @@ class Guest:
             min_confidence=self.visit.min_confidence,
             priority=self.visit.priority,
             cache_salt=self.visit.salt,
+            group=id(self.visit) if self.visit.n > 1 else 0,
         )
 
     @property
@@ -90,7 +110,7 @@ class Guest:
 def serve(backend: Backend, plan: CyclePlan, visits: Sequence[Visit], options: ServingOptions) -> list[Guest]:
     """Let everybody come at their step, until nobody is left."""
     loop = Loop(backend, plan, options=options)
-    guests, step = [Guest(visit) for visit in visits], 0
+    guests, step = [_guest(backend, visit, index) for visit in visits for index in range(visit.n)], 0
     while loop.sequences or any(guest.visit.at >= step for guest in guests):
         for guest in guests:
             if guest.visit.at == step:
@@ -107,12 +127,18 @@ def serve(backend: Backend, plan: CyclePlan, visits: Sequence[Visit], options: S
     return guests
 
 
-def alone(backend: Backend, plan: CyclePlan, visit: Visit) -> Guest:
-    guest = Guest(visit)
+def alone(backend: Backend, plan: CyclePlan, visit: Visit, index: int = 0) -> Guest:
+    guest = _guest(backend, visit, index)
     loop = Loop(backend, plan)
     loop.add(guest.sequence)
     while loop.sequences:
         loop.step()
+    return guest
+
+
+def _guest(backend: Backend, visit: Visit, index: int) -> Guest:
+    guest = Guest(visit, index)
+    guest.sampler.records = not backend.runs_cycles  # a device's own choice is not to be taken from it
     return guest
 
 
@@ -128,6 +154,7 @@ visits = st.builds(
     salt=st.sampled_from((None, None, "a")),
     leaves=st.sampled_from((None, None, None, 0, 3, 9)),
     logprobs=st.sampled_from((None, None, None, 1)),
+    n=st.sampled_from((1, 1, 1, 3)),
     min_confidence=st.sampled_from((0.0, 0.0, 0.1, 0.2, 0.4, 1.0)),
 )
 all_options = st.builds(

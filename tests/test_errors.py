@@ -43,7 +43,10 @@ def subclasses(kind: type, depth: int = 1) -> Iterator[tuple[int, type]]:
 def test_the_picture_is_the_tree() -> None:
     for package in ("dmtd_runtime", "dmtd_export", "dmtd_models"):
         for name in modules_of(package):
-            if "rror" in modules_of(package)[name].read_text(encoding="utf-8"):
+            # Those that define one: importing all takes long.
+            if re.search(
+                r"^class \w+\([^)]*Error\b", modules_of(package)[name].read_text(encoding="utf-8"), re.MULTILINE
+            ):
                 importlib.import_module(name)
     drawn = re.findall(r"^    ([ │]*)[├└]── (\w+)", dmtd_errors.__doc__ or "", flags=re.MULTILINE)
     found = {(depth, kind.__name__) for depth, kind in subclasses(DmtdError) if kind.__module__.startswith("dmtd_")}

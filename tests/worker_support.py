@@ -12,7 +12,7 @@ from dmtd_runtime.bundle.manifest import CycleInfo
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.errors import BackendError, DmtdError
 from dmtd_runtime.sampling.params import SamplingParams
-from dmtd_runtime.sampling.sampler import Sampler
+from dmtd_runtime.sampling.sampler import Sampler, best_tokens
 from dmtd_runtime.sampling.stops import StopRules
 from dmtd_runtime.serving.options import ServingOptions
 from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
@@ -35,7 +35,6 @@ class ScriptedBackend(StepwiseBackend):
 
     capacity = max_model_len = 1 << 20
     max_rows = 64
-    chooses_tokens = False
 
     def __init__(self, slots: int = 2) -> None:
         self.slots = slots
@@ -62,7 +61,7 @@ class ScriptedBackend(StepwiseBackend):
         for row, s in enumerate(s for s in steps if s.step.wants_logits):
             if s.slot in self.nan_slots:
                 logits[row] = np.nan
-        return RunOutput(logits=logits)
+        return RunOutput(tokens=best_tokens(logits)) if choose else RunOutput(logits=logits)
 
     def clear(self, slot: int, rows: int) -> None:
         self.cleared.append(slot)

@@ -22,7 +22,6 @@ import numpy as np
 from gpu_order import Wanted
 
 import dmtd_export.bundle.export
-import dmtd_runtime.bundle.manifest
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.bundle.weights import NUMPY_DTYPES, PAGE_BYTES, TensorSource, Written, tensor_groups
 from dmtd_export.graphs.layers import COS, SIN
@@ -31,7 +30,7 @@ from dmtd_models.checkpoints.tensors import tensor_shapes
 from dmtd_models.config.model import ModelConfig, SplitOptions, read_config
 from dmtd_models.reference.rope import rotary_tables
 from dmtd_models.reference.testing import write_tiny_checkpoint
-from dmtd_runtime.bundle.manifest import FileInfo, WeightInfo
+from dmtd_runtime.bundle.manifest import FileInfo, WeightInfo, weights_may_overlap
 
 RING_BYTES = 1 << 30  # far more than a GPU's cache holds, were the ring ever read as it is
 RANDOM_VALUES = 8 << 20
@@ -68,11 +67,6 @@ SHAPES = {
 }
 
 
-def rings_may_be_opened() -> contextlib.AbstractContextManager[Any]:
-    """Tensors of a ring overlap, which those of no other bundle do: while this lasts, opening a bundle does not mind."""
-    return mock.patch.object(dmtd_runtime.bundle.manifest, "_faults_of_weights", return_value=())
-
-
 def make_bundle(wanted: Wanted, place: Path, *, checkpoint: Path | None, max_num_seqs: int, max_model_len: int) -> Path:
     """The bundle at ``place``/bundle, unless it is there; ``checkpoint`` is a real one of that shape."""
     bundle, shape = place / "bundle", SHAPES[wanted.shape]
@@ -95,7 +89,7 @@ def make_bundle(wanted: Wanted, place: Path, *, checkpoint: Path | None, max_num
     with contextlib.ExitStack() as patched:
         if shape.ring:
             patched.enter_context(mock.patch.object(dmtd_export.bundle.export, "write_weights", write_ring))
-            patched.enter_context(rings_may_be_opened())
+            patched.enter_context(weights_may_overlap())
         export_bundle(source, bundle, options)
     return bundle
 

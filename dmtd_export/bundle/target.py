@@ -6,21 +6,20 @@ Used by ``export``. Writing itself is ``atomic``'s.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
 import shlex
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
+from dmtd_export.disk import check_room, existing_parent, one_line_disk_errors, refused
 from dmtd_export.errors import ExportError
 from dmtd_runtime.bundle import contract
 
 logger = logging.getLogger("dmtd.export")
 
 DISK_SLACK_BYTES = 64 << 20  # graphs, tokenizer, manifest
+ANOTHER_PLACE = ", or name another directory with -o"
 NOT_LOST = frozenset({"__pycache__"})  # Polygraphy makes it beside the bundle's data loader
 
 
@@ -51,16 +50,12 @@ def check_target(output: Path) -> None:
 
 def _check_parent(output: Path) -> None:
     """The work directory stands beside the bundle: in its parent, which is made where it is missing."""
-    place = _existing_parent(output)
+    place = existing_parent(output)
     fault = (
         "Not a directory" if not place.is_dir() else "" if os.access(place, os.W_OK | os.X_OK) else "Permission denied"
     )
     if fault:
-        raise ExportError(_refused(place, fault))
-
-
-def _existing_parent(output: Path) -> Path:
-    return next(place for place in output.resolve().parents if place.exists())
+        raise refused(place, fault, ANOTHER_PLACE)
 
 
 def tell_of_engines(output: Path) -> None:
@@ -81,32 +76,13 @@ def check_disk(output: Path, needed_bytes: int) -> None:
     Raises:
         ExportError: with the bytes free and needed.
     """
-    place = _existing_parent(output)
-    free, needed = shutil.disk_usage(place).free, needed_bytes + DISK_SLACK_BYTES
-    if free < needed:
-        raise ExportError(
-            f"{place} has {free / 1e9:.2f} GB free, the bundle needs {needed / 1e9:.2f} GB; "
-            "free some space, or choose another -o or --dtype"
-        )
+    remedy = "free some space, or choose another -o or --dtype"
+    check_room(output, needed_bytes + DISK_SLACK_BYTES, what="the bundle needs", remedy=remedy)
 
 
-@contextlib.contextmanager
-def one_line_os_errors(output: Path) -> Iterator[None]:
+def one_line_os_errors(output: Path) -> contextlib.AbstractContextManager[None]:
     """Turn what the file system refuses into an ExportError that says what became of it."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ExportError(
-                f"no space left while writing {output}: free some and export again; nothing was kept"
-            ) from error
-        if error.errno is None or error.errno == errno.ENOMEM:  # the latter is no fault of the place
-            raise
-        raise ExportError(_refused(error.filename or output, error.strerror or str(error))) from error
-
-
-def _refused(place: object, fault: str) -> str:
-    return f"{place}: {fault}; mend that, or name another directory with -o; nothing was kept"
+    return one_line_disk_errors(output, again="export again", remedy=ANOTHER_PLACE)
 
 
 def _engines(output: Path) -> list[str] | None:

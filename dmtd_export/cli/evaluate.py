@@ -56,13 +56,13 @@ def evaluate(
     from dmtd_export.evaluate.subject import is_bundle
     from dmtd_export.evaluate.table import render
 
-    if not is_bundle(path) or (base is not None and not is_bundle(base)):
-        require("evaluate", (*LIBRARIES, "torch"), _EXTRA)
     if output is not None:
         require("evaluate -o", ("matplotlib",), _EXTRA)
         _require_writable(output)  # an evaluation takes long: what it found must not be lost for a wrong name
     if harness.lm_eval:
         require("evaluate --lm-eval", ("lm_eval",), "lm-eval")
+    if not is_bundle(path) or (base is not None and not is_bundle(base)):
+        require("evaluate", (*LIBRARIES, "torch"), _EXTRA)
     if opening.adapter is not None and base is None:
         base = path
     options = replace(options, harness=harness, open=replace(opening, split=split))

@@ -20,13 +20,13 @@ import onnx
 
 from dmtd_export.bundle.atomic import atomic_directory, remove_all_leftovers
 from dmtd_export.bundle.spec import graph_spec
+from dmtd_export.disk import check_room, one_line_disk_errors
 from dmtd_export.engines.builder import BuiltEngine, build_engine
-from dmtd_export.engines.disk import check_disk, copy_companions, one_line_disk_errors
 from dmtd_export.engines.library import Library, load_library, target_of
 from dmtd_export.engines.memory import check_memory, expected_peak_bytes, give_back, tight_heap
 from dmtd_export.engines.options import BuildOptions
 from dmtd_export.engines.plan import BuildPlan, Target, choice_profile, engine_key, plan_build, profiles
-from dmtd_export.engines.simulator import write_simulator_engine
+from dmtd_export.engines.simulator import copy_companions, write_simulator_engine
 from dmtd_export.graphs.engine import EngineGraph, choice_graph, engine_graph, stored_weights
 from dmtd_models.progress import Progress, silent
 from dmtd_runtime.bundle import contract
@@ -45,6 +45,7 @@ from dmtd_runtime.bundle.opening import cache_directory, open_bundle
 from dmtd_runtime.errors import BundleError
 from dmtd_runtime.version import __version__
 
+DISK_SLACK_BYTES = 16 << 20  # records and such
 ENGINE_CODE_BYTES = 1 << 20  # of one layer in one profile, at most
 
 
@@ -141,9 +142,10 @@ def build_engines(
     if library.module is not None:
         check_memory(seen.peak_bytes, f"engines for {seen.target.label}")
     on_ready(seen)
-    with one_line_disk_errors(seen.directory):
+    with one_line_disk_errors(seen.directory, again="build again", remedy=" and build again"):
         remove_all_leftovers(seen.directory.parent)  # gigabytes, of builds with other sizes too
-        check_disk(seen.directory, seen.disk_bytes)
+        needed = seen.disk_bytes + DISK_SLACK_BYTES
+        check_room(seen.directory, needed, what="the engines need up to", remedy="free some space there")
         with atomic_directory(seen.directory) as work:
             record = _build_all(work, manifest, seen, library, options, progress)
             _write(work, record)

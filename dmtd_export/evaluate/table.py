@@ -62,28 +62,20 @@ def _text(report: EvaluationReport) -> Table | None:
         f"\nheld-out text: {text.overall.tokens} tokens, {text.windows} windows, {text.documents} documents",
         ("phase", "perplexity", "plain", "ratio", "", "agreement", ""),
     )
-    rows = [("all", text.overall), *((_phase(name), result) for name, result in text.by_phase.items())]
-    for name, result in rows:
-        table.add_row(
-            name,
-            number(result.perplexity.value),
-            number(result.base_perplexity.value),
-            number(result.ratio.value),
-            _range(result.ratio),
-            percent(result.agreement.value),
-            _percents(result.agreement),
-        )
-    for name, result in text.by_source.items() if len(text.by_source) > 1 else ():
-        table.add_row(
-            name,
-            number(result.perplexity.value),
-            number(result.base_perplexity.value),
-            number(result.ratio.value),
-            _range(result.ratio),
-            percent(result.agreement.value),
-            _percents(result.agreement),
-            style="dim",
-        )
+    phases = [("all", text.overall), *((_phase(name), result) for name, result in text.by_phase.items())]
+    sources = text.by_source.items() if len(text.by_source) > 1 else ()
+    for style, rows in (("", phases), ("dim", sources)):
+        for name, result in rows:
+            table.add_row(
+                name,
+                number(result.perplexity.value),
+                number(result.base_perplexity.value),
+                number(result.ratio.value),
+                _range(result.ratio),
+                percent(result.agreement.value),
+                _percents(result.agreement),
+                style=style,
+            )
     return table
 
 

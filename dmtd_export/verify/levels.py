@@ -20,6 +20,7 @@ from dmtd_runtime.machine.hardware import memory_bytes
 
 CycleScope = Literal["all", "few", "none"]
 LARGE_BYTES = 4 << 30  # float32 weights beyond which whole cycles take minutes
+LARGE_IN_BLOCKS_BYTES = 32 << 20  # the same of quantised weights, as they stand
 WORKING_BYTES = 1 << 30  # interpreter, libraries, activations, caches of a few dozen rows
 PREPACKED_COPIES = 2.2  # ONNX Runtime's prepacked weights of a fused pair beside the mapped file
 LOGIT_ROWS, LOGIT_ROWS_A_CYCLE = 600, 50  # rows of logits alive at a time, reference and graphs together
@@ -106,6 +107,9 @@ def _finish(manifest: Manifest, level: Level, note: str) -> Plan:
     memory, weights = available_bytes(), float32_bytes(manifest)
     cycles: CycleScope = "few" if weights > LARGE_BYTES else "all"
     notes = ["whole cycles: fewer prompts and variants, because the model is large"] if cycles == "few" else []
+    if manifest.quantised and cycles == "all" and weights > LARGE_IN_BLOCKS_BYTES:
+        cycles = "few"
+        notes = ["whole cycles: fewer prompts and variants, because products over blocks that round no inputs are slow"]
     prepack = True
     if memory is not None and memory < weights + least_bytes(manifest):
         cycles, prepack = "none", False

@@ -243,7 +243,9 @@ class _Run:
     def _as_is(self) -> tuple[Manifest, str, OpenSession]:
         """The graphs in half precision or with rounded inputs that can run as they are, and in what."""
         if self._manifest.quantised:
-            return self._manifest, ", as it is,", partial(open_onnxruntime, prepack=True)
+            # The kernels do not know of slots, and their graphs are held to the closer margin above.
+            single = tuple(graph for graph in self._manifest.graphs if graph.slots == 1)
+            return replace(self._manifest, graphs=single), ", as it is,", partial(open_onnxruntime, prepack=True)
         if self._manifest.model.dtype == "float16":
             return self._manifest, ", as it is,", open_onnxruntime
         standard = tuple(graph for graph in ordered(self._manifest) if graph.dialect == contract.STANDARD)

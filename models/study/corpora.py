@@ -10,7 +10,6 @@ The repository holds no such text; what is here is free to use, and each entry n
 from __future__ import annotations
 
 import hashlib
-import platform
 import re
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -80,12 +79,6 @@ def is_held_out(name: str, text_id: str) -> bool:
     """Whether a document is kept from training: by a hash of its name, one in twenty."""
     digest = hashlib.sha256(f"{name}/{text_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % 1000 < HELD_OUT_PER_MILLE
-
-
-def corpus_fingerprint(name: str, cache_dir: Path) -> str:
-    """What the text depends on: the package's SHA-256, or this Python's version for what is installed with it."""
-    package = corpus(name).package
-    return platform.python_version() if package is None else fetch(package, cache_dir).sha256
 
 
 def _source(entry: Corpus, cache_dir: Path) -> Path:

@@ -21,7 +21,7 @@ RESULTS, PAGE = "results.json", "README.md"
 _FIRST, _LAST = "<!-- tables: written by tools/study --report -->", "<!-- end of tables -->"
 _EVALUATION = ("perplexity", "agreement_by_phase", "run_lengths", "retention", "tasks", "offsets", "ci95", "counts")
 _BENCH = ("conditions", "ratio", "ratios", "bound", "plain_tok_per_s", "dmtd_tok_per_s")
-_SUMMARY = (
+SUMMARY = (  # what of the summary of `dmtd finetune` is kept
     "split",
     "options",
     "text",
@@ -55,7 +55,7 @@ def _collected(directory: Path) -> Result:
     kept = ("eval_tokens", "eval_divergence", "eval_divergence_by_phase", "eval_agreement_by_phase")
     return {
         "name": directory.name,
-        "summary": part("summary.json", _SUMMARY),
+        "summary": part("summary.json", SUMMARY),
         "evaluation": part("evaluation/report.json", _EVALUATION),
         "bench": part("bench.json", _BENCH),
         "held_out": [

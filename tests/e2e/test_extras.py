@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bundles import make_bundle
@@ -58,6 +60,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "8",
     ),
 }
+# What is asked for what is not there, so that it ends at once where its libraries are.
+UNFIT = {"evaluate", "generate over engines", "serve", "chat"}
 # What cannot be done without an extra, and the extra that the line names.
 NAMED: dict[str, dict[str, str]] = {
     "cpu": dict.fromkeys(("generate", "generate a form", "bench", "evaluate a bundle"), "cpu"),
@@ -78,13 +82,7 @@ NAMED["all"] = NAMED["export"] | NAMED["cpu"] | NAMED["serve"] | {"generate over
 RUNNER = """
 import json, sys
 blocked, commands = (json.loads(argument) for argument in sys.argv[1:])
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in blocked:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Blocker())
+sys.modules.update(dict.fromkeys(blocked))  # neither imported nor found
 from typer.testing import CliRunner
 from dmtd_export.cli.main import app
 
@@ -108,25 +106,26 @@ def tiny_gguf(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("extra", EXTRAS)
-def test_a_verb_works_or_names_the_pip_line(extra: str, bundle: Path, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("It is what it is. " * 40, encoding="utf-8")
+def run_without(extras: Iterable[str], names: Iterable[str], bundle: Path, place: Path) -> dict[str, dict[str, Any]]:
+    """What commands (``serve --help`` as well) tell in a process without the libraries of some extras: no traceback."""
+    (place / "text.txt").write_text("It is what it is. " * 40, encoding="utf-8")
     places = {
         "BUNDLE": str(bundle),
         "CHECKPOINT": str(bundle.parent / "checkpoint"),
-        "GGUF": str(tiny_gguf(tmp_path / "model.gguf")),
-        "TEXT": str(tmp_path / "text.txt"),
+        "GGUF": str(tiny_gguf(place / "model.gguf")),
+        "TEXT": str(place / "text.txt"),
     }
     commands = {
-        name: [places.get(word, str(tmp_path / name) if word == "OUT" else word) for word in words]
-        for name, words in COMMANDS.items()
+        name: [
+            places.get(word, str(place / name) if word == "OUT" else word) for word in COMMANDS.get(name, name.split())
+        ]
+        for name in names
     }
-    # Libraries that take long to import are left alone where another extra is missing.
-    slow = {"finetune", "finetune a GGUF", "evaluate with lm-eval", "bench with a plot"}
-    commands = {name: words for name, words in commands.items() if name not in slow or name in NAMED[extra]}
-    commands |= {f"{verb} --help": [verb, "--help"] for verb in VERBS}
+    blocked = set().union(*(EXTRAS[extra] for extra in extras))
+    if not blocked & EXTRAS["export"]:
+        blocked.discard("yaml")  # gguf imports it
     done = subprocess.run(
-        [sys.executable, "-c", RUNNER, json.dumps(sorted(EXTRAS[extra])), json.dumps(commands)],
+        [sys.executable, "-c", RUNNER, json.dumps(sorted(blocked)), json.dumps(commands)],
         capture_output=True,
         text=True,
         env=ENVIRON,
@@ -134,14 +133,69 @@ def test_a_verb_works_or_names_the_pip_line(extra: str, bundle: Path, tmp_path: 
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+    told: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     assert {name: result["crash"] for name, result in told.items() if result["crash"]} == {}
+    return told
+
+
+def errors_of(result: dict[str, Any]) -> list[str]:
+    errors = [line for line in result["err"].splitlines() if line.startswith("error: ")]
+    assert (result["code"], len(errors)) in ((0, 0), (1, 1)), result
+    return errors
+
+
+def check_help(told: dict[str, dict[str, Any]]) -> None:
     for verb in VERBS:
         assert told[f"{verb} --help"]["code"] == 0, told[f"{verb} --help"]
         assert f"dmtd {verb}" in told[f"{verb} --help"]["out"]
-    for name in commands.keys() & COMMANDS.keys():
-        errors = [line for line in told[name]["err"].splitlines() if line.startswith("error: ")]
-        assert (told[name]["code"], len(errors)) in ((0, 0), (1, 1)), (name, told[name])
+
+
+HELP = [f"{verb} --help" for verb in VERBS]
+LONG = {
+    "finetune",
+    "finetune a GGUF",
+    "evaluate with lm-eval",
+    "bench with a plot",
+}  # libraries that take long to import
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_a_verb_without_its_extra_names_the_pip_line(extra: str, bundle: Path, tmp_path: Path) -> None:
+    told = run_without([extra], NAMED[extra], bundle, tmp_path)
+    for name, wanted in NAMED[extra].items():
+        errors = errors_of(told[name])
+        assert errors and f'pip install "dmtd[{wanted}]"' in errors[0], (name, told[name])
+
+
+def needed_together() -> dict[tuple[str, ...], list[str]]:
+    """The commands by the extras that they need."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name in COMMANDS.keys() - LONG:
+        needs = tuple(extra for extra in EXTRAS if extra != "all" and name in NAMED[extra])
+        found.setdefault(needs, []).append(name)
+    return {needs: sorted(names) for needs, names in sorted(found.items())}
+
+
+@pytest.mark.parametrize("needs", needed_together(), ids=lambda needs: " ".join(needs) or "nothing")
+def test_a_verb_works_without_all_that_it_does_not_need(needs: tuple[str, ...], bundle: Path, tmp_path: Path) -> None:
+    missing = EXTRAS.keys() - {*needs, "all"}
+    names = needed_together()[needs]
+    told = run_without(missing, [*names, *(HELP if not needs else ())], bundle, tmp_path)
+    works = {name: result["err"] for name, result in told.items() if name not in UNFIT and errors_of(result)}
+    assert not works
+    if not needs:
+        check_help(told)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_every_verb_with_one_extra_missing(extra: str, bundle: Path, tmp_path: Path) -> None:
+    """All of them in each process, where the libraries that are there might look for one that is not."""
+    names = [name for name in COMMANDS if name not in LONG or name in NAMED[extra]]
+    told = run_without([extra], [*names, *HELP], bundle, tmp_path)
+    check_help(told)
+    for name in names:
+        errors = errors_of(told[name])
         wanted = NAMED[extra].get(name)
         if wanted is not None:
             assert errors and f'pip install "dmtd[{wanted}]"' in errors[0], (name, told[name])

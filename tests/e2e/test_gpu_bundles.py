@@ -13,6 +13,7 @@ import pytest
 
 from dmtd_runtime import LLM, SamplingParams
 from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.manifest import weights_may_overlap
 from dmtd_runtime.bundle.opening import open_bundle
 from dmtd_runtime.bundle.speed_bound import split_bytes
 
@@ -25,7 +26,7 @@ def tools(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTy
     monkeypatch.delitem(sys.modules, "gpu_bundles")
     logger = logging.getLogger("dmtd.export")  # which it quietens for good
     before = logger.level
-    with gpu_bundles.rings_may_be_opened():  # as tools/gpu_step.py does in a process of its own
+    with weights_may_overlap():  # as tools/gpu_step.py does in a process of its own
         yield gpu_bundles
     logger.setLevel(before)
 

@@ -1,7 +1,8 @@
 """The adapters in models/: small enough, with a card that says what was recorded, and text that people would read.
 
-SmolLM2-135M with an adapter is exported and asked through the runtime, greedily, in cycles; the plain model reads what was
-written. Under ``slow``, both adapters answer everything that they are judged by, and the plain model answers it too.
+By default each opens over its base and moves the weights that it should. Under ``slow``, SmolLM2-135M with an adapter is
+exported and asked through the runtime, greedily, in cycles, and the plain model reads what was written: three questions, then
+everything that both adapters are judged by.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,7 +24,7 @@ from dmtd_export.evaluate.fluency import distinct_share
 from dmtd_export.evaluate.generation import GenerationResult
 from dmtd_export.evaluate.report import EvaluationReport
 from dmtd_export.options import ExportOptions
-from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from dmtd_models.config.model import SplitOptions, resolve_dmtd
 from dmtd_models.reference import oracle
 from dmtd_models.reference.dmtd import DmtdModel
@@ -55,6 +57,11 @@ def gguf() -> Path:
 
 
 @pytest.fixture(scope="module")
+def base(gguf: Path) -> Checkpoint:
+    return open_checkpoint(gguf)
+
+
+@pytest.fixture(scope="module")
 def plain(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     bundle = tmp_path_factory.mktemp("plain") / "bundle"
     export_bundle(
@@ -84,6 +91,18 @@ def report(adapter: str, gguf: Path, plain: Path, tmp_path_factory: pytest.TempP
         shutil.rmtree(bundle)
 
 
+@in_repository
+def test_an_adapter_moves_the_late_layers_of_its_base(adapter: str, gguf: Path, base: Checkpoint) -> None:
+    """The weights' own digests, of base and adapter, are compared at opening."""
+    with open_checkpoint(gguf, MODELS / adapter) as tuned:
+        assert tuned.dmtd.trained and (tuned.dmtd.encoding_layers, tuned.dmtd.decoding_layers) == (4, 8)
+        for name, moved in (("layers.29.mlp.down_proj", True), ("layers.21.mlp.down_proj", False)):
+            one, other = (np.float32(each.read(f"model.{name}.weight")) for each in (tuned, base))
+            share = np.linalg.norm(one - other) / np.linalg.norm(other)
+            assert 0.001 < share < 0.5 if moved else share == 0
+
+
+@pytest.mark.slow
 def test_text_of_the_longer_cycles_is_fluent(gguf: Path, tmp_path: Path) -> None:
     """The short form of what is judged below: three everyday questions, answered in cycles of 4."""
     export_bundle(gguf, tmp_path, ExportOptions(target="onnxruntime", max_num_seqs=1), adapter=MODELS / FASTER)

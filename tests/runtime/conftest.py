@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from runtime_support import TinyBundles
+    from runtime_support import TinyBundle, TinyBundles
+
+    from dmtd_runtime import LLM
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,3 +27,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyBundles]:
     bundles = TinyBundles(tmp_path_factory.mktemp("tiny"))
     yield bundles
     bundles.close()
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny: TinyBundles) -> TinyBundle:
+    return tiny.get()
+
+
+@pytest.fixture(scope="module")
+def llm(bundle: TinyBundle) -> Iterator[LLM]:
+    from dmtd_runtime import LLM
+
+    with LLM(bundle.directory, max_num_seqs=4, threads=1) as llm:
+        yield llm

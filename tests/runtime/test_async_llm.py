@@ -11,20 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from runtime_support import TinyBundle, TinyBundles, held, random_prompt, wait_until
+from runtime_support import ENDLESS, GREEDY, TinyBundle, held, random_prompt, wait_until
 
 from dmtd_runtime import LLM, AbortedError, AsyncLLM, BackendError, Delta, QueueFullError, RequestError, SamplingParams
 from dmtd_runtime.async_llm import LONG_PROMPT, AsyncStream
 
 pytestmark = pytest.mark.timeout(300)
-
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny: TinyBundles) -> TinyBundle:
-    return tiny.get()
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from runtime_support import TinyBundle, TinyBundles, held
+from runtime_support import TinyBundle, held
 
 from dmtd_runtime import LLM, AsyncLLM, CompletionOutput, SamplingParams
 from dmtd_runtime.serving import sequence
@@ -28,11 +28,6 @@ pytestmark = pytest.mark.timeout(300)
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "runtime" / "examples"
 ENVIRON = {**os.environ, "PYTHONPATH": str(ROOT / "runtime")}
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny: TinyBundles) -> TinyBundle:
-    return tiny.get()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,27 +12,13 @@ import numpy as np
 import pytest
 import tokenizers
 from bundles import with_files
-from runtime_support import END_OF_TURN, TinyBundle, TinyBundles, held, random_prompt, tokenizer_of
+from runtime_support import END_OF_TURN, ENDLESS, GREEDY, TinyBundle, held, random_prompt, tokenizer_of
 
 from dmtd_models.reference import oracle
 from dmtd_runtime import LLM, Delta, DmtdError, RequestError, SamplingParams
 from dmtd_runtime.text.tokenizer import TextStream
 
 pytestmark = pytest.mark.timeout(300)
-
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny: TinyBundles) -> TinyBundle:
-    return tiny.get()
-
-
-@pytest.fixture(scope="module")
-def llm(bundle: TinyBundle) -> Iterator[LLM]:
-    with LLM(bundle.directory, max_num_seqs=4, threads=1) as llm:
-        yield llm
 
 
 # Prompts and answers

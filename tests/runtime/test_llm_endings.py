@@ -5,31 +5,16 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from runtime_support import TinyBundle, TinyBundles, held, wait_until
+from runtime_support import ENDLESS, GREEDY, TinyBundle, held, wait_until
 
 from dmtd_runtime import LLM, AbortedError, SamplingParams
 from dmtd_runtime.serving import sequence
 
 pytestmark = pytest.mark.timeout(300)
-
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny: TinyBundles) -> TinyBundle:
-    return tiny.get()
-
-
-@pytest.fixture(scope="module")
-def llm(bundle: TinyBundle) -> Iterator[LLM]:
-    with LLM(bundle.directory, max_num_seqs=4, threads=1) as llm:
-        yield llm
 
 
 def test_abort_while_running(llm: LLM, bundle: TinyBundle) -> None:

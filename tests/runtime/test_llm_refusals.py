@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from runtime_support import TinyBundle, TinyBundles
+from runtime_support import ENDLESS, GREEDY, TinyBundle
 
 from dmtd_runtime import LLM, RequestError, SamplingParams
 
 pytestmark = pytest.mark.timeout(300)
-
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny: TinyBundles) -> TinyBundle:
-    return tiny.get()
-
-
-@pytest.fixture(scope="module")
-def llm(bundle: TinyBundle) -> Iterator[LLM]:
-    with LLM(bundle.directory, max_num_seqs=4, threads=1) as llm:
-        yield llm
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from runtime_support import growth, make_bundle, private_bytes
 
 from dmtd_runtime import LLM, SamplingParams
 
-ROUNDS, WARM_UP = 24, 8
+ROUNDS, SLOW_ROUNDS, WARM_UP = 14, 24, 6
 GROWTH_BYTES = 3 << 20  # of all the rounds after the warm-up; a leaked session or cache holds more than this each
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
@@ -26,11 +26,18 @@ def open_descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-@pytest.mark.parametrize("full_pass", ["staged", pytest.param("fused", marks=pytest.mark.slow)])
-def test_open_generate_close_stays_flat(directory: Path, full_pass: str) -> None:
+@pytest.mark.parametrize(
+    ("full_pass", "rounds"),
+    [
+        ("staged", ROUNDS),
+        pytest.param("staged", SLOW_ROUNDS, marks=pytest.mark.slow),
+        pytest.param("fused", SLOW_ROUNDS, marks=pytest.mark.slow),
+    ],
+)
+def test_open_generate_close_stays_flat(directory: Path, full_pass: str, rounds: int) -> None:
     threads = threading.active_count()
     marks = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         with LLM(directory, max_num_seqs=2, full_pass=full_pass, threads=1) as llm:
             llm.generate([[1, 2, 3], [4, 5]], GREEDY)
             with llm.stream([1], SamplingParams(temperature=0, ignore_eos=True)) as stream:
@@ -43,9 +50,10 @@ def test_open_generate_close_stays_flat(directory: Path, full_pass: str) -> None
     assert threading.active_count() == threads
 
 
-def test_dropping_without_close_stays_flat(directory: Path) -> None:
+@pytest.mark.parametrize("rounds", [ROUNDS, pytest.param(SLOW_ROUNDS, marks=pytest.mark.slow)])
+def test_dropping_without_close_stays_flat(directory: Path, rounds: int) -> None:
     marks = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         llm = LLM(directory, threads=1)
         llm.generate([1, 2, 3], GREEDY)
         thread = llm._worker._thread

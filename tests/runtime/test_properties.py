@@ -33,7 +33,7 @@ from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.sampling.params import SamplingParams
 
 FAMILIES = ("qwen3", "llama", "qwen2")
-DEFAULT_CASES, SLOW_CASES = 60, 10_000
+DEFAULT_CASES, SLOW_CASES = 30, 10_000
 CASES_PER_NEAR_TIE = 120  # at least; random logits are almost never that close
 
 

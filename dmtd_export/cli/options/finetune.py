@@ -161,6 +161,11 @@ BatchGroup = Annotated[
                 "--vary-phase/--fixed-phase",
                 panel=_LEARN,
             ),
+            "cycle_lengths": option(
+                "fixed, or varied: cycles of 1 to --cycle-length tokens, others in each epoch, as --min-confidence makes them.",
+                panel=_LEARN,
+                metavar="NAME",
+            ),
         }
     ),
 ]

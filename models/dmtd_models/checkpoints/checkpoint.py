@@ -44,7 +44,7 @@ def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
         ConfigError: an architecture that is not supported.
     """
     if adapter is not None:
-        from dmtd_models.adapters.adapter import AdaptedCheckpoint
+        from dmtd_models.checkpoints.adapter import AdaptedCheckpoint
 
         with contextlib.ExitStack() as on_error:
             base = on_error.enter_context(open_checkpoint(path))

@@ -1,6 +1,6 @@
 """What every opened checkpoint offers: ``Checkpoint``, the same for directories, GGUF files and adapters over either.
 
-``checkpoint.open_checkpoint`` makes one, ``hf``, ``gguf`` and ``adapters`` implement it. Nothing here opens a file.
+``checkpoint.open_checkpoint`` makes one, ``hf``, ``gguf`` and ``adapter`` implement it. Nothing here opens a file.
 """
 
 from __future__ import annotations

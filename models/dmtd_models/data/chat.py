@@ -65,11 +65,6 @@ class TextTokenizer:
         """The tokenizer and template that a checkpoint carries."""
         return cls(checkpoint.assets(), vocab_size=checkpoint.config.vocab_size, problem=checkpoint.tokenizer_problem)
 
-    @property
-    def has_template(self) -> bool:
-        """Whether chats can be rendered."""
-        return self._template is not None
-
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of plain documents, with the special tokens that tokenizer.json adds (a BOS, say)."""
         return [self._checked(encoding.ids) for encoding in _on_text(self.tokenizer.encode_batch, list(texts))]

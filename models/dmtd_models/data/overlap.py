@@ -16,8 +16,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -87,19 +86,11 @@ class OverlapReport:
     """The first leak of each item and rule."""
     leaking_texts: tuple[str, ...]
     """Every document with a leak, in order."""
-    shares: Mapping[str, float]
-    """Of each item with a leak by n-gram: which share of its different n-grams occurs in the training text. A long document
-    may well share a stock phrase with another; a copy has a share near 1."""
 
     @property
     def leaked_items(self) -> tuple[str, ...]:
         """Items that occur in the training text, each once, in the order found."""
         return tuple(dict.fromkeys(leak.item for leak in self.leaks))
-
-    def copied_items(self, least_share: float) -> tuple[str, ...]:
-        """Leaked items without those that share fewer of their n-grams than this, and no whole question."""
-        asked = {leak.item for leak in self.leaks if leak.rule == "question"}
-        return tuple(item for item in self.leaked_items if item in asked or self.shares[item] >= least_share)
 
 
 def words_of(text: str) -> list[str]:
@@ -198,16 +189,15 @@ class OverlapIndex:
 
     def leaks_of(self, text: TrainingText) -> list[Leak]:
         """The items that occur in one document: the first place of each item and rule."""
-        return self._search(text, set())[0]
+        return self._search(text)[0]
 
     def scan(self, texts: Iterable[TrainingText]) -> OverlapReport:
         """Search all training text; of each item and rule the first leak is kept."""
         found: dict[tuple[str, str], Leak] = {}
         leaking: dict[str, None] = {}
-        seen: set[bytes] = set()
         num_texts = num_words = 0
         for text in texts:
-            leaks, words = self._search(text, seen)
+            leaks, words = self._search(text)
             num_texts += 1
             num_words += words
             for leak in leaks:
@@ -220,22 +210,13 @@ class OverlapIndex:
             num_words=num_words,
             leaks=tuple(found.values()),
             leaking_texts=tuple(leaking),
-            shares=self._shares(seen),
         )
 
-    def _shares(self, seen: set[bytes]) -> dict[str, float]:
-        found = Counter(item for key in seen for item in _each(self._ngrams[key]))
-        if not found:
-            return {}
-        total = Counter(item for owners in self._ngrams.values() for item in _each(owners))
-        return {self._items[item]: found[item] / total[item] for item in sorted(found)}
-
-    def _search(self, text: TrainingText, seen: set[bytes]) -> tuple[list[Leak], int]:
-        """Leaks in one document and its number of words; n-grams found are added to ``seen``."""
+    def _search(self, text: TrainingText) -> tuple[list[Leak], int]:
+        """Leaks in one document and its number of words."""
         words = words_of(text.text)
         hits: dict[tuple[int, str], str] = {}
-        for start, key, owners in self._ngram_hits(words):
-            seen.add(key)
+        for start, owners in self._ngram_hits(words):
             excerpt = " ".join(words[start : start + self.ngram_words])
             for item in _each(owners):
                 hits.setdefault((item, "n-gram"), excerpt)
@@ -250,8 +231,8 @@ class OverlapIndex:
         ]
         return leaks, len(words)
 
-    def _ngram_hits(self, words: Sequence[str]) -> Iterator[tuple[int, bytes, _Owners]]:
-        """Places of n-grams that an item has, their keys, and which items have them."""
+    def _ngram_hits(self, words: Sequence[str]) -> Iterator[tuple[int, _Owners]]:
+        """Places of n-grams that an item has, and which items have them."""
         if len(words) < self.ngram_words or not self._ngrams:
             return
         number_of = self._vocabulary.get
@@ -261,10 +242,9 @@ class OverlapIndex:
         starts = np.flatnonzero(self._maybe[hashes >> self._shift])
         lookup = self._ngrams.get
         for start in starts.tolist():
-            key = ids[start : start + self.ngram_words].tobytes()
-            owners = lookup(key)
+            owners = lookup(ids[start : start + self.ngram_words].tobytes())
             if owners is not None:
-                yield start, key, owners
+                yield start, owners
 
 
 def _hashes(columns: Iterable[npt.NDArray[np.intc]]) -> npt.NDArray[np.uint64]:

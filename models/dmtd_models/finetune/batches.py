@@ -3,6 +3,8 @@
 Stands between the text (a data set with ``input_ids`` and ``prompt_len``) and ``student``. Every document is a sequence of
 its own: its positions and its phase begin anew, wherever it lies in the packed row. Gates come from ``oracle.gates``.
 
+Cycles have the spec's length, or lengths drawn up to it (``cycle_lengths``).
+
 A batch of n packed rows, of which r carry loss:
 
     input_ids, positions, gate_hidden, gate_thought    int64 [n]
@@ -116,11 +118,12 @@ def _document_rows(document: Document, spec: DmtdSpec, options: BatchOptions, rn
             prompt_len = min(prompt_len + int(rng.integers(spec.cycle_length)), total - 1)
     if options.learn_prompt:
         first_learnt = 0
-    gate_hidden, gate_thought = gates(spec, prompt_len=prompt_len, total_len=total)
+    heads = drawn_heads(spec, prompt_len, total, rng) if options.cycle_lengths == "varied" else None
+    gate_hidden, gate_thought = gates(spec, prompt_len=prompt_len, total_len=total, heads=heads)
     return _Rows(
         gate_hidden=gate_hidden,
         gate_thought=gate_thought,
-        phase=phases(spec, prompt_len, total),
+        phase=phases(spec, prompt_len, total) if heads is None else phases_behind(heads, total),
         loss_rows=np.arange(first_learnt, total - 1),
     )
 
@@ -131,6 +134,19 @@ def phases(spec: DmtdSpec, prompt_len: int, total_len: int) -> Ints:
     if spec.cycle_origin == "absolute":
         return positions % spec.cycle_length
     return np.where(positions < prompt_len, -1, (positions - prompt_len) % spec.cycle_length)
+
+
+def drawn_heads(spec: DmtdSpec, prompt_len: int, total_len: int, rng: np.random.Generator) -> list[int]:
+    """Heads of cycles whose lengths are drawn evenly from 1 .. ``cycle_length``, from the first generated position on."""
+    heads = np.cumsum([prompt_len, *rng.integers(1, spec.cycle_length + 1, total_len - prompt_len)])
+    return [head for head in heads.tolist() if head < total_len]
+
+
+def phases_behind(heads: Sequence[int], total_len: int) -> Ints:
+    """Each position's distance from the last of ``heads`` up to it, int64 [total_len]; -1 before the first."""
+    positions = np.arange(total_len)
+    last = np.searchsorted(heads, positions, side="right") - 1
+    return np.where(last < 0, -1, positions - np.asarray(heads)[np.maximum(last, 0)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

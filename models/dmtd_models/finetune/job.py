@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from dmtd_models.adapters.delta import MOST_BITS
 from dmtd_models.cache import default_cache_dir
 from dmtd_models.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from dmtd_models.checkpoints.delta import MOST_BITS
 from dmtd_models.checkpoints.saving import make_directory, write_json
 from dmtd_models.checkpoints.weight_files import ADAPTER_CONFIG
 from dmtd_models.config.model import DmtdSpec, resolve_dmtd

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
-from dmtd_models.adapters.delta import MOST_BITS
+from dmtd_models.checkpoints.delta import MOST_BITS
 from dmtd_models.config.model import DmtdSpec, SplitOptions
 from dmtd_models.errors import ConfigError
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Trained = Literal["full", "late", "lora"]
 Schedule = Literal["linear", "cosine", "warmup_stable_decay"]
+CycleLengths = Literal["fixed", "varied"]
 Precision = Literal["bfloat16", "float32"]
 # Measured for late on SmolLM2-135M, D 8, tau 4: after 120,000 tokens 6e-4 / 1.5e-3 / 3e-3 gave held-out divergences of
 # 2.85 / 2.64 / 2.73; over 2 M tokens (0.92 M different ones) 1.5e-3 was a little high, held-out stalled while training fell.
@@ -72,6 +73,9 @@ class BatchOptions:
 
     learn_prompt: bool = False  # also the rows of a prompt (under origin prompt)
     vary_phase: bool = True  # begin the answer's first cycle 0 .. tau - 1 tokens later, anew each epoch (origin prompt)
+    cycle_lengths: CycleLengths = (
+        "fixed"  # varied: each 1 .. tau, drawn anew each epoch, as cycles that are left early have it
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +171,15 @@ def check_options(options: TrainOptions, spec: DmtdSpec) -> None:
             "a share between 0 and 1 needs --top-k 1 or more (the whole vocabulary: --distill 1)", param="distill"
         )
     _refuse_without_effect(options, spec)
+    lengths = options.batch.cycle_lengths
+    if lengths not in get_args(CycleLengths):
+        raise ConfigError(f"got {lengths}, expected {' or '.join(get_args(CycleLengths))}", param="cycle_lengths")
+    if lengths == "varied" and spec.cycle_origin != "prompt":
+        raise ConfigError(
+            "got varied with cycle origin absolute, whose heads stand where the count of positions puts them; leave it out, or "
+            "give --cycle-origin prompt",
+            param="cycle_lengths",
+        )
     if options.train_embedding and options.trained == "lora":
         raise ConfigError(
             "factors leave the embedding alone; give --train late or full with it", param="train_embedding"

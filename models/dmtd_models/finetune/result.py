@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dmtd_models.adapters.adapter import delta_settings, weights_fingerprint, write_adapter
-from dmtd_models.adapters.delta import MOST_BITS, delta_difference, quantised_delta
+from dmtd_models.checkpoints.adapter import delta_settings, weights_fingerprint, write_adapter
+from dmtd_models.checkpoints.delta import MOST_BITS, delta_difference, quantised_delta
 from dmtd_models.checkpoints.protocol import AnyArray, Checkpoint
 from dmtd_models.checkpoints.saving import make_directory, replacing, write_json
 from dmtd_models.config.hf import with_dmtd_fields

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dmtd_models.adapters.adapter import AdaptedCheckpoint
+from dmtd_models.checkpoints.adapter import AdaptedCheckpoint
 from dmtd_models.checkpoints.checkpoint import Checkpoint
 from dmtd_models.checkpoints.saving import make_directory
 from dmtd_models.config.model import DmtdSpec

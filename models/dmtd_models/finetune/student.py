@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -310,8 +309,3 @@ def _own_layer(config: ModelConfig, read: Read, index: int) -> DecoderLayer:
     state = {name: to_torch(read(prefix + name), torch.float32) for name in layer_shapes(config)}
     layer.load_state_dict(state, strict=True, assign=True)
     return layer
-
-
-def trained_parameters(student: Student) -> dict[str, Any]:
-    """Parameters that change, by name."""
-    return {name: value for name, value in student.named_parameters() if value.requires_grad}

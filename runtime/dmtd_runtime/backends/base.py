@@ -38,7 +38,6 @@ class BackendOptions:
     full_pass: FullPass | None = None  # None: fused for encoding layers, where engines are, or one sequence at a time
     max_num_seqs: int = 1
     max_model_len: int | None = None  # None: see model_len; of engines, what they were built for
-    choose_on_device: bool | None = None  # arg-max by the bundle's choose_token graph; None: on a GPU only
     cuda_graphs: bool = True  # capture and replay: whole cycles of engines, steps of ONNX Runtime on CUDA
     warm_up: bool = False  # opening runs every shape that generation can meet once, so that no sequence waits for it
     threads: int | None = None  # None: one for each core this process may use
@@ -100,8 +99,8 @@ class SlotStep:
 class RunOutput:
     """What a run gives for each row asked for, in the order of the steps; valid until the next call.
 
-    ``logits`` are float32 [n, vocab]; ``tokens``, where the device was to choose, int64 [n], negative where it could not. Of a
-    cycle ``tokens`` are [steps, slots], and ``confidence`` float32 the same: the probability of each row's likeliest token.
+    ``logits`` are float32 [n, vocab]; ``tokens``, where the backend was to choose, int64 [n], NOT_FINITE where it could not. Of
+    a cycle ``tokens`` are [steps, slots], and ``confidence`` float32 the same: the probability of each row's likeliest token.
     """
 
     logits: Array | None = None
@@ -168,7 +167,6 @@ class Backend(Protocol):
     max_rows: int
     full_pass: FullPass
     stats: RunStats
-    chooses_tokens: bool  # logits stay on a device, where the arg-max can be taken
     gives_all_rows: bool  # run takes rows="all"
     runs_cycles: bool  # start_cycle and finish_cycle work; elsewhere nobody calls them
 
@@ -181,7 +179,7 @@ class Backend(Protocol):
             steps: what each slot does: late steps, or full ones and then chunks of prompts, both in the order of their slots.
                 Where the backend can, prompts go through T together with the heads, so that its weights are read once.
             committed: committed rows of every slot, 0 for a free one: padding is written behind them.
-            choose: give the arg-max of each row instead of its logits; only of a backend that ``chooses_tokens``.
+            choose: give the arg-max of each row instead of its logits, which then stay where they are.
             rows: of each step that wants logits the last row, or all its late rows.
 
         Raises:
@@ -218,15 +216,16 @@ class Backend(Protocol):
         """Copy the first ``rows`` rows of slot ``source`` over those of slot ``target``."""
         ...
 
-    def read_rows(self, slot: int, rows: range) -> Array:
-        """A copy in host memory of committed rows of a slot: [2 * layers, kv_heads, rows, head_dim], key and value in turn.
+    def read_rows(self, slot: int, rows: range) -> list[Array]:
+        """Copies in host memory of committed rows of a slot, ``rows.step`` at a time, each of its own memory.
 
-        bfloat16 is uint16 here: values are moved, never computed with.
+        Each is [2 * layers, kv_heads, rows.step, head_dim], key and value in turn. bfloat16 is uint16 here: values are moved,
+        never computed with.
         """
         ...
 
     def write_rows(self, slot: int, first: int, values: Array) -> None:
-        """Put what :meth:`read_rows` gave into a slot, from row ``first`` on."""
+        """Put one of what :meth:`read_rows` gave into a slot, from row ``first`` on."""
         ...
 
     def close(self) -> None:

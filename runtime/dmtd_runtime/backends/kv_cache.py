@@ -46,12 +46,19 @@ class HostKvCache:
         for buffer in self._buffers.values():
             buffer[slot, :, :rows] = 0
 
-    def read_rows(self, slot: int, rows: range) -> Array:
-        """A copy of a range of rows of a slot, [2 * layers, kv_heads, rows, head_dim]."""
-        return np.stack([buffer[slot, :, rows.start : rows.stop] for buffer in self._buffers.values()])
+    def read_rows(self, slot: int, rows: range) -> list[Array]:
+        """Copies of ``rows.step`` rows of a slot at a time, [2 * layers, kv_heads, rows.step, head_dim]."""
+        some = next(iter(self._buffers.values()))
+        shape = (len(self._buffers), some.shape[1], rows.step, some.shape[3])
+        found: list[Array] = [np.empty(shape, some.dtype) for _ in rows]
+        for index, buffer in enumerate(self._buffers.values()):
+            own = buffer[slot]
+            for first, copy in zip(rows, found, strict=True):
+                copy[index] = own[:, first : first + rows.step]
+        return found
 
     def write_rows(self, slot: int, first: int, values: Array) -> None:
-        """Put what :meth:`read_rows` gave into a slot, from row ``first`` on."""
+        """Put one of what :meth:`read_rows` gave into a slot, from row ``first`` on."""
         for buffer, part in zip(self._buffers.values(), values, strict=True):
             buffer[slot, :, first : first + part.shape[1]] = part
 

@@ -8,40 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-from dmtd_runtime.device.base import Address, Array, Mark
+from dmtd_runtime.device.base import Address, Array, DeviceMemory
 
 SCRATCH_ROWS = 64
-
-
-class CopyDevice(Protocol):
-    """The part of :class:`dmtd_runtime.device.base.Device` that copies take."""
-
-    def alloc(self, num_bytes: int, what: str) -> Address: ...
-
-    def alloc_host(self, num_bytes: int) -> Array: ...
-
-    def upload(self, target: Address, source: Array) -> None: ...
-
-    def download(self, target: Array, source: Address) -> None: ...
-
-    def copy(
-        self,
-        target: Address,
-        source: Address,
-        *,
-        row_bytes: int,
-        rows: int = 1,
-        target_pitch: int = 0,
-        source_pitch: int = 0,
-    ) -> None: ...
-
-    def mark(self) -> Mark: ...
-
-    def wait(self, mark: Mark) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,26 +31,30 @@ class RowCopies:
     ``caches``: their addresses. Scratch memory is taken at the first copy.
     """
 
-    def __init__(self, device: CopyDevice, layout: CacheLayout, caches: Sequence[int]) -> None:
+    def __init__(self, device: DeviceMemory, layout: CacheLayout, caches: Sequence[int]) -> None:
         self._device, self._layout, self._caches = device, layout, caches
         self._scratch: tuple[Address, Array] | None = None
 
-    def read_rows(self, slot: int, rows: range) -> Array:
-        """A copy of the rows of a slot, once everything enqueued before has run."""
+    def read_rows(self, slot: int, rows: range) -> list[Array]:
+        """Copies of ``rows.step`` rows of a slot at a time, once everything enqueued before has run."""
         layout, caches = self._layout, self._caches
-        found = np.empty((len(caches), layout.heads, len(rows), layout.row_bytes), np.uint8)
-        for first in range(0, len(rows), SCRATCH_ROWS):
-            count = min(SCRATCH_ROWS, len(rows) - first)
+        found: list[Array] = []
+        assert rows.step <= SCRATCH_ROWS, f"copies of {rows.step} rows, there is room for {SCRATCH_ROWS}"
+        together = SCRATCH_ROWS // rows.step  # copies that cross at once
+        for first in range(0, len(rows), together):
+            crossing = rows[first : first + together]
+            count = len(crossing) * rows.step
             scratch, host = self._room(len(caches), count)
-            for cache, piece in self._pieces(scratch, slot, rows.start + first, count):
+            for cache, piece in self._pieces(scratch, slot, crossing.start, count):
                 self._copy(piece, cache, count, to_scratch=True)
             self._device.download(host, scratch)
             self._device.wait(self._device.mark())
-            found[:, :, first : first + count] = host.reshape(len(caches), layout.heads, count, layout.row_bytes)
+            values = host.reshape(len(caches), layout.heads, count, layout.row_bytes)
+            found += [part.copy() for part in np.split(values, len(crossing), axis=2)]
         return found
 
     def write_rows(self, slot: int, first: int, values: Array) -> None:
-        """Put what :meth:`read_rows` gave into a slot, behind everything enqueued before."""
+        """Put one of what :meth:`read_rows` gave into a slot, behind everything enqueued before."""
         for start in range(0, values.shape[2], SCRATCH_ROWS):
             part = values[:, :, start : start + SCRATCH_ROWS]
             scratch, host = self._room(len(part), part.shape[2])

@@ -12,8 +12,7 @@ class LentBackend:
 
     def __init__(self, backend: Backend) -> None:
         self.slots, self.capacity, self.max_rows = backend.slots, backend.capacity, backend.max_rows
-        self.stats, self.chooses_tokens = backend.stats, backend.chooses_tokens
-        self.max_model_len, self.full_pass = backend.max_model_len, backend.full_pass
+        self.stats, self.max_model_len, self.full_pass = backend.stats, backend.max_model_len, backend.full_pass
         self.runs_cycles, self.gives_all_rows = backend.runs_cycles, backend.gives_all_rows
         self._backend = backend
 
@@ -38,7 +37,7 @@ class LentBackend:
     def move(self, source: int, target: int, rows: int) -> None:
         self._backend.move(source, target, rows)
 
-    def read_rows(self, slot: int, rows: range) -> Array:
+    def read_rows(self, slot: int, rows: range) -> list[Array]:
         return self._backend.read_rows(slot, rows)
 
     def write_rows(self, slot: int, first: int, values: Array) -> None:

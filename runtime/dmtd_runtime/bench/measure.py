@@ -27,6 +27,7 @@ from dmtd_runtime.backends.opening import open_backend
 from dmtd_runtime.bench.conditions import conditions_of, load_average
 from dmtd_runtime.bench.run import RunRecord, private_bytes, run_once
 from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.kernel_bound import kernel_bound
 from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.bundle.speed_bound import SplitBytes, mean_context, split_bytes
 from dmtd_runtime.cycle import CyclePlan
@@ -57,7 +58,7 @@ class BatchReport:
 
     ``ratio`` is the median over pairs of repeats. ``ratio_of_steps`` is what the median times of single steps make of a
     cycle: bursts of other work on the machine move it less. Where whole cycles run on a device, cycles are timed, and not
-    their steps; ``host_ms_per_cycle`` is then how long the device waited for the host.
+    their steps; ``host_ms_per_cycle`` is then how long the device waited for the host. ``kernel_bound`` is None for floats.
     """
 
     batch: int
@@ -66,6 +67,8 @@ class BatchReport:
     ratio: float
     bound: float
     ratio_of_bound: float
+    kernel_bound: float | None
+    ratio_of_kernel_bound: float | None
     ratio_of_steps: float | None
     outside_share: float
     plain_outside_share: float
@@ -262,6 +265,7 @@ def _summary(
     context = mean_context(options.prompt_len, options.max_tokens)
     rates = {mode: median(run.decode_tok_per_s for run in runs) for mode, runs in records.items()}
     ratio, bound = median(ratios), split.bound(context, batch)
+    by_kernels = kernel_bound(manifest, context, batch)
     late = [run.late_step_ms for run in dmtd if run.late_step_ms is not None]
     plain_ms, full_ms = (_median([run.full_pass_ms for run in runs]) for runs in (plain, dmtd))
     cycle_ms, plain_cycle_ms = (_median([run.cycle_ms for run in runs]) for runs in (dmtd, plain))
@@ -275,6 +279,8 @@ def _summary(
         ratio=ratio,
         bound=bound,
         ratio_of_bound=ratio / bound,
+        kernel_bound=by_kernels,
+        ratio_of_kernel_bound=None if by_kernels is None else ratio / by_kernels,
         ratio_of_steps=_ratio_of_steps(tau, plain_ms, full_ms, late_ms, plain_cycle_ms, cycle_ms),
         outside_share=median(run.outside_share for run in dmtd),
         plain_outside_share=median(run.outside_share for run in plain),

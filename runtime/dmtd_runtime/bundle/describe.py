@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.kernel_bound import kernel_bound
 from dmtd_runtime.bundle.manifest import CycleInfo, GraphInfo, Manifest, TensorInfo
 from dmtd_runtime.bundle.speed_bound import SplitBytes, split_bytes, weight_formats
 
@@ -43,6 +44,7 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
             "files": sum(info.bytes for info in manifest.files.values()),
         },
         "bound": {str(context): split.bound(context) for context in contexts_for(manifest)},
+        "kernel_bound": {str(context): kernel_bound(manifest, context) for context in contexts_for(manifest)},
         "graphs": [dataclasses.asdict(graph) for graph in manifest.graphs],
         "files": {name: dataclasses.asdict(info) for name, info in manifest.files.items()},
         "tools": dict(manifest.tools),
@@ -188,14 +190,17 @@ def _bytes_table(split: SplitBytes, formats: Mapping[str, str]) -> Table:
 def _bound_table(manifest: Manifest) -> Table:
     split = split_bytes(manifest)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("context", "plain, a token", "DMTD, a token", "bound"):
+    by_kernels = {context: kernel_bound(manifest, context) for context in contexts_for(manifest)}
+    columns = ["context", "plain, a token", "DMTD, a token", "bound", *(["the kernels"] if manifest.quantised else [])]
+    for name in columns:
         table.add_column(name, justify="right")
-    for context in contexts_for(manifest):
+    for context, bound in by_kernels.items():
         table.add_row(
             str(context),
             _bytes(round(split.plain_step(context))),
             _bytes(round(split.cycle(context) / split.cycle_length)),
             f"{split.bound(context):.2f}x",
+            *([] if bound is None else [f"{bound:.2f}x"]),
         )
     return table
 

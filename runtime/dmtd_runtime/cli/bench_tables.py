@@ -76,6 +76,14 @@ def _rows(report: BenchReport) -> list[tuple[str, Cell]]:
         ("  lowest-highest", lambda b: f"{min(b.ratios):.2f}-{max(b.ratios):.2f}"),
         ("bound of the bytes", lambda b: f"{b.bound:.2f}x"),
         ("ratio of the bound", lambda b: f"{b.ratio_of_bound:.0%}"),
+        *(
+            [
+                ("bound of the kernels", lambda b: f"{b.kernel_bound:.2f}x"),
+                ("ratio of that bound", lambda b: f"{b.ratio_of_kernel_bound:.0%}"),
+            ]
+            if report.batches[0].kernel_bound is not None
+            else []
+        ),
         ("ratio of median steps", lambda b: "-" if b.ratio_of_steps is None else f"{b.ratio_of_steps:.2f}x"),
         ("prefill, tok/s", lambda b: f"{b.prefill_tok_per_s:.0f}"),
         ("first token, ms", lambda b: f"{b.first_token_ms:.0f}"),

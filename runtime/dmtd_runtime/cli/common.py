@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import importlib.util
+import itertools
 import logging
 import signal
 import sys
 import traceback
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -65,9 +67,11 @@ def pip_name(library: str, extra: str) -> str:
 
 def require(verb: str, modules: Sequence[str], extra: str) -> None:
     """Raise MissingExtraError with the pip line of the extra if one of ``modules`` cannot be imported."""
-    for name in modules:
+    # One that is not there is said at once: those before it may take seconds to import.
+    looks: tuple[Callable[[str], object], ...] = (_find, importlib.import_module)
+    for look, name in itertools.product(looks, modules):
         try:
-            importlib.import_module(name)
+            look(name)
         except Exception as error:  # noqa: BLE001 - a library that is broken, or too large for the memory, raises many kinds
             if _was_interrupted(error):
                 raise KeyboardInterrupt from None
@@ -78,6 +82,11 @@ def require(verb: str, modules: Sequence[str], extra: str) -> None:
             raise MissingExtraError(
                 f"dmtd {verb} needs {name}, which cannot be imported ({error}); run: pip install {pip_name(name, extra)}"
             ) from None
+
+
+def _find(name: str) -> None:
+    if sys.modules.get(name) is None and importlib.util.find_spec(name) is None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 def _was_interrupted(error: BaseException | None) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import typer
 from rich.console import Console
 
+from dmtd_runtime.cli import doctor_facts as facts
 from dmtd_runtime.cli.common import EXIT_ERROR, JsonOption
-from dmtd_runtime.machine import doctor as facts
 
 
 def doctor(json: JsonOption = False) -> None:

@@ -13,7 +13,7 @@ from dmtd_runtime.llm import LLM
 from dmtd_runtime.serving.options import ServingOptions
 
 UNTRAINED = "note: weights not trained for DMTD: the speed is real, the words are not (compare with --plain)"
-_OWN = ("choose_on_device", "prepack")  # of the backend alone: no option of LLM's
+_OWN = ("prepack",)  # of the backend alone: no option of LLM's
 
 
 @contextlib.contextmanager

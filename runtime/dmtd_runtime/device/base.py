@@ -74,17 +74,11 @@ class Engine(Protocol):
         ...
 
 
-class Device(Protocol):
-    """One device with one stream. Not thread-safe."""
-
-    name: str
-
-    def memory(self) -> tuple[int, int]:
-        """(free, total) bytes."""
-        ...
+class DeviceMemory(Protocol):
+    """Memory on a device, and copies in its stream: the part of a :class:`Device` that knows no engines."""
 
     def alloc(self, num_bytes: int, what: str) -> Address:
-        """Memory of undefined content, aligned to ``ALIGNMENT``, until :meth:`close`; ``what`` names it in errors."""
+        """Memory of undefined content, aligned to ``ALIGNMENT``, until the device is closed; ``what`` names it in errors."""
         ...
 
     def alloc_host(self, num_bytes: int) -> Array:
@@ -110,6 +104,24 @@ class Device(Protocol):
         """Copy ``rows`` rows within the device; pitches are the bytes from one row's start to the next one's."""
         ...
 
+    def mark(self) -> Mark:
+        """The place in the stream behind everything enqueued so far."""
+        ...
+
+    def wait(self, mark: Mark) -> None:
+        """Block until the stream has passed ``mark``. Errors of the work before it are raised here."""
+        ...
+
+
+class Device(DeviceMemory, Protocol):
+    """One device with one stream. Not thread-safe."""
+
+    name: str
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes."""
+        ...
+
     def load_engine(self, path: Path) -> Engine:
         """BackendError with the reason and the fix where the file is not an engine for this device."""
         ...
@@ -123,14 +135,6 @@ class Device(Protocol):
 
     def replay(self, capture: Capture) -> None:
         """Run what was recorded: the same work on the same addresses."""
-        ...
-
-    def mark(self) -> Mark:
-        """The place in the stream behind everything enqueued so far."""
-        ...
-
-    def wait(self, mark: Mark) -> None:
-        """Block until the stream has passed ``mark``. Errors of the work before it are raised here."""
         ...
 
     def close(self) -> None:

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from dmtd_runtime.device.base import Address, Array, Mark
+from dmtd_runtime.device.base import Address, Array, DeviceMemory
 
 UPLOAD_BYTES = 16 << 20
-
-
-class UploadDevice(Protocol):
-    """The part of :class:`dmtd_runtime.device.base.Device` that uploading needs."""
-
-    def alloc_host(self, num_bytes: int) -> Array: ...
-
-    def upload(self, target: Address, source: Array) -> None: ...
-
-    def mark(self) -> Mark: ...
-
-    def wait(self, mark: Mark) -> None: ...
 
 
 class Uploader:
     """Uploads arrays of any size; keeps its two buffers for the next one."""
 
-    def __init__(self, device: UploadDevice) -> None:
+    def __init__(self, device: DeviceMemory) -> None:
         self._device = device
         self._staging = [device.alloc_host(UPLOAD_BYTES) for _ in range(2)]
 

@@ -312,6 +312,20 @@ class Sampler:
         return Choice(token_id=token_id) if num_top is None else described(token_id, logits, num_top)
 
 
+def best_tokens(logits: Logits) -> NDArray[np.int64]:
+    """What :meth:`Sampler.choose` takes where no option changes anything, for many rows at once.
+
+    Args:
+        logits: float32 [rows, vocab].
+
+    Returns:
+        int64 [rows]: the largest logit of each row, of equals the lowest id; NOT_FINITE where the row holds NaN or infinity.
+    """
+    best = logits.argmax(axis=-1)  # a NaN wins an arg-max, so it and +inf show here, -inf in the minimum
+    largest = logits[np.arange(len(logits)), best]
+    return np.where(np.isfinite(largest) & np.isfinite(logits.min(axis=-1)), best, NOT_FINITE)
+
+
 def described(token_id: int, logits: Logits, num_top: int) -> Choice:
     """A token with its log probability under the model, and those of the ``num_top`` likeliest, from logits [vocab]."""
     best = logits.max()

@@ -20,7 +20,7 @@ from dmtd_runtime.text.tokenizer import Tokenizer
 
 DMTD, PLAIN = "dmtd", "plain"
 """Engines, as metrics name them."""
-_OF_THE_BACKEND_ALONE = ("choose_on_device", "prepack")
+_OF_THE_BACKEND_ALONE = ("prepack",)
 
 
 @dataclass(slots=True, kw_only=True)

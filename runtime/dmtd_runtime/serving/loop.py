@@ -77,7 +77,9 @@ class Loop:
         number = next(self._numbers)
         self._sequences[number] = sequence
         given = len(sequence.ids)
-        self._scheduler.admit(number, sequence.prompt_len or given, given_len=given, priority=sequence.priority)
+        self._scheduler.admit(
+            number, sequence.prompt_len or given, given_len=given, priority=sequence.priority, group=sequence.group
+        )
 
     def step(self) -> None:
         """Let go of who was cancelled, let others in, run what comes next and tell of its tokens.
@@ -121,14 +123,8 @@ class Loop:
         for number in self._scheduler.enter():
             sequence = self._sequences[number]
             sequence.started = time.monotonic()
-            prompt_len = sequence.prompt_len or len(sequence.ids)
-            known = sequence.ids[: self._plan.lasting_rows(prompt_len, len(sequence.ids))]
-            if sequence.prompt_logprobs is not None:  # every row is to be seen
-                known = []
-            slot, rows = self._slot(number), 0
-            for block in self._prefixes.match(known, sequence.cache_salt):
-                self._backend.write_rows(slot, rows, block)
-                rows += block.shape[-2]
+            scored = sequence.prompt_logprobs is not None  # every row is to be seen
+            rows = 0 if scored else self._restore(number)
             self._scheduler.restore(number, rows)
             sequence.cached_tokens = rows
             self._prompt_tokens += len(sequence.ids)
@@ -136,6 +132,19 @@ class Loop:
             self._found += rows
         while (move := self._scheduler.close_gap()) is not None:
             self._backend.move(move.source, move.target, move.rows)
+
+    def _restore(self, number: int) -> int:
+        """Put what is known of a prompt into its slot: how many rows."""
+        if (twin := self._scheduler.twin(number)) is not None:
+            self._backend.move(twin.source, twin.target, twin.rows)
+            return twin.rows
+        sequence, slot, rows = self._sequences[number], self._slot(number), 0
+        prompt_len = sequence.prompt_len or len(sequence.ids)
+        known = sequence.ids[: self._plan.lasting_rows(prompt_len, len(sequence.ids))]
+        for block in self._prefixes.match(known, sequence.cache_salt):
+            self._backend.write_rows(slot, rows, block)
+            rows += block.shape[-2]
+        return rows
 
     def _run(self, planned: Sequence[Planned]) -> None:
         """Run one step of the sequences, and tell those that get a token."""
@@ -149,24 +158,22 @@ class Loop:
             return
         steps = [self._slot_step(one) for one in planned]
         wanting = [one for one in planned if one.step.wants_logits]
-        choose = self._backend.chooses_tokens and not any(
-            sequence.sampler.needs_logits or sequence.looks
-            for sequence in (self._sequences[one.sequence] for one in wanting)
-        )
+        wanted = [self._sequences[one.sequence] for one in wanting]
+        choose = not any(sequence.sampler.needs_logits or sequence.looks for sequence in wanted)
         output = self._backend.run(steps, self._scheduler.committed, choose=choose)
         self._scheduler.commit(planned)
-        for row, one in enumerate(wanting):
-            sequence = self._sequences[one.sequence]
+        found = output.logits if output.tokens is None else output.tokens.tolist()
+        assert found is not None, "a run gives tokens or logits"
+        for one, sequence, given in zip(wanting, wanted, found, strict=True):
             sequence.count(one.step.kind)
-            if output.tokens is not None:
-                sequence.take(int(output.tokens[row]))
+            if choose:
+                sequence.take(given)
             else:
-                assert output.logits is not None, "a run gives tokens or logits"
-                if one.step.kind == "late" and sequence.looks and sequence.drops(confidence(output.logits[row])):
+                if one.step.kind == "late" and sequence.looks and sequence.drops(confidence(given)):
                     self._scheduler.leave_cycle(one.sequence, [one.step])
                     self._dropped += 1
                     continue
-                sequence.choose(output.logits[row])
+                sequence.choose(given)
             if one.step.kind == "full" and sequence.min_confidence >= ALWAYS:
                 self._scheduler.leave_cycle(one.sequence)
             self._chosen += not sequence.failed

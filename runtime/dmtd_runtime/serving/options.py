@@ -16,7 +16,8 @@ class ServingOptions:
 
     ``max_num_batched_tokens``: rows of a full pass, cycle heads and prompts together; prompts get what heads leave, at least
     one row each. ``long_prefill_token_threshold``: rows of prompts in a pass that running sequences wait for. Both None: what
-    the backend takes, and the scheduler's own default. ``max_num_partial_prefills``: prompts read at a time.
+    the backend takes, and the scheduler's own default. ``max_num_partial_prefills``: prompts read at a time, unless more of them
+    fit whole into one pass.
     ``max_num_queued_reqs`` sequences may wait with ``max_num_queued_tokens`` prompt tokens; None: no bound.
     ``prefix_cache_bytes``: host memory for keys and values of earlier prompts; 0 keeps none.
     """

@@ -53,23 +53,22 @@ class PrefixCache:
         self._touch(path)
         return [node.values for node in path if node.values is not None]
 
-    def add(self, ids: Sequence[int], salt: str | None, read: Callable[[range], Array]) -> None:
+    def add(self, ids: Sequence[int], salt: str | None, read: Callable[[range], list[Array]]) -> None:
         """Keep the rows of ``ids``, as far as they fill blocks.
 
         Args:
             ids: tokens whose rows are committed.
             salt: as in :meth:`match`.
-            read: the values of a range of rows, [..., rows, head_dim], as a copy.
+            read: the values of a range of rows, ``rows.step`` at a time, as copies [..., rows.step, head_dim].
         """
         blocks = _blocks_of(ids) if self._max_bytes else []
         path = self._known(blocks, salt)
         try:
             if len(path) < len(blocks):
-                values = read(range(len(path) * BLOCK_ROWS, len(blocks) * BLOCK_ROWS))
-                parts = np.split(values, len(blocks) - len(path), axis=-2)
-                for tokens, part in zip(blocks[len(path) :], parts, strict=True):
+                copies = read(range(len(path) * BLOCK_ROWS, len(blocks) * BLOCK_ROWS, BLOCK_ROWS))
+                for tokens, part in zip(blocks[len(path) :], copies, strict=True):
                     parent = path[-1] if path else self._roots.setdefault(salt, _Node())
-                    node = _Node(parent, tokens, part.copy())  # a copy, so that one block can go without the others
+                    node = _Node(parent, tokens, part)
                     parent.children[tokens] = node
                     path.append(node)
                     self.num_bytes += part.nbytes

@@ -97,6 +97,7 @@ class Request:
                 deadline=deadline,
                 priority=priority,
                 cache_salt=cache_salt,
+                group=id(self) if params.n > 1 else 0,
                 prompt_len=score_from or len(prompt_ids),
                 min_confidence=min_confidence,
                 prompt_logprobs=params.prompt_logprobs if index == 0 else None,

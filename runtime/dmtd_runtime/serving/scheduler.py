@@ -12,10 +12,11 @@ The policy keeps every running sequence in phase, whoever comes and goes, so tha
    cycle for every pass, however many prompts wait.
 3. A prompt being read gets rows in every such pass: a floor each, and what is left goes to the one with the least to read.
    Having waited counts as having read, so that a long one is not passed for ever. At most ``max_num_partial_prefills`` are
-   read at a time; the others wait, by priority and then in the order they came.
+   read in parts at a time, or as many as fit whole into one pass; the others wait, by priority and then in the order they came.
 4. Running sequences wait for a pass with a chunk in it, so the chunk is bounded: ``long_prefill_token_threshold`` rows of an
    empty context, fewer over a long one, whose attention costs more. Alone, prompts get all rows of a pass, one after another.
-5. A slot is given for good: it has room for the longest sequence, so nobody is ever preempted.
+5. Sequences of one group have the same prompt, so it is read once: the others wait, let others pass, and take its rows over.
+6. A slot is given for good: it has room for the longest sequence, so nobody is ever preempted.
 
 A static batch, the limit that benchmarks compare with: sequences enter together when none runs any more, and all prompts are
 read before anybody decodes.
@@ -23,7 +24,7 @@ read before anybody decodes.
 
 from __future__ import annotations
 
-import heapq
+import bisect
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from dmtd_runtime.serving.slots import Move, Slots, Tenancy
 
 CHUNK_FLOOR = 16  # rows of a prompt in every pass that it shares; fewer cost as much
 CHUNK_BESIDE = 64  # rows of prompts that running sequences wait for, where no option says otherwise
+MANY = 9  # running sequences that wait for twice as many: their own steps take longer
 CONTEXT_OF_TWICE = 2048  # rows of context over which a row of a prompt costs about twice as much as over none
 AGE_ROWS = 16  # what having waited for a pass is worth, in rows
 
@@ -64,6 +66,7 @@ class _Running:
     tenancy: Tenancy
     priority: int
     order: int
+    group: int
     passes: int = 0  # with prompts in them, since it entered
 
     @property
@@ -95,12 +98,13 @@ class Scheduler:
         assert num_slots >= 1 and max_rows >= 1, f"{num_slots} slots and {max_rows} rows make no progress"
         options = options or ServingOptions()
         self._plan, self._max_rows, self._static = plan, max_rows, static
-        self._budget = options.max_num_batched_tokens or max_rows
-        self._beside = min(options.long_prefill_token_threshold or CHUNK_BESIDE, max_rows)
+        self._budget = options.max_num_batched_tokens
+        self._threshold = options.long_prefill_token_threshold
         self._max_reading = num_slots if static else options.max_num_partial_prefills
         self._slots = Slots(num_slots)
         self._orders = itertools.count()
-        self._waiting: list[tuple[int, int, int, Position]] = []  # a heap of (priority, order, sequence, its start)
+        # Sorted (priority, order, sequence, group, start).
+        self._waiting: list[tuple[int, int, int, int, Position]] = []
         self._running: list[_Running] = []  # by slot
 
     @property
@@ -129,9 +133,12 @@ class Scheduler:
     @property
     def can_enter(self) -> bool:
         """Whether a waiting sequence would get a slot."""
-        return bool(self._waiting and self._slots.num_free) and (
-            not self._running if self._static else self.num_reading < self._max_reading
-        )
+        if not (self._waiting and self._slots.num_free):
+            return False
+        place = self._next
+        if self._static or place is None:
+            return self._static and not self._running
+        return self.num_reading < self._max_reading or self._fits(self._waiting[place][-1])
 
     @property
     def in_phase(self) -> bool:
@@ -149,19 +156,28 @@ class Scheduler:
         assert entry is not None, f"sequence {sequence} has no slot"
         return entry.position
 
-    def admit(self, sequence: int, prompt_len: int, *, given_len: int = 0, priority: int = 0) -> None:
-        """Let a sequence wait for a slot; a lower ``priority`` goes first. ``given_len``: see :class:`Position`."""
+    def admit(self, sequence: int, prompt_len: int, *, given_len: int = 0, priority: int = 0, group: int = 0) -> None:
+        """Let a sequence wait for a slot; a lower ``priority`` goes first. ``given_len``: see :class:`Position`.
+
+        ``group``: those of one group have the same prompt; 0: nobody else.
+        """
         position = Position(prompt_len=prompt_len, given_len=given_len)
-        heapq.heappush(self._waiting, (priority, next(self._orders), sequence, position))
+        bisect.insort(self._waiting, (priority, next(self._orders), sequence, group, position))
 
     def enter(self) -> list[int]:
         """Give slots to waiting sequences, as far as the policy lets them in: which did."""
         entered = []
         together = self._static and not self._running
         while self._waiting and self._slots.num_free and (together or self.can_enter):
-            priority, order, sequence, position = heapq.heappop(self._waiting)
-            tenancy = self._slots.take(position)
-            entry = _Running(sequence=sequence, position=position, tenancy=tenancy, priority=priority, order=order)
+            priority, order, sequence, group, position = self._waiting.pop(0 if together else self._next or 0)
+            entry = _Running(
+                sequence=sequence,
+                position=position,
+                tenancy=self._slots.take(position),
+                priority=priority,
+                order=order,
+                group=group,
+            )
             self._running.append(entry)
             entered.append(sequence)
         self._running.sort(key=lambda entry: entry.tenancy.slot)
@@ -173,6 +189,14 @@ class Scheduler:
         assert position.fed == 0 and 0 <= rows < position.given_len, f"{rows} rows of {position}"
         position.fed = position.thought = rows
 
+    def twin(self, sequence: int) -> Move | None:
+        """All but the last row of a prompt that another one of its group, which has a slot, has read; None: there is none."""
+        entry = self._entry(sequence)
+        assert entry is not None, f"sequence {sequence} has no slot"
+        read = (e.tenancy.slot for e in self._running if e.group == entry.group and not e.position.in_prefill)
+        source = next(read, None) if entry.group and entry.left > 1 else None
+        return source if source is None else Move(source=source, target=entry.tenancy.slot, rows=entry.left - 1)
+
     def schedule(self, *, heads: bool = True) -> list[Planned]:
         """The next run: late steps by slot, or full ones and then chunks of prompts, each by slot. Empty where nothing is left.
 
@@ -182,14 +206,16 @@ class Scheduler:
         reading = [entry for entry in self._running if entry.position.in_prefill]
         inside = [entry for entry in decoding if not self._at_head(entry)]
         if self._static and reading:
-            return self._chunks(reading, self._budget)
+            return self._chunks(reading, self._budget or self._max_rows)
         if inside:
             return [self._planned(entry, [self._plan.next_step(entry.position, 1)]) for entry in inside]
         steps = [self._planned(entry, [self._plan.next_step(entry.position, 1)]) for entry in decoding]
-        rows = self._budget - sum(len(planned.step.window) for planned in steps)
+        rows = self._max_rows
+        if self._budget is not None:
+            rows = self._budget - sum(len(planned.step.window) for planned in steps)
         if not heads:
             steps = []
-        return steps + self._chunks(reading, rows, beside=bool(decoding))
+        return steps + self._chunks(reading, rows, beside=len(decoding))
 
     def schedule_cycle(self) -> list[Planned]:
         """A whole cycle of everybody who decodes, if all stand at a head: then it can run without anybody looking. Else empty.
@@ -203,13 +229,14 @@ class Scheduler:
 
     def commit(self, planned: Iterable[Planned]) -> None:
         """Take the steps as run. Those of a sequence that has left since are dropped."""
-        entries = {entry.tenancy: entry for entry in self._running}
+        entries = {entry.sequence: entry for entry in self._running}
         ran = list(planned)
         if any(one.steps[0].kind == "prefill" for one in ran):
             for entry in self._running:
                 entry.passes += entry.position.in_prefill
         for one in ran:
-            if (living := entries.get(one.tenancy)) is not None:
+            living = entries.get(one.sequence)
+            if living is not None and living.tenancy == one.tenancy:
                 for step in one.steps:
                     living.position.commit(step)
 
@@ -223,7 +250,6 @@ class Scheduler:
         entry = self._entry(sequence)
         if entry is None:
             self._waiting = [waiting for waiting in self._waiting if waiting[2] != sequence]
-            heapq.heapify(self._waiting)
             return
         self._slots.free(entry.tenancy)
         self._running.remove(entry)
@@ -238,23 +264,40 @@ class Scheduler:
         self._running.sort(key=lambda entry: entry.tenancy.slot)
         return move
 
-    def _chunks(self, reading: Sequence[_Running], rows: int, *, beside: bool = False) -> list[Planned]:
-        """Chunks of prompts, ``rows`` in all: a floor each, the rest to who has the least left."""
+    def _chunks(self, reading: Sequence[_Running], rows: int, *, beside: int = 0) -> list[Planned]:
+        """Chunks of prompts, ``rows`` in all, fewer ``beside`` those who run: a floor each, the rest to who has least left."""
         urgent = sorted(reading, key=lambda e: (e.priority, e.left - AGE_ROWS * e.passes, e.order))
+        bound = self._beside(beside)
         if beside:
-            rows = max(len(urgent), min(rows, self._beside))
+            rows = max(len(urgent), min(rows, bound))
         floor = min(CHUNK_FLOOR, rows // len(urgent)) if beside and urgent else 0
         spare, steps = rows - floor * len(urgent), []
         for entry in urgent:
             most = min(floor + spare, self._max_rows)
             if beside:
-                most = max(floor, min(most, self._beside * CONTEXT_OF_TWICE // (CONTEXT_OF_TWICE + entry.position.fed)))
+                most = max(floor, min(most, bound * CONTEXT_OF_TWICE // (CONTEXT_OF_TWICE + entry.position.fed)))
             if CHUNK_FLOOR < most < entry.left:
                 most -= most % CHUNK_FLOOR  # a chunk is padded up to as much
             if (count := min(most, entry.left)) > 0:
                 spare -= max(0, count - floor)
                 steps.append(self._planned(entry, [self._plan.next_step(entry.position, count)]))
         return sorted(steps, key=lambda planned: planned.slot)
+
+    def _fits(self, position: Position) -> bool:
+        """Whether a prompt and what is left of those being read fit whole into the next pass beside those that run."""
+        left = [entry.left for entry in self._running if entry.position.in_prefill]
+        padded = sum(-(-rows // CHUNK_FLOOR) * CHUNK_FLOOR for rows in (*left, position.given_len))
+        return padded <= min(self._beside(len(self._running) - len(left)), self._budget or self._max_rows)
+
+    def _beside(self, running: int) -> int:
+        """Rows of prompts in a pass that so many sequences wait for."""
+        return min(self._threshold or CHUNK_BESIDE * (1 + (running >= MANY)), self._max_rows)
+
+    @property
+    def _next(self) -> int | None:
+        """The place in the queue of the first whose prompt nobody is reading."""
+        reading = {entry.group for entry in self._running if entry.group and entry.position.in_prefill}
+        return next((place for place, waiting in enumerate(self._waiting) if waiting[3] not in reading), None)
 
     def _entry(self, sequence: int) -> _Running | None:
         return next((entry for entry in self._running if entry.sequence == sequence), None)

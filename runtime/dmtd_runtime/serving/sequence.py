@@ -45,6 +45,7 @@ class SequenceRun:
     deadline: float | None = None  # of time.monotonic()
     priority: int = 0  # lower goes first
     cache_salt: str | None = None  # shares cached prefixes with sequences of the same salt alone
+    group: int = 0  # those of one group have the same ids when they come; 0: nobody else
     prompt_len: int = (
         0  # where the reply begins; 0: all ids are prompt. Ids behind it are a reply that is given, not chosen
     )
@@ -52,7 +53,7 @@ class SequenceRun:
     prompt_logprobs: int | None = None  # of the ids given: log probabilities, and of so many likeliest tokens
     prompt_choices: list[Choice | None] = field(default_factory=list)  # what was asked so; the first token has none
     started: float | None = None  # when it left the queue
-    cached_tokens: int = 0  # of the prompt, that came from the prefix cache
+    cached_tokens: int = 0  # of the prompt, that came from the prefix cache, or from another one of the group
     full_passes: int = 0  # of its decoding, as those below
     late_steps: int = 0
     dropped_tokens: int = 0  # late steps whose choice was not kept

@@ -63,7 +63,7 @@ class Service:
         threads: of the computation; None takes one for each core this process may use.
         max_num_batched_tokens: rows of a full pass, cycle heads and prompts together; None: what the backend takes.
         long_prefill_token_threshold: rows of prompts in a pass that running sequences wait for; None: the scheduler's default.
-        max_num_partial_prefills: prompts that are read at a time.
+        max_num_partial_prefills: prompts that are read at a time, unless more of them fit whole into one pass.
         max_num_queued_reqs: sequences that may wait; one more is refused with QueueFullError. None: no bound.
         max_num_queued_tokens: the same of their prompt tokens.
         prefix_cache_bytes: host memory for keys and values of earlier prompts; 0 keeps none.

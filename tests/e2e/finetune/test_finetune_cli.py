@@ -20,26 +20,11 @@ from safetensors.numpy import load_file
 from dmtd_export.cli.main import VERBS, _LazyCommand
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.reference.testing import write_tiny_checkpoint
+from study.report import SUMMARY as SUMMARY_OF_THE_STUDY
 
 SUMMARY_KEYS = {
-    "schema",
-    "base",
-    "initial",
-    "output",
-    "saved",
-    "split",
-    "options",
-    "text",
-    "documents",
-    "steps",
-    "tokens",
-    "seconds",
-    "tokens_per_s",
-    "matmul_peak_flops",
-    "matmul_share",
-    "evaluation",
-    "adapter_bits",
-    "adapter_relative_error",
+    *("schema", "base", "initial", "output", "saved", "evaluation", "adapter_bits", "adapter_relative_error"),
+    *SUMMARY_OF_THE_STUDY,
 }
 
 

@@ -11,6 +11,8 @@ import pytest
 from export_support import export, source_weights, stored_tensor
 
 from dmtd_export.bundle.rounding import rounded as product_rounds
+from dmtd_export.engines.options import BuildOptions
+from dmtd_export.engines.run import preview
 from dmtd_export.errors import ExportError
 from dmtd_export.options import WeightOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
@@ -138,6 +140,13 @@ def test_the_graphs_of_onnxruntime_alone_are_made(tmp_path: Path) -> None:
     raw = export(source, tmp_path / "b", formats=WeightOptions(weights="int4"))
     decoder = [graph for graph in raw["graphs"] if graph["name"] not in ("choose_token", "sample_token")]
     assert {graph["dialect"] for graph in decoder} == {"onnxruntime"}
+
+
+def test_engines_take_no_quantised_weights_and_say_so(tmp_path: Path) -> None:
+    source = write_tiny_checkpoint(tmp_path / "m", layers=2)
+    export(source, tmp_path / "b", formats=WeightOptions(weights="int4"))
+    with pytest.raises(ExportError, match=r"weights are quantised, engines take float .* --weights float --target all"):
+        preview(tmp_path / "b", BuildOptions(backend="simulator", max_model_len=64))
 
 
 @pytest.mark.parametrize(

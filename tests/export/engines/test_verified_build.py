@@ -116,8 +116,12 @@ def test_a_device_that_fails_does_not_cost_the_build(bundle: Path, monkeypatch: 
     assert read_record(directory_of(bundle)).verification == {"failed": "simulator: 9.00 GB needed"}
 
 
-def test_without_a_gpu_one_line_says_so(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_one_line_says_so(
+    bundles: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rtx()
+    bundle = tmp_path / "bundle"
+    shutil.copytree(bundles(family="llama", encoding=0, tie=True, dtype="float16"), bundle)  # two engines, not three
 
     def no_gpu() -> GpuFacts:
         raise BackendError("no NVIDIA driver on this machine; install one")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,20 +21,14 @@ from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import Manifest, load_manifest
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = ExportOptions(
     split=SplitOptions(
         encoding_layers=1, decoding_layers=2, cycle_length=3, cycle_origin="absolute", prompt_input="cyclical"
     ),
     max_num_seqs=3,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

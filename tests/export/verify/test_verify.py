@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from bundle_mutations import edit_weight, edited_graph, nodes_of, reseal, set_attribute
 from rich.console import Console
 
@@ -36,15 +34,9 @@ from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.manifest import load_manifest
 from dmtd_runtime.errors import BundleError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=2), max_num_seqs=2, max_model_len=64)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,12 @@ tiny models 0.064 (margin 0.117), SmolLM2-135M's 30 layers see dmtd_export/READM
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-import torch
 from bundle_mutations import edit_weight, edited_graph, nodes_of, reseal, set_attribute
 from onnx import helper, numpy_helper
 
@@ -28,16 +27,10 @@ from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.manifest import load_manifest
 from dmtd_runtime.ort.library import import_onnxruntime
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAYERS = 4  # E1 T2 D1
 WEIGHT = "model.layers.2.mlp.down_proj"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make(root: Path, formats: WeightOptions, **model: object) -> tuple[Path, Path]:
@@ -76,12 +69,12 @@ def test_a_quantised_bundle_passes_at_the_highest_level(made: tuple[Path, Path])
         2e-5
     }  # thinking, full_pass for 1 and 2; late_decode
     limit = int8_margin(LAYERS).limit
-    assert len(as_is) == 6 and {check.margin for check in as_is} == {limit}
+    assert len(as_is) == 4 and {check.margin for check in as_is} == {limit}
     # Head-room, and proof that inputs were really rounded: float32 would stay far below.
     assert 1e-3 < max(check.worst or 0.0 for check in as_is) < limit / 1.5
     (cycles,) = [check for check in as_is if "whole cycles" in check.name]
     assert "top-1 agreement" in cycles.detail and "KL" in cycles.detail and "perplexity" in cycles.detail
-    assert report.margins == {"float32_of_max": 2e-5, "int8_of_max": limit, "int8_top1_agreement": 0.9}
+    assert report.margins == {"float32_of_max": 2e-5, "int8_of_max": limit, "int8_top1_agreement": 0.75}
     assert sorted(path.name for path in bundle.parent.iterdir()) == ["bundle", "model"]
 
 

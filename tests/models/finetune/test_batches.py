@@ -105,6 +105,28 @@ def test_varying_the_phase_moves_only_the_first_head() -> None:
     assert seen == {0, 1, 2, 3}
 
 
+def test_cycles_of_varied_lengths_are_those_that_may_be_left() -> None:
+    """Gates and phases as the oracle has them for the same heads; every length is drawn, and nothing else moves."""
+    spec, documents = spec_of(cycle=4), documents_of([(60, 7), (50, 0)])
+    still, lengths = make_batch(documents, spec, STILL, rng()), set()
+    for seed in range(20):
+        options = BatchOptions(vary_phase=False, cycle_lengths="varied")
+        batch = make_batch(documents, spec, options, np.random.default_rng(seed))
+        for name in ("input_ids", "positions", "labels", "starts"):
+            assert name == "labels" or batch[name].tolist() == still[name].tolist()
+        hidden, thought = batch["gate_hidden"][:60].numpy(), batch["gate_thought"][:60].numpy()
+        heads = np.flatnonzero(hidden & thought)
+        assert heads[0] == 7
+        expected = gates(spec, prompt_len=7, total_len=60, heads=heads.tolist())  # refuses gaps above the cycle length
+        np.testing.assert_array_equal(hidden, expected[0])
+        np.testing.assert_array_equal(thought, expected[1])
+        rows = batch["loss_rows"][: 60 - 7].numpy()
+        wanted = [-1 if row < 7 else row - heads[heads <= row].max() for row in rows]
+        assert batch["phase"][: 60 - 7].tolist() == wanted
+        lengths |= set(np.diff(heads).tolist())
+    assert lengths == {1, 2, 3, 4}
+
+
 def test_a_short_answer_keeps_a_head() -> None:
     for seed in range(20):
         batch = make_batch(documents_of([(6, 5)]), spec_of(cycle=8), BatchOptions(), np.random.default_rng(seed))

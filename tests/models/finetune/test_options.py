@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from finetune_support import opened, run_options, run_tiny, write_base
+from finetune_support import CONVENTIONS, opened, run_options, run_tiny, spec_of, write_base
 
 from dmtd_models.errors import ConfigError
-from dmtd_models.finetune.options import LossOptions
+from dmtd_models.finetune.options import BatchOptions, LossOptions, TrainOptions, check_options
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,7 @@ def first_rate(output: Path) -> float:
         ({"lora_rank": 4}, "lora_rank: has no effect without --train lora"),
         ({"loss": LossOptions(distill=0.0, temperature=2.0)}, "temperature: has no effect without --distill above 0"),
         ({"loss": LossOptions(distill=0.0, top_k=5)}, "top_k: has no effect"),
+        ({"batch": BatchOptions(cycle_lengths="often")}, "cycle_lengths: got often, expected fixed or varied"),
         ({"trained": "full", "cache_features": True}, "cache_features: has no effect without frozen layers"),
     ],
 )
@@ -50,6 +51,11 @@ def test_options_that_contradict_each_other(base: Path, tmp_path: Path, given: d
     with pytest.raises(ConfigError, match=words):
         run_tiny(base, tmp_path / "run", run_options(**given))
     assert not (tmp_path / "run").exists()
+
+
+def test_varied_lengths_under_an_absolute_origin_are_refused() -> None:
+    with pytest.raises(ConfigError, match="cycle_lengths: got varied with cycle origin absolute"):
+        check_options(TrainOptions(batch=BatchOptions(cycle_lengths="varied")), spec_of(CONVENTIONS[0], cycle=3))
 
 
 @pytest.mark.parametrize(("trained", "rate"), [("late", 1e-3), ("full", 3e-4), ("lora", 1e-3)])

@@ -195,7 +195,7 @@ def test_a_full_disk_leaves_what_stood_there(
         raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(result, "save_file", full)
-    monkeypatch.setattr("dmtd_models.adapters.adapter.save_file", full)
+    monkeypatch.setattr("dmtd_models.checkpoints.adapter.save_file", full)
     with pytest.raises(ModelError, match=r"cannot be written .*No space left.*make room") as error:
         save(checkpoint, spec, student, tmp_path / "out")
     assert "\n" not in str(error.value)

@@ -61,7 +61,9 @@ run_tiny(Path(sys.argv[1]), Path(sys.argv[2]), options, hooks=interrupted_at(sto
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    """In one process: ``test_run``, where a full disk ends the writing of a state, and half-written ones are passed over."""
     base = write_base(tmp_path / "base")
     command = [sys.executable, "-c", KILLED, str(base), str(tmp_path / "killed")]
     done = subprocess.run(command, env=ENVIRON, capture_output=True, text=True, timeout=600, check=False)

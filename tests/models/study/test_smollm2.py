@@ -1,5 +1,6 @@
 """The real SmolLM2-135M-Instruct: its file, its tokenizer, and its logits against transformers' GGUF loading."""
 
+import json
 import subprocess
 import zipfile
 from pathlib import Path
@@ -11,9 +12,12 @@ from tokenizers import Tokenizer
 
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.config.model import Rope, SplitOptions, resolve_dmtd
+from dmtd_models.data.chat import TextTokenizer
+from dmtd_models.data.read_data import ReadOptions, read_training_data
 from dmtd_models.errors import CheckpointError
 from dmtd_models.reference.dmtd import DmtdModel
 from dmtd_models.reference.oracle import greedy, teacher_forced
+from dmtd_runtime.text.chat_template import ChatTemplate
 from study import smollm2
 
 CHAT = (
@@ -65,6 +69,40 @@ def test_chat_template_and_round_trip(checkpoint, tokenizer, tmp_path):
     assert encoded.ids.count(1) == 3
     assert encoded.ids.count(2) == 2
     assert (loaded.bos_token_id, loaded.eos_token_id) == (1, 2)
+
+
+# A chat as the model's own template and tokenizer write it, and as the runtime will at inference.
+
+
+def test_a_chat_of_smollm2(checkpoint, tmp_path):
+    chat = [{"role": "user", "content": "What is 1234 + 5?"}, {"role": "assistant", "content": "It is 17."}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": chat}))
+    tokenizer = TextTokenizer.of_checkpoint(checkpoint)
+    [row] = read_training_data(str(tmp_path / "a.jsonl"), tokenizer, ReadOptions(), tmp_path).dataset
+    prompt, answer = row["input_ids"][: row["prompt_len"]], row["input_ids"][row["prompt_len"] :]
+    assert tokenizer.tokenizer.decode(prompt, skip_special_tokens=False) == CHAT
+    assert [tokenizer.tokenizer.id_to_token(number) for number in answer] == [
+        "It",
+        "Ġis",
+        "Ġ",
+        "1",
+        "7",
+        ".",
+        "<|im_end|>",
+    ]
+    assert tokenizer.special_ids >= {0, 1, 2}
+
+
+def test_the_runtime_renders_the_same(checkpoint, tmp_path):
+    for name, content in checkpoint.assets().items():
+        (tmp_path / name).write_bytes(content)
+    theirs = ChatTemplate.from_directory(tmp_path)
+    ours = TextTokenizer.of_checkpoint(checkpoint)
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "a\n b "}]
+    for messages in (chat, chat[1:], [*chat, {"role": "assistant", "content": " x "}, chat[1]]):
+        for opened in (True, False):
+            rendered = theirs.render(messages, add_generation_prompt=opened)
+            assert ours.render(messages, add_generation_prompt=opened) == rendered
 
 
 @pytest.fixture(scope="module")

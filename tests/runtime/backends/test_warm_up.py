@@ -59,7 +59,11 @@ def everything(backend: TensorRtBackend, plan: CyclePlan, vocab: int) -> list[li
 
 @pytest.mark.parametrize(
     ("graphs", "fused", "tau", "convention"),
-    [(True, False, 4, CONVENTIONS[0]), (True, True, 3, CONVENTIONS[1]), (False, False, 1, CONVENTIONS[2])],
+    [
+        pytest.param(True, False, 4, CONVENTIONS[0], marks=pytest.mark.slow),
+        (True, True, 3, CONVENTIONS[1]),
+        (False, False, 1, CONVENTIONS[2]),
+    ],
 )
 def test_nothing_stalls_and_nothing_is_captured_after_warming_up(
     tiny: TinyBundles, engines: Callable[..., Engines], graphs: bool, fused: bool, tau: int, convention: Any

@@ -175,6 +175,20 @@ def test_cache_rows_are_written_in_order_and_in_range(
         settle(device)
 
 
+def test_padding_may_stand_behind_rows_that_the_thinking_layers_lack_and_nobody_goes_on_there(
+    device: SimulatedDevice, engines: tuple[Path, EngineRecord]
+) -> None:
+    bound = Bound(device, engines, contract.THINKING)
+    for first in (0, 6, 6, 2, 7):  # padding behind a gap, as often as it likes; a refill from the gap on; padding again
+        bound.write({contract.write_indices("thinking"): first})
+        bound.context.enqueue()
+        settle(device)
+    bound.write({contract.write_indices("thinking"): 8})
+    bound.context.enqueue()
+    with pytest.raises(SeamError, match=r"slot 0 writes from row 8, rows from \d are not written"):
+        settle(device)
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_window_past_the_rows_that_the_run_sees_is_refused(
     device: SimulatedDevice, engines: tuple[Path, EngineRecord], whole: bool

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dmtd_runtime.errors import DmtdError, RequestError
 from dmtd_runtime.sampling import sampler as sampler_module
 from dmtd_runtime.sampling.params import SamplingParams
-from dmtd_runtime.sampling.sampler import MAX_CANDIDATES, Sampler, top_ids, uniform
+from dmtd_runtime.sampling.sampler import MAX_CANDIDATES, NOT_FINITE, Sampler, best_tokens, top_ids, uniform
 
 
 def reference_choice(
@@ -155,6 +155,11 @@ def test_logits_that_are_not_finite_are_an_error(bad: float, place: int, tempera
     with pytest.raises(DmtdError, match="got NaN or infinity for token 0 of sequence 0") as caught:
         make(SamplingParams(temperature=temperature), 4).choose(logits)
     assert "\n" not in str(caught.value)
+
+
+def test_the_best_tokens_of_many_rows_are_those_of_each() -> None:
+    rows = np.array([[1, 3, 3, 2], [-1, np.nan, 0, 5], [np.inf, 0, 1, 2], [2, 1, -np.inf, 0], [0, 0, 0, 0]], np.float32)
+    assert best_tokens(rows).tolist() == [1, NOT_FINITE, NOT_FINITE, NOT_FINITE, 0]
 
 
 def test_ids_out_of_range_are_refused() -> None:

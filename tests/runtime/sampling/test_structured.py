@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jsonschema
@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import tokenizers
 from random_schemas import Schemas
-from runtime_support import END_OF_TURN, TinyBundle, make_bundle, random_prompt
+from runtime_support import END_OF_TURN, TinyBundle, random_prompt
+from structured_support import texts, wild
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from dmtd_runtime import LLM, AsyncLLM, RequestError, SamplingParams, StructuredOutputs
@@ -35,30 +36,6 @@ SMALL_PERSON = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("structured"), max_positions=1024)
-
-
-@pytest.fixture(scope="module")
-def llm(bundle: TinyBundle) -> Iterator[LLM]:
-    with LLM(bundle.directory, max_num_seqs=8, threads=1, prefix_cache_bytes=0) as llm:
-        yield llm
-
-
-def wild(seed: int = 1, *, temperature: float = 2.0, max_tokens: int = 900, **form: Any) -> SamplingParams:
-    return SamplingParams(
-        temperature=temperature, seed=seed, max_tokens=max_tokens, structured_outputs=StructuredOutputs(**form)
-    )
-
-
-def texts(llm: LLM, params: Sequence[SamplingParams]) -> list[str]:
-    """Answers that are complete."""
-    outputs = [output.outputs[0] for output in llm.generate([random_prompt(i, 4) for i in range(len(params))], params)]
-    assert [output.finish_reason for output in outputs] == ["stop"] * len(params)
-    return [output.text for output in outputs]
 
 
 # -- JSON

@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
-from runtime_support import TinyBundle, make_bundle, random_prompt, tokenizer_of
+from runtime_support import TinyBundle, make_bundle, tokenizer_of
+from structured_support import texts, wild
 
-from dmtd_runtime import LLM, RequestError, SamplingParams, StructuredOutputs
+from dmtd_runtime import LLM, RequestError, SamplingParams
 from dmtd_runtime.errors import MissingExtraError
 from dmtd_runtime.sampling import grammar as grammar_module
 from dmtd_runtime.sampling.structured import MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH
 
 pytestmark = pytest.mark.timeout(300)
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    return make_bundle(tmp_path_factory.mktemp("structured"), max_positions=1024)
-
-
-@pytest.fixture(scope="module")
-def llm(bundle: TinyBundle) -> Iterator[LLM]:
-    with LLM(bundle.directory, max_num_seqs=8, threads=1, prefix_cache_bytes=0) as llm:
-        yield llm
-
-
-def wild(seed: int = 1, *, temperature: float = 2.0, max_tokens: int = 900, **form: Any) -> SamplingParams:
-    return SamplingParams(
-        temperature=temperature, seed=seed, max_tokens=max_tokens, structured_outputs=StructuredOutputs(**form)
-    )
-
-
-def texts(llm: LLM, params: Sequence[SamplingParams]) -> list[str]:
-    """Answers that are complete."""
-    outputs = [output.outputs[0] for output in llm.generate([random_prompt(i, 4) for i in range(len(params))], params)]
-    assert [output.finish_reason for output in outputs] == ["stop"] * len(params)
-    return [output.text for output in outputs]
 
 
 MANY = {f"d{i}": {"type": "object", "properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(900)}

@@ -8,33 +8,22 @@ import time
 from collections.abc import Callable, Sequence
 
 import pytest
+from worker_support import CYCLE
 
 from dmtd_runtime import BackendError
 from dmtd_runtime.backends.base import Array, RunStats, SlotStep, StepwiseBackend
-from dmtd_runtime.bundle.manifest import CycleInfo
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.serving.worker import Worker
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 
-PLAN = CyclePlan(
-    cycle=CycleInfo(
-        encoding_layers=0,
-        thinking_layers=3,
-        decoding_layers=2,
-        cycle_length=4,
-        cycle_origin="absolute",
-        prompt_input="cyclical",
-        dmtd_trained=True,
-    )
-)
+PLAN = CyclePlan(cycle=CYCLE)
 
 
 class Warming(StepwiseBackend):
     """A backend that runs nothing, and warms up as it is told."""
 
     slots = max_rows = capacity = max_model_len = 1
-    chooses_tokens = False
 
     def __init__(self, warming: Callable[[], None]) -> None:
         self.stats = RunStats()

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from device_support import engine_backend, simulator_engines
-from runtime_support import TinyBundle, TinyBundles, poisoned_bundle, wait_until
+from runtime_support import TinyBundle, poisoned_bundle, wait_until
 from worker_support import CYCLE, VOCAB, Client, ScriptedBackend, made
 
 from dmtd_runtime import LLM, AbortedError, BackendError, QueueFullError, RequestError, SamplingParams
@@ -302,11 +302,6 @@ def test_submitting_from_many_threads_while_it_closes(backend: ScriptedBackend) 
 
 
 # With a model
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny: TinyBundles) -> TinyBundle:
-    return tiny.get()
 
 
 def test_every_request_gets_the_error_of_a_backend_that_fails(

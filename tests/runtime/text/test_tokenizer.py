@@ -330,7 +330,7 @@ def test_work_per_token_does_not_grow(tokenizer: Tokenizer, monkeypatch: pytest.
 def test_a_token_takes_microseconds() -> None:
     ids = BYTE_LEVEL.encode(" ".join(SENTENCES)) * 50
     stream = BYTE_LEVEL.text_stream()
-    start = time.perf_counter()
+    start = time.thread_time()  # whatever else the machine does
     for token_id in ids:
         stream.push(token_id)
-    assert (time.perf_counter() - start) / len(ids) < 200e-6
+    assert (time.thread_time() - start) / len(ids) < 200e-6

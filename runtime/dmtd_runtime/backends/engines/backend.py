@@ -79,7 +79,6 @@ class TensorRtBackend:
         self.max_rows = record.prefill_chunk
         self.full_pass = record.full_pass_for(options.full_pass, manifest)
         self.stats = RunStats()
-        self.chooses_tokens = True
         self.runs_cycles, self.gives_all_rows = True, False
         self._graphs = options.cuda_graphs
         self._tau = manifest.cycle.cycle_length
@@ -98,7 +97,6 @@ class TensorRtBackend:
         self._programs: dict[CycleShape, CycleProgram] = {}
         self._under_way: deque[_UnderWay] = deque()
         self._counted: list[tuple[Sampler, int] | None] = [None] * self.slots
-        self._thought = [0] * self.slots  # rows of T's caches that the slot's last tenant to run has
         self._busy_since = time.perf_counter()
         self._idle_since: float | None = None  # when the last cycle ended, where nothing but another one followed
         self._copies = self._engines.row_copies()
@@ -162,7 +160,7 @@ class TensorRtBackend:
             self._choose(batch)
         for shape in reach.cycles():
             program, staging = self._program_of(shape), self._control_staging.take()
-            program.fill(program.control.views(staging), (), (), ())
+            program.fill(program.control.views(staging), (), ())
             self._device.upload(self._control, staging[: program.control.num_bytes])
             self._control_staging.used()
             for _ in range(2 if self._graphs else 1):
@@ -179,8 +177,7 @@ class TensorRtBackend:
         sizes = {graph: layout.sizes(graph, steps) for graph in self._graphs_of(kind)}
         longest = max(max(s.get("window_len", 0), s["late_len"]) for s in sizes.values())
         visible_len = self._record.bucket_for(visible_rows(steps, committed[:batch], longest))
-        rows = {contract.THINKING: self._thinking_rows(committed)}
-        self._run_graphs(kind, sizes, visible_len, lambda g, to: layout.fill(g, to, steps, rows.get(g, committed)))
+        self._run_graphs(kind, sizes, visible_len, lambda graph, arrays: layout.fill(graph, arrays, steps, committed))
         self._count(steps)
         wanted = [s.slot for s in steps if s.step.wants_logits]
         if not wanted:
@@ -236,7 +233,7 @@ class TensorRtBackend:
         if program.shape.sampled:
             self._update_tables(slots)
         staging = self._control_staging.take()
-        program.fill(program.control.views(staging), slots, committed, self._thinking_rows(committed))
+        program.fill(program.control.views(staging), slots, committed)
         first = program.control_from if follows else 0
         self._device.upload(Address(self._control + first), staging[first : program.control.num_bytes])
         self._control_staging.used()
@@ -254,8 +251,6 @@ class TensorRtBackend:
         self.stats.full_passes += full
         self.stats.late_steps += len(program.shape.full) - full
         self.stats.refill_rows += sum(len(step.window) - 1 for s in slots for step in s.steps if step.window)
-        for s in slots:
-            self._thought[s.slot] = max(step.window.stop for step in s.steps)
 
     def finish_cycle(self) -> RunOutput:
         cycle = self._under_way.popleft()
@@ -271,14 +266,12 @@ class TensorRtBackend:
 
     def move(self, source: int, target: int, rows: int) -> None:
         self._engines.move_rows(source, target, rows)
-        self._thought[target] = self._thought[source]
 
-    def read_rows(self, slot: int, rows: range) -> Array:
+    def read_rows(self, slot: int, rows: range) -> list[Array]:
         return self._copies.read_rows(slot, rows)
 
     def write_rows(self, slot: int, first: int, values: Array) -> None:
         self._copies.write_rows(slot, first, values)
-        self._thought[slot] = first + values.shape[-2]
 
     def close(self) -> None:
         self._programs.clear()
@@ -380,13 +373,7 @@ class TensorRtBackend:
         self.stats.full_passes += kind != "late"
         self.stats.prefill_passes += kind == "prefill"
         for s in steps:
-            if s.step.window:
-                self.stats.refill_rows += len(s.step.window) - len(s.step.late)
-                self._thought[s.slot] = s.step.window.stop
-
-    def _thinking_rows(self, committed: Sequence[int]) -> list[int]:
-        """Rows of T's caches, which lag behind the others' inside a cycle: padding of idle slots leaves no gap in them."""
-        return [min(pair) for pair in zip(committed, self._thought, strict=True)]
+            self.stats.refill_rows += len(s.step.window) - len(s.step.late) if s.step.window else 0
 
     def _begin(self) -> None:
         if not self._under_way:

@@ -116,21 +116,15 @@ class CycleProgram:
         """Where the part of the control block begins that a following cycle uploads."""
         return self.control.regions[contract.LOGIT_ROWS].offset
 
-    def fill(
-        self,
-        arrays: Mapping[str, Array],
-        slots: Sequence[SlotCycle],
-        committed: Sequence[int],
-        thinking_rows: Sequence[int],
-    ) -> None:
-        """Write the control block; slots that take no part write behind their committed rows, T's and the others'."""
+    def fill(self, arrays: Mapping[str, Array], slots: Sequence[SlotCycle], committed: Sequence[int]) -> None:
+        """Write the control block; slots that take no part write behind their committed rows."""
         for array in arrays.values():
             array[...] = 0
         for k in range(len(self.shape.full)):
             arrays[f"{contract.GATE_HIDDEN}.{k}"][:] = True
         if self.shape.sampled:
             arrays[contract.REPETITION_PENALTY][:] = 1
-        self._fill_idle(arrays, committed, thinking_rows)
+        self._fill_idle(arrays, committed)
         if not slots:
             return  # warming up: all is padding
         window, own = self.shape.window_len, [s.slot for s in slots]
@@ -153,17 +147,14 @@ class CycleProgram:
         if self.shape.sampled:
             self._fill_choice(arrays, slots)
 
-    def _fill_idle(self, arrays: Mapping[str, Array], committed: Sequence[int], thinking_rows: Sequence[int]) -> None:
+    def _fill_idle(self, arrays: Mapping[str, Array], committed: Sequence[int]) -> None:
         """Every slot as if it took no part."""
-        free, thought = (
-            np.array([*rows, *(0,) * self.shape.batch][: self.shape.batch], np.int64)
-            for rows in (committed, thinking_rows)
-        )
+        free = np.array([*committed, *(0,) * self.shape.batch][: self.shape.batch], np.int64)
         for k, full in enumerate(self.shape.full):
             arrays[f"{LATE_POSITIONS}.{k}"][:, 0] = arrays[f"{LATE_ROW}.{k}"][:] = free
             if full:
-                arrays[f"{THINKING_ROWS}.{k}"][:] = thought
-                arrays[f"{WINDOW_POSITIONS}.{k}"][:] = thought[:, None] + np.arange(self.shape.window_of(k))
+                arrays[f"{THINKING_ROWS}.{k}"][:] = free
+                arrays[f"{WINDOW_POSITIONS}.{k}"][:] = free[:, None] + np.arange(self.shape.window_of(k))
 
     def _fill_choice(self, arrays: Mapping[str, Array], slots: Sequence[SlotCycle]) -> None:
         """Numbers of the sampling graph: options of each sequence, and what differs from token to token."""

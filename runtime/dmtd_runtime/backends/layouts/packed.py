@@ -70,9 +70,7 @@ class PackedLayout:
             self._fill_late(arrays, steps, fed)
             self._fill_logit_rows(arrays, steps)
             if graph == contract.LATE_DECODE:
-                ids, first = arrays[contract.INPUT_IDS], self._late_slots(steps).start
-                for s in steps:
-                    ids[s.slot - first, : len(s.step.late)] = s.late_ids
+                self._fill_late_ids(arrays[contract.INPUT_IDS], steps)
 
     def logit_index(self, steps: Sequence[SlotStep], rows: Rows = "last") -> Any:
         wanting = [s for s in steps if s.step.wants_logits]
@@ -152,18 +150,28 @@ class PackedLayout:
                 kept[own.start : own.stop] = np.arange(at, at + len(own))
             at += length
 
+    def _fill_late_ids(self, ids: Array, steps: Sequence[SlotStep]) -> None:
+        if steps[0].step.kind == "prefill":
+            ids[0, : len(steps[0].late_ids)] = steps[0].late_ids
+        else:  # a row each
+            ids[[s.slot for s in steps], 0] = [s.ids[-1] for s in steps]
+
     def _fill_late(self, arrays: Mapping[str, Array], steps: Sequence[SlotStep], fed: Sequence[int]) -> None:
         hidden, thought = arrays[contract.GATE_HIDDEN], arrays[contract.GATE_THOUGHT]
-        seqlens = arrays[contract.seqlens_k("late")]
         slots, rows = self._late_slots(steps), hidden.shape[1]
+        last = [fed[slot] + rows - 1 for slot in slots]
+        arrays[contract.seqlens_k("late")][:] = last
+        prefill = steps[0].step.kind == "prefill"
+        arrays[contract.total_sequence_length("late")][0] = self._total(max(last) + 1, prefill)
         hidden[:], thought[:] = True, False
-        for batch_row, slot in enumerate(slots):
-            seqlens[batch_row] = fed[slot] + rows - 1
-        total = int(seqlens.max()) + 1
-        arrays[contract.total_sequence_length("late")][0] = self._total(total, steps[0].step.kind == "prefill")
-        for s in steps:
-            batch_row, count = s.slot - slots.start, len(s.step.late)
-            hidden[batch_row, :count], thought[batch_row, :count] = s.step.gate_hidden, s.step.gate_thought
+        if prefill:
+            [only] = steps
+            count = len(only.step.late)
+            hidden[0, :count], thought[0, :count] = only.step.gate_hidden, only.step.gate_thought
+        else:  # a row each
+            own = [s.slot - slots.start for s in steps]
+            hidden[own] = [s.step.gate_hidden for s in steps]
+            thought[own] = [s.step.gate_thought for s in steps]
 
     def _fill_logit_rows(self, arrays: Mapping[str, Array], steps: Sequence[SlotStep]) -> None:
         """The last row of each sequence that wants logits, or as many of its rows as there is room for."""

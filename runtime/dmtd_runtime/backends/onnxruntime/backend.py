@@ -41,6 +41,7 @@ from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import DTYPE_BYTES, Manifest
 from dmtd_runtime.device.base import check_room
 from dmtd_runtime.ort.session import CudaOptions, open_session
+from dmtd_runtime.sampling.sampler import NOT_FINITE, best_tokens
 
 logger = logging.getLogger("dmtd.onnxruntime")
 
@@ -66,7 +67,6 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self.capacity = self.max_model_len + manifest.model.max_window
         self.stats = RunStats()
         self.full_pass = usual_full_pass(manifest, options, packed=packed)
-        self.chooses_tokens = on_gpu if options.choose_on_device is None else options.choose_on_device
         self.gives_all_rows = True
         self._captures = on_gpu and options.cuda_graphs
         self._rides = packed and self.full_pass == "staged" and not on_gpu  # prompts run through T beside the heads
@@ -88,7 +88,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
             first: manifest.graph(first, dialect, num_slots),
             contract.LATE_DECODE: manifest.graph(contract.LATE_DECODE, dialect),
         }
-        if self.chooses_tokens or on_gpu:
+        if on_gpu:
             self._graphs[contract.CHOOSE_TOKEN] = manifest.graph(contract.CHOOSE_TOKEN, contract.STANDARD)
         self._sizes = OrtSizes(
             manifest=manifest,
@@ -110,7 +110,6 @@ class OnnxRuntimeBackend(StepwiseBackend):
     def run(
         self, steps: Sequence[SlotStep], committed: Sequence[int], *, choose: bool = False, rows: Rows = "last"
     ) -> RunOutput:
-        assert not choose or self.chooses_tokens, "this backend leaves the choice to the host"
         parts, rows_of = self._layout.split(steps), [*committed, *(0,) * (self._cache_slots - len(committed))]
         found: list[Array] = []
         for group in [parts] if self._rides else [[part] for part in parts]:
@@ -135,7 +134,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         for cache in self._caches.values():
             self._memory.move_rows(cache, source, target, rows)
 
-    def read_rows(self, slot: int, rows: range) -> Array:
+    def read_rows(self, slot: int, rows: range) -> list[Array]:
         return (self._host_cache or self._row_copies()).read_rows(slot, rows)
 
     def write_rows(self, slot: int, first: int, values: Array) -> None:
@@ -150,7 +149,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
             committed = [0] * self.slots
             for s in steps:
                 committed[s.slot] = s.step.late.start
-            self.run(steps, committed, choose=self.chooses_tokens)
+            self.run(steps, committed, choose=True)
         for slot in range(self.slots):
             self.clear(slot, self.capacity)
         self.stats = RunStats()
@@ -255,7 +254,8 @@ class OnnxRuntimeBackend(StepwiseBackend):
             self._memory.wait()
             found = np.zeros(0, np.int64) if choose else np.zeros((0, self._manifest.model.vocab_size), np.float32)
         elif choose:
-            found = self._choose(logits)[index]
+            on_gpu = contract.CHOOSE_TOKEN in self._sessions
+            found = self._choose(logits)[index] if on_gpu else best_tokens(self._memory.read(logits)[index])
         else:
             found = self._memory.read(logits)[index]
         if self._memory.stream is not None:  # what was enqueued above has run meanwhile
@@ -291,7 +291,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         return binding
 
     def _choose(self, logits: Buffer) -> Array:
-        """Arg-max on the device, [batch, num_logits]; -1 where a row is not finite."""
+        """Arg-max on the device, [batch, num_logits]; NOT_FINITE where a row is not."""
         if logits.shape not in self._choosers:
             sizes = {"batch": logits.shape[0], "num_logits": logits.shape[1]}
             session, graph = self._sessions[contract.CHOOSE_TOKEN], self._graphs[contract.CHOOSE_TOKEN]
@@ -301,7 +301,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         binding = self._choosers[logits.shape]
         binding.run(self.stats)
         binding.block.pull()
-        chosen: Array = np.where(binding.arrays[contract.IS_FINITE], binding.arrays[contract.TOKEN_IDS], -1)
+        chosen: Array = np.where(binding.arrays[contract.IS_FINITE], binding.arrays[contract.TOKEN_IDS], NOT_FINITE)
         return chosen
 
     def _bind(

@@ -20,7 +20,7 @@ SERVING = Group(
             panel=_PANEL,
             min=1,
         ),
-        "max_num_partial_prefills": option("Prompts that are read at a time.", panel=_PANEL, min=1),
+        "max_num_partial_prefills": option("Prompts that are read in parts at a time.", panel=_PANEL, min=1),
         "max_num_queued_reqs": option("Sequences that may wait; more are refused.", panel=_PANEL, min=1),
         "max_num_queued_tokens": option("Prompt tokens that may wait; more are refused.", panel=_PANEL, min=1),
         "prefix_cache_bytes": option(

@@ -8,7 +8,8 @@ TensorRT does silently wrong raises :class:`SeamError` here, when the call is ma
 2. No output overlaps another tensor of the run, and none the activations; but a KV output is at its input's address, the
    engine's aliases.
 3. Every byte that a run or a copy reads was written before. Fresh memory is filled with 0xFF, which is NaN.
-4. A KV update stays within the rows that the run sees, and no row of the cache below it was left out.
+4. A KV update stays within the rows that the run sees, and no row of the cache below it was left out; T's caches may lag
+   behind where padding stands, not where a sequence goes on.
 5. Within a capture nothing touches the host: no upload, download, allocation, loading, context or waiting; and a context must
    have run once before it is captured.
 6. Uploads and downloads use page-locked memory of this device.
@@ -95,6 +96,7 @@ class SimulatedDevice:
             block, span = self._span(address, num_bytes, "zero")
             block.data[span], block.written[span] = 0, True
             block.rows.clear()
+            block.gaps.clear()
             block.fresh = num_bytes == len(block.data)
 
         self._push(work)
@@ -137,6 +139,7 @@ class SimulatedDevice:
                 block, span = self._span(target + row * target_pitch, row_bytes, "copy")
                 block.data[span], block.written[span] = data, True
                 block.rows.clear()
+                block.gaps.clear()
                 block.fresh = False  # a moved cache is judged by its bytes alone
 
         self._push(work)

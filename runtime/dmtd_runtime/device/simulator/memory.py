@@ -22,6 +22,7 @@ class Block:
     data: Array
     written: Array
     rows: dict[int, Array] = field(default_factory=dict)  # KV caches: rows in use of each slot, by offset
+    gaps: dict[int, dict[int, int]] = field(default_factory=dict)  # of them, where a slot wrote behind rows left out
     fresh: bool = False  # zeroed whole, so no row of a cache is in use
 
 

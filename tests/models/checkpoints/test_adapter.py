@@ -14,7 +14,7 @@ import torch
 from finetune_support import opened, reading, spec_of
 from safetensors.numpy import load_file, save_file
 
-from dmtd_models.adapters.adapter import AdaptedCheckpoint
+from dmtd_models.checkpoints.adapter import AdaptedCheckpoint
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.config.model import read_config
 from dmtd_models.errors import ModelError

@@ -1,6 +1,6 @@
 """What this machine offers and what is installed: the facts behind ``dmtd doctor``.
 
-``collect`` looks (``hardware.py``, package metadata, ONNX Runtime's list of providers), ``render`` and ``to_json`` only
+``collect`` looks (``machine/hardware.py``, package metadata, ONNX Runtime's list of providers), ``render`` and ``to_json`` only
 tell. Nothing here repairs or installs: every gap and every problem carries the command that closes it. No heavy library
 is imported except ONNX Runtime, which alone knows its execution providers; where it is built for CUDA, what its CUDA
 provider links is loaded.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dmtd_models.adapters.delta import delta_difference, misfit, quantised_delta
+from dmtd_models.checkpoints.delta import delta_difference, misfit, quantised_delta
 
 
 def spread(width: int) -> np.ndarray:

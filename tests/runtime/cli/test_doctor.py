@@ -15,10 +15,10 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from dmtd_runtime.cli import doctor_facts as doctor
+from dmtd_runtime.cli.doctor_facts import Report, collect, render, to_json
 from dmtd_runtime.device.libraries import CUDA_MAJOR, LIBRARIES
-from dmtd_runtime.machine import doctor
 from dmtd_runtime.machine import hardware as machine
-from dmtd_runtime.machine.doctor import Report, collect, render, to_json
 from dmtd_runtime.ort.cuda_provider import CudaNeeds, Library
 
 HEALTHY = {"onnxruntime": "1.31.1", "numpy": "2.4.6", "tokenizers": "0.23.3", "onnx": "1.23.2", "torch": "2.13.0+cpu"}

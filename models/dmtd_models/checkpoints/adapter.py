@@ -27,8 +27,8 @@ from safetensors.numpy import save_file
 
 from dmtd_errors.native import NativePanicError, call_native
 from dmtd_errors.pointers import lfs_pointer
-from dmtd_models.adapters.delta import delta_difference, misfit
 from dmtd_models.checkpoints.blocks import BlockWeight
+from dmtd_models.checkpoints.delta import delta_difference, misfit
 from dmtd_models.checkpoints.protocol import AnyArray, Checkpoint
 from dmtd_models.checkpoints.saving import make_directory, replacing, write_json
 from dmtd_models.checkpoints.weight_files import ADAPTER_CONFIG as CONFIG_FILE

@@ -1,1 +1,0 @@
-"""Adapters: what training changed, apart from the base."""

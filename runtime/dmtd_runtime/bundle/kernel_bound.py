@@ -1,0 +1,79 @@
+"""What the kernels allow where weights are quantised: in few bits a step waits for products and no longer for bytes alone.
+
+Two things that ``speed_bound`` does not know: four rows of a refill cost more than one row, and a weight of lm_head costs less
+than one of a layer, which brings norms, activations and small matrices along. With c the time of a weight in one row and g what
+every further row adds to it,
+
+    rows(n) = 1 + g * (n - 1)
+    plain   = (c(layers) + c(lm_head)) * rows(batch)
+    cycle   = c(T) * rows(tau * batch) + tau * (c(E, D) + c(lm_head)) * rows(batch)
+    bound   = tau * plain / cycle
+
+The times are measured (``KERNELS``), so it is a bound for kernels like those, and an estimate for others. Caches are read as
+fast as float weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from dmtd_runtime.bundle.manifest import Manifest
+from dmtd_runtime.bundle.speed_bound import EMBEDDING_NAME, LM_HEAD_NAME, group_of, split_bytes
+
+Kind = Literal["float", "int8", "int4"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """Picoseconds of a weight in one row, in layers and in lm_head, and what every further row adds, as a share."""
+
+    layers: float
+    lm_head: float
+    rows: float
+
+
+# ONNX Runtime 1.31, 2 cores of an AMD EPYC with AVX2: 18 layers of SmolLM2's shapes (63.7 M weights) and its lm_head (28.3 M),
+# in ms at 1 row: float32 20.1 and 6.7, 8 bits 7.5 and 2.1, 4 bits 4.4 and 0.93; at 4 rows 21.5, 12.5 and 7.0.
+KERNELS: dict[Kind, Kernel] = {
+    "float": Kernel(layers=315.0, lm_head=237.0, rows=0.02),
+    "int8": Kernel(layers=118.0, lm_head=74.0, rows=0.22),
+    "int4": Kernel(layers=69.0, lm_head=33.0, rows=0.20),
+}
+FLOAT_BYTES = 4
+
+
+def kernel_bound(manifest: Manifest, context: float, batch: int = 1) -> float | None:
+    """How many times faster than plain decoding the kernels allow DMTD to be; None for float weights, where bytes say it."""
+    if not manifest.quantised:
+        return None
+    tau, split = manifest.cycle.cycle_length, split_bytes(manifest)
+    cache = split.kv_row_bytes * batch * context * KERNELS["float"].layers / FLOAT_BYTES
+    encoding, thinking, decoding = (layers * cache for layers in split.num_layers)
+    plain = cycle = 0.0
+    for group, kind, count in _matrices(manifest):
+        kernel = KERNELS[kind]
+        once = count * (kernel.lm_head if group == "lm_head" else kernel.layers)
+        plain += once * (1 + kernel.rows * (batch - 1))
+        late = group != "thinking"
+        rows = batch if late else tau * batch
+        cycle += (tau if late else 1) * once * (1 + kernel.rows * (rows - 1))
+    plain += encoding + thinking + decoding
+    cycle += thinking + tau * (encoding + decoding)
+    return tau * plain / cycle
+
+
+def _matrices(manifest: Manifest) -> list[tuple[str, Kind, int]]:
+    """(group, kind, weights) of every matrix that a step multiplies by; a tied embedding is lm_head."""
+    tied = manifest.shape_of(LM_HEAD_NAME) is None
+    names = {*manifest.quantised, *(name for name in manifest.weights if name.endswith(".weight"))}
+    found: list[tuple[str, Kind, int]] = []
+    for name in sorted(names):
+        group, shape = group_of(name, manifest.cycle), manifest.shape_of(name)
+        if name == EMBEDDING_NAME:
+            group = "lm_head" if tied else None
+        if group is not None and shape is not None and len(shape) == 2:
+            fmt = manifest.quantised.get(name)
+            found.append((group, "float" if fmt is None else "int4" if fmt.bits == 4 else "int8", math.prod(shape)))
+    return found
