@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from dmtd_export.bundle.rounding import rounded
 from dmtd_export.errors import ExportError
 from dmtd_export.options import GROUPS, ExportOptions, WeightFormat, WeightGroup, WeightOptions
 from dmtd_models.checkpoints.blocks import BLOCK_SIZES, BlockWeight
@@ -45,7 +46,7 @@ class Quantisation:
         fmt = self.formats.get(name)
         if fmt is None or fmt == "keep":
             return None if fmt is None else source.blocks(name)
-        return round_to_nearest(source.read(name), BITS[fmt], self.block)
+        return rounded(source.read(name), BITS[fmt], self.block)
 
     def stored_bytes(self, name: str, count: int, itemsize: int) -> int:
         """Bytes that ``count`` values take, floats of ``itemsize`` bytes or blocks with half-precision scales."""
@@ -117,20 +118,3 @@ def group_of(name: str, dmtd: DmtdSpec) -> WeightGroup:
         thinks = dmtd.encoding_layers <= int(found[1]) < dmtd.encoding_layers + dmtd.thinking_layers
         return "thinking" if thinks else "late"
     return "embedding" if name == EMBEDDING else "lm_head"
-
-
-def round_to_nearest(weight: Array, bits: Literal[4, 8], block: int) -> BlockWeight:
-    """Round a matrix [out, in] to blocks symmetric about their middle code, the largest magnitude of each on the last code.
-
-    The scale is a half-precision number already when values are divided by it. Raises nothing: what is not finite shows in
-    the scales.
-    """
-    x = np.asarray(weight, dtype=np.float32).reshape(len(weight), -1, block)
-    middle = 1 << bits - 1
-    largest = np.take_along_axis(x, np.abs(x).argmax(-1, keepdims=True), -1)[..., 0]
-    with np.errstate(over="ignore", invalid="ignore"):
-        scales = (largest / -middle).astype(np.float16).astype(np.float32)
-        safe = np.where(scales == 0, np.float32(1), scales)
-        codes = np.clip(np.rint(x / safe[..., None]), -middle, middle - 1)
-        unsigned = (np.nan_to_num(codes) + middle).astype(np.uint8)
-    return BlockWeight(codes=unsigned.reshape(weight.shape), bits=bits, block=block, scales=scales, source="rtn")

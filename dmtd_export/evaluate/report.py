@@ -19,6 +19,7 @@ from dmtd_export.evaluate.offsets import OffsetResult
 from dmtd_export.evaluate.run_lengths import RunLengths
 from dmtd_export.evaluate.statistics import Bootstrap, Estimate, PairedScores, Retention, retained
 from dmtd_export.evaluate.text_metrics import PhaseResult, TextResult
+from dmtd_export.evaluate.weight_formats import FormatCost
 from dmtd_runtime.bundle.manifest import CycleInfo
 
 SCHEMA_VERSION = 1
@@ -38,6 +39,7 @@ class EvaluationReport:
     cycle: CycleInfo
     convention_recorded: bool
     text: TextResult | None
+    formats: FormatCost | None  # of weights, where model and base differ in nothing else
     runs: Mapping[str, RunLengths]  # by kind of prefix
     tasks: tuple[TaskResult, ...]
     fluency: FluencyResult | None
@@ -68,6 +70,7 @@ class EvaluationReport:
             },
             "split": {**dataclasses.asdict(self.cycle), "convention_recorded": self.convention_recorded},
             "perplexity": text and _perplexity(text),
+            "weight_formats": self.formats and _formats(self.formats),
             "agreement_by_phase": text and {name: r.agreement.value for name, r in _phases(text)},
             "run_lengths": {
                 kind: {"mean": r.mean.value, "prefixes": r.prefixes, "counts": list(r.counts), "most": r.most}
@@ -182,14 +185,20 @@ def _sides(result: PhaseResult) -> dict[str, float]:
     }
 
 
-def _offsets(found: OffsetResult) -> dict[str, Any]:
-    def of(result: PhaseResult) -> dict[str, Any]:
-        intervals = {"ratio_ci95": result.ratio.interval(), "agreement_ci95": result.agreement.interval()}
-        return {**_sides(result), "agreement": result.agreement.value, **intervals}
+def _formats(found: FormatCost) -> dict[str, Any]:
+    cycles = {name: _compared(result) for name, result in _phases(found.cycles)}
+    return {"plain": _compared(found.plain.overall), "cycles": cycles}
 
+
+def _compared(result: PhaseResult) -> dict[str, Any]:
+    intervals = {"ratio_ci95": result.ratio.interval(), "agreement_ci95": result.agreement.interval()}
+    return {**_sides(result), "agreement": result.agreement.value, **intervals}
+
+
+def _offsets(found: OffsetResult) -> dict[str, Any]:
     return {
-        "by_offset": {name: of(result) for name, result in found.by_offset.items()},
-        "by_phase": {name: of(result) for name, result in found.by_phase.items()},
+        "by_offset": {name: _compared(result) for name, result in found.by_offset.items()},
+        "by_phase": {name: _compared(result) for name, result in found.by_phase.items()},
     }
 
 

@@ -28,6 +28,7 @@ from dmtd_export.evaluate.subject import Subject, open_subject
 from dmtd_export.evaluate.tasks import read_task
 from dmtd_export.evaluate.text_metrics import TextResult, measure_text
 from dmtd_export.evaluate.texts import TextWindow, WindowPlan, collect_windows
+from dmtd_export.evaluate.weight_formats import FormatCost, measure_format_cost
 from dmtd_models.data.items import GenerationItem, MultipleChoiceItem
 from dmtd_models.data.task_file import Items
 from dmtd_models.progress import Progress, counter, silent
@@ -60,6 +61,7 @@ def evaluate(
         conventions = run.conventions(windows)
         offsets = run.offsets(windows)
         text, runs = run.text(windows), run.run_lengths(windows, tasks)
+        formats = run.formats(windows)
         measured: list[TaskResult] = [run.task(items) for items in tasks]
         fluency, dial = run.fluency(), run.dial()
         harness, unscored = run.harness()
@@ -80,6 +82,7 @@ def evaluate(
         cycle=subject.cycle,
         convention_recorded=subject.convention_recorded,
         text=text,
+        formats=formats,
         runs=runs,
         tasks=tuple(measured),
         fluency=fluency,
@@ -210,6 +213,20 @@ class _Run:
             windows,
             bootstrap=self.bootstrap,
             on_done=self._counter("perplexity", len(windows)),
+        )
+
+    def formats(self, windows: Sequence[TextWindow]) -> FormatCost | None:
+        """What the weights' formats cost, where the base is a bundle of the same split in other formats."""
+        subject, base = self.subject, self.base
+        bundles = subject.formats is not None and base.formats is not None
+        if not windows or not bundles or subject.formats == base.formats or subject.cycle != base.cycle:
+            return None
+        return measure_format_cost(
+            subject.scorer,
+            base.scorer,
+            windows,
+            bootstrap=self.bootstrap,
+            on_done=self._counter("formats", 2 * len(windows)),
         )
 
     def run_lengths(self, windows: Sequence[TextWindow], tasks: Sequence[Items]) -> dict[str, RunLengths]:

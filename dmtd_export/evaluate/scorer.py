@@ -9,8 +9,8 @@ the token behind it. Decoding, text and statistics are elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -87,6 +87,10 @@ class Scorer(Protocol):
     ) -> None: ...
 
 
+ScorePair = Callable[[Scorer, Scorer, Sequence[ScoreRequest]], tuple[list[TokenScores], list[TokenScores]]]
+"""Scores of a model and its base over the same sequences."""
+
+
 def phases(cycle: CycleInfo, *, prompt_len: int, num_rows: int) -> Array:
     """Place of every row in its cycle, int64 [num_rows]: 0 is a head, PROMPT_PHASE a prompt row without a cycle."""
     rows = np.arange(num_rows)
@@ -115,6 +119,14 @@ def score_pair(
         return model.score(requests), base.score(plain)
     both = model.score([request for pair in zip(requests, plain, strict=True) for request in pair])
     return both[::2], both[1::2]
+
+
+def score_alike(
+    model: Scorer, base: Scorer, requests: Sequence[ScoreRequest], *, plain: bool
+) -> tuple[list[TokenScores], list[TokenScores]]:
+    """Both in one mode, plain or under the pattern that they share."""
+    made = [replace(request, plain=plain) for request in requests]
+    return model.score(made), base.score(made)
 
 
 def check_request(request: ScoreRequest, max_len: int, vocab_size: int) -> None:

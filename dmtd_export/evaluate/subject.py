@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ from dmtd_export.options import ExportOptions
 from dmtd_models.config.model import ANY_SPLIT, SplitOptions, require_split, resolve_dmtd
 from dmtd_models.data.chat import TextTokenizer
 from dmtd_runtime.bundle import contract
-from dmtd_runtime.bundle.manifest import CycleInfo
+from dmtd_runtime.bundle.manifest import BlockFormat, CycleInfo
 from dmtd_runtime.text.tokenizer import Tokenizer
 
 GENERATION_BATCH = 8
@@ -39,6 +39,7 @@ class Subject:
     generation_bundle: Callable[[], Path]
     adapter: Path | None = None
     trained_otherwise: str | None = None  # a line about weights that were not trained for this split
+    formats: Mapping[str, BlockFormat] | None = None  # of a bundle's quantised weights, by name
 
     def chats(self) -> TextTokenizer:
         """Training's tokenizer, which knows the tokens of a prompt from those of its answer."""
@@ -105,6 +106,7 @@ def _open_bundle(path: Path, options: OpenOptions, opened: contextlib.ExitStack)
         assets=path,
         convention_recorded=True,
         generation_bundle=lambda: path,
+        formats=scorer.manifest.quantised,
     )
 
 

@@ -14,6 +14,7 @@ from dmtd_export.evaluate.lm_eval_run import HarnessResult
 from dmtd_export.evaluate.multiple_choice import ChoiceResult
 from dmtd_export.evaluate.report import EvaluationReport, scores_of, task_estimates
 from dmtd_export.evaluate.statistics import Estimate
+from dmtd_export.evaluate.text_metrics import PhaseResult
 
 
 def render(report: EvaluationReport) -> RenderableType:
@@ -21,7 +22,7 @@ def render(report: EvaluationReport) -> RenderableType:
     parts: list[RenderableType] = [_head(report)]
     parts += [
         part
-        for shown in (_conventions, _text, _offsets, _runs, _tasks, _fluency, _dial)
+        for shown in (_conventions, _text, _formats, _offsets, _runs, _tasks, _fluency, _dial)
         if (part := shown(report)) is not None
     ]
     parts += [Text(f"note: {note}", style="yellow") for note in report.notes]
@@ -86,9 +87,22 @@ def _offsets(report: EvaluationReport) -> Table | None:
     found = report.offsets
     if found is None:
         return None
-    table = _grid("\nthe first head at every place", ("", "tokens", "ratio", "", "agreement", ""))
     rows = [(f"head {name} tokens later", result) for name, result in found.by_offset.items()]
     rows += [(f"the same tokens at {_phase(name)}", result) for name, result in found.by_phase.items()]
+    return _compared("\nthe first head at every place", rows)
+
+
+def _formats(report: EvaluationReport) -> Table | None:
+    found = report.formats
+    if found is None:
+        return None
+    rows = [("both plain", found.plain.overall), ("both in cycles", found.cycles.overall)]
+    rows += [(f"in cycles at {_phase(name)}", result) for name, result in found.cycles.by_phase.items()]
+    return _compared("\nthe weights' formats alone", rows)
+
+
+def _compared(title: str, rows: Sequence[tuple[str, PhaseResult]]) -> Table:
+    table = _grid(title, ("", "tokens", "ratio", "", "agreement", ""))
     for name, result in rows:
         table.add_row(
             name,

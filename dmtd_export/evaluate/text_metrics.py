@@ -10,7 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dmtd_export.evaluate.scorer import Scorer, ScoreRequest, TokenScores, phase_name, phases, score_pair
+from dmtd_export.evaluate.scorer import (
+    ScorePair,
+    Scorer,
+    ScoreRequest,
+    TokenScores,
+    phase_name,
+    phases,
+    score_pair,
+)
 from dmtd_export.evaluate.statistics import Array, Bootstrap, Estimate
 from dmtd_export.evaluate.texts import TextWindow
 
@@ -52,13 +60,18 @@ def measure_text(
     *,
     bootstrap: Bootstrap,
     on_done: Callable[[int], None] = lambda count: None,
+    score: ScorePair = score_pair,
 ) -> TextResult:
     """Score every window; the first tokens of each are its prompt, and their rows are not counted."""
-    return summarise(window_sums(model, base, windows, on_done), windows, bootstrap)
+    return summarise(window_sums(model, base, windows, on_done, score), windows, bootstrap)
 
 
 def window_sums(
-    model: Scorer, base: Scorer, windows: Sequence[TextWindow], on_done: Callable[[int], None] = lambda count: None
+    model: Scorer,
+    base: Scorer,
+    windows: Sequence[TextWindow],
+    on_done: Callable[[int], None] = lambda count: None,
+    score: ScorePair = score_pair,
 ) -> Array:
     """Of every window and phase, float64 [windows, 4, phases]."""
     sums = np.zeros((len(windows), 4, model.cycle.cycle_length))
@@ -69,7 +82,7 @@ def window_sums(
             ScoreRequest(token_ids=w.token_ids, prompt_len=w.context_len, plain=False, first_row=w.context_len)
             for w in part
         ]
-        ours, theirs = score_pair(model, base, requests)
+        ours, theirs = score(model, base, requests)
         for at, (mine, plain) in enumerate(zip(ours, theirs, strict=True), start):
             rows, context_len = len(mine.target_logprobs), windows[at].context_len
             phase = phases(model.cycle, prompt_len=context_len, num_rows=context_len + rows)[context_len:]

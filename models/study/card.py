@@ -45,21 +45,7 @@ def short(report: Report) -> list[str]:
         "asked",
         f"  everyday texts              {fluency['model']['nll']:.2f} nats a token under the plain model, its own "
         f"{fluency['plain']['nll']:.2f} (human prose 2.5-3.4)",
-        *([f"  {dial_line(report['dial'])}"] if "dial" in report else []),
     ]
-
-
-def dial_line(dial: Report) -> str:
-    """What ``--min-confidence`` gives and costs."""
-
-    def each(name: str, form: str) -> str:
-        return " / ".join(format(setting[name], form) for setting in dial["settings"])
-
-    speeds = " / ".join(f"{setting['speed'][0]:.2f}" for setting in dial["settings"])
-    return (
-        f"--min-confidence {each('min_confidence', 'g')}: {each('nll', '.2f')} nats a token, "
-        f"{each('tokens_per_full_pass', '.1f')} tokens a full pass, {speeds} times plain's speed"
-    )
 
 
 def card(name: str, summary: Report, report: Report, bench: Report) -> str:
@@ -151,8 +137,6 @@ def _quality(report: Report) -> list[str]:
         f"human prose 2.5-3.4, random tokens 11); distinct 3-grams {fluency['model']['distinct_3grams']:.1%} (plain "
         f"{fluency['plain']['distinct_3grams']:.1%}).",
     ]
-    if "dial" in report:
-        lines += ["", f"The dial, on the same prompts: {dial_line(report['dial'])} ({report['dial']['measured']})."]
     return lines
 
 

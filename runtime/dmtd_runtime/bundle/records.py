@@ -110,7 +110,7 @@ class BlockFormat:
 
     A value is ``scale * (code - 2 ** (bits - 1))``; with minimums, of a format of ``levels`` codes whose middle was moved to
     the container's, ``scale * (code - 2 ** (bits - 1) + levels / 2) + minimum``. Two codes of 4 bits share a byte, the lower
-    half first. ``source``: the format that it came from ("Q4_1", "rtn").
+    half first. ``source``: the format that it came from ("Q4_1", "rtn", "search").
     """
 
     bits: Literal[4, 8]

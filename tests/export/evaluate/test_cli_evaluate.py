@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from dmtd_export.bundle.export import export_bundle
 from dmtd_export.cli.main import main
+from dmtd_export.options import ExportOptions, WeightOptions
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.reference.dmtd import DmtdModel
 from dmtd_models.reference.oracle import greedy
@@ -217,6 +219,27 @@ def test_offsets_of_checkpoint_and_bundle_agree(
     code, out, err = run(capsys, checkpoint, *arguments, *QUICK)
     assert code == 0, err
     assert "the same tokens at 0, head" in out and max(map(len, out.splitlines())) <= 80
+
+
+def test_a_quantised_bundle_is_held_to_its_float_twin(
+    checkpoint: Path, bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The ratios are those of what each says alone."""
+    export_bundle(checkpoint, tmp_path / "int4", ExportOptions(formats=WeightOptions(weights="int4"), verify=False))
+    arguments = ("--text", data / "documents.jsonl", "--prefixes", 0)
+    found = report_of(capsys, tmp_path / "int4", "--base", bundle, *arguments)["weight_formats"]
+    alone = [report_of(capsys, path, *arguments) for path in (tmp_path / "int4", bundle)]
+    assert all(report["weight_formats"] is None for report in alone)
+    ours, theirs = (report["perplexity"] for report in alone)
+    assert found["plain"]["ratio"] == pytest.approx(ours["plain"] / theirs["plain"], rel=1e-5)
+    assert found["plain"]["ratio"] != pytest.approx(1, abs=1e-5)
+    assert found["cycles"]["overall"]["ratio"] == pytest.approx(ours["model"] / theirs["model"], rel=1e-5)
+    for phase, own in ours["by_phase"].items():
+        expected = own["model"] / theirs["by_phase"][phase]["model"]
+        assert found["cycles"][phase]["ratio"] == pytest.approx(expected, rel=1e-5)
+    code, out, _ = run(capsys, tmp_path / "int4", "--base", bundle, *arguments, *QUICK)
+    assert code == 0
+    assert "both plain" in out and "in cycles at 0, head" in out
 
 
 def test_table_and_plots(checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from dmtd_export.evaluate.scorer import ScoreRequest
 from dmtd_export.evaluate.statistics import Bootstrap
 from dmtd_export.evaluate.text_metrics import measure_text
 from dmtd_export.evaluate.texts import TextWindow
+from dmtd_export.evaluate.weight_formats import measure_format_cost
 
 BOOTSTRAP = Bootstrap(resamples=100)
 
@@ -57,6 +58,26 @@ def test_perplexity_and_agreement_by_phase(origin: str) -> None:
     assert found.overall.perplexity.value == pytest.approx(2**mean_exponent)
     assert found.overall.agreement.value == pytest.approx(counts[0] / 20)
     assert all(request.prompt_len == context == request.first_row for request in scorer.requests)
+
+
+def test_what_formats_cost_is_measured_with_both_sides_alike() -> None:
+    """The base's perplexity is 2 plain and 4 in cycles, the model's twice that at late steps and the same elsewhere."""
+
+    def row(request: ScoreRequest, position: int, late: int) -> tuple[float, int]:
+        if request.plain:
+            return -math.log(2), 7
+        at_late_step = (position - request.prompt_len) % 3 > 0
+        return -math.log(2) * (2 + (late if at_late_step else 0)), 7 + (late if at_late_step else 0)
+
+    model, base = (FakeScorer(lambda request, position, late=late: row(request, position, late)) for late in (1, 0))
+    found = measure_format_cost(model, base, windows(12, 26), bootstrap=BOOTSTRAP)
+    assert found.plain.overall.ratio.value == pytest.approx(1)
+    assert found.plain.overall.base_perplexity.value == pytest.approx(2)
+    for phase, ratio in (("0", 1), ("1", 2), ("2", 2)):
+        result = found.cycles.by_phase[phase]
+        assert result.ratio.value == pytest.approx(ratio)
+        assert result.base_perplexity.value == pytest.approx(4)
+        assert result.agreement.value == (ratio == 1)
 
 
 def test_documents_are_the_units_where_there_are_enough() -> None:

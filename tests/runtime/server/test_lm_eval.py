@@ -105,9 +105,9 @@ def test_local_chat_completions_answer_as_in_process(
         answers = [output.outputs[0].text for [output] in chats]
     folder = chat_task(tmp_path, [*answers[:4], "never", "never"])
 
-    def found(model: str, **arguments: Any) -> tuple[list[str], float]:
+    def found(kind: str, /, **arguments: Any) -> tuple[list[str], float]:
         told = simple_evaluate(
-            model=model,
+            model=kind,
             model_args=arguments,
             tasks=["local_answer"],
             task_manager=TaskManager(include_path=str(folder), include_defaults=False),

@@ -36,6 +36,8 @@ def option_rows() -> list[str]:
 
 def test_every_option_stands_there(page: str) -> None:
     found = [line for line in page.splitlines() if line.startswith("| `--")]
+    missing = [row for row in option_rows() if row not in found]
+    assert missing == [], "the command has these"
     assert found == option_rows()
 
 
