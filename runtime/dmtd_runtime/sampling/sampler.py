@@ -23,6 +23,7 @@ The graph ``sample_token`` (dmtd_export.graphs.token_choice) follows the same ru
 ``Sampler`` hands out. It does not decide when to stop and knows no text.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -170,8 +171,8 @@ class Sampler:
         """
         assert logits.shape == (self._vocab_size,), f"a row of logits is [{self._vocab_size}], got {list(logits.shape)}"
         assert logits.dtype == np.float32, f"logits are float32, got {logits.dtype}"
-        raw_best = int(logits.argmax())  # a NaN wins an arg-max, so it and +inf show here, -inf in the minimum
-        if not (np.isfinite(logits[raw_best]) and np.isfinite(logits.min())):
+        raw_best = _best_token(logits)
+        if raw_best == NOT_FINITE:
             raise self._not_finite()
         adjusted = self._adjusted(logits)
         if self._params.greedy:
@@ -321,9 +322,12 @@ def best_tokens(logits: Logits) -> NDArray[np.int64]:
     Returns:
         int64 [rows]: the largest logit of each row, of equals the lowest id; NOT_FINITE where the row holds NaN or infinity.
     """
-    best = logits.argmax(axis=-1)  # a NaN wins an arg-max, so it and +inf show here, -inf in the minimum
-    largest = logits[np.arange(len(logits)), best]
-    return np.where(np.isfinite(largest) & np.isfinite(logits.min(axis=-1)), best, NOT_FINITE)
+    return np.array([_best_token(row) for row in logits], np.int64)
+
+
+def _best_token(logits: Logits) -> int:
+    best = int(logits.argmax())  # a NaN wins an arg-max, so it and +inf show here, -inf in the minimum
+    return best if math.isfinite(logits[best]) and math.isfinite(logits.min()) else NOT_FINITE
 
 
 def described(token_id: int, logits: Logits, num_top: int) -> Choice:

@@ -156,8 +156,9 @@ class PackedLayout:
     def _fill_late_ids(self, ids: Array, steps: Sequence[SlotStep]) -> None:
         if steps[0].step.kind == "prefill":
             ids[0, : len(steps[0].late_ids)] = steps[0].late_ids
-        else:  # a row each
-            ids[[s.slot for s in steps], 0] = [s.ids[-1] for s in steps]
+        else:
+            for s in steps:
+                ids[s.slot, 0] = s.ids[-1]
 
     def _fill_late(self, arrays: Mapping[str, Array], steps: Sequence[SlotStep], fed: Sequence[int]) -> None:
         hidden, thought = arrays[contract.GATE_HIDDEN], arrays[contract.GATE_THOUGHT]
@@ -171,10 +172,9 @@ class PackedLayout:
             [only] = steps
             count = len(only.step.late)
             hidden[0, :count], thought[0, :count] = only.step.gate_hidden, only.step.gate_thought
-        else:  # a row each
-            own = [s.slot - slots.start for s in steps]
-            hidden[own] = [s.step.gate_hidden for s in steps]
-            thought[own] = [s.step.gate_thought for s in steps]
+        else:  # a row each, written one by one, which costs numpy least
+            for s in steps:
+                [hidden[s.slot, 0]], [thought[s.slot, 0]] = s.step.gate_hidden, s.step.gate_thought
 
     def _fill_logit_rows(self, arrays: Mapping[str, Array], steps: Sequence[SlotStep]) -> None:
         """The last row of each sequence that wants logits, or as many of its rows as there is room for."""
