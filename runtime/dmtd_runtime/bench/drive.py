@@ -39,6 +39,7 @@ class SequenceRecord:
 class LoadRun:
     """One load in one mode: its sequences in the order they came, what the worker counted, and the time in sessions."""
 
+    cycle_length: int
     sequences: tuple[SequenceRecord, ...]
     counts: Counts
     session_seconds: float
@@ -123,6 +124,7 @@ def drive(
     finally:
         worker.close()
     return LoadRun(
+        cycle_length=plan.cycle.cycle_length,
         sequences=tuple(client.record(start) for client in clients),
         counts=_since(worker.snapshot(), before),
         session_seconds=backend.stats.session_seconds - before.session_seconds,

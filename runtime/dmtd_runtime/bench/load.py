@@ -7,6 +7,7 @@ once; in a closed loop there are none, because a sequence comes whenever another
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,8 @@ class LoadOptions:
     ``request_rates`` are sequences a second, each a load of its own; infinity: all at once. ``concurrency``: a closed loop of so
     many instead. Lengths are uniform within ``range_ratio`` of what was asked for on either side, behind ``prefix_len`` tokens
     that all prompts share. ``dataset``: prompts and lengths of a file instead. ``num_prompts`` None: four for each slot, or all
-    of the file.
+    of the file. ``long_prompts`` come besides, of ``long_prompt_len`` tokens and one new token each, to be read one after another
+    in the last slot while the others decode.
     """
 
     request_rates: tuple[float, ...] = (math.inf,)
@@ -33,6 +35,8 @@ class LoadOptions:
     range_ratio: float = 0.5
     prefix_len: int = 0
     dataset: Path | None = None
+    long_prompts: int = 0
+    long_prompt_len: int = 4000
 
     def __post_init__(self) -> None:
         if not self.request_rates or not all(rate > 0 for rate in self.request_rates):
@@ -44,8 +48,8 @@ class LoadOptions:
                 f"got {self.concurrency} with a request rate, expected one of the two: a closed loop has no rate",
                 param="concurrency",
             )
-        for name, least in (("concurrency", 1), ("num_prompts", 1), ("prefix_len", 0)):
-            value = getattr(self, name)
+        for name in ("concurrency", "num_prompts", "prefix_len", "long_prompts", "long_prompt_len"):
+            value, least = getattr(self, name), 0 if name in ("prefix_len", "long_prompts") else 1
             if value is not None and value < least:
                 raise RequestError(f"got {value}, expected at least {least}", param=name)
         if not 0 <= self.range_ratio < 1:
@@ -83,6 +87,16 @@ def draw_requests(
         LoadRequest(prompt_ids=(*prefix, *generator.integers(0, vocab_size, own).tolist()), max_tokens=wanted)
         for own, wanted in zip(prompts, outputs, strict=True)
     )
+
+
+def with_long_prompts(
+    requests: Sequence[LoadRequest], options: LoadOptions, slots: int, *, vocab_size: int, seed: int
+) -> tuple[LoadRequest, ...]:
+    """The requests, and behind those that take all slots but one the long prompts, each of its own tokens."""
+    generator = np.random.default_rng([seed, options.long_prompt_len])
+    drawn = generator.integers(0, vocab_size, (options.long_prompts, options.long_prompt_len)).tolist()
+    longs = [LoadRequest(prompt_ids=tuple(ids), max_tokens=1) for ids in drawn]
+    return (*requests[: slots - 1], *longs, *requests[slots - 1 :])
 
 
 def arrival_times(rate: float, count: int, seed: int) -> tuple[float, ...]:

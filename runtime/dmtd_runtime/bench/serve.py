@@ -28,6 +28,7 @@ from dmtd_runtime.bench.load import (
     arrival_times,
     draw_requests,
     length_range,
+    with_long_prompts,
 )
 from dmtd_runtime.bench.measure import BenchOptions, OnRun, check_options, warmed
 from dmtd_runtime.bench.run import run_once
@@ -102,6 +103,12 @@ def check_load(
         options = replace(options, prompt_len=1)  # the file has its own
     check_options(options, manifest, backend_options)
     vocab, limit = manifest.model.vocab_size, backend_options.model_len(manifest.model.max_model_len)
+    if load.long_prompts and load.long_prompt_len >= limit:
+        raise RequestError(
+            f"got {load.long_prompt_len}, expected at most {limit - 1}, one less than the model length; open with a larger "
+            "max_model_len",
+            param="long_prompt_len",
+        )
     if load.dataset is not None:
         tokenizer = Tokenizer.from_directory(directory, model_vocab_size=vocab)
         found = read_dataset(
@@ -149,6 +156,8 @@ def _asked(
         "num_prompts": load.num_prompts,
         "range_ratio": load.range_ratio,
         "prefix_len": load.prefix_len,
+        "long_prompts": load.long_prompts,
+        "long_prompt_len": load.long_prompt_len,
         "dataset": None if load.dataset is None else str(load.dataset),
         "prompt_len": prompt_len,
         "max_tokens": max_tokens,
@@ -206,12 +215,14 @@ class _Bench:
         return CyclePlan(cycle=self.manifest.cycle, plain=kind == "plain")
 
     def _serve(self, plan: CyclePlan, rate: float) -> LoadRun:
+        vocab, seed = self.manifest.model.vocab_size, self.options.seed
+        requests = with_long_prompts(self.requests, self.load, self.backend.slots, vocab_size=vocab, seed=seed)
         return drive(
             self.backend,
             plan,
-            self.requests,
-            vocab_size=self.manifest.model.vocab_size,
-            arrivals=None if math.isinf(rate) else arrival_times(rate, len(self.requests), self.options.seed),
+            requests,
+            vocab_size=vocab,
+            arrivals=None if math.isinf(rate) else arrival_times(rate, len(requests), self.options.seed),
             concurrency=self.load.concurrency,
             serving=self.serving,
         )

@@ -36,7 +36,9 @@ class ModeFigures:
 
     ``loaded_tok_per_s`` counts generated tokens while the load lasted: until the last sequence got a slot, or to the end where
     none had to wait. ``full_passes_per_token``: passes over T that a sequence lived through for each of its tokens; 1 / tau
-    where no pass runs without it. ``in_phase_share`` of the passes at a head had everybody there. ``outside_share`` of the time
+    where no pass runs without it. ``longest_gap_cycles``: the longest gap between two tokens, over the median time of as many
+    tokens of a sequence as a cycle has while nobody's prompt was being read; None where there was no such time.
+    ``in_phase_share`` of the passes at a head had everybody there. ``outside_share`` of the time
     in which somebody was served was spent outside of sessions. ``running``: sequences that had a slot, on average over that
     time. ``prefix_hit_share`` of the prompt tokens came from the prefix cache.
     """
@@ -50,6 +52,7 @@ class ModeFigures:
     ttft_ms: Latency
     itl_ms: Latency | None
     e2e_ms: Latency
+    longest_gap_cycles: float | None
     full_passes_per_token: float | None
     in_phase_share: float | None
     running: float
@@ -131,6 +134,7 @@ def figures_of(runs: Sequence[LoadRun]) -> ModeFigures:
     tokens = sum(len(sequence.token_s) for sequence in sequences)
     prompt_tokens = sum(sequence.prompt_len for sequence in sequences)
     gaps = [gap for sequence in sequences for gap in np.diff(sequence.token_s).tolist()]
+    cycles = [seconds for run in runs for seconds in undisturbed_cycles(run)]
     heads = sum(run.counts.head_passes for run in runs)
     return ModeFigures(
         requests=len(sequences),
@@ -142,6 +146,7 @@ def figures_of(runs: Sequence[LoadRun]) -> ModeFigures:
         ttft_ms=latency(sequence.token_s[0] - sequence.submitted_s for sequence in sequences),
         itl_ms=latency(gaps) if gaps else None,
         e2e_ms=latency(sequence.token_s[-1] - sequence.submitted_s for sequence in sequences),
+        longest_gap_cycles=max(gaps) / median(cycles) if cycles else None,
         full_passes_per_token=sum(sequence.full_passes for sequence in sequences) / len(gaps) if gaps else None,
         in_phase_share=sum(run.counts.head_passes_in_phase for run in runs) / heads if heads else None,
         running=sum(sequence.token_s[-1] - sequence.started_s for sequence in sequences) / busy,
@@ -155,6 +160,20 @@ def latency(seconds: Iterable[float]) -> Latency:
     ms = np.array(list(seconds)) * 1e3
     p50, p90, p99 = np.percentile(ms, [50, 90, 99]).tolist()
     return Latency(p50=p50, p90=p90, p99=p99, max=float(ms.max()))
+
+
+def undisturbed_cycles(run: LoadRun) -> list[float]:
+    """Seconds of every cycle's number of tokens of a sequence during which no prompt was being read."""
+    reading = sorted((sequence.started_s, sequence.token_s[0]) for sequence in run.sequences)
+    begins, ends = (np.array(each) for each in zip(*reading, strict=True))
+    ends, found = np.maximum.accumulate(ends), list[float]()
+    for sequence in run.sequences:
+        first = np.array(sequence.token_s[: -run.cycle_length])
+        last = np.array(sequence.token_s[run.cycle_length :])
+        begun = np.searchsorted(begins, last)  # prompts whose reading began before the last token
+        undisturbed = ends[begun - 1] <= first  # its own began, so there is one
+        found += (last - first)[undisturbed].tolist()
+    return found
 
 
 def loaded_tok_per_s(runs: Sequence[LoadRun]) -> float:

@@ -205,6 +205,10 @@ _FIGURES: list[tuple[str, Callable[[ModeFigures], str]]] = [
     ("requests/s", lambda f: f"{f.requests_per_s:.2f}"),
     ("first token, ms: p50 / 90 / 99", lambda f: _percentiles(f.ttft_ms)),
     ("between tokens, ms: and longest", lambda f: _percentiles(f.itl_ms, longest=True)),
+    (
+        "longest, in cycles without prompts",
+        lambda f: "-" if f.longest_gap_cycles is None else f"{f.longest_gap_cycles:.1f}",
+    ),
     ("end to end, ms", lambda f: _percentiles(f.e2e_ms)),
     (
         "full passes a token, sequence",

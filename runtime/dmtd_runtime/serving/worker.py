@@ -133,11 +133,13 @@ class Worker:
 
     def _publish(self) -> None:
         counts = self._counts
-        self._snapshot = replace(
-            counts,
-            waiting=counts.waiting + len(self._incoming),
-            waiting_prompt_tokens=counts.waiting_prompt_tokens + self._incoming_tokens,
-        )
+        if self._incoming:
+            counts = replace(
+                counts,
+                waiting=counts.waiting + len(self._incoming),
+                waiting_prompt_tokens=counts.waiting_prompt_tokens + self._incoming_tokens,
+            )
+        self._snapshot = counts
 
     def _work(self, warm_up: bool) -> None:
         try:

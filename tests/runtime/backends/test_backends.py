@@ -26,7 +26,10 @@ from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference import oracle
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.backends.base import BackendOptions, SlotStep
+from dmtd_runtime.backends.layouts.packed import PackedLayout
 from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from dmtd_runtime.backends.onnxruntime.trial import trial_step
+from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.cycle import CyclePlan, Position
 from dmtd_runtime.errors import BackendError, BundleError, RequestError
@@ -327,3 +330,13 @@ def test_a_failing_session_becomes_a_backend_error(tiny: TinyBundles, capfd: pyt
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
     backend.close()
+
+
+@pytest.mark.parametrize(("few_shapes", "padded"), [(False, 48), (True, 64)])
+def test_a_chunk_of_a_prompt_is_padded_by_less_than_sixteen_rows_where_shapes_are_cheap(
+    few_shapes: bool, padded: int
+) -> None:
+    layout = PackedLayout(3, few_shapes=few_shapes)
+    steps = [trial_step(4, 9, 0), trial_step(1, 7, 1), trial_step(35, 34, 2, prefill=True)]
+    assert layout.sizes(contract.THINKING, steps)["window_len"] == 4 + 1 + padded
+    assert layout.sizes(contract.LATE_DECODE, steps[2:])["late_len"] == padded

@@ -12,7 +12,7 @@ import pytest
 from bundles import make_bundle
 
 from dmtd_runtime.bench.dataset import read_dataset
-from dmtd_runtime.bench.load import LoadOptions, arrival_times, draw_requests, length_range
+from dmtd_runtime.bench.load import LoadOptions, arrival_times, draw_requests, length_range, with_long_prompts
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.text.tokenizer import Tokenizer
 
@@ -38,6 +38,15 @@ def test_lengths_and_ids_are_numpys() -> None:
 )
 def test_ranges_of_lengths(length: int, ratio: float, expected: tuple[int, int]) -> None:
     assert length_range(length, ratio) == expected
+
+
+def test_long_prompts_stand_where_the_last_slot_gets_them() -> None:
+    options = LoadOptions(long_prompts=2, long_prompt_len=9)
+    drawn = draw_requests(options, 5, prompt_len=4, max_tokens=7, vocab_size=VOCAB, seed=5)
+    brought = with_long_prompts(drawn, options, 3, vocab_size=VOCAB, seed=5)
+    assert brought[:2] + brought[4:] == drawn
+    assert [(len(one.prompt_ids), one.max_tokens) for one in brought[2:4]] == [(9, 1), (9, 1)]
+    assert brought[2].prompt_ids != brought[3].prompt_ids
 
 
 def test_arrivals_are_a_poisson_process() -> None:

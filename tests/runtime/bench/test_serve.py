@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,14 @@ from dmtd_runtime.bench.drive import LoadRun, SequenceRecord, drive
 from dmtd_runtime.bench.load import LoadOptions, LoadRequest, draw_requests
 from dmtd_runtime.bench.measure import BenchOptions
 from dmtd_runtime.bench.serve import run_serve
-from dmtd_runtime.bench.serve_report import ServeReport, figures_of, latency, load_report, loaded_tok_per_s
+from dmtd_runtime.bench.serve_report import (
+    ServeReport,
+    figures_of,
+    latency,
+    load_report,
+    loaded_tok_per_s,
+    undisturbed_cycles,
+)
 from dmtd_runtime.bundle.manifest import Manifest, load_manifest
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.errors import BackendError, RequestError
@@ -139,7 +147,7 @@ def a_sequence(submitted: float, started: float, *token_s: float, passes: int = 
 
 def a_run(*sequences: SequenceRecord, session_seconds: float = 1.0) -> LoadRun:
     counts = Counts(head_passes=8, head_passes_in_phase=6)
-    return LoadRun(sequences=sequences, counts=counts, session_seconds=session_seconds)
+    return LoadRun(cycle_length=2, sequences=sequences, counts=counts, session_seconds=session_seconds)
 
 
 def test_figures_by_hand() -> None:
@@ -157,6 +165,8 @@ def test_figures_by_hand() -> None:
     assert found.itl_ms is not None and found.itl_ms.max == 1000.0
     assert found.e2e_ms.p50 == 2000.0
     assert found.full_passes_per_token == 4 / 6
+    # Of two tokens a cycle: 0.5, 1 and 1.5 s, none of them while the prompts of 0 to 1, 1.5 to 2 and 6 to 7 were read.
+    assert found.longest_gap_cycles == 1.0 / 1.0
     assert found.in_phase_share == 0.75
     assert found.outside_share == pytest.approx(1 - 5.4 / 6)
     assert found.running == (1.5 + 2.5 + 2.0) / 6
@@ -164,6 +174,15 @@ def test_figures_by_hand() -> None:
     twice = figures_of([run, run])
     assert (twice.requests, twice.duration_s, twice.loaded_tok_per_s) == (6, 16.0, 7 / 6)
     assert (twice.ttft_ms.p50, twice.ttft_ms.max) == (1000.0, 1500.0)
+
+
+def test_cycles_beside_a_prompt_are_no_measure_of_those_without() -> None:
+    stream = a_sequence(0.0, 0.0, 1.0, 1.5, 2.0, 5.0, 8.0, 8.5, 9.0, 9.5)
+    long = a_sequence(0.0, 2.0, 8.0)
+    found = figures_of([a_run(stream, long)])
+    assert undisturbed_cycles(a_run(stream, long)) == [1.0, 1.0, 1.0]  # from 1 to 2, from 8 and from 8.5
+    assert found.longest_gap_cycles == 3.0
+    assert figures_of([a_run(a_sequence(0.0, 0.0, 1.0, 2.0), long)]).longest_gap_cycles is None
 
 
 def test_a_load_that_never_waits_counts_to_its_end() -> None:
@@ -245,6 +264,17 @@ def test_prompts_of_a_file(bundle: Path, manifest: Manifest, tmp_path: Path) -> 
     too_many = LoadOptions(dataset=path, num_prompts=3)
     with pytest.raises(RequestError, match=r"num_prompts: got 3, expected at most 2.* \(1 do not\)"):
         run_serve(bundle, manifest, options, too_many, BackendOptions(threads=1))
+
+
+def test_long_prompts_come_while_others_decode(bundle: Path, manifest: Manifest) -> None:
+    options = BenchOptions(batches=(2,), repeats=1, warmup=0, prompt_len=4, max_tokens=60)
+    load = LoadOptions(num_prompts=4, range_ratio=0, long_prompts=2, long_prompt_len=150)
+    found = run_serve(bundle, manifest, options, load, BackendOptions(threads=1)).loads[0]
+    for mode in (found.dmtd, found.plain):
+        assert mode.requests == 4 + 2
+        assert mode.longest_gap_cycles is not None and mode.longest_gap_cycles > 0
+    with pytest.raises(RequestError, match="long_prompt_len: got 9000, expected at most"):
+        run_serve(bundle, manifest, options, replace(load, long_prompt_len=9000), BackendOptions(threads=1))
 
 
 def test_lengths_beyond_the_model_are_refused(bundle: Path, manifest: Manifest) -> None:

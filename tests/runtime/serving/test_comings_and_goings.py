@@ -179,7 +179,7 @@ test_whoever_comes_and_goes_heads_fall_together_and_nobody_waits_for_ever = sett
     COMINGS_AND_GOINGS(whoever_comes_and_goes)
 )
 test_whoever_comes_and_goes_in_many_cases = pytest.mark.slow(
-    settings(max_examples=2000)(COMINGS_AND_GOINGS(whoever_comes_and_goes))
+    settings(max_examples=20_000)(COMINGS_AND_GOINGS(whoever_comes_and_goes))
 )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dmtd_runtime.backends.base import Array, Rows, SlotStep, rounded_rows
+from dmtd_runtime.backends.base import PREFILL_ROUNDING, Array, Rows, SlotStep, rounded_rows
 from dmtd_runtime.bundle import contract
 
 
@@ -23,11 +23,12 @@ class PackedLayout:
 
     ``constant_total``: what every total length says in steps behind a prompt, so that a captured graph may be replayed: the
     host reads them when kernels are launched, and on a GPU they bound its work alone. Attention nodes then take equally many
-    rows, idle ones too. None: the true lengths, and one row for an idle slot.
+    rows, idle ones too. None: the true lengths, and one row for an idle slot. ``few_shapes``: chunks of prompts are padded to
+    one of few sizes, which a GPU's libraries prepare for one by one; else by less than ``PREFILL_ROUNDING[0]`` rows.
     """
 
-    def __init__(self, slots: int, *, constant_total: int | None = None) -> None:
-        self._slots, self._constant_total = slots, constant_total
+    def __init__(self, slots: int, *, constant_total: int | None = None, few_shapes: bool = False) -> None:
+        self._slots, self._constant_total, self._few_shapes = slots, constant_total, few_shapes
 
     def split(self, steps: Sequence[SlotStep]) -> Sequence[Sequence[SlotStep]]:
         """Heads together, prompts one by one: D takes several rows of one sequence only."""
@@ -84,10 +85,12 @@ class PackedLayout:
             return range(steps[0].slot, steps[0].slot + 1)
         return range(steps[-1].slot + 1)
 
-    @staticmethod
-    def _own_rows(step: SlotStep) -> int:
-        """Packed rows of a step's window: a prompt's chunk is rounded up, so that there are few shapes."""
-        return rounded_rows(len(step.step.late)) if step.step.kind == "prefill" else len(step.step.window)
+    def _own_rows(self, step: SlotStep) -> int:
+        """Packed rows of a step's window: a prompt's chunk is rounded up, so that there are not too many shapes."""
+        rows = len(step.step.window)
+        if step.step.kind != "prefill":
+            return rows
+        return rounded_rows(rows) if self._few_shapes else -(-rows // PREFILL_ROUNDING[0]) * PREFILL_ROUNDING[0]
 
     def _late_len(self, part: Sequence[SlotStep]) -> int:
         return self._own_rows(part[0]) if part[0].step.kind == "prefill" else 1

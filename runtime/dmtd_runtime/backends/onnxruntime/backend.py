@@ -72,7 +72,9 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self._rides = packed and self.full_pass == "staged" and not on_gpu  # prompts run through T beside the heads
         constant_total = self.capacity if self._captures else None
         self._layout: Layout = (
-            PackedLayout(num_slots, constant_total=constant_total) if packed else RectangularLayout(self.slots)
+            PackedLayout(num_slots, constant_total=constant_total, few_shapes=on_gpu)
+            if packed
+            else RectangularLayout(self.slots)
         )
         self._cache_slots = max(num_slots, self.slots)
         self._host_cache = None if on_gpu else HostKvCache(manifest.model, self._cache_slots, self.capacity)

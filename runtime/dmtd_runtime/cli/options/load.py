@@ -20,6 +20,10 @@ LOAD = Group(
             "Lengths are uniform between 1 - R and 1 + R times --prompt-len and --max-tokens.", panel=PANEL, metavar="R"
         ),
         "prefix_len": option("Tokens that all prompts begin with, before --prompt-len of their own.", panel=PANEL),
+        "long_prompts": option(
+            "So many long prompts besides, read one after another while others decode.", panel=PANEL
+        ),
+        "long_prompt_len": option("Tokens of a long prompt.", panel=PANEL),
         "dataset": option(
             'Prompts and lengths of a file: JSON lines like ShareGPT\'s, or {"prompt", "max_tokens"}.',
             panel=PANEL,
