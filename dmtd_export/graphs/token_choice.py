@@ -195,7 +195,9 @@ def _write_is_finite(w: GraphWriter, logits: str, rows: list[int | str], path: s
 def _write_confidence(w: GraphWriter, logits: str, likeliest: str, rows: list[int | str], path: str) -> None:
     """1 / sum(exp(logits - logits[likeliest])), ``likeliest`` [*rows] within the vocabulary."""
     path, last = f"{path}/confidence", w.constant([-1], "int64")
-    largest = w.op("GatherElements", [logits, w.op("Unsqueeze", [likeliest, last], path)], path, attrs={"axis": -1})
+    # Counted from the front: ONNX's reference evaluator takes no other.
+    axis = {"axis": len(rows)}
+    largest = w.op("GatherElements", [logits, w.op("Unsqueeze", [likeliest, last], path)], path, attrs=axis)
     weights = w.op("Exp", [w.op("Sub", [logits, largest], path)], path)
     total = w.op("ReduceSum", [weights, last], path, attrs={"keepdims": 0})
     w.op("Div", [w.constant(1.0, "float32"), total], path, output=w.output(contract.CONFIDENCE, rows, "float32"))
