@@ -193,9 +193,12 @@ def _write_is_finite(w: GraphWriter, logits: str, rows: list[int | str], path: s
 
 
 def _write_confidence(w: GraphWriter, logits: str, likeliest: str, rows: list[int | str], path: str) -> None:
-    """1 / sum(exp(logits - logits[likeliest])), ``likeliest`` [*rows] within the vocabulary."""
+    """1 / sum(exp(logits - logits[likeliest])), ``likeliest`` [*rows] within the vocabulary.
+
+    The axis counts from the front: onnx's evaluator takes GatherElements no other way.
+    """
     path, last = f"{path}/confidence", w.constant([-1], "int64")
-    largest = w.op("GatherElements", [logits, w.op("Unsqueeze", [likeliest, last], path)], path, attrs={"axis": -1})
+    largest = w.op("GatherElements", [logits, w.op("Unsqueeze", [likeliest, last], path)], path, attrs={"axis": 2})
     weights = w.op("Exp", [w.op("Sub", [logits, largest], path)], path)
     total = w.op("ReduceSum", [weights, last], path, attrs={"keepdims": 0})
     w.op("Div", [w.constant(1.0, "float32"), total], path, output=w.output(contract.CONFIDENCE, rows, "float32"))

@@ -77,7 +77,7 @@ def test_the_stand_in_refuses_activations_that_are_missing_small_or_shared(fake:
     here = engine.context(0, shapes, scratch, engine.scratch_bytes)
     there = made(engines, other)[0].context(0, shapes, scratch, engine.scratch_bytes)
     for each in (here, there):
-        for name, size in (("logits", 4 * shapes["logits"][-1]), ("token_ids", 8), ("is_finite", 1)):
+        for name, size in (("logits", 4 * shapes["logits"][-1]), ("token_ids", 8), ("is_finite", 1), ("confidence", 4)):
             address = device.alloc(size, name)
             device.zero(address, size)
             each.set_address(name, address)
