@@ -23,7 +23,11 @@ PACKAGE_FOLDERS = {
     "runtime/dmtd_runtime": "dmtd_runtime",
     "models/dmtd_models": "dmtd_models",
 }
-NOT_IN_THE_WHEEL = {"dmtd_export/README.md", "models/dmtd_models/reference/testing.py"}
+NOT_IN_THE_WHEEL = {
+    "dmtd_export/README.md",
+    "runtime/dmtd_runtime/server/README.md",
+    "models/dmtd_models/reference/testing.py",
+}
 NOT_PACKAGES = ("runtime", "models", "tools", "tests", "study")
 ADAPTER = "/adapter_model.safetensors"
 
