@@ -68,7 +68,7 @@ def _export(
 ) -> Manifest:
     tell_of_engines(output)
     options = replace(options, formats=resolved_formats(checkpoint, options))
-    check_formats(options)
+    _check_formats(options)
     spec = resolve(checkpoint, options)
     quantisation = plan_quantisation(checkpoint, spec, options.formats)
     max_model_len = _max_model_len(checkpoint.config, options)
@@ -76,7 +76,8 @@ def _export(
     needed = stored_bytes(checkpoint.config, checkpoint, options.dtype, max_model_len + MAX_WINDOW, quantisation)
     check_disk(output, needed)
     with atomic_directory(output) as work:
-        manifest = _write_bundle(work, checkpoint, spec, quantisation, max_model_len, options, progress)
+        weights_done = counter(progress, "weights", needed)
+        manifest = _write_bundle(work, checkpoint, spec, quantisation, max_model_len, options, weights_done, progress)
         if verify is not None:
             progress("verify", 0, 0)
             manifest = replace(manifest, verification=verify(work, checkpoint))
@@ -84,7 +85,7 @@ def _export(
     return manifest
 
 
-def check_formats(options: ExportOptions) -> None:
+def _check_formats(options: ExportOptions) -> None:
     """Refuse graphs or a type that quantised weights do not have.
 
     Raises:
@@ -165,6 +166,7 @@ def _write_bundle(
     quantisation: Quantisation,
     max_model_len: int,
     options: ExportOptions,
+    weights_done: Callable[[int], None],
     progress: Progress,
 ) -> Manifest:
     config = checkpoint.config
@@ -172,14 +174,13 @@ def _write_bundle(
     loader = resource_files("dmtd_export").joinpath("bundle", "polygraphy_data.py").read_text(encoding="utf-8")
     (work / contract.DATA_LOADER_FILE).write_text(loader, encoding="utf-8")
     rotary_rows = max_model_len + MAX_WINDOW
-    needed = stored_bytes(config, checkpoint, options.dtype, rotary_rows, quantisation)
     written = write_weights(
         work / contract.WEIGHTS_FILE,
         checkpoint,
         config,
         options.dtype,
         rotary_rows,
-        counter(progress, "weights", needed),
+        weights_done,
         quantisation,
     )
     progress("graphs", 0, 0)

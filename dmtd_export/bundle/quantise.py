@@ -6,25 +6,31 @@ embedding. Matrices alone are quantised; norms, biases and rotary tables stay fl
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
 
 from dmtd_export.bundle.rounding import rounded
+from dmtd_export.bundle.split import cycle_of
 from dmtd_export.errors import ExportError
 from dmtd_export.options import GROUPS, ExportOptions, WeightFormat, WeightGroup, WeightOptions
 from dmtd_models.checkpoints.blocks import BLOCK_SIZES, BlockWeight
 from dmtd_models.checkpoints.protocol import Checkpoint
-from dmtd_models.checkpoints.tensors import EMBEDDING, tensor_shapes
+from dmtd_models.checkpoints.tensors import tensor_shapes
 from dmtd_models.config.model import DmtdSpec
+from dmtd_runtime.bundle import speed_bound
 
 Array = np.ndarray
 BITS: dict[WeightFormat, Literal[4, 8]] = {"int4": 4, "int8": 8}
 CHANGED: WeightFormat = "int8"
 KEPT_BYTES = 3  # of two weights, at most: 8 bits, and two floats for a block of 16
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_GROUPS: dict[str | None, WeightGroup] = {
+    "encoding": "late",
+    "thinking": "thinking",
+    "decoding": "late",
+    "embedding": "embedding",
+}
 
 
 class MatrixSource(Protocol):
@@ -114,7 +120,4 @@ def plan_quantisation(checkpoint: Checkpoint, dmtd: DmtdSpec, options: WeightOpt
 
 def group_of(name: str, dmtd: DmtdSpec) -> WeightGroup:
     """The group of formats that a weight belongs to."""
-    if (found := _LAYER.match(name)) is not None:
-        thinks = dmtd.encoding_layers <= int(found[1]) < dmtd.encoding_layers + dmtd.thinking_layers
-        return "thinking" if thinks else "late"
-    return "embedding" if name == EMBEDDING else "lm_head"
+    return _GROUPS.get(speed_bound.group_of(name, cycle_of(dmtd)), "lm_head")

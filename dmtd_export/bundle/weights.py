@@ -20,7 +20,7 @@ from typing import BinaryIO, Literal, Protocol
 import ml_dtypes
 import numpy as np
 
-from dmtd_export.bundle.quantise import NOTHING, Quantisation
+from dmtd_export.bundle.quantise import NOTHING, MatrixSource, Quantisation
 from dmtd_export.errors import ExportError
 from dmtd_export.graphs.layers import COS, SIN
 from dmtd_models.checkpoints.blocks import BlockWeight
@@ -42,13 +42,11 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
 }
 
 
-class TensorSource(Protocol):
+class TensorSource(MatrixSource, Protocol):
     """Anything that can be asked for tensors by their Hugging Face name."""
 
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
-    def read(self, name: str) -> Array: ...
-    def blocks(self, name: str) -> BlockWeight | None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

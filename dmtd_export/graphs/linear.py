@@ -18,12 +18,10 @@ from dmtd_runtime.bundle.manifest import BlockFormat
 # How the inputs of a product are rounded: 4, to int8 with a scale for each block of a row. 0 would be not at all.
 ACCURACY_LEVEL = 4
 
-Product = Callable[[str, tuple[str, ...], BlockFormat, str, str | None], str]
+Product = Callable[[str, tuple[str, ...], BlockFormat, str], str]
 
 
-def linear(
-    writer: GraphWriter, x: str, modules: tuple[str, ...], path: str, in_blocks: Product, output: str | None = None
-) -> str:
+def linear(writer: GraphWriter, x: str, modules: tuple[str, ...], path: str, in_blocks: Product) -> str:
     """``x`` [rows, in] times the stacked weights of ``modules`` (full module paths), with their biases if they have any.
 
     ``in_blocks`` is the dialect's product over quantised weights.
@@ -31,13 +29,13 @@ def linear(
     runs = [(fmt, tuple(run)) for fmt, run in itertools.groupby(modules, lambda m: writer.block_format(f"{m}.weight"))]
     made = []
     for fmt, run in runs:
-        place, given = (path, output) if len(runs) == 1 else (f"{path}/{run[0].rpartition('.')[2]}", None)
+        place = path if len(runs) == 1 else f"{path}/{run[0].rpartition('.')[2]}"
         if fmt is None:
             inputs = [x, writer.weight(*(f"{module}.weight" for module in run)), *biases(writer, run)]
-            made.append(writer.op("Gemm", inputs, place, output=given, attrs={"transB": 1}))
+            made.append(writer.op("Gemm", inputs, place, attrs={"transB": 1}))
         else:
-            made.append(in_blocks(x, run, fmt, place, given))
-    return made[0] if len(made) == 1 else writer.op("Concat", made, path, output=output, attrs={"axis": 1})
+            made.append(in_blocks(x, run, fmt, place))
+    return made[0] if len(made) == 1 else writer.op("Concat", made, path, attrs={"axis": 1})
 
 
 def biases(writer: GraphWriter, modules: tuple[str, ...]) -> list[str]:
@@ -46,29 +44,22 @@ def biases(writer: GraphWriter, modules: tuple[str, ...]) -> list[str]:
 
 
 def nbits_product(
-    writer: GraphWriter,
-    dtype: str,
-    x: str,
-    modules: tuple[str, ...],
-    fmt: BlockFormat,
-    path: str,
-    output: str | None = None,
+    writer: GraphWriter, dtype: str, x: str, modules: tuple[str, ...], fmt: BlockFormat, path: str
 ) -> str:
     """The product in ONNX Runtime's own operators."""
     codes = writer.weight(*(f"{module}.{contract.CODES}" for module in modules))
     rows, blocks, _ = writer.dims(codes)
     bias = biases(writer, modules)
-    attrs = {"N": rows, "K": blocks * fmt.block, "bits": fmt.bits, "block_size": fmt.block}
+    shape = {"N": rows, "K": blocks * fmt.block, "bits": fmt.bits, "block_size": fmt.block}
+    attrs = {**shape, "accuracy_level": ACCURACY_LEVEL}
     inputs = [x, codes, scales(writer, dtype, modules), *(["", "", *bias] if bias else [])]
-    outputs = [output] if output and not fmt.minimums else 1
-    attrs["accuracy_level"] = ACCURACY_LEVEL
-    (product,) = writer.node("MatMulNBits", inputs, path, outputs=outputs, contrib=True, attrs=attrs)
+    (product,) = writer.node("MatMulNBits", inputs, path, contrib=True, attrs=attrs)
     if not fmt.minimums:
         return product
     cut = writer.op("Reshape", [x, writer.constant([-1, blocks, fmt.block], "int64")], f"{path}/blocks")
     sums = writer.op("ReduceSum", [cut, writer.constant([-1], "int64")], f"{path}/block_sums", attrs={"keepdims": 0})
     inputs = [sums, offsets(writer, dtype, modules, fmt, path), product]
-    return writer.op("Gemm", inputs, f"{path}/offsets", output=output, attrs={"transB": 1})
+    return writer.op("Gemm", inputs, f"{path}/offsets", attrs={"transB": 1})
 
 
 def scales(writer: GraphWriter, dtype: str, modules: tuple[str, ...]) -> str:

@@ -90,9 +90,7 @@ class StandardDialect:
     def linear(self, x: str, modules: tuple[str, ...], path: str) -> str:
         return linear(self.writer, x, modules, path, self._product_in_blocks)
 
-    def _product_in_blocks(
-        self, x: str, modules: tuple[str, ...], fmt: BlockFormat, path: str, output: str | None
-    ) -> str:
+    def _product_in_blocks(self, x: str, modules: tuple[str, ...], fmt: BlockFormat, path: str) -> str:
         raise AssertionError(f"{path}: weights in blocks have no standard graphs, so none are asked for")
 
     def attention(self, x: str, layer: int, group: Group, path: str) -> str:

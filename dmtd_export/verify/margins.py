@@ -75,6 +75,15 @@ def rounding_margin(manifest: Manifest) -> Margin | None:
     return None if manifest.model.dtype == "float32" else half_margin(manifest.model.dtype, manifest.model.num_layers)
 
 
+def told_margins(manifest: Manifest) -> dict[str, float]:
+    """What a report says of the margin of the graphs as they are; nothing where float32's holds."""
+    rounded = rounding_margin(manifest)
+    if rounded is None:
+        return {}
+    kind = "int8_of_max" if manifest.quantised else "half_ulp"
+    return {kind: rounded.limit, f"{kind.partition('_')[0]}_top1_agreement": rounded.agreement or 0.0}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
     """The worst element of a comparison: ``error`` in the margin's unit, where, and both values."""

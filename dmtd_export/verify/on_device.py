@@ -23,7 +23,7 @@ from dmtd_export.errors import ExportError
 from dmtd_export.verify.cycles import Array, Case, Comparison, Variant, forced_group, make_cases
 from dmtd_export.verify.forced import LeavingRun
 from dmtd_export.verify.levels import installed
-from dmtd_export.verify.margins import FLOAT32, Margin, rounding_margin
+from dmtd_export.verify.margins import FLOAT32, Margin, rounding_margin, told_margins
 from dmtd_export.verify.report import Check, VerifyReport
 from dmtd_export.verify.structure import model_config
 from dmtd_models.progress import Progress, counter, silent
@@ -74,8 +74,7 @@ def verify_on_device(
     """
     start, manifest = time.monotonic(), open_bundle(directory)
     reference = _reference(directory, manifest)
-    rounded = rounding_margin(manifest)
-    margin = rounded or FLOAT32
+    margin = rounding_margin(manifest) or FLOAT32
     cases = make_cases(manifest, quick)
     checks: list[Check] = []
     # The largest first: what the engines or the device do not take is then said before any work is done.
@@ -91,17 +90,13 @@ def verify_on_device(
         finally:
             backend.close()
         checks = [*found, *checks]  # told from batch 1 on, where a divergence is simplest
-    margins = {"float32_of_max": FLOAT32.limit}
-    if rounded is not None:
-        kind = "int8_of_max" if manifest.quantised else "half_ulp"
-        margins = {kind: rounded.limit, f"{kind.partition('_')[0]}_top1_agreement": rounded.agreement or 0.0}
     return VerifyReport(
         level="oracle",
         level_note="",
         notes=(f"run by {_name(options)}; the bundle itself is checked by dmtd verify without options",),
         checks=tuple(checks),
         seconds=time.monotonic() - start,
-        margins=margins,
+        margins=told_margins(manifest) or {"float32_of_max": FLOAT32.limit},
     )
 
 

@@ -26,7 +26,7 @@ from dmtd_export.verify.graph_checks import check_graphs, graphs_as_expected, or
 from dmtd_export.verify.graph_runs import OpenSession, open_evaluator, open_onnxruntime
 from dmtd_export.verify.half import float32_twin
 from dmtd_export.verify.levels import Plan, float32_bytes, make_plan, scratch_directory
-from dmtd_export.verify.margins import FLOAT32, FLOAT32_MARGIN, rounding_margin
+from dmtd_export.verify.margins import FLOAT32, FLOAT32_MARGIN, rounding_margin, told_margins
 from dmtd_export.verify.report import Check, Divergence, Level, VerificationError, VerifyReport, record
 from dmtd_export.verify.scenario import Outcome, Scenario, make_scenario
 from dmtd_export.verify.structure import check_structure, model_config, steps
@@ -82,17 +82,13 @@ def verify_bundle(
         checks += run.numbers(plan)
     elif checkpoint is not None:
         checks += run.weights()
-    margins = {"float32_of_max": FLOAT32_MARGIN}
-    if (rounded := rounding_margin(manifest)) is not None:
-        kind = "int8_of_max" if manifest.quantised else "half_ulp"
-        margins |= {kind: rounded.limit, f"{kind.partition('_')[0]}_top1_agreement": rounded.agreement or 0.0}
     return VerifyReport(
         level=reached,
         level_note=plan.note,
         notes=tuple(notes),
         checks=tuple(checks),
         seconds=time.monotonic() - start,
-        margins=margins,
+        margins={"float32_of_max": FLOAT32_MARGIN, **told_margins(manifest)},
     )
 
 

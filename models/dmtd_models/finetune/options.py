@@ -73,9 +73,8 @@ class BatchOptions:
 
     learn_prompt: bool = False  # also the rows of a prompt (under origin prompt)
     vary_phase: bool = True  # begin the answer's first cycle 0 .. tau - 1 tokens later, anew each epoch (origin prompt)
-    cycle_lengths: CycleLengths = (
-        "fixed"  # varied: each 1 .. tau, drawn anew each epoch, as cycles that are left early have it
-    )
+    # varied: each 1 .. tau, drawn anew each epoch, as cycles that are left early have it
+    cycle_lengths: CycleLengths = "fixed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

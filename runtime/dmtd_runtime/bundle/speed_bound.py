@@ -79,8 +79,8 @@ def group_of(name: str, cycle: CycleInfo) -> str | None:
     """The group that a stored tensor belongs to: encoding, thinking, decoding, lm_head or embedding; None for the tables."""
     if (found := _LAYER.match(name)) is not None:
         return next(g for g in ("encoding", "thinking", "decoding") if int(found[1]) in getattr(cycle, f"{g}_range"))
-    modules = {"model.embed_tokens": "embedding", "lm_head": "lm_head", "model.norm": "lm_head"}
-    return modules.get(name.rpartition(".")[0])
+    groups = {EMBEDDING_NAME: "embedding", LM_HEAD_NAME: "lm_head", NORM_NAME: "lm_head"}
+    return groups.get(f"{name.rpartition('.')[0]}.weight")
 
 
 def weight_formats(manifest: Manifest) -> dict[str, str]:

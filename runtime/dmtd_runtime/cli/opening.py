@@ -7,19 +7,20 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.backends.base import OF_THE_BACKEND_ALONE, BackendOptions
 from dmtd_runtime.cli.common import logs_to_stderr, note
 from dmtd_runtime.llm import LLM
 from dmtd_runtime.serving.options import ServingOptions
 
 UNTRAINED = "note: weights not trained for DMTD: the speed is real, the words are not (compare with --plain)"
-_OWN = ("prepack",)  # of the backend alone: no option of LLM's
 
 
 @contextlib.contextmanager
 def open_llm(bundle: Path, options: BackendOptions, serving: ServingOptions, *, plain: bool) -> Iterator[LLM]:
     """The bundle, open; says on stderr if its weights were not trained for DMTD."""
-    given = {name: value for name, value in (asdict(options) | asdict(serving)).items() if name not in _OWN}
+    given = {
+        name: value for name, value in (asdict(options) | asdict(serving)).items() if name not in OF_THE_BACKEND_ALONE
+    }
     with logs_to_stderr(without="not trained for DMTD"), LLM(bundle, plain=plain, **given) as llm:
         if not llm.manifest.cycle.dmtd_trained and not plain:
             note(UNTRAINED)

@@ -22,7 +22,7 @@ ISA_FLAGS = (
     *("amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2"),
 )
 MAX_THREADS = max(64, os.cpu_count() or 1)
-"""Of a computation: more than any machine is slowed down by, unless it has the cores."""
+"""Of a computation: 64, or as many as the machine has cores; more only slow it down."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

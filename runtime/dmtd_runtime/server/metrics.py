@@ -52,7 +52,10 @@ _COUNTERS: dict[str, tuple[str, Callable[[Counts], float]]] = {
     "prompt_tokens": ("Prompt tokens taken in.", lambda c: c.prompt_tokens),
     "generation_tokens": ("Tokens generated.", lambda c: c.generation_tokens),
     "prefix_cache_queries": ("Prompt tokens looked for in the prefix cache.", lambda c: c.prefix_queries),
-    "prefix_cache_hits": ("Prompt tokens found there.", lambda c: c.prefix_hits),
+    "prefix_cache_hits": (
+        "Prompt tokens found there, or taken over from a sequence of the same request.",
+        lambda c: c.prefix_hits,
+    ),
     "full_passes": ("Passes through all layers.", lambda c: c.full_passes),
     "prefill_passes": ("Those of them that read prompts alone.", lambda c: c.prefill_passes),
     "late_steps": ("Steps through the decoding layers alone.", lambda c: c.late_steps),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dmtd_runtime.async_llm import AsyncLLM
-from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.backends.base import OF_THE_BACKEND_ALONE, BackendOptions
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.server.errors import ApiError, context_overflow, invalid
 from dmtd_runtime.server.lifecycle import Lifecycle
@@ -20,7 +20,6 @@ from dmtd_runtime.text.tokenizer import Tokenizer
 
 DMTD, PLAIN = "dmtd", "plain"
 """Engines, as metrics name them."""
-_OF_THE_BACKEND_ALONE = ("prepack",)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -114,7 +113,7 @@ def open_served(
         each: getattr(group, each)
         for group in (backend, serving)
         for each in group.__slots__
-        if each not in _OF_THE_BACKEND_ALONE
+        if each not in OF_THE_BACKEND_ALONE
     }
     given["max_num_seqs"] = options.max_num_seqs
     template = _template(bundle, options)

@@ -69,9 +69,8 @@ def _found(model: type[BaseModel], errors: Sequence[Mapping[str, Any]], body: An
         return [f".{left[0]}"], "nested too deeply; send fewer levels"
     while left:
         kinds = _kinds(hint)
-        if (
-            len(kinds) > 1
-        ):  # one complaint for each of them: that of the only one which describes such a value, if it goes deeper
+        # Of a union one complaint for each type: that of the only one which describes such a value, if it goes deeper.
+        if len(kinds) > 1:
             depth, kind = len(error["loc"]) - len(left), _only_fitting(kinds, value)
             deeper = [each for each in errors if len(each["loc"]) > depth + 1 and _tells_of(each["loc"][depth], kind)]
             if not deeper:

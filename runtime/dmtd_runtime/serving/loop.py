@@ -263,13 +263,7 @@ class Loop:
                 continue
             sequence.count(step.kind)
             if step.kind == "late" and sequence.drops(float(output.confidence[k, index])):
-                behind = [
-                    step
-                    for later in following
-                    for other in later
-                    if other.sequence == one.sequence
-                    for step in other.steps
-                ]
+                behind = [s for ahead in following for o in ahead if o.sequence == one.sequence for s in o.steps]
                 self._scheduler.leave_cycle(one.sequence, [*one.steps[k:], *behind])
                 self._dropped += 1
                 left.add(one.sequence)

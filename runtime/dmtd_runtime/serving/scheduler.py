@@ -100,7 +100,7 @@ class Scheduler:
         self._plan, self._max_rows, self._static = plan, max_rows, static
         self._budget = options.max_num_batched_tokens
         self._threshold = options.long_prefill_token_threshold
-        self._max_reading = num_slots if static else options.max_num_partial_prefills
+        self._max_reading = options.max_num_partial_prefills
         self._slots = Slots(num_slots)
         self._orders = itertools.count()
         # Sorted (priority, order, sequence, group, start).
@@ -135,9 +135,10 @@ class Scheduler:
         """Whether a waiting sequence would get a slot."""
         if not (self._waiting and self._slots.num_free):
             return False
-        place = self._next
-        if self._static or place is None:
-            return self._static and not self._running
+        if self._static:
+            return not self._running
+        if (place := self._next) is None:
+            return False
         return self.num_reading < self._max_reading or self._fits(self._waiting[place][-1])
 
     @property
@@ -284,7 +285,7 @@ class Scheduler:
         return sorted(steps, key=lambda planned: planned.slot)
 
     def _fits(self, position: Position) -> bool:
-        """Whether a prompt and what is left of those being read fit whole into the next pass beside those that run."""
+        """Whether a prompt and what is left of those being read fit whole into one pass; the rows of heads are not counted."""
         left = [entry.left for entry in self._running if entry.position.in_prefill]
         padded = sum(-(-rows // CHUNK_FLOOR) * CHUNK_FLOOR for rows in (*left, position.given_len))
         return padded <= min(self._beside(len(self._running) - len(left)), self._budget or self._max_rows)

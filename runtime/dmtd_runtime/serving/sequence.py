@@ -46,9 +46,8 @@ class SequenceRun:
     priority: int = 0  # lower goes first
     cache_salt: str | None = None  # shares cached prefixes with sequences of the same salt alone
     group: int = 0  # those of one group have the same ids when they come; 0: nobody else
-    prompt_len: int = (
-        0  # where the reply begins; 0: all ids are prompt. Ids behind it are a reply that is given, not chosen
-    )
+    # Where the reply begins; 0: all ids are prompt. Ids behind it are a reply that is given, not chosen.
+    prompt_len: int = 0
     min_confidence: float = 0.0  # of a late step, below which its choice is dropped and the cycle left
     prompt_logprobs: int | None = None  # of the ids given: log probabilities, and of so many likeliest tokens
     prompt_choices: list[Choice | None] = field(default_factory=list)  # what was asked so; the first token has none

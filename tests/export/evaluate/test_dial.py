@@ -102,11 +102,11 @@ def test_the_dial_is_the_oracles(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("0.5,often", "min_confidence: got '0.5,often'"),
-        ("1.5", "min_confidence: got (1.5,), expected numbers from 0 to 1"),
+        ("0.5,often", "--min-confidence: got '0.5,often'"),
+        ("1.5", "--min-confidence: got (1.5,), expected numbers from 0 to 1"),
     ],
 )
 def test_confidences_that_are_none(bundle: Path, given: str, message: str) -> None:
     result = CliRunner().invoke(app, ["evaluate", str(bundle), "--min-confidence", given])
     assert result.exit_code == 1
-    assert message in result.stderr.replace("--min-confidence", "min_confidence")
+    assert message in result.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -71,8 +70,8 @@ def test_floats_have_the_bound_of_their_bytes_alone(tiny: Manifest) -> None:
     assert kernel_bound(replace(tiny, quantised={}), 0) is None
 
 
-def test_every_matrix_of_a_bundle_counts_once(tiny: Manifest, tmp_path: Path) -> None:
-    """A tied embedding is multiplied by as lm_head; with equal groups of equal cost the bound is the rows' alone."""
+def test_every_matrix_of_a_bundle_counts_once(tiny: Manifest) -> None:
+    """A tied embedding counts as lm_head, for that is what multiplies by it."""
     assert kernel_bound(tiny, 0) == pytest.approx(_by_hand(tiny), rel=1e-9)
 
 

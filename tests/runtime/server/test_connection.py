@@ -21,7 +21,7 @@ PROMPT_BYTES = 64 << 10
 
 @pytest.fixture(scope="module")
 def server(tiny: TinyBundles) -> Iterator[Running]:
-    with running(tiny.get().directory, ServerOptions(), limits=Limits(write_timeout_s=0.2)) as server:
+    with running(tiny.get().directory, ServerOptions(), limits=Limits(write_timeout_s=2)) as server:
         for each in server.server.servers[0].sockets:  # connections have what their listener has
             each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
         yield server

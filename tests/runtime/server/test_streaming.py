@@ -19,7 +19,7 @@ async def endless(made: list[int]) -> AsyncIterator[bytes]:
         await asyncio.sleep(0)
 
 
-def test_a_client_that_reads_nothing_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_is_made_while_the_buffer_is_full(caplog: pytest.LogCaptureFixture) -> None:
     made: list[int] = []
     told: list[str] = []
     blocked = asyncio.Event()

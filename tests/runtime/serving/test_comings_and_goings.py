@@ -55,7 +55,8 @@ class Service:
         self.slots = {number: self._slot(number) for number in self.at}
         assert sorted(self.slots.values()) == list(range(len(self.slots))), "no gap is left, no slot has two tenants"
         left = [at.prompt_len - at.fed for at in self.at.values() if at.in_prefill]
-        fitting = sum(-(-n // 16) * 16 for n in left) <= self._beside
+        most = min(self._beside, self.options.max_num_batched_tokens or self.max_rows)
+        fitting = sum(-(-n // 16) * 16 for n in left) <= most
         assert not entered or fitting or len(left) <= self.options.max_num_partial_prefills
         read = [self.groups[n] for n, at in self.at.items() if at.in_prefill and self.groups[n]]
         assert len(read) == len(set(read)), "a prompt is read twice at a time"

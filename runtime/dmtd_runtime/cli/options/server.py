@@ -49,7 +49,7 @@ HTTP = Group(
             "Its key, without a password, where the certificate's file does not hold it.", panel=_HTTP
         ),
         "ssl_ca_certs": option(
-            "Certificates (PEM) of who may vouch for clients; one without theirs is refused.", panel=_HTTP
+            "Certificates (PEM) of authorities; a client without a certificate of theirs is refused.", panel=_HTTP
         ),
         "root_path": option("The prefix that a proxy strips: /models/dmtd.", panel=_HTTP),
         "max_num_seqs": option(
