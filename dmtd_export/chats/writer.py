@@ -23,7 +23,7 @@ import numpy as np
 
 from dmtd_export.bundle.export import export_bundle, quiet_export, runnable_target
 from dmtd_export.chats.questions import Conversation, read_questions
-from dmtd_export.options import ExportOptions
+from dmtd_export.options import ExportOptions, WeightOptions
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.config.model import ANY_SPLIT
 from dmtd_models.data.repetition import is_loop, number_ids
@@ -125,6 +125,7 @@ def _opened(request: ChatRequest) -> Iterator[LLM]:
             split=ANY_SPLIT,
             target=target,
             dtype=dtype,
+            formats=WeightOptions(weights="float"),
             max_num_seqs=MAX_BATCH[request.device],
             max_model_len=request.longest,
             verify=False,

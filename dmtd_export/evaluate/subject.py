@@ -16,7 +16,7 @@ from typing import Literal
 from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.options import OpenOptions
 from dmtd_export.evaluate.scorer import Scorer
-from dmtd_export.options import ExportOptions
+from dmtd_export.options import ExportOptions, WeightOptions
 from dmtd_models.config.model import ANY_SPLIT, SplitOptions, require_split, resolve_dmtd
 from dmtd_models.data.chat import TextTokenizer
 from dmtd_runtime.bundle import contract
@@ -140,7 +140,10 @@ def _open_checkpoint(path: Path, options: OpenOptions, plain_only: bool, opened:
             from dmtd_export.bundle.export import export_bundle, quiet_export, runnable_target
 
             target = runnable_target(checkpoint.config.head_dim)
-            made = ExportOptions(split=split, target=target, max_num_seqs=GENERATION_BATCH, verify=False)
+            floats = WeightOptions(weights="float")  # as the scorer reads them
+            made = ExportOptions(
+                split=split, target=target, formats=floats, max_num_seqs=GENERATION_BATCH, verify=False
+            )
             with quiet_export() if plain_only else contextlib.nullcontext():
                 export_bundle(path, bundle, made, adapter=options.adapter)
         return bundle

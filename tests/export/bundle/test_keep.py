@@ -13,10 +13,13 @@ from gguf_files import permuted, tiny_config, write_gguf
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.errors import ExportError
+from dmtd_export.evaluate.options import OpenOptions
+from dmtd_export.evaluate.subject import open_subject
 from dmtd_export.options import WeightOptions
 from dmtd_export.verify import verify_bundle
 from dmtd_export.verify.stored import stored_weight
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import random_weights, write_tiny_checkpoint
 from dmtd_runtime.bundle.manifest import load_manifest
 
@@ -115,3 +118,10 @@ def test_a_kept_checkpoint_takes_another_format_for_a_group(checkpoint: Path, tm
     manifest = load_manifest(keep(checkpoint, tmp_path / "b", weights="keep", weights_late="int8"))
     late = {fmt.source for name, fmt in manifest.quantised.items() if ".layers.1." in name}
     assert late == {"rtn"} and manifest.quantised["model.layers.0.self_attn.q_proj.weight"].source == "Q4_1"
+
+
+def test_a_checkpoint_is_evaluated_in_floats(checkpoint: Path) -> None:
+    """Its generated texts as its scores: what kernels for blocks round, a bundle's evaluation tells."""
+    options = OpenOptions(split=SplitOptions(decoding_layers=1, cycle_length=2), threads=1)
+    with open_subject(checkpoint, options) as subject:
+        assert not load_manifest(subject.generation_bundle()).quantised
