@@ -111,7 +111,9 @@ def preview(bundle: Path, options: BuildOptions) -> Preview:
     Raises:
         BundleError, BackendError, ExportError: the bundle, library, GPU or sizes do not allow it.
     """
-    return _preview(bundle, open_bundle(bundle), options, load_library(options.backend))
+    manifest = open_bundle(bundle)
+    plan = plan_build(manifest, options)  # before the library: what can never be built needs none
+    return _preview(bundle, manifest, plan, options, load_library(options.backend))
 
 
 def build_engines(
@@ -134,9 +136,10 @@ def build_engines(
         KeyboardInterrupt: Ctrl-C.
         Whatever is raised, engines that stood there stand, and nothing of the new ones.
     """
-    library = load_library(options.backend)
     manifest = open_bundle(bundle)
-    seen = _preview(bundle, manifest, options, library)
+    plan = plan_build(manifest, options)
+    library = load_library(options.backend)
+    seen = _preview(bundle, manifest, plan, options, library)
     if seen.exists and not options.force:
         return BuildResult(bundle=bundle, directory=seen.directory, record=read_record(seen.directory), built=False)
     if library.module is not None:
@@ -155,8 +158,7 @@ def build_engines(
     return BuildResult(bundle=bundle, directory=seen.directory, record=record, built=True)
 
 
-def _preview(bundle: Path, manifest: Manifest, options: BuildOptions, library: Library) -> Preview:
-    plan = plan_build(manifest, options)
+def _preview(bundle: Path, manifest: Manifest, plan: BuildPlan, options: BuildOptions, library: Library) -> Preview:
     target = target_of(library, options.compute_capability)
     compiled = library.module is not None
     parts = _parts(bundle, manifest, plan, compiled=compiled)

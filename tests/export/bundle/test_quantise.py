@@ -17,6 +17,7 @@ from dmtd_export.errors import ExportError
 from dmtd_export.options import WeightOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.describe import to_json
+from dmtd_runtime.bundle.engine_record import EngineBackend
 from dmtd_runtime.bundle.manifest import load_manifest
 from dmtd_runtime.bundle.speed_bound import split_bytes
 from dmtd_runtime.errors import BundleError
@@ -142,11 +143,12 @@ def test_the_graphs_of_onnxruntime_alone_are_made(tmp_path: Path) -> None:
     assert {graph["dialect"] for graph in decoder} == {"onnxruntime"}
 
 
-def test_engines_take_no_quantised_weights_and_say_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["simulator", "tensorrt-rtx", "tensorrt"])
+def test_engines_take_no_quantised_weights_and_say_so(backend: EngineBackend, tmp_path: Path) -> None:
     source = write_tiny_checkpoint(tmp_path / "m", layers=2)
     export(source, tmp_path / "b", formats=WeightOptions(weights="int4"))
     with pytest.raises(ExportError, match=r"weights are quantised, engines take float .* --weights float --target all"):
-        preview(tmp_path / "b", BuildOptions(backend="simulator", max_model_len=64))
+        preview(tmp_path / "b", BuildOptions(backend=backend, max_model_len=64))
 
 
 @pytest.mark.parametrize(
