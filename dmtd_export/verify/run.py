@@ -175,7 +175,7 @@ class _Run:
         if reference is not None:
             rows = self._manifest.weights[contract.ROTARY_TABLES[0]].shape[0]
             checks.append(check_rotary(self._directory, self._manifest, reference.rotary_tables(rows)))
-        with self._float32() as (directory, manifest):
+        with self._float32(plan) as (directory, manifest):
             scenario = make_scenario(manifest.model.vocab_size)
             try:
                 with self._counting("reference", 1):
@@ -205,7 +205,7 @@ class _Run:
         return Reference(self.config, spec_of(self._manifest.cycle), self._directory, self._manifest, self._source)
 
     @contextmanager
-    def _float32(self) -> Iterator[tuple[Path, Manifest]]:
+    def _float32(self, plan: Plan) -> Iterator[tuple[Path, Manifest]]:
         """The bundle itself, or a twin in a temporary directory beside it: of half precision its float32 cast, of quantised
         weights one that rounds no inputs.
         """
@@ -215,14 +215,14 @@ class _Run:
         # Beside the bundle and locked, so that the next export or verification removes what a killed one left.
         with work_directory(scratch_directory(self._directory) / self._directory.resolve().name) as target:
             if self._manifest.quantised:
-                yield target, exact_twin(self._directory, self._manifest, target)
+                yield target, exact_twin(self._directory, self._manifest, target, in_floats=plan.in_floats)
             else:
                 yield target, float32_twin(self._directory, self._manifest, target, self.config)
 
     def _graphs(
         self, directory: Path, manifest: Manifest, scenario: Scenario, expected: Outcome, plan: Plan
     ) -> list[Check]:
-        label, open_exact = "" if manifest is self._manifest else ", cast to float32,", open_onnxruntime
+        label, open_exact = "" if directory == self._directory else ", cast to float32,", open_onnxruntime
         if manifest.quantised:
             label, open_exact = ", inputs not rounded,", partial(open_onnxruntime, prepack=True)
         as_is, label_as_is, open_session = self._as_is()
