@@ -79,9 +79,15 @@ def check_options(options: ExportOptions) -> None:
 
     if not 1 <= options.max_num_seqs <= MAX_NUM_SEQS_LIMIT:
         raise ExportError(f"got {options.max_num_seqs}, expected 1 to {MAX_NUM_SEQS_LIMIT}", param="max_num_seqs")
-    if (block := options.formats.weights_block) not in BLOCK_SIZES:
+    block, formats = options.formats.weights_block, [options.formats.format_of(group) for group in GROUPS]
+    if block not in BLOCK_SIZES:
         sizes = ", ".join(map(str, BLOCK_SIZES))
         raise ExportError(f"got {block}, expected one of {sizes}; choose one", param="weights_block")
+    if block != WeightOptions().weights_block and not {"int4", "int8"} & {*formats}:
+        raise ExportError(
+            f"got {block}, and no weights are int4 or int8, which alone are rounded in blocks; leave it out",
+            param="weights_block",
+        )
     check_formats(options)
 
 
