@@ -37,7 +37,8 @@ STANDARD_BATCH = 3
 class Case:
     """One prompt in one mode, and the tokens that follow it (empty before the baseline has run).
 
-    ``heads``, where they are not those of fixed cycles; at those of ``leaves`` a late step is tried first, and taken back.
+    ``heads``, where they are not those of fixed cycles; those of ``leaves`` come early, behind a late step that is kept or in
+    place of one.
     """
 
     prompt: tuple[int, ...]

@@ -10,6 +10,7 @@ import numpy as np
 
 from dmtd_runtime.backends.base import Backend
 from dmtd_runtime.cycle import CyclePlan
+from dmtd_runtime.sampling.confidence import Verdict
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import Choice, Logits, Sampler
 from dmtd_runtime.sampling.stops import StopRules
@@ -44,7 +45,9 @@ class ForcedSampler(Sampler):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class LeavingRun(SequenceRun):
-    """Takes its late steps back at the positions of ``leaves``, however sure they are."""
+    """Leaves its cycles so that ``leaves`` are heads, however sure its late steps are: odd ones behind a late step that
+    it keeps, where there is one, the others by taking the late step there back.
+    """
 
     leaves: Collection[int] = ()
 
@@ -52,8 +55,11 @@ class LeavingRun(SequenceRun):
     def looks(self) -> bool:
         return bool(self.leaves)
 
-    def drops(self, confidence: float) -> bool:
-        return len(self.ids) - 1 in self.leaves
+    def judge(self, confidence: float) -> Verdict:
+        at = len(self.ids) - 1
+        if at in self.leaves:
+            return "drop"
+        return "leave" if at % 2 == 0 and at + 1 in self.leaves else "keep"
 
 
 def forced_logits(
@@ -77,7 +83,7 @@ def forced_logits(
         num_new: rows of logits of each.
         vocab_size: width of a row.
         max_rows: of a prompt's chunk.
-        leaves: positions of each at which it leaves its cycle, and takes a late step back; none by default.
+        leaves: positions of each that are heads before their cycle's end; none by default.
 
     Raises:
         BackendError: the backend failed.

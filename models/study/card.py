@@ -4,7 +4,8 @@
     tools/adapter_card models/smollm2-135m-e4-d8-tau4 --short    print what is kept of the plain model, in four lines
 
 summary.json has the text ("data", in words), the hardware, and `dmtd finetune`'s summary of every stage; evaluation.json is the
-report.json of `dmtd evaluate`, bench.json what `dmtd bench --json` printed. Nothing is measured here.
+report.json of `dmtd evaluate`, bench.json what `dmtd bench --json` printed, dial.json what `dmtd evaluate --min-confidence`
+put into its report.json as "dial". Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="print the short form instead of writing README.md")
     arguments = parser.parse_args()
     report = json.loads((arguments.directory / "evaluation.json").read_text(encoding="utf-8"))
+    dial = json.loads((arguments.directory / "dial.json").read_text(encoding="utf-8"))
     if arguments.short:
-        print("\n".join(short(report)))
+        print("\n".join(short(report, dial)))
         return
     summary = json.loads((arguments.directory / "summary.json").read_text(encoding="utf-8"))
     bench = json.loads((arguments.directory / "bench.json").read_text(encoding="utf-8"))
-    text = card(arguments.directory.name, summary, report, bench)
+    text = card(arguments.directory.name, summary, report, bench, dial)
     (arguments.directory / "README.md").write_text(text, encoding="utf-8")
 
 
-def short(report: Report) -> list[str]:
+def short(report: Report, dial: Report) -> list[str]:
     """What is kept, for a terminal."""
     agreement = [f"{value:.0%}" for name, value in report["agreement_by_phase"].items() if name.isdigit()]
     facts, fluency = report["tasks"]["facts"], report["fluency"]
@@ -45,10 +47,11 @@ def short(report: Report) -> list[str]:
         "asked",
         f"  everyday texts              {fluency['model']['nll']:.2f} nats a token under the plain model, its own "
         f"{fluency['plain']['nll']:.2f} (human prose 2.5-3.4)",
+        f"  with --min-confidence       {_settings(dial)}",
     ]
 
 
-def card(name: str, summary: Report, report: Report, bench: Report) -> str:
+def card(name: str, summary: Report, report: Report, bench: Report, dial: Report) -> str:
     """README.md."""
     split = report["split"]
     parts = [
@@ -67,6 +70,8 @@ def card(name: str, summary: Report, report: Report, bench: Report) -> str:
         *_quality(report),
         "",
         *_speed(bench),
+        "",
+        *_dial(dial),
         "",
         "## How it was made",
         "",
@@ -155,6 +160,26 @@ def _speed(bench: Report) -> list[str]:
         f"(`dmtd bench bundle --whole-model`, {conditions['full_pass']} full pass, commit {conditions['commit']}, "
         f"load {conditions['load_average']:.1f}, "
         f"{conditions['cores']:.0f} cores of an {conditions['cpu']}).",
+    ]
+
+
+def _settings(dial: Report) -> str:
+    """Quality and speed of each confidence in a line."""
+    return "; ".join(
+        f"{each['min_confidence']:g}: {each['nll']:.2f} nats, {each['speed'][0]:.2f}x ({each['batch_speed'][0]:.2f}x of "
+        f"{dial['batch']})"
+        for each in dial["settings"]
+    )
+
+
+def _dial(dial: Report) -> list[str]:
+    facts = dial["conditions"]
+    return [
+        f"The dial, `--min-confidence` of 0 and more: nats a token of the greedy answers to the {dial['prompts']} everyday "
+        f"prompts under the plain model, and speed over plain decoding of one sequence (of {dial['batch']} at a time): "
+        f"{_settings(dial)}; plain {dial['plain']['nll']:.2f} nats (`dmtd evaluate bundle --base plain-bundle "
+        f"--min-confidence`, {facts['dtype']}, {facts['threads']} thread{'s' if facts['threads'] > 1 else ''} of an "
+        f"{facts['cpu']}, commit {facts['commit']}, load {facts['load_average']:.1f}).",
     ]
 
 
