@@ -103,9 +103,9 @@ def measure_dial(
         )
     items, wanted, load = everyday_items(), sorted({0.0, *confidences}), load_average()
     plain = write_answers(base, items, on_done)
-    base_voice = voice_of(plain, scorer, bootstrap)
     read = [_plain_scores(answer, scorer) for answer in plain]
-    batch = _batch_of(manifest)
+    own = np.array([(-float(scores.target_logprobs.sum()), len(scores.target_logprobs)) for scores in read], np.float64)
+    batch = min(_batch_of(manifest), _batch_of(open_bundle(base.bundle)))
     speeds = {size: _speeds(model, base, manifest, plain, size, wanted) for size in {1, batch}}
     settings = []
     for confidence in wanted:
@@ -116,7 +116,7 @@ def measure_dial(
     conditions = conditions_of(model.bundle, manifest, _options(model, batch), load)
     return DialResult(
         settings=tuple(settings),
-        base_nll=base_voice.nll,
+        base_nll=bootstrap.estimate(own, lambda s: s[..., 0] / s[..., 1]),
         prompts=len(items),
         batch=batch,
         conditions={name: conditions[name] for name in CONDITIONS},
@@ -269,8 +269,7 @@ def _speeds(
             for confidence in wanted:
                 run = run_once(ours, cycles, prompts, vocab_size, count, confidence)
                 rates[confidence].append(run.decode_tok_per_s / plain.decode_tok_per_s)
-    unknown = [float("nan")]
-    return {confidence: _range(rates.get(confidence, unknown)) for confidence in wanted}
+    return {confidence: _range(rates[confidence] or [float("nan")]) for confidence in wanted}
 
 
 def _range(values: Sequence[float]) -> Range:

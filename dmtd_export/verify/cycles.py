@@ -96,9 +96,9 @@ def make_cases(manifest: Manifest, quick: bool, seed: int = 0) -> list[Case]:
 
 
 def leaving(case: Case, tau: int, rng: np.random.Generator) -> Case:
-    """The case with cycles of 1 to ``tau`` positions, the first one left early; heads are listed further than it goes."""
+    """The case with cycles of 1 to ``tau`` positions, the first two left early; heads are listed further than it goes."""
     heads, leaves, at = [], [], len(case.prompt)
-    lengths = itertools.chain((tau - 1,), map(int, iter(lambda: rng.integers(1, tau + 1), None)))
+    lengths = itertools.chain((tau - 1, tau - 1), map(int, iter(lambda: rng.integers(1, tau + 1), None)))
     while at < len(case.prompt) + case.num_new + 8 * tau:
         heads.append(at)
         length = next(lengths)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +45,12 @@ class ForcedSampler(Sampler):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class LeavingRun(SequenceRun):
-    """Leaves its cycles so that ``leaves`` are heads, however sure its late steps are: odd ones behind a late step that
-    it keeps, where there is one, the others by taking the late step there back.
+    """Leaves its cycles so that ``leaves`` are heads, however sure its late steps are: every second one behind a late step
+    that it keeps, where there is one, the others by taking the late step there back.
     """
 
-    leaves: Collection[int] = ()
+    leaves: Sequence[int] = ()
+    behind: int = -1  # the last of them that comes behind a step that was kept
 
     @property
     def looks(self) -> bool:
@@ -57,9 +58,12 @@ class LeavingRun(SequenceRun):
 
     def judge(self, confidence: float) -> Verdict:
         at = len(self.ids) - 1
-        if at in self.leaves:
+        if at in self.leaves and at != self.behind:
             return "drop"
-        return "leave" if at % 2 == 0 and at + 1 in self.leaves else "keep"
+        if at + 1 not in self.leaves[1::2]:
+            return "keep"
+        self.behind = at + 1
+        return "leave"
 
 
 def forced_logits(
@@ -71,7 +75,7 @@ def forced_logits(
     *,
     vocab_size: int,
     max_rows: int,
-    leaves: Sequence[Collection[int]] = (),
+    leaves: Sequence[Sequence[int]] = (),
 ) -> list[Array]:
     """Logits [num_new, vocab] of some sequences, run as one batch.
 

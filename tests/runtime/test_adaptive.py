@@ -163,7 +163,7 @@ def test_what_is_drawn_comes_from_the_pass_that_was_kept(tiny: TinyBundles) -> N
     plan = CyclePlan(cycle=bundle.cycle(4, ("prompt", "thinking")))
     options = ({"temperature": 1.5}, {"logit_bias": {7: 100.0}}, {"temperature": 0.7, "top_k": 3})
     params = [SamplingParams(max_tokens=20, min_confidence=0.6, seed=3, **each) for each in options]  # type: ignore[arg-type]
-    prompts = [random_prompt(seed, 12) for seed in range(3)]
+    prompts, dropped = [random_prompt(seed, 12) for seed in range(3)], 0
     for prompt, ran in zip(prompts, run_prompts(backend, plan, prompts, params), strict=True):
         ids = [*prompt, *ran.token_ids[:-1]]
         expected = oracle.teacher_forced(reference, ids, 12, heads=ran.heads)[11:].numpy()
@@ -171,7 +171,9 @@ def test_what_is_drawn_comes_from_the_pass_that_was_kept(tiny: TinyBundles) -> N
         late = {at: softmax_max(expected[at - 11]) for at in range(12, len(ids)) if at not in ran.heads}
         assert min(late.values(), default=1) >= 0.2 - NEAR
         assert all(at + 1 in {*ran.heads, len(ids)} for at, sure in late.items() if sure < 0.6 - NEAR)
-        assert ran.dropped > 0
+        assert len(ran.heads) > 5  # of fixed cycles
+        dropped += ran.dropped
+    assert dropped > 0
 
 
 def test_whole_cycles_of_engines_are_left_too(tiny: TinyBundles, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,12 @@ def forced(model: DmtdModel, ids: list[int], n: int, confidence: float) -> tuple
     return phases, rows
 
 
+def read_plainly(model: DmtdModel, ids: list[int], answer: Sequence[int]) -> torch.Tensor:
+    """Log probabilities of an answer's tokens under the plain model."""
+    logits = oracle.teacher_forced(model, [*ids, *answer], len(ids), plain=True)[len(ids) - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])
+
+
 def test_the_dial_is_the_oracles(
     checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,6 +69,8 @@ def test_the_dial_is_the_oracles(
         for each in PROMPTS
     ]
     plain = [oracle.greedy(model, ids, NEW, True, stop_ids=(258,)).token_ids for ids in prompts]
+    own = torch.cat([read_plainly(model, ids, answer) for ids, answer in zip(prompts, plain, strict=True)])
+    assert told["plain"]["nll"] == pytest.approx(-float(own.mean()), rel=1e-4)
     for setting in told["settings"]:
         confidence = setting["min_confidence"]
         nll, base_nll, agreed, phases = [], [], [], []
@@ -90,12 +99,7 @@ def test_the_dial_is_the_oracles(
             for run, other in zip(runs, plain, strict=True)
         ]
         assert setting["matched"] == pytest.approx(np.mean(same))
-        read = [
-            oracle.teacher_forced(model, [*ids, *run.token_ids], len(ids), plain=True)[len(ids) - 1 : -1]
-            .log_softmax(-1)
-            .gather(-1, torch.tensor(run.token_ids)[:, None])
-            for ids, run in zip(prompts, runs, strict=True)
-        ]
+        read = [read_plainly(model, ids, run.token_ids) for ids, run in zip(prompts, runs, strict=True)]
         assert setting["nll"] == pytest.approx(-float(torch.cat(read).mean()), rel=1e-4)
         for speed in (setting["speed"], setting["batch_speed"]):
             assert 0 < speed[1] <= speed[0] <= speed[2]
