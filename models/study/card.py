@@ -5,7 +5,7 @@
 
 summary.json has the text ("data", in words), the hardware, and `dmtd finetune`'s summary of every stage; evaluation.json is the
 report.json of `dmtd evaluate`, bench.json what `dmtd bench --json` printed, dial.json what `dmtd evaluate --min-confidence`
-put into its report.json as "dial". Nothing is measured here.
+put into its report.json as "dial", where it was measured. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="print the short form instead of writing README.md")
     arguments = parser.parse_args()
     report = json.loads((arguments.directory / "evaluation.json").read_text(encoding="utf-8"))
-    dial = json.loads((arguments.directory / "dial.json").read_text(encoding="utf-8"))
+    turned = arguments.directory / "dial.json"
+    dial = json.loads(turned.read_text(encoding="utf-8")) if turned.is_file() else None
     if arguments.short:
         print("\n".join(short(report, dial)))
         return
@@ -35,7 +36,7 @@ def main() -> None:
     (arguments.directory / "README.md").write_text(text, encoding="utf-8")
 
 
-def short(report: Report, dial: Report) -> list[str]:
+def short(report: Report, dial: Report | None) -> list[str]:
     """What is kept, for a terminal."""
     agreement = [f"{value:.0%}" for name, value in report["agreement_by_phase"].items() if name.isdigit()]
     facts, fluency = report["tasks"]["facts"], report["fluency"]
@@ -47,11 +48,11 @@ def short(report: Report, dial: Report) -> list[str]:
         "asked",
         f"  everyday texts              {fluency['model']['nll']:.2f} nats a token under the plain model, its own "
         f"{fluency['plain']['nll']:.2f} (human prose 2.5-3.4)",
-        f"  with --min-confidence       {_settings(dial)}",
+        *([f"  with --min-confidence       {_settings(dial)}"] if dial else []),
     ]
 
 
-def card(name: str, summary: Report, report: Report, bench: Report, dial: Report) -> str:
+def card(name: str, summary: Report, report: Report, bench: Report, dial: Report | None) -> str:
     """README.md."""
     split = report["split"]
     parts = [
@@ -71,8 +72,7 @@ def card(name: str, summary: Report, report: Report, bench: Report, dial: Report
         "",
         *_speed(bench),
         "",
-        *_dial(dial),
-        "",
+        *([*_dial(dial), ""] if dial else []),
         "## How it was made",
         "",
         *_recipe(summary),
