@@ -13,6 +13,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 WeightGroup = Literal["thinking", "late", "lm_head", "embedding"]
 GROUPS: tuple[WeightGroup, ...] = ("thinking", "late", "lm_head", "embedding")
 WeightFormat = Literal["float", "keep", "int8", "int4"]
+IN_EIGHT_BITS: tuple[WeightGroup, ...] = ("lm_head", "embedding")  # under int4, which costs most there
 
 # The longest window of a graph: KV capacity and rotary tables leave this much room above the model length.
 MAX_WINDOW = contract.MIN_WINDOW
@@ -24,7 +25,8 @@ MAX_NUM_SEQS_LIMIT = 64
 class WeightOptions:
     """The formats that weights are stored in: a group's own, or ``weights``.
 
-    ``keep``: as the checkpoint has them; so it is by default where the checkpoint is quantised, and ``float`` elsewhere.
+    ``int4`` means ``int8`` for lm_head and the embedding, unless it is given as their own. ``keep``: as the checkpoint has
+    them; so it is by default where the checkpoint is quantised, and ``float`` elsewhere.
     ``weights_block``: inputs that share a scale.
     """
 
@@ -38,6 +40,8 @@ class WeightOptions:
     def format_of(self, group: WeightGroup) -> WeightFormat:
         """The format of a group: E and D are late."""
         own: WeightFormat | None = getattr(self, f"weights_{group}")
+        if own is None and self.weights == "int4" and group in IN_EIGHT_BITS:
+            return "int8"
         return own or self.weights or "float"
 
     @property

@@ -55,11 +55,11 @@ class Quantisation:
         return rounded(source.read(name), BITS[fmt], self.block)
 
     def stored_bytes(self, name: str, count: int, itemsize: int) -> int:
-        """Bytes that ``count`` values take, floats of ``itemsize`` bytes or blocks with half-precision scales."""
+        """Bytes that ``count`` values take: floats of ``itemsize`` bytes, or blocks with half-precision scales and minimums."""
         fmt = self.formats.get(name)
         if fmt is None or fmt == "keep":
             return count * itemsize if fmt is None else count * KEPT_BYTES // 2
-        return count * BITS[fmt] // 8 + count // self.block * 2
+        return count * BITS[fmt] // 8 + count // self.block * (4 if fmt == "int4" else 2)
 
 
 NOTHING = Quantisation(formats={}, block=BLOCK_SIZES[-1])
