@@ -169,6 +169,7 @@ def test_engines_take_no_quantised_weights_and_say_so(backend: EngineBackend, tm
 @pytest.mark.parametrize(
     ("formats", "more", "message"),
     [
+        ({"weights": "float", "weights_block": 64}, {}, r"weights_block: got 64, and no weights are int4 or int8"),
         ({"weights": "int4", "weights_block": 48}, {}, r"weights_block: got 48, expected one of 16, 32, 64, 128"),
         (
             {"weights": "int4", "weights_block": 128},
