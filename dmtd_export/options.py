@@ -12,7 +12,7 @@ Target = Literal["onnxruntime", "tensorrt", "all"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 WeightGroup = Literal["thinking", "late", "lm_head", "embedding"]
 GROUPS: tuple[WeightGroup, ...] = ("thinking", "late", "lm_head", "embedding")
-WeightFormat = Literal["float", "keep", "int8", "int4"]
+WeightFormat = Literal["float", "keep", "int8", "int4", "int4-symmetric"]
 IN_EIGHT_BITS: tuple[WeightGroup, ...] = ("lm_head", "embedding")  # under int4, which costs most there
 
 # The longest window of a graph: KV capacity and rotary tables leave this much room above the model length.
@@ -25,8 +25,9 @@ MAX_NUM_SEQS_LIMIT = 64
 class WeightOptions:
     """The formats that weights are stored in: a group's own, or ``weights``.
 
-    ``int4`` means ``int8`` for lm_head and the embedding, unless it is given as their own. ``keep``: as the checkpoint has
-    them; so it is by default where the checkpoint is quantised, and ``float`` elsewhere.
+    ``int4`` means ``int8`` for lm_head and the embedding, unless it is given as their own; ``int4-symmetric``, which has a
+    scale a block and no minimum, is faster and loses more. ``keep``: as the checkpoint has them; so it is by default where the
+    checkpoint is quantised, and ``float`` elsewhere.
     ``weights_block``: inputs that share a scale.
     """
 

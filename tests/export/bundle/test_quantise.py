@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -14,7 +15,7 @@ from dmtd_export.bundle.rounding import rounded as product_rounds
 from dmtd_export.engines.options import BuildOptions
 from dmtd_export.engines.run import preview
 from dmtd_export.errors import ExportError
-from dmtd_export.options import WeightOptions
+from dmtd_export.options import WeightFormat, WeightOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.describe import to_json
 from dmtd_runtime.bundle.engine_record import EngineBackend
@@ -31,16 +32,25 @@ def nearest(block: list[float], scale: float, minimum: float, bits: int) -> list
     return [min(max(place, 0), 2**bits - 1) for place in places]
 
 
-def rounded(block: list[float], bits: int) -> tuple[float, float, list[int]]:
+def rounded(block: list[float], fmt: str) -> tuple[float, float, list[int]]:
     """Scale, minimum and codes of a block: in 8 bits the largest magnitude on the first code, the middle code at zero.
 
     In 4 bits the range in 14, 15 or 16 steps about its middle; numpy's line through codes and values, and once more through the
-    codes of that line; of the three lines that of the smallest error.
+    codes of that line; of the three lines that of the smallest error. Symmetric: the largest magnitude 7, 7.6, 8, 8.5 or 9 codes
+    below the middle, the scale fitted to the codes, and of these that of the smallest error.
     """
-    if bits == 8:
-        scale = float(np.float16(max(block, key=abs) / -128))
+    largest, errors = max(block, key=abs), {}
+    if fmt == "int8":
+        scale = float(np.float16(largest / -128))
         return scale, -128 * scale, nearest(block, scale, -128 * scale, 8)
-    errors = {}
+    if fmt == "int4-symmetric":
+        for last in (7, 7.6, 8, 8.5, 9):
+            scale = largest / -last
+            steps = [code - 8 for code in nearest(block, scale, -8 * scale, 4)]
+            scale = sum(x * step for x, step in zip(block, steps, strict=True)) / sum(step * step for step in steps)
+            errors[sum((x - scale * step) ** 2 for x, step in zip(block, steps, strict=True))] = scale
+        scale = float(np.float16(errors[min(errors)]))
+        return scale, -8 * scale, nearest(block, scale, -8 * scale, 4)
     for steps in (14, 15, 16):
         scale = (max(block) - min(block)) / steps
         minimum = (max(block) + min(block)) / 2 - 7.5 * scale
@@ -52,10 +62,10 @@ def rounded(block: list[float], bits: int) -> tuple[float, float, list[int]]:
     return scale, minimum, nearest(block, scale, minimum, 4)
 
 
-@pytest.mark.parametrize(("bits", "block"), [(4, 16), (4, 32), (8, 32)])
-def test_a_stored_matrix_is_the_checkpoints_rounded(tmp_path: Path, bits: int, block: int) -> None:
+@pytest.mark.parametrize(("fmt", "block"), [("int4", 16), ("int4", 32), ("int4-symmetric", 32), ("int8", 32)])
+def test_a_stored_matrix_is_the_checkpoints_rounded(tmp_path: Path, fmt: WeightFormat, block: int) -> None:
     source = write_tiny_checkpoint(tmp_path / "m", layers=2)
-    formats = WeightOptions(weights="int4" if bits == 4 else "int8", weights_block=block)
+    formats, bits = WeightOptions(weights=fmt, weights_block=block), 8 if fmt == "int8" else 4
     manifest = export(source, tmp_path / "b", formats=formats)
     weight = source_weights(source)[f"{LAYER}.weight"]
     codes = stored_tensor(tmp_path / "b", manifest, f"{LAYER}.codes")
@@ -63,18 +73,18 @@ def test_a_stored_matrix_is_the_checkpoints_rounded(tmp_path: Path, bits: int, b
     assert (codes.dtype, scales.dtype) == (np.uint8, np.float16)
     assert codes.shape == (*scales.shape, block * bits // 8) and scales.shape == (len(weight), weight.shape[1] // block)
     for row, column in [(0, 0), (3, 1), (len(weight) - 1, scales.shape[1] - 1)]:
-        scale, minimum, expected = rounded([float(x) for x in weight[row, column * block : (column + 1) * block]], bits)
+        scale, minimum, expected = rounded([float(x) for x in weight[row, column * block : (column + 1) * block]], fmt)
         got = [int(byte) for byte in codes[row, column]]
         if bits == 4:  # the lower half first
             got = [half for byte in got for half in (byte % 16, byte // 16)]
         assert (float(scales[row, column]), got) == (scale, expected)
-        if bits == 4:
+        if fmt == "int4":
             minimums = stored_tensor(tmp_path / "b", manifest, f"{LAYER}.minimums")
             assert minimums.dtype == np.float16 and float(minimums[row, column]) == minimum
     assert manifest["quantised"][f"{LAYER}.weight"] == {
         "bits": bits,
         "block": block,
-        "minimums": bits == 4,
+        "minimums": fmt == "int4",
         "levels": 2**bits,
         "source": "search" if bits == 4 else "rtn",
     }
@@ -116,10 +126,10 @@ def test_what_is_in_the_format_already_stays_as_it_is() -> None:
 
 
 def test_what_is_not_finite_shows() -> None:
-    for value in (np.inf, np.nan):
+    for value, symmetric in itertools.product((np.inf, np.nan), (False, True)):
         weight = np.ones((1, 64), np.float32)
         weight[0, 40] = value
-        assert np.isfinite(product_rounds(weight, 4, 32).scales).tolist() == [[True, False]]
+        assert np.isfinite(product_rounds(weight, 4, 32, symmetric=symmetric).scales).tolist() == [[True, False]]
 
 
 def test_each_group_has_its_own_format(tmp_path: Path) -> None:
