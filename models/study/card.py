@@ -4,9 +4,8 @@
     tools/adapter_card models/smollm2-135m-e4-d8-tau4 --short    print what is kept of the plain model, in four lines
 
 summary.json has the text ("data", in words), the hardware, and `dmtd finetune`'s summary of every stage; evaluation.json is the
-report.json of `dmtd evaluate`, bench.json what `dmtd bench --json` printed; formats.json, where it is there, what the formats of
-weights cost: for each its bytes, and "weight_formats" of the report of `dmtd evaluate BUNDLE --base FLOAT_BUNDLE`. Nothing is
-measured here.
+report.json of `dmtd evaluate`, bench.json what `dmtd bench --json` printed; formats.json what the formats of weights cost: for
+each its bytes, and "weight_formats" of the report of `dmtd evaluate BUNDLE --base FLOAT_BUNDLE`. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ def main() -> None:
         return
     summary = json.loads((arguments.directory / "summary.json").read_text(encoding="utf-8"))
     bench = json.loads((arguments.directory / "bench.json").read_text(encoding="utf-8"))
-    formats = arguments.directory / "formats.json"
-    costs = json.loads(formats.read_text(encoding="utf-8")) if formats.is_file() else {}
+    costs = json.loads((arguments.directory / "formats.json").read_text(encoding="utf-8"))
     text = card(arguments.directory.name, summary, report, bench, costs)
     (arguments.directory / "README.md").write_text(text, encoding="utf-8")
 
@@ -166,17 +164,15 @@ def _speed(bench: Report) -> list[str]:
 def _formats(costs: Report) -> list[str]:
     """A line for each format of weights: perplexity in it over that in float32, both in cycles."""
     lines = []
-    for name, cost in costs.get("formats", {}).items():
-        cycles, late = cost["cycles"], [v for k, v in cost["cycles"].items() if k.isdigit() and k != "0"]
+    for name, cost in costs["formats"].items():
+        cycles = cost["cycles"]
         low, high = cycles["overall"]["ratio_ci95"]
-        steps = " / ".join(f"{value['ratio']:.3f}" for value in late)
+        steps = " / ".join(f"{value['ratio']:.3f}" for phase, value in cycles.items() if phase not in ("overall", "0"))
         lines.append(
             f"- `--weights {name}`, {cost['bytes'] / 1e6:.0f} MB: in cycles **{cycles['overall']['ratio']:.3f}** "
             f"({low:.3f}-{high:.3f}), heads {cycles['0']['ratio']:.3f}, late steps {steps}; the same token in "
             f"{cycles['overall']['agreement']:.1%}; plain {cost['plain']['ratio']:.3f}."
         )
-    if not lines:
-        return []
     head = f"Perplexity with quantised weights, times that of the same adapter in float32 ({costs['conditions']}):"
     return ["", head, "", *lines]
 
