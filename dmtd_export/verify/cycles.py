@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.errors import BackendError, BundleError
 
 Array = np.ndarray[Any, np.dtype[Any]]
+OnCases = Callable[[int], None]
 STAGED: FullPass = "staged"
 FUSED: FullPass = "fused"
 SMALL_CHUNK = 3  # prefill rows a run where a variant chunks its prompts
@@ -69,6 +70,10 @@ class Variant:
     def name(self) -> str:
         chunked = f", chunks of {self.chunk}" if self.chunk <= SMALL_CHUNK else ""
         return f"whole cycles: {self.dialect}, {self.full_pass}, batch {self.batch}{chunked}"
+
+    def picks(self, count: int) -> range:
+        """Which of ``count`` cases it runs."""
+        return range(0, count, self.case_step)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,10 +135,10 @@ def make_variants(manifest: Manifest, quick: bool, prepack: bool = True) -> list
 
 
 def choose_tokens(
-    directory: Path, manifest: Manifest, variant: Variant, cases: Sequence[Case]
+    directory: Path, manifest: Manifest, variant: Variant, cases: Sequence[Case], on_cases: OnCases = lambda count: None
 ) -> tuple[list[Case], list[Array]]:
     """Let ``variant`` continue every case greedily. Returns the cases with their tokens, and each step's logits."""
-    logits = list(run_variant(directory, manifest, variant, cases))
+    logits = list(run_variant(directory, manifest, variant, cases, on_cases))
     chosen = [
         replace(case, continuation=tuple(int(i) for i in rows.argmax(-1)))
         for case, rows in zip(cases, logits, strict=True)
@@ -150,12 +155,13 @@ def check_cycles(
     margin: Margin = FLOAT32,
     own_logits: Sequence[Array] | None = None,
     label: str = "",
+    on_cases: OnCases = lambda count: None,
 ) -> Check:
     """Hold one variant to the expected logits; ``own_logits`` are the baseline's, which has already run."""
-    picked = range(0, len(cases)) if own_logits is not None else _picked(len(cases), variant)
+    picked = range(0, len(cases)) if own_logits is not None else variant.picks(len(cases))
     name = variant.name + label
     try:
-        got = own_logits or list(run_variant(directory, manifest, variant, [cases[i] for i in picked]))
+        got = own_logits or list(run_variant(directory, manifest, variant, [cases[i] for i in picked], on_cases))
     except (BackendError, BundleError) as error:
         return _failed(name, variant, expected.level, str(error))
     found = Comparison(variant=variant, margin=margin)
@@ -164,8 +170,10 @@ def check_cycles(
     return found.check(name, expected.level)
 
 
-def run_variant(directory: Path, manifest: Manifest, variant: Variant, cases: Sequence[Case]) -> Iterator[Array]:
-    """Yield the logits [num_new, vocab] of each case, in order."""
+def run_variant(
+    directory: Path, manifest: Manifest, variant: Variant, cases: Sequence[Case], on_cases: OnCases = lambda count: None
+) -> Iterator[Array]:
+    """Yield the logits [num_new, vocab] of each case, in order. ``on_cases`` is told how many more have run."""
     longest = max(len(case.prompt) + case.num_new for case in cases)
     options = BackendOptions(
         dialect=variant.dialect,
@@ -185,13 +193,10 @@ def run_variant(directory: Path, manifest: Manifest, variant: Variant, cases: Se
                 chosen = [cases[i] for i in group]
                 rows = forced_group(backend, plan, variant.chunk, chosen, manifest.model.vocab_size)
                 results.update(zip(group, rows, strict=True))
+                on_cases(len(group))
     finally:
         backend.close()
     yield from (results[i] for i in range(len(cases)))
-
-
-def _picked(count: int, variant: Variant) -> list[int]:
-    return list(range(0, count, variant.case_step))
 
 
 def forced_group(

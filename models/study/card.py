@@ -4,8 +4,9 @@
     tools/adapter_card models/smollm2-135m-e4-d8-tau4 --short    print what is kept of the plain model, in four lines
 
 summary.json has the text ("data", in words), the hardware, and `dmtd finetune`'s summary of every stage; evaluation.json is the
-report.json of `dmtd evaluate`, bench.json what `dmtd bench --json` printed, dial.json what `dmtd evaluate --min-confidence`
-put into its report.json as "dial", where it was measured. Nothing is measured here.
+report.json of `dmtd evaluate`, bench.json what `dmtd bench --json` printed; formats.json what the formats of weights cost: for
+each its bytes, and "weight_formats" of the report of `dmtd evaluate BUNDLE --base FLOAT_BUNDLE`; dial.json what `dmtd evaluate
+--min-confidence` put into its report.json as "dial", where it was measured. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def main() -> None:
         return
     summary = json.loads((arguments.directory / "summary.json").read_text(encoding="utf-8"))
     bench = json.loads((arguments.directory / "bench.json").read_text(encoding="utf-8"))
-    text = card(arguments.directory.name, summary, report, bench, dial)
+    costs = json.loads((arguments.directory / "formats.json").read_text(encoding="utf-8"))
+    text = card(arguments.directory.name, summary, report, bench, costs, dial)
     (arguments.directory / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -52,7 +54,7 @@ def short(report: Report, dial: Report | None) -> list[str]:
     ]
 
 
-def card(name: str, summary: Report, report: Report, bench: Report, dial: Report | None) -> str:
+def card(name: str, summary: Report, report: Report, bench: Report, costs: Report, dial: Report | None) -> str:
     """README.md."""
     split = report["split"]
     parts = [
@@ -71,6 +73,7 @@ def card(name: str, summary: Report, report: Report, bench: Report, dial: Report
         *_quality(report),
         "",
         *_speed(bench),
+        *_formats(costs),
         "",
         *([*_dial(dial), ""] if dial else []),
         "## How it was made",
@@ -161,6 +164,22 @@ def _speed(bench: Report) -> list[str]:
         f"load {conditions['load_average']:.1f}, "
         f"{conditions['cores']:.0f} cores of an {conditions['cpu']}).",
     ]
+
+
+def _formats(costs: Report) -> list[str]:
+    """A line for each format of weights: perplexity in it over that in float32, both in cycles."""
+    lines = []
+    for name, cost in costs["formats"].items():
+        cycles = cost["cycles"]
+        low, high = cycles["overall"]["ratio_ci95"]
+        steps = " / ".join(f"{value['ratio']:.3f}" for phase, value in cycles.items() if phase not in ("overall", "0"))
+        lines.append(
+            f"- `--weights {name}`, {cost['bytes'] / 1e6:.0f} MB: in cycles **{cycles['overall']['ratio']:.3f}** "
+            f"({low:.3f}-{high:.3f}), heads {cycles['0']['ratio']:.3f}, late steps {steps}; the same token in "
+            f"{cycles['overall']['agreement']:.1%}; plain {cost['plain']['ratio']:.3f}."
+        )
+    head = f"Perplexity with quantised weights, times that of the same adapter in float32 ({costs['conditions']}):"
+    return ["", head, "", *lines]
 
 
 def _settings(dial: Report) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,10 @@ def test_stages_are_told_and_end_complete(bundle: Path) -> None:
     last = {stage: (done, total) for stage, done, total in told}
     assert all(done == total for done, total in last.values())
     assert all(0 <= done <= total for _, done, total in told)
+    for name, (_, total) in last.items():  # counted to the end in small steps, not set to it
+        steps = [done for stage, done, _ in told if stage == name][:-1]
+        assert steps[-1] == total
+        assert max(after - before for before, after in pairwise(steps)) <= max(3, total / 4)
 
 
 def test_the_table_names_the_first_divergence(checkpoint: Path, tmp_path: Path) -> None:
