@@ -13,7 +13,8 @@ Target = Literal["onnxruntime", "tensorrt", "all"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 WeightGroup = Literal["thinking", "late", "lm_head", "embedding"]
 GROUPS: tuple[WeightGroup, ...] = ("thinking", "late", "lm_head", "embedding")
-WeightFormat = Literal["float", "keep", "int8", "int4"]
+WeightFormat = Literal["float", "keep", "int8", "int4", "int4-symmetric"]
+IN_EIGHT_BITS: tuple[WeightGroup, ...] = ("lm_head", "embedding")  # under int4, which costs most there
 
 # The longest window of a graph: KV capacity and rotary tables leave this much room above the model length.
 MAX_WINDOW = contract.MIN_WINDOW
@@ -25,7 +26,9 @@ MAX_NUM_SEQS_LIMIT = 64
 class WeightOptions:
     """The formats that weights are stored in: a group's own, or ``weights``.
 
-    ``keep``: as the checkpoint has them; so it is by default where the checkpoint is quantised, and ``float`` elsewhere.
+    ``int4`` means ``int8`` for lm_head and the embedding, unless it is given as their own; ``int4-symmetric``, which has a
+    scale a block and no minimum, is faster and loses more. ``keep``: as the checkpoint has them; so it is by default where the
+    checkpoint is quantised, and ``float`` elsewhere.
     ``weights_block``: inputs that share a scale.
     """
 
@@ -39,6 +42,8 @@ class WeightOptions:
     def format_of(self, group: WeightGroup) -> WeightFormat:
         """The format of a group: E and D are late."""
         own: WeightFormat | None = getattr(self, f"weights_{group}")
+        if own is None and self.weights == "int4" and group in IN_EIGHT_BITS:
+            return "int8"
         return own or self.weights or "float"
 
     @property

@@ -38,7 +38,8 @@ STANDARD_BATCH = 3
 class Case:
     """One prompt in one mode, and the tokens that follow it (empty before the baseline has run).
 
-    ``heads``, where they are not those of fixed cycles; at those of ``leaves`` a late step is tried first, and taken back.
+    ``heads``, where they are not those of fixed cycles; those of ``leaves`` come early, behind a late step that is kept or in
+    place of one.
     """
 
     prompt: tuple[int, ...]
@@ -100,9 +101,9 @@ def make_cases(manifest: Manifest, quick: bool, seed: int = 0) -> list[Case]:
 
 
 def leaving(case: Case, tau: int, rng: np.random.Generator) -> Case:
-    """The case with cycles of 1 to ``tau`` positions, the first one left early; heads are listed further than it goes."""
+    """The case with cycles of 1 to ``tau`` positions, the first two left early; heads are listed further than it goes."""
     heads, leaves, at = [], [], len(case.prompt)
-    lengths = itertools.chain((tau - 1,), map(int, iter(lambda: rng.integers(1, tau + 1), None)))
+    lengths = itertools.chain((tau - 1, tau - 1), map(int, iter(lambda: rng.integers(1, tau + 1), None)))
     while at < len(case.prompt) + case.num_new + 8 * tau:
         heads.append(at)
         length = next(lengths)
