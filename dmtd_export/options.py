@@ -55,7 +55,7 @@ class ExportOptions:
 
     split: SplitOptions = field(default_factory=SplitOptions)
     formats: WeightOptions = field(default_factory=WeightOptions)
-    target: Target | None = None  # all; with quantised weights onnxruntime, which alone has graphs for them
+    target: Target | None = None  # all; with quantised weights onnxruntime, whose own graphs alone multiply in blocks
     dtype: Dtype = "float32"
     max_model_len: int | None = None  # the model's own by default
     max_num_seqs: int = 8

@@ -86,19 +86,17 @@ def _export(
 
 
 def _check_formats(options: ExportOptions) -> None:
-    """Refuse graphs or a type that quantised weights do not have.
+    """Refuse a type that graphs over quantised weights do not have.
 
     Raises:
         ExportError: with the option.
     """
-    if not options.formats.quantises:
-        return
-    for param, got, expected in (("target", options.graphs_for, "onnxruntime"), ("dtype", options.dtype, "float32")):
-        if got != expected:
-            raise ExportError(
-                f"got {got}, expected {expected}: nothing else takes quantised weights; export with --weights float for it",
-                param=param,
-            )
+    if options.formats.quantises and options.dtype != "float32" and options.graphs_for != "tensorrt":
+        raise ExportError(
+            f"got {options.dtype}, expected float32: ONNX Runtime's own graphs take quantised weights in nothing else; export "
+            "with --target tensorrt, or --weights float",
+            param="dtype",
+        )
 
 
 def resolve(checkpoint: Checkpoint, options: ExportOptions) -> DmtdSpec:

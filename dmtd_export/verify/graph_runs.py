@@ -12,17 +12,18 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
+from dmtd_export.graphs.writer import ONNX_DTYPES
 from dmtd_export.verify.feeds import make_feed, runs_of, slots_of
 from dmtd_export.verify.scenario import Call, Outcome, Scenario
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import CycleInfo, GraphInfo, TensorInfo
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.ort.library import import_onnxruntime
-from dmtd_runtime.ort.links import graph_source, path_problem
+from dmtd_runtime.ort.links import graph_source, path_problem, value_over
 
 Array = np.ndarray[Any, np.dtype[Any]]
+NAMES = {number: name for name, number in ONNX_DTYPES.items()}
 
 
 class Session(Protocol):
@@ -34,20 +35,27 @@ class Session(Protocol):
 OpenSession = Callable[[Path], Session]
 
 
-def open_onnxruntime(path: Path, *, prepack: bool = False) -> Session:
+def open_onnxruntime(path: Path, *, prepack: bool = False, optimise: bool = True) -> Session:
     """A session of ONNX Runtime on the CPU that reads its weights from the mapped file.
 
     ``prepack``: weights are copied into the kernels' own layout, without which products over blocks take another, slow way.
+    ``optimise``: ONNX Runtime may put other nodes in the place of the graph's.
     """
     ort = import_onnxruntime()
     options = ort.SessionOptions()
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     mapped = {}
     if path_problem(path):
-        arrays = _weights_of(onnx.load(path, load_external_data=False), path.parent)
-        mapped = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+        tensors = onnx.load(path, load_external_data=False).graph.initializer
+        mapped = {
+            tensor.name: value_over(_stored(tensor, path.parent), NAMES[tensor.data_type], tuple(tensor.dims))
+            for tensor in tensors
+            if tensor.data_location == onnx.TensorProto.EXTERNAL
+        }
     with graph_source(path, options, mapped, holds_no_weights=not mapped) as source:
         session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     return _Holding(session, mapped)
@@ -69,24 +77,20 @@ def open_evaluator(path: Path) -> Session:
 
     # onnx itself reads no weights that are reached by a link, nor from a file that has a second name.
     model = onnx.load(path, load_external_data=False)
-    arrays = _weights_of(model, path.parent)
     for tensor in model.graph.initializer:
-        if tensor.name in arrays:
-            tensor.CopyFrom(numpy_helper.from_array(np.array(arrays[tensor.name]), tensor.name))
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            tensor.raw_data = _stored(tensor, path.parent).tobytes()
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
     session: Session = ReferenceEvaluator(model)
     return session
 
 
-def _weights_of(model: onnx.ModelProto, folder: Path) -> dict[str, Array]:
-    """The initializers that stand in another file, mapped."""
-    found: dict[str, Array] = {}
-    for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            place = {entry.key: entry.value for entry in tensor.external_data}
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-            file, offset = folder / place["location"], int(place.get("offset", 0))
-            found[tensor.name] = np.memmap(file, dtype, "r", offset=offset, shape=tuple(tensor.dims))
-    return found
+def _stored(tensor: onnx.TensorProto, folder: Path) -> Array:
+    """The bytes of an initializer that stands in another file, mapped."""
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    shape = (int(place["length"]),)
+    return np.memmap(folder / place["location"], np.uint8, "r", offset=int(place.get("offset", 0)), shape=shape)
 
 
 def run_graph(

@@ -14,9 +14,10 @@ from dmtd_runtime.bundle.manifest import GraphInfo
 from dmtd_runtime.errors import BackendError, BundleError
 from dmtd_runtime.machine.memory import left_in_words, ran_out
 from dmtd_runtime.ort.library import import_onnxruntime
+from dmtd_runtime.ort.links import UINT4
 from dmtd_runtime.ort.session import first_line
 
-ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
+ONNX_NUMBERS = {"bfloat16": 16, "uint4": UINT4}  # of the types that numpy has not
 
 
 def host_inputs(session: Any) -> frozenset[str]:
@@ -34,7 +35,7 @@ def value_at(session: Any, buffer: Buffer, device: tuple[str, int]) -> Any:
 
 
 def _element(buffer: Buffer) -> Any:
-    return ONNX_BFLOAT16 if buffer.dtype == "bfloat16" else np.dtype(buffer.dtype)
+    return ONNX_NUMBERS.get(buffer.dtype) or np.dtype(buffer.dtype)
 
 
 class SharedIo:

@@ -16,17 +16,17 @@ from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import GraphInfo, Manifest
 from dmtd_runtime.device.base import Address, aligned
 from dmtd_runtime.device.uploading import Uploader
-from dmtd_runtime.ort.library import import_onnxruntime
-from dmtd_runtime.ort.links import path_problem
+from dmtd_runtime.ort.links import path_problem, value_over
 
 
 def weights_of(manifest: Manifest, graphs: Iterable[GraphInfo]) -> dict[str, tuple[int, int, tuple[int, ...], str]]:
     """Initializers of several graphs by name: (offset in the weights file, bytes, shape, dtype)."""
     found = {}
-    for name in {name: None for graph in graphs for name in graph.weights}:
+    for name, dialect in {name: graph.dialect for graph in graphs for name in graph.weights}.items():
         parts = [manifest.weights[part] for part in contract.stack_parts(name)]
-        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-        found[name] = (parts[0].offset, sum(part.length for part in parts), shape, parts[0].dtype)
+        tail, dtype = manifest.read_as(contract.stack_parts(name)[0], dialect)
+        shape = (sum(part.shape[0] for part in parts), *tail)
+        found[name] = (parts[0].offset, sum(part.length for part in parts), shape, dtype)
     return found
 
 
@@ -52,8 +52,9 @@ def upload_weights(
 def mapped_weights(directory: Path, manifest: Manifest, graphs: Iterable[GraphInfo]) -> Mapping[str, Any]:
     """What the graphs read, as OrtValues over the mapped file; empty where ONNX Runtime reads the file itself."""
     linked = [graph for graph in graphs if path_problem(directory / graph.file)]
-    from_array = import_onnxruntime().OrtValue.ortvalue_from_numpy
     return {
-        name: from_array(np.memmap(directory / contract.WEIGHTS_FILE, dtype, "r", offset=offset, shape=shape))
-        for name, (offset, _, shape, dtype) in weights_of(manifest, linked).items()
+        name: value_over(
+            np.memmap(directory / contract.WEIGHTS_FILE, np.uint8, "r", offset=offset, shape=(length,)), dtype, shape
+        )
+        for name, (offset, length, shape, dtype) in weights_of(manifest, linked).items()
     }
