@@ -95,6 +95,13 @@ def plan_quantisation(checkpoint: Checkpoint, dmtd: DmtdSpec, options: WeightOpt
     if options.weights_block not in BLOCK_SIZES:
         sizes = ", ".join(map(str, BLOCK_SIZES))
         raise ExportError(f"got {options.weights_block}, expected one of {sizes}; choose one", param="weights_block")
+    if options.weights_block != WeightOptions().weights_block and not any(
+        options.format_of(group) in BITS for group in GROUPS
+    ):
+        raise ExportError(
+            f"got {options.weights_block}, and no weights are int4 or int8, which alone are rounded in blocks; leave it out",
+            param="weights_block",
+        )
     if config.tie_word_embeddings and options.format_of("lm_head") != options.format_of("embedding"):
         raise ExportError(
             f"got {options.format_of('lm_head')} with {options.format_of('embedding')} for the embedding, expected one format: "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import typer
@@ -38,6 +38,7 @@ class Verb:
     help: str
     extra: str = "cpu"  # of the distribution: what the verb needs besides the runtime's dependencies
     environment: str | None = None  # prefix of the variables that its options are read from
+    stands_for: Mapping[str, str] = field(default_factory=dict)  # parameter of Python's -> the options it is made of
 
 
 VERBS: dict[str, Verb] = {
@@ -77,7 +78,10 @@ VERBS: dict[str, Verb] = {
         help="Draw a bundle's split and cycle; list its graphs, bytes and speed bound.",
     ),
     "generate": Verb(
-        module="dmtd_runtime.cli.generate", function="generate", help="Generate text for a prompt, streaming."
+        module="dmtd_runtime.cli.generate",
+        function="generate",
+        help="Generate text for a prompt, streaming.",
+        stands_for={"structured_outputs": "--json-schema, --regex, --choice"},
     ),
     "chat": Verb(module="dmtd_runtime.cli.chat", function="chat", help="Talk to a bundle in the terminal."),
     "serve": Verb(
@@ -91,6 +95,7 @@ VERBS: dict[str, Verb] = {
         module="dmtd_runtime.cli.bench",
         function="bench",
         help="Measure plain and DMTD decoding, interleaved on the same weights.",
+        stands_for={"max_num_seqs": "--batch"},
     ),
     "doctor": Verb(
         module="dmtd_runtime.cli.doctor", function="doctor", help="Say what is installed, and what is missing."
@@ -135,6 +140,7 @@ class _LazyCommand(typer.core.TyperCommand):
         single.command(name=self.name)(guarded(takes_groups(function), self._flags, self._verb.extra))
         command = typer.main.get_command(single)
         options = [each for each in command.params if each.param_type_name == "option"]
+        self._flags |= self._verb.stands_for
         self._flags |= {str(each.name): max(each.opts, key=len) for each in options}
         return command
 

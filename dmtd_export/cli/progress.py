@@ -1,13 +1,16 @@
-"""Stages of a long verb on stderr: bars on a terminal, otherwise a line for each stage."""
+"""Stages of a long verb on stderr: bars on a terminal, otherwise a line for each stage, and now and then how far it is."""
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import Self
 
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from dmtd_runtime.cli.common import error_console
+
+QUIET_S = 10.0  # between two lines of a stage
 
 
 class StageDisplay:
@@ -27,6 +30,7 @@ class StageDisplay:
         )
         self._task: TaskID | None = None
         self._name = ""
+        self._told = 0.0  # when the last line was written
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -46,7 +50,7 @@ class StageDisplay:
         self._finish()
         self._name = name
         if self._quiet:
-            self._console.print(f"{name} ...", markup=False)
+            self._tell(f"{name} ...")
         else:
             self._task = self._bar.add_task(name, total=total or None)
 
@@ -60,10 +64,16 @@ class StageDisplay:
             self.stage(name, total)
         elif self._task is not None:
             self._bar.update(self._task, completed=done, total=total or None)
+        elif self._quiet and total and time.monotonic() - self._told > QUIET_S:
+            self._tell(f"{name}: {done} of {total}")
 
     def line(self, text: str) -> None:
         """One line that stays above the bars."""
         self._console.print(text, markup=False)
+
+    def _tell(self, text: str) -> None:
+        self.line(text)
+        self._told = time.monotonic()
 
     def _finish(self) -> None:
         if self._task is None:

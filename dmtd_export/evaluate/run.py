@@ -27,7 +27,7 @@ from dmtd_export.evaluate.statistics import Bootstrap, retention
 from dmtd_export.evaluate.subject import Subject, open_subject
 from dmtd_export.evaluate.tasks import read_task
 from dmtd_export.evaluate.text_metrics import TextResult, measure_text
-from dmtd_export.evaluate.texts import TextWindow, WindowPlan, collect_windows
+from dmtd_export.evaluate.texts import TextWindow, WindowPlan, check_text, collect_windows
 from dmtd_export.evaluate.weight_formats import FormatCost, measure_format_cost
 from dmtd_models.data.items import GenerationItem, MultipleChoiceItem
 from dmtd_models.data.task_file import Items
@@ -110,6 +110,8 @@ def _check_sources(options: EvaluateOptions) -> None:
         for name, stem in zip(names, stems, strict=True):
             if stems.count(stem) > 1:
                 raise EvaluateError(f"{name} is given twice, or two files of one name; results go by name", param=kind)
+    for name in options.texts:
+        check_text(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

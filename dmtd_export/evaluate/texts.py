@@ -49,13 +49,22 @@ def read_texts(name: str) -> Iterator[TextItem]:
     if _is_data(path):
         yield from _records(path)
         return
-    if not path.is_file():
+    yield _whole_file(path)
+
+
+def check_text(name: str) -> None:
+    """Refuse a --text that is not there, or whose first record has no known form: before anything is opened for it.
+
+    Raises:
+        EvaluateError: so it is.
+    """
+    if not Path(name).exists():
         raise EvaluateError(
             f"{name}: no such file or directory; give a text file, or {', '.join(SUFFIXES)} data as --data of "
             "dmtd finetune takes",
             param="texts",
         )
-    yield _whole_file(path)
+    is_chats(name)
 
 
 def _is_data(path: Path) -> bool:
@@ -77,7 +86,9 @@ def _records(path: Path) -> Iterator[TextItem]:
         for row in read_rows(path):
             text = row.values.get("text")
             if not isinstance(text, str):
-                raise EvaluateError(f"{row.where}: expected an object whose text is a string", param="texts")
+                raise EvaluateError(
+                    f'{row.where}: expected {{"text": ...}} with a string, as in the first record', param="texts"
+                )
             number = row.where.removeprefix(path.name).lstrip(":, ")
             yield TextItem(
                 source=path.name,

@@ -90,7 +90,7 @@ def chat(
         if llm.tokenizer is None or not llm.has_chat_template:
             missing = "tokenizer" if llm.tokenizer is None else "chat template"
             raise RequestError(f"this bundle has no {missing}, which chatting needs; use dmtd generate instead")
-        params = sampling.over(llm.default_params)
+        params = sampling.over(llm.default_params, plain=plain)
         if not _talk(llm, Conversation(params=params, template=template.arguments(), system=system)):
             raise typer.Exit(EXIT_ERROR)
 

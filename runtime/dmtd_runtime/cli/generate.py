@@ -107,7 +107,7 @@ def generate(
     directory = pick(bundle, model, "BUNDLE")
     asked = _read_prompt(prompt, prompt_file, parse_ids(token_ids, "token_ids"))
     with open_llm(directory, backend, serving, plain=plain) as llm:
-        params = sampling.over(llm.default_params)
+        params = sampling.over(llm.default_params, plain=plain)
         ids = _prompt_ids(llm, asked, raw=raw, system=system, template=template)
         answer = _run(llm, ids, params, timeout_s, show=not json)
     if json:

@@ -64,6 +64,11 @@ async def chat(served: Served, body: ChatBody, http: HttpRequest) -> Response:
 def _asked(body: ChatBody) -> tuple[str, int | None]:
     """The answer's length, with the name of the field that it was given in."""
     if body.max_completion_tokens is not None:
+        if body.max_tokens not in (None, body.max_completion_tokens):
+            raise invalid(
+                "max_tokens",
+                f"got {body.max_tokens} beside max_completion_tokens {body.max_completion_tokens}; give one",
+            )
         return "max_completion_tokens", body.max_completion_tokens
     return "max_tokens", body.max_tokens
 

@@ -28,6 +28,8 @@ ALWAYS = FREE_PATHS | {"/metrics", "/version"}
 """Answered in every state."""
 _NAME = re.compile(rb"[\x21-\x7e]{1,128}")
 _CLOSE = {"Connection": "close"}
+_LINGER = 4
+"""A body of so many times the limit is read to its end before it is refused."""
 
 
 class Front:
@@ -82,7 +84,9 @@ class Front:
         if kind != b"application/json":
             raise ApiError(415, "expected a JSON body with the header Content-Type: application/json", headers=_CLOSE)
         length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length[:20]) > self._limits.max_body_bytes:
+        most = self._limits.max_body_bytes
+        announced = int(length[:20]) if length.isdigit() else 0
+        if announced > most and (b"expect" in headers or announced > _LINGER * most):
             raise self._too_large()
         try:
             async with asyncio.timeout(self._limits.body_timeout_s):
@@ -92,15 +96,19 @@ class Front:
             raise ApiError(408, f"the body did not come within {seconds:g} seconds", headers=_CLOSE) from None
 
     async def _read(self, receive: Receive) -> bytes:
-        body = bytearray()
+        """The body. One that is too large is read on for a while, and dropped: a client that writes would not see the answer."""
+        body, length, most = bytearray(), 0, self._limits.max_body_bytes
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientGoneError
-            body += message.get("body", b"")
-            if len(body) > self._limits.max_body_bytes:
+            piece, more = message.get("body", b""), message.get("more_body", False)
+            length += len(piece)
+            if length <= most:
+                body += piece
+            elif not more or length > _LINGER * most:
                 raise self._too_large()
-            if not message.get("more_body", False):
+            if not more:
                 return bytes(body)
 
     def _too_large(self) -> ApiError:

@@ -98,6 +98,8 @@ class Service:
         plain: bool = False,
     ) -> None:
         given = dict(locals())
+        if not isinstance(bundle, str | os.PathLike):
+            raise RequestError(f"got {bundle!r}, expected the directory of a bundle", param="bundle")
         self.manifest = open_bundle(Path(bundle))
         if max_num_seqs is None:
             given["max_num_seqs"] = self._usual_num_seqs(self.manifest)

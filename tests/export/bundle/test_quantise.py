@@ -143,6 +143,7 @@ def test_the_graphs_of_onnxruntime_alone_are_made_by_default(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("formats", "more", "message"),
     [
+        ({"weights": "float", "weights_block": 64}, {}, r"weights_block: got 64, and no weights are int4 or int8"),
         ({"weights": "int4", "weights_block": 48}, {}, r"weights_block: got 48, expected one of 16, 32, 64, 128"),
         (
             {"weights": "int4", "weights_block": 128},

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from bundles import make_bundle, make_checkpoint
 from typer.testing import CliRunner, Result
 
 from dmtd_export.cli.main import VERBS, _LazyCommand, app
+from dmtd_export.cli.progress import StageDisplay
 from dmtd_export.options import ExportOptions, WeightOptions
 from dmtd_models.config.model import SplitOptions
 from dmtd_runtime.bundle import contract
@@ -247,3 +249,19 @@ def test_verify_names_the_first_divergence(bundle: Path, tmp_path: Path) -> None
     last = result.stderr.splitlines()[-1]
     assert last.startswith("error: ")
     assert "first divergence" in last and "late_decode.onnx" in last
+
+
+def test_without_a_terminal_a_long_stage_says_now_and_then_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("dmtd_export.cli.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
+    with StageDisplay() as display:
+        for done, at in ((0, 0.0), (1, 5.0), (2, 11.0), (3, 12.0), (4, 22.0)):
+            now[0] = at
+            display.verified("cycles", done, 4)
+    assert capsys.readouterr().err.splitlines() == [
+        "verify: cycles ...",
+        "verify: cycles: 2 of 4",
+        "verify: cycles: 4 of 4",
+    ]

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from dmtd_export.evaluate.errors import EvaluateError
-from dmtd_export.evaluate.texts import WindowPlan, collect_windows, cut_windows, is_chats, read_texts
+from dmtd_export.evaluate.texts import WindowPlan, check_text, collect_windows, cut_windows, is_chats, read_texts
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.data.chat import TextTokenizer
 from dmtd_models.data.items import TextItem
@@ -83,7 +83,7 @@ def test_the_budget_is_shared(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "1 2"}\nnot json\n', r"a.jsonl:2: not JSON"),
-        ("a.jsonl", b'{"words": "1 2"}\n', r"a.jsonl:1: expected an object whose text is a string"),
+        ("a.jsonl", b'{"words": "1 2"}\n', r"a.jsonl:1: expected \{\"text\": ...\} with a string"),
         ("a.txt", b"\xff\xfe\x00", "cannot be read as UTF-8"),
     ],
 )
@@ -95,7 +95,13 @@ def test_files_that_are_no_text(tmp_path: Path, name: str, content: bytes, messa
 
 def test_a_name_that_is_nothing() -> None:
     with pytest.raises(EvaluateError, match=r"texts: austen: no such file or directory; give a text file, or \.jsonl"):
-        list(read_texts("austen"))
+        check_text("austen")
+
+
+def test_a_first_record_of_no_known_form_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"question": "2 + 2?"}\n')
+    with pytest.raises(EvaluateError, match=r"a.jsonl:1: got `question`, expected one of `messages`, `text`, or"):
+        check_text(str(tmp_path / "a.jsonl"))
 
 
 def test_a_text_too_short_is_named(tmp_path: Path) -> None:

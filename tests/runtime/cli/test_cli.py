@@ -290,7 +290,7 @@ BAD_REQUESTS: list[tuple[str, Sequence[str], str]] = [
     ("range", ("generate", "BUNDLE", "-p", "x", "--top-p", "2"), "--top-p: got 2"),
     ("stop id", ("generate", "BUNDLE", "-p", "x", "--stop-token-ids", "999"), "--stop-token-ids: got token id 999"),
     ("bias", ("generate", "BUNDLE", "-p", "x", "--logit-bias", "nope"), "--logit-bias: got 'nope'"),
-    ("form", ("generate", "BUNDLE", "-p", "x", "--regex", "("), "structured_outputs: it cannot be enforced"),
+    ("form", ("generate", "BUNDLE", "-p", "x", "--regex", "("), "--json-schema, --regex, --choice: it cannot"),
     ("two forms", ("generate", "BUNDLE", "-p", "x", "--regex", "a", "--choice", "b"), "got regex and choice"),
     ("no schema", ("generate", "BUNDLE", "-p", "x", "--json-schema", "/no/such"), "--json-schema: got '/no/such'"),
     ("timeout", ("generate", "BUNDLE", "-p", "x", "--timeout", "0"), "--timeout: got 0"),
@@ -313,6 +313,12 @@ BAD_REQUESTS: list[tuple[str, Sequence[str], str]] = [
     ("whole and serve", ("bench", "BUNDLE", *SERVE, "--whole-model"), "--whole-model: got it with --serve"),
     ("bench sizes", ("bench", "BUNDLE", "--batch", "1,b"), "--batch: got '1,b'"),
 ]
+
+
+def test_more_sequences_than_the_bundle_has_graphs_for_are_refused_by_the_option(bundle: str) -> None:
+    result = dmtd("bench", bundle, "--prompt-len", "4", "--max-tokens", "6", "--batch", "99")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: --batch: got 99, expected 1"), result.stderr
 
 
 @pytest.mark.parametrize(

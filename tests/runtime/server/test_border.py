@@ -74,7 +74,8 @@ def is_idle(server: Running) -> bool:
         ({"stop": "abcdef"}, "stop"),
         ({"max_tokens": 201}, "max_tokens"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_completion_tokens": 0, "max_tokens": 0}, "max_completion_tokens"),
+        ({"max_completion_tokens": 2, "max_tokens": 3}, "max_tokens"),
         ({"logprobs": True, "top_logprobs": 4}, "top_logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logit_bias": {"1": 1, "2": 1, "3": 1}}, "logit_bias"),
@@ -208,6 +209,23 @@ def test_bodies_that_do_not_come_in(server: Running) -> None:
     ):
         answer = httpx.post(f"{server.root}{CHAT}", content=content, headers={**AUTH, "Content-Type": kind}, timeout=60)
         assert answer.status_code == status and "message" in answer.json()["error"]
+
+
+def test_a_client_that_writes_its_whole_body_sees_that_it_was_too_large(server: Running) -> None:
+    """Closing at once would reset the connection, and with it the answer."""
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    head += "".join(f"{name}: {value}\r\n" for name, value in AUTH.items())
+    pieces = [f"{5000:x}\r\n".encode() + b" " * 5000 + b"\r\n" for _ in range(14)]
+    for size, body in ((70_000, [b" " * 70_000]), (None, [*pieces, b"0\r\n\r\n"])):
+        length = "Transfer-Encoding: chunked" if size is None else f"Content-Length: {size}"
+        with socket.create_connection(server.address, timeout=60) as client:
+            client.sendall(f"{head}{length}\r\n\r\n".encode())
+            for piece in body:
+                client.sendall(piece)
+            answer = b""
+            while got := client.recv(4096):
+                answer += got
+        assert answer.startswith(b"HTTP/1.1 413 ") and b"connection: close" in answer.lower()
 
 
 def test_tools_that_are_not_to_be_called_need_no_template(server: Running) -> None:

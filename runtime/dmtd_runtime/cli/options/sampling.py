@@ -51,8 +51,8 @@ class GivenSampling:
     regex: str | None = None
     choice: list[str] | None = None
 
-    def over(self, defaults: SamplingParams) -> SamplingParams:
-        """``defaults`` with what was given.
+    def over(self, defaults: SamplingParams, *, plain: bool = False) -> SamplingParams:
+        """``defaults`` with what was given; ``plain``: for plain decoding.
 
         Raises:
             RequestError: values out of range, or two that contradict each other.
@@ -81,6 +81,8 @@ class GivenSampling:
         idle = [f"--{name.replace('_', '-')}" for name in ("top_p", "top_k", "min_p", "seed") if name in changes]
         if params.greedy and idle:
             note(f"note: {', '.join(idle)} changes nothing at temperature 0; add --temperature 0.7, say")
+        if plain and self.min_confidence:
+            note("note: --min-confidence changes nothing with --plain, where every token has a full pass")
         return params
 
 
