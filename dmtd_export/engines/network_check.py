@@ -12,8 +12,8 @@ nothing reads. Rules, each a test:
 5. Types are the graph's: products, attention and rotation in the model's type, sums of squares of the norms in float32.
 6. Rotations are counted, over whole heads and not interleaved.
 7. No table is a constant of the network.
-8. Every DequantizeLinear is one dequantise layer with the graph's axis, from a constant of its codes and scales of its blocks
-   without zero points into the model's type. The constants' bytes are the graph's: codes stay codes.
+8. Every DequantizeLinear is one dequantise layer with the graph's axis, from the constants of its codes and of its blocks'
+   scales, without zero points, into the model's type. Constants have the graph's bytes: codes stay codes.
 9. Attention reads the graph's queries, and keys and values straight from the cache update or a slice of it: as they are, or
    times exactly 1, which is what the parser makes of that scale.
 
@@ -275,6 +275,7 @@ def _check_blocks(module: Any, layers: list[Any], graph: EngineGraph, dtype: str
     """Rule 8."""
     makers, found = _makers(layers), _of_type(module, layers, "DEQUANTIZE", "IDequantizeLayer")
     nodes = {node.name: node for node in _nodes(graph, "DequantizeLinear")}
+    casts = {node.output[0]: node.input[0] for node in _nodes(graph, "Cast")}
     stored = {tensor.name: tensor for tensor in graph.model.graph.initializer}
     if sorted(layer.name for layer in found) != sorted(nodes):
         _fail("dequantised weights", f"{len(found)} layers", f"{len(nodes)}, one for each node of the graph")
@@ -287,6 +288,8 @@ def _check_blocks(module: Any, layers: list[Any], graph: EngineGraph, dtype: str
         kind = onnx.TensorProto.DataType.Name(tensor.data_type)
         if maker.type != module.LayerType.CONSTANT or maker.name != tensor.name or _dtype(codes) != kind:
             _fail(layer.name, f"reads {_dtype(codes)} from {maker.name}", f"{kind} from the constant {tensor.name}")
+        if (source := _constant_behind(module, makers, scales)) != casts.get(node.input[1], node.input[1]):
+            _fail(layer.name, f"has the scales {source}", casts.get(node.input[1], node.input[1]))
         if layer.axis != axis or tuple(codes.shape) != (rows, width) or tuple(scales.shape) != (rows, width // block):
             got = f"codes {tuple(codes.shape)} and scales {tuple(scales.shape)} along axis {layer.axis}"
             _fail(layer.name, f"has {got}", f"{(rows, width)} and {(rows, width // block)} along axis {axis}")
@@ -294,6 +297,14 @@ def _check_blocks(module: Any, layers: list[Any], graph: EngineGraph, dtype: str
             _fail(layer.name, "has zero points", "codes about zero")
         if _dtype(layer.get_output(0)) != TENSORRT_DTYPES[dtype]:
             _fail(layer.name, f"gives {_dtype(layer.get_output(0))}", dtype)
+
+
+def _constant_behind(module: Any, makers: Mapping[str, Any], tensor: Any) -> str:
+    """The layer that makes a tensor, casts aside."""
+    maker = makers[tensor.name]
+    while maker.type == module.LayerType.CAST:
+        maker = makers[maker.get_input(0).name]
+    return str(maker.name)
 
 
 def _constant_bytes(module: Any, layers: list[Any], graph: EngineGraph) -> int:

@@ -13,17 +13,15 @@ from typing import Any, Protocol
 import numpy as np
 import onnx
 
-from dmtd_export.graphs.writer import ONNX_DTYPES
 from dmtd_export.verify.feeds import make_feed, runs_of, slots_of
 from dmtd_export.verify.scenario import Call, Outcome, Scenario
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import CycleInfo, GraphInfo, TensorInfo
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.ort.library import import_onnxruntime
-from dmtd_runtime.ort.links import graph_source, path_problem, value_over
+from dmtd_runtime.ort.links import graph_source, path_problem
 
 Array = np.ndarray[Any, np.dtype[Any]]
-NAMES = {number: name for name, number in ONNX_DTYPES.items()}
 
 
 class Session(Protocol):
@@ -48,15 +46,14 @@ def open_onnxruntime(path: Path, *, prepack: bool = False, optimise: bool = True
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    mapped = {}
-    if path_problem(path):
-        tensors = onnx.load(path, load_external_data=False).graph.initializer
-        mapped = {
-            tensor.name: value_over(_stored(tensor, path.parent), NAMES[tensor.data_type], tuple(tensor.dims))
-            for tensor in tensors
-            if tensor.data_location == onnx.TensorProto.EXTERNAL
-        }
-    with graph_source(path, options, mapped, holds_no_weights=not mapped) as source:
+    mapped, tensors = {}, _external(onnx.load(path, load_external_data=False))
+    # ONNX Runtime takes no values of 4 bits from numpy: such weights it must reach by itself.
+    if path_problem(path) and all(tensor.data_type != onnx.TensorProto.UINT4 for tensor in tensors):
+        for tensor in tensors:
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            array = _stored(tensor, path.parent).view(dtype).reshape(tensor.dims)
+            mapped[tensor.name] = ort.OrtValue.ortvalue_from_numpy(array)
+    with graph_source(path, options, mapped, holds_no_weights=not tensors) as source:
         session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     return _Holding(session, mapped)
 
@@ -77,17 +74,21 @@ def open_evaluator(path: Path) -> Session:
 
     # onnx itself reads no weights that are reached by a link, nor from a file that has a second name.
     model = onnx.load(path, load_external_data=False)
-    for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            tensor.raw_data = _stored(tensor, path.parent).tobytes()
-            tensor.data_location = onnx.TensorProto.DEFAULT
-            del tensor.external_data[:]
+    for tensor in _external(model):
+        tensor.raw_data = _stored(tensor, path.parent).tobytes()
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        del tensor.external_data[:]
     session: Session = ReferenceEvaluator(model)
     return session
 
 
+def _external(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """The initializers that stand in another file."""
+    return [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+
+
 def _stored(tensor: onnx.TensorProto, folder: Path) -> Array:
-    """The bytes of an initializer that stands in another file, mapped."""
+    """The bytes of such an initializer, mapped."""
     place = {entry.key: entry.value for entry in tensor.external_data}
     shape = (int(place["length"]),)
     return np.memmap(folder / place["location"], np.uint8, "r", offset=int(place.get("offset", 0)), shape=shape)

@@ -7,20 +7,14 @@ file standing for its weights, and the weights as arrays mapped from where they 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from dmtd_runtime.bundle import contract
-from dmtd_runtime.ort.library import import_onnxruntime
 
-UINT4 = 21  # ONNX's number of the type
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -39,16 +33,6 @@ def _is_utf8(path: Path) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def value_over(data: npt.NDArray[np.uint8], dtype: str, shape: Sequence[int]) -> Any:
-    """An OrtValue on the CPU over bytes of a weights file, which must outlive it; of uint4, which numpy has not, a copy."""
-    values = import_onnxruntime().OrtValue
-    if dtype != "uint4":
-        return values.ortvalue_from_numpy(data.view(dtype).reshape(shape))
-    value = values.ortvalue_from_shape_and_type(list(shape), UINT4)
-    ctypes.memmove(value.data_ptr(), data.ctypes.data, data.nbytes)
-    return value
 
 
 @contextlib.contextmanager

@@ -14,10 +14,9 @@ from dmtd_runtime.bundle.manifest import GraphInfo
 from dmtd_runtime.errors import BackendError, BundleError
 from dmtd_runtime.machine.memory import left_in_words, ran_out
 from dmtd_runtime.ort.library import import_onnxruntime
-from dmtd_runtime.ort.links import UINT4
 from dmtd_runtime.ort.session import first_line
 
-ONNX_NUMBERS = {"bfloat16": 16, "uint4": UINT4}  # of the types that numpy has not
+ONNX_NUMBERS = {"bfloat16": 16, "uint4": 21}  # of the types that numpy has not
 
 
 def host_inputs(session: Any) -> frozenset[str]:

@@ -16,7 +16,8 @@ from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import GraphInfo, Manifest
 from dmtd_runtime.device.base import Address, aligned
 from dmtd_runtime.device.uploading import Uploader
-from dmtd_runtime.ort.links import path_problem, value_over
+from dmtd_runtime.ort.library import import_onnxruntime
+from dmtd_runtime.ort.links import path_problem
 
 
 def weights_of(manifest: Manifest, graphs: Iterable[GraphInfo]) -> dict[str, tuple[int, int, tuple[int, ...], str]]:
@@ -50,11 +51,15 @@ def upload_weights(
 
 
 def mapped_weights(directory: Path, manifest: Manifest, graphs: Iterable[GraphInfo]) -> Mapping[str, Any]:
-    """What the graphs read, as OrtValues over the mapped file; empty where ONNX Runtime reads the file itself."""
-    linked = [graph for graph in graphs if path_problem(directory / graph.file)]
+    """What the graphs read, as OrtValues over the mapped file; empty where ONNX Runtime is to read the file itself.
+
+    So it is with 4 bits a value too, which numpy has not: such a graph is not run where links lead to its weights.
+    """
+    places = weights_of(manifest, [graph for graph in graphs if path_problem(directory / graph.file)])
+    if any(dtype == "uint4" for _, _, _, dtype in places.values()):
+        return {}
+    from_array = import_onnxruntime().OrtValue.ortvalue_from_numpy
     return {
-        name: value_over(
-            np.memmap(directory / contract.WEIGHTS_FILE, np.uint8, "r", offset=offset, shape=(length,)), dtype, shape
-        )
-        for name, (offset, length, shape, dtype) in weights_of(manifest, linked).items()
+        name: from_array(np.memmap(directory / contract.WEIGHTS_FILE, dtype, "r", offset=offset, shape=shape))
+        for name, (offset, _, shape, dtype) in places.items()
     }
