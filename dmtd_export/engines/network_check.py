@@ -13,7 +13,7 @@ nothing reads. Rules, each a test:
 6. Rotations are counted, over whole heads and not interleaved.
 7. No table is a constant of the network.
 8. Every DequantizeLinear is one dequantise layer with the graph's axis, from the constants of its codes and of its blocks'
-   scales, without zero points, into the model's type. Constants have the graph's bytes: codes stay codes.
+   scales (or one scale, of 1), without zero points, into the model's type. Constants have the graph's bytes: codes stay codes.
 9. Attention reads the graph's queries, and keys and values straight from the cache update or a slice of it: as they are, or
    times exactly 1, which is what the parser makes of that scale.
 
@@ -281,7 +281,7 @@ def _check_blocks(module: Any, layers: list[Any], graph: EngineGraph, dtype: str
         _fail("dequantised weights", f"{len(found)} layers", f"{len(nodes)}, one for each node of the graph")
     for layer in found:
         node = nodes[layer.name]
-        axis, block = (attribute.i for attribute in sorted(node.attribute, key=lambda each: each.name))
+        given = {attribute.name: attribute.i for attribute in node.attribute}
         codes, scales = layer.get_input(0), layer.get_input(1)
         tensor, maker = stored[node.input[0]], makers[codes.name]
         rows, width = tensor.dims
@@ -290,9 +290,11 @@ def _check_blocks(module: Any, layers: list[Any], graph: EngineGraph, dtype: str
             _fail(layer.name, f"reads {_dtype(codes)} from {maker.name}", f"{kind} from the constant {tensor.name}")
         if (source := _constant_behind(module, makers, scales)) != casts.get(node.input[1], node.input[1]):
             _fail(layer.name, f"has the scales {source}", casts.get(node.input[1], node.input[1]))
-        if layer.axis != axis or tuple(codes.shape) != (rows, width) or tuple(scales.shape) != (rows, width // block):
-            got = f"codes {tuple(codes.shape)} and scales {tuple(scales.shape)} along axis {layer.axis}"
-            _fail(layer.name, f"has {got}", f"{(rows, width)} and {(rows, width // block)} along axis {axis}")
+        shapes = [tuple(codes.shape), tuple(scales.shape)]
+        wanted = [(rows, width), (rows, width // given["block_size"]) if given else ()]
+        if shapes != wanted or (given and layer.axis != given["axis"]):
+            got = f"codes {shapes[0]} and scales {shapes[1]} along axis {layer.axis}"
+            _fail(layer.name, f"has {got}", f"{wanted[0]} and {wanted[1]} along axis {given.get('axis', 'none')}")
         if layer.num_inputs > 2 and layer.get_input(2) is not None:
             _fail(layer.name, "has zero points", "codes about zero")
         if _dtype(layer.get_output(0)) != TENSORRT_DTYPES[dtype]:

@@ -8,7 +8,8 @@ It is the standard dialect but for four things (see ``dmtd_runtime.bundle.engine
 2. The caches have a fixed capacity: TensorRT updates a cache in place only where that length is static.
 3. Attention sees the first ``visible_len`` rows of the caches, the length of the input ``visible_rows`` (0, 1, 2, ...), which
    is also what the mask compares with.
-4. Codes of quantised weights are two's complements without zero points: TensorRT takes no others.
+4. Codes of quantised weights are two's complements without zero points, and scales of 8 bits factors behind DequantizeLinear:
+   TensorRT takes no others.
 
 Weights are references into the bundle's weights file, or where codes are among them into its copy with such
 (``engines.weights``). What a parser makes of a graph is looked at by ``network_check``.

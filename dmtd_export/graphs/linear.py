@@ -73,15 +73,22 @@ def dequantised(writer: GraphWriter, dtype: str, modules: tuple[str, ...], fmt: 
     """Weights [out, in] without their offsets, which is all of them where the format has no minimums; written once.
 
     ``signed``: the codes are read as two's complements and have no zero point. Such are those of a file made for it, the
-    stored ones are unsigned, about the middle.
+    stored ones are unsigned, about the middle. TensorRT wants positive scales of 8 bits, and ours have a sign: there the
+    codes alone are dequantised, and scales are factors of their own.
     """
     names = [f"{module}.{contract.CODES}" for module in modules]
     per_block = scales(writer, dtype, modules)
     rows, blocks = writer.dims(writer.weight(*(f"{module}.{contract.SCALES}" for module in modules)))
     codes = writer.codes(*names, bits=fmt.bits, width=blocks * fmt.block, signed=signed)
-    inputs = [codes, per_block, *([] if signed else [_middles(writer, fmt, rows, blocks)])]
-    attrs = {"axis": 1, "block_size": fmt.block}
-    return writer.once("DequantizeLinear", inputs, f"/stored/{contract.stack_name(names)}", attrs)
+    path = f"/stored/{contract.stack_name(names)}"
+    if not (signed and fmt.bits == 8):
+        inputs = [codes, per_block, *([] if signed else [_middles(writer, fmt, rows, blocks)])]
+        return writer.once("DequantizeLinear", inputs, path, {"axis": 1, "block_size": fmt.block})
+    whole = writer.once("DequantizeLinear", [codes, writer.constant(1.0, dtype)], path, {})
+    cut = writer.constant([rows, blocks, fmt.block], "int64")
+    column = writer.once("Unsqueeze", [per_block, writer.constant([-1], "int64")], f"{path}/scales", {})
+    scaled = writer.once("Mul", [writer.once("Reshape", [whole, cut], f"{path}/blocks", {}), column], path, {})
+    return writer.once("Reshape", [scaled, writer.constant([rows, blocks * fmt.block], "int64")], path, {})
 
 
 def _middles(writer: GraphWriter, fmt: BlockFormat, rows: int, blocks: int) -> str:

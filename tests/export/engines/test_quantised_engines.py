@@ -26,6 +26,7 @@ from dmtd_export.options import ExportOptions, WeightOptions
 from dmtd_export.verify import VerificationError, engines_hook
 from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import random_weights, write_tiny_checkpoint
+from dmtd_runtime.bundle.contract import GraphName
 from dmtd_runtime.bundle.manifest import load_manifest
 
 MIXED = WeightOptions(weights="int4", weights_late="int8")
@@ -170,9 +171,14 @@ def read_back(bundles: Callable[..., Path], tmp_path: Path) -> Callable[..., Non
         def log(self, severity: Any, msg: str) -> None:
             pass
 
-    def run(spoil: Callable[[Any, list[Any]], None] | None = None, bundle: Path | None = None, dtype: str = "") -> None:
+    def run(
+        spoil: Callable[[Any, list[Any]], None] | None = None,
+        bundle: Path | None = None,
+        dtype: str = "bfloat16",
+        name: GraphName = "thinking",
+    ) -> None:
         bundle = bundle or bundles(family="llama", tie=True, dtype="bfloat16", formats=MIXED)
-        graph = load_engine_graph(bundle, "thinking")
+        graph = load_engine_graph(bundle, name)
         copy_weights(bundle, tmp_path, load_manifest(bundle))
         logger = Quiet()
         builder = trt.Builder(logger)
@@ -187,14 +193,24 @@ def read_back(bundles: Callable[..., Path], tmp_path: Path) -> Callable[..., Non
             for layer in found:
                 layer.__class__ = trt.IDequantizeLayer
             spoil(trt, found)
-        check_network(trt, network, graph, dtype or "bfloat16")
+        check_network(trt, network, graph, dtype)
 
     return run
 
 
-def test_networks_over_blocks_pass(read_back: Callable[..., None], kept: Path) -> None:
-    read_back()
-    read_back(bundle=kept, dtype="float16")
+@pytest.mark.parametrize("name", ["thinking", "late_decode"])
+def test_networks_over_blocks_pass(read_back: Callable[..., None], kept: Path, name: GraphName) -> None:
+    read_back(name=name)
+    read_back(bundle=kept, dtype="float16", name=name)
+
+
+def test_scales_of_8_bits_may_have_any_sign(bundles: Callable[..., Path], read_back: Callable[..., None]) -> None:
+    """In float16, where they reach the parser as they are stored: it would refuse them as DequantizeLinear's."""
+    bundle = bundles(family="llama", tie=True, dtype="float16", formats=WeightOptions(weights="int8"))
+    info = load_manifest(bundle).weights["model.layers.3.mlp.up_proj.scales"]
+    stored = np.memmap(bundle / "model.onnx.data", np.float16, "r", offset=info.offset, shape=info.shape)
+    assert stored.min() < 0 < stored.max()
+    read_back(bundle=bundle, dtype="float16", name="late_decode")
 
 
 def along_the_other_axis(trt: Any, layers: list[Any]) -> None:
