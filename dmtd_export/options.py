@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dmtd_export.errors import ExportError
 from dmtd_models.config.model import MAX_CYCLE_LENGTH, SplitOptions
 from dmtd_runtime.bundle import contract
 
@@ -12,7 +13,8 @@ Target = Literal["onnxruntime", "tensorrt", "all"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 WeightGroup = Literal["thinking", "late", "lm_head", "embedding"]
 GROUPS: tuple[WeightGroup, ...] = ("thinking", "late", "lm_head", "embedding")
-WeightFormat = Literal["float", "keep", "int8", "int4"]
+WeightFormat = Literal["float", "keep", "int8", "int4", "int4-symmetric"]
+IN_EIGHT_BITS: tuple[WeightGroup, ...] = ("lm_head", "embedding")  # under int4, which costs most there
 
 # The longest window of a graph: KV capacity and rotary tables leave this much room above the model length.
 MAX_WINDOW = contract.MIN_WINDOW
@@ -24,7 +26,9 @@ MAX_NUM_SEQS_LIMIT = 64
 class WeightOptions:
     """The formats that weights are stored in: a group's own, or ``weights``.
 
-    ``keep``: as the checkpoint has them; so it is by default where the checkpoint is quantised, and ``float`` elsewhere.
+    ``int4`` means ``int8`` for lm_head and the embedding, unless it is given as their own; ``int4-symmetric``, which has a
+    scale a block and no minimum, is faster and loses more. ``keep``: as the checkpoint has them; so it is by default where the
+    checkpoint is quantised, and ``float`` elsewhere.
     ``weights_block``: inputs that share a scale.
     """
 
@@ -38,6 +42,8 @@ class WeightOptions:
     def format_of(self, group: WeightGroup) -> WeightFormat:
         """The format of a group: E and D are late."""
         own: WeightFormat | None = getattr(self, f"weights_{group}")
+        if own is None and self.weights == "int4" and group in IN_EIGHT_BITS:
+            return "int8"
         return own or self.weights or "float"
 
     @property
@@ -66,3 +72,39 @@ class ExportOptions:
     def graphs_for(self) -> Target:
         """The target, or what takes its place where none is given."""
         return self.target or ("onnxruntime" if self.formats.quantises else "all")
+
+
+def check_options(options: ExportOptions) -> None:
+    """Refuse what no checkpoint makes good, before anything is loaded or read.
+
+    Raises:
+        ExportError: with the option.
+    """
+    from dmtd_models.checkpoints.blocks import BLOCK_SIZES  # numpy, which asking for help does without
+
+    if not 1 <= options.max_num_seqs <= MAX_NUM_SEQS_LIMIT:
+        raise ExportError(f"got {options.max_num_seqs}, expected 1 to {MAX_NUM_SEQS_LIMIT}", param="max_num_seqs")
+    block, formats = options.formats.weights_block, [options.formats.format_of(group) for group in GROUPS]
+    if block not in BLOCK_SIZES:
+        sizes = ", ".join(map(str, BLOCK_SIZES))
+        raise ExportError(f"got {block}, expected one of {sizes}; choose one", param="weights_block")
+    if block != WeightOptions().weights_block and not {"int4", "int4-symmetric", "int8"} & {*formats}:
+        raise ExportError(
+            f"got {block}, and no weights are int4 or int8, which alone are rounded in blocks; leave it out",
+            param="weights_block",
+        )
+    check_formats(options)
+
+
+def check_formats(options: ExportOptions) -> None:
+    """Refuse a type that graphs over quantised weights do not have.
+
+    Raises:
+        ExportError: with the option.
+    """
+    if options.formats.quantises and options.dtype != "float32" and options.graphs_for != "tensorrt":
+        raise ExportError(
+            f"got {options.dtype}, expected float32: ONNX Runtime's own graphs take quantised weights in nothing else; export "
+            "with --target tensorrt, or --weights float",
+            param="dtype",
+        )

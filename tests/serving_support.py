@@ -155,7 +155,7 @@ visits = st.builds(
     leaves=st.sampled_from((None, None, None, 0, 3, 9)),
     logprobs=st.sampled_from((None, None, None, 1)),
     n=st.sampled_from((1, 1, 1, 3)),
-    min_confidence=st.sampled_from((0.0, 0.0, 0.1, 0.2, 0.4, 1.0)),
+    min_confidence=st.sampled_from((0.0, 0.0, 0.1, 0.2, 0.5, 0.6, 1.0)),
 )
 all_options = st.builds(
     ServingOptions,

@@ -23,7 +23,7 @@ from dmtd_export.errors import ExportError as ExportError
 from dmtd_export.graphs.build import build_graph
 from dmtd_export.graphs.checking import checker_fault
 from dmtd_export.graphs.rows import GraphSpec
-from dmtd_export.options import MAX_NUM_SEQS_LIMIT, MAX_WINDOW, ExportOptions
+from dmtd_export.options import MAX_WINDOW, ExportOptions, check_formats, check_options
 from dmtd_models.checkpoints.checkpoint import Checkpoint, is_gguf, open_checkpoint
 from dmtd_models.config.model import DmtdSpec, ModelConfig, require_split, resolve_dmtd
 from dmtd_models.progress import Progress, counter, silent
@@ -55,6 +55,7 @@ def export_bundle(
     ``verify`` is called with the finished but not yet placed bundle and the open checkpoint; it returns the record for the
     manifest and raises to refuse the bundle. Raises ExportError, ModelError, or what ``verify`` raises.
     """
+    check_options(options)
     if adapter is None and is_gguf(model):
         require_split(options.split)
     with one_line_os_errors(output):
@@ -68,7 +69,7 @@ def _export(
 ) -> Manifest:
     tell_of_engines(output)
     options = replace(options, formats=resolved_formats(checkpoint, options))
-    _check_formats(options)
+    check_formats(options)
     spec = resolve(checkpoint, options)
     quantisation = plan_quantisation(checkpoint, spec, options.formats)
     max_model_len = _max_model_len(checkpoint.config, options)
@@ -83,20 +84,6 @@ def _export(
             manifest = replace(manifest, verification=verify(work, checkpoint))
             (work / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
-
-
-def _check_formats(options: ExportOptions) -> None:
-    """Refuse a type that graphs over quantised weights do not have.
-
-    Raises:
-        ExportError: with the option.
-    """
-    if options.formats.quantises and options.dtype != "float32" and options.graphs_for != "tensorrt":
-        raise ExportError(
-            f"got {options.dtype}, expected float32: ONNX Runtime's own graphs take quantised weights in nothing else; export "
-            "with --target tensorrt, or --weights float",
-            param="dtype",
-        )
 
 
 def resolve(checkpoint: Checkpoint, options: ExportOptions) -> DmtdSpec:
@@ -268,6 +255,4 @@ def _max_model_len(config: ModelConfig, options: ExportOptions) -> int:
         raise ExportError(
             f"got {wanted}, expected 2 to {config.max_positions}, the model's own limit", param="max_model_len"
         )
-    if not 1 <= options.max_num_seqs <= MAX_NUM_SEQS_LIMIT:
-        raise ExportError(f"got {options.max_num_seqs}, expected 1 to {MAX_NUM_SEQS_LIMIT}", param="max_num_seqs")
     return wanted

@@ -22,7 +22,7 @@ from dmtd_models.config.model import DmtdSpec
 from dmtd_runtime.bundle import speed_bound
 
 Array = np.ndarray
-BITS: dict[WeightFormat, Literal[4, 8]] = {"int4": 4, "int8": 8}
+BITS: dict[WeightFormat, Literal[4, 8]] = {"int4": 4, "int4-symmetric": 4, "int8": 8}
 CHANGED: WeightFormat = "int8"
 KEPT_BYTES = 3  # of two weights, at most: 8 bits, and two floats for a block of 16
 _GROUPS: dict[str | None, WeightGroup] = {
@@ -52,14 +52,14 @@ class Quantisation:
         fmt = self.formats.get(name)
         if fmt is None or fmt == "keep":
             return None if fmt is None else source.blocks(name)
-        return rounded(source.read(name), BITS[fmt], self.block)
+        return rounded(source.read(name), BITS[fmt], self.block, symmetric=fmt == "int4-symmetric")
 
     def stored_bytes(self, name: str, count: int, itemsize: int) -> int:
-        """Bytes that ``count`` values take, floats of ``itemsize`` bytes or blocks with half-precision scales."""
+        """Bytes that ``count`` values take: floats of ``itemsize`` bytes, or blocks with half-precision scales and minimums."""
         fmt = self.formats.get(name)
         if fmt is None or fmt == "keep":
             return count * itemsize if fmt is None else count * KEPT_BYTES // 2
-        return count * BITS[fmt] // 8 + count // self.block * 2
+        return count * BITS[fmt] // 8 + count // self.block * (4 if fmt == "int4" else 2)
 
 
 NOTHING = Quantisation(formats={}, block=BLOCK_SIZES[-1])
@@ -75,7 +75,8 @@ def resolved_formats(checkpoint: Checkpoint, options: ExportOptions) -> WeightOp
     quantised = any(checkpoint.was_in_blocks(name) for name in checkpoint.names())
     if not quantised and "keep" in (formats.weights, *(formats.format_of(group) for group in GROUPS)):
         raise ExportError(
-            f"got keep, and {checkpoint.path} is not quantised; choose int8, int4 or float", param="weights"
+            f"got keep, and {checkpoint.path} is not quantised; choose int8, int4, int4-symmetric or float",
+            param="weights",
         )
     if formats.weights is not None:
         return formats
@@ -89,19 +90,9 @@ def plan_quantisation(checkpoint: Checkpoint, dmtd: DmtdSpec, options: WeightOpt
     A matrix that an adapter changed is in its blocks no longer: where they were to be kept, it is rounded to ``CHANGED``.
 
     Raises:
-        ExportError: a block size that does not divide a matrix, or two formats for one tied matrix.
+        ExportError: a block that does not divide a matrix, or two formats for one tied matrix.
     """
     config = checkpoint.config
-    if options.weights_block not in BLOCK_SIZES:
-        sizes = ", ".join(map(str, BLOCK_SIZES))
-        raise ExportError(f"got {options.weights_block}, expected one of {sizes}; choose one", param="weights_block")
-    if options.weights_block != WeightOptions().weights_block and not any(
-        options.format_of(group) in BITS for group in GROUPS
-    ):
-        raise ExportError(
-            f"got {options.weights_block}, and no weights are int4 or int8, which alone are rounded in blocks; leave it out",
-            param="weights_block",
-        )
     if config.tie_word_embeddings and options.format_of("lm_head") != options.format_of("embedding"):
         raise ExportError(
             f"got {options.format_of('lm_head')} with {options.format_of('embedding')} for the embedding, expected one format: "

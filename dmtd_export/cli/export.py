@@ -15,7 +15,7 @@ from rich.text import Text
 
 from dmtd_export.cli.options.export import ExportGroup, SplitGroup, WeightsGroup
 from dmtd_export.cli.progress import StageDisplay
-from dmtd_export.options import ExportOptions, WeightOptions
+from dmtd_export.options import ExportOptions, WeightOptions, check_options
 from dmtd_models.config.model import SplitOptions
 from dmtd_runtime.bundle.speed_bound import split_bytes, weight_formats
 from dmtd_runtime.cli.common import JsonOption, human_bytes, logs_to_stderr, pick, require
@@ -56,6 +56,8 @@ def export(
     source = pick(checkpoint, model, "MODEL")
     if output is None:
         raise typer.BadParameter("-o / --output: missing; name the directory of the bundle")
+    options = replace(options, split=split, formats=formats)
+    check_options(options)
     require("export", LIBRARIES, "export")
     from dmtd_export.bundle.export import export_bundle
 
@@ -68,7 +70,7 @@ def export(
         manifest = export_bundle(
             source,
             output,
-            replace(options, split=split, formats=formats),
+            options,
             adapter=adapter,
             progress=display.counted,
             verify=hook,

@@ -4,7 +4,7 @@ Everything starts from the plain base's greedy answers to the everyday prompts. 
 
     those answers, teacher-forced through the runtime's own loop --> perplexity ratio, agreement of kept tokens by phase
     free greedy answers to the same prompts                      --> matched prefix, fluency, tokens a full pass, dropped steps
-    one sequence at a time, beside plain decoding                --> measured speed
+    one sequence at a time, and a full batch, beside plain decoding of the same prompts --> measured speed
 
 Whether a late step is kept depends on its logits, so a known text has to be fed token by token here, unlike elsewhere.
 """
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -21,11 +23,13 @@ from dmtd_export.evaluate.bundle_scorer import score_logits
 from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.fluency import everyday_items, voice_of
 from dmtd_export.evaluate.generation import MAX_BATCH, Answer, GenerationRun, write_answers
-from dmtd_export.evaluate.scorer import Array, Scorer, ScoreRequest
+from dmtd_export.evaluate.scorer import Array, Scorer, ScoreRequest, TokenScores
 from dmtd_export.evaluate.statistics import Bootstrap, Estimate
-from dmtd_runtime import LLM, SamplingParams
-from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime import SamplingParams
+from dmtd_runtime.backends.base import Backend, BackendOptions
 from dmtd_runtime.backends.opening import open_backend
+from dmtd_runtime.bench.conditions import conditions_of, load_average
+from dmtd_runtime.bench.run import run_once
 from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.bundle.opening import open_bundle
 from dmtd_runtime.cycle import CyclePlan, StepKind
@@ -34,7 +38,10 @@ from dmtd_runtime.sampling.stops import StopRules
 from dmtd_runtime.serving.loop import run_batch
 from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
 
-SPEED_PROMPTS = 6
+SPEED_RUNS = 4
+CONDITIONS = ("cpu", "cores", "threads", "load_average", "device", "dtype", "onnxruntime", "commit")
+Range = tuple[float, float, float]
+"""Median, least, most."""
 MODEL_NLL, BASE_NLL, TOKENS, AGREED = range(4)
 
 
@@ -42,8 +49,8 @@ MODEL_NLL, BASE_NLL, TOKENS, AGREED = range(4)
 class DialSetting:
     """One confidence. ``ratio``, agreements and shares are of kept tokens, by phase ("0": heads).
 
-    Steps are those of free answers, late and dropped ones a token. ``speed`` over plain decoding: median, least and most of the
-    prompts that were measured.
+    Steps are those of free answers, late and dropped ones a token. ``speed`` over plain decoding, of one sequence at a time,
+    and ``batch_speed`` of as many as the result says.
     """
 
     min_confidence: float
@@ -57,16 +64,22 @@ class DialSetting:
     tokens_per_full_pass: float
     late_steps: float
     dropped: float
-    speed: tuple[float, float, float]
+    speed: Range
+    batch_speed: Range
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DialResult:
-    """Settings by confidence, and the plain base's own fluency."""
+    """Settings by confidence, and the plain base's own fluency. ``batch``: sequences at a time of a batch.
+
+    ``conditions`` of the measured speed: the machine, and what ran on it.
+    """
 
     settings: tuple[DialSetting, ...]
     base_nll: Estimate
     prompts: int
+    batch: int
+    conditions: Mapping[str, Any]
 
 
 def measure_dial(
@@ -88,16 +101,26 @@ def measure_dial(
             "got a model of cycle origin absolute, whose heads stand where the count of positions puts them; leave it out",
             param="min_confidence",
         )
-    items, wanted = everyday_items(), sorted({0.0, *confidences})
+    items, wanted, load = everyday_items(), sorted({0.0, *confidences}), load_average()
     plain = write_answers(base, items, on_done)
-    base_voice = voice_of(plain, scorer, bootstrap)
-    speeds = _speeds(model, base, plain[:SPEED_PROMPTS], wanted)
+    read = [_plain_scores(answer, scorer) for answer in plain]
+    own = np.array([(-float(scores.target_logprobs.sum()), len(scores.target_logprobs)) for scores in read], np.float64)
+    batch = min(_batch_of(manifest), _batch_of(open_bundle(base.bundle)))
+    speeds = {size: _speeds(model, base, manifest, plain, size, wanted) for size in {1, batch}}
     settings = []
     for confidence in wanted:
         free = write_answers(replace(model, min_confidence=confidence), items, on_done)
-        forced = _forced_sums(model, manifest, plain, confidence, scorer)
-        settings.append(_setting(confidence, free, plain, forced, speeds[confidence], scorer, bootstrap))
-    return DialResult(settings=tuple(settings), base_nll=base_voice.nll, prompts=len(items))
+        forced = _forced_sums(model, manifest, plain, confidence, read)
+        speed = (speeds[1][confidence], speeds[batch][confidence])
+        settings.append(_setting(confidence, free, plain, forced, speed, scorer, bootstrap))
+    conditions = conditions_of(model.bundle, manifest, _options(model, batch), load)
+    return DialResult(
+        settings=tuple(settings),
+        base_nll=bootstrap.estimate(own, lambda s: s[..., 0] / s[..., 1]),
+        prompts=len(items),
+        batch=batch,
+        conditions={name: conditions[name] for name in CONDITIONS},
+    )
 
 
 def _setting(
@@ -105,7 +128,7 @@ def _setting(
     free: Sequence[Answer],
     plain: Sequence[Answer],
     forced: Array,
-    speed: tuple[float, float, float],
+    speed: tuple[Range, Range],
     scorer: Scorer,
     bootstrap: Bootstrap,
 ) -> DialSetting:
@@ -130,7 +153,8 @@ def _setting(
         tokens_per_full_pass=kept / max(1, full),
         late_steps=late / max(1, kept),
         dropped=dropped / max(1, kept),
-        speed=speed,
+        speed=speed[0],
+        batch_speed=speed[1],
     )
 
 
@@ -169,11 +193,13 @@ class _PhasedRun(SequenceRun):
 
 
 def _forced_sums(
-    run: GenerationRun, manifest: Manifest, answers: Sequence[Answer], confidence: float, scorer: Scorer
+    run: GenerationRun,
+    manifest: Manifest,
+    answers: Sequence[Answer],
+    confidence: float,
+    read: Sequence[TokenScores],
 ) -> Array:
-    """Of each answer but its first token, which the prompt gives: sums float64 [answers, 4, phases]."""
-    batch = min(MAX_BATCH, max(graph.slots for graph in manifest.graphs))
-    options = BackendOptions(device=run.device, threads=run.threads, max_num_seqs=batch)
+    """Of each answer but its first token, which the prompt gives: sums float64 [answers, 4, phases]. ``read``: by the base."""
     sequences = []
     for answer in answers:
         params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=len(answer.token_ids))
@@ -186,19 +212,12 @@ def _forced_sums(
         )
         sequence.heads = []
         sequences.append(sequence)
-    backend = open_backend(run.bundle, manifest, options)
-    try:
+    with closing(_open(run, manifest, _batch_of(manifest))) as backend:
         run_batch(backend, CyclePlan(cycle=manifest.cycle), sequences, static=False)
-    finally:
-        backend.close()
     sums = np.zeros((len(answers), 4, manifest.cycle.cycle_length))
-    for found, sequence, answer in zip(sums, sequences, answers, strict=True):
+    for found, sequence, answer, plain in zip(sums, sequences, answers, read, strict=True):
         n, sampler = len(answer.prompt_ids), sequence.sampler
         assert isinstance(sampler, _ForcedSampler), "as it was made"
-        request = ScoreRequest(
-            token_ids=(*answer.prompt_ids, *answer.token_ids), prompt_len=n, plain=True, first_row=n - 1
-        )
-        [plain] = scorer.score([request])
         heads = np.array(sequence.heads, np.int64)
         for k in range(1, len(answer.token_ids)):
             at = n + k - 1  # the row that was fed when the token was chosen
@@ -213,34 +232,60 @@ def _raise(event: TokenEvent) -> None:
         raise event.error
 
 
+def _plain_scores(answer: Answer, scorer: Scorer) -> TokenScores:
+    n = len(answer.prompt_ids)
+    ids = (*answer.prompt_ids, *answer.token_ids)
+    [scores] = scorer.score([ScoreRequest(token_ids=ids, prompt_len=n, plain=True, first_row=n - 1)])
+    return scores
+
+
 def _speeds(
-    model: GenerationRun, base: GenerationRun, answers: Sequence[Answer], wanted: Sequence[float]
-) -> dict[float, tuple[float, float, float]]:
-    """Tokens a second over plain decoding's, one sequence at a time; every prompt is run by all in turn."""
+    model: GenerationRun,
+    base: GenerationRun,
+    manifest: Manifest,
+    answers: Sequence[Answer],
+    batch: int,
+    wanted: Sequence[float],
+) -> dict[float, Range]:
+    """Tokens a second over plain decoding's, ``batch`` sequences at a time, of the prompts with the longest answers.
+
+    Every group of prompts is run by all in turn, each sequence to the same length, whatever it writes.
+    """
+    longest = [answer for answer in sorted(answers, key=lambda a: -len(a.token_ids)) if len(answer.token_ids) > 1]
+    groups = [longest[:batch]] * SPEED_RUNS if batch > 1 else [[answer] for answer in longest[:SPEED_RUNS]]
     rates: dict[float, list[float]] = defaultdict(list)
+    base_manifest, vocab_size = open_bundle(base.bundle), manifest.model.vocab_size
+    cycles, every = CyclePlan(cycle=manifest.cycle), CyclePlan(cycle=base_manifest.cycle, plain=True)
     with (
-        LLM(model.bundle, device=model.device, threads=model.threads, prefix_cache_bytes=0) as ours,
-        LLM(base.bundle, device=base.device, threads=base.threads, prefix_cache_bytes=0, plain=True) as theirs,
+        closing(_open(model, manifest, batch)) as ours,
+        closing(_open(base, base_manifest, batch)) as theirs,
     ):
-        for answer in answers:
-            prompt, count = list(answer.prompt_ids), len(answer.token_ids)
-            plain = _rate(theirs, prompt, count, 0.0)
+        for group in filter(None, groups):
+            prompts, count = [answer.prompt_ids for answer in group], min(len(answer.token_ids) for answer in group)
+            if not rates:  # what a backend runs first is slower
+                run_once(ours, cycles, prompts, vocab_size, count)
+                run_once(theirs, every, prompts, vocab_size, count)
+            plain = run_once(theirs, every, prompts, vocab_size, count)
             for confidence in wanted:
-                rates[confidence].append(_rate(ours, prompt, count, confidence) / plain)
-    return {
-        confidence: (float(np.median(found)), float(np.min(found)), float(np.max(found)))
-        for confidence, found in rates.items()
-    }
+                run = run_once(ours, cycles, prompts, vocab_size, count, confidence)
+                rates[confidence].append(run.decode_tok_per_s / plain.decode_tok_per_s)
+    return {confidence: _range(rates[confidence] or [float("nan")]) for confidence in wanted}
 
 
-def _rate(llm: LLM, prompt: list[int], count: int, confidence: float) -> float:
-    """Tokens a second behind the first of an answer of ``count`` tokens; NaN of one alone."""
-    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=count, min_confidence=confidence)
-    [output] = llm.generate([prompt], params)
-    told = output.metrics
-    if count < 2 or told.first_token_s is None or told.finished_s is None:
-        return float("nan")
-    return (count - 1) / (told.finished_s - told.first_token_s)
+def _range(values: Sequence[float]) -> Range:
+    return float(np.median(values)), float(np.min(values)), float(np.max(values))
+
+
+def _open(run: GenerationRun, manifest: Manifest, batch: int) -> Backend:
+    return open_backend(run.bundle, manifest, _options(run, batch))
+
+
+def _options(run: GenerationRun, batch: int) -> BackendOptions:
+    return BackendOptions(device=run.device, threads=run.threads, max_num_seqs=batch)
+
+
+def _batch_of(manifest: Manifest) -> int:
+    return min(MAX_BATCH, max(graph.slots for graph in manifest.graphs))
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -217,7 +217,14 @@ def _dial(found: DialResult) -> dict[str, Any]:
         return {**made, "ci95": intervals}
 
     plain = {"nll": found.base_nll.value, "ci95": {"nll": found.base_nll.interval()}}
-    return {"prompts": found.prompts, "settings": [of(setting) for setting in found.settings], "plain": plain}
+    settings = [of(setting) for setting in found.settings]
+    return {
+        "conditions": dict(found.conditions),
+        "prompts": found.prompts,
+        "batch": found.batch,
+        "settings": settings,
+        "plain": plain,
+    }
 
 
 def _retention(kept: Retention) -> dict[str, Any]:

@@ -189,7 +189,17 @@ def _dial(report: EvaluationReport) -> Table | None:
     found = report.dial
     if found is None:
         return None
-    columns = ("confidence", "ratio", "agreement", "heads / late", "same", "nats", "tokens/full", "dropped", "speed")
+    columns = (
+        "confidence",
+        "ratio",
+        "heads / late",
+        "same",
+        "nats",
+        "tokens/full",
+        "dropped",
+        "speed",
+        f"of {found.batch}",
+    )
     table = _grid("\nthe dial: quality and speed by --min-confidence", columns)
     for each in found.settings:
         late = [name for name in each.agreement_by_phase if name != "0"]
@@ -203,15 +213,15 @@ def _dial(report: EvaluationReport) -> Table | None:
         table.add_row(
             f"{each.min_confidence:g}" + ("" if each.min_confidence else ", fixed"),
             number(each.ratio.value),
-            percent(each.agreement.value),
             f"{percent(heads)} / {percent(sure)}",
             number(each.matched.value),
             number(each.nll.value),
             number(each.tokens_per_full_pass),
             number(each.dropped),
             f"{each.speed[0]:.2f}",
+            f"{each.batch_speed[0]:.2f}",
         )
-    table.add_row("plain", "1", "100%", "", "", number(found.base_nll.value), "1", "", "1")
+    table.add_row("plain", "1", "100%", "", number(found.base_nll.value), "1", "", "1", "1")
     return table
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.errors import BackendError, BundleError
 
 Array = np.ndarray[Any, np.dtype[Any]]
+OnCases = Callable[[int], None]
 STAGED: FullPass = "staged"
 FUSED: FullPass = "fused"
 SMALL_CHUNK = 3  # prefill rows a run where a variant chunks its prompts
@@ -37,7 +38,8 @@ STANDARD_BATCH = 3
 class Case:
     """One prompt in one mode, and the tokens that follow it (empty before the baseline has run).
 
-    ``heads``, where they are not those of fixed cycles; at those of ``leaves`` a late step is tried first, and taken back.
+    ``heads``, where they are not those of fixed cycles; those of ``leaves`` come early, behind a late step that is kept or in
+    place of one.
     """
 
     prompt: tuple[int, ...]
@@ -69,6 +71,10 @@ class Variant:
         chunked = f", chunks of {self.chunk}" if self.chunk <= SMALL_CHUNK else ""
         return f"whole cycles: {self.dialect}, {self.full_pass}, batch {self.batch}{chunked}"
 
+    def picks(self, count: int) -> range:
+        """Which of ``count`` cases it runs."""
+        return range(0, count, self.case_step)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
@@ -95,9 +101,9 @@ def make_cases(manifest: Manifest, quick: bool, seed: int = 0) -> list[Case]:
 
 
 def leaving(case: Case, tau: int, rng: np.random.Generator) -> Case:
-    """The case with cycles of 1 to ``tau`` positions, the first one left early; heads are listed further than it goes."""
+    """The case with cycles of 1 to ``tau`` positions, the first two left early; heads are listed further than it goes."""
     heads, leaves, at = [], [], len(case.prompt)
-    lengths = itertools.chain((tau - 1,), map(int, iter(lambda: rng.integers(1, tau + 1), None)))
+    lengths = itertools.chain((tau - 1, tau - 1), map(int, iter(lambda: rng.integers(1, tau + 1), None)))
     while at < len(case.prompt) + case.num_new + 8 * tau:
         heads.append(at)
         length = next(lengths)
@@ -129,10 +135,10 @@ def make_variants(manifest: Manifest, quick: bool, prepack: bool = True) -> list
 
 
 def choose_tokens(
-    directory: Path, manifest: Manifest, variant: Variant, cases: Sequence[Case]
+    directory: Path, manifest: Manifest, variant: Variant, cases: Sequence[Case], on_cases: OnCases = lambda count: None
 ) -> tuple[list[Case], list[Array]]:
     """Let ``variant`` continue every case greedily. Returns the cases with their tokens, and each step's logits."""
-    logits = list(run_variant(directory, manifest, variant, cases))
+    logits = list(run_variant(directory, manifest, variant, cases, on_cases))
     chosen = [
         replace(case, continuation=tuple(int(i) for i in rows.argmax(-1)))
         for case, rows in zip(cases, logits, strict=True)
@@ -149,12 +155,13 @@ def check_cycles(
     margin: Margin = FLOAT32,
     own_logits: Sequence[Array] | None = None,
     label: str = "",
+    on_cases: OnCases = lambda count: None,
 ) -> Check:
     """Hold one variant to the expected logits; ``own_logits`` are the baseline's, which has already run."""
-    picked = range(0, len(cases)) if own_logits is not None else _picked(len(cases), variant)
+    picked = range(0, len(cases)) if own_logits is not None else variant.picks(len(cases))
     name = variant.name + label
     try:
-        got = own_logits or list(run_variant(directory, manifest, variant, [cases[i] for i in picked]))
+        got = own_logits or list(run_variant(directory, manifest, variant, [cases[i] for i in picked], on_cases))
     except (BackendError, BundleError) as error:
         return _failed(name, variant, expected.level, str(error))
     found = Comparison(variant=variant, margin=margin)
@@ -163,8 +170,10 @@ def check_cycles(
     return found.check(name, expected.level)
 
 
-def run_variant(directory: Path, manifest: Manifest, variant: Variant, cases: Sequence[Case]) -> Iterator[Array]:
-    """Yield the logits [num_new, vocab] of each case, in order."""
+def run_variant(
+    directory: Path, manifest: Manifest, variant: Variant, cases: Sequence[Case], on_cases: OnCases = lambda count: None
+) -> Iterator[Array]:
+    """Yield the logits [num_new, vocab] of each case, in order. ``on_cases`` is told how many more have run."""
     longest = max(len(case.prompt) + case.num_new for case in cases)
     options = BackendOptions(
         dialect=variant.dialect,
@@ -184,13 +193,10 @@ def run_variant(directory: Path, manifest: Manifest, variant: Variant, cases: Se
                 chosen = [cases[i] for i in group]
                 rows = forced_group(backend, plan, variant.chunk, chosen, manifest.model.vocab_size)
                 results.update(zip(group, rows, strict=True))
+                on_cases(len(group))
     finally:
         backend.close()
     yield from (results[i] for i in range(len(cases)))
-
-
-def _picked(count: int, variant: Variant) -> list[int]:
-    return list(range(0, count, variant.case_step))
 
 
 def forced_group(

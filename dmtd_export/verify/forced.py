@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from dmtd_runtime.backends.base import Backend
 from dmtd_runtime.cycle import CyclePlan
+from dmtd_runtime.sampling.confidence import Verdict
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import Choice, Logits, Sampler
 from dmtd_runtime.sampling.stops import StopRules
@@ -44,16 +45,25 @@ class ForcedSampler(Sampler):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class LeavingRun(SequenceRun):
-    """Takes its late steps back at the positions of ``leaves``, however sure they are."""
+    """Leaves its cycles so that ``leaves`` are heads, however sure its late steps are: every second one behind a late step
+    that it keeps, where there is one, the others by taking the late step there back.
+    """
 
-    leaves: Collection[int] = ()
+    leaves: Sequence[int] = ()
+    behind: int = -1  # the last of them that comes behind a step that was kept
 
     @property
     def looks(self) -> bool:
         return bool(self.leaves)
 
-    def drops(self, confidence: float) -> bool:
-        return len(self.ids) - 1 in self.leaves
+    def judge(self, confidence: float) -> Verdict:
+        at = len(self.ids) - 1
+        if at in self.leaves and at != self.behind:
+            return "drop"
+        if at + 1 not in self.leaves[1::2]:
+            return "keep"
+        self.behind = at + 1
+        return "leave"
 
 
 def forced_logits(
@@ -65,7 +75,7 @@ def forced_logits(
     *,
     vocab_size: int,
     max_rows: int,
-    leaves: Sequence[Collection[int]] = (),
+    leaves: Sequence[Sequence[int]] = (),
 ) -> list[Array]:
     """Logits [num_new, vocab] of some sequences, run as one batch.
 
@@ -77,7 +87,7 @@ def forced_logits(
         num_new: rows of logits of each.
         vocab_size: width of a row.
         max_rows: of a prompt's chunk.
-        leaves: positions of each at which it leaves its cycle, and takes a late step back; none by default.
+        leaves: positions of each that are heads before their cycle's end; none by default.
 
     Raises:
         BackendError: the backend failed.

@@ -6,6 +6,7 @@ cache row that a call has no business reading holds arbitrary numbers, so a mask
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from dmtd_runtime.ort.library import import_onnxruntime
 from dmtd_runtime.ort.links import graph_source, path_problem
 
 Array = np.ndarray[Any, np.dtype[Any]]
+NOISE_STARTS = 1 << 16
 
 
 class Session(Protocol):
@@ -46,16 +48,15 @@ def open_onnxruntime(path: Path, *, prepack: bool = False, optimise: bool = True
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    mapped, tensors = {}, _external(onnx.load(path, load_external_data=False))
+    values: dict[str, Any] = {}
+    tensors = _external(onnx.load(path, load_external_data=False))
     # ONNX Runtime takes no values of 4 bits from numpy: such weights it must reach by itself.
     if path_problem(path) and all(tensor.data_type != onnx.TensorProto.UINT4 for tensor in tensors):
         for tensor in tensors:
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-            array = _stored(tensor, path.parent).view(dtype).reshape(tensor.dims)
-            mapped[tensor.name] = ort.OrtValue.ortvalue_from_numpy(array)
-    with graph_source(path, options, mapped, holds_no_weights=not tensors) as source:
+            values[tensor.name] = ort.OrtValue.ortvalue_from_numpy(mapped(tensor, path.parent))
+    with graph_source(path, options, values, holds_no_weights=not tensors) as source:
         session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    return _Holding(session, mapped)
+    return _Holding(session, values)
 
 
 class _Holding:
@@ -87,8 +88,15 @@ def _external(model: onnx.ModelProto) -> list[onnx.TensorProto]:
     return [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
 
 
+def mapped(tensor: onnx.TensorProto, folder: Path) -> Array:
+    """An initializer that stands in another file; not of 4 bits, which numpy has not."""
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    array: Array = _stored(tensor, folder).view(dtype).reshape(tensor.dims)
+    return array
+
+
 def _stored(tensor: onnx.TensorProto, folder: Path) -> Array:
-    """The bytes of such an initializer, mapped."""
+    """The bytes of an initializer that stands in another file, mapped."""
     place = {entry.key: entry.value for entry in tensor.external_data}
     shape = (int(place["length"]),)
     return np.memmap(folder / place["location"], np.uint8, "r", offset=int(place.get("offset", 0)), shape=shape)
@@ -187,6 +195,8 @@ class _Caches:
         self._slots = slots_of(graph, len(scenario.lengths))
         self._inputs = [info for info in graph.inputs if contract.cache_name(info.name)]
         self._rng = np.random.default_rng(1)
+        longest = max((math.prod(self._shape(info)) for info in self._inputs), default=0)
+        self._numbers = self._rng.standard_normal(NOISE_STARTS + longest).astype(np.float32)
         self._rows: dict[tuple[int, int, str], Array] = {}
         for info in self._inputs:
             layer, kind, _ = _parts(info.name)
@@ -197,19 +207,13 @@ class _Caches:
         """Caches of a run, [batch, kv_heads, capacity, head_dim]; noise in every row that the run must write or not see."""
         made: dict[str, Array] = {}
         for info in self._inputs:
-            layer, kind, slot = _parts(info.name)
-            late = self._late_only or layer in self._late_layers
-            rows = []
-            for s in sequences:
-                held = self._rows[s, layer, kind].copy()
-                start = (call.lates if late else call.windows)[s].start
-                held[:, start:] = self._noise(info)[0][:, start:]
-                rows.append((self._slots[s], held))
+            layer, _, slot = _parts(info.name)
+            writes = call.lates if self._late_only or layer in self._late_layers else call.windows
             if info.dims[0] == "batch":
-                made[info.name] = np.stack([held for _, held in rows])
-            else:
-                own = [held for at, held in rows if slot is None or at == slot]
-                made[info.name] = own[0][None] if own else self._noise(info)
+                made[info.name] = np.stack([self._held(s, info, writes) for s in sequences])
+                continue
+            own = next((s for s in sequences if slot is None or slot == self._slots[s]), None)
+            made[info.name] = self._noise(info) if own is None else self._held(own, info, writes)[None]
         return made
 
     def take(self, outputs: dict[str, Array], sequences: Sequence[int]) -> None:
@@ -232,10 +236,21 @@ class _Caches:
             for layer, kind in pairs
         }
 
+    def _held(self, sequence: int, info: TensorInfo, writes: Sequence[range]) -> Array:
+        """A sequence's cache [kv_heads, capacity, head_dim], noise from the first row on that a run writes."""
+        layer, kind, _ = _parts(info.name)
+        held, start = self._rows[sequence, layer, kind].copy(), writes[sequence].start
+        held[:, start:] = self._noise(info)[0][:, start:]
+        return held
+
     def _noise(self, info: TensorInfo) -> Array:
+        """Arbitrary numbers in an input's shape: a piece of those drawn once, from anywhere."""
+        shape, start = self._shape(info), int(self._rng.integers(NOISE_STARTS))
+        return self._numbers[start : start + math.prod(shape)].reshape(shape).astype(info.dtype)
+
+    def _shape(self, info: TensorInfo) -> list[int]:
         symbols = {"batch": 1, "capacity": self._scenario.capacity}
-        shape = [symbols[dim] if isinstance(dim, str) else dim for dim in info.dims]
-        return self._rng.standard_normal(shape).astype(info.dtype)
+        return [symbols[dim] if isinstance(dim, str) else dim for dim in info.dims]
 
 
 def _parts(name: str) -> contract.CacheName:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 import shutil
 import tempfile
@@ -23,17 +24,22 @@ LARGE_BYTES = 4 << 30  # float32 weights beyond which whole cycles take minutes
 LARGE_IN_BLOCKS_BYTES = 32 << 20  # the same of quantised weights, as they stand
 WORKING_BYTES = 1 << 30  # interpreter, libraries, activations, caches of a few dozen rows
 PREPACKED_COPIES = 2.2  # ONNX Runtime's prepacked weights of a fused pair beside the mapped file
+DISK_LEFT_BYTES = 64 << 20
 LOGIT_ROWS, LOGIT_ROWS_A_CYCLE = 600, 50  # rows of logits alive at a time, reference and graphs together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What will run. ``prepack``: whole cycles run as they are deployed, with ONNX Runtime's own copies of weights."""
+    """What will run. ``prepack``: whole cycles run as they are deployed, with ONNX Runtime's own copies of weights.
+
+    ``in_floats``: of a quantised bundle, products over 8 bits run as ones over floats, for which there is room.
+    """
 
     level: Level
     note: str = ""
     cycles: CycleScope = "all"
     prepack: bool = True
+    in_floats: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -42,9 +48,9 @@ def make_plan(directory: Path, manifest: Manifest, wanted: Level | None, config:
     highest: Level = wanted or "oracle"
     for ceiling, reason in _limits(directory, manifest, config, wants_torch=highest == "oracle"):
         if LEVELS.index(ceiling) < LEVELS.index(highest):
-            return _finish(manifest, ceiling, f"level lowered to {ceiling}: {reason}")
+            return _finish(directory, manifest, ceiling, f"level lowered to {ceiling}: {reason}")
     note = f"level {highest}, as asked" if wanted is not None and wanted != "oracle" else ""
-    return _finish(manifest, highest, note)
+    return _finish(directory, manifest, highest, note)
 
 
 def available_bytes() -> int | None:
@@ -64,6 +70,12 @@ def float32_bytes(manifest: Manifest) -> int:
     return sum(
         info.length if name in in_blocks else int(np.prod(info.shape)) * 4 for name, info in manifest.weights.items()
     )
+
+
+def twin_bytes(manifest: Manifest) -> int:
+    """Bytes of the weights of a quantised bundle's twin: as they stand, and those of 8 bits as floats too."""
+    in_8_bits = (manifest.shape_of(name) for name, fmt in manifest.quantised.items() if fmt.bits == 8)
+    return float32_bytes(manifest) + sum(math.prod(shape) * 4 for shape in in_8_bits if shape)
 
 
 def least_bytes(manifest: Manifest) -> int:
@@ -88,7 +100,7 @@ def _limits(
     if manifest.model.dtype != "float32":
         scratch = scratch_directory(directory)
         free, needed = shutil.disk_usage(scratch).free, float32_bytes(manifest)
-        if free < needed + (64 << 20):
+        if free < needed + DISK_LEFT_BYTES:
             reason = f"its float32 cast needs {needed / 1e9:.1f} GB in {scratch}, {free / 1e9:.1f} GB are free"
             limits.append(("structure", reason))
     if not installed("torch"):
@@ -102,7 +114,7 @@ def _limits(
     return limits
 
 
-def _finish(manifest: Manifest, level: Level, note: str) -> Plan:
+def _finish(directory: Path, manifest: Manifest, level: Level, note: str) -> Plan:
     """How whole cycles run at this level; what a large model goes without is said in a note."""
     memory, weights = available_bytes(), float32_bytes(manifest)
     cycles: CycleScope = "few" if weights > LARGE_BYTES else "all"
@@ -125,7 +137,11 @@ def _finish(manifest: Manifest, level: Level, note: str) -> Plan:
         )
     if level == "structure":
         return Plan(level=level, note=note)
-    return Plan(level=level, note=note, cycles=cycles, prepack=prepack, notes=tuple(notes))
+    twin = twin_bytes(manifest)
+    in_floats = shutil.disk_usage(scratch_directory(directory)).free > twin + DISK_LEFT_BYTES
+    if memory is not None:
+        in_floats &= memory > PREPACKED_COPIES * twin + least_bytes(manifest)
+    return Plan(level=level, note=note, cycles=cycles, prepack=prepack, in_floats=in_floats, notes=tuple(notes))
 
 
 def installed(module: str) -> bool:

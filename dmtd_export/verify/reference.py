@@ -6,7 +6,7 @@ The only module of the package that imports torch, and it is imported only when 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from dmtd_models.reference.oracle import gates
 from dmtd_runtime.bundle.manifest import Manifest
 
 Array = np.ndarray[Any, np.dtype[Any]]
+OnRead = Callable[[], None]
 
 
 class Reference:
@@ -38,7 +39,10 @@ class Reference:
         self.config = config
         stored = NUMPY_DTYPES[manifest.model.dtype]
 
+        self._on_read: OnRead = lambda: None
+
         def read(name: str) -> Array:
+            self._on_read()
             if checkpoint is None or name in manifest.quantised:
                 return stored_weight(directory, manifest, name)
             return checkpoint.read(name).astype(stored, copy=False)
@@ -46,8 +50,9 @@ class Reference:
         # float64, so that the error shown is the graph's own and not the reference's as well
         self._model = StreamedModel(config, spec, read, torch.float64)
 
-    def outcome(self, scenario: Scenario) -> Outcome:
-        """Everything that the rows of a scenario compute."""
+    def outcome(self, scenario: Scenario, on_read: OnRead = lambda: None) -> Outcome:
+        """Everything that the rows of a scenario compute. ``on_read`` is called before a weight is read."""
+        self._on_read = on_read
         positions = torch.arange(scenario.ids.shape[1])[None].expand(len(scenario.lengths), -1)
         run = self._model(
             torch.from_numpy(scenario.ids),
@@ -65,8 +70,10 @@ class Reference:
         prompt_lens: Sequence[int],
         plain: Sequence[bool],
         heads: Sequence[Collection[int] | None],
+        on_read: OnRead = lambda: None,
     ) -> list[Array]:
         """Logits [n, vocab] of whole sequences under the oracle's gates, in one pass (causal: padding is harmless)."""
+        self._on_read = on_read
         n = max(map(len, sequences))
         ids = torch.zeros((len(sequences), n), dtype=torch.int64)
         both = torch.ones((2, len(sequences), n), dtype=torch.int64)

@@ -187,12 +187,14 @@ class _Run:
         if reference is not None:
             rows = self._manifest.weights[contract.ROTARY_TABLES[0]].shape[0]
             checks.append(check_rotary(self._directory, self._manifest, reference.rotary_tables(rows)))
-        with self._float32() as (directory, manifest):
+        with self._float32(plan) as (directory, manifest):
             scenario = make_scenario(manifest.model.vocab_size)
             try:
-                with self._counting("reference", 1):
+                with self._counting("reference", len(tensor_shapes(reference.config)) if reference else 1) as done:
                     expected = (
-                        reference.outcome(scenario) if reference else graphs_as_expected(directory, manifest, scenario)
+                        reference.outcome(scenario, done)
+                        if reference
+                        else graphs_as_expected(directory, manifest, scenario)
                     )
                 checks += self._graphs(directory, manifest, scenario, expected, plan)
                 if plan.cycles != "none":
@@ -217,7 +219,7 @@ class _Run:
         return Reference(self.config, spec_of(self._manifest.cycle), self._directory, self._manifest, self._source)
 
     @contextmanager
-    def _float32(self) -> Iterator[tuple[Path, Manifest]]:
+    def _float32(self, plan: Plan) -> Iterator[tuple[Path, Manifest]]:
         """The bundle itself, or a twin in a temporary directory beside it: of half precision its float32 cast, of quantised
         weights one that rounds no inputs.
         """
@@ -227,14 +229,14 @@ class _Run:
         # Beside the bundle and locked, so that the next export or verification removes what a killed one left.
         with work_directory(scratch_directory(self._directory) / self._directory.resolve().name) as target:
             if self._rounds_inputs:
-                yield target, exact_twin(self._directory, self._manifest, target)
+                yield target, exact_twin(self._directory, self._manifest, target, in_floats=plan.in_floats)
             else:
                 yield target, float32_twin(self._directory, self._manifest, target, self.config)
 
     def _graphs(
         self, directory: Path, manifest: Manifest, scenario: Scenario, expected: Outcome, plan: Plan
     ) -> list[Check]:
-        label, open_exact = "" if manifest is self._manifest else ", cast to float32,", open_onnxruntime
+        label, open_exact = "" if directory == self._directory else ", cast to float32,", open_onnxruntime
         if self._rounds_inputs:
             label, open_exact = ", inputs not rounded,", partial(open_onnxruntime, prepack=True)
         as_is, label_as_is, open_session = self._as_is()
@@ -281,9 +283,11 @@ class _Run:
         runs_as_is = self._rounds_inputs or self._manifest.model.dtype == "float16"
         quick = self._quick or plan.cycles == "few"
         variants = cycles.make_variants(manifest, quick, plan.prepack)
-        with self._counting("cycles", len(variants) + 1 + runs_as_is) as done:
-            cases, own = cycles.choose_tokens(directory, manifest, variants[0], cycles.make_cases(manifest, quick))
-            done()
+        made = cycles.make_cases(manifest, quick)
+        reads = len(tensor_shapes(reference.config)) if reference is not None else 0
+        runs = sum(len(variant.picks(len(made))) for variant in variants) + runs_as_is * len(made)
+        with self._counting("cycles", runs + reads) as done:
+            cases, own = cycles.choose_tokens(directory, manifest, variants[0], made, done)
             expected = cycles.Expected(logits=own, level="graphs")
             if reference is not None:
                 rows = reference.teacher_forced(
@@ -291,6 +295,7 @@ class _Run:
                     [len(case.prompt) for case in cases],
                     [case.plain for case in cases],
                     [case.heads for case in cases],
+                    done,
                 )
                 logits = [row[len(case.prompt) - 1 :] for row, case in zip(rows, cases, strict=True)]
                 expected = cycles.Expected(logits=logits, level="oracle")
@@ -298,28 +303,27 @@ class _Run:
             for variant in variants:
                 given = own if variant is variants[0] else None
                 if given is None or reference is not None:
-                    checks.append(cycles.check_cycles(directory, manifest, variant, cases, expected, FLOAT32, given))
-                done()
+                    check = cycles.check_cycles(
+                        directory, manifest, variant, cases, expected, FLOAT32, given, on_cases=done
+                    )
+                    checks.append(check)
             if runs_as_is:
                 rounded, what = rounding_margin(self._manifest), "int8 inputs" if self._rounds_inputs else "float16"
                 assert rounded is not None, "graphs that are run as they are have a margin of their own"
-                label = f", {what} as it is"
+                label, bundle = f", {what} as it is", (self._directory, self._manifest)
                 checks.append(
-                    cycles.check_cycles(
-                        self._directory, self._manifest, variants[0], cases, expected, rounded, label=label
-                    )
+                    cycles.check_cycles(*bundle, variants[0], cases, expected, rounded, label=label, on_cases=done)
                 )
-                done()
         return checks
 
     @contextmanager
-    def _counting(self, stage: str, total: int) -> Iterator[Callable[[], None]]:
+    def _counting(self, stage: str, total: int) -> Iterator[Callable[..., None]]:
         count = 0
         self._progress(stage, 0, total)
 
-        def done() -> None:
+        def done(more: int = 1) -> None:
             nonlocal count
-            count += 1
+            count += more
             self._progress(stage, min(count, total), total)
 
         yield done

@@ -11,39 +11,68 @@ from typing import Any
 
 import numpy as np
 
-from dmtd_export.bundle.weights import CHUNK_BYTES, map_tensor
+from dmtd_export.bundle.weights import map_tensor
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import Manifest
 
 Array = np.ndarray[Any, np.dtype[Any]]
+RUN_BYTES = 1 << 20  # of values made at a time: what a core's cache holds
 
 
 def stored_weight(directory: Path, manifest: Manifest, name: str) -> Array:
     """One weight [out, in] (a norm: [hidden]): mapped where it is stored as floats, else float32."""
     if name not in manifest.quantised:
         return map_tensor(directory / contract.WEIGHTS_FILE, manifest.weights[name])
-    return np.concatenate([values for values, _, _ in quantised_rows(directory, manifest, name)])
+    blocks, shape = _Blocks(directory, manifest, name), manifest.shape_of(name)
+    assert shape is not None, f"{name} is stored"
+    found: Array = np.empty(shape, np.float32)
+    for rows in blocks.runs():
+        blocks.write_values(rows, found[rows])
+    return found
 
 
 def quantised_rows(directory: Path, manifest: Manifest, name: str) -> Iterator[tuple[Array, Array, Array]]:
     """A quantised weight in runs of rows: values float32 [rows, in], codes uint8 and scales float32 of the same shape."""
-    fmt = manifest.quantised[name]
-    codes, scales, *minimums = (
-        map_tensor(directory / contract.WEIGHTS_FILE, manifest.weights[part]) for part in manifest.parts_of(name)
-    )
-    middle = 2 ** (fmt.bits - 1)
-    lowest = middle - fmt.levels // 2 if fmt.minimums else middle
-    step = max(1, CHUNK_BYTES // (8 * codes.shape[1] * fmt.block))
-    for start in range(0, len(codes), step):
-        rows = slice(start, start + step)
-        own = np.array(codes[rows])
-        if fmt.bits == 4:
-            pairs = np.empty((*own.shape, 2), np.uint8)
-            pairs[..., 0], pairs[..., 1] = own % 16, own // 16
-            own = pairs.reshape(*own.shape[:2], fmt.block)
-        scale = scales[rows].astype(np.float32)[..., None]
-        values = scale * (own.astype(np.float32) - np.float32(lowest))
-        if fmt.minimums:
-            values += minimums[0][rows].astype(np.float32)[..., None]
-        flat = (len(own), -1)
-        yield values.reshape(flat), own.reshape(flat), np.broadcast_to(scale, own.shape).reshape(flat)
+    blocks = _Blocks(directory, manifest, name)
+    for rows in blocks.runs():
+        codes = blocks.codes_of(rows)
+        values = np.empty((len(codes), codes[0].size), np.float32)
+        blocks.write_values(rows, values)
+        scales = np.repeat(blocks.scales[rows].astype(np.float32), blocks.format.block, axis=1)
+        yield values, codes.reshape(values.shape), scales
+
+
+class _Blocks:
+    """The stored parts of a quantised weight, mapped."""
+
+    def __init__(self, directory: Path, manifest: Manifest, name: str) -> None:
+        self.format = manifest.quantised[name]
+        self._codes, self.scales, *minimums = (
+            map_tensor(directory / contract.WEIGHTS_FILE, manifest.weights[part]) for part in manifest.parts_of(name)
+        )
+        self._minimums = minimums[0] if self.format.minimums else None
+
+    def runs(self) -> Iterator[slice]:
+        """Rows that are read at a time."""
+        step = max(1, RUN_BYTES // (4 * self._codes.shape[1] * self.format.block))
+        return (slice(start, start + step) for start in range(0, len(self._codes), step))
+
+    def codes_of(self, rows: slice) -> Array:
+        """Codes uint8 [rows, blocks, block], one a value."""
+        own = np.array(self._codes[rows])
+        if self.format.bits == 8:
+            return own
+        pairs = np.empty((*own.shape, 2), np.uint8)
+        pairs[..., 0], pairs[..., 1] = own % 16, own // 16
+        return pairs.reshape(*own.shape[:2], self.format.block)
+
+    def write_values(self, rows: slice, out: Array) -> None:
+        """Write the values of some rows into ``out`` float32 [rows, in]: ``BlockFormat``'s formula, operation by operation."""
+        fmt = self.format
+        middle = 2 ** (fmt.bits - 1)
+        lowest = middle - fmt.levels // 2 if fmt.minimums else middle
+        values = out.reshape(len(out), -1, fmt.block)
+        np.subtract(self.codes_of(rows), np.float32(lowest), out=values, dtype=np.float32)
+        values *= self.scales[rows].astype(np.float32)[..., None]
+        if self._minimums is not None:
+            values += self._minimums[rows].astype(np.float32)[..., None]

@@ -4,7 +4,9 @@
     tools/adapter_card models/smollm2-135m-e4-d8-tau4 --short    print what is kept of the plain model, in four lines
 
 summary.json has the text ("data", in words), the hardware, and `dmtd finetune`'s summary of every stage; evaluation.json is the
-report.json of `dmtd evaluate`, bench.json what `dmtd bench --json` printed. Nothing is measured here.
+report.json of `dmtd evaluate`, bench.json what `dmtd bench --json` printed; formats.json what the formats of weights cost: for
+each its bytes, and "weight_formats" of the report of `dmtd evaluate BUNDLE --base FLOAT_BUNDLE`; dial.json what `dmtd evaluate
+--min-confidence` put into its report.json as "dial", where it was measured. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -24,16 +26,19 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="print the short form instead of writing README.md")
     arguments = parser.parse_args()
     report = json.loads((arguments.directory / "evaluation.json").read_text(encoding="utf-8"))
+    turned = arguments.directory / "dial.json"
+    dial = json.loads(turned.read_text(encoding="utf-8")) if turned.is_file() else None
     if arguments.short:
-        print("\n".join(short(report)))
+        print("\n".join(short(report, dial)))
         return
     summary = json.loads((arguments.directory / "summary.json").read_text(encoding="utf-8"))
     bench = json.loads((arguments.directory / "bench.json").read_text(encoding="utf-8"))
-    text = card(arguments.directory.name, summary, report, bench)
+    costs = json.loads((arguments.directory / "formats.json").read_text(encoding="utf-8"))
+    text = card(arguments.directory.name, summary, report, bench, costs, dial)
     (arguments.directory / "README.md").write_text(text, encoding="utf-8")
 
 
-def short(report: Report) -> list[str]:
+def short(report: Report, dial: Report | None) -> list[str]:
     """What is kept, for a terminal."""
     agreement = [f"{value:.0%}" for name, value in report["agreement_by_phase"].items() if name.isdigit()]
     facts, fluency = report["tasks"]["facts"], report["fluency"]
@@ -45,10 +50,11 @@ def short(report: Report) -> list[str]:
         "asked",
         f"  everyday texts              {fluency['model']['nll']:.2f} nats a token under the plain model, its own "
         f"{fluency['plain']['nll']:.2f} (human prose 2.5-3.4)",
+        *([f"  with --min-confidence       {_settings(dial)}"] if dial else []),
     ]
 
 
-def card(name: str, summary: Report, report: Report, bench: Report) -> str:
+def card(name: str, summary: Report, report: Report, bench: Report, costs: Report, dial: Report | None) -> str:
     """README.md."""
     split = report["split"]
     parts = [
@@ -67,7 +73,9 @@ def card(name: str, summary: Report, report: Report, bench: Report) -> str:
         *_quality(report),
         "",
         *_speed(bench),
+        *_formats(costs),
         "",
+        *([*_dial(dial), ""] if dial else []),
         "## How it was made",
         "",
         *_recipe(summary),
@@ -155,6 +163,42 @@ def _speed(bench: Report) -> list[str]:
         f"(`dmtd bench bundle --whole-model`, {conditions['full_pass']} full pass, commit {conditions['commit']}, "
         f"load {conditions['load_average']:.1f}, "
         f"{conditions['cores']:.0f} cores of an {conditions['cpu']}).",
+    ]
+
+
+def _formats(costs: Report) -> list[str]:
+    """A line for each format of weights: perplexity in it over that in float32, both in cycles."""
+    lines = []
+    for name, cost in costs["formats"].items():
+        cycles = cost["cycles"]
+        low, high = cycles["overall"]["ratio_ci95"]
+        steps = " / ".join(f"{value['ratio']:.3f}" for phase, value in cycles.items() if phase not in ("overall", "0"))
+        lines.append(
+            f"- `--weights {name}`, {cost['bytes'] / 1e6:.0f} MB: in cycles **{cycles['overall']['ratio']:.3f}** "
+            f"({low:.3f}-{high:.3f}), heads {cycles['0']['ratio']:.3f}, late steps {steps}; the same token in "
+            f"{cycles['overall']['agreement']:.1%}; plain {cost['plain']['ratio']:.3f}."
+        )
+    head = f"Perplexity with quantised weights, times that of the same adapter in float32 ({costs['conditions']}):"
+    return ["", head, "", *lines]
+
+
+def _settings(dial: Report) -> str:
+    """Quality and speed of each confidence in a line."""
+    return "; ".join(
+        f"{each['min_confidence']:g}: {each['nll']:.2f} nats, {each['speed'][0]:.2f}x ({each['batch_speed'][0]:.2f}x of "
+        f"{dial['batch']})"
+        for each in dial["settings"]
+    )
+
+
+def _dial(dial: Report) -> list[str]:
+    facts = dial["conditions"]
+    return [
+        f"The dial, `--min-confidence` of 0 and more: nats a token of the greedy answers to the {dial['prompts']} everyday "
+        f"prompts under the plain model, and speed over plain decoding of one sequence (of {dial['batch']} at a time): "
+        f"{_settings(dial)}; plain {dial['plain']['nll']:.2f} nats (`dmtd evaluate bundle --base plain-bundle "
+        f"--min-confidence`, {facts['dtype']}, {facts['threads']} thread{'s' if facts['threads'] > 1 else ''} of an "
+        f"{facts['cpu']}, commit {facts['commit']}, load {facts['load_average']:.1f}).",
     ]
 
 

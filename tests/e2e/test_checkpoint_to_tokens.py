@@ -6,27 +6,64 @@ Small random checkpoints in every form that may be met; the real model is ``tool
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from packed_files import Packed, awq, gptq
 from typer.testing import CliRunner
 
 from dmtd_export.cli.main import app
+from dmtd_export.verify.stored import stored_weight
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.config.model import Rope, SplitOptions, resolve_dmtd
 from dmtd_models.reference.dmtd import DmtdModel
 from dmtd_models.reference.oracle import OracleRun, greedy
 from dmtd_models.reference.testing import write_tiny_checkpoint
+from dmtd_runtime.bundle.manifest import load_manifest
 
 PROMPT = [7, 3, 11, 2, 5, 19, 23, 4, 8]
 NEW_TOKENS = 14
 CLEAR = (
     4e-5  # of the largest |logit|, twice the float32 margin: the oracle's choices are clearer, so tokens must be equal
 )
+# Choices are ahead by this share of the largest logit: inputs rounded to int8 moved logits of these two by 0.023 and 0.031.
+CLEAR_OF_INT8, CLEAR_STEPS = 0.06, 6
+PUBLISHED: dict[str, dict[str, Any]] = {  # quantization_config as GPTQModel and AutoAWQ write it
+    "gptq": {
+        "bits": 4,
+        "checkpoint_format": "gptq",
+        "damp_percent": 0.01,
+        "desc_act": False,
+        "dynamic": None,
+        "group_size": 32,
+        "lm_head": False,
+        "meta": {"quantizer": ["gptqmodel:1.4.0"], "uri": "https://github.com/modelcloud/gptqmodel"},
+        "pack_dtype": "int32",
+        "quant_method": "gptq",
+        "static_groups": False,
+        "sym": True,
+        "true_sequential": True,
+    },
+    "awq": {
+        "backend": "autoawq",
+        "bits": 4,
+        "do_fuse": False,
+        "exllama_config": None,
+        "fuse_max_seq_len": None,
+        "group_size": 32,
+        "modules_to_fuse": None,
+        "modules_to_not_convert": None,
+        "quant_method": "awq",
+        "version": "gemm",
+        "zero_point": True,
+    },
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,16 +125,17 @@ def dmtd(*arguments: str) -> tuple[str, str]:
     return result.stdout, result.stderr
 
 
-def oracle_run(source: Path, split: dict[str, Any], plain: bool) -> OracleRun:
+def oracle_run(source: Path, split: dict[str, Any], plain: bool, new_tokens: int = NEW_TOKENS) -> OracleRun:
     with open_checkpoint(source) as checkpoint:
         spec = resolve_dmtd(checkpoint.config, checkpoint.dmtd, SplitOptions(**split))
         model = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, torch.float32)
-        return greedy(model, PROMPT, NEW_TOKENS, plain)
+        return greedy(model, PROMPT, new_tokens, plain)
 
 
-def assert_clear(run: OracleRun) -> None:
+def assert_clear(run: OracleRun, share: float = CLEAR) -> None:
+    """Every choice is ahead of the next by this share of the largest |logit|."""
     top = run.logits.topk(2).values
-    assert float((top[:, 0] - top[:, 1]).min()) > CLEAR * float(run.logits.abs().max()), "choose another seed"
+    assert float((top[:, 0] - top[:, 1]).min()) > share * float(run.logits.abs().max()), "choose another seed"
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
@@ -121,14 +159,39 @@ def _ways(plain: bool) -> list[list[str]]:
     return [[*way, "--plain"] for way in ways] if plain else ways
 
 
-def _generated(bundle: str, options: Sequence[str]) -> list[int]:
+def _generated(bundle: str, options: Sequence[str], new_tokens: int = NEW_TOKENS) -> list[int]:
     told, _ = dmtd(
-        *("generate", bundle, "--token-ids", ",".join(map(str, PROMPT)), "--max-tokens", str(NEW_TOKENS)),
+        *("generate", bundle, "--token-ids", ",".join(map(str, PROMPT)), "--max-tokens", str(new_tokens)),
         *("--greedy", "--ignore-eos", "--json", "--threads", "1", *options),
     )
     answer = json.loads(told)
     assert answer["finish_reason"] == "length"
     return answer["token_ids"]
+
+
+@pytest.mark.parametrize(("name", "seed"), [("gptq", 321), ("awq", 46)])
+def test_a_packed_checkpoint_keeps_its_blocks_and_says_what_its_values_say(
+    tmp_path: Path, name: str, seed: int
+) -> None:
+    """Exported as it comes, verified, and held to a float bundle of its values, dequantised by the formats' formula."""
+    pack, zeros = (gptq, 8) if name == "gptq" else (awq, "any")
+    made = Packed(tmp_path / "m", pack, PUBLISHED[name], zeros=zeros, largest_scale=0.04, seed=seed)
+    floats = Path(shutil.copytree(made.directory, tmp_path / "f"))
+    made.write_values(floats)
+    split = {"decoding_layers": 1, "cycle_length": 3}
+    options = ("--decoding-layers", "1", "--cycle-length", "3", "--max-num-seqs", "1")
+    told, _ = dmtd("export", str(made.directory), "-o", str(tmp_path / "b"), *options, "--json")
+    verification = json.loads(told)["verification"]
+    assert verification["ok"] is True and verification["level"] == "oracle"
+    manifest = load_manifest(tmp_path / "b")
+    assert {weight: fmt.source for weight, fmt in manifest.quantised.items()} == dict.fromkeys(made.values, name)
+    for weight, values in made.values.items():
+        np.testing.assert_array_equal(stored_weight(tmp_path / "b", manifest, weight), values.astype(np.float32))
+    dmtd("export", str(floats), "-o", str(tmp_path / "fb"), *options, "--target", "onnxruntime", "--no-verify")
+    for plain in ([], ["--plain"]):
+        assert_clear(oracle_run(floats, split, bool(plain), CLEAR_STEPS), CLEAR_OF_INT8)
+        expected = _generated(str(tmp_path / "fb"), plain, CLEAR_STEPS)
+        assert _generated(str(tmp_path / "b"), plain, CLEAR_STEPS) == expected
 
 
 def test_a_checkpoint_with_a_tokenizer_chats(tmp_path: Path) -> None:

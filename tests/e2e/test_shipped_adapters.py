@@ -148,11 +148,16 @@ def test_facts_are_kept(report: EvaluationReport) -> None:
 def test_the_card_says_what_was_recorded(name: str, tmp_path: Path, repo_root: Path) -> None:
     copy = tmp_path / name
     copy.mkdir()
-    for file in ("summary.json", "evaluation.json", "bench.json"):
-        shutil.copy2(MODELS / name / file, copy)
+    for file in (MODELS / name).glob("*.json"):
+        shutil.copy2(file, copy)
     subprocess.run([sys.executable, repo_root / "tools" / "adapter_card", copy], check=True)
     card = (MODELS / name / "README.md").read_text(encoding="utf-8")
     assert card == (copy / "README.md").read_text(encoding="utf-8")
+    costs = json.loads((copy / "formats.json").read_text(encoding="utf-8"))["formats"]
+    for most, formats in ((1.01, ("keep", "int8")), (1.05, ("int4",))):
+        assert all(
+            costs[name]["cycles"]["overall"]["ratio"] <= most and f"`--weights {name}`" in card for name in formats
+        )
     recorded = json.loads((copy / "evaluation.json").read_text(encoding="utf-8"))["fluency"]
     assert len(recorded["prompts"]) == 20
     for prompt, text in zip(recorded["prompts"], recorded["model"]["texts"], strict=True):

@@ -42,8 +42,9 @@ WeightsGroup = Annotated[
     Group(
         {
             "weights": option(
-                "int4, int8: rounded in blocks, with a scale each. keep: a quantised checkpoint's own blocks, the default "
-                "for one. float: in --dtype.",
+                "int8: rounded in blocks, with a scale each. int4: with a scale and a minimum, lm_head and embedding in int8. "
+                "int4-symmetric: with a scale alone, everywhere; faster, loses more. keep: a quantised checkpoint's own blocks, "
+                "the default for one. float: in --dtype.",
                 panel=_WEIGHTS,
             ),
             "weights_thinking": option("The thinking layers' format, instead of --weights.", panel=_WEIGHTS),

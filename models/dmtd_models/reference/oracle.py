@@ -134,23 +134,28 @@ def adaptive(
 ) -> AdaptiveRun:
     """Continue a prompt with the likeliest token, leaving a cycle where a late step gives its own less than ``min_confidence``.
 
-    Its choice is dropped then: its position becomes a head, and the pass there chooses, sure or not. A confidence of 1 is
-    never reached: every position is a head, and no late step is tried.
+    The next position is a head then. Where it gives its own less than ``min_confidence`` - 0.4, its choice is dropped: its own
+    position becomes the head, and the pass there chooses, sure or not. A confidence of 1 is never reached: every position is
+    a head, and no late step is tried.
     """
     sequence, heads, chosen_from = list(prompt_ids), list[int](), list[Tensor]()
     late_steps = dropped = 0
+    left = False
     while len(chosen_from) < max_new_tokens:
         at = len(sequence) - 1  # the position whose token is fed now
-        head = not heads or at - heads[-1] == model.spec.cycle_length or min_confidence >= 1
+        head = not heads or left or at - heads[-1] == model.spec.cycle_length or min_confidence >= 1
+        left = False
         if at >= len(prompt_ids) and head:
             heads.append(at)
         logits = teacher_forced(model, sequence, len(prompt_ids), heads=heads)[-1]
         if at >= len(prompt_ids) and not head:
             late_steps += 1
-            if float(logits.softmax(-1).max()) < min_confidence:
+            sure = float(logits.softmax(-1).max())
+            if sure < min_confidence - 0.4:
                 dropped += 1
                 heads.append(at)
                 logits = teacher_forced(model, sequence, len(prompt_ids), heads=heads)[-1]
+            left = min_confidence - 0.4 <= sure < min_confidence
         chosen_from.append(logits)
         sequence.append(int(logits.argmax()))
         if sequence[-1] in stop_ids:

@@ -64,7 +64,11 @@ class _StepClock(LentBackend):
 
 
 def greedy_sequence(
-    prompt: Sequence[int], vocab_size: int, max_tokens: int, on_event: Callable[[TokenEvent], None]
+    prompt: Sequence[int],
+    vocab_size: int,
+    max_tokens: int,
+    on_event: Callable[[TokenEvent], None],
+    min_confidence: float = 0.0,
 ) -> SequenceRun:
     """A sequence of exactly ``max_tokens`` new tokens, whatever they are."""
     params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=max_tokens)
@@ -73,11 +77,17 @@ def greedy_sequence(
         sampler=Sampler(params, vocab_size=vocab_size, prompt_ids=prompt, seed=0),
         stops=StopRules(params),
         on_event=on_event,
+        min_confidence=min_confidence,
     )
 
 
 def run_once(
-    backend: Backend, plan: CyclePlan, prompts: Sequence[Sequence[int]], vocab_size: int, max_tokens: int
+    backend: Backend,
+    plan: CyclePlan,
+    prompts: Sequence[Sequence[int]],
+    vocab_size: int,
+    max_tokens: int,
+    min_confidence: float = 0.0,
 ) -> RunRecord:
     """Generate ``max_tokens`` tokens for each prompt, greedily, and take the times."""
     clock = _StepClock(backend)
@@ -89,7 +99,7 @@ def run_once(
             errors.append(event.error)
         told.append((time.perf_counter(), backend.stats.session_seconds))
 
-    sequences = [greedy_sequence(prompt, vocab_size, max_tokens, on_event) for prompt in prompts]
+    sequences = [greedy_sequence(prompt, vocab_size, max_tokens, on_event, min_confidence) for prompt in prompts]
     before = replace(backend.stats)
     start = time.perf_counter()
     run_batch(clock, plan, sequences)

@@ -57,8 +57,9 @@ class SamplingParams:
         logit_bias: Token id -> number added to its logit.
         structured_outputs: The form that the whole answer has. Where it is complete the sequence ends; end-of-sequence ids
             come only where it may end, with ``ignore_eos`` or before ``min_tokens`` only where nothing else may follow.
-        min_confidence: Where a late step gives its likeliest token a probability below this, its choice is dropped and a full
-            pass chooses there: quality for speed. 0: cycles have their fixed length; 1: a full pass for every token.
+        min_confidence: Where a late step gives its likeliest token a probability below this, its cycle ends: the next position
+            is a full pass. 0.4 below this a full pass chooses in its place. More is quality for speed. 0: cycles have their
+            fixed length; 1: a full pass for every token.
         skip_special_tokens: Leave special tokens out of the text.
         include_stop_str_in_output: Keep the stop string (or the text of the stop token) in the text.
 

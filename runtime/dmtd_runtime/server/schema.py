@@ -43,7 +43,7 @@ class RequestBody(_Strict):
 
 class Extension(_Strict):
     """What OpenAI's API has not: ``plain`` answers in plain mode, ``score_from`` scores tokens from there on in cycles,
-    ``min_confidence`` leaves a cycle where a late step is less sure.
+    ``min_confidence`` ends a cycle where a late step is less sure.
     """
 
     plain: bool = False

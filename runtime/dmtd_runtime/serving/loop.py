@@ -5,9 +5,9 @@ before the tokens of this one are looked at, unless somebody waits to join. Ends
 chose behind the end is dropped unseen. Prompts are read between two cycles. Who needs the host for every token takes the same
 cycle behind that of the others, step by step: all stay in phase, and T is read twice in such a round.
 
-So is an unsure late step of a sequence that asks for confidence: its choice and all behind it are dropped, its part of a cycle
-that was launched ahead included. Such a launch costs the sequence a whole cycle's time, where waiting for the tokens costs the
-host's: cycles are launched ahead only while most sequences kept the last one whole.
+So is what follows an unsure late step of a sequence that asks for confidence, and where it is too unsure its own choice: its
+part of a cycle that was launched ahead is dropped with it. Such a launch costs the sequence a whole cycle's time, where waiting
+for the tokens costs the host's: cycles are launched ahead only while most sequences kept the last one whole.
 
 What comes next is the scheduler's, numbers are the backend's; here sequences are told of their tokens, and prefixes are kept
 and found again. No threads: ``worker.py`` has them.
@@ -166,15 +166,14 @@ class Loop:
         assert found is not None, "a run gives tokens or logits"
         for one, sequence, given in zip(wanting, wanted, found, strict=True):
             sequence.count(one.step.kind)
-            if choose:
-                sequence.take(given)
-            else:
-                if one.step.kind == "late" and sequence.looks and sequence.drops(confidence(given)):
-                    self._scheduler.leave_cycle(one.sequence, [one.step])
-                    self._dropped += 1
-                    continue
-                sequence.choose(given)
-            if one.step.kind == "full" and sequence.min_confidence >= ALWAYS:
+            looked_at = one.step.kind == "late" and sequence.looks
+            verdict = sequence.judge(confidence(given)) if looked_at else "keep"
+            if verdict == "drop":
+                self._scheduler.leave_cycle(one.sequence, [one.step])
+                self._dropped += 1
+                continue
+            (sequence.take if choose else sequence.choose)(given)
+            if verdict == "leave" or (one.step.kind == "full" and sequence.min_confidence >= ALWAYS):
                 self._scheduler.leave_cycle(one.sequence)
             self._chosen += not sequence.failed
             if one.step.kind == "prefill":
@@ -262,14 +261,16 @@ class Loop:
             if sequence.ended or one.sequence in gone | left:
                 continue
             sequence.count(step.kind)
-            if step.kind == "late" and sequence.drops(float(output.confidence[k, index])):
+            verdict = sequence.judge(float(output.confidence[k, index])) if step.kind == "late" else "keep"
+            if verdict != "drop":
+                sequence.take(int(output.tokens[k, index]))
+                self._chosen += not sequence.failed
+            self._dropped += verdict == "drop"
+            kept = k + (verdict != "drop")
+            if verdict != "keep" and kept < self._cycle_length:  # behind its last step a cycle ends anyway
                 behind = [s for ahead in following for o in ahead if o.sequence == one.sequence for s in o.steps]
-                self._scheduler.leave_cycle(one.sequence, [*one.steps[k:], *behind])
-                self._dropped += 1
+                self._scheduler.leave_cycle(one.sequence, [*one.steps[kept:], *behind])
                 left.add(one.sequence)
-                continue
-            sequence.take(int(output.tokens[k, index]))
-            self._chosen += not sequence.failed
         self._look_ahead = 2 * len(left) < len(cycle)
         return left
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from dmtd_runtime.cycle import StepKind
 from dmtd_runtime.errors import DmtdError
-from dmtd_runtime.sampling.confidence import ALWAYS
+from dmtd_runtime.sampling.confidence import ALWAYS, Verdict, verdict
 from dmtd_runtime.sampling.sampler import Choice, Logits, Sampler
 from dmtd_runtime.sampling.stops import StopRules
 
@@ -48,7 +48,7 @@ class SequenceRun:
     group: int = 0  # those of one group have the same ids when they come; 0: nobody else
     # Where the reply begins; 0: all ids are prompt. Ids behind it are a reply that is given, not chosen.
     prompt_len: int = 0
-    min_confidence: float = 0.0  # of a late step, below which its choice is dropped and the cycle left
+    min_confidence: float = 0.0  # of a late step, below which its cycle ends
     prompt_logprobs: int | None = None  # of the ids given: log probabilities, and of so many likeliest tokens
     prompt_choices: list[Choice | None] = field(default_factory=list)  # what was asked so; the first token has none
     started: float | None = None  # when it left the queue
@@ -69,11 +69,11 @@ class SequenceRun:
         self.full_passes += kind == "full"
         self.late_steps += kind == "late"
 
-    def drops(self, confidence: float) -> bool:
-        """Whether the choice of a late step that is so sure is dropped, and counted so."""
-        unsure = self.looks and confidence < self.min_confidence
-        self.dropped_tokens += unsure
-        return unsure
+    def judge(self, confidence: float) -> Verdict:
+        """What becomes of a late step that is so sure; dropped ones are counted."""
+        found = verdict(confidence, self.min_confidence) if self.looks else "keep"
+        self.dropped_tokens += found == "drop"
+        return found
 
     def end_from_outside(self) -> bool:
         """End the sequence if it was cancelled or its deadline has passed; whether it did."""

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from export_support import export_options, read_manifest
+from export_support import export_options, read_manifest, stored_tensor
 from gguf_files import permuted, tiny_config, write_gguf
 
 from dmtd_export.bundle.export import export_bundle
@@ -102,6 +102,23 @@ def test_q4_1_and_q8_0_take_the_bytes_of_the_file(checkpoint: Path, tmp_path: Pa
         values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
         rows = CONFIG.num_kv_heads * CONFIG.head_dim if "v_proj" in module else 256
         assert sum(info["length"] for info in parts.values()) == rows * 256 // values * size, module
+
+
+@pytest.mark.parametrize(
+    ("module", "stored"), [("mlp.gate_proj", 192), ("mlp.down_proj", 320), ("self_attn.o_proj", 320)]
+)
+def test_scales_of_k_quants_are_products_that_half_precision_does_not_hold(
+    checkpoint: Path, tmp_path: Path, module: str, stored: int
+) -> None:
+    """A half-precision factor times a small integer has up to 17 binary digits: float32 keeps them, 256 values at a time."""
+    bundle = keep(checkpoint, tmp_path / "b")
+    raw = read_manifest(bundle)
+    parts = {n: info for n, info in raw["weights"].items() if n.startswith(f"model.layers.0.{module}.")}
+    assert sum(info["length"] for info in parts.values()) == 256 * stored
+    for name, info in parts.items():
+        if not name.endswith(".codes"):
+            values = stored_tensor(bundle, raw, name)
+            assert info["dtype"] == "float32" and (values.astype(np.float16) != values).any()
 
 
 @pytest.mark.parametrize("changes", [{"target": "all"}, {"target": "tensorrt"}, {"dtype": "float16"}])

@@ -135,6 +135,23 @@ def test_refused_exports_leave_nothing(arguments: Sequence[str], words: str, che
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--max-num-seqs", "1000"), "--max-num-seqs: got 1000, expected 1 to 64"),
+        (("--weights-block", "7"), "--weights-block: got 7, expected one of 16, 32, 64, 128"),
+        (("--weights", "int4", "--dtype", "float16"), "--dtype: got float16, expected float32"),
+    ],
+)
+def test_an_option_out_of_range_is_told_before_the_libraries_are_loaded(
+    arguments: Sequence[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "dmtd_export.bundle.export", None)  # so that importing it fails
+    result = dmtd("export", "nowhere", "-o", "b", *SPLIT, *arguments)
+    assert result.exit_code == 1
+    assert words in result.stderr
+
+
 def test_a_target_that_is_no_bundle_is_left_alone(checkpoint: str, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
     result = dmtd("export", checkpoint, "-o", str(tmp_path), *SPLIT, "--no-verify")

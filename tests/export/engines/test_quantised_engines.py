@@ -139,7 +139,7 @@ def test_engines_hold_the_codes_and_nothing_wider(tmp_path: Path, dtype: str) ->
         tmp_path / "m", layers=3, tie=True, hidden_size=256, intermediate_size=1024, vocab_size=4096
     )
     split = SplitOptions(decoding_layers=1, cycle_length=3)
-    formats = WeightOptions(weights="int4")
+    formats = WeightOptions(weights="int4-symmetric")
     export_bundle(
         source,
         tmp_path / "b",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,35 @@ def test_some_cases_leave_their_cycles(bundle: Path) -> None:
     assert not any(case.leaves for case in make_cases(absolute, quick=False))
 
 
-def test_a_late_step_that_is_not_taken_back_is_found(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LeavingRun, "drops", lambda self, confidence: False)
-    report = verify_bundle(bundle, level="oracle", quick=True)
+@pytest.fixture(scope="module")
+def longer(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose cycles have late steps that others follow."""
+    directory = tmp_path_factory.mktemp("longer") / "bundle"
+    export_bundle(checkpoint, directory, replace(OPTIONS, split=SplitOptions(decoding_layers=1, cycle_length=3)))
+    return directory
+
+
+def test_both_ways_to_leave_a_cycle_are_taken(longer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged, judge = set[str](), LeavingRun.judge
+
+    def noted(self: LeavingRun, confidence: float) -> str:
+        judged.add(found := judge(self, confidence))
+        return found
+
+    monkeypatch.setattr(LeavingRun, "judge", noted)
+    assert verify_bundle(longer, level="oracle", quick=True).ok
+    assert judged == {"keep", "leave", "drop"}
+
+
+@pytest.mark.parametrize("blind_to", ["leave", "drop"])
+def test_a_cycle_that_is_not_left_is_found(blind_to: str, longer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = LeavingRun.judge
+
+    def wrong(self: LeavingRun, confidence: float) -> str:
+        return "keep" if (found := judge(self, confidence)) == blind_to else found
+
+    monkeypatch.setattr(LeavingRun, "judge", wrong)
+    report = verify_bundle(longer, level="oracle", quick=True)
     assert not report.ok
     assert "adaptive mode" in str(report.checks[-1])
 
@@ -263,6 +290,10 @@ def test_stages_are_told_and_end_complete(bundle: Path) -> None:
     last = {stage: (done, total) for stage, done, total in told}
     assert all(done == total for done, total in last.values())
     assert all(0 <= done <= total for _, done, total in told)
+    for name, (_, total) in last.items():  # counted to the end in small steps, not set to it
+        steps = [done for stage, done, _ in told if stage == name][:-1]
+        assert steps[-1] == total
+        assert max(after - before for before, after in pairwise(steps)) <= max(3, total / 4)
 
 
 def test_the_table_names_the_first_divergence(checkpoint: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,11 @@ from onnx import helper, numpy_helper
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import Dtype, ExportOptions, Target, WeightOptions
 from dmtd_export.verify import VerifyReport, verify_bundle
-from dmtd_export.verify.margins import int8_margin
+from dmtd_export.verify.exact import exact_twin
+from dmtd_export.verify.graph_checks import compare
+from dmtd_export.verify.graph_runs import open_onnxruntime, run_graph
+from dmtd_export.verify.margins import FLOAT32, int8_margin
+from dmtd_export.verify.scenario import make_scenario
 from dmtd_export.verify.stored import stored_weight
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.config.model import SplitOptions
@@ -53,7 +58,7 @@ def make(
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Biases, a tied embedding in int4, late layers in int8; both dialects."""
-    formats = WeightOptions(weights="int4", weights_late="int8")
+    formats = WeightOptions(weights="int4", weights_late="int8", weights_lm_head="int4", weights_embedding="int4")
     return make(tmp_path_factory.mktemp("quantised"), formats, family="qwen2", tie=True)
 
 
@@ -144,7 +149,12 @@ def test_the_reading_of_weights_is_the_kernels_own(made: tuple[Path, Path], name
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     session = import_onnxruntime().InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {"x": np.eye(columns, dtype=np.float32)})
-    np.testing.assert_allclose(stored_weight(bundle, manifest, name), got.T, rtol=1e-6, atol=0)
+    expected = got.T
+    if fmt.minimums:  # a sum over inputs of the kernel's products, and of what blocks add to every weight
+        minimums = np.frombuffer(raw[2], np.float16).astype(np.float32).reshape(rows, -1)
+        expected = expected + np.repeat(minimums + 8 * scales, fmt.block, axis=1)
+    largest = np.abs(expected).max()
+    np.testing.assert_allclose(stored_weight(bundle, manifest, name), expected, rtol=1e-6, atol=1e-6 * largest)
 
 
 def parts(manifest, name: str) -> list:
@@ -192,30 +202,39 @@ def test_a_quantised_weight_altered_in_place_is_named(
     )
 
 
-def product(model: onnx.ModelProto, path: str) -> onnx.NodeProto:
-    return next(node for node in nodes_of(model, "MatMulNBits") if node.name == f"/model/layers.1/{path}/MatMulNBits")
+def product(model: onnx.ModelProto, layer: int, path: str) -> onnx.NodeProto:
+    return next(
+        node for node in nodes_of(model, "MatMulNBits") if node.name == f"/model/layers.{layer}/{path}/MatMulNBits"
+    )
 
 
-def add_zero_points(model: onnx.ModelProto) -> None:
-    """Seven in the place of the kernel's own eight."""
-    node = product(model, "self_attn/o_proj")
-    count = next(a.i for a in node.attribute if a.name == "N")
-    blocks = next(a.i for a in node.attribute if a.name == "K") // 32
-    zeros = np.full((count, -(-blocks // 2)), 0x77, np.uint8)
+def add_zero_points(model: onnx.ModelProto, layer: int) -> None:
+    """Others in the place of the kernel's own middle."""
+    node = product(model, layer, "self_attn/o_proj")
+    size = {attribute.name: attribute.i for attribute in node.attribute}
+    blocks = size["K"] // 32
+    zeros = np.full((size["N"], -(-blocks * size["bits"] // 8)), 0x77, np.uint8)
     model.graph.initializer.append(numpy_helper.from_array(zeros, "spoiled_zero_points"))
     node.input.append("spoiled_zero_points")
 
 
-def other_layers_scales(model: onnx.ModelProto) -> None:
-    one, other = (
-        next(n for n in nodes_of(model, "MatMulNBits") if n.name == f"/model/layers.{i}/self_attn/o_proj/MatMulNBits")
-        for i in (1, 2)
-    )
-    one.input[2], other.input[2] = other.input[2], one.input[2]
+def other_layers_scales(model: onnx.ModelProto, layer: int) -> None:
+    casts = {node.output[0]: node for node in nodes_of(model, "Cast")}
+    one, other = (casts[product(model, i, "self_attn/o_proj").input[2]] for i in (layer, {1: 2, 3: 0}[layer]))
+    one.input[0], other.input[0] = other.input[0], one.input[0]
 
 
-def other_block_size(model: onnx.ModelProto) -> None:
-    set_attribute(product(model, "mlp/down_proj"), "block_size", 64)
+def other_layers_codes(model: onnx.ModelProto, layer: int) -> None:
+    one, other = (product(model, i, "self_attn/o_proj") for i in (layer, {1: 2, 3: 0}[layer]))
+    one.input[1], other.input[1] = other.input[1], one.input[1]
+
+
+def other_block_size(model: onnx.ModelProto, layer: int) -> None:
+    set_attribute(product(model, layer, "mlp/down_proj"), "block_size", 64)
+
+
+def no_bias(model: onnx.ModelProto, layer: int) -> None:
+    del product(model, layer, "self_attn/qkv_proj").input[5]
 
 
 def dequantised(model: onnx.ModelProto, layer: int) -> onnx.NodeProto:
@@ -223,40 +242,85 @@ def dequantised(model: onnx.ModelProto, layer: int) -> onnx.NodeProto:
     return next(node for node in nodes_of(model, "DequantizeLinear") if node.input[0] == wanted)
 
 
-def other_middle(model: onnx.ModelProto) -> None:
+def other_middle(model: onnx.ModelProto, layer: int) -> None:
     """Seven in the place of eight."""
     made = next(node for node in nodes_of(model, "ConstantOfShape") if "int4" in node.name)
     made.attribute[0].t.CopyFrom(helper.make_tensor("value", onnx.TensorProto.UINT8, [1], [7]))
 
 
-def scales_of_another_layer(model: onnx.ModelProto) -> None:
-    one, other = dequantised(model, 1), dequantised(model, 2)
+def scales_of_another_layer(model: onnx.ModelProto, layer: int) -> None:
+    one, other = dequantised(model, layer), dequantised(model, 2)
     one.input[1], other.input[1] = other.input[1], one.input[1]
 
 
-def signed_codes(model: onnx.ModelProto) -> None:
+def signed_codes(model: onnx.ModelProto, layer: int) -> None:
     """Two's complements about zero: halves of bytes as they stand, read as another type."""
-    node = dequantised(model, 1)
+    node = dequantised(model, layer)
     tensor = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[0])
     tensor.data_type = onnx.TensorProto.INT4
     del node.input[2:]
 
 
+FOUR_BITS, EIGHT_BITS = ("thinking.ort.onnx", 1), ("late_decode.ort.onnx", 3)
+STANDARD = ("thinking.onnx", 1)
+
+
 @pytest.mark.parametrize(
-    ("file", "edit"),
+    ("place", "edit"),
     [
-        ("thinking.ort.onnx", add_zero_points),
-        ("thinking.ort.onnx", other_layers_scales),
-        ("thinking.ort.onnx", other_block_size),
-        ("thinking.onnx", other_middle),
-        ("thinking.onnx", scales_of_another_layer),
-        ("thinking.onnx", signed_codes),
+        (FOUR_BITS, add_zero_points),
+        (FOUR_BITS, other_layers_scales),
+        (FOUR_BITS, other_block_size),
+        (EIGHT_BITS, add_zero_points),
+        (EIGHT_BITS, other_layers_scales),
+        (EIGHT_BITS, other_layers_codes),
+        (EIGHT_BITS, other_block_size),
+        (EIGHT_BITS, no_bias),
+        (STANDARD, other_middle),
+        (STANDARD, scales_of_another_layer),
     ],
+    ids=lambda value: value.__name__ if callable(value) else value[0],
 )
-def test_a_product_that_reads_its_blocks_otherwise_is_caught(bundle: Path, file: str, edit: Callable) -> None:
+def test_a_product_that_reads_its_blocks_otherwise_is_caught(
+    bundle: Path, place: tuple[str, int], edit: Callable[[onnx.ModelProto, int], None]
+) -> None:
+    file, layer = place
     with edited_graph(bundle, file) as model:
-        edit(model)
+        edit(model, layer)
     reseal(bundle)
+    assert verify_bundle(bundle, level="structure").ok, "the structure cannot tell"
     report: VerifyReport = verify_bundle(bundle, quick=True)
     first = report.first_divergence
     assert first is not None and first.graph == file
+
+
+def test_codes_read_as_signed_ones_are_named(bundle: Path) -> None:
+    with edited_graph(bundle, "thinking.onnx") as model:
+        signed_codes(model, 1)
+    reseal(bundle)
+    first = verify_bundle(bundle, level="structure").first_divergence
+    assert first is not None and first.graph == "thinking.onnx"
+    assert "o_proj.codes: element type 22, the manifest says uint4" in first.detail
+
+
+def test_the_twin_over_floats_computes_what_the_kernel_does(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """Products over 8 bits: our formula and a Gemm against ONNX Runtime's own reading of the blocks, which is slow."""
+    bundle, manifest = made[1], load_manifest(made[1])
+    graph = manifest.graph("late_decode", "onnxruntime")
+    scenario = make_scenario(manifest.model.vocab_size)
+    thought = np.random.default_rng(3).standard_normal((*scenario.ids.shape, manifest.model.hidden_size))
+    outcomes = []
+    for name, in_floats in (("floats", True), ("kernel", False)):
+        (tmp_path / name).mkdir()
+        twin = exact_twin(bundle, manifest, tmp_path / name, in_floats=in_floats)
+        kinds = [n.op_type for n in onnx.load(tmp_path / name / graph.file, load_external_data=False).graph.node]
+        # Two layers of four products in 8 bits; lm_head is in 4, and its kernel's in both.
+        assert (kinds.count("Gemm"), kinds.count("MatMulNBits")) == ((8, 1) if in_floats else (0, 9))
+        found = twin.graph("late_decode", "onnxruntime")
+        run = run_graph(
+            tmp_path / name / graph.file, found, twin.cycle, scenario, thought, partial(open_onnxruntime, prepack=True)
+        )
+        outcomes.append(run)
+    floats, kernel = outcomes
+    check = compare("twins", graph, scenario, kernel, floats, "graphs", FLOAT32)
+    assert check.ok and check.cases > 0, check.detail

@@ -22,7 +22,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
         split=SplitOptions(decoding_layers=1, cycle_length=4),
         target="onnxruntime",
         max_num_seqs=1,
-        formats=WeightOptions(weights="int4"),
+        formats=WeightOptions(weights="int4", weights_lm_head="int4", weights_embedding="int4"),
     )
     export_bundle(checkpoint, root / "bundle", options)
     return load_manifest(root / "bundle")

@@ -23,7 +23,7 @@ TABLE = "model.embed_tokens.weight"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("weights", ["float", "int4", "int8"])
+@pytest.mark.parametrize("weights", ["float", "int4-symmetric", "int8"])
 def test_a_table_is_its_values_in_the_bundles_type(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str, dtype: str
 ) -> None:

@@ -146,16 +146,16 @@ def test_generate_with_a_wanted_confidence(bundle: str, tmp_path: Path) -> None:
     asked = ("--token-ids", "1,2 3", "--max-tokens", "12", "--greedy", "--json")
     fixed, every, wanted = (
         one_json(dmtd("generate", bundle, *asked, *more))
-        for more in ((), ("--min-confidence", "1"), ("--min-confidence", "0.3"))
+        for more in ((), ("--min-confidence", "1"), ("--min-confidence", "0.6"))
     )
     assert (fixed["dropped_tokens"], fixed["tokens_per_full_pass"]) == (0, 11 / 4)
     assert (every["full_passes"], every["late_steps"], every["tokens_per_full_pass"]) == (11, 0, 1)
     assert wanted["dropped_tokens"] > 0
     assert wanted["full_passes"] + wanted["late_steps"] - wanted["dropped_tokens"] == 11
-    told = dmtd("generate", bundle, *asked[:-1], "--min-confidence", "0.3").stderr
+    told = dmtd("generate", bundle, *asked[:-1], "--min-confidence", "0.6").stderr
     assert f"{wanted['dropped_tokens']} of {wanted['late_steps']} late steps dropped" in told
     # The bundle's own default, and the command line over it.
-    adaptive = with_files(Path(bundle), tmp_path / "bundle", {"generation_config.json": b'{"min_confidence": 0.3}'})
+    adaptive = with_files(Path(bundle), tmp_path / "bundle", {"generation_config.json": b'{"min_confidence": 0.6}'})
     assert one_json(dmtd("generate", str(adaptive), *asked))["token_ids"] == wanted["token_ids"]
     again = one_json(dmtd("generate", str(adaptive), *asked, "--min-confidence", "0"))
     assert again["token_ids"] == fixed["token_ids"]

@@ -144,9 +144,9 @@ def test_what_scores_measured_is_told(server: Running, llm: LLM) -> None:
 
 def test_a_wanted_confidence(server: Running, llm: LLM, bundle: TinyBundle) -> None:
     ids, body = [9, 8, 7], {"max_tokens": 12, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-    want = oracle.adaptive(bundle.reference(4, ("prompt", "thinking")), ids, 12, 0.2)
+    want = oracle.adaptive(bundle.reference(4, ("prompt", "thinking")), ids, 12, 0.55)
     assert want.dropped and want.token_ids != tuple(bundle.greedy_tokens(ids, 12))
-    told = server.post("/v1/completions", {**body, "prompt": ids, "dmtd": {"min_confidence": 0.2}}).json()
+    told = server.post("/v1/completions", {**body, "prompt": ids, "dmtd": {"min_confidence": 0.55}}).json()
     assert tuple(told["choices"][0]["token_ids"]) == want.token_ids
     refused = server.post("/v1/completions", {**body, "prompt": ids, "dmtd": {"min_confidence": 2}})
     assert refused.status_code == 400

@@ -18,8 +18,8 @@ def graph_slots(manifest: Manifest, options: BackendOptions) -> int:
     if not fitting:
         most = max(stored, default=0)
         raise RequestError(
-            f"got {options.max_num_seqs}, expected {'1' if most == 1 else f'1 to {most}'}, what the bundle was exported for; for "
-            f"more sequences at a time export it again: dmtd export ... --max-num-seqs {options.max_num_seqs}",
+            f"got {options.max_num_seqs}, expected 1 to {most}, what the bundle was exported for; for more sequences at a time "
+            f"export it again: dmtd export ... --max-num-seqs {options.max_num_seqs}",
             param="max_num_seqs",
         )
     return fitting[0]

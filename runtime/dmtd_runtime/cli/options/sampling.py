@@ -108,8 +108,8 @@ SAMPLING = Group(
         "regex": _form("A regular expression that matches the whole answer."),
         "choice": _form("The whole answer is this. May be given again: then it is one of them.", "--choice"),
         "min_confidence": _option(
-            "Where a late step is less sure than this of its likeliest token, a full pass chooses there: slower, and closer to "
-            "the plain model. 0: cycles of fixed length; 1: a full pass for every token."
+            "Where a late step is less sure than this of its likeliest token, its cycle ends, and 0.4 below this a full pass "
+            "chooses there: slower, and closer to the plain model. 0: cycles of fixed length; 1: a full pass for every token."
         ),
         "logit_bias": _option(
             'Added to the logits of tokens: JSON, such as {"50": -100}. By default none.', "--logit-bias"
