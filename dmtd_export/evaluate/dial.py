@@ -38,7 +38,7 @@ from dmtd_runtime.sampling.stops import StopRules
 from dmtd_runtime.serving.loop import run_batch
 from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
 
-SPEED_RUNS = 4
+SPEED_RUNS, BATCH_RUNS = 4, 2
 CONDITIONS = ("cpu", "cores", "threads", "load_average", "device", "dtype", "onnxruntime", "commit")
 Range = tuple[float, float, float]
 """Median, least, most."""
@@ -212,7 +212,7 @@ def _forced_sums(
         )
         sequence.heads = []
         sequences.append(sequence)
-    with closing(_open(run, manifest, _batch_of(manifest))) as backend:
+    with closing(_open(run, manifest, _batch_of(manifest), answers)) as backend:
         run_batch(backend, CyclePlan(cycle=manifest.cycle), sequences, static=False)
     sums = np.zeros((len(answers), 4, manifest.cycle.cycle_length))
     for found, sequence, answer, plain in zip(sums, sequences, answers, read, strict=True):
@@ -252,13 +252,13 @@ def _speeds(
     Every group of prompts is run by all in turn, each sequence to the same length, whatever it writes.
     """
     longest = [answer for answer in sorted(answers, key=lambda a: -len(a.token_ids)) if len(answer.token_ids) > 1]
-    groups = [longest[:batch]] * SPEED_RUNS if batch > 1 else [[answer] for answer in longest[:SPEED_RUNS]]
+    groups = [longest[:batch]] * BATCH_RUNS if batch > 1 else [[answer] for answer in longest[:SPEED_RUNS]]
     rates: dict[float, list[float]] = defaultdict(list)
     base_manifest, vocab_size = open_bundle(base.bundle), manifest.model.vocab_size
     cycles, every = CyclePlan(cycle=manifest.cycle), CyclePlan(cycle=base_manifest.cycle, plain=True)
     with (
-        closing(_open(model, manifest, batch)) as ours,
-        closing(_open(base, base_manifest, batch)) as theirs,
+        closing(_open(model, manifest, batch, answers)) as ours,
+        closing(_open(base, base_manifest, batch, answers)) as theirs,
     ):
         for group in filter(None, groups):
             prompts, count = [answer.prompt_ids for answer in group], min(len(answer.token_ids) for answer in group)
@@ -276,8 +276,10 @@ def _range(values: Sequence[float]) -> Range:
     return float(np.median(values)), float(np.min(values)), float(np.max(values))
 
 
-def _open(run: GenerationRun, manifest: Manifest, batch: int) -> Backend:
-    return open_backend(run.bundle, manifest, _options(run, batch))
+def _open(run: GenerationRun, manifest: Manifest, batch: int, answers: Sequence[Answer]) -> Backend:
+    """With room for the longest of the answers, and no more: so many caches of the model's full length fill a machine."""
+    room = max(len(answer.prompt_ids) + len(answer.token_ids) for answer in answers)
+    return open_backend(run.bundle, manifest, replace(_options(run, batch), max_model_len=room))
 
 
 def _options(run: GenerationRun, batch: int) -> BackendOptions:
