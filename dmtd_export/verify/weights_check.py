@@ -102,13 +102,7 @@ def _unlike(directory: Path, manifest: Manifest, name: str, source: Array, *, ex
     first, fmt, how = 0, manifest.quantised[name], "in" if exact else "rounded to"
     for values, codes, scales in quantised_rows(directory, manifest, name):
         wanted = np.asarray(source[first : first + len(values)], dtype=np.float32)
-        apart = wanted - values
-        outside = ((codes == 0) & (apart * scales < 0)) | ((codes == 2**fmt.bits - 1) & (apart * scales > 0))
-        wrong = (
-            apart != 0
-            if exact
-            else ~((np.abs(apart) <= (0.5 + HALF_A_STEP) * np.abs(scales) + SMALLEST_SCALE) | outside)
-        )
+        wrong = wanted != values if exact else _not_nearest(wanted - values, codes, scales, 2**fmt.bits - 1)
         if wrong.any():
             row, column = (int(i) for i in np.unravel_index(int(wrong.argmax()), wrong.shape))
             yield Divergence(
@@ -119,6 +113,13 @@ def _unlike(directory: Path, manifest: Manifest, name: str, source: Array, *, ex
                 detail=f"{name}[{first + row}, {column}] is not the checkpoint's value {how} {fmt.name}",
             )
         first += len(values)
+
+
+def _not_nearest(apart: Array, codes: Array, scales: Array, last: int) -> Array:
+    """Where a value, ``apart`` from the source's, is not the nearest of its block; codes at either end have nothing beyond."""
+    outside = ((codes == 0) & (apart * scales < 0)) | ((codes == last) & (apart * scales > 0))
+    wrong: Array = ~((np.abs(apart) <= (0.5 + HALF_A_STEP) * np.abs(scales) + SMALLEST_SCALE) | outside)
+    return wrong
 
 
 def check_rotary(directory: Path, manifest: Manifest, expected: tuple[Array, Array]) -> Check:
