@@ -61,7 +61,7 @@ class ExportOptions:
 
     split: SplitOptions = field(default_factory=SplitOptions)
     formats: WeightOptions = field(default_factory=WeightOptions)
-    target: Target | None = None  # all; with quantised weights onnxruntime, which alone has graphs for them
+    target: Target | None = None  # all; with quantised weights onnxruntime, whose own graphs alone multiply in blocks
     dtype: Dtype = "float32"
     max_model_len: int | None = None  # the model's own by default
     max_num_seqs: int = 8
@@ -88,7 +88,7 @@ def check_options(options: ExportOptions) -> None:
     if block not in BLOCK_SIZES:
         sizes = ", ".join(map(str, BLOCK_SIZES))
         raise ExportError(f"got {block}, expected one of {sizes}; choose one", param="weights_block")
-    if block != WeightOptions().weights_block and not {"int4", "int8"} & {*formats}:
+    if block != WeightOptions().weights_block and not {"int4", "int4-symmetric", "int8"} & {*formats}:
         raise ExportError(
             f"got {block}, and no weights are int4 or int8, which alone are rounded in blocks; leave it out",
             param="weights_block",
@@ -97,16 +97,14 @@ def check_options(options: ExportOptions) -> None:
 
 
 def check_formats(options: ExportOptions) -> None:
-    """Refuse graphs or a type that quantised weights do not have.
+    """Refuse a type that graphs over quantised weights do not have.
 
     Raises:
         ExportError: with the option.
     """
-    if not options.formats.quantises:
-        return
-    for param, got, expected in (("target", options.graphs_for, "onnxruntime"), ("dtype", options.dtype, "float32")):
-        if got != expected:
-            raise ExportError(
-                f"got {got}, expected {expected}: nothing else takes quantised weights; export with --weights float for it",
-                param=param,
-            )
+    if options.formats.quantises and options.dtype != "float32" and options.graphs_for != "tensorrt":
+        raise ExportError(
+            f"got {options.dtype}, expected float32: ONNX Runtime's own graphs take quantised weights in nothing else; export "
+            "with --target tensorrt, or --weights float",
+            param="dtype",
+        )

@@ -81,13 +81,13 @@ def build_engine(
     graph: EngineGraph,
     profiles: tuple[ProfileInfo, ...],
     *,
-    bundle: Path,
+    weights: Path,
     dtype: str,
     output: Path,
     timing_cache: Path | None,
     on_steps: Callable[[int, int], None],
 ) -> BuiltEngine:
-    """Build ``graph`` into the file ``output``.
+    """Build ``graph``, which reads the file ``weights``, into the file ``output``.
 
     Raises:
         ExportError: the parser refuses the graph, what it made of it is wrong, or the build fails.
@@ -106,7 +106,7 @@ def build_engine(
                 graph,
                 profiles,
                 steps,
-                bundle=bundle,
+                weights=weights,
                 dtype=dtype,
                 output=output,
                 timing_cache=timing_cache,
@@ -133,7 +133,7 @@ def _build(
     profiles: tuple[ProfileInfo, ...],
     steps: Steps,
     *,
-    bundle: Path,
+    weights: Path,
     dtype: str,
     output: Path,
     timing_cache: Path | None,
@@ -144,7 +144,7 @@ def _build(
     builder, network = _new_network(module, logger, library)
     # The parser finds the weights beside this path; it holds references into what it maps until the build is done.
     parser = module.OnnxParser(network, logger)
-    _parse(parser, graph, bundle, library, messages)
+    _parse(parser, graph, weights, library, messages)
     facts = check_network(module, network, graph, dtype)
     prepare_attention(module, network)
     monitor = make_monitor(module, steps)
@@ -195,8 +195,8 @@ def _new_network(module: Any, logger: Any, library: Library) -> tuple[Any, Any]:
     return builder, network
 
 
-def _parse(parser: Any, graph: EngineGraph, bundle: Path, library: Library, messages: _Messages) -> None:
-    place = bundle / contract.graph_file(graph.name, contract.STANDARD)
+def _parse(parser: Any, graph: EngineGraph, weights: Path, library: Library, messages: _Messages) -> None:
+    place = weights.parent / contract.graph_file(graph.name, contract.STANDARD)
     if not parser.parse(graph.model.SerializeToString(), str(place)):
         reason = parser.get_error(0).desc() if parser.num_errors else messages.first()
         raise ExportError(

@@ -12,7 +12,9 @@ nothing reads. Rules, each a test:
 5. Types are the graph's: products, attention and rotation in the model's type, sums of squares of the norms in float32.
 6. Rotations are counted, over whole heads and not interleaved.
 7. No table is a constant of the network.
-8. Attention reads the graph's queries, and keys and values straight from the cache update or a slice of it: as they are, or
+8. Every DequantizeLinear is one dequantise layer with the graph's axis, from the constants of its codes and of its blocks'
+   scales (or one scale, of 1), without zero points, into the model's type. Constants have the graph's bytes: codes stay codes.
+9. Attention reads the graph's queries, and keys and values straight from the cache update or a slice of it: as they are, or
    times exactly 1, which is what the parser makes of that scale.
 
 Layers come from the library as its base class; giving the object the class it has in C++ is how its Python API is meant to be
@@ -29,7 +31,7 @@ import numpy as np
 import onnx
 
 from dmtd_export.errors import ExportError
-from dmtd_export.graphs.engine import EngineGraph
+from dmtd_export.graphs.engine import EngineGraph, stored_weights
 from dmtd_runtime.bundle.manifest import TensorInfo
 
 TENSORRT_DTYPES = {
@@ -86,6 +88,7 @@ def check_network(module: Any, network: Any, graph: EngineGraph, dtype: str) -> 
     _check_sources(module, layers, graph)
     _check_types(module, layers, graph, dtype)
     _check_rotations(module, layers, graph)
+    _check_blocks(module, layers, graph, dtype)
     return NetworkFacts(
         layers=len(layers),
         attentions=attentions,
@@ -169,7 +172,7 @@ def _check_attentions(module: Any, layers: list[Any], graph: EngineGraph, dtype:
 
 
 def _check_sources(module: Any, layers: list[Any], graph: EngineGraph) -> None:
-    """Rule 8."""
+    """Rule 9."""
     makers = _makers(layers)
     nodes = {node.name: node for node in _nodes(graph, "Attention")}
     for layer in _of_type(module, layers, "ATTENTION_INPUT", "IAttentionInputLayer"):
@@ -268,12 +271,56 @@ def _check_rotations(module: Any, layers: list[Any], graph: EngineGraph) -> None
             )
 
 
+def _check_blocks(module: Any, layers: list[Any], graph: EngineGraph, dtype: str) -> None:
+    """Rule 8."""
+    makers, found = _makers(layers), _of_type(module, layers, "DEQUANTIZE", "IDequantizeLayer")
+    nodes = {node.name: node for node in _nodes(graph, "DequantizeLinear")}
+    casts = {node.output[0]: node.input[0] for node in _nodes(graph, "Cast")}
+    stored = {tensor.name: tensor for tensor in graph.model.graph.initializer}
+    if sorted(layer.name for layer in found) != sorted(nodes):
+        _fail("dequantised weights", f"{len(found)} layers", f"{len(nodes)}, one for each node of the graph")
+    for layer in found:
+        node = nodes[layer.name]
+        given = {attribute.name: attribute.i for attribute in node.attribute}
+        codes, scales = layer.get_input(0), layer.get_input(1)
+        tensor, maker = stored[node.input[0]], makers[codes.name]
+        rows, width = tensor.dims
+        kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+        if maker.type != module.LayerType.CONSTANT or maker.name != tensor.name or _dtype(codes) != kind:
+            _fail(layer.name, f"reads {_dtype(codes)} from {maker.name}", f"{kind} from the constant {tensor.name}")
+        if (source := _constant_behind(module, makers, scales)) != casts.get(node.input[1], node.input[1]):
+            _fail(layer.name, f"has the scales {source}", casts.get(node.input[1], node.input[1]))
+        shapes = [tuple(codes.shape), tuple(scales.shape)]
+        wanted = [(rows, width), (rows, width // given["block_size"]) if given else ()]
+        if shapes != wanted or (given and layer.axis != given["axis"]):
+            got = f"codes {shapes[0]} and scales {shapes[1]} along axis {layer.axis}"
+            _fail(layer.name, f"has {got}", f"{wanted[0]} and {wanted[1]} along axis {given.get('axis', 'none')}")
+        if layer.num_inputs > 2 and layer.get_input(2) is not None:
+            _fail(layer.name, "has zero points", "codes about zero")
+        if _dtype(layer.get_output(0)) != TENSORRT_DTYPES[dtype]:
+            _fail(layer.name, f"gives {_dtype(layer.get_output(0))}", dtype)
+
+
+def _constant_behind(module: Any, makers: Mapping[str, Any], tensor: Any) -> str:
+    """The layer that makes a tensor, casts aside."""
+    maker = makers[tensor.name]
+    while maker.type == module.LayerType.CAST:
+        maker = makers[maker.get_input(0).name]
+    return str(maker.name)
+
+
 def _constant_bytes(module: Any, layers: list[Any], graph: EngineGraph) -> int:
-    tables, total = set(graph.tables.values()), 0
+    """Bytes of all constants; those of the weights file are as many as there."""
+    tables, stored, total = set(graph.tables.values()), stored_weights(graph.model), 0
     for layer in _of_type(module, layers, "CONSTANT", "IConstantLayer"):
         if layer.name in tables:
             _fail(layer.name, "is a constant", "a table as an input")
-        total += int(layer.weights.nbytes)
+        weights, tensor = layer.weights, layer.get_output(0)
+        # The library's own count of bytes is wrong for 4 bits.
+        count = int(weights.size) // 2 if _dtype(tensor) == "INT4" else int(weights.nbytes)
+        if layer.name in stored and count != stored[layer.name]:
+            _fail(layer.name, f"has {count} bytes", f"{stored[layer.name]}, as stored")
+        total += count
     return total
 
 

@@ -97,14 +97,9 @@ def plan_build(manifest: Manifest, options: BuildOptions) -> BuildPlan:
     """The sizes that options and bundle ask for.
 
     Raises:
-        ExportError: a size that the bundle does not allow, or weights that engines do not take.
+        ExportError: a size that the bundle does not allow.
     """
     model = manifest.model
-    if manifest.quantised:
-        raise ExportError(
-            "this bundle's weights are quantised, engines take float weights alone; "
-            "export it again with --weights float --target all, --dtype bfloat16 for a GPU"
-        )
     max_model_len = options.max_model_len
     if max_model_len is None:
         max_model_len = min(model.max_model_len, contract.DEVICE_MODEL_LEN)

@@ -27,6 +27,7 @@ from dmtd_export.engines.memory import check_memory, expected_peak_bytes, give_b
 from dmtd_export.engines.options import BuildOptions
 from dmtd_export.engines.plan import BuildPlan, Target, choice_profile, engine_key, plan_build, profiles
 from dmtd_export.engines.simulator import copy_companions, write_simulator_engine
+from dmtd_export.engines.weights import copy_weights
 from dmtd_export.graphs.engine import EngineGraph, choice_graph, engine_graph, stored_weights
 from dmtd_models.progress import Progress, silent
 from dmtd_runtime.bundle import contract
@@ -82,7 +83,7 @@ class Preview:
     dtype: str
     tables_bytes: int
     extra_bytes: int  # weights that stand in more than one engine
-    copied_bytes: int  # simulator: of the weights file that stands beside the graphs
+    copied_bytes: int  # of the weights file beside the graphs: the simulator's, and while blocks are built into engines
     exists: bool  # fitting engines stand there already
 
     @property
@@ -172,9 +173,9 @@ def _preview(bundle: Path, manifest: Manifest, plan: BuildPlan, options: BuildOp
         plan=plan,
         parts=parts,
         dtype=manifest.model.dtype,
-        tables_bytes=sum(manifest.weights[name].length for name in {t for p in parts for t in p.graph.tables.values()}),
+        tables_bytes=sum(manifest.table_bytes(name) for name in {t for p in parts for t in p.graph.tables.values()}),
         extra_bytes=sum(length for _, length in stored) - sum(dict(stored).values()),
-        copied_bytes=0 if compiled else manifest.files[contract.WEIGHTS_FILE].bytes,
+        copied_bytes=0 if compiled and not manifest.quantised else manifest.files[contract.WEIGHTS_FILE].bytes,
         exists=_stands(directory),
     )
 
@@ -221,6 +222,9 @@ def _build_all(
 ) -> EngineRecord:
     started, peak, engines = time.perf_counter(), 0, []
     cache = options.timing_cache or cache_directory() / "timing" / f"{seen.target.label}.cache"
+    copied = library.module is not None and bool(manifest.quantised)
+    if copied:
+        copy_weights(seen.bundle, work, manifest)
     for part in seen.parts:
         progress(part.graph.name, 0, 0)
         if library.module is None:
@@ -233,7 +237,7 @@ def _build_all(
                 seen.target,
                 part.graph,
                 part.profiles,
-                bundle=seen.bundle,
+                weights=(work if copied else seen.bundle) / contract.WEIGHTS_FILE,
                 dtype=seen.dtype,
                 output=work / file,
                 timing_cache=cache,
@@ -242,6 +246,8 @@ def _build_all(
         peak = max(peak, built.peak_bytes)
         engines.append(_engine_file(part, file, built))
         give_back()
+    if copied:
+        (work / contract.WEIGHTS_FILE).unlink()
     files = {} if library.module is not None else copy_companions(seen.bundle, work, manifest)
     facts = BuildFacts(
         seconds=round(time.perf_counter() - started, 3),

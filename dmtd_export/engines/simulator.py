@@ -6,13 +6,13 @@ can be run, and its numbers checked, on a machine without a GPU.
 
 from __future__ import annotations
 
-import shutil
 from importlib.resources import files as resource_files
 from pathlib import Path
 
 import onnx
 
 from dmtd_export.engines.network_check import check_attention_nodes
+from dmtd_export.engines.weights import copy_weights
 from dmtd_export.graphs.engine import EngineGraph, stored_weights
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.engine_record import EngineFile, ProfileInfo
@@ -40,11 +40,8 @@ def write_simulator_engine(directory: Path, graph: EngineGraph, profiles: tuple[
 
 
 def copy_companions(bundle: Path, directory: Path, manifest: Manifest) -> dict[str, FileInfo]:
-    """What engines of the simulator need beside them: the weights file, and valid inputs for trying them by hand.
-
-    Copies, no links: onnx's checker takes a linked weights file for an attack, the bundle's own as well.
-    """
-    shutil.copyfile(bundle / contract.WEIGHTS_FILE, directory / contract.WEIGHTS_FILE)
+    """What engines of the simulator need beside them: the weights file, and valid inputs for trying them by hand."""
+    weights = copy_weights(bundle, directory, manifest)
     loader = resource_files("dmtd_export").joinpath("bundle", "polygraphy_data.py").read_text(encoding="utf-8")
     (directory / contract.DATA_LOADER_FILE).write_text(loader, encoding="utf-8")
-    return {contract.WEIGHTS_FILE: manifest.files[contract.WEIGHTS_FILE]}
+    return {contract.WEIGHTS_FILE: weights}

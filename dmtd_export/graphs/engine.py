@@ -1,14 +1,18 @@
 """The engine dialect: what a builder is given, and what the simulator executes.
 
-It is the standard dialect but for three things (see ``dmtd_runtime.bundle.engine_record`` for what a runtime makes of them):
+It is the standard dialect but for four things (see ``dmtd_runtime.bundle.engine_record`` for what a runtime makes of them):
 
 1. The embedding table is the input ``embedding_table``, and where lm_head is tied to it also ``lm_head_table``. Two inputs for
-   one buffer, because one input that is both gathered from and multiplied by is copied in every run.
+   one buffer, because one input that is both gathered from and multiplied by is copied in every run. Both are floats; a
+   quantised lm_head is a product over blocks, tied or not.
 2. The caches have a fixed capacity: TensorRT updates a cache in place only where that length is static.
 3. Attention sees the first ``visible_len`` rows of the caches, the length of the input ``visible_rows`` (0, 1, 2, ...), which
    is also what the mask compares with.
+4. Codes of quantised weights are two's complements without zero points, and scales of 8 bits factors behind DequantizeLinear:
+   TensorRT takes no others.
 
-Weights are references into the bundle's weights file. What a parser makes of a graph is looked at by ``network_check``.
+Weights are references into the bundle's weights file, or where codes are among them into its copy with such
+(``engines.weights``). What a parser makes of a graph is looked at by ``network_check``.
 """
 
 from __future__ import annotations
@@ -72,6 +76,8 @@ def stored_weights(model: onnx.ModelProto) -> dict[str, int]:
 class EngineDialect(StandardDialect):
     """The standard dialect over caches of a fixed length, of which attention reads the visible rows."""
 
+    signed_codes = True
+
     def __init__(self, writer: GraphWriter, spec: GraphSpec, capacity: int) -> None:
         super().__init__(writer, spec.config, spec.dtype)
         self.capacity = capacity
@@ -105,10 +111,11 @@ class EngineRows(StandardRows):
         return self._table(contract.EMBEDDING_INPUT)
 
     def lm_head(self, x: str) -> str:
-        if not self.spec.config.tie_word_embeddings:
+        if not self.spec.config.tie_word_embeddings or self.writer.block_format(TABLE):
             return super().lm_head(x)
         return self.writer.op("Gemm", [x, self._table(contract.LM_HEAD_INPUT)], "/lm_head", attrs={"transB": 1})
 
     def _table(self, name: str) -> str:
         self.tables[name] = TABLE
-        return self.writer.input(name, self.spec.weights[TABLE].shape, self.spec.dtype)
+        config = self.spec.config
+        return self.writer.input(name, (config.vocab_size, config.hidden_size), self.spec.dtype)

@@ -1,9 +1,10 @@
 """A linear layer over the weights as they are stored: one Gemm over floats, or a product over blocks of codes.
 
 Modules whose weights stand one behind another (q, k, v; gate, up) are one product where their formats are equal. In blocks
-(see ``BlockFormat``) a weight is ``scale * (code - middle) + offset``: the codes are MatMulNBits' with its own zero point, and
-offsets, which only formats with minimums have, are a product over the sums of the inputs' blocks: the kernel's float zero
-points are exact as well and run a path 13 to 65 times slower.
+(see ``BlockFormat``) a weight is ``scale * (code - middle) + offset``. In ONNX Runtime's own operators the codes are
+MatMulNBits' with its own zero point; in standard ones the same bytes are a matrix of integers, DequantizeLinear's, blocked
+along axis 1. Offsets, which only formats with minimums have, are a product over the sums of the inputs' blocks: MatMulNBits'
+float zero points are exact as well and run a path 13 to 65 times slower.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
-from dmtd_export.graphs.writer import GraphWriter
+from onnx import helper
+
+from dmtd_export.graphs.writer import ONNX_DTYPES, GraphWriter
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import BlockFormat
 
@@ -54,12 +57,76 @@ def nbits_product(
     attrs = {**shape, "accuracy_level": ACCURACY_LEVEL}
     inputs = [x, codes, scales(writer, dtype, modules), *(["", "", *bias] if bias else [])]
     (product,) = writer.node("MatMulNBits", inputs, path, contrib=True, attrs=attrs)
+    return _with_offsets(writer, dtype, x, product, modules, fmt, path)
+
+
+def dequantised_product(
+    writer: GraphWriter, dtype: str, x: str, modules: tuple[str, ...], fmt: BlockFormat, path: str, *, signed: bool
+) -> str:
+    """The product in standard operators. ``signed``: see :func:`dequantised`."""
+    inputs = [x, dequantised(writer, dtype, modules, fmt, signed=signed), *biases(writer, modules)]
+    product = writer.op("Gemm", inputs, path, attrs={"transB": 1})
+    return _with_offsets(writer, dtype, x, product, modules, fmt, path)
+
+
+def dequantised(writer: GraphWriter, dtype: str, modules: tuple[str, ...], fmt: BlockFormat, *, signed: bool) -> str:
+    """Weights [out, in] without their offsets, which is all of them where the format has no minimums; written once.
+
+    ``signed``: the codes are read as two's complements and have no zero point. Such are those of a file made for it, the
+    stored ones are unsigned, about the middle. TensorRT wants positive scales of 8 bits, and ours have a sign: there the
+    codes alone are dequantised, and scales are factors of their own.
+    """
+    names = [f"{module}.{contract.CODES}" for module in modules]
+    per_block = scales(writer, dtype, modules)
+    rows, blocks = writer.dims(writer.weight(*(f"{module}.{contract.SCALES}" for module in modules)))
+    codes = writer.codes(*names, bits=fmt.bits, width=blocks * fmt.block, signed=signed)
+    path = f"/stored/{contract.stack_name(names)}"
+    if not (signed and fmt.bits == 8):
+        inputs = [codes, per_block, *([] if signed else [_middles(writer, fmt, rows, blocks)])]
+        return writer.once("DequantizeLinear", inputs, path, {"axis": 1, "block_size": fmt.block})
+    whole = writer.once("DequantizeLinear", [codes, writer.constant(1.0, dtype)], path, {})
+    cut = writer.constant([rows, blocks, fmt.block], "int64")
+    column = writer.once("Unsqueeze", [per_block, writer.constant([-1], "int64")], f"{path}/scales", {})
+    scaled = writer.once("Mul", [writer.once("Reshape", [whole, cut], f"{path}/blocks", {}), column], path, {})
+    return writer.once("Reshape", [scaled, writer.constant([rows, blocks * fmt.block], "int64")], path, {})
+
+
+def _middles(writer: GraphWriter, fmt: BlockFormat, rows: int, blocks: int) -> str:
+    """Zero points of unsigned codes, [rows, blocks]: made in the graph, for all are the same."""
+    path, shape = f"/stored/middles/{rows}_{blocks}", writer.constant([rows, blocks], "int64")
+    middle = helper.make_tensor("value", ONNX_DTYPES["uint8"], [1], [1 << fmt.bits - 1])
+    made = writer.once("ConstantOfShape", [shape], f"{path}/int{fmt.bits}", {"value": middle})
+    return made if fmt.bits == 8 else writer.once("Cast", [made], path, {"to": ONNX_DTYPES["uint4"]})
+
+
+def _with_offsets(
+    writer: GraphWriter, dtype: str, x: str, product: str, modules: tuple[str, ...], fmt: BlockFormat, path: str
+) -> str:
+    """``product`` and what the offsets of the weights' blocks add to it."""
     if not fmt.minimums:
         return product
+    added = offsets(writer, dtype, modules, fmt, path)
+    _, blocks = writer.dims(writer.weight(*(f"{module}.{contract.MINIMUMS}" for module in modules)))
     cut = writer.op("Reshape", [x, writer.constant([-1, blocks, fmt.block], "int64")], f"{path}/blocks")
+    if dtype != "float32":
+        cut = writer.op("Cast", [cut], f"{path}/block_sums/to_float32", attrs={"to": ONNX_DTYPES["float32"]})
     sums = writer.op("ReduceSum", [cut, writer.constant([-1], "int64")], f"{path}/block_sums", attrs={"keepdims": 0})
-    inputs = [sums, offsets(writer, dtype, modules, fmt, path), product]
-    return writer.op("Gemm", inputs, f"{path}/offsets", attrs={"transB": 1})
+    if dtype != "float32":
+        sums = writer.op("Cast", [sums], f"{path}/block_sums/to_half", attrs={"to": ONNX_DTYPES[dtype]})
+    return writer.op("Gemm", [sums, added, product], f"{path}/offsets", attrs={"transB": 1})
+
+
+def dequantised_table(writer: GraphWriter, dtype: str, module: str, fmt: BlockFormat, path: str) -> str:
+    """A quantised table [rows, width] as floats."""
+    table = dequantised(writer, dtype, (module,), fmt, signed=False)
+    if not fmt.minimums:
+        return table
+    rows, blocks = writer.dims(writer.weight(f"{module}.{contract.MINIMUMS}"))
+    cut = writer.op("Reshape", [table, writer.constant([rows, blocks, fmt.block], "int64")], f"{path}/blocks")
+    last = writer.constant([-1], "int64")
+    added = writer.op("Unsqueeze", [offsets(writer, dtype, (module,), fmt, path), last], f"{path}/offset")
+    moved = writer.op("Add", [cut, added], f"{path}/moved")
+    return writer.op("Reshape", [moved, writer.constant([rows, blocks * fmt.block], "int64")], f"{path}/moved")
 
 
 def scales(writer: GraphWriter, dtype: str, modules: tuple[str, ...]) -> str:

@@ -8,6 +8,7 @@ whole visible cache of keys by head_dim^-1/4, rounded to the model's type. The f
 it goes into the float32 part of q_norm, or is a power of two; elsewhere it is a float32 product between casts.
 In half precision norms are computed in float32 through casts. The softmax's type is left to the kernel, because TensorRT refuses
 ``softmax_precision``: its fused attention and ONNX Runtime's CUDA kernels accumulate in float32 whatever the attribute says.
+Quantised weights go through DequantizeLinear, a tied embedding through one for its rows and lm_head (see ``linear``).
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from dmtd_export.graphs.layers import COS, KINDS, SIN, State, kv_dims, qk_norm_weights, sum_state
-from dmtd_export.graphs.linear import linear
-from dmtd_export.graphs.rows import GraphSpec, Rows
+from dmtd_export.graphs.linear import dequantised_product, dequantised_table, linear
+from dmtd_export.graphs.rows import EMBED, TABLE, GraphSpec, Rows
 from dmtd_export.graphs.writer import ONNX_DTYPES, GraphWriter
 from dmtd_models.config.model import ModelConfig
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.contract import Group, Kind
-from dmtd_runtime.bundle.manifest import BlockFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,7 @@ class StandardDialect:
     """Writes norms and attention of the standard dialect into ``writer``."""
 
     capacity: int | str = "capacity"  # rows of the caches
+    signed_codes = False  # of quantised weights: in the bundle's weights file they are unsigned
 
     def __init__(self, writer: GraphWriter, config: ModelConfig, dtype: str) -> None:
         self.writer = writer
@@ -88,10 +90,8 @@ class StandardDialect:
         return self.norm(residual, weight, path), residual
 
     def linear(self, x: str, modules: tuple[str, ...], path: str) -> str:
-        return linear(self.writer, x, modules, path, self._product_in_blocks)
-
-    def _product_in_blocks(self, x: str, modules: tuple[str, ...], fmt: BlockFormat, path: str) -> str:
-        raise AssertionError(f"{path}: weights in blocks have no standard graphs, so none are asked for")
+        in_blocks = partial(dequantised_product, self.writer, self._dtype, signed=self.signed_codes)
+        return linear(self.writer, x, modules, path, in_blocks)
 
     def attention(self, x: str, layer: int, group: Group, path: str) -> str:
         w, config, rows = self.writer, self._config, self._groups[group]
@@ -155,6 +155,12 @@ class StandardRows(Rows):
     def declare_tokens(self, rows: str) -> None:
         for name in (contract.INPUT_IDS, contract.POSITION_IDS):
             self.writer.input(name, ["batch", rows], "int64")
+
+    def embedding_table(self) -> str:
+        fmt = self.writer.block_format(TABLE)
+        if fmt is None:
+            return super().embedding_table()
+        return dequantised_table(self.writer, self.spec.dtype, EMBED, fmt, "/model/embed_tokens/table")
 
     def declare_late_rows(self) -> None:
         self.writer.input(contract.LATE_ROWS, ["batch", "late_len"], "int64")

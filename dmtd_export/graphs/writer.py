@@ -27,6 +27,9 @@ ONNX_DTYPES = {
     "int64": onnx.TensorProto.INT64,
     "int32": onnx.TensorProto.INT32,
     "uint8": onnx.TensorProto.UINT8,
+    "int8": onnx.TensorProto.INT8,
+    "uint4": onnx.TensorProto.UINT4,
+    "int4": onnx.TensorProto.INT4,
     "bool": onnx.TensorProto.BOOL,
 }
 
@@ -42,7 +45,7 @@ class GraphWriter:
         self.outputs: list[TensorInfo] = []
         self._weights = weights
         self._quantised = quantised or {}
-        self._casts: dict[tuple[str, str], str] = {}
+        self._once: dict[tuple[str, str], str] = {}
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._contrib = False
@@ -90,6 +93,12 @@ class GraphWriter:
         """Add a standard node with one output and return the output's name."""
         return self.node(op, inputs, path, outputs=[output] if output else 1, attrs=attrs)[0]
 
+    def once(self, op: str, inputs: Sequence[str], path: str, attrs: Mapping[str, Any]) -> str:
+        """As :meth:`op` for what several nodes may want of a stored weight: written when it is first asked for."""
+        if (op, path) not in self._once:
+            self._once[op, path] = self.op(op, inputs, path, attrs=attrs)
+        return self._once[op, path]
+
     def constant(self, value: Sequence[int] | Sequence[float] | int | float, dtype: str) -> str:
         """A small inline initializer; equal constants are shared."""
         array = np.array(value, dtype=np.float32 if dtype in ("float16", "bfloat16") else dtype)
@@ -105,18 +114,25 @@ class GraphWriter:
 
     def weight(self, *names: str) -> str:
         """An initializer over one stored tensor, or over several that stand one behind another, stacked along axis 0."""
+        first = self._weights[names[0]]
+        return self._stored(names, ONNX_DTYPES[first.dtype], first.shape[1:])
+
+    def codes(self, *names: str, bits: int, width: int, signed: bool) -> str:
+        """As :meth:`weight` over the codes of blocks, as the integers that they are: [out, ``width``] of ``bits`` bits."""
+        return self._stored(names, ONNX_DTYPES[f"{'' if signed else 'u'}int{bits}"], (width,))
+
+    def _stored(self, names: Sequence[str], data_type: int, tail: Sequence[int]) -> str:
         infos = [self._weights[name] for name in names]
-        first = infos[0]
         for before, after in itertools.pairwise(infos):
             assert before.offset + before.length == after.offset, f"{names} are not stored one behind another"
             assert before.shape[1:] == after.shape[1:], f"{names} cannot be stacked along axis 0"
         name = contract.stack_name(names)
         if name not in self._initializers:
-            proto = onnx.TensorProto(name=name, data_type=ONNX_DTYPES[first.dtype])
-            proto.dims.extend((sum(info.shape[0] for info in infos), *first.shape[1:]))
+            proto = onnx.TensorProto(name=name, data_type=data_type)
+            proto.dims.extend((sum(info.shape[0] for info in infos), *tail))
             proto.data_location = onnx.TensorProto.EXTERNAL
-            length = sum(info.length for info in infos)
-            for key, value in (("location", contract.WEIGHTS_FILE), ("offset", first.offset), ("length", length)):
+            place = {"location": contract.WEIGHTS_FILE, "offset": infos[0].offset}
+            for key, value in {**place, "length": sum(info.length for info in infos)}.items():
                 proto.external_data.add(key=key, value=str(value))
             self._initializers[name] = proto
         return name
@@ -126,9 +142,7 @@ class GraphWriter:
         name = self.weight(*names)
         if self._weights[names[0]].dtype == dtype:
             return name
-        if (name, dtype) not in self._casts:
-            self._casts[name, dtype] = self.op("Cast", [name], f"/stored/{name}", attrs={"to": ONNX_DTYPES[dtype]})
-        return self._casts[name, dtype]
+        return self.once("Cast", [name], f"/stored/{name}", {"to": ONNX_DTYPES[dtype]})
 
     def dims(self, name: str) -> tuple[int, ...]:
         """The dimensions of an initializer."""

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
 from dmtd_export.verify.feeds import make_feed, runs_of, slots_of
 from dmtd_export.verify.scenario import Call, Outcome, Scenario
@@ -36,23 +35,28 @@ class Session(Protocol):
 OpenSession = Callable[[Path], Session]
 
 
-def open_onnxruntime(path: Path, *, prepack: bool = False) -> Session:
+def open_onnxruntime(path: Path, *, prepack: bool = False, optimise: bool = True) -> Session:
     """A session of ONNX Runtime on the CPU that reads its weights from the mapped file.
 
     ``prepack``: weights are copied into the kernels' own layout, without which products over blocks take another, slow way.
+    ``optimise``: ONNX Runtime may put other nodes in the place of the graph's.
     """
     ort = import_onnxruntime()
     options = ort.SessionOptions()
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    mapped = {}
-    if path_problem(path):
-        arrays = _weights_of(onnx.load(path, load_external_data=False), path.parent)
-        mapped = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
-    with graph_source(path, options, mapped, holds_no_weights=not mapped) as source:
+    values: dict[str, Any] = {}
+    tensors = _external(onnx.load(path, load_external_data=False))
+    # ONNX Runtime takes no values of 4 bits from numpy: such weights it must reach by itself.
+    if path_problem(path) and all(tensor.data_type != onnx.TensorProto.UINT4 for tensor in tensors):
+        for tensor in tensors:
+            values[tensor.name] = ort.OrtValue.ortvalue_from_numpy(mapped(tensor, path.parent))
+    with graph_source(path, options, values, holds_no_weights=not tensors) as source:
         session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    return _Holding(session, mapped)
+    return _Holding(session, values)
 
 
 class _Holding:
@@ -71,25 +75,31 @@ def open_evaluator(path: Path) -> Session:
 
     # onnx itself reads no weights that are reached by a link, nor from a file that has a second name.
     model = onnx.load(path, load_external_data=False)
-    arrays = _weights_of(model, path.parent)
-    for tensor in model.graph.initializer:
-        if tensor.name in arrays:
-            tensor.CopyFrom(numpy_helper.from_array(np.array(arrays[tensor.name]), tensor.name))
+    for tensor in _external(model):
+        tensor.raw_data = _stored(tensor, path.parent).tobytes()
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        del tensor.external_data[:]
     session: Session = ReferenceEvaluator(model)
     return session
 
 
-def _weights_of(model: onnx.ModelProto, folder: Path) -> dict[str, Array]:
-    """The initializers that stand in another file, mapped."""
-    stored = (tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL)
-    return {tensor.name: mapped(tensor, folder) for tensor in stored}
+def _external(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """The initializers that stand in another file."""
+    return [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
 
 
 def mapped(tensor: onnx.TensorProto, folder: Path) -> Array:
-    """An initializer that stands in another file."""
+    """An initializer that stands in another file; not of 4 bits, which numpy has not."""
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    array: Array = _stored(tensor, folder).view(dtype).reshape(tensor.dims)
+    return array
+
+
+def _stored(tensor: onnx.TensorProto, folder: Path) -> Array:
+    """The bytes of an initializer that stands in another file, mapped."""
     place = {entry.key: entry.value for entry in tensor.external_data}
-    dtype, offset = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type), int(place.get("offset", 0))
-    return np.memmap(folder / place["location"], dtype, "r", offset=offset, shape=tuple(tensor.dims))
+    shape = (int(place["length"]),)
+    return np.memmap(folder / place["location"], np.uint8, "r", offset=int(place.get("offset", 0)), shape=shape)
 
 
 def run_graph(

@@ -1,9 +1,9 @@
-"""A float32 twin of a half-precision bundle: the bundle's own graphs and weights, every half type replaced by float32.
+"""A float32 twin of a half-precision bundle: the bundle's own graphs and weights, its half type replaced by float32.
 
 It computes what the half-precision graphs mean without their rounding, so it can be held to the float32 margin. The
 CPU has no bfloat16 kernels at all. The twin is derived from the graph files, not built anew: a fault in a file shows
 in its twin. The rotary tables are the one exception: they are computed in float32, and the stored ones are checked by
-themselves.
+themselves. Codes of quantised weights, and scales that are not of the bundle's type, stay as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from dmtd_export.bundle.weights import PAGE_BYTES, map_tensor, row_chunks
+from dmtd_export.bundle.weights import NUMPY_DTYPES, PAGE_BYTES, map_tensor, row_chunks
 from dmtd_export.graphs.layers import COS, SIN
 from dmtd_export.graphs.writer import ONNX_DTYPES
 from dmtd_models.config.model import ModelConfig
@@ -50,7 +50,7 @@ def float32_twin(directory: Path, manifest: Manifest, target: Path, config: Mode
 
 
 def _write_weights(directory: Path, manifest: Manifest, path: Path, tables: dict[str, Array]) -> dict[str, WeightInfo]:
-    """All tensors as float32; those that stand one behind another still do."""
+    """All tensors of the model's type as float32, the others as they are; those that stand one behind another still do."""
     infos: dict[str, WeightInfo] = {}
     source_end = 0
     with path.open("wb") as file:
@@ -58,10 +58,10 @@ def _write_weights(directory: Path, manifest: Manifest, path: Path, tables: dict
             if info.offset != source_end:
                 file.write(b"\0" * (-file.tell() % PAGE_BYTES))
             source_end, start = info.offset + info.length, file.tell()
-            tensor = tables.get(name)
+            tensor, dtype = tables.get(name), "float32" if info.dtype == manifest.model.dtype else info.dtype
             for rows in row_chunks(map_tensor(directory / contract.WEIGHTS_FILE, info) if tensor is None else tensor):
-                file.write(np.ascontiguousarray(rows.astype(np.float32)).data)
-            infos[name] = replace(info, dtype="float32", offset=start, length=file.tell() - start)
+                file.write(np.ascontiguousarray(rows.astype(NUMPY_DTYPES[dtype], copy=False)).data)
+            infos[name] = replace(info, dtype=dtype, offset=start, length=file.tell() - start)
     return infos
 
 
@@ -71,14 +71,13 @@ def _cast_graph(model: onnx.ModelProto, half: int, moved: dict[int, int]) -> Non
         if value.type.tensor_type.elem_type == half:
             value.type.tensor_type.elem_type = FLOAT
     for tensor in graph.initializer:
-        if tensor.data_type != half:
-            continue
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            tensor.data_type = FLOAT
             place = {entry.key: entry for entry in tensor.external_data}
             place["offset"].value = str(moved[int(place["offset"].value)])
-            place["length"].value = str(2 * int(place["length"].value))
-        else:
+            if tensor.data_type == half:
+                tensor.data_type = FLOAT
+                place["length"].value = str(2 * int(place["length"].value))
+        elif tensor.data_type == half:
             array = np.asarray(numpy_helper.to_array(tensor)).astype(np.float32)
             tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
     for node in graph.node:

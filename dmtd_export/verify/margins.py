@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.bundle.contract import Dialect
 from dmtd_runtime.bundle.manifest import Manifest
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -68,19 +70,23 @@ def int8_margin(num_layers: int) -> Margin:
     return Margin(limit=limit, unit="of max", agreement=INT8_TOP1_AGREEMENT)
 
 
-def rounding_margin(manifest: Manifest) -> Margin | None:
-    """The margin of the graphs as they are; None where they round nothing, so that float32's holds."""
-    if manifest.quantised:
-        return int8_margin(manifest.model.num_layers)
-    return None if manifest.model.dtype == "float32" else half_margin(manifest.model.dtype, manifest.model.num_layers)
+def rounding_margin(manifest: Manifest, dialect: Dialect | None = None) -> Margin | None:
+    """The margin of the graphs as they are, those of ``dialect`` or all; None where they round nothing: float32's holds.
+
+    Over quantised weights only ONNX Runtime's own graphs round: the inputs of products.
+    """
+    model, dialects = manifest.model, {dialect} if dialect else {graph.dialect for graph in manifest.decoder_graphs}
+    if model.dtype != "float32":
+        return half_margin(model.dtype, model.num_layers)
+    return int8_margin(model.num_layers) if manifest.quantised and contract.ONNXRUNTIME in dialects else None
 
 
-def told_margins(manifest: Manifest) -> dict[str, float]:
-    """What a report says of the margin of the graphs as they are; nothing where float32's holds."""
-    rounded = rounding_margin(manifest)
+def told_margins(manifest: Manifest, dialect: Dialect | None = None) -> dict[str, float]:
+    """What a report says of :func:`rounding_margin`; nothing where float32's holds."""
+    rounded = rounding_margin(manifest, dialect)
     if rounded is None:
         return {}
-    kind = "int8_of_max" if manifest.quantised else "half_ulp"
+    kind = "int8_of_max" if manifest.model.dtype == "float32" else "half_ulp"
     return {kind: rounded.limit, f"{kind.partition('_')[0]}_top1_agreement": rounded.agreement or 0.0}
 
 

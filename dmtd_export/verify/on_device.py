@@ -74,7 +74,8 @@ def verify_on_device(
     """
     start, manifest = time.monotonic(), open_bundle(directory)
     reference = _reference(directory, manifest)
-    margin = rounding_margin(manifest) or FLOAT32
+    dialect = _dialect(options, manifest)
+    margin = rounding_margin(manifest, dialect) or FLOAT32
     cases = make_cases(manifest, quick)
     checks: list[Check] = []
     # The largest first: what the engines or the device do not take is then said before any work is done.
@@ -96,7 +97,7 @@ def verify_on_device(
         notes=(f"run by {_name(options)}; the bundle itself is checked by dmtd verify without options",),
         checks=tuple(checks),
         seconds=time.monotonic() - start,
-        margins=told_margins(manifest) or {"float32_of_max": FLOAT32.limit},
+        margins=told_margins(manifest, dialect) or {"float32_of_max": FLOAT32.limit},
     )
 
 
@@ -109,6 +110,11 @@ def _reference(directory: Path, manifest: Manifest) -> Reference:
     if config is None:
         raise ExportError(f"{directory}: config.json does not describe the model; export the bundle again")
     return Reference(config, spec_of(manifest.cycle), directory, manifest, None)
+
+
+def _dialect(options: BackendOptions, manifest: Manifest) -> contract.Dialect:
+    """That of the graphs that run: engines are made from the standard one."""
+    return contract.STANDARD if options.runs_engines else options.dialect or manifest.default_dialect
 
 
 def _name(options: BackendOptions) -> str:
@@ -130,10 +136,12 @@ class _Work:
 
     @property
     def variant(self) -> Variant:
-        engines, manifest = self.options.runs_engines, self.manifest
-        dialect = contract.STANDARD if engines else self.options.dialect or manifest.default_dialect
-        full_pass, batch = self.backend.full_pass, self.backend.slots
-        return Variant(dialect=dialect, full_pass=full_pass, batch=batch, chunk=manifest.model.max_window)
+        return Variant(
+            dialect=_dialect(self.options, self.manifest),
+            full_pass=self.backend.full_pass,
+            batch=self.backend.slots,
+            chunk=self.manifest.model.max_window,
+        )
 
     def named(self, check: str) -> str:
         return f"{check}: {_name(self.options)}, {self.backend.full_pass}, batch {self.backend.slots}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -34,7 +34,6 @@ from dmtd_runtime.bundle.manifest import (
     GraphInfo,
     Manifest,
     TensorInfo,
-    WeightInfo,
     safe_relative,
     sha256_of,
 )
@@ -168,7 +167,7 @@ def _fingerprints(directory: Path, manifest: Manifest, on_done: OnDone) -> Itera
 
 
 def _graphs(directory: Path, manifest: Manifest, on_done: OnDone) -> Iterator[Divergence]:
-    by_offset = {info.offset: (name, info) for name, info in manifest.weights.items()}
+    by_offset = {info.offset: name for name, info in manifest.weights.items()}
     spec = GraphSpec(
         config=model_config(directory) or _config_of(manifest),
         dmtd=spec_of(manifest.cycle),
@@ -178,12 +177,12 @@ def _graphs(directory: Path, manifest: Manifest, on_done: OnDone) -> Iterator[Di
     )
     for graph in manifest.graphs:
         on_done()
-        for detail in _graph_faults(directory, graph, spec, by_offset):
+        for detail in _graph_faults(directory, graph, spec, manifest, by_offset):
             yield Divergence(graph=graph.file, dialect=graph.dialect, detail=detail)
 
 
 def _graph_faults(
-    directory: Path, graph: GraphInfo, spec: GraphSpec, by_offset: dict[int, tuple[str, WeightInfo]]
+    directory: Path, graph: GraphInfo, spec: GraphSpec, manifest: Manifest, by_offset: Mapping[int, str]
 ) -> Iterator[str]:
     path = directory / graph.file
     if path.stat().st_size > GRAPH_BYTES_LIMIT:
@@ -199,7 +198,7 @@ def _graph_faults(
         yield f"IR {model.ir_version}, opsets {list(model.opset_import)}; expected IR {IR_VERSION}, opset {OPSET}"
     yield from _io_faults(model, graph, build_graph(spec, graph.name, graph.dialect, graph.slots)[1])
     for tensor in model.graph.initializer:
-        fault = _initializer_fault(tensor, by_offset)
+        fault = _initializer_fault(tensor, manifest, by_offset, graph.dialect)
         if fault:
             yield f"initializer {tensor.name}: {fault}"
     if (refusal := checker_fault(path)) is not None:
@@ -232,7 +231,9 @@ def _text(info: TensorInfo) -> str:
     return f"{info.name} {info.dtype} [{', '.join(map(str, info.dims))}]"
 
 
-def _initializer_fault(tensor: onnx.TensorProto, by_offset: dict[int, tuple[str, WeightInfo]]) -> str:
+def _initializer_fault(
+    tensor: onnx.TensorProto, manifest: Manifest, by_offset: Mapping[int, str], dialect: contract.Dialect
+) -> str:
     """Why an initializer is not exactly one stored tensor, or several that stand one behind another; empty if it is."""
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return "" if tensor.ByteSize() < 4096 else f"{tensor.ByteSize()} bytes inside the graph"
@@ -243,11 +244,12 @@ def _initializer_fault(tensor: onnx.TensorProto, by_offset: dict[int, tuple[str,
     names, rows, at = [], 0, offset
     tail: tuple[int, ...] = ()
     while at < offset + length and at in by_offset:
-        name, info = by_offset[at]
-        if tensor.data_type != ONNX_DTYPES[info.dtype]:
-            return f"element type {tensor.data_type}, the manifest says {info.dtype}"
+        name = by_offset[at]
+        info, (tail, dtype) = manifest.weights[name], manifest.read_as(name, dialect)
+        if tensor.data_type != ONNX_DTYPES[dtype]:
+            return f"element type {tensor.data_type}, the manifest says {dtype}"
         names.append(name)
-        rows, tail, at = rows + info.shape[0], info.shape[1:], at + info.length
+        rows, at = rows + info.shape[0], at + info.length
     expected_name = contract.stack_name(names) if names else "nothing"
     if at != offset + length or tensor.name != expected_name or tuple(tensor.dims) != (rows, *tail):
         there = f"{expected_name} {(rows, *tail)}"

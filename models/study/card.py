@@ -5,8 +5,8 @@
 
 summary.json has the text ("data", in words), the hardware, and `dmtd finetune`'s summary of every stage; evaluation.json is the
 report.json of `dmtd evaluate`, bench.json what `dmtd bench --json` printed; formats.json what the formats of weights cost: for
-each its bytes, and "weight_formats" of the report of `dmtd evaluate BUNDLE --base FLOAT_BUNDLE`; dial.json what `dmtd evaluate
---min-confidence` put into its report.json as "dial", where it was measured. Nothing is measured here.
+each its bytes, and "weight_formats" of the report of `dmtd evaluate BUNDLE --base FLOAT_BUNDLE`; dial.json figures
+of what `dmtd evaluate --min-confidence` measures. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -185,20 +185,20 @@ def _formats(costs: Report) -> list[str]:
 def _settings(dial: Report) -> str:
     """Quality and speed of each confidence in a line."""
     return "; ".join(
-        f"{each['min_confidence']:g}: {each['nll']:.2f} nats, {each['speed'][0]:.2f}x ({each['batch_speed'][0]:.2f}x of "
-        f"{dial['batch']})"
+        f"{each['min_confidence']:g}: {each['nll']:.2f} nats, {each['speed']:.2f}x"
+        + (f" ({each['batch_speed']:.2f}x of {dial['batch']})" if each["batch_speed"] else "")
         for each in dial["settings"]
     )
 
 
 def _dial(dial: Report) -> list[str]:
     facts = dial["conditions"]
+    several = f" (of {dial['batch']} at a time)" if dial["batch"] else ""
     return [
-        f"The dial, `--min-confidence` of 0 and more: nats a token of the greedy answers to the {dial['prompts']} everyday "
-        f"prompts under the plain model, and speed over plain decoding of one sequence (of {dial['batch']} at a time): "
-        f"{_settings(dial)}; plain {dial['plain']['nll']:.2f} nats (`dmtd evaluate bundle --base plain-bundle "
-        f"--min-confidence`, {facts['dtype']}, {facts['threads']} thread{'s' if facts['threads'] > 1 else ''} of an "
-        f"{facts['cpu']}, commit {facts['commit']}, load {facts['load_average']:.1f}).",
+        f"The dial, `--min-confidence`: nats a token under the plain model, of the first {dial['answer_tokens']} tokens of the "
+        f"greedy answers to the {dial['prompts']} everyday prompts, and speed over plain decoding of one sequence{several}: "
+        f"{_settings(dial)}; plain {dial['plain']['nll']:.2f} nats ({facts['dtype']}; speed in {facts['clock']} on an "
+        f"{facts['cpu']}, {facts['onnxruntime']}, commit {facts['commit']}).",
     ]
 
 

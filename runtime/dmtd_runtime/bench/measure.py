@@ -58,7 +58,8 @@ class BatchReport:
 
     ``ratio`` is the median over pairs of repeats. ``ratio_of_steps`` is what the median times of single steps make of a
     cycle: bursts of other work on the machine move it less. Where whole cycles run on a device, cycles are timed, and not
-    their steps; ``host_ms_per_cycle`` is then how long the device waited for the host. ``kernel_bound`` is None for floats.
+    their steps; ``host_ms_per_cycle`` is then how long the device waited for the host. ``kernel_bound`` is None for floats,
+    and for engines.
     """
 
     batch: int
@@ -248,24 +249,25 @@ def _bench_batch(
                 records[mode].append(run(mode, ""))
         capacity = kv_bytes(manifest.model, shared.capacity) * batch
     gc.collect()  # the next batch size opens sessions of its own
-    return _summary(manifest, options, batch, split, records, private, capacity), shared.full_pass
+    return _summary(manifest, options, backend_options, split, records, private, capacity), shared.full_pass
 
 
 def _summary(
     manifest: Manifest,
     options: BenchOptions,
-    batch: int,
+    backend_options: BackendOptions,
     split: SplitBytes,
     records: dict[Mode, list[RunRecord]],
     private: int | None,
     capacity_bytes: int,
 ) -> BatchReport:
+    batch = backend_options.max_num_seqs
     plain, dmtd, whole = records["plain"], records["dmtd"], records.get("whole_model")
     ratios = [ours.decode_tok_per_s / theirs.decode_tok_per_s for ours, theirs in zip(dmtd, plain, strict=True)]
     context = mean_context(options.prompt_len, options.max_tokens)
     rates = {mode: median(run.decode_tok_per_s for run in runs) for mode, runs in records.items()}
     ratio, bound = median(ratios), split.bound(context, batch)
-    by_kernels = kernel_bound(manifest, context, batch)
+    by_kernels = None if backend_options.runs_engines else kernel_bound(manifest, context, batch)
     late = [run.late_step_ms for run in dmtd if run.late_step_ms is not None]
     plain_ms, full_ms = (_median([run.full_pass_ms for run in runs]) for runs in (plain, dmtd))
     cycle_ms, plain_cycle_ms = (_median([run.cycle_ms for run in runs]) for runs in (dmtd, plain))

@@ -191,7 +191,13 @@ def _bound_table(manifest: Manifest) -> Table:
     split = split_bytes(manifest)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     by_kernels = {context: kernel_bound(manifest, context) for context in contexts_for(manifest)}
-    columns = ["context", "plain, a token", "DMTD, a token", "bound", *(["the kernels"] if manifest.quantised else [])]
+    columns = [
+        "context",
+        "plain, a token",
+        "DMTD, a token",
+        "bound",
+        *([] if None in by_kernels.values() else ["the kernels"]),
+    ]
     for name in columns:
         table.add_column(name, justify="right")
     for context, bound in by_kernels.items():

@@ -9,8 +9,9 @@ memory from their user (TensorRT-RTX: REQUIRE_USER_ALLOCATION), so that a run ma
 those of the standard dialect (``dmtd_export.graphs.build``), with four differences:
 
 1. ``embedding_table`` [vocab, hidden] in every engine, and ``lm_head_table`` [vocab, hidden] where lm_head is tied to it
-   (an untied head stays a weight of late_decode): :attr:`EngineFile.tables` maps each such input to a tensor of the
-   bundle's weights file. Upload each tensor once, bind the one buffer to all inputs that name it, both in one engine too.
+   (an untied head, and a quantised one, stays a weight of late_decode): :attr:`EngineFile.tables` maps each such input to a
+   weight of the bundle, which is uploaded as floats of the bundle's type (``tables``). Upload each once, bind the one buffer
+   to all inputs that name it, both in one engine too.
 2. KV inputs and outputs have the fixed capacity of the record, ``[batch, kv_heads, capacity, head_dim]``; ``present.*`` must be
    bound to the address of ``past_key_values.*`` (:attr:`EngineFile.aliases`). Allocate for ``max_num_seqs`` once, zero-filled
    (NaN in a stale row survives a mask), 256-byte aligned; a run of ``batch`` < max_num_seqs binds the same addresses
@@ -119,7 +120,7 @@ class EngineFile:
     scratch_bytes: int | None  # as the builder planned it; None: the builder did not say
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
-    tables: Mapping[str, str]  # input -> tensor of the bundle's weights file
+    tables: Mapping[str, str]  # input -> weight of the bundle, in floats whatever its format
     aliases: Mapping[str, str]  # output -> input with the same address
     profiles: tuple[ProfileInfo, ...]
     seconds: float = 0.0  # that the build took
@@ -241,7 +242,7 @@ class EngineRecord:
         caches = {info.name: info for e in engines for info in e.inputs if contract.cache_name(info.name)}
         slots = self.max_num_seqs if max_num_seqs is None else max_num_seqs
         return (
-            sum(manifest.weights[name].length for name in tables)
+            sum(manifest.table_bytes(name) for name in tables)
             + sum(engine.weight_bytes for engine in engines)
             + max(engine.scratch_bytes or 0 for engine in engines)
             + sum(slots * _row_bytes(info) for info in caches.values())

@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.bundle.speed_bound import EMBEDDING_NAME, LM_HEAD_NAME, group_of, split_bytes
 
@@ -45,8 +46,11 @@ FLOAT_BYTES = 4
 
 
 def kernel_bound(manifest: Manifest, context: float, batch: int = 1) -> float | None:
-    """How many times faster than plain decoding the kernels allow DMTD to be; None for float weights, where bytes say it."""
-    if not manifest.quantised:
+    """How many times faster than plain decoding the kernels allow DMTD to be.
+
+    None for float weights, where bytes say it, and without ONNX Runtime's own graphs, whose kernels were measured.
+    """
+    if not manifest.quantised or manifest.default_dialect != contract.ONNXRUNTIME:
         return None
     tau, split = manifest.cycle.cycle_length, split_bytes(manifest)
     cache = split.kv_row_bytes * batch * context * KERNELS["float"].layers / FLOAT_BYTES

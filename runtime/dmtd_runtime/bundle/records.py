@@ -166,9 +166,23 @@ class Manifest:
         kinds = (contract.CODES, contract.SCALES, *((contract.MINIMUMS,) if fmt.minimums else ()))
         return tuple(contract.block_part(name, kind) for kind in kinds)
 
+    def read_as(self, part: str, dialect: contract.Dialect) -> tuple[tuple[int, ...], str]:
+        """How graphs of a dialect read a stored tensor: its dimensions behind the first, and its type.
+
+        As it stands, but for the codes of blocks in the standard dialect: there they are a matrix of their integers.
+        """
+        info, fmt = self.weights[part], self.quantised.get(contract.block_part(part, "weight"))
+        if fmt is None or dialect != contract.STANDARD or not part.endswith(f".{contract.CODES}"):
+            return info.shape[1:], info.dtype
+        return (math.prod(info.shape[1:2]) * fmt.block,), f"uint{fmt.bits}"
+
     def bytes_of(self, name: str) -> int:
         """Bytes of a weight in the weights file; 0 if it is not stored."""
         return sum(self.weights[part].length for part in self.parts_of(name) if part in self.weights)
+
+    def table_bytes(self, name: str) -> int:
+        """Bytes of a weight as floats of the model's type, whatever it is stored in."""
+        return math.prod(self.shape_of(name) or ()) * DTYPE_BYTES[self.model.dtype]
 
     def graph(self, name: contract.GraphName, dialect: contract.Dialect, slots: int = 1) -> GraphInfo:
         """The graph asked for; BundleError names what the bundle has instead."""

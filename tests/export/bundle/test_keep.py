@@ -66,9 +66,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(tmp_path_factory.mktemp("keep") / "model.gguf", CONFIG, weights, stored=stored)
 
 
-def keep(checkpoint: Path, output: Path, **formats) -> Path:
+def keep(checkpoint: Path, output: Path, target: str | None = None, **formats) -> Path:
     options = export_options(
-        decoding_layers=1, cycle_length=2, max_num_seqs=2, max_model_len=64, formats=WeightOptions(**formats)
+        decoding_layers=1,
+        cycle_length=2,
+        max_num_seqs=2,
+        max_model_len=64,
+        target=target,
+        formats=WeightOptions(**formats),
     )
     export_bundle(checkpoint, output, options)
     return output
@@ -76,7 +81,7 @@ def keep(checkpoint: Path, output: Path, **formats) -> Path:
 
 def test_a_quantised_checkpoint_is_kept_and_computes_what_it_holds(checkpoint: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    bundle = keep(checkpoint, tmp_path / "b")
+    bundle = keep(checkpoint, tmp_path / "b", "all", weights="keep")
     manifest = load_manifest(bundle)
     source = {name: fmt.source for name, fmt in manifest.quantised.items()}
     assert source == {f"model.layers.0.{module}.weight": kind for module, kind in TYPES.items()} | {

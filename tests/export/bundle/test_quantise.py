@@ -12,13 +12,10 @@ import pytest
 from export_support import export, source_weights, stored_tensor
 
 from dmtd_export.bundle.rounding import rounded as product_rounds
-from dmtd_export.engines.options import BuildOptions
-from dmtd_export.engines.run import preview
 from dmtd_export.errors import ExportError
 from dmtd_export.options import WeightFormat, WeightOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.describe import to_json
-from dmtd_runtime.bundle.engine_record import EngineBackend
 from dmtd_runtime.bundle.manifest import load_manifest
 from dmtd_runtime.bundle.speed_bound import split_bytes
 from dmtd_runtime.errors import BundleError
@@ -161,19 +158,11 @@ def test_lm_head_and_embedding_are_in_eight_bits_unless_four_are_asked_for(tmp_p
         assert [raw["quantised"][name]["bits"] for name in names] == expected
 
 
-def test_the_graphs_of_onnxruntime_alone_are_made(tmp_path: Path) -> None:
+def test_the_graphs_of_onnxruntime_alone_are_made_by_default(tmp_path: Path) -> None:
     source = write_tiny_checkpoint(tmp_path / "m", layers=2)
     raw = export(source, tmp_path / "b", formats=WeightOptions(weights="int4"))
     decoder = [graph for graph in raw["graphs"] if graph["name"] not in ("choose_token", "sample_token")]
     assert {graph["dialect"] for graph in decoder} == {"onnxruntime"}
-
-
-@pytest.mark.parametrize("backend", ["simulator", "tensorrt-rtx", "tensorrt"])
-def test_engines_take_no_quantised_weights_and_say_so(backend: EngineBackend, tmp_path: Path) -> None:
-    source = write_tiny_checkpoint(tmp_path / "m", layers=2)
-    export(source, tmp_path / "b", formats=WeightOptions(weights="int4"))
-    with pytest.raises(ExportError, match=r"weights are quantised, engines take float .* --weights float --target all"):
-        preview(tmp_path / "b", BuildOptions(backend=backend, max_model_len=64))
 
 
 @pytest.mark.parametrize(
@@ -186,9 +175,8 @@ def test_engines_take_no_quantised_weights_and_say_so(backend: EngineBackend, tm
             {},
             r"weights_block: model\.embed_tokens\.weight has 64 inputs, expected",
         ),
-        ({"weights": "int4"}, {"target": "tensorrt"}, r"target: got tensorrt, expected onnxruntime"),
-        ({"weights_thinking": "int8"}, {"target": "all"}, r"target: got all, expected onnxruntime"),
-        ({"weights": "int4"}, {"dtype": "float16"}, r"dtype: got float16, expected float32"),
+        ({"weights": "int4"}, {"dtype": "float16"}, r"dtype: got float16, expected float32: .* --target tensorrt"),
+        ({"weights_late": "int8"}, {"dtype": "bfloat16", "target": "all"}, r"dtype: got bfloat16, expected float32"),
         ({"weights": "int8", "weights_lm_head": "int4"}, {}, r"weights_lm_head: got int4 with int8 for the embedding"),
         ({"weights": "int4", "weights_lm_head": "int4"}, {}, r"weights_lm_head: got int4 with int8 for the embedding"),
     ],

@@ -18,7 +18,7 @@ from bundle_mutations import edit_weight, edited_graph, nodes_of, reseal, set_at
 from onnx import helper, numpy_helper
 
 from dmtd_export.bundle.export import export_bundle
-from dmtd_export.options import ExportOptions, WeightOptions
+from dmtd_export.options import Dtype, ExportOptions, Target, WeightOptions
 from dmtd_export.verify import VerifyReport, verify_bundle
 from dmtd_export.verify.exact import exact_twin
 from dmtd_export.verify.graph_checks import compare
@@ -35,16 +35,21 @@ from dmtd_runtime.ort.library import import_onnxruntime
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYERS = 4  # E1 T2 D1
+HALF_MARGINS = {"half_ulp", "half_top1_agreement"}
 WEIGHT = "model.layers.2.mlp.down_proj"
 
 
-def make(root: Path, formats: WeightOptions, **model: object) -> tuple[Path, Path]:
+def make(
+    root: Path, formats: WeightOptions, target: Target = "all", dtype: Dtype = "float32", **model: object
+) -> tuple[Path, Path]:
     checkpoint = write_tiny_checkpoint(root / "model", layers=LAYERS, **model)
     options = ExportOptions(
         split=SplitOptions(encoding_layers=1, decoding_layers=1, cycle_length=2),
         max_num_seqs=2,
         max_model_len=64,
         formats=formats,
+        target=target,
+        dtype=dtype,
     )
     export_bundle(checkpoint, root / "bundle", options)
     return checkpoint, root / "bundle"
@@ -52,7 +57,7 @@ def make(root: Path, formats: WeightOptions, **model: object) -> tuple[Path, Pat
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Biases, a tied embedding in int4, late layers in int8."""
+    """Biases, a tied embedding in int4, late layers in int8; both dialects."""
     formats = WeightOptions(weights="int4", weights_late="int8", weights_lm_head="int4", weights_embedding="int4")
     return make(tmp_path_factory.mktemp("quantised"), formats, family="qwen2", tie=True)
 
@@ -70,9 +75,11 @@ def test_a_quantised_bundle_passes_at_the_highest_level(made: tuple[Path, Path])
     assert report.level == "oracle"
     exact = [check for check in report.checks if "inputs not rounded" in check.name]
     as_is = [check for check in report.checks if "as it is" in check.name]
-    assert len(exact) == 5 and {check.margin for check in exact} == {
-        2e-5
-    }  # thinking, full_pass for 1 and 2; late_decode
+    # thinking, full_pass for 1 and 2; late_decode; the three of the standard dialect
+    assert len(exact) == 8 and {check.margin for check in exact} == {2e-5}
+    plain = [check for check in report.checks if "not optimised" in check.name]
+    assert [check.name.split(",")[0] for check in plain] == ["thinking.onnx", "late_decode.onnx", "full_pass.onnx"]
+    assert {check.margin for check in plain} == {2e-5}
     limit = int8_margin(LAYERS).limit
     assert len(as_is) == 4 and {check.margin for check in as_is} == {limit}
     # Head-room, and proof that inputs were really rounded: float32 would stay far below.
@@ -84,9 +91,39 @@ def test_a_quantised_bundle_passes_at_the_highest_level(made: tuple[Path, Path])
 
 
 def test_an_untied_model_without_biases_passes_in_int8(tmp_path: Path) -> None:
-    _, bundle = make(tmp_path, WeightOptions(weights="int8"), family="qwen3", tie=False)
+    _, bundle = make(tmp_path, WeightOptions(weights="int8"), "onnxruntime", family="qwen3", tie=False)
     report = verify_bundle(bundle, quick=True)
     assert report.ok, report.first_divergence
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_standard_graphs_alone_round_no_inputs(tmp_path: Path, dtype: Dtype) -> None:
+    """An untied lm_head in int8. In half precision within its ULP, and cast to float32 within float32's margin."""
+    formats = WeightOptions(weights="int4", weights_lm_head="int8")
+    _, bundle = make(tmp_path, formats, "tensorrt", dtype, family="qwen3", tie=False)
+    report = verify_bundle(bundle, quick=True)
+    assert report.ok, report.first_divergence
+    assert report.level == "oracle"
+    assert report.margins.keys() == {"float32_of_max", *({} if dtype == "float32" else HALF_MARGINS)}
+    exact = [check for check in report.checks if check.margin == 2e-5 and check.name.startswith("thinking.onnx")]
+    assert len(exact) == 2 and max(check.worst for check in exact) < 1e-5  # with optimisations, and without
+
+
+def test_both_dialects_read_the_same_bytes(made: tuple[Path, Path]) -> None:
+    """The one as packed bytes, the other as a matrix of the integers in them."""
+    read = {}
+    for file in ("late_decode.ort.onnx", "late_decode.onnx"):
+        model = onnx.load(made[1] / file, load_external_data=False)
+        codes = {tensor.name: tensor for tensor in model.graph.initializer if ".codes" in tensor.name}
+        read[file] = set()
+        for tensor in codes.values():
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            assert place["location"] == "model.onnx.data"
+            read[file] |= set(range(int(place["offset"]), int(place["offset"]) + int(place["length"])))
+    assert read["late_decode.ort.onnx"] == read["late_decode.onnx"] != set()
+    tied, down = codes["model.embed_tokens.codes"], codes["model.layers.3.mlp.down_proj.codes"]
+    assert (tied.data_type, list(tied.dims)) == (onnx.TensorProto.UINT4, [128, 64])
+    assert (down.data_type, list(down.dims)) == (onnx.TensorProto.UINT8, [64, 96])
 
 
 @pytest.mark.parametrize(
@@ -200,7 +237,32 @@ def no_bias(model: onnx.ModelProto, layer: int) -> None:
     del product(model, layer, "self_attn/qkv_proj").input[5]
 
 
+def dequantised(model: onnx.ModelProto, layer: int) -> onnx.NodeProto:
+    wanted = f"model.layers.{layer}.self_attn.o_proj.codes"
+    return next(node for node in nodes_of(model, "DequantizeLinear") if node.input[0] == wanted)
+
+
+def other_middle(model: onnx.ModelProto, layer: int) -> None:
+    """Seven in the place of eight."""
+    made = next(node for node in nodes_of(model, "ConstantOfShape") if "int4" in node.name)
+    made.attribute[0].t.CopyFrom(helper.make_tensor("value", onnx.TensorProto.UINT8, [1], [7]))
+
+
+def scales_of_another_layer(model: onnx.ModelProto, layer: int) -> None:
+    one, other = dequantised(model, layer), dequantised(model, 2)
+    one.input[1], other.input[1] = other.input[1], one.input[1]
+
+
+def signed_codes(model: onnx.ModelProto, layer: int) -> None:
+    """Two's complements about zero: halves of bytes as they stand, read as another type."""
+    node = dequantised(model, layer)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[0])
+    tensor.data_type = onnx.TensorProto.INT4
+    del node.input[2:]
+
+
 FOUR_BITS, EIGHT_BITS = ("thinking.ort.onnx", 1), ("late_decode.ort.onnx", 3)
+STANDARD = ("thinking.onnx", 1)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +276,8 @@ FOUR_BITS, EIGHT_BITS = ("thinking.ort.onnx", 1), ("late_decode.ort.onnx", 3)
         (EIGHT_BITS, other_layers_codes),
         (EIGHT_BITS, other_block_size),
         (EIGHT_BITS, no_bias),
+        (STANDARD, other_middle),
+        (STANDARD, scales_of_another_layer),
     ],
     ids=lambda value: value.__name__ if callable(value) else value[0],
 )
@@ -228,6 +292,15 @@ def test_a_product_that_reads_its_blocks_otherwise_is_caught(
     report: VerifyReport = verify_bundle(bundle, quick=True)
     first = report.first_divergence
     assert first is not None and first.graph == file
+
+
+def test_codes_read_as_signed_ones_are_named(bundle: Path) -> None:
+    with edited_graph(bundle, "thinking.onnx") as model:
+        signed_codes(model, 1)
+    reseal(bundle)
+    first = verify_bundle(bundle, level="structure").first_divergence
+    assert first is not None and first.graph == "thinking.onnx"
+    assert "o_proj.codes: element type 22, the manifest says uint4" in first.detail
 
 
 def test_the_twin_over_floats_computes_what_the_kernel_does(made: tuple[Path, Path], tmp_path: Path) -> None:

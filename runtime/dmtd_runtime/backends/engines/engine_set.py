@@ -19,6 +19,7 @@ from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.contract import GraphName
 from dmtd_runtime.bundle.engine_record import EngineFile, EngineRecord, FullPass, PassKind, ProfileInfo
 from dmtd_runtime.bundle.manifest import DTYPE_BYTES, Manifest, TensorInfo
+from dmtd_runtime.bundle.tables import table_parts
 from dmtd_runtime.device.base import Address, Device, Engine, EngineContext, EngineTensor, check_room
 from dmtd_runtime.device.uploading import Uploader
 from dmtd_runtime.errors import BackendError, BundleError
@@ -209,7 +210,7 @@ class EngineSet:
         caches = {name: self.max_num_seqs * self._cache_strides(info)[2] for name, info in self._cache_infos().items()}
         width = DTYPE_BYTES[model.dtype] * model.hidden_size
         sizes = {
-            **{name: self._manifest.weights[name].length for name in sorted(self._table_names())},
+            **{name: self._manifest.table_bytes(name) for name in sorted(self._table_names())},
             **caches,
             contract.THOUGHT: self.max_num_seqs * self._max_rows * width,
             contract.LOGITS: self.max_num_seqs * model.vocab_size * DTYPE_BYTES["float32"],
@@ -234,9 +235,10 @@ class EngineSet:
 
     def _upload_weights(self, bundle: Path) -> None:
         for name in sorted(self._table_names()):
-            info = self._manifest.weights[name]
-            data = np.memmap(bundle / contract.WEIGHTS_FILE, np.uint8, "r", offset=info.offset, shape=(info.length,))
-            self._uploader.upload(self._buffers[name], data)
+            place: int = self._buffers[name]
+            for part in table_parts(bundle, self._manifest, name):
+                self._uploader.upload(Address(place), part)
+                place += len(part)
 
     def _upload_visible_rows(self) -> None:
         self._uploader.upload(self._buffers[contract.VISIBLE_ROWS], np.arange(self.record.capacity).view(np.uint8))

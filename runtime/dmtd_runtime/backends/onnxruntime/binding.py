@@ -16,7 +16,7 @@ from dmtd_runtime.machine.memory import left_in_words, ran_out
 from dmtd_runtime.ort.library import import_onnxruntime
 from dmtd_runtime.ort.session import first_line
 
-ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
+ONNX_NUMBERS = {"bfloat16": 16, "uint4": 21}  # of the types that numpy has not
 
 
 def host_inputs(session: Any) -> frozenset[str]:
@@ -34,7 +34,7 @@ def value_at(session: Any, buffer: Buffer, device: tuple[str, int]) -> Any:
 
 
 def _element(buffer: Buffer) -> Any:
-    return ONNX_BFLOAT16 if buffer.dtype == "bfloat16" else np.dtype(buffer.dtype)
+    return ONNX_NUMBERS.get(buffer.dtype) or np.dtype(buffer.dtype)
 
 
 class SharedIo:

@@ -23,10 +23,11 @@ from dmtd_runtime.ort.links import path_problem
 def weights_of(manifest: Manifest, graphs: Iterable[GraphInfo]) -> dict[str, tuple[int, int, tuple[int, ...], str]]:
     """Initializers of several graphs by name: (offset in the weights file, bytes, shape, dtype)."""
     found = {}
-    for name in {name: None for graph in graphs for name in graph.weights}:
+    for name, dialect in {name: graph.dialect for graph in graphs for name in graph.weights}.items():
         parts = [manifest.weights[part] for part in contract.stack_parts(name)]
-        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-        found[name] = (parts[0].offset, sum(part.length for part in parts), shape, parts[0].dtype)
+        tail, dtype = manifest.read_as(contract.stack_parts(name)[0], dialect)
+        shape = (sum(part.shape[0] for part in parts), *tail)
+        found[name] = (parts[0].offset, sum(part.length for part in parts), shape, dtype)
     return found
 
 
@@ -50,10 +51,15 @@ def upload_weights(
 
 
 def mapped_weights(directory: Path, manifest: Manifest, graphs: Iterable[GraphInfo]) -> Mapping[str, Any]:
-    """What the graphs read, as OrtValues over the mapped file; empty where ONNX Runtime reads the file itself."""
-    linked = [graph for graph in graphs if path_problem(directory / graph.file)]
+    """What the graphs read, as OrtValues over the mapped file; empty where ONNX Runtime is to read the file itself.
+
+    So it is with 4 bits a value too, which numpy has not: such a graph is not run where links lead to its weights.
+    """
+    places = weights_of(manifest, [graph for graph in graphs if path_problem(directory / graph.file)])
+    if any(dtype == "uint4" for _, _, _, dtype in places.values()):
+        return {}
     from_array = import_onnxruntime().OrtValue.ortvalue_from_numpy
     return {
         name: from_array(np.memmap(directory / contract.WEIGHTS_FILE, dtype, "r", offset=offset, shape=shape))
-        for name, (offset, _, shape, dtype) in weights_of(manifest, linked).items()
+        for name, (offset, _, shape, dtype) in places.items()
     }
