@@ -1,5 +1,7 @@
 """The oracle: gates against tables written by hand, greedy decoding, conventions that differ where they must."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -181,7 +183,7 @@ def test_an_adaptive_run_keeps_what_it_is_sure_of(directory, prompt_input):
     assert every.token_ids == greedy(one, PROMPT, 14).token_ids
     assert (every.heads, every.late_steps) == (tuple(range(6, 19)), 0)
 
-    run = adaptive(model, PROMPT, 14, 0.25)
+    run, wanted, least = adaptive(model, PROMPT, 14, 0.6), 0.6, 0.2
     assert 0 < run.dropped < run.late_steps
     assert len(run.heads) + run.late_steps - run.dropped == 13
     # One pass over the result under its heads gives every kept choice again; of those that were not kept, the doubt.
@@ -189,13 +191,18 @@ def test_an_adaptive_run_keeps_what_it_is_sure_of(directory, prompt_input):
     again = teacher_forced(model, tokens, 6, heads=run.heads)
     assert (again[5:] - run.logits).abs().max() < 1e-9
     sure = again.softmax(-1).amax(-1)
-    assert all(sure[at] >= 0.25 for at in range(6, len(tokens)) if at not in run.heads)
-    left = [head for before, head in zip(run.heads, run.heads[1:], strict=False) if head - before < 4]
-    for head in left:
+    late = [at for at in range(6, len(tokens)) if at not in run.heads]
+    assert all(sure[at] >= (least if at + 1 in run.heads or at + 1 == len(tokens) else wanted) for at in late)
+    dropped, left = 0, 0
+    for before, head in itertools.pairwise(run.heads):
+        doubted = head - 1 in late and sure[head - 1] < wanted
+        if doubted or head - before == 4:
+            left += head - before < 4
+            continue
         others = [other for other in run.heads if other < head]
-        doubt = teacher_forced(model, tokens[: head + 1], 6, heads=others)[-1].softmax(-1).max()
-        assert doubt < 0.25
-    assert len(left) <= run.dropped <= len(run.heads)
+        assert teacher_forced(model, tokens[: head + 1], 6, heads=others)[-1].softmax(-1).max() < least
+        dropped += 1
+    assert dropped == run.dropped and left > 0
 
 
 def test_conventions_differ_where_they_must_and_only_there(directory):
