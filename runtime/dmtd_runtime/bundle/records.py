@@ -126,8 +126,11 @@ class BlockFormat:
 
     @property
     def name(self) -> str:
-        """For people: int4 in blocks of 32 (Q4_1)."""
-        return f"int{self.bits} in blocks of {self.block} ({self.source})"
+        """For people: int4 in blocks of 32 (Q4_1); what an export rounded itself as its options are called."""
+        if self.source not in ("rtn", "search"):
+            return f"int{self.bits} in blocks of {self.block} ({self.source})"
+        alone = "" if self.minimums or self.bits == 8 else "-symmetric"
+        return f"int{self.bits}{alone} in blocks of {self.block}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.bench.measure import BatchReport, BenchOptions, BenchReport, Mode
 from dmtd_runtime.bench.serve_report import Latency, LoadReport, ModeFigures, ServeReport
 from dmtd_runtime.bundle.manifest import Manifest
-from dmtd_runtime.bundle.speed_bound import SplitBytes, mean_context
+from dmtd_runtime.bundle.speed_bound import SplitBytes, mean_context, weight_formats
 from dmtd_runtime.cli.common import human_bytes
 
 
@@ -35,6 +35,9 @@ def card(manifest: Manifest, split: SplitBytes, options: BenchOptions, backend: 
         f"{human_bytes(split.stored)} (T {human_bytes(split.thinking)}, D {human_bytes(split.decoding)}, "
         f"lm_head {human_bytes(split.lm_head)}{', E ' + human_bytes(split.encoding) if split.encoding else ''})",
     )
+    if manifest.quantised:
+        formats = weight_formats(manifest)
+        card.add_row("formats", "; ".join(f"{group.replace('_', ' ')} {fmt}" for group, fmt in formats.items()))
     card.add_row("KV", f"{human_bytes(split.kv_per_token())} a token, mean context {context:g}")
     card.add_row("bytes a token", f"plain {human_bytes(plain)}, DMTD {human_bytes(dmtd)}")
     card.add_row("bound", f"{plain / dmtd:.2f}x (what the bytes allow at batch 1)")

@@ -142,7 +142,7 @@ def test_each_group_has_its_own_format(tmp_path: Path) -> None:
     assert bits["model.embed_tokens.weight"] == 8 and "lm_head.weight" not in bits
     manifest = load_manifest(tmp_path / "b")
     shown = to_json(manifest)["weight_formats"]
-    assert shown["thinking"] == "int4 in blocks of 16 (search)" and shown["lm_head"] == "float32"
+    assert shown["thinking"] == "int4 in blocks of 16" and shown["lm_head"] == "float32"
     # Bytes of a group are what its tensors take: 4 bits a weight and two halves for blocks of 16, norms in float32.
     shapes = {name: value.shape for name, value in source_weights(source).items() if ".layers.1." in name}
     matrices = sum(int(np.prod(shape)) for shape in shapes.values() if len(shape) == 2)
