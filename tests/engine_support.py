@@ -26,6 +26,19 @@ def rtx() -> Any:
     return pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX's wheel: pip install 'dmtd[tensorrt-rtx]'")
 
 
+def quiet_logger(trt: Any) -> Any:
+    """TensorRT's logger that says nothing: what a parser refuses is in its errors."""
+
+    class Quiet(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            pass
+
+    return Quiet()
+
+
 def make_bundle(
     directory: Path,
     *,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from engine_support import load_engine_graph, rtx
+from engine_support import load_engine_graph, quiet_logger, rtx
 from onnx import helper
 
 from dmtd_export.engines.network_check import NetworkFacts, check_attention_nodes, check_network, prepare_attention
@@ -29,13 +29,6 @@ def check(bundles: Callable[..., Path]) -> Callable[..., NetworkFacts]:
     trt = rtx()
     weights = bundles(family="qwen3", encoding=0, tie=True, dtype="float16")
 
-    class Quiet(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, msg: str) -> None:
-            pass
-
     def run(
         graph: EngineGraph,
         model: onnx.ModelProto | None = None,
@@ -44,7 +37,7 @@ def check(bundles: Callable[..., Path]) -> Callable[..., NetworkFacts]:
         dtype: str = "float16",
         spoil: Callable[[Any, Any], None] = lambda trt, network: None,
     ) -> NetworkFacts:
-        logger = Quiet()
+        logger = quiet_logger(trt)
         builder = trt.Builder(logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, logger)

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from engine_support import load_engine_graph, make_bundle, rtx
+from engine_support import load_engine_graph, make_bundle, quiet_logger, rtx
 from gguf_files import permuted, tiny_config, write_gguf
 
 from dmtd_export.bundle.export import export_bundle
@@ -164,13 +164,6 @@ def test_engines_hold_the_codes_and_nothing_wider(tmp_path: Path, dtype: str) ->
 def read_back(bundles: Callable[..., Path], tmp_path: Path) -> Callable[..., None]:
     trt = rtx()
 
-    class Quiet(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, msg: str) -> None:
-            pass
-
     def run(
         spoil: Callable[[Any, list[Any]], None] | None = None,
         bundle: Path | None = None,
@@ -180,7 +173,7 @@ def read_back(bundles: Callable[..., Path], tmp_path: Path) -> Callable[..., Non
         bundle = bundle or bundles(family="llama", tie=True, dtype="bfloat16", formats=MIXED)
         graph = load_engine_graph(bundle, name)
         copy_weights(bundle, tmp_path, load_manifest(bundle))
-        logger = Quiet()
+        logger = quiet_logger(trt)
         builder = trt.Builder(logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, logger)
