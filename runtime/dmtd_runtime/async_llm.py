@@ -228,6 +228,7 @@ class _Reader:
     def __init__(self) -> None:
         self.bell = asyncio.Event()
         self.is_told = False  # by the worker's thread, and the bell has not rung yet
+        self.is_new = True  # it was never told
         self.forget: Callable[[], None] = lambda: None
 
 
@@ -244,8 +245,9 @@ class _EventLoop:
 
     def tell(self, reader: _Reader) -> None:
         if not reader.is_told:
-            reader.is_told = True
-            self._told.append(reader)
+            # First tokens go first: behind seven others they would wait for all that those write.
+            (self._told.appendleft if reader.is_new else self._told.append)(reader)
+            reader.is_told, reader.is_new = True, False
 
     def flush(self) -> None:
         """Let the loop ring, unless it is about to."""

@@ -14,7 +14,7 @@ import pytest
 from runtime_support import ENDLESS, GREEDY, TinyBundle, held, random_prompt, wait_until
 
 from dmtd_runtime import LLM, AbortedError, AsyncLLM, BackendError, Delta, QueueFullError, RequestError, SamplingParams
-from dmtd_runtime.async_llm import LONG_PROMPT, AsyncStream
+from dmtd_runtime.async_llm import LONG_PROMPT, AsyncStream, _EventLoop, _Reader
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -272,6 +272,33 @@ def test_an_event_loop_that_is_closed_hurts_nobody(
     assert llm._requests == {}
     assert asyncio.run(tokens_of(llm.generate([3], GREEDY))) == bundle.greedy_tokens([3], 12)
     asyncio.run(llm.close())
+
+
+def test_who_waits_for_a_first_token_is_woken_first() -> None:
+    woken, readers = list[int](), [_Reader(), _Reader(), _Reader()]
+
+    async def main() -> None:
+        told = _EventLoop(asyncio.get_running_loop())
+
+        async def read(number: int) -> None:
+            while True:
+                await readers[number].bell.wait()
+                readers[number].bell.clear()
+                woken.append(number)
+
+        tasks = [asyncio.ensure_future(read(number)) for number in range(3)]
+        for once in ([0, 1], [0, 1, 2], [0, 2, 1]):
+            for number in once:
+                told.tell(readers[number])
+            wanted = len(woken) + len(once)
+            told.flush()
+            while len(woken) < wanted:
+                await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+
+    asyncio.run(main())
+    assert woken == [1, 0, 2, 0, 1, 0, 2, 1]
 
 
 def test_event_loops_of_several_threads_share_batches(llm: AsyncLLM, bundle: TinyBundle) -> None:
