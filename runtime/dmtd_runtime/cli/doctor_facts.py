@@ -196,6 +196,10 @@ def _machine_rows(report: Report) -> list[tuple[str, str]]:
         ("CPU", f"{host.cpu} ({' '.join(host.isa) or 'instruction sets unknown'})"),
         ("cores", f"{host.cores_usable:g} usable of {host.cores_present}"),
         ("memory", f"{available} available of {total}"),
+        (
+            "huge pages",
+            "turned off: decoding on the CPU is slower" if host.huge_pages == "never" else host.huge_pages or "none",
+        ),
         ("providers", ", ".join(report.onnxruntime.providers) or "none"),
         ("NVIDIA driver", _driver_text(report)),
     ]

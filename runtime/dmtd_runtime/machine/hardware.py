@@ -14,6 +14,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from dmtd_runtime.machine.huge_pages import setting
+
 __all__ = ["Gpu", "Machine", "default_threads", "look_at_gpus", "look_at_machine", "memory_bytes", "usable_cores"]
 
 # Instruction sets that matrix kernels are written for, x86-64 and Arm, as /proc/cpuinfo spells them.
@@ -29,7 +31,8 @@ MAX_THREADS = max(64, os.cpu_count() or 1)
 class Machine:
     """The host. ``cores_usable`` respects affinity and cgroup quota, so it may be a fraction.
 
-    Memory is capped by the cgroup's limit; what the group has already used of it is not subtracted.
+    Memory is capped by the cgroup's limit; what the group has already used of it is not subtracted. ``huge_pages``: ``always``,
+    ``madvise`` or ``never``; None where there are none.
     """
 
     python: str
@@ -40,6 +43,7 @@ class Machine:
     cores_usable: float
     memory_total_bytes: int | None
     memory_available_bytes: int | None
+    huge_pages: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +70,7 @@ def look_at_machine(root: Path = Path("/")) -> Machine:
         cores_usable=usable_cores(root),
         memory_total_bytes=total,
         memory_available_bytes=available,
+        huge_pages=setting(root),
     )
 
 

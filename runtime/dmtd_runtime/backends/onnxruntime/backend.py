@@ -8,6 +8,7 @@ made, all sessions share one stream and one copy of the weights, and a step wait
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
@@ -40,6 +41,7 @@ from dmtd_runtime.backends.row_copies import CacheLayout, RowCopies
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import DTYPE_BYTES, Manifest
 from dmtd_runtime.device.base import check_room
+from dmtd_runtime.machine.huge_pages import in_huge_pages
 from dmtd_runtime.ort.session import CudaOptions, open_session
 from dmtd_runtime.sampling.sampler import NOT_FINITE, best_tokens
 
@@ -192,8 +194,9 @@ class OnnxRuntimeBackend(StepwiseBackend):
             self._weights = upload_weights(directory, self._manifest, graphs, self._memory, chooser)
         else:
             self._weights = mapped_weights(directory, self._manifest, self._graphs.values())
-        for name in names:
-            self._session(directory, name)
+        with contextlib.nullcontext() if isinstance(self._memory, GpuMemory) else in_huge_pages():
+            for name in names:
+                self._session(directory, name)
         if self._captures:
             self._captures = captures_agree(self._trial, self._manifest.cycle.cycle_length, self.capacity)
             self.clear(0, self.capacity)
