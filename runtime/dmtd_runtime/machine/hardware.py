@@ -14,9 +14,16 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from dmtd_runtime.machine.huge_pages import setting
-
-__all__ = ["Gpu", "Machine", "default_threads", "look_at_gpus", "look_at_machine", "memory_bytes", "usable_cores"]
+__all__ = [
+    "Gpu",
+    "Machine",
+    "default_threads",
+    "huge_pages_setting",
+    "look_at_gpus",
+    "look_at_machine",
+    "memory_bytes",
+    "usable_cores",
+]
 
 # Instruction sets that matrix kernels are written for, x86-64 and Arm, as /proc/cpuinfo spells them.
 ISA_FLAGS = (
@@ -70,8 +77,14 @@ def look_at_machine(root: Path = Path("/")) -> Machine:
         cores_usable=usable_cores(root),
         memory_total_bytes=total,
         memory_available_bytes=available,
-        huge_pages=setting(root),
+        huge_pages=huge_pages_setting(root),
     )
+
+
+def huge_pages_setting(root: Path = Path("/")) -> str | None:
+    """``always``, ``madvise`` or ``never``; None where there are no huge pages to be had."""
+    found = re.search(r"\[(\w+)\]", _read(root / "sys/kernel/mm/transparent_hugepage/enabled"))
+    return found[1] if found else None
 
 
 def look_at_gpus(root: Path = Path("/")) -> tuple[tuple[Gpu, ...], str | None]:

@@ -18,29 +18,21 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["HUGE_PAGE", "in_huge_pages", "setting"]
+from dmtd_runtime.machine.hardware import huge_pages_setting
+
+__all__ = ["HUGE_PAGE", "in_huge_pages"]
 
 HUGE_PAGE = 2 << 20
 _FULL_ENOUGH = 7 / 8
 """Of a huge page's bytes, that are in use already: moving it takes what is missing as well."""
 _MADV_COLLAPSE = 25
-_SETTING = Path("sys/kernel/mm/transparent_hugepage/enabled")
 _ANONYMOUS = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p [0-9a-f]+ 00:00 0 *(?:\[heap\])?\n")
-
-
-def setting(root: Path = Path("/")) -> str | None:
-    """``always``, ``madvise`` or ``never``; None where there are no huge pages to be had."""
-    try:
-        found = re.search(r"\[(\w+)\]", (root / _SETTING).read_text(encoding="ascii"))
-    except OSError:
-        return None
-    return found[1] if found else None
 
 
 @contextlib.contextmanager
 def in_huge_pages() -> Iterator[None]:
     """What the block makes the process allocate, and fills, is in huge pages when it ends without an error."""
-    if setting() in (None, "never"):
+    if huge_pages_setting() in (None, "never"):
         yield
         return
     before = _anonymous()

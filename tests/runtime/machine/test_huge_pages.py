@@ -15,7 +15,8 @@ from runtime_support import TinyBundle
 from dmtd_runtime.backends.onnxruntime import backend
 from dmtd_runtime.llm import LLM
 from dmtd_runtime.machine import huge_pages
-from dmtd_runtime.machine.huge_pages import HUGE_PAGE, in_huge_pages, setting
+from dmtd_runtime.machine.hardware import huge_pages_setting
+from dmtd_runtime.machine.huge_pages import HUGE_PAGE, in_huge_pages
 from dmtd_runtime.ort.session import open_session
 from dmtd_runtime.sampling.params import SamplingParams
 
@@ -27,7 +28,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[range]:
     """What is moved, instead of moving it, on a machine that has huge pages."""
     parts: list[range] = []
     monkeypatch.setattr(huge_pages, "_move", parts.append)
-    monkeypatch.setattr(huge_pages, "setting", lambda: "madvise")
+    monkeypatch.setattr(huge_pages, "huge_pages_setting", lambda: "madvise")
     return parts
 
 
@@ -68,7 +69,7 @@ def test_what_is_new_and_full_is_moved_and_nothing_else(moved: list[range]) -> N
 def test_a_machine_without_them_is_left_as_it_is(
     moved: list[range], monkeypatch: pytest.MonkeyPatch, found: str | None
 ) -> None:
-    monkeypatch.setattr(huge_pages, "setting", lambda: found)
+    monkeypatch.setattr(huge_pages, "huge_pages_setting", lambda: found)
     with in_huge_pages():
         _full, _ = _mapped(4, filled=True)
     assert not moved
@@ -87,7 +88,7 @@ def test_an_error_passes_and_nothing_is_moved(moved: list[range]) -> None:
 
 def test_moving_keeps_every_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel's own answer, whatever it is able to do now."""
-    monkeypatch.setattr(huge_pages, "setting", lambda: "madvise")
+    monkeypatch.setattr(huge_pages, "huge_pages_setting", lambda: "madvise")
     with in_huge_pages():
         pages = mmap.mmap(-1, 6 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         array = np.frombuffer(pages, np.int64)
@@ -127,8 +128,8 @@ def test_sessions_are_opened_within_it(bundle: TinyBundle, monkeypatch: pytest.M
     ],
 )
 def test_the_machine_s_setting(tmp_path: Path, text: str, found: str | None) -> None:
-    assert setting(tmp_path) is None
+    assert huge_pages_setting(tmp_path) is None
     place = tmp_path / "sys/kernel/mm/transparent_hugepage/enabled"
     place.parent.mkdir(parents=True)
     place.write_text(text)
-    assert setting(tmp_path) == found
+    assert huge_pages_setting(tmp_path) == found
