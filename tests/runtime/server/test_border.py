@@ -339,7 +339,8 @@ def test_names_of_requests_and_headers(server: Running) -> None:
 def test_a_full_queue_is_429_and_nothing_of_it_starts(tiny: TinyBundles) -> None:
     options, serving = ServerOptions(max_num_seqs=1), ServingOptions(max_num_queued_reqs=2)
     with running(tiny.get().directory, options, serving=serving) as server:
-        answer = server.post("/v1/completions", {"prompt": [[1], [2], [3], [4]], "temperature": 1})
+        prompts = [[token] for token in range(64)]  # more than a worker ends while they are queued
+        answer = server.post("/v1/completions", {"prompt": prompts, "temperature": 1, "ignore_eos": True})
         assert answer.status_code == 429 and answer.headers["retry-after"]
         assert answer.json()["error"]["code"] == "queue_full"
         wait_until(lambda: is_idle(server))
