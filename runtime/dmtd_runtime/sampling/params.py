@@ -255,10 +255,11 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
     for string in strings:
         if not isinstance(string, str):
             raise RequestError(f"got {_shown(string)}, expected a string or a list of strings", param="stop")
-        if not 1 <= len(string) <= MAX_STOP_STRING_CHARS:
+        if not string:
+            raise RequestError("got an empty string, expected at least one character; leave it out", param="stop")
+        if len(string) > MAX_STOP_STRING_CHARS:
             raise RequestError(
-                f"got a string of {len(string)} characters, expected 1 to {MAX_STOP_STRING_CHARS} characters",
-                param="stop",
+                f"got a string of {len(string)} characters, expected at most {MAX_STOP_STRING_CHARS}", param="stop"
             )
     return tuple(strings)
 

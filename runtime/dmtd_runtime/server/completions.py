@@ -64,14 +64,6 @@ def _check(body: CompletionBody) -> None:
         raise invalid(
             "prompt_logprobs", "are told with whole answers alone; leave out stream, or send echo and logprobs"
         )
-    if body.dmtd.score_from is not None and not _scores_prompt(body):
-        raise invalid(
-            "dmtd.score_from", "needs echo with logprobs, or prompt_logprobs: what it scores is told nowhere else"
-        )
-
-
-def _scores_prompt(body: CompletionBody) -> bool:
-    return body.prompt_logprobs is not None or (body.echo and body.logprobs is not None)
 
 
 async def _token_ids(served: Served, body: CompletionBody) -> list[list[int]]:
@@ -110,7 +102,7 @@ class _Writer:
         told = self._head.body(choices=[self._choice(self._cut(each), echo=True) for each in choices], usage=usage(run))
         if self._body.max_tokens == 0:
             told["usage"] = usage(run, completion_tokens=0)
-        return told | {"dmtd": measured(run)} if _scores_prompt(self._body) else told
+        return told | {"dmtd": measured(run)} if self._body.scores_prompt else told
 
     async def events(self) -> AsyncIterator[bytes]:
         """A chunk for each piece, and the closing ones. A prompt that is echoed stands before its first."""

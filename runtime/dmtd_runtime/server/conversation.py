@@ -10,8 +10,11 @@ from dmtd_runtime.async_llm import LONG_PROMPT
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.server.errors import invalid
 from dmtd_runtime.server.served import Served
+from dmtd_runtime.server.validation import shown
 
 Message = Mapping[str, Any]
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Of every API's messages; a template may name others (Llama 3's ``ipython``)."""
 
 
 async def chat_prompt(
@@ -77,6 +80,7 @@ def render(
     """The prompt's text. A developer's message is the system's where the template knows no developers."""
     assert served.template is not None, "asked before whether there is one"
     source = served.template.tool_use_source if tools else served.template.source
+    _check_roles(messages, source)
     if "developer" not in source:
         messages = [{**each, "role": "system"} if each.get("role") == "developer" else each for each in messages]
     given = {"tools": tools or None, "documents": documents or None, **(template_kwargs or {})}
@@ -90,6 +94,15 @@ def render(
         chat_template_kwargs=template_kwargs,
         add_generation_prompt=add_generation_prompt,
     )
+
+
+def _check_roles(messages: Sequence[Message], source: str) -> None:
+    """Most templates write any role as it stands; a model would read one that it has never seen."""
+    for index, message in enumerate(messages):
+        role = message.get("role")
+        if isinstance(role, str) and role not in ROLES and not any(f"{q}{role}{q}" in source for q in "'\""):
+            expected = f"{', '.join(ROLES[:-1])} or {ROLES[-1]}"
+            raise invalid(f"messages[{index}].role", f"got {shown(role)}, expected {expected}")
 
 
 def _up_to_its_end(text: str, last: Message) -> str:

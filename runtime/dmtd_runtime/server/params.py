@@ -17,6 +17,8 @@ _SAME_NAME = (
     *("stop", "stop_token_ids", "ignore_eos", "min_tokens", "skip_special_tokens", "include_stop_str_in_output"),
 )
 
+_NEEDS_LOGPROBS = "needs prompt_logprobs, or echo with logprobs: what it scores is told nowhere else"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
@@ -48,6 +50,8 @@ def wanted_of(
     given: dict[str, Any] = {name: value for name in _SAME_NAME if (value := getattr(body, name, None)) is not None}
     n = getattr(body, "n", 1)
     _check_limits(body, limits, n=n, max_tokens=max_tokens, logprobs=logprobs)
+    if body.dmtd.score_from is not None and not body.scores_prompt:
+        raise invalid("dmtd.score_from", _NEEDS_LOGPROBS)
     if body.dmtd.min_confidence is not None:
         given["min_confidence"] = body.dmtd.min_confidence
     given["logit_bias"] = _logit_bias(getattr(body, "logit_bias", None))

@@ -26,6 +26,11 @@ class RequestBody(_Strict):
 
     endpoint: ClassVar[Endpoint]
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the answer tells log probabilities of the prompt's own tokens."""
+        return getattr(self, "prompt_logprobs", None) is not None
+
     @model_validator(mode="before")
     @classmethod
     def _by_the_table(cls, given: Any) -> Any:
@@ -171,6 +176,11 @@ class CompletionBody(SamplingBody):
     logprobs: int | None = None
     best_of: int | None = None
     echo: bool = False
+
+    @property
+    def scores_prompt(self) -> bool:
+        """``echo`` tells them beside the answer's."""
+        return self.prompt_logprobs is not None or (self.echo and self.logprobs is not None)
 
 
 class ResponsesReasoning(_Strict):

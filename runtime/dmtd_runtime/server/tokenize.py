@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from dmtd_runtime.errors import RequestError
 from dmtd_runtime.server.conversation import chat_prompt
 from dmtd_runtime.server.errors import invalid
 from dmtd_runtime.server.schema import DetokenizeBody, TokenizeBody
@@ -43,10 +42,11 @@ async def tokenize(served: Served, body: TokenizeBody) -> dict[str, Any]:
 async def detokenize(served: Served, body: DetokenizeBody) -> dict[str, Any]:
     """Token ids as text, special tokens included."""
     served.check_model(body.model)
-    try:
-        return {"prompt": await asyncio.to_thread(served.tokenizer.decode, body.tokens, skip_special_tokens=False)}
-    except RequestError as error:
-        raise invalid("tokens", error.problem) from None
+    vocab_size = served.llm.manifest.model.vocab_size
+    for place, token_id in enumerate(body.tokens):
+        if not 0 <= token_id < vocab_size:
+            raise invalid(f"tokens[{place}]", f"got {token_id}, expected ids from 0 to {vocab_size - 1}")
+    return {"prompt": await asyncio.to_thread(served.tokenizer.decode, body.tokens, skip_special_tokens=False)}
 
 
 def tokenizer_info(served: Served) -> dict[str, Any]:

@@ -93,7 +93,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"repetition_penalty": 0}, "repetition_penalty: got 0, expected a finite number above 0"),
     ({"seed": 2**64}, "seed: got 18446744073709551616"),
     ({"seed": 10**6000}, "seed: got a int too long to print"),
-    ({"stop": ""}, "stop: got a string of 0 characters"),
+    ({"stop": ""}, "stop: got an empty string, expected at least one character"),
     ({"stop": "x" * 1025}, "stop: got a string of 1025 characters"),
     ({"stop": ["a"] * 65}, "stop: got 65 strings, expected at most 64"),
     ({"stop": [3]}, "stop: got 3, expected a string or a list of strings"),

@@ -23,6 +23,9 @@ KEYS = ["first-key-1", "second-key-2"]
 HALF_PAIR = "got half a surrogate pair at character 2, expected text that UTF-8 can write; remove it"
 NO_KEY = "this server knows no such key; leave it out"
 CHOICES = 'got "x", expected none, auto, required or an object'
+ROLES = "expected system, developer, user, assistant or tool"
+NO_LOGPROBS = "needs prompt_logprobs, or echo with logprobs: what it scores is told nowhere else"
+NO_STOP = "got an empty string, expected at least one character; leave it out"
 NESTED = b'{"a":' * 400 + b"1" + b"}" * 400
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "ab\udc00"}]}]
 LISTS = "a list of texts or a list of lists of integers"
@@ -181,6 +184,11 @@ def chat_body(**change: Any) -> bytes:
         (CHAT, chat_body(structured_outputs={"json": 4}), "structured_outputs.json", "got 4, expected an object or text"),
         (CHAT, chat_body(messages=[*HI, {"role": "user", "content": "ab\ud800"}]), "messages[1].content", HALF_PAIR),
         (CHAT, chat_body(messages=PARTS), "messages[0].content[0]", HALF_PAIR),
+        (CHAT, chat_body(messages=[*HI, {"role": "foo", "content": "a"}]), "messages[1].role", f'got "foo", {ROLES}'),
+        (CHAT, chat_body(dmtd={"score_from": 1}), "dmtd.score_from", NO_LOGPROBS),
+        (CHAT, chat_body(stop=["a", ""]), "stop", NO_STOP),
+        ("/v1/responses", b'{"input": "a", "dmtd": {"score_from": 1}}', "dmtd.score_from", NO_LOGPROBS),
+        ("/v1/completions", b'{"prompt": "a", "logprobs": 1, "dmtd": {"score_from": 1}}', "dmtd.score_from", NO_LOGPROBS),
         ("/v1/responses", b'{"input": "ab\\ud800"}', "input", HALF_PAIR),
         ("/v1/responses", b'{"input": [3]}', "input[0]", "got 3, expected an object"),
         ("/v1/responses", b'{"input": "a", "tool_choice": "x"}', "tool_choice", CHOICES),
@@ -188,7 +196,9 @@ def chat_body(**change: Any) -> bytes:
         ("/v1/completions", b'{"prompt": "ab\\ud800"}', "prompt", HALF_PAIR),
         ("/v1/completions", b'{"prompt": {}}', "prompt", f"got an object, expected text, a list of integers, {LISTS}"),
         ("/tokenize", b"{}", "prompt", "expected either prompt or messages"),
+        ("/tokenize", b'{"messages": [{"role": "", "content": "a"}]}', "messages[0].role", f'got "", {ROLES}'),
         ("/detokenize", b'{"tokens": ["a"]}', "tokens[0]", 'got "a", expected an integer'),
+        ("/detokenize", b'{"tokens": [258, 259, 999]}', "tokens[1]", "got 259, expected ids from 0 to 258"),
     ],
 )  # fmt: skip
 def test_a_refusal_says_what_was_got_and_expected(
