@@ -96,7 +96,7 @@ class _Writer:
         """All choices."""
         choices = await run.choices()
         told = self._head.body(choices=[self._choice(each) for each in choices], usage=usage(run))
-        return told | self._of_the_prompt()
+        return told | self._of_the_prompt() | {"dmtd": measured(run, self._body)}
 
     async def events(self) -> AsyncIterator[bytes]:
         """The role, a chunk for each piece, and the closing ones. Clients add up what deltas say: all is said once."""
@@ -114,7 +114,7 @@ class _Writer:
             for choice in self._pieces(index, piece):
                 yield chunk(choice)
         if at_end:
-            yield event(self._head.body(choices=[], usage=usage(self._run)))
+            yield event(self._head.body(choices=[], usage=usage(self._run), dmtd=measured(self._run, self._body)))
         yield DONE
 
     def _of_the_prompt(self) -> dict[str, Any]:
@@ -122,7 +122,6 @@ class _Writer:
         told: dict[str, Any] = {"prompt_token_ids": self._run.prompts[0]} if self._body.return_token_ids else {}
         if self._body.prompt_logprobs is not None:
             told |= {"prompt_logprobs": prompt_logprobs(self._texts, self._run.prompt_logprobs(0))}
-            told |= {"dmtd": measured(self._run)}
         return told
 
     def _finish_reason(self, listener: Listener, reason: str | None) -> str | None:

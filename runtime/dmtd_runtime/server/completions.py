@@ -102,7 +102,7 @@ class _Writer:
         told = self._head.body(choices=[self._choice(self._cut(each), echo=True) for each in choices], usage=usage(run))
         if self._body.max_tokens == 0:
             told["usage"] = usage(run, completion_tokens=0)
-        return told | {"dmtd": measured(run)} if self._body.scores_prompt else told
+        return told | {"dmtd": measured(run, self._body)}
 
     async def events(self) -> AsyncIterator[bytes]:
         """A chunk for each piece, and the closing ones. A prompt that is echoed stands before its first."""
@@ -121,7 +121,7 @@ class _Writer:
             told = self._head.body(choices=[choice])
             yield event(told | {"usage": usage(self._run)} if always else told)
         if at_end:
-            yield event(self._head.body(choices=[], usage=usage(self._run)))
+            yield event(self._head.body(choices=[], usage=usage(self._run), dmtd=measured(self._run, self._body)))
         yield DONE
 
     def _cut(self, choice: Choice) -> Choice:

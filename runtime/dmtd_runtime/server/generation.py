@@ -19,7 +19,7 @@ from dmtd_runtime.sampling.structured import PARAM as FORM
 from dmtd_runtime.server.errors import RETRY_AFTER, ApiError, draining, of_engine, out_of_time
 from dmtd_runtime.server.params import Wanted
 from dmtd_runtime.server.served import Served
-from dmtd_runtime.serving.outputs import Delta, TokenLogprob
+from dmtd_runtime.serving.outputs import Delta, RequestMetrics, TokenLogprob
 from dmtd_runtime.serving.request import Request
 
 Prompts = Sequence[list[int]]
@@ -151,6 +151,15 @@ class Run:
     def prompt_logprobs(self, place: int) -> list[TokenLogprob | None]:
         """Those of one prompt's tokens, from its first piece on."""
         return self._requests[place].prompt_logprobs() or []
+
+    def steps(self) -> RequestMetrics:
+        """The decoding's steps of all prompts together, once they have ended."""
+        each = [request.result().metrics for request in self._requests]
+        return RequestMetrics(
+            full_passes=sum(one.full_passes for one in each),
+            late_steps=sum(one.late_steps for one in each),
+            dropped_tokens=sum(one.dropped_tokens for one in each),
+        )
 
     async def choices(self) -> list[Choice]:
         """All choices at their ends."""

@@ -83,11 +83,21 @@ async def whole(http: HttpRequest, run: Run, write: Callable[[Run], Awaitable[di
         await run.aclose()
 
 
-def measured(run: Run) -> dict[str, Any]:
-    """What log probabilities of a prompt are those of: its tokens as a prompt, or from a place on as a reply in cycles."""
-    cycle, start = run.served.llm.manifest.cycle, run.wanted.score_from
-    as_prompt = "plain" if cycle.cycle_origin == "prompt" else "cycles"
-    return {"prompt_logprobs": as_prompt if start is None else "cycles", "score_from": start}
+def measured(run: Run, body: SamplingBody | ResponsesBody) -> dict[str, Any]:
+    """An ended request's ``dmtd``: its steps behind the prompts, and what log probabilities of a prompt are those of, where
+    they are told: its tokens as a prompt, or from a place on as a reply in cycles.
+    """
+    steps, start = run.steps(), run.wanted.score_from
+    told: dict[str, Any] = {
+        "full_passes": steps.full_passes,
+        "late_steps": steps.late_steps,
+        "dropped_tokens": steps.dropped_tokens,
+        "tokens_per_full_pass": steps.tokens_per_full_pass,
+    }
+    if body.scores_prompt:
+        as_prompt = "plain" if run.served.llm.manifest.cycle.cycle_origin == "prompt" else "cycles"
+        told |= {"prompt_logprobs": as_prompt if start is None else "cycles", "score_from": start}
+    return told
 
 
 def wants_usage(body: SamplingBody) -> tuple[bool, bool]:

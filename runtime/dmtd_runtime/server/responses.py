@@ -13,7 +13,7 @@ from dmtd_runtime.server.conversation import chat_prompt
 from dmtd_runtime.server.errors import ApiError, invalid
 from dmtd_runtime.server.generation import Choice, Run
 from dmtd_runtime.server.params import wanted_of
-from dmtd_runtime.server.replies import Head, start, whole
+from dmtd_runtime.server.replies import Head, measured, start, whole
 from dmtd_runtime.server.responses_input import form_of_body, logprobs_of, messages_of, tools_of_body
 from dmtd_runtime.server.said import Listener, Said, Tools, tools_of
 from dmtd_runtime.server.schema import ResponsesBody
@@ -202,4 +202,5 @@ class _Writer:
             "truncation": "disabled",
             "usage": None if choice is None else usage,
             "user": body.user,
+            "dmtd": None if choice is None else measured(run, body),
         }

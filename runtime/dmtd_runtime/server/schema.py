@@ -278,6 +278,17 @@ class UsageAnswer(_Told):
     total_tokens: int
 
 
+class StepsAnswer(_Told):
+    """Steps behind the prompts, of all choices: ``dropped_tokens`` late steps were not kept (``min_confidence``).
+    ``tokens_per_full_pass`` is null where there was no full pass.
+    """
+
+    full_passes: int
+    late_steps: int
+    dropped_tokens: int
+    tokens_per_full_pass: float | None
+
+
 class ChatMessage(_Told):
     role: Literal["assistant"]
     content: str | None
@@ -296,6 +307,7 @@ class ChatAnswer(_Told):
     model: str
     choices: list[ChatChoice]
     usage: UsageAnswer
+    dmtd: StepsAnswer
 
 
 class CompletionChoice(_Told):
@@ -311,6 +323,7 @@ class CompletionAnswer(_Told):
     model: str
     choices: list[CompletionChoice]
     usage: UsageAnswer
+    dmtd: StepsAnswer
 
 
 class ResponsesAnswer(_Told):
@@ -318,6 +331,7 @@ class ResponsesAnswer(_Told):
     object: Literal["response"]
     status: Literal["completed", "incomplete"]
     output: list[dict[str, Any]]
+    dmtd: StepsAnswer
 
 
 class ModelAnswer(_Told):

@@ -132,8 +132,8 @@ def test_what_scores_measured_is_told(server: Running, llm: LLM) -> None:
     body = {"prompt": [ids], "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0, "seed": 1}
     as_prompt = server.post("/v1/completions", body).json()
     in_cycles = server.post("/v1/completions", {**body, "dmtd": {"score_from": 4}}).json()
-    assert as_prompt["dmtd"] == {"prompt_logprobs": "plain", "score_from": None}
-    assert in_cycles["dmtd"] == {"prompt_logprobs": "cycles", "score_from": 4}
+    for told, expected in ((as_prompt, ("plain", None)), (in_cycles, ("cycles", 4))):
+        assert (told["dmtd"]["prompt_logprobs"], told["dmtd"]["score_from"]) == expected
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
     [output] = llm.generate(ids, params, score_from=4)
     assert output.prompt_logprobs is not None
@@ -148,6 +148,8 @@ def test_a_wanted_confidence(server: Running, llm: LLM, bundle: TinyBundle) -> N
     assert want.dropped and want.token_ids != tuple(bundle.greedy_tokens(ids, 12))
     told = server.post("/v1/completions", {**body, "prompt": ids, "dmtd": {"min_confidence": 0.55}}).json()
     assert tuple(told["choices"][0]["token_ids"]) == want.token_ids
+    steps = {"full_passes": len(want.heads), "late_steps": want.late_steps, "dropped_tokens": want.dropped}
+    assert told["dmtd"] == {**steps, "tokens_per_full_pass": 11 / len(want.heads)}
     refused = server.post("/v1/completions", {**body, "prompt": ids, "dmtd": {"min_confidence": 2}})
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "dmtd.min_confidence"
@@ -203,6 +205,8 @@ def test_the_shape_of_a_stream(server: Running) -> None:
     told = chunks(server.post("/v1/chat/completions", body))
     assert told[-2]["choices"] == [] and told[-2]["usage"]["completion_tokens"] == 10
     assert told[-2]["usage"]["prompt_tokens_details"]["cached_tokens"] >= 0
+    whole = server.post("/v1/chat/completions", {**body, "stream": False, "stream_options": None}).json()
+    assert told[-2]["dmtd"] == whole["dmtd"] and whole["dmtd"]["full_passes"] > 0
     body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
     assert all("usage" in chunk for chunk in chunks(server.post("/v1/chat/completions", body))[:-1])
 
