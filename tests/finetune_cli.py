@@ -21,10 +21,10 @@ def finetune(base: str, output: Path, data: str | None, *more: str, quick: tuple
     return dmtd("finetune", base, "-o", str(output), *(("--data", data) if data else ()), *quick, *more)
 
 
-def error_line(result: Result, code: int = 1) -> str:
-    assert result.exit_code == code, (result.output, result.exception)
+def error_line(result: Result) -> str:
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, result.stderr
+    assert result.exit_code == (2 if lines[0].startswith("error: --") else 1), (result.output, result.exception)
     assert "Traceback" not in result.output
     return lines[0]
 

@@ -30,21 +30,22 @@ def check_target(output: Path) -> None:
         ExportError: with what is in the way.
     """
     if output.exists() and not output.is_dir():
-        raise ExportError(f"{output} is a file; name a directory with -o")
+        raise ExportError(f"{output} is a file; name a directory", param="output")
     _check_parent(output)
     names = {path.name for path in output.iterdir()} if output.is_dir() else set()
     if not names:
         return
     own = _bundle_files(output)
     if own is None:
-        raise ExportError(f"{output} exists and is not a bundle; name another directory with -o, or remove it")
+        raise ExportError(f"{output} exists and is not a bundle; name another directory, or remove it", param="output")
     engines = _engines(output)
     foreign = sorted(names - own - NOT_LOST - ({contract.ENGINES_DIRECTORY} if engines is not None else set()))
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise ExportError(
             f"{output} holds {foreign[0]}{more} besides its bundle, which a new bundle would replace whole; "
-            "move that away, or name another directory with -o"
+            "move that away, or name another directory",
+            param="output",
         )
 
 

@@ -28,9 +28,9 @@ def read_questions(path: Path) -> list[Conversation]:
         else:
             found = [_asked(row) for row in read_rows(path)]
     except (DataError, UnicodeDecodeError) as error:
-        raise DataError(f"--questions {error}") from error
+        raise DataError(str(error), param="questions") from error
     if not found:
-        raise DataError(f"--questions {path}: got no prompts, expected one or more")
+        raise DataError(f"{path}: got no prompts, expected one or more", param="questions")
     return found
 
 

@@ -85,7 +85,7 @@ def _require_writable(directory: Path) -> None:
     from dmtd_models.checkpoints.saving import make_directory
 
     if directory.is_file():
-        raise EvaluateError(f"-o {directory}: is a file, expected a directory; give another one")
+        raise EvaluateError(f"{directory} is a file, expected a directory; give another one", param="output")
     make_directory(directory)
     if not os.access(directory, os.W_OK):
-        raise EvaluateError(f"-o {directory}: cannot be written to; give another directory")
+        raise EvaluateError(f"{directory} cannot be written to; give another directory", param="output")

@@ -19,6 +19,7 @@ import typer.main
 
 from dmtd_export.cli.startup import unwind_on_ctrl_c
 from dmtd_runtime.cli.common import EXIT_USAGE, friendly_errors, note
+from dmtd_runtime.cli.complaints import reword
 from dmtd_runtime.cli.options.groups import takes_groups
 from dmtd_runtime.cli.places import place_of
 from dmtd_runtime.cli.process import flushed, prepare_streams, unwind_on_signals
@@ -118,7 +119,7 @@ class _LazyCommand(typer.core.TyperCommand):
         except Exception as error:  # typer's own: of an option that it does not know, or of a value
             old = getattr(error, "option_name", None)
             if old not in RENAMED:
-                _name_the_place(error)
+                reword(error)
                 raise
         else:
             places = {str(each.name): place_of(context, each) for each in command.params}
@@ -143,13 +144,6 @@ class _LazyCommand(typer.core.TyperCommand):
         self._flags |= self._verb.stands_for
         self._flags |= {str(each.name): max(each.opts, key=len) for each in options}
         return command
-
-
-def _name_the_place(error: Any) -> None:
-    """Let typer's error of a value name the variable or file that it comes from, in place of the option."""
-    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
-    if context is not None and parameter is not None and (place := place_of(context, parameter)):
-        error.param_hint = place
 
 
 def _new_value(words: Sequence[str], option: str) -> str:

@@ -17,7 +17,8 @@
         ├── AnswersError            the base's answers, written for a fine-tuning, are not those of the run
         └── DivergedError           the loss of a fine-tuning is no number any more
 
-The command line prints the message and exits 1; anything that is not a ``DmtdError`` is a bug and keeps its traceback.
+The command line prints the message and exits 1, or 2 where it names an option; anything that is not a ``DmtdError`` is a bug
+and keeps its traceback.
 """
 
 from __future__ import annotations

@@ -161,32 +161,39 @@ def resolve_dmtd(model: ModelConfig, recorded: DmtdSpec | None, split: SplitOpti
         trained=recorded is not None and recorded.trained,
         convention_recorded=convention_recorded,
     )
-    check_dmtd(spec, model.num_layers)
+    check_dmtd(spec, model.num_layers, split)
     return spec
 
 
 def require_split(split: SplitOptions, num_layers: int = 32) -> None:
     """Raise ConfigError where ``split`` does not say what a checkpoint without DMTD fields must be told."""
-    options = {"--decoding-layers": split.decoding_layers, "--cycle-length": split.cycle_length}
-    if missing := " and ".join(name for name, value in options.items() if value is None):
+    options = {"decoding_layers": split.decoding_layers, "cycle_length": split.cycle_length}
+    if missing := [name for name, value in options.items() if value is None]:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in missing)
         raise ConfigError(
-            f"the checkpoint carries no DMTD fields: its split is unknown; give {missing} "
-            f"(for example --decoding-layers {max(1, num_layers // 4)} --cycle-length 4)"
+            f"the checkpoint carries no DMTD fields: its split is unknown; give {flags} "
+            f"(for example --decoding-layers {max(1, num_layers // 4)} --cycle-length 4)",
+            param=missing[0],
         )
 
 
-def check_dmtd(spec: DmtdSpec, num_layers: int) -> None:
-    """Refuse a split, cycle length or convention that is not defined.
+def check_dmtd(spec: DmtdSpec, num_layers: int, split: SplitOptions = SplitOptions()) -> None:
+    """Refuse a split, cycle length or convention that is not defined; ``split``: the options that it was made of.
 
     Raises:
-        ConfigError: with the numbers.
+        ConfigError: with the numbers, and an option where one was given.
     """
+
+    def given(*names: str) -> str | None:
+        return next((name for name in names if getattr(split, name) is not None), None)
+
     e, t, d = spec.encoding_layers, spec.thinking_layers, spec.decoding_layers
     if e < 0 or t <= 0 or d <= 0 or e + t + d != num_layers:
         raise ConfigError(
             f"DMTD split: got encoding {e} + thinking {t} + decoding {d} = {e + t + d} layers, expected encoding >= 0, "
             f"thinking > 0, decoding > 0 and a sum of {num_layers} (num_hidden_layers); correct the split "
-            "(--encoding-layers, --thinking-layers, --decoding-layers)"
+            "(--encoding-layers, --thinking-layers, --decoding-layers)",
+            param=given("decoding_layers", "thinking_layers", "encoding_layers"),
         )
     if not 1 <= spec.cycle_length <= MAX_CYCLE_LENGTH:
         raise ConfigError(
@@ -197,7 +204,8 @@ def check_dmtd(spec: DmtdSpec, num_layers: int) -> None:
         legal = ", ".join(f"{origin} + {prompt}" for origin, prompt in LEGAL_CONVENTIONS)
         raise ConfigError(
             f"convention: got cycle origin {spec.cycle_origin} + prompt input {spec.prompt_input}, which is undefined, "
-            f"expected one of {legal}; correct --cycle-origin or --prompt-input"
+            f"expected one of {legal}; correct --cycle-origin or --prompt-input",
+            param=given("cycle_origin", "prompt_input"),
         )
 
 
@@ -205,9 +213,9 @@ def _resolve_convention(
     recorded: DmtdSpec | None, origin: CycleOrigin | None, prompt: PromptInput | None
 ) -> tuple[CycleOrigin, PromptInput, bool]:
     """The pair in force, and whether anyone stated it. A single given half chooses its natural partner."""
-    for value, kind, option in ((origin, CycleOrigin, "--cycle-origin"), (prompt, PromptInput, "--prompt-input")):
+    for value, kind, option in ((origin, CycleOrigin, "cycle_origin"), (prompt, PromptInput, "prompt_input")):
         if value is not None and value not in get_args(kind):
-            raise ConfigError(f"{option}: got {value!r}, expected one of {', '.join(get_args(kind))}")
+            raise ConfigError(f"got {value!r}, expected one of {', '.join(get_args(kind))}", param=option)
     if origin is None and prompt is None:
         if recorded is None:
             return (*DEFAULT_CONVENTION, False)

@@ -174,7 +174,7 @@ def _spec(checkpoint: Checkpoint, job: Job) -> DmtdSpec:
             param="adapter_bits",
         )
     if job.questions is not None and not job.answer_tokens:
-        raise ConfigError("--questions: has no effect without --answer-tokens; leave it out, or give that")
+        raise ConfigError("has no effect without --answer-tokens; leave it out, or give that", param="questions")
     if job.feature_dir is not None and job.train.cache_features is False:
         raise ConfigError("has no effect with --no-cache; leave one of them out", param="feature_dir")
     if job.initial is not None and job.train.trained == "lora":

@@ -28,13 +28,17 @@ def read_probes(files: Sequence[str]) -> tuple[Probe, ...]:
 
 def _of_file(path: Path) -> list[Probe]:
     if not path.exists():
-        raise DataError(f"--decontaminate {path}: no such file or directory; give items, chats or texts that you have")
+        raise DataError(
+            f"{path}: no such file or directory; give items, chats or texts that you have", param="decontaminate"
+        )
     try:
         found = _of_records(path) if path.is_dir() or path.suffix in SUFFIXES else [_of_text(path)]
     except DataError as error:
-        raise DataError(f"--decontaminate {error}") from error
+        raise DataError(str(error), param="decontaminate") from error
     if not found:
-        raise DataError(f"--decontaminate {path}: got no records, expected items, chats or texts; leave the file out")
+        raise DataError(
+            f"{path}: got no records, expected items, chats or texts; leave the file out", param="decontaminate"
+        )
     return found
 
 

@@ -18,11 +18,10 @@ from dmtd_models.finetune.states import latest_checkpoint
 
 RECORD = "job.json"
 _FREE = ("cache_features", "eval_every_tokens", "log_every_steps", "save_every_s")
-_OPTIONS = {
+_NO_OPTIONS = {
     "base": "BASE",
-    "trained": "--train",
-    "documents": "--data (documents read)",
-    "text": "--data (digest of what stands in it)",
+    "documents": "documents of --data",
+    "text": "digest of what stands in --data",
     "processes": "number of processes",
 }
 
@@ -56,9 +55,11 @@ def require_same_run(directory: Path, record: Mapping[str, Any]) -> None:
     for name, value in _flat(json.loads(json.dumps(record))):
         if before.get(name) != value:
             option = name.rpartition(".")[2]
+            told = _NO_OPTIONS.get(option)
             raise ConfigError(
-                f"{_OPTIONS.get(option, '--' + option.replace('_', '-'))}: got {_shown(value)}, but the run in {directory} "
-                f"has {_shown(before.get(name))}; give the same options to go on with it, or another -o"
+                f"{told + ': ' if told else ''}got {_shown(value)}, but the run in {directory} has "
+                f"{_shown(before.get(name))}; give the same options to go on with it, or another -o",
+                param=None if told else option,
             )
 
 

@@ -1,7 +1,8 @@
 """What all verbs share: which bundle, how errors end, where lines go.
 
-Results go to stdout, everything else to stderr. A ``DmtdError`` (or a full disk) is one line and
-exit code 1, wrong usage 2 (typer's own), Ctrl-C 130; a bug keeps its traceback. Nothing here knows a model.
+Results go to stdout, everything else to stderr. A ``DmtdError`` (or a full disk) is one line. Exit codes: 2 for wrong usage,
+which is told by typer or by an error that names an option, 1 for any other error, 130 for Ctrl-C; a bug keeps its traceback.
+Nothing here knows a model.
 """
 
 from __future__ import annotations
@@ -109,7 +110,9 @@ def friendly_errors(flags: Mapping[str, str] | None = None, *, extra: str = "cpu
         sys.stdout.flush()
     except DmtdError as error:
         flag = (flags or {}).get(error.param or "")
-        raise _fail(f"{flag}: {error.problem}" if flag else str(error)) from error
+        if flag:
+            raise _fail(f"{flag}: {error.problem}", EXIT_USAGE) from error
+        raise _fail(str(error)) from error
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]
         if not library or library.startswith("dmtd_") or library in sys.stdlib_module_names:
@@ -152,9 +155,9 @@ def friendly_errors(flags: Mapping[str, str] | None = None, *, extra: str = "cpu
         raise _fail(_NO_MEMORY.format(error or type(error).__name__, left_in_words())) from error
 
 
-def _fail(message: str) -> typer.Exit:
+def _fail(message: str, code: int = EXIT_ERROR) -> typer.Exit:
     note("error: " + " ".join(message.split()))
-    return typer.Exit(EXIT_ERROR)
+    return typer.Exit(code)
 
 
 def _release_streams() -> None:

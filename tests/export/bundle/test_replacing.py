@@ -43,7 +43,7 @@ def _own_files_inside(target: Path) -> None:
 @pytest.mark.parametrize(
     ("prepare", "words"),
     [
-        (_a_file, "is a file; name a directory with -o"),
+        (_a_file, "is a file; name a directory"),
         (_not_a_bundle, "exists and is not a bundle; name another directory"),
         (_foreign_manifest, "exists and is not a bundle; name another directory"),
         (_damaged_manifest, "exists and is not a bundle; name another directory"),

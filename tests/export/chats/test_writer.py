@@ -230,4 +230,4 @@ def test_prompts_that_are_none(tmp_path: Path, name: str, content: str | None, s
         (tmp_path / name).write_text(content)
     with pytest.raises(ModelError, match=says) as caught:
         writer.read_questions(tmp_path / name)
-    assert str(caught.value).startswith("--questions ")
+    assert str(caught.value).startswith("questions: ")

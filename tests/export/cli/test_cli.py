@@ -128,10 +128,10 @@ REFUSED: list[tuple[str, Sequence[str], str]] = [
 def test_refused_exports_leave_nothing(arguments: Sequence[str], words: str, checkpoint: str, tmp_path: Path) -> None:
     arguments = [checkpoint if word == "MODEL" else word for word in arguments]
     result = dmtd("export", *arguments, "-o", str(tmp_path / "b"), "--no-verify")
-    assert result.exit_code == 1, result.output
     [line] = [line for line in result.stderr.splitlines() if not line.startswith("warning: ")]
     assert line.startswith("error: ")
     assert words in line
+    assert result.exit_code == (2 if line.startswith("error: --") else 1), result.output
     assert list(tmp_path.iterdir()) == []
 
 
@@ -148,15 +148,15 @@ def test_an_option_out_of_range_is_told_before_the_libraries_are_loaded(
 ) -> None:
     monkeypatch.setitem(sys.modules, "dmtd_export.bundle.export", None)  # so that importing it fails
     result = dmtd("export", "nowhere", "-o", "b", *SPLIT, *arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert words in result.stderr
 
 
 def test_a_target_that_is_no_bundle_is_left_alone(checkpoint: str, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
     result = dmtd("export", checkpoint, "-o", str(tmp_path), *SPLIT, "--no-verify")
-    assert result.exit_code == 1
-    assert "exists and is not a bundle" in result.stderr
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: --output: ") and "exists and is not a bundle" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 

@@ -69,7 +69,7 @@ def test_dry_run_says_what_stands_twice(bundle: Path) -> None:
 )
 def test_bad_options_are_one_line(bundle: Path, words: tuple, line: str) -> None:
     done = dmtd("build", bundle, "--backend", "simulator", *words)
-    assert done.exit_code == 1 and done.stderr.startswith(line) and done.stderr.count("\n") == 1
+    assert done.exit_code == 2 and done.stderr.startswith(line) and done.stderr.count("\n") == 1
 
 
 def test_no_library_is_one_line_with_the_pip_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,5 +115,5 @@ def test_the_dial_is_the_oracles(
 )
 def test_confidences_that_are_none(bundle: Path, given: str, message: str) -> None:
     result = CliRunner().invoke(app, ["evaluate", str(bundle), "--min-confidence", given])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.stderr

@@ -341,8 +341,8 @@ def test_options_over_what_is_recorded(recorded, options, expected):
             {"decoding_layers": 8, "cycle_length": 4, "cycle_origin": "absolute", "prompt_input": "sum"},
             ("undefined",),
         ),
-        (RELEASED, {"cycle_origin": "relative"}, ("--cycle-origin", "'relative'")),
-        (RELEASED, {"prompt_input": "both"}, ("--prompt-input", "'both'")),
+        (RELEASED, {"cycle_origin": "relative"}, ("cycle_origin: got 'relative'",)),
+        (RELEASED, {"prompt_input": "both"}, ("prompt_input: got 'both'",)),
         (RELEASED, {"encoding_layers": -1}, ("encoding -1",)),
     ],
 )

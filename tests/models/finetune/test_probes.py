@@ -58,4 +58,4 @@ def test_what_cannot_be_looked_for_is_one_line(tmp_path: Path, name: str, conten
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=says) as caught:
         read_probes([str(tmp_path / name) if content is not None else name])
-    assert str(caught.value).startswith("--decontaminate ")
+    assert str(caught.value).startswith("decontaminate: ")

@@ -215,7 +215,7 @@ def test_arguments_of_the_chat_template(bundle: str, tmp_path: Path) -> None:
         (["--raw", *given], "--tools: needs a chat template and no --raw"),
     ):
         result = dmtd(*common, *arguments)
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert result.stderr.splitlines()[-1].startswith(f"error: {words}")
 
 
@@ -317,7 +317,7 @@ BAD_REQUESTS: list[tuple[str, Sequence[str], str]] = [
 
 def test_more_sequences_than_the_bundle_has_graphs_for_are_refused_by_the_option(bundle: str) -> None:
     result = dmtd("bench", bundle, "--prompt-len", "4", "--max-tokens", "6", "--batch", "99")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr.startswith("error: --batch: got 99, expected 1"), result.stderr
 
 
@@ -326,11 +326,11 @@ def test_more_sequences_than_the_bundle_has_graphs_for_are_refused_by_the_option
 )
 def test_bad_requests_are_one_line(arguments: Sequence[str], words: str, bundle: str, mute_bundle: str) -> None:
     result = dmtd(*({"BUNDLE": bundle, "MUTE": mute_bundle}.get(word, word) for word in arguments), stdin="")
-    assert result.exit_code == 1, result.output
     assert result.stdout == ""
     [line] = [line for line in result.stderr.splitlines() if not line.startswith("note: ")]
     assert line.startswith("error: ")
     assert words in line
+    assert result.exit_code == (2 if line.startswith("error: --") else 1), result.output
 
 
 @pytest.mark.parametrize(
@@ -351,6 +351,22 @@ def test_wrong_usage_exits_2(arguments: Sequence[str], bundle: str) -> None:
     result = dmtd(*(bundle if word == "BUNDLE" else word for word in arguments), stdin="")
     assert result.exit_code == 2
     assert "Error" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("export", "X", "--weights", "int5"), "'--weights': 'int5' is not one of 'float', 'keep', 'int8'"),
+        (("generate", "X", "--max-tokens", "1.5"), "'--max-tokens': got '1.5', expected a whole number"),
+        (("generate", "X", "--temperature", "x"), "'--temperature': got 'x', expected a number"),
+        (("generate", "X", "--threads", "0"), "'--threads': got '0', expected 1 or more"),
+        (("generate", "X", "--threads", "99999"), "'--threads': got '99999', expected at most "),
+    ],
+)
+def test_what_typer_complains_of_is_told_in_our_words(arguments: Sequence[str], words: str) -> None:
+    result = CliRunner().invoke(app, arguments, prog_name="dmtd", env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert words in result.stderr and "Value error" not in result.stderr and "Input should" not in result.stderr
 
 
 @pytest.mark.parametrize("verb", ["finetune", "evaluate", "generate", "chat", "serve", "bench"])

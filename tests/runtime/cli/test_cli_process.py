@@ -110,5 +110,5 @@ def test_help_loads_no_library() -> None:
 def test_stdin_that_is_not_utf8_is_named(bundle: str) -> None:
     program = [sys.executable, "-c", "from dmtd_export.cli.main import main; main()", "generate", bundle]
     done = subprocess.run(program, input=b"a\xff\xfeb", capture_output=True, timeout=120, check=False)
-    assert done.returncode == 1
-    assert b"stdin is not UTF-8 at byte 1" in done.stderr
+    assert done.returncode == 2
+    assert b"error: --prompt: stdin is not UTF-8 at byte 1" in done.stderr

@@ -45,7 +45,7 @@ def test_tables_in_a_narrow_encoding(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "code", "words"),
     [
-        ("generate {} <&-", 1, "empty prompt"),
+        ("generate {} <&-", 2, "empty prompt"),
         ("generate {} -p x --max-tokens 2 >&-", 1, "stdout is closed"),
         ("generate {} -p x --max-tokens 2 2>&-", 0, ""),
         ("--version >/dev/full", 1, "stdout cannot be written"),

@@ -226,20 +226,20 @@ def test_a_bad_file_is_named_with_the_key(tmp_path: Path, text: str, problem: st
     file = tmp_path / "serve.yaml"
     file.write_text(text)
     done = CliRunner().invoke(app, ["serve", "BUNDLE", "--dry-run", "--config", str(file)], env=WIDE)
-    assert done.exit_code in (1, 2) and problem in done.stderr and "serve.yaml" in done.stderr, done.stderr
+    assert done.exit_code == 2 and problem in done.stderr and "serve.yaml" in done.stderr, done.stderr
     assert "--port" not in done.stderr and "--max-n" not in done.stderr and "--root-path" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "code"),
-    [("DMTD_PORT", "x", 2), ("DMTD_PORT", "70000", 1), ("DMTD_THREADS", "0", 2), ("DMTD_SHUTDOWN_TIMEOUT", "-1", 1)],
+    ("name", "value"),
+    [("DMTD_PORT", "x"), ("DMTD_PORT", "70000"), ("DMTD_THREADS", "0"), ("DMTD_SHUTDOWN_TIMEOUT", "-1")],
 )
-def test_a_bad_variable_is_named(name: str, value: str, code: int) -> None:
+def test_a_bad_variable_is_named(name: str, value: str) -> None:
     done = CliRunner().invoke(app, ["serve", "BUNDLE", "--dry-run"], env={name: value, **WIDE})
-    assert done.exit_code == code and f"{name}: " in done.stderr and "--port" not in done.stderr, done.stderr
+    assert done.exit_code == 2 and f"{name}: " in done.stderr and "--port" not in done.stderr, done.stderr
     flag = "--" + name.removeprefix("DMTD_").lower().replace("_", "-")
     done = CliRunner().invoke(app, ["serve", "BUNDLE", "--dry-run", flag, value], env=WIDE)
-    assert done.exit_code == code and flag in done.stderr and name not in done.stderr, done.stderr
+    assert done.exit_code == 2 and flag in done.stderr and name not in done.stderr, done.stderr
 
 
 def test_values_of_a_file_are_read_as_the_command_line_is(tmp_path: Path) -> None:

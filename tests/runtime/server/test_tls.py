@@ -116,7 +116,7 @@ def test_a_file_that_cannot_be_used_is_one_line_before_anything_starts(
     words = [word for flag, name in given.items() if name for word in (flag, str(files / name))]
     for start in (["--dry-run"], []):
         done = CliRunner().invoke(app, ["serve", "no-bundle", *start, *words])
-        assert done.exit_code == 1 and done.stderr.count("\n") == 1, done.stderr
+        assert done.exit_code == 2 and done.stderr.count("\n") == 1, done.stderr
         assert done.stderr.startswith(f"error: --{param.replace('_', '-')}: ") and problem in done.stderr
 
 
