@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from dmtd_errors.words import reason
 from dmtd_export.errors import ExportError
 from dmtd_models.checkpoints.checkpoint import Checkpoint
 from dmtd_runtime.bundle.opening import read_generation_config
@@ -68,7 +69,7 @@ def _other_generation_config(assets: Mapping[str, bytes], wanted: str) -> bytes:
             return Path(wanted).read_bytes()
         except OSError as error:
             raise ExportError(
-                f"{wanted} cannot be read ({error.strerror}); name a JSON file, or none", param="generation_config"
+                f"{wanted} cannot be read ({reason(error)}); name a JSON file, or none", param="generation_config"
             ) from error
     try:
         raw = json.loads(assets.get(_GENERATION_CONFIG, b"{}"))

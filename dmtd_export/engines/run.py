@@ -127,7 +127,7 @@ def build_engines(
 ) -> BuildResult:
     """Build the engines that ``options`` ask for into ``bundle/engines/<key>/``, unless they stand there already.
 
-    A bundle without standard graphs gets them first. ``on_ready`` is told what will be built.
+    ``on_ready`` is told what will be built.
     ``verify`` is called with the bundle, the directory of the new engines and their record, before they take their place; what it
     returns stands in the record, and what it raises keeps them out.
 

@@ -80,8 +80,9 @@ class EvaluateOptions:
         for name, least in lowest.items():
             if (value := getattr(self, name)) < least:
                 raise EvaluateError(f"got {value}, expected {least} or more", param=name)
-        if not all(0 <= confidence <= 1 for confidence in self.min_confidence):
-            raise EvaluateError(f"got {self.min_confidence}, expected numbers from 0 to 1", param="min_confidence")
+        for confidence in self.min_confidence:
+            if not 0 <= confidence <= 1:
+                raise EvaluateError(f"got {confidence}, expected numbers from 0 to 1", param="min_confidence")
         if self.window_len < self.context_len + 2 * MIN_SCORED:
             raise EvaluateError(
                 f"got {self.window_len}, expected {self.context_len + 2 * MIN_SCORED} or more: the context "

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dmtd_errors.words import reason
 from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.options import MIN_SCORED
 from dmtd_models.data.chat import TextTokenizer
@@ -76,7 +77,9 @@ def _whole_file(path: Path) -> TextItem:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise EvaluateError(f"{path}: cannot be read as UTF-8 text ({error}); give a text or .jsonl file") from None
+        raise EvaluateError(
+            f"{path}: cannot be read as UTF-8 text ({reason(error)}); give a text or .jsonl file"
+        ) from None
     return TextItem(source=path.name, text_id=path.name, text=text)
 
 

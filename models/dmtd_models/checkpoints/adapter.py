@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 
 from dmtd_errors.native import NativePanicError, call_native
 from dmtd_errors.pointers import lfs_pointer
+from dmtd_errors.words import kind_of, reason, shown
 from dmtd_models.checkpoints.blocks import BlockWeight
 from dmtd_models.checkpoints.delta import delta_difference, misfit
 from dmtd_models.checkpoints.protocol import AnyArray, Checkpoint
@@ -198,20 +199,20 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(
-            f"{directory}: no adapter ({CONFIG_FILE} cannot be read: {error.strerror}); "
+            f"{directory}: no adapter ({CONFIG_FILE} cannot be read: {reason(error)}); "
             "give a directory that dmtd finetune made"
         ) from error
     except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON ({error}); restore the file") from error
+        raise CheckpointError(f"{file}: not JSON ({reason(error)}); restore the file") from error
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{file}: got {type(raw).__name__}, expected an object; restore the file")
+        raise CheckpointError(f"{file}: got {kind_of(raw)}, expected an object; restore the file")
     fingerprint = raw.get("base_fingerprint")
     kind = raw.get("dmtd_adapter")
     if kind is None and "peft_type" in raw:
         raise CheckpointError(f"{directory}: a PEFT adapter, expected one that dmtd finetune made; {MERGE}")
     if kind not in ("lora", "delta") or not isinstance(fingerprint, str):
         raise CheckpointError(
-            f"{file}: got dmtd_adapter {kind!r}, expected lora or delta with a base_fingerprint; "
+            f"{file}: got dmtd_adapter {shown(kind)}, expected lora or delta with a base_fingerprint; "
             "only adapters that dmtd finetune made are known"
         )
     rank = integer(raw, "r") if kind == "lora" else 1
@@ -257,7 +258,7 @@ def _open_tensors(directory: Path, digest: object) -> dict[str, AnyArray]:
         with call_native(safe_open, file, framework="numpy", quiet=True) as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError, NativePanicError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({error}); restore the adapter") from error
+        raise CheckpointError(f"{file}: cannot be read ({reason(error)}); restore the adapter") from error
 
 
 def _changed_names(

@@ -11,6 +11,7 @@ import contextlib
 from pathlib import Path
 
 from dmtd_errors.pointers import lfs_pointer
+from dmtd_errors.words import reason
 from dmtd_models.checkpoints.protocol import Checkpoint
 from dmtd_models.errors import CheckpointError
 
@@ -29,7 +30,7 @@ def is_gguf(path: Path) -> bool:
         with path.open("rb") as stream:
             return stream.read(4) == b"GGUF"
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); mend that") from error
+        raise CheckpointError(f"{path}: cannot be read ({reason(error)}); mend that") from error
 
 
 def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
@@ -54,7 +55,7 @@ def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
     try:
         return _open(path)
     except OSError as error:  # no right to pass a directory, a name that is too long
-        raise CheckpointError(f"{error.filename or path}: cannot be read ({error.strerror}); mend that") from error
+        raise CheckpointError(f"{error.filename or path}: cannot be read ({reason(error)}); mend that") from error
 
 
 def _open(path: Path) -> Checkpoint:

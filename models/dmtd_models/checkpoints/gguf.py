@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from dmtd_errors.words import reason
 from dmtd_models.checkpoints.blocks import BlockWeight
 from dmtd_models.checkpoints.gguf_blocks import BLOCK_TYPES, block_weight
 from dmtd_models.checkpoints.gguf_tokenizer import TokenizerFiles, tokenizer_from_metadata
@@ -169,7 +170,7 @@ def _read(path: Path) -> tuple[dict[str, object], dict[str, gguf.ReaderTensor]]:
         # The reader does not look whether the last tensors' bytes are there.
         end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); check the file") from error
+        raise CheckpointError(f"{path}: cannot be read ({reason(error)}); check the file") from error
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: truncated or damaged GGUF file ({error}); download it again") from error
     if end > size:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dmtd_errors.pointers import lfs_pointer
+from dmtd_errors.words import reason
 from dmtd_models.checkpoints.blocks import BlockWeight
 from dmtd_models.checkpoints.hf_tokenizer import complete_tokenizer
 from dmtd_models.checkpoints.packed import CONFIG_KEY, PackedMatrix, packed_format, take_packed
@@ -158,7 +159,7 @@ def _asset(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); mend that") from error
+        raise CheckpointError(f"{file}: cannot be read ({reason(error)}); mend that") from error
 
 
 def _config_json(path: Path) -> dict[str, object]:

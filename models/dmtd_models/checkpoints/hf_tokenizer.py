@@ -25,6 +25,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from dmtd_errors.native import call_native
+from dmtd_errors.words import kind_of, reason
 from dmtd_models.errors import CheckpointError
 
 logger = logging.getLogger("dmtd.models")
@@ -186,9 +187,9 @@ def _object(path: Path, name: str, files: Mapping[str, bytes]) -> Json:
     try:
         value = json.loads(files.get(name, b"{}"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path / name}: not JSON ({error}); restore the file") from error
+        raise CheckpointError(f"{path / name}: not JSON ({reason(error)}); restore the file") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path / name}: got a JSON {type(value).__name__}, expected an object; restore the file")
+        raise CheckpointError(f"{path / name}: got {kind_of(value)}, expected an object; restore the file")
     return value
 
 

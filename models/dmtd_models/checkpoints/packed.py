@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from dmtd_errors.words import shown
 from dmtd_models.checkpoints.blocks import BLOCK_SIZES, BlockWeight
 from dmtd_models.checkpoints.safetensors_file import FLOAT_TYPES, StoredTensor, map_tensor
 from dmtd_models.errors import CheckpointError, ConfigError
@@ -55,14 +56,15 @@ def packed_format(raw: Mapping[str, object]) -> PackedFormat | None:
     method = found.get("quant_method") if isinstance(found, dict) else None
     if not isinstance(found, dict) or method not in _LAYOUTS:
         raise ConfigError(
-            f"{CONFIG_KEY}: got {found!r}, expected quant_method {' or '.join(_LAYOUTS)}; use the unquantised checkpoint"
+            f"{CONFIG_KEY}: got {shown(found)}, expected quant_method {' or '.join(_LAYOUTS)}; use the unquantised checkpoint"
         )
     layouts = _LAYOUTS[method]
     key = next((key for key in ("checkpoint_format", "format", "version") if found.get(key) is not None), None)
     layout = layouts[0] if key is None else str(found[key]).lower()
     if layout not in layouts:
         raise ConfigError(
-            f"{CONFIG_KEY}: {key}: got {found[key or '']!r}, expected {' or '.join(layouts)}; save the checkpoint in that layout"
+            f"{CONFIG_KEY}: {key}: got {shown(found[key or ''])}, expected {' or '.join(layouts)}; save the "
+            "checkpoint in that layout"
         )
     return PackedFormat(method=method, layout=layout)
 

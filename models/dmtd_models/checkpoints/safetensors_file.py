@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dmtd_errors.pointers import lfs_pointer
+from dmtd_errors.words import reason
 from dmtd_models.errors import CheckpointError
 
 AnyArray = npt.NDArray[np.generic]
@@ -60,7 +61,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 )
             header = json.loads(stream.read(length))
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); mend that") from error
+        raise CheckpointError(f"{file}: cannot be read ({reason(error)}); mend that") from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -90,7 +91,7 @@ def map_tensor(tensor: StoredTensor) -> AnyArray:
         # As raw bytes first: a map of an extension type (bfloat16) and an unaligned offset are both awkward.
         raw = np.memmap(tensor.file, dtype=np.uint8, mode="r", offset=tensor.begin, shape=(tensor.end - tensor.begin,))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{tensor.file}: cannot be mapped ({error}); is the file still whole?") from error
+        raise CheckpointError(f"{tensor.file}: cannot be mapped ({reason(error)}); is the file still whole?") from error
     return raw.view(dtype).reshape(tensor.shape)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from dmtd_errors.words import reason
 from dmtd_models.errors import CheckpointError
 
 
@@ -53,7 +54,7 @@ def make_directory(directory: Path) -> None:
 
 def unwritable(path: Path, error: BaseException) -> CheckpointError:
     """The line about a place that could not be written."""
-    return CheckpointError(f"{path}: cannot be written ({error}); make room there or choose another place")
+    return CheckpointError(f"{path}: cannot be written ({reason(error)}); make room there or choose another place")
 
 
 def write_json(file: Path, value: Mapping[str, object]) -> None:

@@ -16,6 +16,7 @@ import logging
 from pathlib import Path
 
 from dmtd_errors.pointers import lfs_pointer
+from dmtd_errors.words import kind_of, reason, shown
 from dmtd_models.checkpoints.safetensors_file import StoredTensor, read_header
 from dmtd_models.errors import CheckpointError
 
@@ -34,11 +35,11 @@ def json_object(file: Path) -> dict[str, object]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); mend that") from error
+        raise CheckpointError(f"{file}: cannot be read ({reason(error)}); mend that") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not readable JSON ({error}); restore the file") from error
+        raise CheckpointError(f"{file}: not readable JSON ({reason(error)}); restore the file") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: got {type(value).__name__}, expected a JSON object; restore the file")
+        raise CheckpointError(f"{file}: got {kind_of(value)}, expected a JSON object; restore the file")
     return value
 
 
@@ -70,7 +71,7 @@ def stored_tensors(path: Path, config: dict[str, object]) -> dict[str, StoredTen
     named = config.get(_NAMES_WEIGHTS)
     if named is not None:
         raise CheckpointError(
-            f"{path / 'config.json'}: {_NAMES_WEIGHTS}: got {named!r}, which is not supported; rename that file to "
+            f"{path / 'config.json'}: {_NAMES_WEIGHTS}: got {shown(named)}, which is not supported; rename that file to "
             f"{SINGLE_FILE} (or {INDEX_FILE}) and take the key out"
         )
     chosen = next((file for file in (single, index) if file.is_file()), None)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
+from dmtd_errors.words import shown
 from dmtd_models.config.families import FAMILIES, REFUSED_KEYS, Family
 from dmtd_models.config.rope import Rope, RopeKind, read_rope
 from dmtd_models.config.values import boolean, integer, number
@@ -215,7 +216,7 @@ def _resolve_convention(
     """The pair in force, and whether anyone stated it. A single given half chooses its natural partner."""
     for value, kind, option in ((origin, CycleOrigin, "cycle_origin"), (prompt, PromptInput, "prompt_input")):
         if value is not None and value not in get_args(kind):
-            raise ConfigError(f"got {value!r}, expected one of {', '.join(get_args(kind))}", param=option)
+            raise ConfigError(f"got {shown(value)}, expected one of {', '.join(get_args(kind))}", param=option)
     if origin is None and prompt is None:
         if recorded is None:
             return (*DEFAULT_CONVENTION, False)
@@ -233,18 +234,18 @@ def _family(raw: Mapping[str, object]) -> Family:
     model_type = raw.get("model_type")
     known = {kind: family for family in FAMILIES.values() for kind in (*family.plain_types, *family.dmtd_types)}
     if not isinstance(model_type, str) or model_type not in known:
-        raise ConfigError(f"model_type: got {model_type!r}, expected one of {', '.join(sorted(known))}")
+        raise ConfigError(f"model_type: got {shown(model_type)}, expected one of {', '.join(sorted(known))}")
     family = known[model_type]
     architectures = raw.get("architectures") or []
     if not isinstance(architectures, list | tuple):
-        raise ConfigError(f"architectures: got {architectures!r}, expected a list of class names")
+        raise ConfigError(f"architectures: got {shown(architectures)}, expected a list of class names")
     for name in architectures:
         # The class names of DMTD checkpoints are the authors' own; there only another kind of head is refused.
         is_dmtd = model_type in family.dmtd_types
         other_head = "Classification" in str(name) or "QuestionAnswering" in str(name)
         if (is_dmtd and other_head) or not (is_dmtd or name == family.architecture):
             raise ConfigError(
-                f"architectures: got {name!r}, expected {family.architecture} for model_type {model_type}"
+                f"architectures: got {shown(name)}, expected {family.architecture} for model_type {model_type}"
             )
     return family
 
@@ -253,18 +254,18 @@ def _refuse_foreign(raw: Mapping[str, object], family: Family) -> None:
     for key, neutral in REFUSED_KEYS.items():
         value = raw.get(key)
         if value is not None and not any(value == allowed for allowed in neutral):
-            raise ConfigError(f"{key}: got {value!r}, which changes the model's output and is not supported")
+            raise ConfigError(f"{key}: got {shown(value)}, which changes the model's output and is not supported")
     activation = raw.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise ConfigError(f"hidden_act: got {activation!r}, expected silu; other activations are not supported")
+        raise ConfigError(f"hidden_act: got {shown(activation)}, expected silu; other activations are not supported")
     if not family.reads_mlp_bias and raw.get("mlp_bias"):
-        raise ConfigError(f"mlp_bias: got {raw['mlp_bias']!r}, expected false for {family.name}")
+        raise ConfigError(f"mlp_bias: got {shown(raw['mlp_bias'])}, expected false for {family.name}")
     layer_types = raw.get("layer_types") or []
     if not isinstance(layer_types, list | tuple):
-        raise ConfigError(f"layer_types: got {layer_types!r}, expected a list")
+        raise ConfigError(f"layer_types: got {shown(layer_types)}, expected a list")
     for kind in layer_types:
         if kind != "full_attention":
-            raise ConfigError(f"layer_types: got {kind!r}, expected full_attention in every layer; not supported")
+            raise ConfigError(f"layer_types: got {shown(kind)}, expected full_attention in every layer; not supported")
     if raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None and not layer_types:
         first = integer(raw, "max_window_layers", 28)
         num_layers = integer(raw, "num_hidden_layers")
@@ -290,10 +291,10 @@ def _model(raw: Mapping[str, object], family: Family) -> ModelConfig:
     bos = raw.get("bos_token_id", family.default_bos_token_id)
     for key, ids in (("eos_token_id", eos_ids), ("bos_token_id", () if bos is None else (bos,))):
         if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-            raise ConfigError(f"{key}: got {raw.get(key)!r}, expected a token id or a list of them")
+            raise ConfigError(f"{key}: got {shown(raw.get(key))}, expected a token id or a list of them")
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     if dtype not in _STORED_DTYPES:
-        raise ConfigError(f"dtype: got {dtype!r}, expected one of {', '.join(_STORED_DTYPES)}")
+        raise ConfigError(f"dtype: got {shown(dtype)}, expected one of {', '.join(_STORED_DTYPES)}")
     return ModelConfig(
         family=family.name,
         vocab_size=integer(raw, "vocab_size"),
@@ -380,6 +381,6 @@ def _refuse_parallel(raw: Mapping[str, object]) -> None:
     for key, original in (("dmtd_block_attention", "none"), ("dmtd_history_mode", "real")):
         if raw.get(key) != original:
             raise ConfigError(
-                f"{key}: got {raw.get(key)!r}, expected {original!r} (the original DMTD); "
+                f"{key}: got {shown(raw.get(key))}, expected {shown(original)} (the original DMTD); "
                 "Parallel DMTD is not supported"
             )

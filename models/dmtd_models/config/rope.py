@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
+from dmtd_errors.words import shown
 from dmtd_models.config.values import boolean, integer, number, positive
 from dmtd_models.errors import ConfigError
 
@@ -51,22 +52,28 @@ def read_rope(raw: Mapping[str, object], max_positions: int) -> Rope:
     scaling, parameters = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
     for key, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{key}: got {value!r}, expected an object")
+            raise ConfigError(f"{key}: got {shown(value)}, expected an object")
     scaling, parameters = cast(Mapping[str, object], scaling), cast(Mapping[str, object], parameters)
     for key in sorted(scaling.keys() & parameters.keys()):
         if scaling[key] != parameters[key]:
-            raise ConfigError(f"{key}: rope_scaling says {scaling[key]!r}, rope_parameters {parameters[key]!r}")
+            raise ConfigError(
+                f"{key}: rope_scaling says {shown(scaling[key])}, rope_parameters {shown(parameters[key])}"
+            )
     rope = {**parameters, **scaling}
     theta_outside = raw.get("rope_theta")
     if theta_outside is not None and rope.setdefault("rope_theta", theta_outside) != theta_outside:
-        raise ConfigError(f"rope_theta: got {theta_outside!r} and, in the rope parameters, {rope['rope_theta']!r}")
+        raise ConfigError(
+            f"rope_theta: got {shown(theta_outside)} and, in the rope parameters, {shown(rope['rope_theta'])}"
+        )
     for key in sorted(rope.keys() - _ROPE_KEYS):
-        raise ConfigError(f"rope parameter {key}: got {rope[key]!r}; this parameter is not supported")
+        raise ConfigError(f"rope parameter {key}: got {shown(rope[key])}; this parameter is not supported")
     if number(rope, "partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"partial_rotary_factor: got {rope['partial_rotary_factor']!r}, expected 1; not supported")
+        raise ConfigError(
+            f"partial_rotary_factor: got {shown(rope['partial_rotary_factor'])}, expected 1; not supported"
+        )
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in get_args(RopeKind):
-        raise ConfigError(f"rope_type: got {kind!r}, expected one of {', '.join(get_args(RopeKind))}")
+        raise ConfigError(f"rope_type: got {shown(kind)}, expected one of {', '.join(get_args(RopeKind))}")
     theta = number(rope, "rope_theta", 10000.0)
     if theta <= 0:
         raise ConfigError(f"rope_theta: got {theta}, expected a positive number")
@@ -81,7 +88,7 @@ def ignored_factor(raw: Mapping[str, object], rope: Rope) -> str | None:
         return None
     product = given * yarn_factor(rope.factor or 1.0)
     return (
-        f"rope parameter attn_factor: got {given!r}, ignored as transformers does; vLLM multiplies by it: "
+        f"rope parameter attn_factor: got {shown(given)}, ignored as transformers does; vLLM multiplies by it: "
         f"for that, say attention_factor {product:.6g} in config.json instead"
     )
 

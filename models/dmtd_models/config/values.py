@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dmtd_errors.words import shown
 from dmtd_models.errors import ConfigError
 
 
@@ -16,7 +17,7 @@ def integer(raw: Mapping[str, object], key: str, default: int | None = None) -> 
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"{key}: got {value!r}, expected an integer")
+        raise ConfigError(f"{key}: got {shown(value)}, expected an integer")
     return value
 
 
@@ -27,7 +28,7 @@ def number(raw: Mapping[str, object], key: str, default: float | None = None) ->
             raise ConfigError(f"{key}: missing; add it to config.json")
         return default
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ConfigError(f"{key}: got {value!r}, expected a number")
+        raise ConfigError(f"{key}: got {shown(value)}, expected a number")
     return float(value)
 
 
@@ -43,5 +44,5 @@ def boolean(raw: Mapping[str, object], key: str, default: bool) -> bool:
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise ConfigError(f"{key}: got {value!r}, expected true or false")
+        raise ConfigError(f"{key}: got {shown(value)}, expected true or false")
     return value

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dmtd_errors.words import kind_of, shown
 from dmtd_models.data.chat import TextTokenizer
 from dmtd_models.data.errors import DataError
 from dmtd_models.data.rows import Row
@@ -85,7 +86,7 @@ class Examples:
     def of_document(self, where: str, text: object) -> Iterator[Example]:
         """A document in pieces of at most ``max_length`` tokens."""
         if not isinstance(text, str):
-            raise DataError(f"{where}: text: got {type(text).__name__}, expected text")
+            raise DataError(f"{where}: text: got {kind_of(text)}, expected text")
         if not text.strip():
             raise DataError(f"{where}: text: got empty text, expected words; remove the record")
         [ids] = self.tokenizer.encode_texts([checked_text(text, f"{where}: text")])
@@ -169,7 +170,7 @@ def checked_messages(value: object, where: str) -> list[dict[str, str]]:
         DataError: anything else, in one line.
     """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise DataError(f"{where}: messages: got {type(value).__name__}, expected a list of {{role, content}} objects")
+        raise DataError(f"{where}: messages: got {kind_of(value)}, expected a list of {{role, content}} objects")
     messages = [_checked_message(message, f"{where}: messages[{index}]") for index, message in enumerate(value)]
     roles = [message["role"] for message in messages]
     for role, side in (("user", "question"), ("assistant", "answer")):
@@ -185,15 +186,15 @@ def checked_messages(value: object, where: str) -> list[dict[str, str]]:
 
 def _checked_message(value: object, where: str) -> dict[str, str]:
     if not isinstance(value, Mapping):
-        raise DataError(f"{where}: got {type(value).__name__}, expected an object with role and content")
+        raise DataError(f"{where}: got {kind_of(value)}, expected an object with role and content")
     role, content = value.get("role"), value.get("content")
     if role not in ROLES:
-        raise DataError(f"{where}.role: got {role!r}, expected one of {', '.join(ROLES)}")
+        raise DataError(f"{where}.role: got {shown(role)}, expected one of {', '.join(ROLES)}")
     if isinstance(content, Sequence) and not isinstance(content, str | bytes):
         content = "\n".join(_part_text(part, where) for part in content)
     if not isinstance(content, str):
         calls = "; tool calls are not learnt, remove the chat" if value.get("tool_calls") else ""
-        raise DataError(f"{where}.content: got {type(content).__name__}, expected text{calls}")
+        raise DataError(f"{where}.content: got {kind_of(content)}, expected text{calls}")
     if not content.strip():
         raise DataError(f"{where}.content: got empty text, expected words; remove the chat")
     return {"role": str(role), "content": checked_text(content, f"{where}.content")}
@@ -225,11 +226,11 @@ def _part_text(part: object, where: str) -> str:
 def _checked_ids(row: Row, name: str, vocab_size: int) -> list[int]:
     value: Any = row.values[name]
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise DataError(f"{row.where}: {name}: got {type(value).__name__}, expected a list of token ids")
+        raise DataError(f"{row.where}: {name}: got {kind_of(value)}, expected a list of token ids")
     for number in value:
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < vocab_size:
             raise DataError(
-                f"{row.where}: {name}: got {number!r}, expected ids from 0 to {vocab_size - 1}; "
+                f"{row.where}: {name}: got {shown(number)}, expected ids from 0 to {vocab_size - 1}; "
                 "tokenise the data with this model's tokenizer"
             )
     return list(value)

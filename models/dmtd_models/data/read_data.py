@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from dmtd_errors.words import reason
 from dmtd_models.data.chat import TextTokenizer
 from dmtd_models.data.errors import DataError
 from dmtd_models.data.examples import Example, Examples
@@ -149,7 +150,7 @@ def _write(source: str, tokenizer: TextTokenizer, options: ReadOptions, target: 
         note.replace(target.with_suffix(".json"))
     except OSError as error:
         raise DataError(
-            f"{target.parent}: cannot be written ({error}); make room there, or set XDG_CACHE_HOME to another directory"
+            f"{target.parent}: cannot be written ({reason(error)}); make room there, or set XDG_CACHE_HOME to another directory"
         ) from error
     finally:
         part.unlink(missing_ok=True)

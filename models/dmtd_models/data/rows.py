@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dmtd_errors.words import kind_of, reason
 from dmtd_models.data.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
@@ -82,7 +83,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         try:
             yield from rows(file, name)
         except OSError as error:
-            raise DataError(f"{file}: cannot be read ({error.strerror or error}); give a file that can") from error
+            raise DataError(f"{file}: cannot be read ({reason(error)}); give a file that can") from error
 
 
 def _line_rows(file: Path, name: str) -> Iterator[Row]:
@@ -96,13 +97,13 @@ def _parsed(line: bytes, where: str) -> Row:
     try:
         values = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}); correct or remove the line") from error
+        raise DataError(f"{where}: not JSON ({reason(error)}); correct or remove the line") from error
     return _row(values, where)
 
 
 def _row(values: object, where: str) -> Row:
     if not isinstance(values, dict):
-        raise DataError(f"{where}: got {type(values).__name__}, expected a JSON object")
+        raise DataError(f"{where}: got {kind_of(values)}, expected a JSON object")
     return Row(where=where, values=values)
 
 
@@ -116,7 +117,7 @@ def _json_rows(file: Path, name: str) -> Iterator[Row]:
     try:
         values = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name}: not JSON ({error}); correct the file") from error
+        raise DataError(f"{name}: not JSON ({reason(error)}); correct the file") from error
     for number, value in enumerate(values, 1):
         yield _row(value, f"{name}, entry {number}")
 
@@ -133,7 +134,7 @@ def _parquet_rows(file: Path, name: str) -> Iterator[Row]:
                     number += 1
                     yield Row(where=f"{name}, row {number}", values=_present(values))
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{name}: not a whole parquet file ({error}); copy it again") from error
+        raise DataError(f"{name}: not a whole parquet file ({reason(error)}); copy it again") from error
 
 
 def _saved_rows(path: Path) -> Iterator[Row]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dmtd_errors.words import reason
 from dmtd_models.data.errors import DataError
 from dmtd_models.data.examples import checked_text
 from dmtd_models.data.overlap import Probe, probes_of
@@ -76,4 +77,6 @@ def _of_text(path: Path) -> Probe:
     try:
         return Probe(item=path.name, texts=(path.read_text(encoding="utf-8"),))
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}); give a text or {SUFFIXES[0]} file") from error
+        raise DataError(
+            f"{path}: cannot be read as UTF-8 text ({reason(error)}); give a text or {SUFFIXES[0]} file"
+        ) from error

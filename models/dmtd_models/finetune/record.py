@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+from dmtd_errors.words import reason
 from dmtd_models.checkpoints.saving import write_json
 from dmtd_models.errors import ConfigError
 from dmtd_models.finetune.options import Precision
@@ -73,7 +74,7 @@ def _recorded(directory: Path) -> list[tuple[str, Any]]:
     try:
         return list(_flat(json.loads(file.read_text(encoding="utf-8"))))
     except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{file}: not a record of a run ({error}); give another -o") from error
+        raise ConfigError(f"{file}: not a record of a run ({reason(error)}); give another -o") from error
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, TypedDict
 
+from dmtd_errors.words import reason
 from dmtd_models.errors import ModelError
 
 
@@ -58,7 +59,9 @@ class ShardStore:
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise AnswersError(f"{directory}: got {error}, expected a directory to write into; give another") from error
+            raise AnswersError(
+                f"{directory}: {reason(error)}, expected a directory to write into; give another"
+            ) from error
 
     def shard(self, number: int) -> Path:
         """The file of one shard, from 0."""
@@ -109,7 +112,7 @@ class ShardStore:
             _replace(self._state_file(), json.dumps({"options": self._options, "state": asdict(state)}))
         except OSError as error:
             raise AnswersError(
-                f"{shard}: got {error}, expected to write a shard; make room and run again: it goes on from "
+                f"{shard}: {reason(error)}, expected to write a shard; make room and run again: it goes on from "
                 f"{self._state_file().name}"
             ) from error
 

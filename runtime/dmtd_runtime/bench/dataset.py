@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dmtd_errors.words import reason, shown
 from dmtd_runtime.bench.load import LoadRequest
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.text.tokenizer import Tokenizer
@@ -37,7 +38,7 @@ def read_dataset(
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} cannot be read as text: {error}", param="dataset") from None
+        raise RequestError(f"{path} cannot be read as text: {reason(error)}", param="dataset") from None
     found = [
         _Line(f"{path}, line {number}", tokenizer, vocab_size).request(line, max_tokens)
         for number, line in enumerate(lines, 1)
@@ -62,7 +63,7 @@ class _Line:
         try:
             line = json.loads(text)
         except ValueError as error:
-            raise self._error(f"got no JSON ({error}), expected an object a line") from None
+            raise self._error(f"got no JSON ({reason(error)}), expected an object a line") from None
         if isinstance(line, dict) and "conversations" in line:
             return self._of_conversation(line["conversations"])
         if isinstance(line, dict) and "prompt" in line:
@@ -82,7 +83,7 @@ class _Line:
                 raise self._error(f"got a list, expected token ids from 0 to {self.vocab_size - 1}, at least one")
             return tuple(prompt)
         if not isinstance(prompt, str) or not prompt.strip():
-            raise self._error(f"got {prompt!r} for a text, expected words or a list of token ids")
+            raise self._error(f"got {shown(prompt)} for a text, expected words or a list of token ids")
         if self.tokenizer is None:
             raise self._error("got text, and the bundle has no tokenizer; give token ids")
         return tuple(self.tokenizer.encode(prompt))
@@ -90,7 +91,7 @@ class _Line:
     def _wanted(self, line: Mapping[str, Any], default: int) -> int:
         wanted = line.get("max_tokens", line.get("output_len", default))
         if type(wanted) is not int or wanted < 1:
-            raise self._error(f"max_tokens: got {wanted!r}, expected a whole number of at least 1")
+            raise self._error(f"max_tokens: got {shown(wanted)}, expected a whole number of at least 1")
         return wanted
 
     def _error(self, problem: str) -> RequestError:

@@ -62,6 +62,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dmtd_errors.words import reason
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.contract import GraphName
 from dmtd_runtime.bundle.json_records import decode
@@ -313,7 +314,7 @@ def read_record(directory: Path) -> EngineRecord:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read as JSON ({error}); {again}") from None
+        raise BundleError(f"{path} cannot be read as JSON ({reason(error)}); {again}") from None
     schema = raw.get("schema") if isinstance(raw, dict) else None
     if schema != RECORD_SCHEMA:
         raise BundleError(f"{path} has schema {schema!r}, this version reads {RECORD_SCHEMA}; {again}")

@@ -13,7 +13,10 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from dmtd_errors.words import kind_of, shown
+
 Decoder = Callable[[Any], Any]
+_WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
 
 
 class _MisfitError(Exception):
@@ -64,7 +67,7 @@ def _record(kind: Any) -> Decoder:
 
     def record(raw: Any) -> Any:
         if not isinstance(raw, dict):
-            raise _MisfitError(f"is {type(raw).__name__}, expected an object")
+            raise _MisfitError(f"is {kind_of(raw)}, expected an object")
         if missing := [name for name in required if name not in raw]:
             raise _MisfitError(f"lacks {', '.join(missing)}")
         given = {}
@@ -82,7 +85,7 @@ def _record(kind: Any) -> Decoder:
 def _several(decoder: Decoder) -> Decoder:
     def several(raw: Any) -> tuple[Any, ...]:
         if not isinstance(raw, list):
-            raise _MisfitError(f"is {type(raw).__name__}, expected a list")
+            raise _MisfitError(f"is {kind_of(raw)}, expected a list")
         found = []
         for item in raw:
             try:
@@ -97,7 +100,7 @@ def _several(decoder: Decoder) -> Decoder:
 def _by_name(decoder: Decoder) -> Decoder:
     def by_name(raw: Any) -> dict[str, Any]:
         if not isinstance(raw, dict):
-            raise _MisfitError(f"is {type(raw).__name__}, expected an object")
+            raise _MisfitError(f"is {kind_of(raw)}, expected an object")
         found = {}
         for name, item in raw.items():
             try:
@@ -112,7 +115,7 @@ def _by_name(decoder: Decoder) -> Decoder:
 def _literal(values: tuple[Any, ...]) -> Decoder:
     def literal(raw: Any) -> Any:
         if raw not in values:
-            raise _MisfitError(f"is {raw!r}, expected one of {', '.join(map(str, values))}")
+            raise _MisfitError(f"is {shown(raw)}, expected one of {', '.join(map(str, values))}")
         return raw
 
     return literal
@@ -121,7 +124,7 @@ def _literal(values: tuple[Any, ...]) -> Decoder:
 def _union(kinds: tuple[Any, ...]) -> Decoder:
     def union(raw: Any) -> Any:
         if not isinstance(raw, kinds) or isinstance(raw, bool):
-            raise _MisfitError(f"is {raw!r}, expected {' or '.join(kind.__name__ for kind in kinds)}")
+            raise _MisfitError(f"is {shown(raw)}, expected {' or '.join(_WORDS[each] for each in kinds)}")
         return raw
 
     return union
@@ -132,7 +135,7 @@ def _scalar(kind: Any) -> Decoder:
         if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
             return float(raw)
         if not isinstance(raw, kind) or (kind is int and isinstance(raw, bool)):
-            raise _MisfitError(f"is {raw!r}, expected {kind.__name__}")
+            raise _MisfitError(f"is {shown(raw)}, expected {_WORDS[kind]}")
         return raw
 
     return scalar

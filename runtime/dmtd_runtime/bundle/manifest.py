@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from dmtd_errors.pointers import lfs_pointer
+from dmtd_errors.words import reason
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.json_records import decode
 from dmtd_runtime.bundle.records import DTYPE_BYTES as DTYPE_BYTES
@@ -43,7 +44,7 @@ def _unreachable(path: Path) -> str | None:
     except NotADirectoryError:
         return None
     except (OSError, ValueError) as error:  # ValueError: a null byte
-        return f"{path} cannot be reached: {getattr(error, 'strerror', None) or error}; mend that, or name another directory"
+        return f"{path} cannot be reached: {reason(error)}; mend that, or name another directory"
     return None
 
 
@@ -54,9 +55,10 @@ def load_manifest(directory: Path) -> Manifest:
     if problem is not None:
         raise BundleError(problem)
     if not directory.is_dir():
-        raise BundleError(
-            f"{directory} is not a directory; make a bundle with: dmtd export MODEL -o {shlex.quote(str(directory))}"
-        )
+        fault = "is a file, so it is not a bundle" if directory.exists() else "does not exist"
+        is_free = directory.parent.is_dir() and not directory.exists()
+        place = shlex.quote(str(directory)) if is_free else "OUT"
+        raise BundleError(f"{directory} {fault}; make a bundle with: dmtd export MODEL -o {place}")
     if not path.is_file():
         raise BundleError(
             f"{directory} has no manifest.json, so it is not a bundle; make one with: dmtd export MODEL -o OUT"
@@ -66,9 +68,9 @@ def load_manifest(directory: Path) -> Manifest:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}; mend that") from None
+        raise BundleError(f"{path} cannot be read: {reason(error)}; mend that") from None
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read as JSON ({error}); export the bundle again") from None
+        raise BundleError(f"{path} cannot be read as JSON ({reason(error)}); export the bundle again") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("schema"), int):
         raise BundleError(f"{path} has no integer 'schema'; it is not a DMTD bundle's manifest")
     if raw["schema"] < contract.SCHEMA_VERSION:

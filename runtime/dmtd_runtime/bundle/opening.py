@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dmtd_errors.words import reason
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import Manifest, load_manifest
 from dmtd_runtime.errors import BundleError
@@ -48,7 +49,7 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise BundleError(f"{path} cannot be read as JSON ({error}); export the bundle again") from None
+        raise BundleError(f"{path} cannot be read as JSON ({reason(error)}); export the bundle again") from None
     return raw if isinstance(raw, dict) else {}
 
 

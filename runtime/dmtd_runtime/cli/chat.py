@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dmtd_errors.words import reason
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.cli.common import (
     EXIT_ERROR,
@@ -313,7 +314,7 @@ def _save(conversation: Conversation, name: str) -> None:
         )
         partial.replace(path)
     except OSError as error:
-        raise RequestError(f"/save: {path} cannot be written ({error.strerror}); name another file") from None
+        raise RequestError(f"/save: {path} cannot be written ({reason(error)}); name another file") from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dmtd_errors.words import reason
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.cli.common import (
     BundleArgument,
@@ -126,7 +127,7 @@ def _read_prompt(prompt: str | None, file: Path | None, ids: list[int] | None) -
             return _without_last_break(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise RequestError(
-                f"{file} cannot be read ({error}); name a UTF-8 text file", param="prompt_file"
+                f"{file} cannot be read ({reason(error)}); name a UTF-8 text file", param="prompt_file"
             ) from None
     if prompt is not None and prompt != "-":
         return prompt

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dmtd_errors.words import reason
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.cli.common import BundleArgument, BundleOption, friendly_errors, note, pick, require
 from dmtd_runtime.cli.options.backend import AnswerBackend
@@ -48,7 +49,7 @@ def _options_of(file: Path, parameters: Sequence[Any]) -> tuple[dict[str, str | 
             raise RequestError(f"{file} is larger than {MAX_CONFIG_BYTES} bytes; is it the right file?", param="config")
         given = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise RequestError(f"{file} cannot be read ({' '.join(str(error).split())})", param="config") from None
+        raise RequestError(f"{file} cannot be read ({reason(error)})", param="config") from None
     if given is not None and given.id != "mapping":
         raise RequestError(f"{file}: got a {given.id}, expected names of options and values", param="config")
     known = {_flag(each): each for each in parameters if each.name not in (*_OF_ONE_START, "help")}

@@ -242,7 +242,7 @@ def _number(name: str, value: object, low: float, high: float, *, low_open: bool
 
 def _boolean(name: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise RequestError(f"got {_shown(value)}, expected True or False", param=name)
+        raise RequestError(f"got {_shown(value)}, expected true or false", param=name)
     return value
 
 

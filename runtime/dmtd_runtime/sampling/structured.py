@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from dmtd_errors.words import kind_of, reason, shown
 from dmtd_runtime.errors import RequestError
 
 PARAM = "structured_outputs"
@@ -58,7 +59,7 @@ class StructuredOutputs:
 
     def __post_init__(self) -> None:
         if not isinstance(self.json_object, bool):
-            raise _refused(f"json_object: got {self.json_object!r}, expected True or False")
+            raise _refused(f"json_object: got {shown(self.json_object)}, expected true or false")
         given = [each.name for each in fields(self) if getattr(self, each.name) not in (None, False)]
         if len(given) != 1:
             raise _refused(
@@ -95,11 +96,9 @@ def _schema_text(given: object) -> str:
     except (ValueError, TypeError, RecursionError) as error:
         if isinstance(error, RequestError):
             raise
-        raise _refused(
-            f"json: {_one_line(error)}; give a JSON schema as a dict, JSON text or a pydantic model"
-        ) from error
+        raise _refused(f"json: {_one_line(error)}; give a JSON schema, as an object or its text") from error
     if not isinstance(schema, dict):
-        raise _refused(f"json: got a JSON {type(schema).__name__}, expected an object that is a JSON schema")
+        raise _refused(f"json: got {kind_of(schema)}, expected an object that is a JSON schema")
     _check_nesting(schema)
     return json.dumps(schema)
 
@@ -147,7 +146,7 @@ def _walk(value: object) -> Iterator[tuple[int, str | None, object]]:
 
 def _choices(given: object) -> tuple[str, ...]:
     if isinstance(given, str | bytes) or not isinstance(given, Sequence):
-        raise _refused(f"choice: got {type(given).__name__}, expected a list of strings")
+        raise _refused(f"choice: got {kind_of(given)}, expected a list of strings")
     if not 1 <= len(given) <= MAX_CHOICES:
         raise _refused(f"choice: got {len(given)} strings, expected 1 to {MAX_CHOICES}")
     for each in given:
@@ -158,7 +157,7 @@ def _choices(given: object) -> tuple[str, ...]:
 
 def _check_text(name: str, text: object) -> None:
     if not isinstance(text, str):
-        raise _refused(f"{name}: got {type(text).__name__}, expected text")
+        raise _refused(f"{name}: got {kind_of(text)}, expected text")
     if not text:
         raise _refused(f"{name}: got an empty text, expected at least one character")
     try:
@@ -172,7 +171,7 @@ def _check_text(name: str, text: object) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = reason(error)
     return text if len(text) <= 200 else text[:197] + "..."
 
 

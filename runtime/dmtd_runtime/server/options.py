@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
+from dmtd_errors.words import reason
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.sampling import params
 from dmtd_runtime.text.tool_calls import ToolFormat
@@ -126,7 +127,9 @@ class ServerOptions:
             try:
                 lines = self.api_key_file.read_text(encoding="utf-8").splitlines()
             except (OSError, UnicodeDecodeError) as error:
-                raise RequestError(f"{self.api_key_file} cannot be read ({error})", param="api_key_file") from None
+                raise RequestError(
+                    f"{self.api_key_file} cannot be read ({reason(error)})", param="api_key_file"
+                ) from None
             found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
             if not found:
                 raise RequestError(f"{self.api_key_file} holds no key; write one a line", param="api_key_file")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import uvicorn
 
+from dmtd_errors.words import reason
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.errors import DmtdError, RequestError
 from dmtd_runtime.server.app import Home, make_app
@@ -170,6 +171,6 @@ def _bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         sock.close()
         raise RequestError(
-            f"{host}:{port} cannot be listened on ({error.strerror}); choose another", param="port"
+            f"{host}:{port} cannot be listened on ({reason(error)}); choose another", param="port"
         ) from None
     return sock

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dmtd_errors.words import reason
 from dmtd_runtime.async_llm import AsyncLLM
 from dmtd_runtime.backends.base import OF_THE_BACKEND_ALONE, BackendOptions
 from dmtd_runtime.errors import RequestError
@@ -142,5 +143,5 @@ def _template(bundle: Path, options: ServerOptions) -> ChatTemplate | None:
     try:
         source = options.chat_template.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{options.chat_template} cannot be read ({error})", param="chat_template") from None
+        raise RequestError(f"{options.chat_template} cannot be read ({reason(error)})", param="chat_template") from None
     return ChatTemplate.from_directory(bundle, given=source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
+from dmtd_errors.words import reason
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.server.options import ServerOptions
 
@@ -39,7 +40,7 @@ def _check_readable(param: str, file: Path) -> None:
         with file.open("rb") as opened:
             opened.read(1)
     except OSError as error:
-        raise RequestError(f"{file} cannot be read ({error.strerror})", param=param) from None
+        raise RequestError(f"{file} cannot be read ({reason(error)})", param=param) from None
 
 
 def _load_authorities(context: ssl.SSLContext, param: str, file: Path) -> None:

@@ -280,7 +280,7 @@ def _check_terms(request_id: object, timeout_s: Any, priority: object, cache_sal
         is_number = isinstance(timeout_s, Real) and not isinstance(timeout_s, bool)
         if not (is_number and 0 < float(timeout_s) < math.inf):  # NaN is not
             raise RequestError(
-                f"got {timeout_s!r}, expected more than 0 seconds, or None for no limit", param="timeout_s"
+                f"got {timeout_s!r}, expected more than 0 seconds; leave it out for no limit", param="timeout_s"
             )
     if not isinstance(priority, Integral) or isinstance(priority, bool):
         raise RequestError(f"got {priority!r}, expected a whole number, lower goes first", param="priority")

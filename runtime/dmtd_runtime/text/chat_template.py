@@ -24,9 +24,10 @@ import jinja2.runtime
 import jinja2.sandbox
 import jinja2.utils
 
+from dmtd_errors.words import kind_of, reason, shown
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.errors import BundleError, DmtdError, RequestError
-from dmtd_runtime.text.messages import Budget, Message, calls_of, checked_messages, checked_objects, short
+from dmtd_runtime.text.messages import Budget, Message, calls_of, checked_messages, checked_objects
 from dmtd_runtime.text.special_tokens import read_config, read_special_tokens
 
 MAX_TEMPLATE_CHARS = 1 << 20
@@ -128,12 +129,12 @@ class ChatTemplate:
         values = budget.plain(given or {}, "chat_template_kwargs")
         if not isinstance(values, dict):
             raise RequestError(
-                f"got {type(given).__name__}, expected an object of names and values", param="chat_template_kwargs"
+                f"got {kind_of(given)}, expected an object of names and values", param="chat_template_kwargs"
             )
         for name in (*_OWN_ARGUMENTS, *self._tokens):
             if name in values:
                 raise RequestError(
-                    f"got {name!r}, which has its own argument or belongs to the model; remove it",
+                    f"got {shown(name)}, which has its own argument or belongs to the model; remove it",
                     param="chat_template_kwargs",
                 )
         return values
@@ -250,7 +251,7 @@ def _read_source(directory: Path) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
         value = named.get("default")
     if value is not None and not isinstance(value, str):
-        raise BundleError(f"{file}: chat_template: got {short(value)}, expected text; correct the file")
+        raise BundleError(f"{file}: chat_template: got {shown(value)}, expected text; correct the file")
     return value
 
 
@@ -262,7 +263,7 @@ def _read_template(file: Path) -> str | None:
             raise BundleError(f"{file}: got {file.stat().st_size} bytes, expected at most {4 * MAX_TEMPLATE_CHARS}")
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"{file}: cannot be read ({error}); export the model again") from error
+        raise BundleError(f"{file}: cannot be read ({reason(error)}); export the model again") from error
 
 
 # -- the environment that templates are written for

@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from dmtd_errors.words import kind_of, shown
 from dmtd_runtime.errors import RequestError
 
 MAX_MESSAGES = 4096
@@ -97,9 +98,7 @@ def checked_messages(messages: object, budget: Budget, *, keeps_parts: bool) -> 
         RequestError: Not a conversation, in one line that names the place.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
-        raise RequestError(
-            f"got {type(messages).__name__}, expected a list of {{role, content}} objects", param="messages"
-        )
+        raise RequestError(f"got {kind_of(messages)}, expected a list of {{role, content}} objects", param="messages")
     if not 1 <= len(messages) <= MAX_MESSAGES:
         raise RequestError(f"got {len(messages)} messages, expected 1 to {MAX_MESSAGES}", param="messages")
     return [_checked_message(f"messages[{i}]", each, budget, keeps_parts) for i, each in enumerate(messages)]
@@ -114,11 +113,11 @@ def checked_objects(values: object, param: str, expected: str, budget: Budget) -
     if values is None:
         return None
     if not isinstance(values, Sequence) or isinstance(values, str | bytes):
-        raise RequestError(f"got {type(values).__name__}, expected a list of {expected}", param=param)
+        raise RequestError(f"got {kind_of(values)}, expected a list of {expected}", param=param)
     plain = [budget.plain(value, param) for value in values]
     for given, value in zip(values, plain, strict=True):
         if not isinstance(value, dict):
-            raise RequestError(f"got {type(given).__name__}, expected {expected}", param=param)
+            raise RequestError(f"got {kind_of(given)}, expected {expected}", param=param)
     return plain
 
 
@@ -130,41 +129,33 @@ def calls_of(message: Message) -> Iterator[Message]:
         yield message["function_call"]
 
 
-def short(value: object) -> str:
-    """A value on one line, short enough for a message."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _checked_message(where: str, message: object, budget: Budget, keeps_parts: bool) -> Message:
     given = budget.plain(message) if not isinstance(message, str | int | float | None) else None
     if not isinstance(given, dict):
-        raise RequestError(f"got {type(message).__name__}, expected an object with role and content", param=where)
+        raise RequestError(f"got {kind_of(message)}, expected an object with role and content", param=where)
     plain = {key: value for key, value in given.items() if value is not None}
     if plain.get("tool_calls") == []:
         del plain["tool_calls"]
     role = plain.get("role")
     if not isinstance(role, str) or not 1 <= len(role) <= MAX_ROLE_CHARS:
-        raise RequestError(
-            f"got {short(role)}, expected text such as 'system', 'user' or 'assistant'", param=f"{where}.role"
-        )
+        raise RequestError(f"got {shown(role)}, expected text such as system, user or assistant", param=f"{where}.role")
     _check_calls(where, plain)
     if "content" in plain:
         plain["content"] = _checked_content(f"{where}.content", plain["content"], keeps_parts)
     elif not any(True for _ in calls_of(plain)):
-        raise RequestError("got None, expected text or a list of text parts", param=f"{where}.content")
+        raise RequestError("got null, expected text or a list of text parts", param=f"{where}.content")
     reasoning = next((plain[name] for name in _REASONING if name in plain), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
 
 
 def _check_calls(where: str, message: Message) -> None:
-    expected = "{'type': 'function', 'function': {'name': ..., 'arguments': ...}}"
+    expected = '{"type": "function", "function": {"name": ..., "arguments": ...}}'
     calls = message.get("tool_calls", [])
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise RequestError(f"got {short(calls)}, expected a list of {expected}", param=f"{where}.tool_calls")
+        raise RequestError(f"got {shown(calls)}, expected a list of {expected}", param=f"{where}.tool_calls")
     for function in calls_of(message):
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise RequestError(f"got {short(function)}, expected {expected}", param=f"{where}.tool_calls")
+            raise RequestError(f"got {shown(function)}, expected {expected}", param=f"{where}.tool_calls")
 
 
 def _checked_content(where: str, content: object, keeps_parts: bool) -> str | list[Message]:
@@ -172,7 +163,7 @@ def _checked_content(where: str, content: object, keeps_parts: bool) -> str | li
         texts = [_part_text(f"{where}[{i}]", part) for i, part in enumerate(content)]
         return [{"type": "text", **part} for part in content] if keeps_parts else "\n".join(texts)
     if not isinstance(content, str):
-        raise RequestError(f"got {short(content)}, expected text or a list of text parts", param=where)
+        raise RequestError(f"got {shown(content)}, expected text or a list of text parts", param=where)
     return whole_text(content, where)
 
 
@@ -180,7 +171,7 @@ def _part_text(where: str, part: object) -> str:
     text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
     if not isinstance(text, str):
         raise RequestError(
-            f"got {short(part)}, expected {{'type': 'text', 'text': ...}}: this model reads text", param=where
+            f'got {shown(part)}, expected {{"type": "text", "text": ...}}: this model reads text', param=where
         )
     return whole_text(text, where)
 

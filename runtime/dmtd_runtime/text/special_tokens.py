@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dmtd_errors.pointers import lfs_pointer
+from dmtd_errors.words import kind_of, reason, shown
 from dmtd_runtime.errors import BundleError
 
 MAX_CONFIG_BYTES = 64 << 20
@@ -50,7 +51,9 @@ def eos_token_ids_of(directory: str | Path) -> tuple[int, ...]:
         value = read_config(file).get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-            raise BundleError(f"{file}: eos_token_id: got {value!r}, expected a token id or a list of them; correct it")
+            raise BundleError(
+                f"{file}: eos_token_id: got {shown(value)}, expected a token id or a list of them; correct it"
+            )
         if ids:
             return tuple(ids)
     return ()
@@ -74,9 +77,9 @@ def read_config(file: Path) -> Mapping[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{file}: not JSON ({error}); export the model again") from error
+        raise BundleError(f"{file}: not JSON ({reason(error)}); export the model again") from error
     if not isinstance(value, dict):
-        raise BundleError(f"{file}: got a JSON {type(value).__name__}, expected an object; export the model again")
+        raise BundleError(f"{file}: got {kind_of(value)}, expected an object; export the model again")
     return value
 
 
@@ -90,14 +93,16 @@ def read_text(file: Path, max_bytes: int) -> str:
             raise BundleError(f"{file}: got {size} bytes, expected at most {max_bytes}; is this the right file?")
         return file.read_text(encoding="utf-8")
     except OSError as error:
-        raise BundleError(f"{file}: cannot be read ({error.strerror}); mend that") from error
+        raise BundleError(f"{file}: cannot be read ({reason(error)}); mend that") from error
     except UnicodeDecodeError as error:
-        raise BundleError(f"{file}: cannot be read as UTF-8 ({error}); export the model again") from error
+        raise BundleError(f"{file}: cannot be read as UTF-8 ({reason(error)}); export the model again") from error
 
 
 def _token_text(name: str, value: object) -> str | None:
     if isinstance(value, dict):
         value = value.get("content")
     if value is not None and not isinstance(value, str):
-        raise BundleError(f"tokenizer_config.json: {name}: got {value!r}, expected a token's text; correct the file")
+        raise BundleError(
+            f"tokenizer_config.json: {name}: got {shown(value)}, expected a token's text; correct the file"
+        )
     return value

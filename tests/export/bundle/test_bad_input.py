@@ -113,15 +113,15 @@ CHECKPOINTS = [
     case("cut GGUF", write("x.gguf", "GGUF\x03"), ("export", "x.gguf", *EXPORT[2:]), "truncated or damaged GGUF file"),
 ]
 ARCHITECTURES = [
-    case("model type", config(model_type="gemma2"), EXPORT, "model_type: got 'gemma2', expected one of"),
+    case("model type", config(model_type="gemma2"), EXPORT, 'model_type: got "gemma2", expected one of'),
     case("experts", config(num_experts=8), EXPORT, "num_experts: got 8"),
-    case("rope", config(rope_scaling={"rope_type": "longrope", "factor": 2}), EXPORT, "rope_type: got 'longrope'"),
+    case("rope", config(rope_scaling={"rope_type": "longrope", "factor": 2}), EXPORT, 'rope_type: got "longrope"'),
     case(
         "sliding", config(use_sliding_window=True, sliding_window=8, max_window_layers=0), EXPORT, "sliding attention"
     ),
-    case("quantised", config(quantization_config={"bits": 4}), EXPORT, "quantization_config: got {'bits': 4}"),
-    case("activation", config(hidden_act="gelu"), EXPORT, "hidden_act: got 'gelu', expected silu"),
-    case("parallel DMTD", config(**PARALLEL), EXPORT, "dmtd_block_attention: got 'causal'"),
+    case("quantised", config(quantization_config={"bits": 4}), EXPORT, 'quantization_config: got {"bits": 4}'),
+    case("activation", config(hidden_act="gelu"), EXPORT, 'hidden_act: got "gelu", expected silu'),
+    case("parallel DMTD", config(**PARALLEL), EXPORT, 'dmtd_block_attention: got "causal"'),
 ]
 SPLITS = [
     case("no split", nothing, ("export", "m", "-o", "new"), "give --decoding-layers and --cycle-length"),
@@ -169,7 +169,7 @@ TARGETS = [
 BUNDLES = [
     case(f"{name}, {verb}", damage, VERBS_OF_BUNDLES[verb], words)
     for name, damage, words, verbs in [
-        ("no bundle", remove("b"), "b is not a directory; make a bundle with: dmtd export", "all"),
+        ("no bundle", remove("b"), "b does not exist; make a bundle with: dmtd export MODEL -o b", "all"),
         (
             "no manifest",
             remove("b/manifest.json"),
@@ -269,10 +269,10 @@ def test_command_line(row: Case, place: Path) -> None:
 LIBRARY: list[tuple[str, Damage, Callable[[], object], type[Exception], str]] = [
     ("no checkpoint", remove("m"), lambda: _export(), CheckpointError, "no such file or directory"),
     ("cut checkpoint", cut("m/model.safetensors", 50000), lambda: _export(), CheckpointError, "truncated: got 50000"),
-    ("architecture", config(model_type="gemma2"), lambda: _export(), ConfigError, "model_type: got 'gemma2'"),
+    ("architecture", config(model_type="gemma2"), lambda: _export(), ConfigError, 'model_type: got "gemma2"'),
     ("split", nothing, lambda: _export(thinking_layers=1), ConfigError, "= 2 layers"),
     ("target", nothing, lambda: _export("m"), ExportError, "exists and is not a bundle"),
-    ("no bundle", remove("b"), lambda: LLM("b"), BundleError, "b is not a directory"),
+    ("no bundle", remove("b"), lambda: LLM("b"), BundleError, "b does not exist"),
     ("newer", edit("b/manifest.json", lambda m: m.update(schema=99)), lambda: LLM("b"), BundleError, "schema 99"),
     ("cut weights", cut("b/model.onnx.data", 9), lambda: LLM("b"), BundleError, "has 9 bytes, the manifest says"),
     ("altered weights", flip("b/model.onnx.data", 9000), lambda: LLM("b"), BundleError, "altered; export the bundle"),

@@ -110,7 +110,7 @@ def test_the_dial_is_the_oracles(
     ("given", "message"),
     [
         ("0.5,often", "--min-confidence: got '0.5,often'"),
-        ("1.5", "--min-confidence: got (1.5,), expected numbers from 0 to 1"),
+        ("1.5", "--min-confidence: got 1.5, expected numbers from 0 to 1"),
     ],
 )
 def test_confidences_that_are_none(bundle: Path, given: str, message: str) -> None:

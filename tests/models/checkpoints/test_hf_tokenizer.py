@@ -189,8 +189,8 @@ def test_rules_that_a_class_replaces_are_told(tmp_path: Path, caplog: pytest.Log
             "tokenizer_config.json: token '<think>': got id 270, expected 259",
         ),
         ({"config": {"added_tokens_decoder": {"x": "y"}}}, "tokenizer_config.json: its added tokens cannot be read"),
-        ({"added": [1]}, "added_tokens.json: got a JSON list, expected an object"),
-        ({"map": [1]}, "special_tokens_map.json: got a JSON list, expected an object"),
+        ({"added": [1]}, "added_tokens.json: got a list, expected an object"),
+        ({"map": [1]}, "special_tokens_map.json: got a list, expected an object"),
         ({"config": {"split_special_tokens": True}}, "tokenizer_config.json: split_special_tokens: got true"),
     ],
 )

@@ -69,9 +69,9 @@ def test_damage_and_other_layouts(tmp_path):
         made.write(whole)
     for settings, words in (
         ({"quant_method": "bitsandbytes"}, "bitsandbytes.*expected quant_method gptq or awq"),
-        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "checkpoint_format: got 'marlin'"),
-        ({"quant_method": "awq", "version": "gemv"}, "version: got 'gemv', expected gemm"),
-        ({"bits": 4}, r"quantization_config: got \{'bits': 4\}"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, 'checkpoint_format: got "marlin"'),
+        ({"quant_method": "awq", "version": "gemv"}, 'version: got "gemv", expected gemm'),
+        ({"bits": 4}, r'quantization_config: got \{"bits": 4\}'),
     ):
         made.configure(quantization_config=settings)
         with pytest.raises(ConfigError, match=words) as error:

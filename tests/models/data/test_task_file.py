@@ -89,7 +89,7 @@ def test_an_accepted_answer_must_be_a_word(tmp_path: Path, answer: str, right: f
 def test_a_line_that_is_no_item_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text('{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n' + line)
-    with pytest.raises(DataError, match=r"mine.jsonl:2: (no item|got list|not JSON)"):
+    with pytest.raises(DataError, match=r"mine.jsonl:2: (no item|got a list|not JSON)"):
         read_items(path)
 
 

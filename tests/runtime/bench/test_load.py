@@ -115,13 +115,13 @@ def test_files_of_prompts(tmp_path: Path, tokenizer: Tokenizer) -> None:
         ("[1]", 'got neither "conversations" nor "prompt"'),
         ('{"text": "x"}', 'got neither "conversations" nor "prompt"'),
         ('{"conversations": [{"from": "human", "value": "x"}]}', "conversations: got no prompt with an answer"),
-        ('{"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]}', "got None for a text"),
-        ('{"prompt": " "}', "got ' ' for a text"),
+        ('{"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]}', "got null for a text"),
+        ('{"prompt": " "}', 'got " " for a text'),
         ('{"prompt": []}', "expected token ids from 0 to 39, at least one"),
         ('{"prompt": [40]}', "expected token ids from 0 to 39"),
         ('{"prompt": [true]}', "expected token ids from 0 to 39"),
         ('{"prompt": [1], "max_tokens": 0}', "max_tokens: got 0"),
-        ('{"prompt": [1], "output_len": "many"}', "max_tokens: got 'many'"),
+        ('{"prompt": [1], "output_len": "many"}', 'max_tokens: got "many"'),
     ],
 )
 def test_lines_that_are_no_prompts(line: str, words: str, tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -70,38 +70,42 @@ MALFORMED = [
     ("schema", True, "has schema True, expected 2: another version of dmtd made it"),
     ("schema", 3, "has schema 3, this version reads up to 2; upgrade with: pip install -U dmtd"),
     ("model", ABSENT, "manifest lacks model"),
-    ("model", [], "manifest.model is list, expected an object"),
+    ("model", [], "manifest.model is a list, expected an object"),
     ("model/vocab_size", ABSENT, "manifest.model lacks vocab_size"),
-    ("model/vocab_size", "259", "manifest.model.vocab_size is '259', expected int"),
-    ("model/vocab_size", 259.0, "manifest.model.vocab_size is 259.0, expected int"),
-    ("model/vocab_size", True, "manifest.model.vocab_size is True, expected int"),
-    ("model/tie_word_embeddings", 0, "manifest.model.tie_word_embeddings is 0, expected bool"),
-    ("model/dtype", "float64", "manifest.model.dtype is 'float64', expected one of float32, float16, bfloat16"),
+    ("model/vocab_size", "259", 'manifest.model.vocab_size is "259", expected an integer'),
+    ("model/vocab_size", 259.0, "manifest.model.vocab_size is 259.0, expected an integer"),
+    ("model/vocab_size", True, "manifest.model.vocab_size is true, expected an integer"),
+    ("model/tie_word_embeddings", 0, "manifest.model.tie_word_embeddings is 0, expected true or false"),
+    ("model/dtype", "float64", 'manifest.model.dtype is "float64", expected one of float32, float16, bfloat16'),
     ("model/dtype", ["float32"], "manifest.model.dtype is .*expected one of"),
-    ("model/bos_token_id", "x", "manifest.model.bos_token_id is 'x', expected int or NoneType"),
-    ("model/eos_token_ids", 258, "manifest.model.eos_token_ids is int, expected a list"),
-    ("model/eos_token_ids", [258, "x"], r"manifest.model.eos_token_ids\[1\] is 'x', expected int"),
+    ("model/bos_token_id", "x", 'manifest.model.bos_token_id is "x", expected an integer or null'),
+    ("model/eos_token_ids", 258, "manifest.model.eos_token_ids is a number, expected a list"),
+    ("model/eos_token_ids", [258, "x"], r'manifest.model.eos_token_ids\[1\] is "x", expected an integer'),
     ("cycle", ABSENT, "manifest lacks cycle"),
-    ("cycle/cycle_origin", "start", "manifest.cycle.cycle_origin is 'start', expected one of absolute, prompt"),
-    ("cycle/prompt_input", None, "manifest.cycle.prompt_input is None, expected one of"),
+    ("cycle/cycle_origin", "start", 'manifest.cycle.cycle_origin is "start", expected one of absolute, prompt'),
+    ("cycle/prompt_input", None, "manifest.cycle.prompt_input is null, expected one of"),
     ("cycle/cycle_length", 0, "with cycle length 0 does not fit"),
     ("cycle/thinking_layers", 4, "split E0 T4 D2 .* does not fit 5 layers"),
     ("cycle/thinking_layers", 0, "does not fit"),
     ("cycle/encoding_layers", -1, "split E-1 T3 D2"),
-    ("graphs", {}, "manifest.graphs is dict, expected a list"),
-    ("graphs/0/name", "prefill", r"manifest.graphs\[0\].name is 'prefill', expected one of full_pass"),
-    ("graphs/0/inputs/0/dims", [1, None], r"manifest.graphs\[0\].inputs\[0\].dims\[1\] is None, expected int or str"),
-    ("graphs/0/inputs/0/dims", [True], r"dims\[0\] is True, expected int or str"),
+    ("graphs", {}, "manifest.graphs is an object, expected a list"),
+    ("graphs/0/name", "prefill", r'manifest.graphs\[0\].name is "prefill", expected one of full_pass'),
+    (
+        "graphs/0/inputs/0/dims",
+        [1, None],
+        r"manifest.graphs\[0\].inputs\[0\].dims\[1\] is null, expected an integer or text",
+    ),
+    ("graphs/0/inputs/0/dims", [True], r"dims\[0\] is true, expected an integer or text"),
     ("graphs/0/file", "other.onnx", "graph file other.onnx is not in the list of files"),
-    ("weights", [], "manifest.weights is list, expected an object"),
-    ("weights/lm_head.weight/offset", "0", "manifest.weights.lm_head.weight.offset is '0', expected int"),
-    ("weights/lm_head.weight/norm", "big", "manifest.weights.lm_head.weight.norm is 'big', expected float"),
-    ("files", None, "manifest.files is NoneType, expected an object"),
-    ("files/config.json", 7, "manifest.files.config.json is int, expected an object"),
+    ("weights", [], "manifest.weights is a list, expected an object"),
+    ("weights/lm_head.weight/offset", "0", 'manifest.weights.lm_head.weight.offset is "0", expected an integer'),
+    ("weights/lm_head.weight/norm", "big", 'manifest.weights.lm_head.weight.norm is "big", expected a number'),
+    ("files", None, "manifest.files is null, expected an object"),
+    ("files/config.json", 7, "manifest.files.config.json is a number, expected an object"),
     ("files/config.json/bytes", ABSENT, "manifest.files.config.json lacks bytes"),
-    ("files/config.json/sha256", 0, "manifest.files.config.json.sha256 is 0, expected str"),
-    ("tools/dmtd", 1, "manifest.tools.dmtd is 1, expected str"),
-    ("verification", "ok", "manifest.verification is str, expected an object"),
+    ("files/config.json/sha256", 0, "manifest.files.config.json.sha256 is 0, expected text"),
+    ("tools/dmtd", 1, "manifest.tools.dmtd is 1, expected text"),
+    ("verification", "ok", "manifest.verification is text, expected an object"),
 ]
 
 
@@ -136,10 +140,12 @@ def test_json_that_is_no_manifest(tmp_path: Path, content: str) -> None:
 def test_what_is_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"has no manifest.json, so it is not a bundle; make one with: dmtd export"):
         load_manifest(tmp_path)
-    with pytest.raises(BundleError, match=r"is not a directory; make a bundle with: dmtd export MODEL -o"):
+    with pytest.raises(BundleError, match=r"does not exist; make a bundle with: dmtd export MODEL -o /.*/absent$"):
         load_manifest(tmp_path / "absent")
     (tmp_path / "file").write_text("")
-    with pytest.raises(BundleError, match="is not a directory"):
+    with pytest.raises(
+        BundleError, match=r"is a file, so it is not a bundle; make a bundle with: dmtd export MODEL -o OUT$"
+    ):
         load_manifest(tmp_path / "file")
 
 

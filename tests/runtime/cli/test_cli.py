@@ -263,7 +263,11 @@ def test_inspect_and_doctor(bundle: str) -> None:
 
 
 BAD_REQUESTS: list[tuple[str, Sequence[str], str]] = [
-    ("missing bundle", ("generate", "/no/such", "-p", "x"), "is not a directory; make a bundle with: dmtd export"),
+    (
+        "missing bundle",
+        ("generate", "/no/such", "-p", "x"),
+        "does not exist; make a bundle with: dmtd export MODEL -o OUT",
+    ),
     ("not a bundle", ("inspect", str(Path(__file__).parent)), "has no manifest.json"),
     ("empty prompt", ("generate", "BUNDLE", "-p", " "), "got an empty prompt"),
     ("no ids", ("generate", "BUNDLE", "--token-ids", ""), "got no tokens"),

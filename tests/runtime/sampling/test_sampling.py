@@ -101,7 +101,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"stop_token_ids": [-1]}, "stop_token_ids: got -1"),
     ({"stop_token_ids": "2"}, "stop_token_ids: got '2', expected a list"),
     ({"stop_token_ids": list(range(1025))}, "stop_token_ids: got 1025 ids"),
-    ({"ignore_eos": 1}, "ignore_eos: got 1, expected True or False"),
+    ({"ignore_eos": 1}, "ignore_eos: got 1, expected true or false"),
     ({"max_tokens": 0}, "max_tokens: got 0"),
     ({"min_tokens": -1}, "min_tokens: got -1"),
     ({"logprobs": 21}, "logprobs: got 21, expected 0 to 20"),

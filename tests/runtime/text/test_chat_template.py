@@ -296,7 +296,7 @@ def test_tools_documents_and_arguments_reach_the_template() -> None:
     for bad in ({"documents": "d"}, {"documents": ["d"]}, {"chat_template_kwargs": [1]}, {"tools": {"a": 1}}):
         with pytest.raises(RequestError, match=f"{next(iter(bad))}: got "):
             made.render([USER], **bad)
-    with pytest.raises(RequestError, match="chat_template_kwargs: got 'pad_token', which has its own"):
+    with pytest.raises(RequestError, match='chat_template_kwargs: got "pad_token", which has its own'):
         made.render([USER], chat_template_kwargs={"pad_token": "x"})
 
 
@@ -310,19 +310,19 @@ def deep(levels: int) -> Any:
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ("hi", "messages: got str, expected a list"),
+        ("hi", "messages: got text, expected a list"),
         ([], "messages: got 0 messages, expected 1 to 4096"),
         ([USER] * 4097, "messages: got 4097 messages"),
-        (["hi"], "messages[0]: got str, expected an object with role and content"),
-        ([USER, {"content": "x"}], "messages[1].role: got None"),
-        ([{"role": "", "content": "x"}], "messages[0].role: got ''"),
+        (["hi"], "messages[0]: got text, expected an object with role and content"),
+        ([USER, {"content": "x"}], "messages[1].role: got null"),
+        ([{"role": "", "content": "x"}], 'messages[0].role: got ""'),
         ([{"role": 5, "content": "x"}], "messages[0].role: got 5"),
-        ([{"role": "u" * 65, "content": "x"}], "messages[0].role: got 'uuu"),
-        ([{"role": "user"}], "messages[0].content: got None, expected text"),
+        ([{"role": "u" * 65, "content": "x"}], 'messages[0].role: got "uuu'),
+        ([{"role": "user"}], "messages[0].content: got null, expected text"),
         ([{"role": "user", "content": 5}], "messages[0].content: got 5"),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
-            "messages[0].content[0]: got {'type': 'image_url', 'image_url': {}}, expected {'type': 'text'",
+            'messages[0].content[0]: got {"type": "image_url", "image_url": {}}, expected {"type": "text"',
         ),
         ([{"role": "user", "content": "x", "data": b"x"}], "messages: got a value of type bytes"),
         ([{"role": "user", "content": "x", "data": object()}], "messages: got a value of type object"),
@@ -338,9 +338,9 @@ def test_bad_messages_are_named(messages: Any, message: str) -> None:
 
 
 def test_other_arguments_are_checked() -> None:
-    with pytest.raises(RequestError, match="tools: got str"):
+    with pytest.raises(RequestError, match="tools: got text"):
         template(SMOLLM2).render([USER], tools=["f"])  # type: ignore[list-item]
-    with pytest.raises(RequestError, match="chat_template_kwargs: got 'messages'"):
+    with pytest.raises(RequestError, match='chat_template_kwargs: got "messages"'):
         template(SMOLLM2).render([USER], chat_template_kwargs={"messages": []})
     with pytest.raises(RequestError, match="messages: got more than 16777216 characters"):
         template(SMOLLM2).render([{"role": "user", "content": "x" * (9 << 20)}] * 2)

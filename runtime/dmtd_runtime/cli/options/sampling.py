@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from dmtd_errors.words import reason
 from dmtd_runtime.cli.common import note
 from dmtd_runtime.cli.options.groups import Group, option
 from dmtd_runtime.errors import RequestError
@@ -168,6 +169,6 @@ def _read_schema(given: str | None) -> str | None:
         return Path(given).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise RequestError(
-            f"got {given[:60]!r}, which is no JSON object and no file that can be read ({error}); give one of them",
+            f"got {given[:60]!r}, which is no JSON object and no file that can be read ({reason(error)}); give one of them",
             param="json_schema",
         ) from None

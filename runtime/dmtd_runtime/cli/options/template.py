@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from dmtd_errors.words import reason
 from dmtd_runtime.cli.options.groups import Group, option
 from dmtd_runtime.errors import RequestError
 
@@ -33,7 +34,7 @@ class GivenTemplate:
                 text = self.tools.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise RequestError(
-                    f"{self.tools} cannot be read ({error}); name a JSON file in UTF-8", param="tools"
+                    f"{self.tools} cannot be read ({reason(error)}); name a JSON file in UTF-8", param="tools"
                 ) from None
             given["tools"] = _parsed(text, list, "tools", '[{"type": "function", "function": {"name": ...}}]')
         return given
