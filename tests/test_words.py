@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dmtd_errors.words import count, kind_of, reason, shown
+from dmtd_errors.words import counted, kind_of, reason, shown
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_reasons_have_no_numbers_of_python(tmp_path: Path) -> None:
 
 
 def test_one_thing_or_several() -> None:
-    told = [count(number, "token") for number in (0, 1, 2)]
-    assert [*told, count(1, "pass", "passes"), count(2, "pass", "passes")] == [
+    told = [counted(number, "token") for number in (0, 1, 2)]
+    assert [*told, counted(1, "pass", "passes"), counted(2, "pass", "passes")] == [
         "0 tokens", "1 token", "2 tokens", "1 pass", "2 passes"
     ]  # fmt: skip

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dmtd_errors.words import counted
 from dmtd_export.cli.export import LIBRARIES
 from dmtd_export.cli.options.build import BuildGroup
 from dmtd_export.cli.progress import StageDisplay
@@ -112,7 +113,7 @@ def _tell(directory: Path, result: BuildResult, seconds: float, *, json: bool) -
 
 def _statement(seen: Preview) -> str:
     """One line before a build: what it takes."""
-    return f"building {len(seen.parts)} engines for {seen.target.label}: {_takes(seen)}"
+    return f"building {counted(len(seen.parts), 'engine')} for {seen.target.label}: {_takes(seen)}"
 
 
 def _takes(seen: Preview) -> str:
@@ -223,7 +224,7 @@ def _result_table(result: BuildResult, seconds: float) -> Table:
     _row(table, "took", f"{seconds:.1f} s, building alone {alone}" if result.built else alone)
     if record.verification.get("ok"):
         checks = record.verification["checks"]
-        _row(table, "verified", f"{len(checks)} checks against the float32 oracle", "green")
+        _row(table, "verified", f"{counted(len(checks), 'check')} against the float32 oracle", "green")
     else:
         _row(table, "verified", f"no; check them with: {_verify_command(result.bundle, record)}", "yellow")
     if record.backend == "simulator":

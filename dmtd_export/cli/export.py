@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dmtd_errors.words import counted
 from dmtd_export.cli.options.export import ExportGroup, SplitGroup, WeightsGroup
 from dmtd_export.cli.progress import StageDisplay
 from dmtd_export.options import ExportOptions, WeightOptions, check_options
@@ -124,7 +125,7 @@ def _table(output: Path, manifest: Manifest) -> Table:
     if not cycle.dmtd_trained:
         row("", "not trained for DMTD: speed is real, words of the late steps are not", "yellow")
     size = sum(info.bytes for info in manifest.files.values())
-    row("size", f"{human_bytes(size)} in {len(manifest.files)} files, {len(manifest.graphs)} of them graphs")
+    row("size", f"{human_bytes(size)} in {counted(len(manifest.files), 'file')}, {len(manifest.graphs)} of them graphs")
     record = manifest.verification
     if record:
         row("verified", f"level {record.get('level', 'unknown')}", "green")

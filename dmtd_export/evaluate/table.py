@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dmtd_errors.words import counted
 from dmtd_export.evaluate.generation import GenerationResult
 from dmtd_export.evaluate.lm_eval_run import HarnessResult
 from dmtd_export.evaluate.multiple_choice import ChoiceResult
@@ -59,7 +60,8 @@ def _text(report: EvaluationReport) -> Table | None:
     if text is None:
         return None
     table = _grid(
-        f"\nheld-out text: {text.overall.tokens} tokens, {text.windows} windows, {text.documents} documents",
+        f"\nheld-out text: {counted(text.overall.tokens, 'token')}, {counted(text.windows, 'window')}, "
+        f"{counted(text.documents, 'document')}",
         ("phase", "perplexity", "plain", "ratio", "", "agreement", ""),
     )
     phases = [("all", text.overall), *((_phase(name), result) for name, result in text.by_phase.items())]
@@ -87,7 +89,7 @@ def _offsets(report: EvaluationReport) -> Table | None:
     found = report.offsets
     if found is None:
         return None
-    rows = [(f"head {name} tokens later", result) for name, result in found.by_offset.items()]
+    rows = [(f"head {counted(int(name), 'token')} later", result) for name, result in found.by_offset.items()]
     rows += [(f"the same tokens at {_phase(name)}", result) for name, result in found.by_phase.items()]
     return _compared("\nthe first head at every place", rows)
 
@@ -147,7 +149,9 @@ def _tasks(report: EvaluationReport) -> Group | None:
         if isinstance(task, ChoiceResult):
             shares = ", ".join(f"{name} {percent(share)}" for name, share in task.phase_share.items())
             lines.append(
-                Text(f"{task.acc.name}: {task.skipped} items skipped; scored tokens by phase: {shares}", "dim")
+                Text(
+                    f"{task.acc.name}: {counted(task.skipped, 'item')} skipped; scored tokens by phase: {shares}", "dim"
+                )
             )
         elif isinstance(task, HarnessResult):
             lines.append(Text(f"{task.scores.name}: {task.metric}", "dim"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-__all__ = ["count", "kind_of", "reason", "shown"]
+__all__ = ["counted", "kind_of", "reason", "shown"]
 
 _MOST_SHOWN = 60
 
@@ -46,6 +46,6 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def count(number: int, noun: str, plural: str | None = None) -> str:
+def counted(number: int, noun: str, plural: str | None = None) -> str:
     """So many of something: 1 token, 2 tokens; ``plural`` where it is no s more."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"

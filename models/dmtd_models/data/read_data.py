@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dmtd_errors.words import reason
+from dmtd_errors.words import counted, reason
 from dmtd_models.data.chat import TextTokenizer
 from dmtd_models.data.errors import DataError
 from dmtd_models.data.examples import Example, Examples
@@ -67,7 +67,10 @@ class ReadCounts:
 
     def summary(self) -> str:
         """One line for a log."""
-        line = f"{self.records} records, {self.examples} examples, {self.tokens} tokens ({self.answer_tokens} answer)"
+        read = (
+            f"{counted(self.records, 'record')}, {counted(self.examples, 'example')}, {counted(self.tokens, 'token')}"
+        )
+        line = f"{read} ({self.answer_tokens} answer)"
         notes = (
             (self.cut_texts, "documents cut into pieces"),
             (self.cut_answers, "answers cut"),

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from dmtd_errors.words import counted
 from dmtd_runtime.backends.base import Backend, BackendOptions
 from dmtd_runtime.backends.opening import open_backend
 from dmtd_runtime.bench.conditions import conditions_of, load_average
@@ -189,7 +190,7 @@ class _Bench:
 
     def measure(self, rate: float) -> LoadReport:
         slots, closed = self.backend.slots, self.load.concurrency is not None
-        name = f"{slots} slots, " + ("closed loop" if closed else f"{rate:g}/s")
+        name = f"{counted(slots, 'slot')}, " + ("closed loop" if closed else f"{rate:g}/s")
         for kind in KINDS * self.options.warmup:
             self.tell(f"{name}, {kind}, warm-up")
             self._static(self._plan(kind), warming=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dmtd_errors.words import counted
 from dmtd_runtime.bench.serve_report import LoadReport, ModeFigures
 from dmtd_runtime.errors import RequestError
 
@@ -41,9 +42,9 @@ def draw_latency(loads: Sequence[LoadReport], picture: Path) -> None:
             rates = [load.request_rate for load in of_slots]
             colour, line = STYLES[mode]
             style: dict[str, Any] = {"color": colour, "linestyle": line, "marker": marker, "markersize": 4}
-            first.plot(rates, [f.ttft_ms.p50 for f in figures], label=f"{name}, {slots} slots", **style)
+            first.plot(rates, [f.ttft_ms.p50 for f in figures], label=f"{name}, {counted(slots, 'slot')}", **style)
             gaps = [math.nan if f.itl_ms is None else f.itl_ms.p99 for f in figures]
-            between.plot(rates, gaps, label=f"{name}, {slots} slots", **style)
+            between.plot(rates, gaps, label=f"{name}, {counted(slots, 'slot')}", **style)
     for axes, title in ((first, "time to first token, median, ms"), (between, "between two tokens, p99, ms")):
         axes.set(title=title, xlabel="requests a second", yscale="log")
         axes.spines[["top", "right"]].set_visible(False)

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from dmtd_errors.pointers import lfs_pointer
-from dmtd_errors.words import reason
+from dmtd_errors.words import counted, reason
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.json_records import decode
 from dmtd_runtime.bundle.records import DTYPE_BYTES as DTYPE_BYTES
@@ -232,7 +232,7 @@ def _faults_of_graphs(manifest: Manifest) -> Iterator[str]:
     widths = {contract.LOGITS: model.vocab_size, contract.THOUGHT: model.hidden_size}
     for graph in manifest.graphs:
         if graph.slots < 1 or graph.file != contract.graph_file(graph.name, graph.dialect, graph.slots):
-            yield f"graph file {graph.file} for {graph.name}, {graph.dialect}, {graph.slots} slot(s)"
+            yield f"graph file {graph.file} for {graph.name}, {graph.dialect}, {counted(graph.slots, 'slot')}"
         for side in (graph.inputs, graph.outputs):
             caches = {name.layer for info in side if (name := contract.cache_name(info.name))}
             if caches != layers.get(graph.name, set()):

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from dmtd_errors.pointers import lfs_pointer
+from dmtd_errors.words import counted
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.errors import BundleError
 
@@ -195,7 +196,7 @@ class Manifest:
         has = ", ".join(graph.file for graph in self.graphs)
         target = "onnxruntime" if dialect == contract.ONNXRUNTIME else "tensorrt"
         raise BundleError(
-            f"bundle has no {name} graph in the {dialect} dialect for {slots} slot(s), only {has}; "
+            f"bundle has no {name} graph in the {dialect} dialect for {counted(slots, 'slot')}, only {has}; "
             f"export it with --target {target} (or all)"
         )
 

@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from dmtd_errors.words import counted
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.bench.measure import BatchReport, BenchOptions, BenchReport, Mode
 from dmtd_runtime.bench.serve_report import Latency, LoadReport, ModeFigures, ServeReport
@@ -44,7 +45,7 @@ def card(manifest: Manifest, split: SplitBytes, options: BenchOptions, backend: 
     card.add_row(
         "run",
         f"batch {', '.join(map(str, options.batches))}; prompt {options.prompt_len}, {options.max_tokens} new tokens; "
-        f"{options.repeats} repeats; {_where(backend)}",
+        f"{counted(options.repeats, 'repeat')}; {_where(backend)}",
     )
     return card
 
@@ -127,7 +128,7 @@ def _range(batch: BatchReport, mode: Mode) -> str:
 def footer(report: BenchReport) -> Text:
     """The conditions of a static batch's table."""
     facts = report.conditions
-    line = f"medians of {facts['repeats']} interleaved repeats; {facts['full_pass']} full pass"
+    line = f"medians of {counted(facts['repeats'], 'interleaved repeat')}; {facts['full_pass']} full pass"
     if facts["full_pass"] == "fused":
         line += f", whose graph repeats D and lm_head: {human_bytes(report.split.fused_extra)} more memory"
     return _conditions(facts, [line])
@@ -155,7 +156,7 @@ def serve_table(report: ServeReport) -> Table:
     table = Table(pad_edge=False, box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for load in report.loads:
-        table.add_column(f"{load.slots} slots, {_arrivals(load)}", justify="right")
+        table.add_column(f"{counted(load.slots, 'slot')}, {_arrivals(load)}", justify="right")
     for name, cell in _RATIOS:
         table.add_row(name, *(cell(load) for load in report.loads))
     for name, figure in _FIGURES:
@@ -171,7 +172,7 @@ def serve_footer(report: ServeReport) -> Text:
     return _conditions(
         facts,
         [
-            f"{lengths}; {facts['repeats']} interleaved repeats pooled, after {facts['warmup']} warm-up; "
+            f"{lengths}; {counted(facts['repeats'], 'interleaved repeat')} pooled, after {facts['warmup']} warm-up; "
             f"{facts['full_pass']} full pass",
             "ratios are of tokens/s while the load lasts; static: all slots begin and end together, prompts included",
         ],

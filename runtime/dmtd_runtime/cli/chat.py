@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dmtd_errors.words import reason
+from dmtd_errors.words import counted, reason
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.cli.common import (
     EXIT_ERROR,
@@ -215,7 +215,7 @@ def _answer(llm: LLM, conversation: Conversation, message: str) -> None:
         rate = f"{(count - first_count) / seconds:.1f} tok/s, " if seconds > 0 else ""
         end = "stopped" if stopped else {"length": "cut at the length limit"}.get(reason or "", "")
         typer.secho(
-            f"[{count} tokens, {rate}first after {first * 1e3:.0f} ms{', ' + end if end else ''}]",
+            f"[{counted(count, 'token')}, {rate}first after {first * 1e3:.0f} ms{', ' + end if end else ''}]",
             err=True,
             dim=True,
         )

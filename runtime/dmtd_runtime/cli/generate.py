@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dmtd_errors.words import reason
+from dmtd_errors.words import counted, reason
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.cli.common import (
     BundleArgument,
@@ -54,15 +54,16 @@ class Answer:
 
     def closing_line(self) -> str:
         """Figures for a person."""
-        parts = [f"{len(self.token_ids)} tokens"]
+        parts = [counted(len(self.token_ids), "token")]
         if self.decode_tok_per_s is not None:
             parts.append(f"{self.decode_tok_per_s:.1f} tok/s")
         if self.first_token_s is not None:
             parts.append(f"first token {self.first_token_s * 1e3:.0f} ms ({self.prompt_tokens} of prompt)")
         if self.tokens_per_full_pass is not None:
-            parts.append(f"{self.full_passes} full passes, {self.tokens_per_full_pass:.2f} tokens each")
+            passes = counted(self.full_passes, "full pass", "full passes")
+            parts.append(f"{passes}, {self.tokens_per_full_pass:.2f} tokens each")
         if self.dropped_tokens:
-            parts.append(f"{self.dropped_tokens} of {self.late_steps} late steps dropped")
+            parts.append(f"{self.dropped_tokens} of {counted(self.late_steps, 'late step')} dropped")
         return f"[{' | '.join(parts)} | ended by {self.finish_reason or 'interruption'}]"
 
 
