@@ -15,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ COMPONENTS = (
     ("tensorrt-rtx", "TensorRT-RTX engines", None, "dmtd[tensorrt-rtx]"),
     ("cuda-bindings", "CUDA without torch", None, f"cuda-bindings>={CUDA_MAJOR},<{CUDA_MAJOR + 1}"),
 )
+_ONNXRUNTIMES = {"onnxruntime": "dmtd[cpu]", "onnxruntime-gpu": "dmtd[gpu]"}
 # TensorRT's distributions carry the CUDA release in their name.
 ALIASES = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
@@ -157,29 +158,38 @@ def to_json(report: Report) -> str:
 
 
 def render(report: Report) -> Group:
-    """The report for a terminal: machine, libraries, problems."""
+    """The report for a terminal: machine, libraries, what installs those that are missing, problems; in 80 columns."""
     machine = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _machine_rows(report):
         machine.add_row(Text(name, style="bold"), Text(value))
-    libraries = Table(title="Libraries", title_justify="left", pad_edge=False)
-    for heading in ("library", "for", "version"):
+    rows = [(name, report.onnxruntime.distributions.get(name), "running bundles") for name in _ONNXRUNTIMES]
+    rows += [(part.name, part.version, part.purpose) for part in report.components]
+    libraries = Table(box=None, pad_edge=False)
+    for heading in ("library", "version", "for"):
         libraries.add_column(heading, overflow="fold")
-    libraries.add_column("to install", no_wrap=True)  # a command is there to be copied
-    for name in ("onnxruntime", "onnxruntime-gpu"):
-        version = report.onnxruntime.distributions.get(name)
-        # One of the two is enough: the absent one is no gap while the other is there.
-        hint = (
-            "" if report.onnxruntime.distributions else _pip_line("dmtd[gpu]" if name.endswith("gpu") else "dmtd[cpu]")
-        )
-        libraries.add_row(name, "running bundles", _version_text(version), Text(hint))
-    for part in report.components:
-        libraries.add_row(
-            part.name, part.purpose, _version_text(part.version), Text("" if part.version else part.install)
-        )
+    for name, version, purpose in rows:
+        libraries.add_row(name, _version_text(version), purpose)
     verdict = [Text(f"problem: {line}", style="red") for line in report.problems] or [
         Text("No problems found.", style="green")
     ]
-    return Group(machine, Text(), libraries, Text(), *verdict)
+    return Group(machine, Text(), libraries, Text(), *_gaps(report), *verdict)
+
+
+def _gaps(report: Report) -> Iterator[Table | Text]:
+    """What is missing, behind the command that installs it."""
+    missing: dict[str, list[str]] = {}
+    if not report.onnxruntime.distributions:  # one of the two is enough
+        missing |= {_pip_line(extra): [name] for name, extra in _ONNXRUNTIMES.items()}
+    for part in report.components:
+        if part.version is None:
+            missing.setdefault(part.install, []).append(part.name)
+    if missing:
+        commands = Table(box=None, pad_edge=False)
+        commands.add_column("to install", no_wrap=True)  # a command is there to be copied
+        commands.add_column("what is missing", overflow="fold")
+        for command, names in missing.items():
+            commands.add_row(Text(command), ", ".join(names))
+        yield from (commands, Text())
 
 
 def _version_text(version: str | None) -> Text:
@@ -244,7 +254,7 @@ def _first_version(name: str, version_of: VersionOf) -> str | None:
 
 
 def _onnxruntime(version_of: VersionOf) -> OnnxRuntime:
-    distributions = {name: version for name in ("onnxruntime", "onnxruntime-gpu") if (version := version_of(name))}
+    distributions = {name: version for name in _ONNXRUNTIMES if (version := version_of(name))}
     try:
         module = importlib.import_module("onnxruntime")
         providers = tuple(str(name) for name in module.get_available_providers())

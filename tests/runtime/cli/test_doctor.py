@@ -278,7 +278,7 @@ def test_json_and_table_tell_the_report(tmp_path: Path, onnxruntime_is) -> None:
     assert told["problems"] == list(report.problems)
     assert told["gpus"][0]["name"] == "NVIDIA L40S"
     assert {"dmtd", "machine", "onnxruntime", "components", "nvidia_driver", "thread_environment"} <= set(told)
-    console = Console(width=100, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(render(report))
     text = console.export_text()
     for words in (
@@ -289,6 +289,9 @@ def test_json_and_table_tell_the_report(tmp_path: Path, onnxruntime_is) -> None:
         "580.65.06",
     ):
         assert words in text
+    lines = [line.rstrip() for line in text.splitlines()]
+    for part in report.components:  # a library, a line
+        assert any(line.startswith(f"{part.name} ") and line.endswith(f" {part.purpose}") for line in lines), part
     assert "No problems found" not in text
 
 
