@@ -16,7 +16,7 @@ from rich.text import Text
 from dmtd_errors.words import counted
 from dmtd_export.cli.options.export import ExportGroup, SplitGroup, WeightsGroup
 from dmtd_export.cli.progress import StageDisplay
-from dmtd_export.options import ExportOptions, WeightOptions, check_options
+from dmtd_export.options import GROUPS, ExportOptions, WeightOptions, check_options
 from dmtd_models.config.model import SplitOptions
 from dmtd_runtime.bundle.speed_bound import split_bytes, weight_formats
 from dmtd_runtime.cli.common import JsonOption, human_bytes, logs_to_stderr, pick, require
@@ -24,6 +24,9 @@ from dmtd_runtime.cli.common import JsonOption, human_bytes, logs_to_stderr, pic
 if TYPE_CHECKING:
     from dmtd_runtime.bundle.manifest import Manifest
 
+SYMMETRIC_LOSES = (
+    "int4-symmetric costs a small model much: SmolLM2-135M 1.35 times the perplexity, with int4 under 1.05"
+)
 LIBRARIES = ("numpy", "onnx", "safetensors", "gguf", "ml_dtypes")
 
 
@@ -79,7 +82,7 @@ def export(
     if json:
         typer.echo(json_text.dumps(_summary(output, manifest)))
     else:
-        Console(highlight=False).print(_table(output, manifest))
+        Console(highlight=False).print(_table(output, manifest, formats))
 
 
 def _summary(output: Path, manifest: Manifest) -> dict[str, Any]:
@@ -103,7 +106,7 @@ def _summary(output: Path, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _table(output: Path, manifest: Manifest) -> Table:
+def _table(output: Path, manifest: Manifest, formats: WeightOptions) -> Table:
     cycle, model = manifest.cycle, manifest.model
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
@@ -120,8 +123,10 @@ def _table(output: Path, manifest: Manifest) -> Table:
     )
     row("model", f"{model.family}, {model.dtype}, up to {model.max_model_len} tokens")
     if manifest.quantised:
-        for group, formats in weight_formats(manifest).items():
-            row("", f"{group.replace('_', ' ')}: {formats}")
+        for name, stored in weight_formats(manifest).items():
+            row("", f"{name.replace('_', ' ')}: {stored}")
+    if any(formats.format_of(group) == "int4-symmetric" for group in GROUPS):
+        row("", SYMMETRIC_LOSES, "yellow")
     if not cycle.dmtd_trained:
         row("", "not trained for DMTD: speed is real, words of the late steps are not", "yellow")
     size = sum(info.bytes for info in manifest.files.values())

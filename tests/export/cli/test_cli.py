@@ -64,6 +64,14 @@ def test_export_says_what_it_made_and_what_comes_next(checkpoint: str, tmp_path:
     assert "records no convention" in warnings[0]
 
 
+def test_the_format_that_costs_much_says_so_once(checkpoint: str, tmp_path: Path) -> None:
+    for weights, times in (("int4-symmetric", 1), ("int4", 0)):
+        chosen = ("--weights", weights, "--weights-block", "16")
+        result = dmtd("export", checkpoint, "-o", str(tmp_path / weights), *SPLIT, *chosen, "--no-verify")
+        assert result.exit_code == 0, result.output
+        assert " ".join(result.output.split()).count("1.35 times the perplexity") == times
+
+
 def test_every_option_arrives(checkpoint: str, tmp_path: Path) -> None:
     target = tmp_path / "b"
     result = dmtd(
