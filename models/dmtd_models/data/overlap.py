@@ -87,11 +87,6 @@ class OverlapReport:
     leaking_texts: tuple[str, ...]
     """Every document with a leak, in order."""
 
-    @property
-    def leaked_items(self) -> tuple[str, ...]:
-        """Items that occur in the training text, each once, in the order found."""
-        return tuple(dict.fromkeys(leak.item for leak in self.leaks))
-
 
 def words_of(text: str) -> list[str]:
     """The words that are compared: compatibility forms composed, case folded, split at whatever is no letter or digit."""
@@ -186,10 +181,6 @@ class OverlapIndex:
         for question in probe.questions:
             if words := tuple(words_of(question)):
                 _claim(self._questions, words, number)
-
-    def leaks_of(self, text: TrainingText) -> list[Leak]:
-        """The items that occur in one document: the first place of each item and rule."""
-        return self._search(text)[0]
 
     def scan(self, texts: Iterable[TrainingText]) -> OverlapReport:
         """Search all training text; of each item and rule the first leak is kept."""

@@ -14,13 +14,13 @@ from dmtd_runtime.server.forms import form_of
 from dmtd_runtime.server.generation import Choice, Run
 from dmtd_runtime.server.params import wanted_of
 from dmtd_runtime.server.replies import Head, measured, start, usage, wants_usage, whole
-from dmtd_runtime.server.said import Listener, Tools, tools_of, whole_calls
+from dmtd_runtime.server.said import Listener, Tools, tools_of
 from dmtd_runtime.server.schema import ChatBody
 from dmtd_runtime.server.served import Served
 from dmtd_runtime.server.streaming import DONE, EventStream, event
 from dmtd_runtime.server.tokens import TokenTexts, chat_logprobs, prompt_logprobs
 from dmtd_runtime.serving.outputs import Delta
-from dmtd_runtime.text.tool_calls import ToolCallDelta
+from dmtd_runtime.text.tool_calls import ToolCallDelta, whole_calls
 
 
 async def chat(served: Served, body: ChatBody, http: HttpRequest) -> Response:

@@ -12,7 +12,6 @@ from dmtd_runtime.server.schema import NamedTool, ToolBody
 from dmtd_runtime.server.served import Served
 from dmtd_runtime.text.reasoning import ReasoningStream, starts_in_reasoning
 from dmtd_runtime.text.tool_calls import (
-    ToolCall,
     ToolCallDelta,
     ToolCallStream,
     ToolFormat,
@@ -149,12 +148,3 @@ class Listener:
 
     def _allowed(self, calls: tuple[ToolCallDelta, ...]) -> tuple[ToolCallDelta, ...]:
         return calls if self._parallel else tuple(call for call in calls if call.index == 0)
-
-
-def whole_calls(pieces: tuple[ToolCallDelta, ...]) -> list[ToolCall]:
-    """Calls of all their pieces."""
-    told: dict[int, ToolCall] = {}
-    for piece in pieces:
-        before = told.get(piece.index) or ToolCall(id=piece.id or "", name=piece.name or "", arguments="")
-        told[piece.index] = ToolCall(id=before.id, name=before.name, arguments=before.arguments + piece.arguments)
-    return [told[index] for index in sorted(told)]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -71,12 +71,16 @@ def parse_tool_calls(
     """Content and calls of a whole text; arguments as for ``ToolCallStream``."""
     stream = ToolCallStream(format, names=names, new_id=new_id)
     parts = (stream.push(text), stream.flush())
-    calls: list[ToolCall] = []
-    for delta in (delta for part in parts for delta in part.calls):
-        if delta.index == len(calls):
-            calls.append(ToolCall(id=delta.id or "", name=delta.name or "", arguments=""))
-        calls[delta.index] = replace(calls[delta.index], arguments=calls[delta.index].arguments + delta.arguments)
-    return "".join(part.content for part in parts), calls
+    return "".join(part.content for part in parts), whole_calls(piece for part in parts for piece in part.calls)
+
+
+def whole_calls(pieces: Iterable[ToolCallDelta]) -> list[ToolCall]:
+    """Calls of all their pieces."""
+    told: dict[int, ToolCall] = {}
+    for piece in pieces:
+        before = told.get(piece.index) or ToolCall(id=piece.id or "", name=piece.name or "", arguments="")
+        told[piece.index] = ToolCall(id=before.id, name=before.name, arguments=before.arguments + piece.arguments)
+    return [told[index] for index in sorted(told)]
 
 
 class ToolCallStream:

@@ -37,6 +37,14 @@ def prose(text, text_id="t"):
     return TrainingText(text_id=text_id, text=text)
 
 
+def leaks_of(made, text):
+    return list(made.scan([text]).leaks)
+
+
+def leaked_items(report):
+    return tuple(dict.fromkeys(leak.item for leak in report.leaks))
+
+
 def test_words():
     assert words_of("Don't  STOP—it's café_9!") == ["don", "t", "stop", "it", "s", "café", "9"]
     assert words_of("cafe\u0301 Straße ﬁn") == ["café", "strasse", "fin"]
@@ -44,20 +52,20 @@ def test_words():
 
 def test_a_run_of_thirteen_words_is_a_leak_and_of_twelve_is_none():
     words = FOX.split()
-    found = index(FOX).leaks_of(prose("Once: " + ", ".join(words[2:15]).upper() + " -- and then."))
+    found = leaks_of(index(FOX), prose("Once: " + ", ".join(words[2:15]).upper() + " -- and then."))
     [leak] = found
     assert (leak.item, leak.text_id, leak.rule) == ("0", "t", "n-gram")
     assert leak.excerpt == " ".join(words[2:15])
-    assert index(FOX).leaks_of(prose("Once " + " ".join(words[2:14]) + " and")) == []
-    assert index(FOX).leaks_of(prose(" ".join([*words[2:9], "more", *words[9:16]]))) == []
-    assert index(FOX, ngram_words=3).leaks_of(prose("a lazy dog and"))[0].excerpt == "lazy dog and"
+    assert leaks_of(index(FOX), prose("Once " + " ".join(words[2:14]) + " and")) == []
+    assert leaks_of(index(FOX), prose(" ".join([*words[2:9], "more", *words[9:16]]))) == []
+    assert leaks_of(index(FOX, ngram_words=3), prose("a lazy dog and"))[0].excerpt == "lazy dog and"
 
 
 def test_a_shared_run_names_those_items_that_have_it():
     tail = "one two three four five six seven eight nine ten eleven twelve thirteen"
     made = index(FOX + " " + tail, "zero " + tail, FOX)
-    assert [leak.item for leak in made.leaks_of(prose(tail))] == ["0", "1"]
-    assert [leak.item for leak in made.leaks_of(prose(FOX))] == ["0", "2"]
+    assert [leak.item for leak in leaks_of(made, prose(tail))] == ["0", "1"]
+    assert [leak.item for leak in leaks_of(made, prose(FOX))] == ["0", "2"]
 
 
 def test_short_questions_match_whole_turns_only():
@@ -73,7 +81,7 @@ def test_short_questions_match_whole_turns_only():
     [leak] = report.leaks
     assert (leak.item, leak.text_id, leak.rule) == ("facts/0", "c", "question")
     assert (report.num_items, report.num_texts, report.ngram_words) == (2, 4, 13)
-    assert report.leaked_items == ("facts/0",)
+    assert leaked_items(report) == ("facts/0",)
     assert report.leaking_texts == ("c", "d")
 
 
@@ -84,7 +92,7 @@ def test_a_report_keeps_the_first_leak():
         [prose("x y"), prose(" ".join(long.split()[:37])), prose(long.upper().partition(" W30 ")[0]), prose(FOX)]
     )
     assert [(leak.item, leak.text_id) for leak in report.leaks] == [("0", "t"), ("1", "t")]
-    assert report.leaked_items == ("0", "1")
+    assert leaked_items(report) == ("0", "1")
     assert report.num_words == 2 + 37 + 30 + 16
 
 
@@ -113,7 +121,7 @@ def test_turns_of_a_tokenised_chat(tokenizer):
     assert "What is ice?" in text.questions
     assert "<|im" not in text.text
     made = OverlapIndex(prompt_probes("p", ["what is ice", "Frozen"]))
-    assert [(leak.item, leak.rule) for leak in made.leaks_of(text)] == [("p/0", "question")]
+    assert [(leak.item, leak.rule) for leak in leaks_of(made, text)] == [("p/0", "question")]
 
 
 def test_leaking_examples_are_dropped(tokenizer):
@@ -135,7 +143,7 @@ def test_leaking_examples_are_dropped(tokenizer):
 
 
 def test_nothing_to_look_for():
-    assert OverlapIndex([]).leaks_of(prose(FOX)) == []
+    assert leaks_of(OverlapIndex([]), prose(FOX)) == []
     assert index("short").scan([prose(FOX)]).leaks == ()
     assert index("?!", questions=("?!",)).leaks_of(TrainingText(text_id="t", text="", questions=("!",))) == []
     with pytest.raises(DataError, match="n-gram: got 0 words"):
@@ -153,7 +161,7 @@ def test_random_texts_against_plain_search():
             str(n) for n, words in enumerate(items) if any(words[i : i + 4] in runs for i in range(len(words) - 3))
         }
         made = index(*(" ".join(words) for words in items), ngram_words=4)
-        assert {leak.item for leak in made.leaks_of(prose(" ".join(text)))} == expected
+        assert {leak.item for leak in leaks_of(made, prose(" ".join(text)))} == expected
 
 
 def test_speed_and_memory():
