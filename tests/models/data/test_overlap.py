@@ -145,7 +145,7 @@ def test_leaking_examples_are_dropped(tokenizer):
 def test_nothing_to_look_for():
     assert leaks_of(OverlapIndex([]), prose(FOX)) == []
     assert index("short").scan([prose(FOX)]).leaks == ()
-    assert index("?!", questions=("?!",)).leaks_of(TrainingText(text_id="t", text="", questions=("!",))) == []
+    assert leaks_of(index("?!", questions=("?!",)), TrainingText(text_id="t", text="", questions=("!",))) == []
     with pytest.raises(DataError, match="n-gram: got 0 words"):
         index(FOX, ngram_words=0)
 
