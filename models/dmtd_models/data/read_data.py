@@ -72,12 +72,12 @@ class ReadCounts:
         )
         line = f"{read} ({self.answer_tokens} answer)"
         notes = (
-            (self.cut_texts, "documents cut into pieces"),
-            (self.cut_answers, "answers cut"),
-            (self.dropped_prompts, "dropped: prompt too long"),
-            (self.dropped_short, "dropped: under two tokens"),
+            (self.cut_texts, f"{counted(self.cut_texts, 'document')} cut into pieces"),
+            (self.cut_answers, f"{counted(self.cut_answers, 'answer')} cut"),
+            (self.dropped_prompts, f"{self.dropped_prompts} dropped: prompt too long"),
+            (self.dropped_short, f"{self.dropped_short} dropped: under two tokens"),
         )
-        return "; ".join([line, *(f"{count} {what}" for count, what in notes if count)])
+        return "; ".join([line, *(words for count, words in notes if count)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,8 +142,8 @@ def _write(source: str, tokenizer: TextTokenizer, options: ReadOptions, target: 
             raise DataError(f"{source}: no data: got 0 records, expected chats or documents; check the file")
         if tally.examples == 0:
             raise DataError(
-                f"{source}: no data: none of {tally.records} records gives an example of at most {options.max_length} "
-                f"tokens ({tally.dropped_prompts} prompts too long, {tally.dropped_short} under two tokens); "
+                f"{source}: no data: none of {counted(tally.records, 'record')} gives an example of at most {options.max_length} "
+                f"tokens ({counted(tally.dropped_prompts, 'prompt')} too long, {tally.dropped_short} under two tokens); "
                 "raise --max-length (and --tokens-per-step, which bounds it) or give other data"
             )
         counts = ReadCounts(form=maker.form, **asdict(tally))

@@ -46,7 +46,7 @@ def test_a_chat(read, tokenizer, tmp_path):
     counts = data.counts
     assert (counts.form, counts.records, counts.examples, counts.tokens) == ("messages", 1, 1, PROMPT_LEN + 5)
     assert (counts.answer_tokens, counts.cut_answers, counts.dropped_prompts) == (5, 0, 0)
-    assert counts.summary() == f"1 records, 1 examples, {PROMPT_LEN + 5} tokens (5 answer)"
+    assert counts.summary() == f"1 record, 1 example, {PROMPT_LEN + 5} tokens (5 answer)"
 
 
 def test_several_turns(read, tokenizer, tmp_path):
@@ -74,7 +74,7 @@ def test_documents_are_cut_into_pieces(read, tmp_path):
     assert list(data.dataset["document"]) == [0, 0, 1]
     counts = data.counts
     assert (counts.records, counts.examples, counts.cut_texts, counts.dropped_short) == (2, 3, 1, 1)
-    assert "1 documents cut into pieces" in counts.summary()
+    assert "1 document cut into pieces" in counts.summary()
 
 
 def test_long_chats_are_cut_or_dropped(read, tmp_path):
@@ -86,7 +86,7 @@ def test_long_chats_are_cut_or_dropped(read, tmp_path):
     # A prompt that leaves no room for a token of the answer is dropped as well.
     with pytest.raises(
         DataError,
-        match=r"none of 1 records gives an example of at most \d+ tokens \(1 prompts too long.*raise --max-length",
+        match=r"none of 1 record gives an example of at most \d+ tokens \(1 prompt too long.*raise --max-length",
     ):
         read(lines(tmp_path / "b.jsonl", CHAT), max_length=PROMPT_LEN)
 

@@ -59,7 +59,7 @@ def test_unknown_keys_of_the_same_schema_are_ignored(good: dict[str, Any], tmp_p
 def test_graph_says_what_the_bundle_has_instead(tiny: TinyBundles) -> None:
     manifest = tiny.get().manifest
     assert manifest.graph("thinking", "onnxruntime", 8).file == "thinking.ort.batch8.onnx"
-    with pytest.raises(BundleError, match=r"for 3 slot\(s\), only .*thinking.ort.onnx.*--target onnxruntime"):
+    with pytest.raises(BundleError, match=r"for 3 slots, only .*thinking.ort.onnx.*--target onnxruntime"):
         manifest.graph("thinking", "onnxruntime", 3)
 
 

@@ -251,7 +251,7 @@ def test_bench_serve_table_and_plot(bundle: str, tmp_path: Path) -> None:
     for name, begin in (("load.png", b"\x89PNG"), ("load.svg", b"<?xml")):
         result = dmtd("bench", bundle, *SERVE, "--request-rate", "500,1000", "--plot", str(tmp_path / name))
         assert result.exit_code == 0, result.output
-        for words in ("1 slots, 500/s", "1 slots, 1000/s", "DMTD / static batch", "heads in phase", "first token"):
+        for words in ("1 slot, 500/s", "1 slot, 1000/s", "DMTD / static batch", "heads in phase", "first token"):
             assert words in result.stdout
         assert (tmp_path / name).read_bytes().startswith(begin)
 
