@@ -198,7 +198,7 @@ def test_an_unknown_task_is_one_line(
 
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", str(checkpoint), "--lm-eval", "no_such_task", "--lm-eval-include", str(tasks)])
-    assert ended.value.code == 1
+    assert ended.value.code == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "no_such_task" in errors[0]
