@@ -24,6 +24,7 @@ from typing import Annotated, TypeVar
 import typer
 from rich.console import Console
 
+from dmtd_errors.words import reason
 from dmtd_runtime.cli.process import drop_stdout
 from dmtd_runtime.errors import DmtdError, MissingExtraError
 from dmtd_runtime.machine.memory import left_in_words, ran_out
@@ -78,7 +79,8 @@ def require(verb: str, modules: Sequence[str], extra: str) -> None:
                 raise KeyboardInterrupt from None
             if ran_out(error):
                 raise MissingExtraError(
-                    f"dmtd {verb} needs {name}, for which there is not enough memory ({error}), {left_in_words()}; free some"
+                    f"dmtd {verb} needs {name}, for which there is not enough memory ({reason(error)}), "
+                    f"{left_in_words()}; free some"
                 ) from None
             raise MissingExtraError(
                 f"dmtd {verb} needs {name}, which cannot be imported ({error}); run: pip install {pip_name(name, extra)}"
@@ -139,7 +141,7 @@ def friendly_errors(flags: Mapping[str, str] | None = None, *, extra: str = "cpu
                 f"no space left on the device ({error.filename or 'output'}); free some and try again"
             ) from error
         if ran_out(error):
-            raise _fail(_NO_MEMORY.format(error, left_in_words())) from error
+            raise _fail(_NO_MEMORY.format(reason(error), left_in_words())) from error
         raise
     except ImportError as error:
         if _was_interrupted(error):
@@ -148,11 +150,11 @@ def friendly_errors(flags: Mapping[str, str] | None = None, *, extra: str = "cpu
             raise typer.Exit(EXIT_INTERRUPTED) from None
         if not ran_out(error):
             raise
-        raise _fail(_NO_MEMORY.format(error, left_in_words())) from error
+        raise _fail(_NO_MEMORY.format(reason(error), left_in_words())) from error
     except (MemoryError, RuntimeError) as error:
         if not ran_out(error):
             raise
-        raise _fail(_NO_MEMORY.format(error or type(error).__name__, left_in_words())) from error
+        raise _fail(_NO_MEMORY.format(reason(error), left_in_words())) from error
 
 
 def _fail(message: str, code: int = EXIT_ERROR) -> typer.Exit:

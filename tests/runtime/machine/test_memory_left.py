@@ -111,7 +111,7 @@ def test_a_verb_that_runs_out_of_memory(bundle: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("dmtd_runtime.bundle.describe.to_json", refuse)
     done = CliRunner().invoke(app, ["inspect", str(bundle), "--json"])
     assert done.exit_code == 1
-    assert done.stderr.startswith("error: not enough memory ([Errno 12]")
+    assert done.stderr.startswith("error: not enough memory (Cannot allocate memory")
     assert done.stderr.count("\n") == 1
 
 
