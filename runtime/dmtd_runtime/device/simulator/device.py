@@ -24,6 +24,7 @@ An engine file is the engine's ONNX graph in the standard dialect. Float32 and f
 from __future__ import annotations
 
 import itertools
+from bisect import bisect, insort
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,7 @@ class SimulatedDevice:
         self._total = memory_bytes
         self._threads = threads
         self._blocks: dict[int, Block] = {}
+        self._starts: list[int] = []  # of the blocks, in order
         self._pinned: list[Array] = []
         self._stream: deque[Work] = deque()
         self._done = 0
@@ -77,12 +79,14 @@ class SimulatedDevice:
         data = raw[start : start + max(num_bytes, 1)]
         block = Block(what=what, address=data.ctypes.data, data=data, written=np.zeros(len(data), np.bool_))
         self._blocks[block.address] = block
+        insort(self._starts, block.address)
         return Address(block.address)
 
     def free(self, address: Address) -> None:
         """Give back an allocation: whatever in the stream still uses it breaks rule 1."""
         if self._blocks.pop(address, None) is None:
             raise SeamError(f"free: {address:#x} is no allocation")
+        self._starts.remove(address)
 
     def alloc_host(self, num_bytes: int) -> Array:
         self.forbid_in_capture("allocating host memory")
@@ -178,7 +182,7 @@ class SimulatedDevice:
             work()
 
     def close(self) -> None:
-        for owned in (self._blocks, self._pinned, self._stream, self._captured):
+        for owned in (self._blocks, self._starts, self._pinned, self._stream, self._captured):
             owned.clear()
 
     def push(self, work: Work) -> None:
@@ -211,9 +215,10 @@ class SimulatedDevice:
             raise SeamError(f"{what}: byte {span.start + first} of {block.what} is read before anything has written it")
 
     def _span(self, address: int, num_bytes: int, what: str) -> tuple[Block, slice]:
-        for block in self._blocks.values():
+        if index := bisect(self._starts, address):
+            block = self._blocks[self._starts[index - 1]]
             start = address - block.address
-            if 0 <= start < len(block.data):
+            if start < len(block.data):
                 if start + num_bytes > len(block.data):
                     raise SeamError(
                         f"{what}: {num_bytes} bytes from {start} pass the end of {block.what}, {len(block.data)}"

@@ -99,6 +99,14 @@ class SimulatedContext:
         sizes = self._sizes()
         for info in engine.session.get_outputs():
             self._shapes[info.name] = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in info.shape)
+        self._num_bytes = {
+            name: math.prod(self._shapes[name]) * np.dtype(tensor.dtype).itemsize
+            for name, tensor in engine.tensors.items()
+        }
+        self._caches = [
+            name for name, tensor in engine.tensors.items() if tensor.is_input and contract.cache_name(name)
+        ]
+        self._updates = self._groups()
 
     def set_address(self, name: str, address: Address) -> None:
         if name not in self._engine.tensors:
@@ -127,7 +135,7 @@ class SimulatedContext:
         if not self._is_warm:
             self._is_warm = True
             self._device.stall()
-        spans = {name: self._device.tensor(addresses[name], self._num_bytes(name), name) for name in tensors}
+        spans = {name: self._device.tensor(addresses[name], self._num_bytes[name], name) for name in tensors}
         for name, tensor in tensors.items():
             if tensor.is_input:
                 self._device.require_written(*spans[name], name)
@@ -152,9 +160,9 @@ class SimulatedContext:
 
     def _check_overlaps(self, addresses: Mapping[str, int]) -> None:
         """Rule 2, and rule 1 as far as it can be seen before the run."""
-        spans = sorted((address, address + self._num_bytes(name), name) for name, address in addresses.items())
+        spans = sorted((address, address + self._num_bytes[name], name) for name, address in addresses.items())
         for name, tensor in self._engine.tensors.items():
-            self._device.tensor(addresses[name], self._num_bytes(name), name)
+            self._device.tensor(addresses[name], self._num_bytes[name], name)
             if tensor.alias is not None and addresses[name] != addresses[tensor.alias]:
                 raise SeamError(f"{name}: must lie at the address of {tensor.alias}, which it updates in place")
         for start, end, name in spans:
@@ -168,16 +176,13 @@ class SimulatedContext:
 
     def _check_updates(self, spans: Mapping[str, tuple[Block, slice]]) -> None:
         """Rule 4: what TensorRT ignores silently, and rows that would be seen but were never written."""
-        for name in self._shapes:
-            cache = contract.cache_name(name)
-            if cache is None or not self._engine.tensors[name].is_input:
-                continue
+        for name in self._caches:
             block, span = spans[name]
             batch, _, capacity, _ = self._shapes[name]
             in_use = block.rows.setdefault(span.start, np.zeros(0, np.int64))
             if len(in_use) < batch:
                 in_use = np.concatenate([in_use, np.full(batch - len(in_use), 0 if block.fresh else capacity)])
-            updates, visible = self._updates(), self._visible_len(capacity)
+            updates, visible = self._updates, self._visible_len(capacity)
             gaps = block.gaps.setdefault(span.start, {})
             for group, rows in updates:
                 for slot, first in enumerate(self._numbers(contract.write_indices(group), spans).tolist()):
@@ -199,7 +204,7 @@ class SimulatedContext:
         """Rows of a cache that attention reads: a row written behind them is never seen."""
         return self._shapes.get(contract.VISIBLE_ROWS, (capacity,))[0]
 
-    def _updates(self) -> list[tuple[contract.Group, int]]:
+    def _groups(self) -> list[tuple[contract.Group, int]]:
         """The groups that may update a cache in this graph, and the rows of a run; full_pass does not say which it is."""
         inputs = self._engine.tensors
         found: list[tuple[contract.Group, int]] = []
@@ -213,9 +218,6 @@ class SimulatedContext:
         block, span = spans[name]
         numbers: Array = block.data[span].view(self._engine.tensors[name].dtype)
         return numbers
-
-    def _num_bytes(self, name: str) -> int:
-        return math.prod(self._shapes[name]) * np.dtype(self._engine.tensors[name].dtype).itemsize
 
     def _sizes(self) -> dict[str, int]:
         """Symbolic dimensions by name. SeamError where two inputs disagree."""
