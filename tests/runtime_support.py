@@ -97,15 +97,21 @@ class TinyBundle:
 class TinyBundles:
     """Bundles and open backends, made when first asked for and kept."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, root: Path, *, layers: int = LAYERS, decoding_layers: int = DECODING_LAYERS) -> None:
+        self._root, self._layers, self._decoding_layers = root, layers, decoding_layers
         self._bundles: dict[tuple[str, int], TinyBundle] = {}
         self._backends: dict[tuple[Any, ...], OnnxRuntimeBackend] = {}
 
     def get(self, family: str = "qwen3", encoding_layers: int = 0) -> TinyBundle:
         key = (family, encoding_layers)
         if key not in self._bundles:
-            self._bundles[key] = make_bundle(self._root / f"{family}-{encoding_layers}", family, encoding_layers)
+            self._bundles[key] = make_bundle(
+                self._root / f"{family}-{encoding_layers}",
+                family,
+                encoding_layers,
+                layers=self._layers,
+                decoding_layers=self._decoding_layers,
+            )
         return self._bundles[key]
 
     def backend(
@@ -136,36 +142,30 @@ class TinyBundles:
 
 
 def make_bundle(
-    root: Path, family: str = "qwen3", encoding_layers: int = 0, *, max_positions: int = 256, tokenizer: bool = True
+    root: Path,
+    family: str = "qwen3",
+    encoding_layers: int = 0,
+    *,
+    layers: int = LAYERS,
+    decoding_layers: int = DECODING_LAYERS,
+    max_positions: int = 256,
+    tokenizer: bool = True,
 ) -> TinyBundle:
     """Write a random checkpoint, export it, and load the reference."""
     torch.set_num_threads(1)
     source = write_tiny_checkpoint(
-        root / "model", family=family, layers=LAYERS, tokenizer=tokenizer, max_positions=max_positions
+        root / "model", family=family, layers=layers, tokenizer=tokenizer, max_positions=max_positions
     )
-    options = ExportOptions(
-        split=SplitOptions(
-            encoding_layers=encoding_layers,
-            decoding_layers=DECODING_LAYERS,
-            cycle_length=4,
-            cycle_origin="prompt",
-            prompt_input="thinking",
-        ),
-        max_num_seqs=MAX_BATCH,
+    split = SplitOptions(
+        encoding_layers=encoding_layers,
+        decoding_layers=decoding_layers,
+        cycle_length=4,
+        cycle_origin="prompt",
+        prompt_input="thinking",
     )
-    manifest = export_bundle(source, root / "bundle", options)
+    manifest = export_bundle(source, root / "bundle", ExportOptions(split=split, max_num_seqs=MAX_BATCH))
     with open_checkpoint(source) as checkpoint:
-        spec = resolve_dmtd(
-            checkpoint.config,
-            checkpoint.dmtd,
-            SplitOptions(
-                encoding_layers=encoding_layers,
-                decoding_layers=DECODING_LAYERS,
-                cycle_length=4,
-                cycle_origin="prompt",
-                prompt_input="thinking",
-            ),
-        )
+        spec = resolve_dmtd(checkpoint.config, checkpoint.dmtd, split)
         model = DmtdModel.from_reader(checkpoint.config, spec, checkpoint.read, torch.float32)
     return TinyBundle(directory=root / "bundle", manifest=manifest, model=model)
 
