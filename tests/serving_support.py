@@ -1,14 +1,13 @@
-"""Sequences that come to a loop and go: visits as hypothesis draws them, and what each was told."""
+"""Sequences that come to a loop and go: visits, and what each of their sequences was told."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cache
 
-from hypothesis import Phase
-from hypothesis import strategies as st
-from runtime_support import CONVENTIONS, MAX_BATCH, RecordingSampler, random_prompt
+from runtime_support import RecordingSampler, random_prompt
 
 from dmtd_runtime.backends.base import Backend
 from dmtd_runtime.bundle.manifest import CycleInfo
@@ -20,9 +19,6 @@ from dmtd_runtime.serving.options import ServingOptions
 from dmtd_runtime.serving.sequence import FinishReason, SequenceRun, TokenEvent
 
 VOCAB = 259
-PHASES = (Phase.explicit, Phase.generate)  # shrinking a case over models takes longer than reading it
-
-
 TAUS = (1, 2, 3, 4, 8, 256)
 
 
@@ -41,7 +37,7 @@ def plan_of(tau: int, convention: tuple[str, str] = ("prompt", "thinking"), *, p
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Visit:
-    """One request: when it comes, what it asks, and when it is cancelled, in steps of the loop."""
+    """One request: when it comes, what it asks, and when it is ended from outside, in steps of the loop."""
 
     at: int
     shared: int  # tokens that its prompt has in common with others
@@ -51,14 +47,17 @@ class Visit:
     seed: int
     priority: int
     salt: str | None
-    leaves: int | None = None
+    leaves: int | None = None  # so many steps after it came
+    reason: FinishReason = "abort"  # why; "deadline": its own has passed
     logprobs: int | None = None  # the host must see every token
     n: int = 1  # sequences
     min_confidence: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
 
     @property
     def prompt(self) -> list[int]:
-        return random_prompt(7, 64)[: self.shared] + random_prompt(self.seed, self.own)
+        return [*_ids(7, 64)[: self.shared], *_ids(self.seed, self.own)]
 
     @property
     def params(self) -> SamplingParams:
@@ -68,6 +67,8 @@ class Visit:
             max_tokens=self.tokens,
             ignore_eos=True,
             logprobs=self.logprobs,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
         )
 
 
@@ -80,6 +81,8 @@ class Guest:
     sampler: RecordingSampler = field(init=False)
     sequence: SequenceRun = field(init=False)
     events: list[TokenEvent] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    steps: list[tuple[int, int, int]] = field(default_factory=list)  # by token: full passes, late steps, dropped ones
     reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
@@ -89,7 +92,7 @@ class Guest:
             ids=prompt,
             sampler=self.sampler,
             stops=StopRules(params),
-            on_event=self.events.append,
+            on_event=self._hear,
             cancelled=lambda: self.reason,
             min_confidence=self.visit.min_confidence,
             priority=self.visit.priority,
@@ -97,28 +100,37 @@ class Guest:
             group=id(self.visit) if self.visit.n > 1 else 0,
         )
 
-    @property
-    def steps(self) -> tuple[int, int, int]:
-        """Full passes, late steps, and those of them that were dropped."""
-        return self.sequence.full_passes, self.sequence.late_steps, self.sequence.dropped_tokens
+    def _hear(self, event: TokenEvent) -> None:
+        self.events.append(event)
+        if event.choice is not None:
+            self.tokens.append(event.choice.token_id)
+            self.steps.append((self.sequence.full_passes, self.sequence.late_steps, self.sequence.dropped_tokens))
 
-    @property
-    def tokens(self) -> list[int]:
-        return [event.choice.token_id for event in self.events if event.choice is not None]
+    def end(self) -> None:
+        """From outside, at the next step of the loop."""
+        if self.visit.reason == "deadline":
+            self.sequence.deadline = -math.inf
+        else:
+            self.reason = self.visit.reason
 
 
 def serve(backend: Backend, plan: CyclePlan, visits: Sequence[Visit], options: ServingOptions) -> list[Guest]:
     """Let everybody come at their step, until nobody is left."""
     loop = Loop(backend, plan, options=options)
     guests, step = [_guest(backend, visit, index) for visit in visits for index in range(visit.n)], 0
-    while loop.sequences or any(guest.visit.at >= step for guest in guests):
+    last = max(visit.at for visit in visits)
+    while loop.sequences or step <= last:
+        leaving = []
         for guest in guests:
-            if guest.visit.at == step:
+            at, leaves = guest.visit.at, guest.visit.leaves
+            if at == step:
                 loop.add(guest.sequence)
-            if guest.visit.leaves is not None and guest.visit.at + guest.visit.leaves == step:
-                guest.reason = "abort"
+            if leaves is not None and at + leaves == step:
+                guest.end()
+                leaving.append(guest)
         loop.step()
         step += 1
+        assert all(guest.sequence.ended for guest in leaving), "somebody was ended, and stayed"
         assert step < 5_000, "somebody waits for ever"
     counts = loop.counts()
     assert (counts.running, counts.waiting, counts.kv_rows) == (0, 0, 0), "a slot has leaked"
@@ -142,43 +154,6 @@ def _guest(backend: Backend, visit: Visit, index: int) -> Guest:
     return guest
 
 
-visits = st.builds(
-    Visit,
-    at=st.integers(0, 25),
-    shared=st.sampled_from((0, 5, 16, 40, 64)),
-    own=st.integers(1, 60),
-    tokens=st.integers(1, 20),
-    temperature=st.sampled_from((0.0, 0.0, 1.5)),
-    seed=st.integers(0, 1 << 20),
-    priority=st.integers(0, 1),
-    salt=st.sampled_from((None, None, "a")),
-    leaves=st.sampled_from((None, None, None, 0, 3, 9)),
-    logprobs=st.sampled_from((None, None, None, 1)),
-    n=st.sampled_from((1, 1, 1, 3)),
-    min_confidence=st.sampled_from((0.0, 0.0, 0.1, 0.2, 0.5, 0.6, 1.0)),
-)
-all_options = st.builds(
-    ServingOptions,
-    max_num_batched_tokens=st.sampled_from((None, 8, 64)),
-    long_prefill_token_threshold=st.sampled_from((None, 1, 16)),
-    max_num_partial_prefills=st.integers(1, 3),
-    prefix_cache_bytes=st.sampled_from((0, 100_000, 1 << 28)),
-)
-plans = st.tuples(st.integers(1, 6), st.sampled_from(CONVENTIONS), st.sampled_from((False, False, False, True)))
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> dict[str, Any]:
-    plan, guests = draw(plans), draw(st.lists(visits, min_size=1, max_size=12))
-    if plan[1][0] == "absolute" or plan[2]:  # nothing leaves a cycle there
-        guests = [replace(visit, min_confidence=0.0) for visit in guests]
-    return {
-        "family": draw(st.sampled_from(("qwen3", "llama"))),
-        "encoding_layers": draw(st.sampled_from((0, 2))),
-        "dialect": draw(st.sampled_from(("onnxruntime", "onnxruntime", "standard"))),
-        "full_pass": draw(st.sampled_from(("staged", "fused"))),
-        "slots": draw(st.sampled_from((1, 3, MAX_BATCH))),
-        "plan": plan,
-        "options": draw(all_options),
-        "visits": guests,
-    }
+@cache
+def _ids(seed: int, length: int) -> tuple[int, ...]:
+    return tuple(random_prompt(seed, length))
