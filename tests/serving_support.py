@@ -48,7 +48,8 @@ class Visit:
     priority: int
     salt: str | None
     leaves: int | None = None  # so many steps after it came
-    reason: FinishReason = "abort"  # why; "deadline": its own has passed
+    enough: int | None = None  # leaves on hearing so many tokens, in the middle of a step
+    reason: FinishReason = "abort"  # why it leaves; "deadline": its own has passed
     logprobs: int | None = None  # the host must see every token
     n: int = 1  # sequences
     min_confidence: float = 0.0
@@ -105,9 +106,11 @@ class Guest:
         if event.choice is not None:
             self.tokens.append(event.choice.token_id)
             self.steps.append((self.sequence.full_passes, self.sequence.late_steps, self.sequence.dropped_tokens))
+            if len(self.tokens) == self.visit.enough:
+                self.end()
 
     def end(self) -> None:
-        """From outside, at the next step of the loop."""
+        """From outside, as soon as the loop looks."""
         if self.visit.reason == "deadline":
             self.sequence.deadline = -math.inf
         else:
