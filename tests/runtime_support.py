@@ -97,21 +97,16 @@ class TinyBundle:
 class TinyBundles:
     """Bundles and open backends, made when first asked for and kept."""
 
-    def __init__(self, root: Path, *, layers: int = LAYERS, decoding_layers: int = DECODING_LAYERS) -> None:
-        self._root, self._layers, self._decoding_layers = root, layers, decoding_layers
+    def __init__(self, root: Path, make: Callable[[Path, str, int], TinyBundle] | None = None) -> None:
+        """``make``: :func:`make_bundle`, or another way from a directory, a family and how many encoding layers."""
+        self._root, self._make = root, make or make_bundle
         self._bundles: dict[tuple[str, int], TinyBundle] = {}
         self._backends: dict[tuple[Any, ...], OnnxRuntimeBackend] = {}
 
     def get(self, family: str = "qwen3", encoding_layers: int = 0) -> TinyBundle:
         key = (family, encoding_layers)
         if key not in self._bundles:
-            self._bundles[key] = make_bundle(
-                self._root / f"{family}-{encoding_layers}",
-                family,
-                encoding_layers,
-                layers=self._layers,
-                decoding_layers=self._decoding_layers,
-            )
+            self._bundles[key] = self._make(self._root / f"{family}-{encoding_layers}", family, encoding_layers)
         return self._bundles[key]
 
     def backend(

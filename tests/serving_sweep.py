@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from random import Random
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from runtime_support import CONVENTIONS, MARGIN, MAX_BATCH, Array
+from runtime_support import CONVENTIONS, MARGIN, MAX_BATCH, Array, TinyBundle, make_bundle
 from serving_support import Guest, Visit, alone, serve
 
 from dmtd_runtime.backends.base import Backend, RunOutput, SlotStep, rounded_rows
@@ -25,8 +26,8 @@ from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.serving.options import ServingOptions
 
-LONGEST = 16  # tokens of an answer
-MANNERS = 12  # in a world
+LONGEST = 12  # tokens of an answer
+MANNERS = 8  # in a world
 UNTOUCHED = 1e3  # finite, as all in a cache must be, and like nothing that a model writes
 VALUES: Mapping[str, tuple[Any, ...]] = {
     "family": ("qwen3", "llama"),
@@ -69,6 +70,11 @@ class Tally:
         for name in self.__slots__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         return self
+
+
+def make_small_bundle(root: Path, family: str, encoding_layers: int) -> TinyBundle:
+    """As small as a bundle can be that has all groups of layers and room for the longest sequence."""
+    return make_bundle(root, family, encoding_layers, layers=3, decoding_layers=1, max_positions=96)
 
 
 def worlds(count: int, instead: Mapping[str, tuple[Any, ...]] = MappingProxyType({})) -> list[World]:
@@ -200,8 +206,8 @@ def _manner(rng: Random, *, may_leave: bool) -> Visit:
     temperature = rng.choice((0.0, 0.0, 1.5))
     return Visit(
         at=0,
-        shared=rng.choice((0, 5, 16, 40, 64)),
-        own=rng.randint(1, 40),
+        shared=rng.choice((0, 5, 16, 32, 48)),
+        own=rng.randint(1, 24),
         tokens=LONGEST,
         temperature=temperature,
         seed=rng.randrange(1 << 20),
@@ -218,7 +224,7 @@ def _manner(rng: Random, *, may_leave: bool) -> Visit:
 def _schedule(rng: Random, manners: list[Visit]) -> tuple[list[Visit], ServingOptions]:
     return list(_comings(rng, manners)), ServingOptions(
         max_num_batched_tokens=rng.choice((None, 8, 64)),
-        long_prefill_token_threshold=rng.choice((None, 1, 16)),
+        long_prefill_token_threshold=rng.choice((None, 2, 16)),
         max_num_partial_prefills=rng.randint(1, 3),
         prefix_cache_bytes=rng.choice((0, 100_000, 1 << 28)),
     )
@@ -228,11 +234,11 @@ def _comings(rng: Random, manners: list[Visit]) -> Iterator[Visit]:
     for _ in range(rng.randint(1, 12)):
         yield replace(
             rng.choice(manners),
-            at=rng.randint(0, 25),
+            at=rng.randint(0, 15),
             tokens=rng.randint(1, LONGEST),
             priority=rng.randint(0, 1),
             salt=rng.choice((None, None, "a")),
-            leaves=rng.choice((None, None, None, None, None, 0, 3, 9, 20)),
-            enough=rng.choice((None, None, None, None, 1, 4)),
+            leaves=rng.choice((*[None] * 9, 0, 3, 6, 12)),
+            enough=rng.choice((*[None] * 8, 1, 4)),
             reason=rng.choice(("abort", "deadline")),
         )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from runtime_support import CONVENTIONS, MAX_BATCH, Array, RecordingSampler, TinyBundles, random_prompt
 from serving_support import VOCAB, Guest, Visit, alone, serve
-from serving_sweep import Tally, is_tie, play, worlds
+from serving_sweep import Tally, is_tie, make_small_bundle, play, worlds
 
 from dmtd_models.reference import oracle
 from dmtd_runtime.cycle import CyclePlan
@@ -19,14 +19,13 @@ from dmtd_runtime.serving.options import ServingOptions
 from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
 
 # Worlds, and schedules in each.
-PLAYED = pytest.param(12, 20)
+PLAYED = pytest.param(12, 12)
 PLAYED_SLOWLY = pytest.param(1_000, 80, marks=[pytest.mark.slow, pytest.mark.timeout(14_400)])
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyBundles]:
-    """As tiny as bundles can be that have all groups: what is tried thousands of times."""
-    bundles = TinyBundles(tmp_path_factory.mktemp("small"), layers=3, decoding_layers=1)
+    bundles = TinyBundles(tmp_path_factory.mktemp("small"), make_small_bundle)
     yield bundles
     bundles.close()
 
