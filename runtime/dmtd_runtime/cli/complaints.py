@@ -33,6 +33,6 @@ def _in_our_words(complaint: Mapping[str, Any]) -> str | None:
     bounds = complaint.get("ctx", {})
     if complaint["type"] in _EXPECTED:
         return f"got {complaint['input']!r}, expected {_EXPECTED[complaint['type']].format(**bounds)}"
-    return (
-        str(bounds["error"]).rstrip(".") if complaint["type"] == "value_error" else None
-    )  # of choices, which it names
+    if complaint["type"] == "value_error":  # of choices, which it names
+        return str(bounds["error"]).rstrip(".")
+    return None
