@@ -37,12 +37,15 @@ class SequenceRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRun:
-    """One load in one mode: its sequences in the order they came, what the worker counted, and the time in sessions."""
+    """One load in one mode: its sequences in the order they came, what the worker counted, and the time in sessions
+    and in the backend as a whole.
+    """
 
     cycle_length: int
     sequences: tuple[SequenceRecord, ...]
     counts: Counts
     session_seconds: float
+    backend_seconds: float
 
 
 @dataclass(slots=True, kw_only=True)
@@ -106,7 +109,8 @@ def drive(
     ended: queue.SimpleQueue[DmtdError | None] = queue.SimpleQueue()
     clients = [_Client(backend=backend, ended=ended) for _ in requests]
     at, under_way = arrivals or [0.0] * len(requests), 0
-    worker = Worker(LentBackend(backend), plan, options=serving, warm_up=True)
+    lent = LentBackend(backend)
+    worker = Worker(lent, plan, options=serving, warm_up=True)
     before = replace(backend.stats)
     try:
         start = time.monotonic()
@@ -128,6 +132,7 @@ def drive(
         sequences=tuple(client.record(start) for client in clients),
         counts=_since(worker.snapshot(), before),
         session_seconds=backend.stats.session_seconds - before.session_seconds,
+        backend_seconds=lent.seconds,
     )
 
 

@@ -1,35 +1,51 @@
-"""A backend lent to who would close it: the benchmark runs many loops and workers over one open backend."""
+"""A backend lent to who would close it, with a clock: the benchmark runs many loops and workers over one open backend."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 from dmtd_runtime.backends.base import Array, Backend, Rows, RunOutput, SlotCycle, SlotStep
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 class LentBackend:
-    """Does all that the backend does, but closing. See :class:`dmtd_runtime.backends.base.Backend`."""
+    """Does all that the backend does, but closing. See :class:`dmtd_runtime.backends.base.Backend`.
+
+    ``seconds``: spent in runs so far: in sessions, in filling their inputs and in choosing tokens.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self.slots, self.capacity, self.max_rows = backend.slots, backend.capacity, backend.max_rows
         self.stats, self.max_model_len, self.full_pass = backend.stats, backend.max_model_len, backend.full_pass
         self.runs_cycles, self.gives_all_rows = backend.runs_cycles, backend.gives_all_rows
+        self.seconds = 0.0
         self._backend = backend
+
+    def _timed(self, call: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+        start = time.perf_counter()
+        try:
+            return call(*arguments, **options)
+        finally:
+            self.seconds += time.perf_counter() - start
 
     def run(
         self, steps: Sequence[SlotStep], committed: Sequence[int], *, choose: bool = False, rows: Rows = "last"
     ) -> RunOutput:
-        return self._backend.run(steps, committed, choose=choose, rows=rows)
+        return self._timed(self._backend.run, steps, committed, choose=choose, rows=rows)
 
     def warm_up(self) -> None:
         self._backend.warm_up()
         self.stats = self._backend.stats
 
     def start_cycle(self, slots: Sequence[SlotCycle], committed: Sequence[int], *, follows: bool = False) -> None:
-        self._backend.start_cycle(slots, committed, follows=follows)
+        self._timed(self._backend.start_cycle, slots, committed, follows=follows)
 
     def finish_cycle(self) -> RunOutput:
-        return self._backend.finish_cycle()
+        return self._timed(self._backend.finish_cycle)
 
     def clear(self, slot: int, rows: int) -> None:
         self._backend.clear(slot, rows)

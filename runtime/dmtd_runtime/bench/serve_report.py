@@ -38,9 +38,10 @@ class ModeFigures:
     none had to wait. ``full_passes_per_token``: passes over T that a sequence lived through for each of its tokens; 1 / tau
     where no pass runs without it. ``longest_gap_cycles``: the longest gap between two tokens, over the median time of as many
     tokens of a sequence as a cycle has while nobody's prompt was being read; None where there was no such time.
-    ``in_phase_share`` of the passes at a head had everybody there. ``outside_share`` of the time
-    in which somebody was served was spent outside of sessions. ``running``: sequences that had a slot, on average over that
-    time. ``prefix_hit_share`` of the prompt tokens came from the prefix cache.
+    ``in_phase_share`` of the passes at a head had everybody there. Of the time in which somebody was served, ``outside_share``
+    was spent outside of sessions, and ``loop_share`` outside of the backend's runs, which fill inputs and choose tokens: in
+    scheduler, loop and prefix cache. ``running``: sequences that had a slot, on average over that time. ``prefix_hit_share`` of
+    the prompt tokens came from the prefix cache.
     """
 
     requests: int
@@ -57,6 +58,7 @@ class ModeFigures:
     in_phase_share: float | None
     running: float
     outside_share: float
+    loop_share: float
     prefix_hit_share: float
 
 
@@ -151,6 +153,7 @@ def figures_of(runs: Sequence[LoadRun]) -> ModeFigures:
         in_phase_share=sum(run.counts.head_passes_in_phase for run in runs) / heads if heads else None,
         running=sum(sequence.token_s[-1] - sequence.started_s for sequence in sequences) / busy,
         outside_share=1 - sum(run.session_seconds for run in runs) / busy,
+        loop_share=1 - sum(run.backend_seconds for run in runs) / busy,
         prefix_hit_share=sum(sequence.cached_tokens for sequence in sequences) / prompt_tokens,
     )
 

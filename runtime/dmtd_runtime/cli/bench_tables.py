@@ -221,5 +221,6 @@ _FIGURES: list[tuple[str, Callable[[ModeFigures], str]]] = [
     ("heads in phase", lambda f: _share(f.in_phase_share)),
     ("running on average", lambda f: f"{f.running:.1f}"),
     ("outside the sessions", lambda f: _share(f.outside_share)),
+    ("  in scheduler and loop", lambda f: _share(f.loop_share)),
     ("prompts from the cache", lambda f: _share(f.prefix_hit_share)),
 ]

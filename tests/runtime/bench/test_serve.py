@@ -145,9 +145,15 @@ def a_sequence(submitted: float, started: float, *token_s: float, passes: int = 
     )
 
 
-def a_run(*sequences: SequenceRecord, session_seconds: float = 1.0) -> LoadRun:
+def a_run(*sequences: SequenceRecord, session_seconds: float = 1.0, backend_seconds: float = 1.0) -> LoadRun:
     counts = Counts(head_passes=8, head_passes_in_phase=6)
-    return LoadRun(cycle_length=2, sequences=sequences, counts=counts, session_seconds=session_seconds)
+    return LoadRun(
+        cycle_length=2,
+        sequences=sequences,
+        counts=counts,
+        session_seconds=session_seconds,
+        backend_seconds=backend_seconds,
+    )
 
 
 def test_figures_by_hand() -> None:
@@ -156,6 +162,7 @@ def test_figures_by_hand() -> None:
         a_sequence(0.5, 1.5, 2.0, 2.5, 3.0, 4.0, passes=2),  # waited until the first one had ended
         a_sequence(6.0, 6.0, 7.0, 8.0, passes=1),  # and nobody was there from 4 to 6
         session_seconds=5.4,
+        backend_seconds=5.7,
     )
     found = figures_of([run])
     assert (found.requests, found.duration_s, found.requests_per_s) == (3, 8.0, 3 / 8)
@@ -169,6 +176,7 @@ def test_figures_by_hand() -> None:
     assert found.longest_gap_cycles == 1.0 / 1.0
     assert found.in_phase_share == 0.75
     assert found.outside_share == pytest.approx(1 - 5.4 / 6)
+    assert found.loop_share == pytest.approx(1 - 5.7 / 6)
     assert found.running == (1.5 + 2.5 + 2.0) / 6
     assert found.prefix_hit_share == 0.5
     twice = figures_of([run, run])
@@ -223,7 +231,7 @@ def test_loads_and_runs(report: ServeReport, told: list[tuple[str, int, int]]) -
         for mode in (load.dmtd, load.plain):
             assert mode.requests == 2 * 5
             assert mode.ttft_ms.p50 <= mode.e2e_ms.p50
-            assert 0 < mode.outside_share < 1 and 0 < mode.running <= load.slots
+            assert 0 < mode.loop_share < mode.outside_share < 1 and 0 < mode.running <= load.slots
         assert load.plain.full_passes_per_token is not None and load.dmtd.full_passes_per_token is not None
         assert 1 / TAU <= load.dmtd.full_passes_per_token < load.plain.full_passes_per_token
     kinds = [label.split(", ")[2:] for label, _, _ in told[:9]]
@@ -244,7 +252,14 @@ def test_json_has_what_readers_rely_on(report: ServeReport) -> None:
             assert set(mode["ttft_ms"]) == set(mode["itl_ms"]) == set(mode["e2e_ms"]) == latencies
             for name in (
                 *("requests_per_s", "output_tok_per_s", "total_tok_per_s", "loaded_tok_per_s"),
-                *("full_passes_per_token", "in_phase_share", "outside_share", "prefix_hit_share", "running"),
+                *(
+                    "full_passes_per_token",
+                    "in_phase_share",
+                    "outside_share",
+                    "loop_share",
+                    "prefix_hit_share",
+                    "running",
+                ),
             ):
                 assert isinstance(mode[name], float)
     assert [load["request_rate"] for load in told["loads"]] == [400.0, "inf"] * 2
