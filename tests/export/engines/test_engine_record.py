@@ -214,7 +214,7 @@ def test_damaged_engines_are_refused(bundle: Path, damage: str, message: str) ->
     ("change", "message"),
     [
         ({"schema": 99}, "has schema 99, this version reads 2"),
-        ({"max_num_seqs": "4"}, "engine.max_num_seqs is '4', expected int"),
+        ({"max_num_seqs": "4"}, 'engine.max_num_seqs is "4", expected an integer'),
         ({"engines": []}, "no engines, or length buckets"),
         ({"length_buckets": [256]}, "no engines, or length buckets that do not end at the capacity"),
     ],
