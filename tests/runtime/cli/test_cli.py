@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import typer.main
 from bundles import make_bundle, with_files
-from typer.testing import CliRunner, Result
+from cli_support import SERVE, dmtd, one_json
 
 from dmtd_export.cli.main import VERBS, _LazyCommand, app
 from dmtd_runtime.backends.base import BackendOptions
@@ -27,16 +27,6 @@ from dmtd_runtime.serving.options import ServingOptions
 @pytest.fixture(scope="module")
 def mute_bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_bundle(tmp_path_factory.mktemp("mute"), tokenizer=False))
-
-
-def dmtd(*arguments: str, stdin: str | None = None) -> Result:
-    return CliRunner().invoke(app, arguments, input=stdin, prog_name="dmtd")
-
-
-def one_json(result: Result) -> dict[str, Any]:
-    assert result.exit_code == 0, result.output
-    loaded: dict[str, Any] = json.loads(result.stdout)
-    return loaded
 
 
 def test_version_and_help() -> None:
@@ -219,43 +209,6 @@ def test_arguments_of_the_chat_template(bundle: str, tmp_path: Path) -> None:
         assert result.stderr.splitlines()[-1].startswith(f"error: {words}")
 
 
-def test_bench_json(bundle: str) -> None:
-    told = one_json(
-        dmtd("bench", bundle, "--prompt-len", "4", "--max-tokens", "6", "--repeats", "2", "--batch", "1,2", "--json")
-    )
-    assert [batch["batch"] for batch in told["batches"]] == [1, 2]
-    assert told["conditions"]["repeats"] == 2
-
-
-def test_bench_table(bundle: str) -> None:
-    result = dmtd("bench", bundle, "--prompt-len", "4", "--max-tokens", "6", "--repeats", "1", "--full-pass", "fused")
-    assert result.exit_code == 0
-    for words in ("bytes a token", "bound", "ratio", "outside the sessions", "fused", "more memory"):
-        assert words in result.stdout
-
-
-SERVE = ("--serve", "--prompt-len", "4", "--max-tokens", "6", "--repeats", "1", "--warmup", "0")
-
-
-def test_bench_serve_json(bundle: str) -> None:
-    told = one_json(dmtd("bench", bundle, *SERVE, "--batch", "1,2", "--concurrency", "3", "--json"))
-    assert [(load["slots"], load["concurrency"], load["request_rate"]) for load in told["loads"]] == [
-        (1, 3, None),
-        (2, 3, None),
-    ]
-    assert told["loads"][1]["dmtd"]["requests"] == 8  # four for each slot
-
-
-def test_bench_serve_table_and_plot(bundle: str, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    for name, begin in (("load.png", b"\x89PNG"), ("load.svg", b"<?xml")):
-        result = dmtd("bench", bundle, *SERVE, "--request-rate", "500,1000", "--plot", str(tmp_path / name))
-        assert result.exit_code == 0, result.output
-        for words in ("1 slot, 500/s", "1 slot, 1000/s", "DMTD / static batch", "heads in phase", "first token"):
-            assert words in result.stdout
-        assert (tmp_path / name).read_bytes().startswith(begin)
-
-
 def test_inspect_and_doctor(bundle: str) -> None:
     assert one_json(dmtd("inspect", bundle, "--json"))["cycle"]["cycle_length"] == 3
     assert "past_key_values.{0-4}.key" in dmtd("inspect", bundle).stdout
@@ -355,22 +308,6 @@ def test_wrong_usage_exits_2(arguments: Sequence[str], bundle: str) -> None:
     result = dmtd(*(bundle if word == "BUNDLE" else word for word in arguments), stdin="")
     assert result.exit_code == 2
     assert "Error" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("export", "X", "--weights", "int5"), "'--weights': 'int5' is not one of 'float', 'keep', 'int8'"),
-        (("generate", "X", "--max-tokens", "1.5"), "'--max-tokens': got '1.5', expected a whole number"),
-        (("generate", "X", "--temperature", "x"), "'--temperature': got 'x', expected a number"),
-        (("generate", "X", "--threads", "0"), "'--threads': got '0', expected 1 or more"),
-        (("generate", "X", "--threads", "99999"), "'--threads': got '99999', expected at most "),
-    ],
-)
-def test_what_typer_complains_of_is_told_in_our_words(arguments: Sequence[str], words: str) -> None:
-    result = CliRunner().invoke(app, arguments, prog_name="dmtd", env={"COLUMNS": "200"})
-    assert result.exit_code == 2
-    assert words in result.stderr and "Value error" not in result.stderr and "Input should" not in result.stderr
 
 
 @pytest.mark.parametrize("verb", ["finetune", "evaluate", "generate", "chat", "serve", "bench"])
