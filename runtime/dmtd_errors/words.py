@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from types import NoneType
 
-__all__ = ["counted", "kind_of", "reason", "shown"]
+__all__ = ["TYPES", "counted", "kind_of", "reason", "shown"]
+
+TYPES: Mapping[type, str] = {int: "an integer", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
+"""What is expected where a value of a type is."""
 
 _MOST_SHOWN = 60
 

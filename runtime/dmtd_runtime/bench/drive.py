@@ -38,7 +38,7 @@ class SequenceRecord:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRun:
     """One load in one mode: its sequences in the order they came, what the worker counted, and the time in sessions
-    and in the backend as a whole.
+    and in the backend's runs.
     """
 
     cycle_length: int

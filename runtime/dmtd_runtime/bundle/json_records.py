@@ -13,10 +13,9 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from dmtd_errors.words import kind_of, shown
+from dmtd_errors.words import TYPES, kind_of, shown
 
 Decoder = Callable[[Any], Any]
-_WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
 
 
 class _MisfitError(Exception):
@@ -124,7 +123,7 @@ def _literal(values: tuple[Any, ...]) -> Decoder:
 def _union(kinds: tuple[Any, ...]) -> Decoder:
     def union(raw: Any) -> Any:
         if not isinstance(raw, kinds) or isinstance(raw, bool):
-            raise _MisfitError(f"is {shown(raw)}, expected {' or '.join(_WORDS[each] for each in kinds)}")
+            raise _MisfitError(f"is {shown(raw)}, expected {' or '.join(TYPES[each] for each in kinds)}")
         return raw
 
     return union
@@ -135,7 +134,7 @@ def _scalar(kind: Any) -> Decoder:
         if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
             return float(raw)
         if not isinstance(raw, kind) or (kind is int and isinstance(raw, bool)):
-            raise _MisfitError(f"is {shown(raw)}, expected {_WORDS[kind]}")
+            raise _MisfitError(f"is {shown(raw)}, expected {TYPES[kind]}")
         return raw
 
     return scalar

@@ -190,7 +190,7 @@ def _answer(llm: LLM, conversation: Conversation, message: str) -> None:
             "/reset starts over, /save FILE keeps it"
         )
     stream = llm.stream_chat(messages, conversation.params, **conversation.template)
-    text, count, stopped, reason = "", 0, False, None
+    text, count, stopped, finish = "", 0, False, None
     first, first_count, last = 0.0, 0, 0.0
     try:
         for delta in stream:
@@ -198,7 +198,7 @@ def _answer(llm: LLM, conversation: Conversation, message: str) -> None:
                 first, first_count = delta.at_s, len(delta.token_ids)
             last = delta.at_s
             count += len(delta.token_ids)
-            reason = delta.finish_reason or reason
+            finish = delta.finish_reason or finish
             text += delta.text
             typer.echo(printable(delta.text), nl=False)
             sys.stdout.flush()
@@ -213,7 +213,7 @@ def _answer(llm: LLM, conversation: Conversation, message: str) -> None:
     conversation.turns += [asked, {"role": "assistant", "content": text}]
     if sys.stderr.isatty():
         rate = f"{(count - first_count) / seconds:.1f} tok/s, " if seconds > 0 else ""
-        end = "stopped" if stopped else {"length": "cut at the length limit"}.get(reason or "", "")
+        end = "stopped" if stopped else {"length": "cut at the length limit"}.get(finish or "", "")
         typer.secho(
             f"[{counted(count, 'token')}, {rate}first after {first * 1e3:.0f} ms{', ' + end if end else ''}]",
             err=True,

@@ -13,11 +13,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from dmtd_errors.words import TYPES
 from dmtd_runtime.server.errors import ApiError, invalid
 from dmtd_runtime.server.fields import RefusedField, shown_name
 
 _MOST_SHOWN = 40
-_WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 _SEVERAL = {"an integer": "integers", "a number": "numbers", "text": "texts", "an object": "objects"}
 
 
@@ -160,9 +160,9 @@ def _words_of_one(kind: Any) -> list[str]:
     if get_origin(kind) is list:
         inner = _words(get_args(kind)[0])
         return [f"a list of {_SEVERAL.get(inner, inner.replace('a list', 'lists', 1))}"]
-    if kind is NoneType or kind is None:
+    if kind is None:
         return ["null"]
-    return [_WORDS.get(kind, "an object" if _is_model(kind) or get_origin(kind) is dict else "JSON")]
+    return [TYPES.get(kind, "an object" if _is_model(kind) or get_origin(kind) is dict else "JSON")]
 
 
 def _lower(text: Any) -> str:
