@@ -66,12 +66,8 @@ def evaluate(
         fluency, dial = run.fluency(), run.dial()
         harness, unscored = run.harness()
         measured += harness
-        generated = (
-            fluency is not None
-            or dial is not None
-            or bool(harness)
-            or any(isinstance(result, GenerationResult) for result in measured)
-        )
+        generated = fluency is not None or dial is not None or bool(harness)
+        generated |= any(isinstance(result, GenerationResult) for result in measured)
     bootstrap = run.bootstrap
     return EvaluationReport(
         model=model,

@@ -67,10 +67,7 @@ class Request:
         self._cancelled: FinishReason | None = None
         self._error: DmtdError | None = None
         self._submitted, self._metrics = time.monotonic(), RequestMetrics()
-        self._outputs = [
-            CompletionOutput(index=index, logprobs=None if params.logprobs is None else [], cumulative_logprob=None)
-            for index in range(params.n)
-        ]
+        self._outputs = [_no_tokens_yet(index, params) for index in range(params.n)]
         self._open = params.n
         self._lock = threading.Lock()  # of the outputs and of what is taken; held for a moment by either side
         self._taken = [_Taken() for _ in self._outputs]
@@ -227,3 +224,7 @@ class Request:
 def _logprob(choice: Choice) -> TokenLogprob:
     assert choice.logprob is not None, "its log probability was asked for"
     return TokenLogprob(token_id=choice.token_id, logprob=choice.logprob, top=choice.top_logprobs)
+
+
+def _no_tokens_yet(index: int, params: SamplingParams) -> CompletionOutput:
+    return CompletionOutput(index=index, logprobs=None if params.logprobs is None else [], cumulative_logprob=None)

@@ -211,17 +211,7 @@ class Service:
                 + ("shorten it" if at_limit else "shorten it, or open the bundle with a larger max_model_len"),
                 param="prompt",
             )
-        if params.prompt_logprobs is not None and not self._gives_all_rows:
-            raise RequestError(
-                "engines give the logits of last rows alone; leave it out, or use the backend onnxruntime",
-                param="prompt_logprobs",
-            )
-        if params.min_confidence and not (self._plan.may_leave or self._plan.plain):
-            raise RequestError(
-                f"got {params.min_confidence:g} with a bundle of cycle_origin absolute, whose heads stand where the count of "
-                "positions puts them, expected 0; leave it out, or export with --cycle-origin prompt",
-                param="min_confidence",
-            )
+        self._check_backend_gives(params)
         if score_from is not None and not (isinstance(score_from, Integral) and 1 <= score_from < len(ids)):
             raise RequestError(
                 f"got {score_from!r}, expected 1 to {len(ids) - 1}, the place of a token behind the first",
@@ -245,6 +235,20 @@ class Service:
             min_confidence=0.0 if self._plan.plain else params.min_confidence,
             closing=self._worker.is_closing,
         )
+
+    def _check_backend_gives(self, params: SamplingParams) -> None:
+        """Raise RequestError for what this bundle or its backend has not."""
+        if params.prompt_logprobs is not None and not self._gives_all_rows:
+            raise RequestError(
+                "engines give the logits of last rows alone; leave it out, or use the backend onnxruntime",
+                param="prompt_logprobs",
+            )
+        if params.min_confidence and not (self._plan.may_leave or self._plan.plain):
+            raise RequestError(
+                f"got {params.min_confidence:g} with a bundle of cycle_origin absolute, whose heads stand where the count of "
+                "positions puts them, expected 0; leave it out, or export with --cycle-origin prompt",
+                param="min_confidence",
+            )
 
     def _start(self, requests: Sequence[Request]) -> None:
         """Queue requests, all or none."""
