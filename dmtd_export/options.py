@@ -11,6 +11,7 @@ from dmtd_runtime.bundle import contract
 
 Target = Literal["onnxruntime", "tensorrt", "all"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+KvDtype = Literal["float32", "float16", "bfloat16", "int8"]
 WeightGroup = Literal["thinking", "late", "lm_head", "embedding"]
 GROUPS: tuple[WeightGroup, ...] = ("thinking", "late", "lm_head", "embedding")
 WeightFormat = Literal["float", "keep", "int8", "int4", "int4-symmetric"]
@@ -56,13 +57,19 @@ class WeightOptions:
 class ExportOptions:
     """Options of an export.
 
+    ``kv``: the type of caches, by default ``dtype``; int8 has a scale for each channel, measured over ``calibration``, which are
+    files of text.
     ``generation_config``: a file in the place of the checkpoint's generation_config.json, or ``none`` for its token ids alone.
     """
 
     split: SplitOptions = field(default_factory=SplitOptions)
     formats: WeightOptions = field(default_factory=WeightOptions)
-    target: Target | None = None  # all; with quantised weights onnxruntime, whose own graphs alone multiply in blocks
+    target: Target | None = (
+        None  # all; with quantised weights or int8 caches onnxruntime, whose own graphs alone take them
+    )
     dtype: Dtype = "float32"
+    kv: KvDtype | None = None
+    calibration: tuple[str, ...] = ()
     max_model_len: int | None = None  # the model's own by default
     max_num_seqs: int = 8
     generation_config: str | None = None
@@ -71,7 +78,12 @@ class ExportOptions:
     @property
     def graphs_for(self) -> Target:
         """The target, or what takes its place where none is given."""
-        return self.target or ("onnxruntime" if self.formats.quantises else "all")
+        return self.target or ("onnxruntime" if self.formats.quantises or self.kv == "int8" else "all")
+
+    @property
+    def kv_dtype(self) -> KvDtype:
+        """The type of caches."""
+        return self.kv or self.dtype
 
 
 def check_options(options: ExportOptions) -> None:
@@ -94,6 +106,40 @@ def check_options(options: ExportOptions) -> None:
             param="weights_block",
         )
     check_formats(options)
+    check_caches(options)
+
+
+def check_caches(options: ExportOptions) -> None:
+    """Refuse a type of caches that no graph has, or that lacks its text.
+
+    Raises:
+        ExportError: with the option.
+    """
+    if options.kv_dtype not in (options.dtype, "int8"):
+        slow = ": ONNX Runtime would cast a float16 cache whole in every step" if options.kv == "float16" else ""
+        raise ExportError(
+            f"got {options.kv}, expected int8 or {options.dtype}, the bundle's --dtype{slow}; leave it out, or give --kv int8",
+            param="kv",
+        )
+    if options.kv == "int8" and options.dtype != "float32":
+        raise ExportError(
+            f"got int8 with --dtype {options.dtype}, expected float32: ONNX Runtime's attention over int8 caches was tried in "
+            "nothing else; leave one of them out",
+            param="kv",
+        )
+    if options.kv == "int8" and options.graphs_for != "onnxruntime":
+        raise ExportError(
+            f"got int8 with --target {options.graphs_for}, expected onnxruntime: standard graphs and engines have caches of the "
+            "model's type; leave one of them out",
+            param="kv",
+        )
+    if options.kv == "int8" and not options.calibration:
+        raise ExportError(
+            "got int8 and no text to measure scales over; give one: --calibration FILE, plain text or .jsonl",
+            param="kv",
+        )
+    if options.calibration and options.kv != "int8":
+        raise ExportError("has no use without --kv int8; leave it out, or give that", param="calibration")
 
 
 def check_formats(options: ExportOptions) -> None:

@@ -15,10 +15,12 @@ import onnx
 
 from dmtd_export.bundle.assets import write_assets
 from dmtd_export.bundle.atomic import atomic_directory
+from dmtd_export.bundle.calibration import WINDOW_LEN, CalibrationText, read_calibration
+from dmtd_export.bundle.kv_scales import measured_scales
 from dmtd_export.bundle.quantise import Quantisation, plan_quantisation, resolved_formats
 from dmtd_export.bundle.split import cycle_of
 from dmtd_export.bundle.target import check_disk, check_target, one_line_os_errors, tell_of_engines
-from dmtd_export.bundle.weights import NUMPY_DTYPES, stored_bytes, write_weights
+from dmtd_export.bundle.weights import NUMPY_DTYPES, Written, append_weights, stored_bytes, write_weights
 from dmtd_export.errors import ExportError as ExportError
 from dmtd_export.graphs.build import build_graph
 from dmtd_export.graphs.checking import checker_fault
@@ -26,9 +28,11 @@ from dmtd_export.graphs.rows import GraphSpec
 from dmtd_export.options import MAX_WINDOW, ExportOptions, check_formats, check_options
 from dmtd_models.checkpoints.checkpoint import Checkpoint, is_gguf, open_checkpoint
 from dmtd_models.config.model import DmtdSpec, ModelConfig, require_split, resolve_dmtd
+from dmtd_models.data.chat import TextTokenizer
+from dmtd_models.errors import ModelError
 from dmtd_models.progress import Progress, counter, silent
 from dmtd_runtime.bundle import contract
-from dmtd_runtime.bundle.manifest import FileInfo, GraphInfo, Manifest, ModelInfo, sha256_of
+from dmtd_runtime.bundle.manifest import CalibrationInfo, FileInfo, GraphInfo, Manifest, ModelInfo, sha256_of
 from dmtd_runtime.text.special_tokens import eos_token_ids_of
 from dmtd_runtime.version import __version__
 
@@ -36,6 +40,8 @@ logger = logging.getLogger("dmtd.export")
 
 GQA_HEAD_MULTIPLE = 16
 LARGE_TABLES_BYTES = 256 << 20  # 128 k positions of 128 in float32 take 67 MB
+
+_STAGED = (contract.THINKING, contract.LATE_DECODE)  # what scales of caches are measured with
 
 VerifyHook = Callable[[Path, Checkpoint], Any]
 
@@ -74,16 +80,34 @@ def _export(
     quantisation = plan_quantisation(checkpoint, spec, options.formats)
     max_model_len = _max_model_len(checkpoint.config, options)
     _tell_of_tables(checkpoint.config, options.dtype, max_model_len)
+    text = calibration_text(checkpoint, options, max_model_len)
     needed = stored_bytes(checkpoint.config, checkpoint, options.dtype, max_model_len + MAX_WINDOW, quantisation)
     check_disk(output, needed)
     with atomic_directory(output) as work:
         weights_done = counter(progress, "weights", needed)
-        manifest = _write_bundle(work, checkpoint, spec, quantisation, max_model_len, options, weights_done, progress)
+        manifest = _write_bundle(
+            work, checkpoint, spec, quantisation, max_model_len, options, text, weights_done, progress
+        )
         if verify is not None:
             progress("verify", 0, 0)
             manifest = replace(manifest, verification=verify(work, checkpoint))
             (work / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
+
+
+def calibration_text(checkpoint: Checkpoint, options: ExportOptions, max_model_len: int) -> CalibrationText | None:
+    """The text that the options name, in the checkpoint's tokens; None where they name none.
+
+    Raises:
+        ExportError: a file that cannot be used, or a checkpoint without a tokenizer.
+    """
+    if not options.calibration:
+        return None
+    try:
+        tokenizer = TextTokenizer.of_checkpoint(checkpoint)
+    except ModelError as error:
+        raise ExportError(str(error), param="calibration") from None
+    return read_calibration(options.calibration, tokenizer, window_len=min(WINDOW_LEN, max_model_len))
 
 
 def resolve(checkpoint: Checkpoint, options: ExportOptions) -> DmtdSpec:
@@ -151,6 +175,7 @@ def _write_bundle(
     quantisation: Quantisation,
     max_model_len: int,
     options: ExportOptions,
+    text: CalibrationText | None,
     weights_done: Callable[[int], None],
     progress: Progress,
 ) -> Manifest:
@@ -168,12 +193,42 @@ def _write_bundle(
         weights_done,
         quantisation,
     )
+    model_info = _model_info(config, options, max_model_len, eos_token_ids_of(work))
+    if text is not None:
+        in_floats = replace(model_info, kv_dtype=options.dtype)
+        manifest = _with_graphs(
+            work, spec, config, in_floats, written, [(name, contract.ONNXRUNTIME, 1) for name in _STAGED]
+        )
+        scales = measured_scales(work, manifest, text, progress)
+        written = append_weights(work / contract.WEIGHTS_FILE, written, scales, "float32")
     progress("graphs", 0, 0)
+    manifest = _with_graphs(work, spec, config, model_info, written, wanted_graphs(options))
+    if text is not None:
+        calibration = CalibrationInfo(num_tokens=text.num_tokens, sha256=text.sha256)
+        manifest = replace(manifest, calibration={"kv": calibration})
+    (work / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def _with_graphs(
+    work: Path,
+    spec: DmtdSpec,
+    config: ModelConfig,
+    model_info: ModelInfo,
+    written: Written,
+    wanted: Sequence[tuple[contract.GraphName, contract.Dialect, int]],
+) -> Manifest:
+    """Write graphs over the weights that stand in ``work``. Returns the manifest of what then stands there."""
     graph_spec = GraphSpec(
-        config=config, dmtd=spec, dtype=options.dtype, weights=written.weights, quantised=written.quantised
+        config=config,
+        dmtd=spec,
+        dtype=model_info.dtype,
+        kv_dtype=model_info.cache_dtype,
+        weights=written.weights,
+        quantised=written.quantised,
     )
     graphs: list[GraphInfo] = []
-    for name, dialect, slots in wanted_graphs(options):
+    for name, dialect, slots in wanted:
         model, info = build_graph(graph_spec, name, dialect, slots)
         onnx.save_model(model, work / info.file)
         fault = checker_fault(work / info.file)
@@ -183,9 +238,9 @@ def _write_bundle(
     for path in sorted(work.iterdir()):
         if path.name not in (contract.WEIGHTS_FILE, contract.MANIFEST_FILE):
             listed[path.name] = FileInfo(bytes=path.stat().st_size, sha256=sha256_of(path))
-    manifest = Manifest(
+    return Manifest(
         schema=contract.SCHEMA_VERSION,
-        model=_model_info(config, options, max_model_len, eos_token_ids_of(work)),
+        model=model_info,
         cycle=cycle_of(spec),
         graphs=tuple(graphs),
         weights=written.weights,
@@ -193,8 +248,6 @@ def _write_bundle(
         files=listed,
         tools={"dmtd": __version__, "onnx": metadata.version("onnx")},
     )
-    (work / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
-    return manifest
 
 
 def slot_counts(max_num_seqs: int) -> list[int]:
@@ -231,6 +284,7 @@ def _model_info(config: ModelConfig, options: ExportOptions, max_model_len: int,
         head_dim=config.head_dim,
         tie_word_embeddings=config.tie_word_embeddings,
         dtype=options.dtype,
+        kv_dtype=options.kv_dtype,
         max_model_len=max_model_len,
         max_window=MAX_WINDOW,
         bos_token_id=config.bos_token_id,

@@ -37,6 +37,7 @@ def graph_spec(bundle: Path, manifest: Manifest) -> GraphSpec:
         config=config,
         dmtd=spec_of(manifest.cycle),
         dtype=model.dtype,
+        kv_dtype=model.cache_dtype,
         weights=manifest.weights,
         quantised=manifest.quantised,
     )

@@ -4,7 +4,7 @@ Layout: tensors stand in Hugging Face's own form ``[out, in]``; q, k, v and gate
 graph can read them as one matrix; every group starts at a page. A quantised weight stands as codes, scales and minimums (see
 ``BlockFormat``), the codes of a group one behind another, then its scales, in half precision where that holds them exactly.
 The numbers (``norm``, ``probe``) let `dmtd verify` tell an altered tensor from the exported one without the checkpoint, even
-where the file's hash was recomputed.
+where the file's hash was recomputed. Scales of int8 caches stand behind all else: they are measured over what is there already.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Literal, Protocol
 
@@ -28,7 +29,7 @@ from dmtd_models.config.model import ModelConfig
 from dmtd_models.reference.rope import rotary_tables
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import PAGE_BYTES as PAGE_BYTES
-from dmtd_runtime.bundle.manifest import BlockFormat, FileInfo, WeightInfo
+from dmtd_runtime.bundle.manifest import BlockFormat, FileInfo, WeightInfo, sha256_of
 
 Array = np.ndarray
 CHUNK_BYTES = 32 << 20  # converted at a time: bounds the anonymous memory of an export
@@ -39,6 +40,7 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "uint8": np.dtype(np.uint8),
+    "int8": np.dtype(np.int8),
 }
 
 
@@ -176,6 +178,18 @@ def write_weights(
         return Written(weights=writer.infos, quantised=quantised, file=written)
 
 
+def append_weights(path: Path, written: Written, tensors: Mapping[str, Array], dtype: str) -> Written:
+    """Write further tensors behind those of a file, from a page's beginning on."""
+    with path.open("r+b") as file:
+        file.seek(0, os.SEEK_END)
+        writer = _WeightsFile(file, None, offset=written.file.bytes)
+        writer.align()
+        for name, tensor in tensors.items():
+            writer.write(name, dtype, tensor)
+    info = FileInfo(bytes=writer.offset, sha256=sha256_of(path))
+    return replace(written, weights={**written.weights, **writer.infos}, file=info)
+
+
 def _format(weight: BlockWeight | None) -> BlockFormat | None:
     if weight is None:
         return None
@@ -212,9 +226,9 @@ def _fits_half(array: Array) -> bool:
 
 
 class _WeightsFile:
-    def __init__(self, file: BinaryIO, on_bytes: Callable[[int], None] | None) -> None:
+    def __init__(self, file: BinaryIO, on_bytes: Callable[[int], None] | None, offset: int = 0) -> None:
         self.infos: dict[str, WeightInfo] = {}
-        self.offset = 0
+        self.offset = offset
         self.digest = hashlib.sha256()
         self._file = file
         self._on_bytes = on_bytes

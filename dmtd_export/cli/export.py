@@ -98,6 +98,7 @@ def _summary(output: Path, manifest: Manifest) -> dict[str, Any]:
         "prompt_input": cycle.prompt_input,
         "dmtd_trained": cycle.dmtd_trained,
         "dtype": manifest.model.dtype,
+        "kv_dtype": manifest.model.cache_dtype,
         "max_model_len": manifest.model.max_model_len,
         "weight_bytes": split_bytes(manifest).stored,
         "weight_formats": weight_formats(manifest),
@@ -122,6 +123,8 @@ def _table(output: Path, manifest: Manifest, formats: WeightOptions) -> Table:
         f"origin {cycle.cycle_origin}, prompt input {cycle.prompt_input}",
     )
     row("model", f"{model.family}, {model.dtype}, up to {model.max_model_len} tokens")
+    if model.cache_dtype != model.dtype:
+        row("", f"caches: {model.cache_dtype}")
     if manifest.quantised:
         for name, stored in weight_formats(manifest).items():
             row("", f"{name.replace('_', ' ')}: {stored}")

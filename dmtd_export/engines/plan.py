@@ -97,9 +97,14 @@ def plan_build(manifest: Manifest, options: BuildOptions) -> BuildPlan:
     """The sizes that options and bundle ask for.
 
     Raises:
-        ExportError: a size that the bundle does not allow.
+        ExportError: a size that the bundle does not allow, or caches that no engine takes.
     """
     model = manifest.model
+    if model.cache_dtype == "int8":
+        raise ExportError(
+            "this bundle's caches are int8, which no engine takes; export it without --kv int8: dmtd export MODEL -o OUT "
+            "--target tensorrt"
+        )
     max_model_len = options.max_model_len
     if max_model_len is None:
         max_model_len = min(model.max_model_len, contract.DEVICE_MODEL_LEN)

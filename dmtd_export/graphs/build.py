@@ -52,6 +52,8 @@ def build_graph(
         else:
             write_sample_token(writer, spec.config.vocab_size, MAX_CANDIDATES)
         return writer.finish(__version__, name), _graph_info(writer, name, dialect, slots)
+    standard_caches = spec.kv_dtype == spec.dtype
+    assert standard_caches or dialect == contract.ONNXRUNTIME, "standard graphs have caches of the model's type"
     write_decoder(name, StandardRows(writer, spec) if dialect == contract.STANDARD else OrtRows(writer, spec, slots))
     model = writer.finish(__version__, f"{name}, {dialect} dialect")
     return model, _graph_info(writer, name, dialect, slots)

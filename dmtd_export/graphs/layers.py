@@ -14,11 +14,11 @@ from typing import Protocol
 from dmtd_export.graphs.writer import GraphWriter
 from dmtd_models.config.model import ModelConfig
 from dmtd_runtime.bundle import contract
-from dmtd_runtime.bundle.contract import Group, Kind
+from dmtd_runtime.bundle.contract import Group
 
 COS, SIN = contract.ROTARY_TABLES
 Keep = Callable[[str, str], str]  # (rows [n, width], node path) -> some of the rows [m, width]
-KINDS: tuple[Kind, ...] = ("key", "value")
+KINDS = contract.KINDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,9 @@ runs over the rows of all slots together. Windows of different lengths need no p
 computation it would be alone.
 
 Positions are not an input: GroupQueryAttention derives them from the committed lengths, and rows are always contiguous.
+
+Caches are of the model's type, or int8 with a scale for each channel: rows are rounded as they are written, after rotary
+positions, and every row attends to what the cache then holds, its own new rows too. So no row depends on how a prompt is cut.
 """
 
 from __future__ import annotations
@@ -45,10 +48,11 @@ class BatchGroup:
 class OrtDialect:
     """Writes norms and attention of the onnxruntime dialect into ``writer``."""
 
-    def __init__(self, writer: GraphWriter, config: ModelConfig, dtype: str, slots: int) -> None:
+    def __init__(self, writer: GraphWriter, config: ModelConfig, dtype: str, kv_dtype: str, slots: int) -> None:
         self.writer = writer
         self._config = config
         self._dtype = dtype
+        self._kv_dtype = kv_dtype
         self._slots = slots
         self._qkv_width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self._packed: PackedGroup | None = None
@@ -106,8 +110,8 @@ class OrtDialect:
         for slot in self._slot_names() if packed else [None]:
             for kind in KINDS:
                 dims = kv_dims(self._config, 1 if packed else "batch")
-                self.writer.input(contract.past(layer, kind, slot), dims, self._dtype)
-                self.writer.output(contract.present(layer, kind, slot), dims, self._dtype)
+                self.writer.input(contract.past(layer, kind, slot), dims, self._kv_dtype)
+                self.writer.output(contract.present(layer, kind, slot), dims, self._kv_dtype)
 
     def linear(self, x: str, modules: tuple[str, ...], path: str) -> str:
         return linear(self.writer, x, modules, path, partial(nbits_product, self.writer, self._dtype))
@@ -162,14 +166,16 @@ class OrtDialect:
         w, config = self.writer, self._config
         kv = [contract.past(layer, kind, slot) for kind in KINDS]
         out = [f"{path}/attended", *(contract.present(layer, kind, slot) for kind in KINDS)]
-        w.node(
-            "GroupQueryAttention",
-            [qkv, "", "", *kv, seqlens_k, total_len, w.weight(COS), w.weight(SIN)],
-            path,
-            outputs=out,
-            contrib=True,
-            attrs={"num_heads": config.num_heads, "kv_num_heads": config.num_kv_heads, "do_rotary": 1},
-        )
+        inputs = [qkv, "", "", *kv, seqlens_k, total_len, w.weight(COS), w.weight(SIN)]
+        attrs: dict[str, int | str] = {
+            "num_heads": config.num_heads,
+            "kv_num_heads": config.num_kv_heads,
+            "do_rotary": 1,
+        }
+        if self._kv_dtype == "int8":
+            inputs += ["", "", "", *(w.weight(contract.kv_scale(layer, kind)) for kind in KINDS)]
+            attrs |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+        w.node("GroupQueryAttention", inputs, path, outputs=out, contrib=True, attrs=attrs)
         return out[0]
 
     def _slot_names(self) -> list[int | None]:
@@ -180,7 +186,7 @@ class OrtRows(Rows):
     """The onnxruntime dialect: packed window rows [1, window_len], late rows [batch, late_len]; row indices are flat."""
 
     def __init__(self, writer: GraphWriter, spec: GraphSpec, slots: int) -> None:
-        self.dialect = OrtDialect(writer, spec.config, spec.dtype, slots)
+        self.dialect = OrtDialect(writer, spec.config, spec.dtype, spec.kv_dtype, slots)
         super().__init__(writer, spec, self.dialect)
 
     def declare_tokens(self, rows: str) -> None:

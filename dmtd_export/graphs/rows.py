@@ -17,11 +17,15 @@ TABLE = f"{EMBED}.weight"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphSpec:
-    """What to build: model, split, type of computation and caches, the tensors of the weights file and which are in blocks."""
+    """What to build: model, split, types of computation and of caches, the tensors of the weights file and which are in blocks.
+
+    ``kv_dtype``: ``dtype``, or int8 in ONNX Runtime's own dialect, with scales among the tensors.
+    """
 
     config: ModelConfig
     dmtd: DmtdSpec
     dtype: str
+    kv_dtype: str
     weights: Mapping[str, WeightInfo]
     quantised: Mapping[str, BlockFormat] = field(default_factory=dict)
 

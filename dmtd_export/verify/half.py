@@ -43,7 +43,7 @@ def float32_twin(directory: Path, manifest: Manifest, target: Path, config: Mode
         onnx.save_model(model, target / graph.file)
     return replace(
         manifest,
-        model=replace(manifest.model, dtype="float32"),
+        model=replace(manifest.model, dtype="float32", kv_dtype="float32"),
         weights=weights,
         graphs=tuple(_cast_info(graph, manifest.model.dtype) for graph in manifest.graphs),
     )

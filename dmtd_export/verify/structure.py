@@ -172,6 +172,7 @@ def _graphs(directory: Path, manifest: Manifest, on_done: OnDone) -> Iterator[Di
         config=model_config(directory) or _config_of(manifest),
         dmtd=spec_of(manifest.cycle),
         dtype=manifest.model.dtype,
+        kv_dtype=manifest.model.cache_dtype,
         weights=manifest.weights,
         quantised=manifest.quantised,
     )

@@ -61,11 +61,24 @@ ExportGroup = Annotated[
         {
             "target": option(
                 "Whose graphs the bundle holds: onnxruntime's, those that engines are built from (tensorrt), or all. By "
-                "default all, with quantised weights onnxruntime.",
+                "default all, with quantised weights or int8 caches onnxruntime.",
                 panel=_BUNDLE,
             ),
             "dtype": option(
-                "Type of computation, caches and float weights. ONNX Runtime takes no bfloat16 on a CPU.", panel=_BUNDLE
+                "Type of computation, of float weights and, unless --kv says otherwise, of caches. ONNX Runtime takes no "
+                "bfloat16 on a CPU.",
+                panel=_BUNDLE,
+            ),
+            "kv": option(
+                "Type of caches: that of --dtype, or int8, a quarter of float32's bytes, for long contexts in ONNX Runtime's own "
+                "graphs. int8 needs --calibration.",
+                panel=_BUNDLE,
+            ),
+            "calibration": option(
+                "Text like what the model will read, over which scales are measured: a text file, or data as `dmtd finetune "
+                "--data` takes it. May be given again.",
+                metavar="FILE",
+                panel=_BUNDLE,
             ),
             "max_model_len": option(
                 "Tokens of prompt and answer together. By default the model's own limit.", panel=_BUNDLE

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dmtd_runtime.bundle.contract import Kind
+from dmtd_runtime.bundle.contract import KINDS, Kind
 from dmtd_runtime.bundle.manifest import DTYPE_BYTES, ModelInfo
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -27,9 +27,9 @@ class HostKvCache:
     def __init__(self, model: ModelInfo, slots: int, capacity: int) -> None:
         shape = (slots, model.num_kv_heads, capacity, model.head_dim)
         self._buffers: dict[tuple[int, Kind], Array] = {
-            (layer, kind): _lazy_zeros(shape, np.dtype(model.dtype))
+            (layer, kind): _lazy_zeros(shape, np.dtype(model.cache_dtype))
             for layer in range(model.num_layers)
-            for kind in ("key", "value")
+            for kind in KINDS
         }
 
     def buffer(self, layer: int, kind: Kind) -> Array:
@@ -82,4 +82,4 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 def kv_bytes(model: ModelInfo, rows: int, layers: int | None = None) -> int:
     """Bytes of the keys and values of ``rows`` rows in ``layers`` layers (None: all)."""
     layers = model.num_layers if layers is None else layers
-    return 2 * layers * model.num_kv_heads * model.head_dim * rows * DTYPE_BYTES[model.dtype]
+    return 2 * layers * model.num_kv_heads * model.head_dim * rows * DTYPE_BYTES[model.cache_dtype]

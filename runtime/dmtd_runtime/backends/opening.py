@@ -60,6 +60,11 @@ def _open(directory: Path, manifest: Manifest, options: BackendOptions, engines:
         from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(directory, manifest, options)
+    if manifest.model.cache_dtype == "int8":
+        raise BackendError(
+            f"--backend: got {options.backend}, and this bundle's caches are int8, which ONNX Runtime's own graphs alone take; "
+            "run it with --backend onnxruntime, or export it without --kv int8"
+        )
     if options.backend == "simulator":
         return _open_simulator(directory, manifest, options, engines)
     return _open_gpu(directory, manifest, options, options.backend, engines)

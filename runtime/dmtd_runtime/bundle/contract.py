@@ -32,6 +32,7 @@ DECODER_GRAPHS: tuple[GraphName, ...] = (FULL_PASS, THINKING, LATE_DECODE)
 STANDARD: Dialect = "standard"
 ONNXRUNTIME: Dialect = "onnxruntime"
 DIALECTS: tuple[Dialect, ...] = (STANDARD, ONNXRUNTIME)
+KINDS: tuple[Kind, ...] = ("key", "value")
 
 # Inputs of both dialects.
 INPUT_IDS = "input_ids"
@@ -104,6 +105,9 @@ SCHEMA_VERSION = 2
 CODES = "codes"
 SCALES = "scales"
 MINIMUMS = "minimums"
+# Caches in int8: a code k of a channel stands for k times the channel's scale; values are rounded to the nearest, ties to even,
+# and saturate at -128 and 127.
+INT8_RANGE = (-128, 127)
 
 
 def write_indices(group: Group) -> str:
@@ -141,6 +145,11 @@ def slot_len(slot: int) -> str:
 def block_part(name: str, kind: str) -> str:
     """The name of a part of a quantised weight: ``layer.q_proj.weight`` has the codes ``layer.q_proj.codes``."""
     return f"{name.rpartition('.')[0]}.{kind}"
+
+
+def kv_scale(layer: int, kind: Kind) -> str:
+    """The scales of a layer's keys or values where caches are int8: float32 [kv_heads * head_dim], one a channel."""
+    return f"model.layers.{layer}.self_attn.{kind}_cache.scale"
 
 
 def stack_name(names: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from dmtd_runtime.bundle.json_records import decode
 from dmtd_runtime.bundle.records import DTYPE_BYTES as DTYPE_BYTES
 from dmtd_runtime.bundle.records import PAGE_BYTES as PAGE_BYTES
 from dmtd_runtime.bundle.records import BlockFormat as BlockFormat
+from dmtd_runtime.bundle.records import CalibrationInfo as CalibrationInfo
 from dmtd_runtime.bundle.records import CycleInfo as CycleInfo
 from dmtd_runtime.bundle.records import FileInfo as FileInfo
 from dmtd_runtime.bundle.records import GraphInfo as GraphInfo
@@ -135,7 +136,7 @@ def _check_consistency(manifest: Manifest, path: Path) -> None:
 
 
 def _faults(manifest: Manifest) -> Iterator[str]:
-    for look in (_faults_of_weights, _faults_of_blocks, _faults_of_model, _faults_of_graphs):
+    for look in (_faults_of_weights, _faults_of_blocks, _faults_of_model, _faults_of_caches, _faults_of_graphs):
         yield from look(manifest)
 
 
@@ -221,6 +222,22 @@ def _faults_of_model(manifest: Manifest) -> Iterator[str]:
         yield f"token ids {list(ids)} of begin and end, expected none below 0 and none beyond 31 bits"
 
 
+def _faults_of_caches(manifest: Manifest) -> Iterator[str]:
+    """Caches have the model's type, or are int8 with a scale for each channel."""
+    model = manifest.model
+    if model.cache_dtype not in (model.dtype, "int8") or (model.cache_dtype == "int8" and model.dtype != "float32"):
+        yield f"model.kv_dtype is {model.kv_dtype} in a model of {model.dtype}"
+    if model.cache_dtype != "int8":
+        return
+    channels = (model.num_kv_heads * model.head_dim,)
+    for layer in range(model.num_layers):
+        for kind in contract.KINDS:
+            info = manifest.weights.get(name := contract.kv_scale(layer, kind))
+            if info is None or info.shape != channels or info.dtype != "float32":
+                got = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
+                yield f"{name} is {got}, expected float32 {list(channels)} for caches in int8"
+
+
 def _faults_of_graphs(manifest: Manifest) -> Iterator[str]:
     """What the list of a graph's inputs and outputs says is what the model's dimensions and the split say."""
     model, cycle = manifest.model, manifest.cycle
@@ -243,7 +260,7 @@ def _faults_of_graphs(manifest: Manifest) -> Iterator[str]:
             ):
                 yield f"{graph.file}: {info.name} is {info.dtype} {list(info.dims)}"
             elif contract.cache_name(info.name) and (
-                info.dims[1:] != (model.num_kv_heads, "capacity", model.head_dim) or info.dtype != model.dtype
+                info.dims[1:] != (model.num_kv_heads, "capacity", model.head_dim) or info.dtype != model.cache_dtype
             ):
                 yield f"{graph.file}: {info.name} is {info.dtype} {list(info.dims)}, which the model's dimensions do not say"
             elif info.name in widths and info.dims[-1:] != (widths[info.name],):

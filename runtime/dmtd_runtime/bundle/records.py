@@ -17,14 +17,17 @@ from dmtd_errors.words import counted
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.errors import BundleError
 
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uint8": 1, "int8": 1, "bool": 1}
 HASH_CHUNK_BYTES = 1 << 22
 PAGE_BYTES = 4096  # what groups of weights are aligned to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """Dimensions of the decoder. ``max_window`` is the longest window a graph accepts: KV capacity must leave room for it."""
+    """Dimensions of the decoder. ``max_window`` is the longest window a graph accepts: KV capacity must leave room for it.
+
+    ``dtype``: of computation and float weights. ``kv_dtype``: of caches; None, in bundles of before, for the same.
+    """
 
     family: str
     vocab_size: int
@@ -40,6 +43,12 @@ class ModelInfo:
     max_window: int
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    kv_dtype: Literal["float32", "float16", "bfloat16", "int8", None] = None
+
+    @property
+    def cache_dtype(self) -> str:
+        """The type of keys and values in caches."""
+        return self.kv_dtype or self.dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +144,14 @@ class BlockFormat:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationInfo:
+    """The text that something of a bundle was measured over: how many tokens, and their SHA-256."""
+
+    num_tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FileInfo:
     """Size and SHA-256 of a file of the bundle."""
 
@@ -155,6 +172,7 @@ class Manifest:
     tools: Mapping[str, str]
     verification: Mapping[str, Any] = field(default_factory=dict)
     quantised: Mapping[str, BlockFormat] = field(default_factory=dict)  # by the weight's name; all others are floats
+    calibration: Mapping[str, CalibrationInfo] = field(default_factory=dict)  # by what was measured: ``kv``
 
     def shape_of(self, name: str) -> tuple[int, ...] | None:
         """The shape of a weight, whether it is quantised or not; None if it is not stored."""

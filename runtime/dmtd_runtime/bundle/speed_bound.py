@@ -115,7 +115,7 @@ def split_bytes(manifest: Manifest) -> SplitBytes:
         lm_head=(lm_head or embedding) + manifest.bytes_of(NORM_NAME),
         tied=not lm_head,
         num_layers=(cycle.encoding_layers, cycle.thinking_layers, cycle.decoding_layers),
-        kv_row_bytes=2 * model.num_kv_heads * model.head_dim * DTYPE_BYTES[model.dtype],
+        kv_row_bytes=2 * model.num_kv_heads * model.head_dim * DTYPE_BYTES[model.cache_dtype],
         cycle_length=cycle.cycle_length,
     )
 

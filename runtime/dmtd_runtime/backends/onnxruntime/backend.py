@@ -47,7 +47,6 @@ from dmtd_runtime.sampling.sampler import NOT_FINITE, best_tokens
 
 logger = logging.getLogger("dmtd.onnxruntime")
 
-KINDS: tuple[contract.Kind, ...] = ("key", "value")
 MAX_BINDINGS = 256
 ROOM_HINT = "lower --max-model-len or --max-num-seqs, or free the device"
 
@@ -365,7 +364,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         if self._copies is None:
             assert isinstance(self._memory, GpuMemory), "caches on the host are copied where they are"
             model = self._manifest.model
-            row_bytes = model.head_dim * DTYPE_BYTES[model.dtype]
+            row_bytes = model.head_dim * DTYPE_BYTES[model.cache_dtype]
             layout = CacheLayout(heads=model.num_kv_heads, capacity=self.capacity, row_bytes=row_bytes)
             caches = [cache.address for cache in self._caches.values()]
             self._copies = RowCopies(self._memory.cuda, layout, caches)
@@ -375,9 +374,9 @@ class OnnxRuntimeBackend(StepwiseBackend):
         model = self._manifest.model
         shape = (self._cache_slots, model.num_kv_heads, self.capacity, model.head_dim)
         for layer in range(model.num_layers):
-            for kind in KINDS:
+            for kind in contract.KINDS:
                 self._caches[layer, kind] = (
-                    self._memory.zeros(shape, model.dtype, f"the cache of layer {layer}")
+                    self._memory.zeros(shape, model.cache_dtype, f"the cache of layer {layer}")
                     if self._host_cache is None
                     else host_buffer(self._host_cache.buffer(layer, kind))
                 )

@@ -153,7 +153,7 @@ def check_io(session: Any, graph: GraphInfo) -> None:
             )
 
 
-_DTYPES = {f"tensor({name})": name for name in ("float16", "bfloat16", "int64", "int32", "bool")} | {
+_DTYPES = {f"tensor({name})": name for name in ("float16", "bfloat16", "int64", "int32", "int8", "bool")} | {
     "tensor(float)": "float32"
 }
 

@@ -51,6 +51,10 @@ def check_dtype(manifest: Manifest, options: BackendOptions) -> None:
     if options.device == "cpu":
         return
     check_cuda_provider(import_onnxruntime())  # who has no provider wants to know that before anything of the bundle
+    if manifest.model.cache_dtype == "int8":
+        raise BackendError(
+            "this bundle's caches are int8, which run on the CPU alone; export it without --kv int8 and with --dtype bfloat16"
+        )
     if dtype == "float32" and (options.dialect or manifest.default_dialect) == contract.ONNXRUNTIME:
         raise BackendError(
             "this bundle is float32, and GroupQueryAttention on CUDA takes float16 or bfloat16 only; "
