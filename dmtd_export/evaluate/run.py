@@ -214,7 +214,7 @@ class _Run:
         )
 
     def formats(self, windows: Sequence[TextWindow]) -> FormatCost | None:
-        """What the weights' formats cost, where the base is a bundle of the same split in other formats."""
+        """What the formats of weights and caches cost, where the base is a bundle of the same split in other formats."""
         subject, base = self.subject, self.base
         bundles = subject.formats is not None and base.formats is not None
         if not windows or not bundles or subject.formats == base.formats or subject.cycle != base.cycle:

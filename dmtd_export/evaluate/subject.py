@@ -39,7 +39,9 @@ class Subject:
     generation_bundle: Callable[[], Path]
     adapter: Path | None = None
     trained_otherwise: str | None = None  # a line about weights that were not trained for this split
-    formats: Mapping[str, BlockFormat] | None = None  # of a bundle's quantised weights, by name
+    formats: Mapping[str, BlockFormat | str] | None = (
+        None  # of a bundle: quantised weights by name, and the type of caches
+    )
 
     def chats(self) -> TextTokenizer:
         """Training's tokenizer, which knows the tokens of a prompt from those of its answer."""
@@ -106,7 +108,7 @@ def _open_bundle(path: Path, options: OpenOptions, opened: contextlib.ExitStack)
         assets=path,
         convention_recorded=True,
         generation_bundle=lambda: path,
-        formats=scorer.manifest.quantised,
+        formats={**scorer.manifest.quantised, "caches": scorer.manifest.model.cache_dtype},
     )
 
 

@@ -1,7 +1,7 @@
-"""What quantised weights cost: a bundle against one of the same split in other formats, plain and in cycles.
+"""What quantised weights and caches cost: a bundle against one of the same split in other formats, plain and in cycles.
 
 Beside the comparison with the plain base, which counts what DMTD costs: here both sides run alike, so that what differs is
-the weights. At heads and late steps apart, for the same rounding may be amplified where fewer layers follow each other.
+the formats. At heads and late steps apart, for the same rounding may be amplified where fewer layers follow each other.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from dmtd_export.verify.forced import forced_logits
+from dmtd_export.verify.int8_caches import FollowedCycles
 from dmtd_export.verify.margins import FLOAT32, Margin, log_softmax, top_two_gap, worst_difference
 from dmtd_export.verify.report import Check, Divergence, Level
 from dmtd_runtime.backends.base import Backend, BackendOptions, FullPass
@@ -78,10 +79,22 @@ class Variant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """Logits [num_new, vocab] of each case, and whose they are."""
+    """Logits [num_new, vocab] of each case, and whose they are.
+
+    ``follow``: over int8 caches, those of some cases with what then stands in the caches, and a line about it.
+    """
 
     logits: Sequence[Array]
     level: Level
+    follow: FollowedCycles | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ran:
+    """A case's logits [num_new, vocab], and what stands in its int8 caches at the end, [2 * layers, kv_heads, rows, head_dim]."""
+
+    logits: Array
+    codes: Array | None = None
 
 
 def make_cases(manifest: Manifest, quick: bool, seed: int = 0) -> list[Case]:
@@ -136,14 +149,14 @@ def make_variants(manifest: Manifest, quick: bool, prepack: bool = True) -> list
 
 def choose_tokens(
     directory: Path, manifest: Manifest, variant: Variant, cases: Sequence[Case], on_cases: OnCases = lambda count: None
-) -> tuple[list[Case], list[Array]]:
-    """Let ``variant`` continue every case greedily. Returns the cases with their tokens, and each step's logits."""
-    logits = list(run_variant(directory, manifest, variant, cases, on_cases))
+) -> tuple[list[Case], list[Ran]]:
+    """Let ``variant`` continue every case greedily. Returns the cases with their tokens, and what ran."""
+    ran = list(run_variant(directory, manifest, variant, cases, on_cases))
     chosen = [
-        replace(case, continuation=tuple(int(i) for i in rows.argmax(-1)))
-        for case, rows in zip(cases, logits, strict=True)
+        replace(case, continuation=tuple(int(i) for i in each.logits.argmax(-1)))
+        for case, each in zip(cases, ran, strict=True)
     ]
-    return chosen, logits
+    return chosen, ran
 
 
 def check_cycles(
@@ -153,27 +166,31 @@ def check_cycles(
     cases: Sequence[Case],
     expected: Expected,
     margin: Margin = FLOAT32,
-    own_logits: Sequence[Array] | None = None,
+    own: Sequence[Ran] | None = None,
     label: str = "",
     on_cases: OnCases = lambda count: None,
 ) -> Check:
-    """Hold one variant to the expected logits; ``own_logits`` are the baseline's, which has already run."""
-    picked = range(0, len(cases)) if own_logits is not None else variant.picks(len(cases))
+    """Hold one variant to the expected logits; ``own`` is the baseline's, which has already run."""
+    picked = range(0, len(cases)) if own is not None else variant.picks(len(cases))
     name = variant.name + label
     try:
-        got = own_logits or list(run_variant(directory, manifest, variant, [cases[i] for i in picked], on_cases))
+        got = own or list(run_variant(directory, manifest, variant, [cases[i] for i in picked], on_cases))
     except (BackendError, BundleError) as error:
         return _failed(name, variant, expected.level, str(error))
     found = Comparison(variant=variant, margin=margin)
-    for i, rows in zip(picked, got, strict=True):
-        found.add(cases[i], expected.logits[i], rows)
-    return found.check(name, expected.level)
+    wanted, told = [expected.logits[i] for i in picked], ""
+    if expected.follow is not None:
+        wanted, told = expected.follow(picked, [each.codes for each in got])
+    for i, rows, each in zip(picked, wanted, got, strict=True):
+        found.add(cases[i], rows, each.logits)
+    check = found.check(name, expected.level)
+    return replace(check, detail="; ".join(filter(None, (check.detail, told))))
 
 
 def run_variant(
     directory: Path, manifest: Manifest, variant: Variant, cases: Sequence[Case], on_cases: OnCases = lambda count: None
-) -> Iterator[Array]:
-    """Yield the logits [num_new, vocab] of each case, in order. ``on_cases`` is told how many more have run."""
+) -> Iterator[Ran]:
+    """Yield what each case gives, in order. ``on_cases`` is told how many more have run."""
     longest = max(len(case.prompt) + case.num_new for case in cases)
     options = BackendOptions(
         dialect=variant.dialect,
@@ -184,14 +201,17 @@ def run_variant(
     )
     backend = OnnxRuntimeBackend(directory, manifest, options)
     try:
-        results: dict[int, Array] = {}
+        results: dict[int, Ran] = {}
+        in_codes = manifest.model.cache_dtype == "int8"
         for plain in (False, True):
             wanted = [i for i, case in enumerate(cases) if case.plain == plain]
             for start in range(0, len(wanted), variant.batch):
                 group = wanted[start : start + variant.batch]
                 plan = CyclePlan(cycle=manifest.cycle, plain=plain)
                 chosen = [cases[i] for i in group]
-                rows = forced_group(backend, plan, variant.chunk, chosen, manifest.model.vocab_size)
+                rows = forced_group(
+                    backend, plan, variant.chunk, chosen, manifest.model.vocab_size, with_codes=in_codes
+                )
                 results.update(zip(group, rows, strict=True))
                 on_cases(len(group))
     finally:
@@ -200,10 +220,17 @@ def run_variant(
 
 
 def forced_group(
-    backend: Backend, plan: CyclePlan, max_rows: int, cases: Sequence[Case], vocab_size: int
-) -> list[Array]:
-    """Logits [num_new, vocab] of some cases, run as one batch."""
-    return forced_logits(
+    backend: Backend,
+    plan: CyclePlan,
+    max_rows: int,
+    cases: Sequence[Case],
+    vocab_size: int,
+    *,
+    with_codes: bool = False,
+) -> list[Ran]:
+    """What some cases give, run as one batch."""
+    codes: dict[int, Array] = {}
+    logits = forced_logits(
         backend,
         plan,
         [case.prompt for case in cases],
@@ -212,7 +239,9 @@ def forced_group(
         vocab_size=vocab_size,
         max_rows=max_rows,
         leaves=[case.leaves for case in cases],
+        on_caches=codes.__setitem__ if with_codes else None,
     )
+    return [Ran(logits=rows, codes=codes.get(number)) for number, rows in enumerate(logits)]
 
 
 def _failed(name: str, variant: Variant, level: Level, detail: str) -> Check:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from dmtd_runtime.backends.base import Backend
-from dmtd_runtime.cycle import CyclePlan
+from dmtd_runtime.cycle import CyclePlan, Position
 from dmtd_runtime.sampling.confidence import Verdict
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import Choice, Logits, Sampler
@@ -76,6 +76,7 @@ def forced_logits(
     vocab_size: int,
     max_rows: int,
     leaves: Sequence[Sequence[int]] = (),
+    on_caches: Callable[[int, Array], None] | None = None,
 ) -> list[Array]:
     """Logits [num_new, vocab] of some sequences, run as one batch.
 
@@ -88,6 +89,8 @@ def forced_logits(
         vocab_size: width of a row.
         max_rows: of a prompt's chunk.
         leaves: positions of each that are heads before their cycle's end; none by default.
+        on_caches: is told of each sequence, by its number, what stands in its caches at its end, [2 * layers, kv_heads, rows,
+            head_dim]; zeros in rows that T has not got to.
 
     Raises:
         BackendError: the backend failed.
@@ -101,7 +104,15 @@ def forced_logits(
             ids=list(prompt), sampler=samplers[-1], stops=StopRules(params), on_event=told.append, leaves=left
         )
         sequences.append(run)
-    run_batch(backend, plan, sequences, max_rows=max_rows)
+
+    def leaving(sequence: SequenceRun, slot: int, at: Position) -> None:
+        if on_caches is not None:
+            [rows] = backend.read_rows(slot, range(0, at.fed, at.fed))
+            thinking = plan.cycle.thinking_range
+            rows[2 * thinking.start : 2 * thinking.stop, :, at.thought :] = 0
+            on_caches(next(i for i, one in enumerate(sequences) if one is sequence), rows)
+
+    run_batch(backend, plan, sequences, max_rows=max_rows, leaving=leaving)
     for event in told:
         if event.error is not None:
             raise event.error

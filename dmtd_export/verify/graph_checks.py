@@ -7,12 +7,15 @@ The expected numbers come from the PyTorch reference (level ``oracle``) or from 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from dmtd_export.verify.graph_runs import OpenSession, cache_layers, open_onnxruntime, run_graph
+from dmtd_export.verify.int8_caches import FollowedGraphs, Scales
 from dmtd_export.verify.margins import FLOAT32, Difference, Margin, worst_difference
 from dmtd_export.verify.report import Check, Divergence, Level
 from dmtd_export.verify.scenario import Outcome, Scenario
@@ -42,14 +45,22 @@ def check_graphs(
     label: str = "",
     on_done: OnDone = lambda: None,
     open_session: OpenSession = open_onnxruntime,
+    scales: Scales = MappingProxyType({}),
+    follow: FollowedGraphs | None = None,
 ) -> list[Check]:
-    """Run every graph of ``manifest`` and compare; one check a graph file."""
+    """Run every graph of ``manifest`` and compare; one check a graph file.
+
+    ``scales``: of int8 caches. ``follow``: says what is expected with the codes that a graph wrote.
+    """
     checks = []
     for graph in ordered(manifest):
         name = f"{graph.file}{label} against {'the reference' if level == 'oracle' else 'thinking + late_decode'}"
         try:
-            outcome = run_graph(directory / graph.file, graph, manifest.cycle, scenario, expected.thought, open_session)
-            check = compare(name, graph, scenario, expected, outcome, level, margin)
+            path, thought = directory / graph.file, expected.thought
+            outcome = run_graph(path, graph, manifest.cycle, scenario, thought, open_session, scales)
+            wanted, told = follow(outcome.codes) if follow else (expected, "")
+            check = compare(name, graph, scenario, wanted, outcome, level, margin)
+            check = replace(check, detail=check.detail or told)
         except BackendError as error:
             found = Divergence(graph=graph.file, dialect=graph.dialect, detail=str(error))
             check = Check(name=name, level=level, ok=False, detail=str(error), divergence=found)
@@ -58,14 +69,18 @@ def check_graphs(
     return checks
 
 
-def graphs_as_expected(directory: Path, manifest: Manifest, scenario: Scenario) -> Outcome:
+def graphs_as_expected(
+    directory: Path, manifest: Manifest, scenario: Scenario, scales: Scales = MappingProxyType({})
+) -> Outcome:
     """What the first thinking + late_decode pair computes: the expected numbers where there is no reference."""
     outcomes: dict[str, Outcome] = {}
     thought: Array | None = None
     for graph in ordered(manifest):
         if graph.name in outcomes or graph.name == contract.FULL_PASS:
             continue
-        outcomes[graph.name] = run_graph(directory / graph.file, graph, manifest.cycle, scenario, thought)
+        outcomes[graph.name] = run_graph(
+            directory / graph.file, graph, manifest.cycle, scenario, thought, scales=scales
+        )
         thought = thought if graph.name == contract.LATE_DECODE else outcomes[graph.name].thought
     first, second = outcomes[contract.THINKING], outcomes[contract.LATE_DECODE]
     return Outcome(thought=first.thought, logits=second.logits, caches={**second.caches, **first.caches})

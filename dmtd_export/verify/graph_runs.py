@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 import onnx
 
 from dmtd_export.verify.feeds import make_feed, runs_of, slots_of
+from dmtd_export.verify.int8_caches import Scales
 from dmtd_export.verify.scenario import Call, Outcome, Scenario
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import CycleInfo, GraphInfo, TensorInfo
@@ -24,6 +27,8 @@ from dmtd_runtime.ort.links import graph_source, path_problem
 
 Array = np.ndarray[Any, np.dtype[Any]]
 NOISE_STARTS = 1 << 16
+INT8_NOISE = 30  # codes at one standard deviation of what no run may see
+LIMITS = -127, 127
 
 
 class Session(Protocol):
@@ -109,8 +114,11 @@ def run_graph(
     scenario: Scenario,
     thought: Array | None,
     open_session: OpenSession = open_onnxruntime,
+    scales: Scales = MappingProxyType({}),
 ) -> Outcome:
     """Run all calls of a scenario through a graph file. ``thought`` [sequences, n, hidden] feeds late_decode.
+
+    ``scales``: of int8 caches.
 
     Raises BackendError with the first line of what refuses the graph or the run.
     """
@@ -124,8 +132,11 @@ def run_graph(
     except Exception as error:
         first = str(error).strip().splitlines()[0][:300]
         raise BackendError(f"{graph.file}: cannot be run: {first}") from error
-    collected.caches.update(caches.final())
-    return collected.outcome()
+    final = caches.final()
+    if not scales:
+        return replace(collected.outcome(), caches={key: rows.astype(np.float32) for key, rows in final.items()})
+    values = {key: codes * scales[key] for key, codes in final.items()}
+    return replace(collected.outcome(), caches=values, codes=final)
 
 
 def cache_layers(graph: GraphInfo) -> list[int]:
@@ -171,7 +182,6 @@ class _Collected:
     """Rows by sequence and position."""
 
     def __init__(self, graph: GraphInfo, scenario: Scenario) -> None:
-        self.caches: dict[tuple[int, str], Array] = {}
         self.rows: dict[str, Array] = {}
         for info in graph.outputs:
             if info.name in (contract.THOUGHT, contract.LOGITS):
@@ -180,9 +190,7 @@ class _Collected:
                 self.rows[info.name] = np.zeros((*scenario.ids.shape, width), np.float32)
 
     def outcome(self) -> Outcome:
-        return Outcome(
-            thought=self.rows.get(contract.THOUGHT), logits=self.rows.get(contract.LOGITS), caches=self.caches
-        )
+        return Outcome(thought=self.rows.get(contract.THOUGHT), logits=self.rows.get(contract.LOGITS), caches={})
 
 
 class _Caches:
@@ -232,8 +240,7 @@ class _Caches:
         n, count = self._scenario.ids.shape[1], len(self._scenario.lengths)
         pairs = dict.fromkeys(_parts(info.name)[:2] for info in self._inputs)
         return {
-            (layer, kind): np.stack([self._rows[s, layer, kind][:, :n] for s in range(count)]).astype(np.float32)
-            for layer, kind in pairs
+            (layer, kind): np.stack([self._rows[s, layer, kind][:, :n] for s in range(count)]) for layer, kind in pairs
         }
 
     def _held(self, sequence: int, info: TensorInfo, writes: Sequence[range]) -> Array:
@@ -246,7 +253,8 @@ class _Caches:
     def _noise(self, info: TensorInfo) -> Array:
         """Arbitrary numbers in an input's shape: a piece of those drawn once, from anywhere."""
         shape, start = self._shape(info), int(self._rng.integers(NOISE_STARTS))
-        return self._numbers[start : start + math.prod(shape)].reshape(shape).astype(info.dtype)
+        numbers = self._numbers[start : start + math.prod(shape)].reshape(shape)
+        return (numbers * INT8_NOISE if info.dtype == "int8" else numbers).clip(*LIMITS).astype(info.dtype)
 
     def _shape(self, info: TensorInfo) -> list[int]:
         symbols = {"batch": 1, "capacity": self._scenario.capacity}

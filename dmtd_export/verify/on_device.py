@@ -165,9 +165,9 @@ def _steps(work: _Work, done: Callable[[int], None]) -> Check:
     backend, vocab_size = work.backend, work.manifest.model.vocab_size
     found = Comparison(variant=work.variant, margin=work.margin)
     for plan, group in work.groups():
-        for case, rows in zip(group, forced_group(backend, plan, backend.max_rows, group, vocab_size), strict=True):
-            chosen = replace(case, continuation=tuple(int(token) for token in rows.argmax(-1)))
-            found.add(chosen, work.expected(chosen), rows)
+        for case, ran in zip(group, forced_group(backend, plan, backend.max_rows, group, vocab_size), strict=True):
+            chosen = replace(case, continuation=tuple(int(token) for token in ran.logits.argmax(-1)))
+            found.add(chosen, work.expected(chosen), ran.logits)
             done(1)
     return found.check(work.named("step by step"), "oracle")
 

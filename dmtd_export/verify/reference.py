@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from dmtd_export.bundle.weights import NUMPY_DTYPES
+from dmtd_export.verify.int8_caches import Rounding
 from dmtd_export.verify.scenario import Outcome, Scenario
 from dmtd_export.verify.stored import stored_weight
 from dmtd_models.checkpoints.checkpoint import Checkpoint
 from dmtd_models.config.model import DmtdSpec, ModelConfig
-from dmtd_models.reference.dmtd import StreamedModel
+from dmtd_models.reference.dmtd import StoreAt, StreamedModel
 from dmtd_models.reference.layers import rotary
 from dmtd_models.reference.oracle import gates
 from dmtd_runtime.bundle.manifest import Manifest
@@ -50,8 +51,11 @@ class Reference:
         # float64, so that the error shown is the graph's own and not the reference's as well
         self._model = StreamedModel(config, spec, read, torch.float64)
 
-    def outcome(self, scenario: Scenario, on_read: OnRead = lambda: None) -> Outcome:
-        """Everything that the rows of a scenario compute. ``on_read`` is called before a weight is read."""
+    def outcome(self, scenario: Scenario, on_read: OnRead = lambda: None, rounding: Rounding | None = None) -> Outcome:
+        """Everything that the rows of a scenario compute. ``on_read`` is called before a weight is read.
+
+        ``rounding``: of keys and values, where caches are int8; keys and values are then as the caches give them back.
+        """
         self._on_read = on_read
         positions = torch.arange(scenario.ids.shape[1])[None].expand(len(scenario.lengths), -1)
         run = self._model(
@@ -59,6 +63,7 @@ class Reference:
             positions,
             torch.from_numpy(scenario.gate_hidden),
             torch.from_numpy(scenario.gate_thought),
+            _store(rounding),
         )
         pairs = (("key", run.keys), ("value", run.values))
         caches = {(layer, kind): x.numpy() for kind, layers in pairs for layer, x in enumerate(layers)}
@@ -71,6 +76,7 @@ class Reference:
         plain: Sequence[bool],
         heads: Sequence[Collection[int] | None],
         on_read: OnRead = lambda: None,
+        rounding: Rounding | None = None,
     ) -> list[Array]:
         """Logits [n, vocab] of whole sequences under the oracle's gates, in one pass (causal: padding is harmless)."""
         self._on_read = on_read
@@ -83,10 +89,16 @@ class Reference:
             pair = gates(self._model.spec, prompt_len=prompt_len, total_len=len(sequence), plain=is_plain, heads=listed)
             for gate, values in zip(both, pair, strict=True):
                 gate[row, : len(sequence)] = torch.from_numpy(values)
-        run = self._model(ids, torch.arange(n)[None].expand(len(sequences), -1), both[0], both[1])
+        run = self._model(ids, torch.arange(n)[None].expand(len(sequences), -1), both[0], both[1], _store(rounding))
         return [run.logits[row, : len(sequence)].numpy() for row, sequence in enumerate(sequences)]
 
     def rotary_tables(self, rows: int) -> tuple[Array, Array]:
         """Cosines and sines [rows, head_dim / 2] as the reference computes them."""
         cos, sin = rotary(self.config.rope, self.config.head_dim, torch.arange(rows)[None], torch.float32)
         return cos[0].numpy(), sin[0].numpy()
+
+
+def _store(rounding: Rounding | None) -> StoreAt | None:
+    if rounding is None:
+        return None
+    return lambda layer, kind, x: torch.from_numpy(rounding(layer, kind, x.numpy()))

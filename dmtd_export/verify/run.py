@@ -10,12 +10,14 @@ A higher level contains the lower ones. What lowers the level is said in one lin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dmtd_export.bundle.atomic import work_directory
 from dmtd_export.bundle.split import spec_of
@@ -23,10 +25,11 @@ from dmtd_export.verify import cycles
 from dmtd_export.verify.choice_checks import check_choose_token, check_sample_token
 from dmtd_export.verify.exact import exact_twin
 from dmtd_export.verify.graph_checks import check_graphs, graphs_as_expected, ordered
-from dmtd_export.verify.graph_runs import OpenSession, open_evaluator, open_onnxruntime
+from dmtd_export.verify.graph_runs import OpenSession, open_evaluator, open_onnxruntime, run_graph
 from dmtd_export.verify.half import float32_twin
+from dmtd_export.verify.int8_caches import FollowedCycles, FollowedGraphs, Rounding, Scales, cache_scales
 from dmtd_export.verify.levels import Plan, float32_bytes, make_plan, scratch_directory
-from dmtd_export.verify.margins import FLOAT32, FLOAT32_MARGIN, rounding_margin, told_margins
+from dmtd_export.verify.margins import FLOAT32, FLOAT32_MARGIN, Margin, int8_margin, rounding_margin, told_margins
 from dmtd_export.verify.report import Check, Divergence, Level, VerificationError, VerifyReport, record
 from dmtd_export.verify.scenario import Outcome, Scenario, make_scenario
 from dmtd_export.verify.structure import check_structure, model_config, steps
@@ -188,15 +191,11 @@ class _Run:
             rows = self._manifest.weights[contract.ROTARY_TABLES[0]].shape[0]
             checks.append(check_rotary(self._directory, self._manifest, reference.rotary_tables(rows)))
         with self._float32(plan) as (directory, manifest):
-            scenario = make_scenario(manifest.model.vocab_size)
+            scenario, scales = make_scenario(manifest.model.vocab_size), cache_scales(directory, manifest)
             try:
                 with self._counting("reference", len(tensor_shapes(reference.config)) if reference else 1) as done:
-                    expected = (
-                        reference.outcome(scenario, done)
-                        if reference
-                        else graphs_as_expected(directory, manifest, scenario)
-                    )
-                checks += self._graphs(directory, manifest, scenario, expected, plan)
+                    expected, follow = self._expected(directory, manifest, reference, scenario, scales, done)
+                checks += self._graphs(directory, manifest, scenario, expected, plan, scales, follow)
                 if plan.cycles != "none":
                     checks += self._cycles(directory, manifest, reference, plan)
             except (BackendError, BundleError) as error:
@@ -233,8 +232,38 @@ class _Run:
             else:
                 yield target, float32_twin(self._directory, self._manifest, target, self.config)
 
+    @staticmethod
+    def _expected(
+        directory: Path,
+        manifest: Manifest,
+        reference: Reference | None,
+        scenario: Scenario,
+        scales: Scales,
+        done: Callable[[], None],
+    ) -> tuple[Outcome, FollowedGraphs | None]:
+        """What the scenario computes; over int8 caches with the codes of the first graph, and by those of any other."""
+        if reference is None:
+            return graphs_as_expected(directory, manifest, scenario, scales), None
+        if not scales:
+            return reference.outcome(scenario, done), None
+        first = next(graph for graph in ordered(manifest) if graph.name == contract.THINKING)
+        ran = run_graph(directory / first.file, first, manifest.cycle, scenario, None, scales=scales)
+
+        def outcome(rounding: Rounding) -> Outcome:
+            return reference.outcome(scenario, done, rounding)
+
+        follow = FollowedGraphs(outcome, scales, ran.codes)
+        return follow({})[0], follow
+
     def _graphs(
-        self, directory: Path, manifest: Manifest, scenario: Scenario, expected: Outcome, plan: Plan
+        self,
+        directory: Path,
+        manifest: Manifest,
+        scenario: Scenario,
+        expected: Outcome,
+        plan: Plan,
+        scales: Scales,
+        follow: FollowedGraphs | None,
     ) -> list[Check]:
         label, open_exact = "" if directory == self._directory else ", cast to float32,", open_onnxruntime
         if self._rounds_inputs:
@@ -243,7 +272,19 @@ class _Run:
         # ONNX Runtime puts other nodes in the place of DequantizeLinear and what reads it, and has erred in that.
         plain = tuple(graph for graph in ordered(manifest) if manifest.quantised and graph.dialect == contract.STANDARD)
         with self._counting("graphs", len(ordered(manifest)) + len(plain) + len(ordered(as_is))) as done:
-            checks = check_graphs(directory, manifest, scenario, expected, plan.level, FLOAT32, label, done, open_exact)
+            checks = check_graphs(
+                directory,
+                manifest,
+                scenario,
+                expected,
+                plan.level,
+                self._closest(follow, scales),
+                label,
+                done,
+                open_exact,
+                scales,
+                follow,
+            )
             checks += check_graphs(
                 directory,
                 replace(manifest, graphs=plain),
@@ -259,7 +300,16 @@ class _Run:
             checks += check_sample_token(directory, manifest, plan.level)
             if as_is.graphs and (rounded := rounding_margin(as_is)) is not None:
                 checks += check_graphs(
-                    self._directory, as_is, scenario, expected, plan.level, rounded, label_as_is, done, open_session
+                    self._directory,
+                    as_is,
+                    scenario,
+                    expected,
+                    plan.level,
+                    rounded,
+                    label_as_is,
+                    done,
+                    open_session,
+                    scales,
                 )
         return checks
 
@@ -288,33 +338,32 @@ class _Run:
         runs = sum(len(variant.picks(len(made))) for variant in variants) + runs_as_is * len(made)
         with self._counting("cycles", runs + reads) as done:
             cases, own = cycles.choose_tokens(directory, manifest, variants[0], made, done)
-            expected = cycles.Expected(logits=own, level="graphs")
+            expected = cycles.Expected(logits=[ran.logits for ran in own], level="graphs")
+            scales = cache_scales(directory, manifest)
             if reference is not None:
-                rows = reference.teacher_forced(
-                    [case.sequence for case in cases],
-                    [len(case.prompt) for case in cases],
-                    [case.plain for case in cases],
-                    [case.heads for case in cases],
-                    done,
-                )
-                logits = [row[len(case.prompt) - 1 :] for row, case in zip(rows, cases, strict=True)]
-                expected = cycles.Expected(logits=logits, level="oracle")
+                expected = _expected_cycles(reference, cases, own, scales, done)
+            margin = self._closest(expected.follow, scales)
             checks = []
             for variant in variants:
                 given = own if variant is variants[0] else None
                 if given is None or reference is not None:
                     check = cycles.check_cycles(
-                        directory, manifest, variant, cases, expected, FLOAT32, given, on_cases=done
+                        directory, manifest, variant, cases, expected, margin, given, on_cases=done
                     )
                     checks.append(check)
             if runs_as_is:
                 rounded, what = rounding_margin(self._manifest), "int8 inputs" if self._rounds_inputs else "float16"
                 assert rounded is not None, "graphs that are run as they are have a margin of their own"
                 label, bundle = f", {what} as it is", (self._directory, self._manifest)
+                fixed = replace(expected, follow=None)
                 checks.append(
-                    cycles.check_cycles(*bundle, variants[0], cases, expected, rounded, label=label, on_cases=done)
+                    cycles.check_cycles(*bundle, variants[0], cases, fixed, rounded, label=label, on_cases=done)
                 )
         return checks
+
+    def _closest(self, follow: object, scales: Scales) -> Margin:
+        """The margin of graphs that round no inputs. Int8 caches whose codes nobody follows may differ by ties."""
+        return int8_margin(self._manifest.model.num_layers) if scales and follow is None else FLOAT32
 
     @contextmanager
     def _counting(self, stage: str, total: int) -> Iterator[Callable[..., None]]:
@@ -328,3 +377,32 @@ class _Run:
 
         yield done
         self._progress(stage, total, total)
+
+
+def _expected_cycles(
+    reference: Reference,
+    cases: Sequence[cycles.Case],
+    own: Sequence[cycles.Ran],
+    scales: Scales,
+    done: Callable[[], None],
+) -> cycles.Expected:
+    """The oracle's logits of whole cycles; over int8 caches with the codes that the baseline's hold."""
+
+    def logits(numbers: Sequence[int], rounding: Rounding | None) -> list[np.ndarray[Any, np.dtype[Any]]]:
+        some = [cases[number] for number in numbers]
+        rows = reference.teacher_forced(
+            [case.sequence for case in some],
+            [len(case.prompt) for case in some],
+            [case.plain for case in some],
+            [case.heads for case in some],
+            done,
+            rounding,
+        )
+        return [row[len(case.prompt) - 1 :] for row, case in zip(rows, some, strict=True)]
+
+    everything = range(len(cases))
+    if not scales:
+        return cycles.Expected(logits=logits(everything, None), level="oracle")
+    follow = FollowedCycles(logits, scales)
+    found, _ = follow(everything, [ran.codes for ran in own])
+    return cycles.Expected(logits=found, level="oracle", follow=follow)

@@ -7,7 +7,7 @@ through T, of which only the last one enters D. Knows ranges and integers only; 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -44,12 +44,13 @@ class Outcome:
     """What the rows of a scenario compute; arrays a graph does not produce are empty or missing.
 
     ``thought`` [sequences, n, hidden], ``logits`` [sequences, n, vocab], ``caches[layer, kind]`` [sequences,
-    kv_heads, n, head_dim].
+    kv_heads, n, head_dim]. ``codes``: of int8 caches what stands in them, of which ``caches`` are the values.
     """
 
     thought: Array | None
     logits: Array | None
     caches: dict[tuple[int, str], Array]
+    codes: dict[tuple[int, str], Array] = field(default_factory=dict)
 
 
 def make_scenario(vocab_size: int, seed: int = 0) -> Scenario:

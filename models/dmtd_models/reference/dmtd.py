@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, Self
+from functools import partial
+from typing import Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from dmtd_models.config.model import DmtdSpec, ModelConfig, check_dmtd
 from dmtd_models.reference.layers import DecoderLayer, RMSNorm, rotary
 
 Read = Callable[[str], np.ndarray]
+StoreAt = Callable[[int, Literal["key", "value"], Tensor], Tensor]  # by absolute layer; see layers.Store
 
 _HEAD_ROWS = 16384  # rows of the head held at a time by a streamed model
 
@@ -117,11 +119,21 @@ class StreamedModel:
         self._dtype = dtype
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, positions: Tensor, gate_hidden: Tensor, gate_thought: Tensor) -> Forward:
-        """Compute whole sequences without gradients; shapes in the module's table."""
+    def __call__(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        gate_hidden: Tensor,
+        gate_thought: Tensor,
+        store: StoreAt | None = None,
+    ) -> Forward:
+        """Compute whole sequences without gradients; shapes in the module's table.
+
+        ``store``: what caches give back of keys and values, which all rows then attend to; as they are by default.
+        """
         # Rows of the (mapped) embedding, not all of it.
         embedded = to_torch(self._read(EMBEDDING)[input_ids.cpu().numpy()], self._dtype)
-        return _forward(self, embedded, self._layer, self._head, positions, gate_hidden, gate_thought)
+        return _forward(self, embedded, self._layer, self._head, positions, gate_hidden, gate_thought, store)
 
     def _layer(self, index: int) -> DecoderLayer:
         with torch.device("meta"):
@@ -155,6 +167,7 @@ def _forward(
     positions: Tensor,
     gate_hidden: Tensor,
     gate_thought: Tensor,
+    store: StoreAt | None = None,
 ) -> Forward:
     config, spec = model.config, model.spec
     tables = rotary(config.rope, config.head_dim, positions, embedded.dtype)
@@ -163,7 +176,7 @@ def _forward(
 
     def run(x: Tensor, first: int, count: int) -> Tensor:
         for index in range(first, first + count):
-            x, key, value = layer_at(index)(x, tables)
+            x, key, value = layer_at(index)(x, tables, None if store is None else partial(store, index))
             keys.append(key)
             values.append(value)
         return x

@@ -6,12 +6,18 @@ rotary tables are computed in float32 whatever the type of the model, then cast 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dmtd_models.config.model import ModelConfig, Rope
 from dmtd_models.reference.rope import attention_factor, yarn_range
+
+Store = Callable[[Literal["key", "value"], Tensor], Tensor]
+"""Keys or values [batch, kv_heads, n, head_dim] -> what a cache that rounds gives back of them."""
 
 
 class RMSNorm(nn.Module):
@@ -42,13 +48,17 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(head, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], store: Store | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the output [batch, n, hidden] and the keys and values [batch, kv_heads, n, head_dim] of a cache."""
         batch, n, _ = x.shape
         split = (batch, n, -1, self.head_dim)
         queries = rotate(self.q_norm(self.q_proj(x).view(split)).transpose(1, 2), *rotary)
         keys = rotate(self.k_norm(self.k_proj(x).view(split)).transpose(1, 2), *rotary)
         values = self.v_proj(x).view(split).transpose(1, 2)
+        if store is not None:
+            keys, values = store("key", keys), store("value", values)
         mixed = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, n, -1)), keys, values
 
@@ -78,9 +88,11 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], store: Store | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the stream [batch, n, hidden] and this layer's keys and values [batch, kv_heads, n, head_dim]."""
-        mixed, keys, values = self.self_attn(self.input_layernorm(x), rotary)
+        mixed, keys, values = self.self_attn(self.input_layernorm(x), rotary, store)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), keys, values
 

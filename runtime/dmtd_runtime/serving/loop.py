@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from dmtd_runtime.backends.base import Backend, RunOutput, SlotCycle, SlotStep
-from dmtd_runtime.cycle import CyclePlan, Step
+from dmtd_runtime.cycle import CyclePlan, Position, Step
 from dmtd_runtime.sampling.confidence import ALWAYS, confidence
 from dmtd_runtime.sampling.sampler import described
 from dmtd_runtime.serving.counts import Counts, StepTokens
@@ -47,14 +47,16 @@ class Loop:
         static: bool = False,
         closing: Callable[[], bool] = lambda: False,
         arriving: Callable[[], bool] = lambda: False,
+        leaving: Callable[[SequenceRun, int, Position], None] = lambda sequence, slot, at: None,
     ) -> None:
         """``max_rows``: of one prompt in a pass; the backend's own limit where that is lower.
 
         ``static``: sequences enter together when none runs any more. ``closing``: whether who still waits is no longer to
         begin, and ends with ``abort``. ``arriving``: whether somebody is about to be added, so that nothing is run ahead.
+        ``leaving``: is told of a sequence that leaves its slot, whose rows still stand there.
         """
         options = options or ServingOptions(prefix_cache_bytes=0)
-        self._closing, self._arriving = closing, arriving
+        self._closing, self._arriving, self._leaving = closing, arriving, leaving
         rows = backend.max_rows if max_rows is None else min(max_rows, backend.max_rows)
         self._backend, self._plan, self._cycle_length = backend, plan, plan.cycle.cycle_length
         self._scheduler = Scheduler(plan, num_slots=backend.slots, max_rows=rows, options=options, static=static)
@@ -314,6 +316,8 @@ class Loop:
         """Let sequences go."""
         for number in list(numbers):
             slot = self._scheduler.slot_of(number)
+            if slot is not None:
+                self._leaving(self._sequences[number], slot, self._scheduler.position_of(number))
             if slot is not None and self._sequences[number].failed:  # it may have left NaN in the caches
                 self._backend.clear(slot, self._scheduler.committed[slot])
             elif slot is not None:
@@ -349,9 +353,10 @@ def run_batch(
     *,
     max_rows: int | None = None,
     static: bool = True,
+    leaving: Callable[[SequenceRun, int, Position], None] = lambda sequence, slot, at: None,
 ) -> None:
     """Run ``sequences`` to their ends, as a static batch. Errors of the backend itself pass through."""
-    loop = Loop(backend, plan, max_rows=max_rows, static=static)
+    loop = Loop(backend, plan, max_rows=max_rows, static=static, leaving=leaving)
     for sequence in sequences:
         loop.add(sequence)
     while loop.sequences:
