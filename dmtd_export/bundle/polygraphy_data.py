@@ -98,7 +98,7 @@ def _value(item: dict[str, Any], manifest: dict[str, Any], sizes: dict[str, int]
         return np.zeros(dims, np.int64)
     if name in ("gate_hidden", "gate_thought"):
         return np.ones(dims, bool)
-    values = rng.standard_normal(dims) * 0.1
+    values = rng.standard_normal(dims) * (10 if item["dtype"] == "int8" else 0.1)  # codes of a cache, or numbers
     if name.startswith("past_key_values."):
         values[:, :, COMMITTED:] = 0  # as a cache that has not been written further
     return values.astype(_numpy_dtype(item["dtype"]))

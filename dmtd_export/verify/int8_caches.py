@@ -66,10 +66,11 @@ class Rounding:
         found: Array = np.where(ties, given, own) * scale
         return found
 
-    @property
-    def told(self) -> str:
-        """A line for a report."""
-        return f"int8 caches: {self.ties} of {self.values} values at a rounding's border, {self.saturated} saturated"
+
+def told_of(roundings: Sequence[Rounding]) -> str:
+    """What a report says of them."""
+    values, ties, saturated = (sum(getattr(one, name) for one in roundings) for name in ("values", "ties", "saturated"))
+    return f"int8 caches: of {values} values {ties} at a rounding's border, {saturated} saturated"
 
 
 class FollowedGraphs:
@@ -89,7 +90,7 @@ class FollowedGraphs:
         if (found := self._known.get(digest.hexdigest())) is None:
             rounding = Rounding(self._scales, merged)
             outcome = self._outcome(rounding)
-            found = self._known[digest.hexdigest()] = outcome, rounding.told
+            found = self._known[digest.hexdigest()] = outcome, told_of([rounding])
         return found
 
 
@@ -103,19 +104,19 @@ class FollowedCycles:
         """``logits``: the reference's of some cases."""
         self._logits, self._scales = logits, scales
         self._known: dict[tuple[int, bytes], Array] = {}
+        self._ran: list[Rounding] = []
 
     def __call__(self, cases: Sequence[int], given: Sequence[Array | None]) -> tuple[list[Array], str]:
-        """Logits of some cases, by their numbers, and a line about the rounding of those that were not known yet."""
+        """Logits of some cases, by their numbers, and a line about the rounding of all that ran so far."""
         codes = [own for own in given if own is not None]
         keys = [(case, hashlib.sha256(own.tobytes()).digest()) for case, own in zip(cases, codes, strict=True)]
         new = [index for index, key in enumerate(keys) if key not in self._known]
-        told = ""
         if new:
             rounding = Rounding(self._scales, self._together([codes[index] for index in new]))
             made = self._logits([cases[index] for index in new], rounding)
             self._known |= {keys[index]: rows for index, rows in zip(new, made, strict=True)}
-            told = rounding.told
-        return [self._known[key] for key in keys], told
+            self._ran.append(rounding)
+        return [self._known[key] for key in keys], told_of(self._ran)
 
     def _together(self, codes: Sequence[Array]) -> Codes:
         """The codes of several sequences, those of the shorter ones with zeros behind them."""

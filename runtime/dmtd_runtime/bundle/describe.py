@@ -154,7 +154,8 @@ def _head(manifest: Manifest) -> Table:
     table.add_row("attention", f"{model.num_heads} heads, {model.num_kv_heads} KV heads of {model.head_dim}")
     tied = "tied to lm_head" if model.tie_word_embeddings else "lm_head of its own"
     table.add_row("vocabulary", f"{model.vocab_size}, embedding {tied}")
-    table.add_row("numbers", f"{model.dtype}, up to {model.max_model_len} tokens")
+    caches = f", caches {model.cache_dtype}" if model.cache_dtype != model.dtype else ""
+    table.add_row("numbers", f"{model.dtype}{caches}, up to {model.max_model_len} tokens")
     trained = (
         "trained for DMTD"
         if cycle.dmtd_trained

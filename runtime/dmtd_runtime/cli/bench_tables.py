@@ -39,7 +39,7 @@ def card(manifest: Manifest, split: SplitBytes, options: BenchOptions, backend: 
     if manifest.quantised:
         formats = weight_formats(manifest)
         card.add_row("formats", "; ".join(f"{group.replace('_', ' ')} {fmt}" for group, fmt in formats.items()))
-    card.add_row("KV", f"{human_bytes(split.kv_per_token())} a token, mean context {context:g}")
+    card.add_row("KV", f"{model.cache_dtype}, {human_bytes(split.kv_per_token())} a token, mean context {context:g}")
     card.add_row("bytes a token", f"plain {human_bytes(plain)}, DMTD {human_bytes(dmtd)}")
     card.add_row("bound", f"{plain / dmtd:.2f}x (what the bytes allow at batch 1)")
     card.add_row(

@@ -35,9 +35,9 @@ def test_buffers_start_as_zeros_and_keep_their_place(model: ModelInfo) -> None:
         cache.buffer(5, "key")
 
 
-@pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("float16", 2)])
-def test_buffers_have_the_models_dtype(model: ModelInfo, dtype: str, itemsize: int) -> None:
-    cache = HostKvCache(replace(model, dtype=dtype), slots=1, capacity=4)
+@pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("float16", 2), ("int8", 1)])
+def test_buffers_have_the_type_of_caches(model: ModelInfo, dtype: str, itemsize: int) -> None:
+    cache = HostKvCache(replace(model, kv_dtype=dtype), slots=1, capacity=4)
     assert cache.buffer(0, "key").itemsize == itemsize
 
 
@@ -82,7 +82,10 @@ def test_clear_wipes_nan(model: ModelInfo) -> None:
 def test_kv_bytes_by_hand(model: ModelInfo) -> None:
     assert kv_bytes(model, 100) == 2 * 5 * 2 * 16 * 100 * 4
     assert kv_bytes(model, 100, layers=2) == 2 * 2 * 2 * 16 * 100 * 4
-    assert kv_bytes(replace(model, dtype="bfloat16"), 7) == 2 * 5 * 2 * 16 * 7 * 2
+    assert kv_bytes(replace(model, kv_dtype="bfloat16"), 7) == 2 * 5 * 2 * 16 * 7 * 2
+    assert kv_bytes(replace(model, kv_dtype="int8"), 7) == 2 * 5 * 2 * 16 * 7
+    of_before = replace(model, dtype="float16", kv_dtype=None)  # caches had the model's type
+    assert kv_bytes(of_before, 7) == 2 * 5 * 2 * 16 * 7 * 2
 
 
 def test_pages_are_committed_as_rows_are_written(model: ModelInfo) -> None:
