@@ -25,8 +25,11 @@ from dmtd_runtime.cycle import CyclePlan, Position
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-HEADROOM = 2.0  # of a code's range over the largest value in the text
+HEADROOM = (
+    1.5  # of the range of codes over the largest value in the text: less saturates elsewhere, more rounds coarser
+)
 SMALLEST = 2.0**-16  # of a layer's largest scale: a channel that was never used gets that
+NOTHING = 1e-20  # the largest value of a layer that was never used
 
 
 def measured_scales(work: Path, manifest: Manifest, text: CalibrationText, progress: Progress) -> dict[str, Array]:
@@ -90,7 +93,7 @@ def largest_values(rows: Array) -> Array:
 
 def scales_of(largest: Array) -> Array:
     """Scales float32 for the largest values of channels, [2 * layers, ...], with room for larger ones."""
-    scales = np.maximum(largest, np.finfo(np.float32).tiny) * np.float32(HEADROOM / contract.INT8_RANGE[1])
+    scales = np.maximum(largest, np.float32(NOTHING)) * np.float32(HEADROOM / contract.INT8_RANGE[1])
     least = scales.reshape(len(scales), -1).max(axis=1) * np.float32(SMALLEST)
     found: Array = np.maximum(scales, least.reshape(-1, *(1,) * (scales.ndim - 1)))
     return found

@@ -3,8 +3,9 @@
 A value x of a channel with scale s is kept as a code, the nearest integer to x / s within -128 and 127. A reference in
 float64 and a graph in float32 differ a little in x, so where x / s lies at the border between two codes they may round apart by
 a whole step, and all that is computed from there on with them. Such a **tie** is nobody's fault. So the reference takes the
-graph's code where x lies that close to the border: as close as the float32 margin lets keys and values themselves be wrong. Any
-other code it takes for a fault, and goes on with its own; so the difference shows, and nothing else needs a wider margin.
+graph's code where x lies that close to the border: as close as the graph's margin, float32's or that of rounded inputs, lets
+keys and values themselves be wrong. Any other code it takes for a fault, and goes on with its own; so the difference shows, and
+nothing else needs a wider margin.
 """
 
 from __future__ import annotations
@@ -44,9 +45,12 @@ def cache_scales(directory: Path, manifest: Manifest) -> Scales:
 class Rounding:
     """Rounds keys and values, and counts: how many there were, and of them ties and those beyond the range of codes."""
 
-    def __init__(self, scales: Scales, codes: Codes) -> None:
-        """``codes``: what graphs wrote; a layer that is not among them is rounded to the nearest."""
-        self._scales, self._codes = scales, codes
+    def __init__(self, scales: Scales, codes: Codes, share: float = FLOAT32_MARGIN) -> None:
+        """``codes``: what graphs wrote; a layer that is not among them is rounded to the nearest.
+
+        ``share``: of the largest value, how wrong a value may be.
+        """
+        self._scales, self._codes, self._share = scales, codes, share
         self.values = self.ties = self.saturated = 0
 
     def __call__(self, layer: int, kind: str, x: Array) -> Array:
@@ -60,7 +64,7 @@ class Rounding:
         given = self._codes.get((layer, kind))
         if given is None:
             return own * scale
-        slack = FLOAT32_MARGIN * np.abs(x).max() / scale
+        slack = self._share * np.abs(x).max() / scale
         ties = (given != own) & (np.abs(inside - given) <= 0.5 + slack)
         self.ties += int(ties.sum())
         found: Array = np.where(ties, given, own) * scale
@@ -76,10 +80,16 @@ def told_of(roundings: Sequence[Rounding]) -> str:
 class FollowedGraphs:
     """What a scenario computes with the codes that a graph wrote, made anew only where they are others than before."""
 
-    def __init__(self, outcome: Callable[[Rounding], Outcome], scales: Scales, first: Codes) -> None:
+    def __init__(
+        self, outcome: Callable[[Rounding], Outcome], scales: Scales, first: Codes, share: float = FLOAT32_MARGIN
+    ) -> None:
         """``outcome``: the reference's; ``first``: codes of T's layers, which D's rows come from where a graph has none."""
-        self._outcome, self._scales, self._first = outcome, scales, first
+        self._outcome, self._scales, self._first, self._share = outcome, scales, first, share
         self._known: dict[str, tuple[Outcome, str]] = {}
+
+    def within(self, share: float) -> FollowedGraphs:
+        """The same for graphs that are wrong by up to a share of the largest value."""
+        return FollowedGraphs(self._outcome, self._scales, self._first, share)
 
     def __call__(self, codes: Codes) -> tuple[Outcome, str]:
         """The outcome, and a line about its rounding."""
@@ -88,7 +98,7 @@ class FollowedGraphs:
         for key in sorted(merged):
             digest.update(f"{key}".encode() + merged[key].tobytes())
         if (found := self._known.get(digest.hexdigest())) is None:
-            rounding = Rounding(self._scales, merged)
+            rounding = Rounding(self._scales, merged, self._share)
             outcome = self._outcome(rounding)
             found = self._known[digest.hexdigest()] = outcome, told_of([rounding])
         return found
@@ -100,11 +110,20 @@ class FollowedCycles:
     Codes of a sequence are int8 [2 * layers, kv_heads, rows, head_dim], keys and values of a layer in turn.
     """
 
-    def __init__(self, logits: Callable[[Sequence[int], Rounding], list[Array]], scales: Scales) -> None:
+    def __init__(
+        self,
+        logits: Callable[[Sequence[int], Rounding], list[Array]],
+        scales: Scales,
+        share: float = FLOAT32_MARGIN,
+    ) -> None:
         """``logits``: the reference's of some cases."""
-        self._logits, self._scales = logits, scales
+        self._logits, self._scales, self._share = logits, scales, share
         self._known: dict[tuple[int, bytes], Array] = {}
         self._ran: list[Rounding] = []
+
+    def within(self, share: float) -> FollowedCycles:
+        """The same for cycles that are wrong by up to a share of the largest value."""
+        return FollowedCycles(self._logits, self._scales, share)
 
     def __call__(self, cases: Sequence[int], given: Sequence[Array | None]) -> tuple[list[Array], str]:
         """Logits of some cases, by their numbers, and a line about the rounding of all that ran so far."""
@@ -112,7 +131,7 @@ class FollowedCycles:
         keys = [(case, hashlib.sha256(own.tobytes()).digest()) for case, own in zip(cases, codes, strict=True)]
         new = [index for index, key in enumerate(keys) if key not in self._known]
         if new:
-            rounding = Rounding(self._scales, self._together([codes[index] for index in new]))
+            rounding = Rounding(self._scales, self._together([codes[index] for index in new]), self._share)
             made = self._logits([cases[index] for index in new], rounding)
             self._known |= {keys[index]: rows for index, rows in zip(new, made, strict=True)}
             self._ran.append(rounding)

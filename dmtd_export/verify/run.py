@@ -310,6 +310,7 @@ class _Run:
                     done,
                     open_session,
                     scales,
+                    follow.within(rounded.limit) if follow else None,
                 )
         return checks
 
@@ -355,9 +356,10 @@ class _Run:
                 rounded, what = rounding_margin(self._manifest), "int8 inputs" if self._rounds_inputs else "float16"
                 assert rounded is not None, "graphs that are run as they are have a margin of their own"
                 label, bundle = f", {what} as it is", (self._directory, self._manifest)
-                fixed = replace(expected, follow=None)
+                if expected.follow is not None:
+                    expected = replace(expected, follow=expected.follow.within(rounded.limit))
                 checks.append(
-                    cycles.check_cycles(*bundle, variants[0], cases, fixed, rounded, label=label, on_cases=done)
+                    cycles.check_cycles(*bundle, variants[0], cases, expected, rounded, label=label, on_cases=done)
                 )
         return checks
 

@@ -1,0 +1,192 @@
+"""Scales of int8 caches: what is measured, where it stands in a bundle, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from export_support import stored_tensor
+
+from dmtd_export.bundle.calibration import read_calibration
+from dmtd_export.bundle.export import export_bundle
+from dmtd_export.bundle.kv_scales import HEADROOM, largest_values, scales_of
+from dmtd_export.cli.main import main
+from dmtd_export.engines.options import BuildOptions
+from dmtd_export.engines.run import preview
+from dmtd_export.errors import ExportError
+from dmtd_export.options import ExportOptions, WeightOptions, check_options
+from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.config.model import SplitOptions, resolve_dmtd
+from dmtd_models.data.chat import TextTokenizer
+from dmtd_models.reference.dmtd import DmtdModel
+from dmtd_models.reference.layers import rotate
+from dmtd_models.reference.oracle import gates
+from dmtd_models.reference.testing import write_tiny_checkpoint
+from dmtd_runtime.bundle.manifest import load_manifest
+
+LAYERS, KV_HEADS, WIDTH = 5, 2, 16
+SPLIT = SplitOptions(encoding_layers=1, decoding_layers=2, cycle_length=3)
+TEXT = "Pack my box with five dozen liquor jugs. " * 30
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("scales")
+    (root / "text.txt").write_text(TEXT)
+    return write_tiny_checkpoint(root / "model", family="llama", layers=LAYERS, tokenizer=True)
+
+
+def int8_options(checkpoint: Path, **given: object) -> ExportOptions:
+    calibration = (str(checkpoint.parent / "text.txt"),)
+    return ExportOptions(**{"split": SPLIT, "max_num_seqs": 2, "kv": "int8", "calibration": calibration, **given})
+
+
+def test_a_pairs_radius_bounds_its_keys_at_every_position() -> None:
+    """Keys without positions, turned by 300 other positions than those that were measured, never grow beyond it."""
+    rng = np.random.default_rng(0)
+    keys, values = (rng.standard_normal((KV_HEADS, 50, WIDTH)).astype(np.float32) for _ in range(2))
+    rows = np.stack([turned(keys, 0), values])
+    largest = largest_values(rows)
+    assert np.array_equal(largest[1], np.abs(values).max(axis=1))
+    for first in (0, 7, 1000, 5000):
+        for start in range(first, first + 300, 50):
+            assert (np.abs(turned(keys, start)).max(axis=1) <= largest[0] * (1 + 1e-5)).all()
+    assert np.array_equal(largest[0, :, : WIDTH // 2], largest[0, :, WIDTH // 2 :]), "a pair has one scale"
+    assert (np.abs(turned(keys, 0)).max(axis=1) >= 0.5 * largest[0]).any(), "and no larger one than it needs"
+
+
+def turned(keys: np.ndarray, start: int) -> np.ndarray:
+    """Keys [kv_heads, rows, width] at positions from ``start`` on."""
+    angles = torch.arange(start, start + keys.shape[1])[None, :, None] * 10000.0 ** -(torch.arange(0, 1, 2 / WIDTH))
+    found: np.ndarray = rotate(torch.from_numpy(keys)[None], angles.cos(), angles.sin())[0].numpy()
+    return found
+
+
+def test_a_channel_that_was_never_used_has_a_scale_that_divides() -> None:
+    largest = np.zeros((2, KV_HEADS, WIDTH), np.float32)
+    largest[0, 0, 0] = 12.7
+    scales = scales_of(largest)
+    assert scales[0, 0, 0] == pytest.approx(HEADROOM * 0.1)
+    assert (scales > 0).all() and np.isfinite(1 / scales).all()
+
+
+def test_scales_are_those_of_the_reference_over_the_text_in_cycles_and_plain(checkpoint: Path, tmp_path: Path) -> None:
+    manifest = export_bundle(checkpoint, tmp_path / "bundle", int8_options(checkpoint))
+    raw = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    assert (raw["model"]["dtype"], raw["model"]["kv_dtype"], raw["quantised"]) == ("float32", "int8", {})
+    with open_checkpoint(checkpoint) as source:
+        spec = resolve_dmtd(source.config, source.dmtd, SPLIT)
+        model = DmtdModel.from_reader(source.config, spec, source.read, torch.float64)
+        text = read_calibration(
+            (str(checkpoint.parent / "text.txt"),), TextTokenizer.of_checkpoint(source), window_len=256
+        )
+    assert raw["calibration"]["kv"] == {"num_tokens": text.num_tokens, "sha256": text.sha256}
+    largest = np.zeros((2 * LAYERS, KV_HEADS, WIDTH))
+    for sequence in text.sequences:
+        for plain in (False, True):
+            count = len(sequence.token_ids)
+            pair = gates(spec, prompt_len=sequence.prompt_len, total_len=count, plain=plain)
+            ids, positions = torch.tensor([sequence.token_ids]), torch.arange(count)[None]
+            with torch.no_grad():
+                run = model(ids, positions, *(torch.from_numpy(gate)[None] for gate in pair))
+            for layer in range(LAYERS):
+                key, value = run.keys[layer][0].numpy(), run.values[layer][0].numpy()
+                radius = np.sqrt(key[..., : WIDTH // 2] ** 2 + key[..., WIDTH // 2 :] ** 2).max(axis=1)
+                largest[2 * layer] = np.maximum(largest[2 * layer], np.concatenate([radius, radius], axis=-1))
+                largest[2 * layer + 1] = np.maximum(largest[2 * layer + 1], np.abs(value).max(axis=1))
+    for layer in range(LAYERS):
+        for kind, wanted in zip(("key", "value"), largest[2 * layer :], strict=False):
+            name = f"model.layers.{layer}.self_attn.{kind}_cache.scale"
+            np.testing.assert_allclose(
+                stored_tensor(tmp_path / "bundle", raw, name), wanted.reshape(-1) * HEADROOM / 127, rtol=1e-4
+            )
+            graphs = [graph.file for graph in manifest.graphs if name in graph.weights]
+            assert graphs, f"no graph reads {name}"
+
+
+def test_the_same_export_twice_is_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
+    made = [export_bundle(checkpoint, tmp_path / name, int8_options(checkpoint)) for name in ("one", "two")]
+    assert made[0].files["model.onnx.data"] == made[1].files["model.onnx.data"]
+    assert made[0].files.keys() == made[1].files.keys() and "thinking.ort.batch2.onnx" in made[0].files
+
+
+def test_a_bundle_of_before_has_caches_of_its_type(checkpoint: Path, tmp_path: Path) -> None:
+    export_bundle(checkpoint, tmp_path / "bundle", ExportOptions(split=SPLIT, max_num_seqs=1))
+    raw = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    assert raw["model"].pop("kv_dtype") == "float32"
+    (tmp_path / "bundle" / "manifest.json").write_text(json.dumps(raw))
+    assert load_manifest(tmp_path / "bundle").model.cache_dtype == "float32"
+
+
+REFUSED = [
+    ({"kv": "int8"}, "kv: got int8 and no text to measure scales over; give one: --calibration FILE"),
+    ({"calibration": ("text.txt",)}, "calibration: has no use without --kv int8"),
+    ({"kv": "float16"}, "kv: got float16, expected int8 or float32, .* would cast a float16 cache whole in every step"),
+    (
+        {"kv": "float32", "dtype": "float16"},
+        "kv: got float32, expected int8 or float16, the bundle's --dtype; leave it",
+    ),
+    ({"kv": "int8", "dtype": "float16"}, "kv: got int8 with --dtype float16, expected float32"),
+    (
+        {"kv": "int8", "target": "all"},
+        "kv: got int8 with --target all, expected onnxruntime: standard graphs and engines",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "words"), REFUSED, ids=[str(number) for number in range(len(REFUSED))])
+def test_what_no_graph_has_is_refused_before_anything_is_read(given: dict[str, object], words: str) -> None:
+    with pytest.raises(ExportError, match=words) as refused:
+        check_options(ExportOptions(**given))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kv", [None, "float16"])
+def test_the_models_own_type_is_what_half_precision_says(kv: str | None) -> None:
+    options = ExportOptions(dtype="float16", kv=kv)
+    check_options(options)
+    assert (options.kv_dtype, options.graphs_for) == ("float16", "all")
+
+
+def test_a_wrong_option_exits_with_2_and_names_it(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "export",
+        str(checkpoint),
+        "-o",
+        str(tmp_path / "bundle"),
+        "--decoding-layers",
+        "2",
+        "--cycle-length",
+        "3",
+    ]
+    for words, said in (
+        (["--kv", "int8"], "--kv: got int8 and no text"),
+        (["--kv", "int8", "--calibration", str(tmp_path / "none.txt")], "--calibration: "),
+        (["--calibration", str(checkpoint.parent / "text.txt")], "--calibration: has no use"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, *words])
+        told = capsys.readouterr().err.strip().splitlines()
+        assert ended.value.code == 2
+        assert said in told[-1] and not (tmp_path / "bundle").exists()
+
+
+def test_no_tokenizer_no_scales(tmp_path: Path) -> None:
+    bare = write_tiny_checkpoint(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    with pytest.raises(ExportError, match=r"calibration: tokenizer: .*: no tokenizer\.json"):
+        export_bundle(bare, tmp_path / "bundle", int8_options(bare))
+
+
+def test_no_engines_over_int8_caches(checkpoint: Path, tmp_path: Path) -> None:
+    formats = WeightOptions(weights="int8")
+    export_bundle(checkpoint, tmp_path / "bundle", int8_options(checkpoint, formats=formats))
+    with pytest.raises(
+        ExportError, match="this bundle's caches are int8, which no engine takes; export it without --kv"
+    ):
+        preview(tmp_path / "bundle", BuildOptions(backend="simulator"))
