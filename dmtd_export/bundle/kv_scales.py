@@ -4,8 +4,9 @@
 
 The text runs in the model's cycles, heads and late steps, and plain: D's cache depends on which. Every row is kept in a
 cache as it is read by attention, so keys stand there turned by their position. A turn moves a key's pair of channels
-(i, i + head_dim / 2) on a circle, so the pair's radius bounds both channels at every position, whichever the text had; both get
-the radius' scale. Values are not turned: each channel has its own.
+(i, i + head_dim / 2) on a circle. So from where the text's keys stand it is known how large each channel gets when the same key
+comes at any other position: for pairs that turn fast both channels get the circle's radius, for slow ones, which never come
+round, what the arc reaches. Values are not turned.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from dmtd_export.bundle.calibration import CalibrationSequence, CalibrationText
+from dmtd_export.bundle.weights import map_tensor
 from dmtd_models.progress import Progress, counter
 from dmtd_runtime.backends.base import Backend, BackendOptions, SlotStep
 from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
@@ -46,6 +48,7 @@ def measured_scales(work: Path, manifest: Manifest, text: CalibrationText, progr
     """
     longest = max(len(each.token_ids) for each in text.sequences)
     options = BackendOptions(full_pass="staged", max_model_len=min(longest, manifest.model.max_model_len))
+    turns = _turns(work, manifest)
     done = counter(progress, "calibration", 2 * text.num_tokens)
     largest: Array | None = None
     backend = OnnxRuntimeBackend(work, manifest, options)
@@ -55,7 +58,7 @@ def measured_scales(work: Path, manifest: Manifest, text: CalibrationText, progr
                 _read(backend, CyclePlan(cycle=manifest.cycle, plain=plain), sequence)
                 count = len(sequence.token_ids)
                 [rows] = backend.read_rows(0, range(0, count, count))
-                found = largest_values(rows)
+                found = largest_values(rows, turns, manifest.model.max_model_len)
                 largest = found if largest is None else np.maximum(largest, found)
                 done(count)
     finally:
@@ -76,19 +79,39 @@ def _read(backend: Backend, plan: CyclePlan, sequence: CalibrationSequence) -> N
         at.commit(step)
 
 
-def largest_values(rows: Array) -> Array:
-    """The largest size of every channel, wherever its row stands.
+def largest_values(rows: Array, turns: Array, positions: int) -> Array:
+    """The largest size of every channel, were its row to stand at any of the first ``positions``.
 
     Args:
-        rows: keys and values of every layer in turn, [2 * layers, kv_heads, rows, head_dim].
+        rows: keys and values of every layer in turn, [2 * layers, kv_heads, rows, head_dim], from position 0 on.
+        turns: radians that one position adds, [head_dim / 2].
+        positions: of a sequence.
 
     Returns:
-        float32 [2 * layers, kv_heads, head_dim]; of keys the radius of a pair, for both of its channels.
+        float32 [2 * layers, kv_heads, head_dim].
     """
     largest: Array = np.abs(rows).max(axis=2).astype(np.float32)
-    first, second = np.split(rows[0::2], 2, axis=-1)
-    largest[0::2] = np.tile(np.hypot(first, second).max(axis=2), 2)
+    for layer, keys in enumerate(rows[0::2]):
+        first, second = np.split(keys.astype(np.float64), 2, axis=-1)
+        start = np.arctan2(second, first) - turns * np.arange(rows.shape[2])[:, None]  # at position 0
+        stop, radius = start + turns * (positions - 1), np.hypot(first, second)
+        both = [radius * _most_cosine(start - shift, stop - shift) for shift in (0.0, np.pi / 2)]
+        largest[2 * layer] = np.concatenate(both, axis=-1).max(axis=1)
     return largest
+
+
+def _most_cosine(start: Array, stop: Array) -> Array:
+    """The largest |cosine| of the angles from ``start`` to ``stop``."""
+    passes_a_peak = np.floor(stop / np.pi) > np.floor(start / np.pi)
+    found: Array = np.where(passes_a_peak, 1.0, np.maximum(np.abs(np.cos(start)), np.abs(np.cos(stop))))
+    return found
+
+
+def _turns(work: Path, manifest: Manifest) -> Array:
+    """Radians that one position adds to a key's pairs, by the bundle's own tables."""
+    cos, sin = (map_tensor(work / contract.WEIGHTS_FILE, manifest.weights[name]) for name in contract.ROTARY_TABLES)
+    found: Array = np.arctan2(sin[1].astype(np.float64), cos[1].astype(np.float64))
+    return found
 
 
 def scales_of(largest: Array) -> Array:

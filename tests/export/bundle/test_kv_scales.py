@@ -44,25 +44,28 @@ def int8_options(checkpoint: Path, **given: object) -> ExportOptions:
     return ExportOptions(**{"split": SPLIT, "max_num_seqs": 2, "kv": "int8", "calibration": calibration, **given})
 
 
-def test_a_pairs_radius_bounds_its_keys_at_every_position() -> None:
-    """Keys without positions, turned by 300 other positions than those that were measured, never grow beyond it."""
+TURNS = 10000.0 ** -np.arange(0, 1, 2 / WIDTH)
+
+
+@pytest.mark.parametrize("positions", [64, 1024])
+def test_no_key_grows_beyond_its_scale_at_any_position(positions: int) -> None:
+    """Keys that stood at the first 50 positions, put at every other one; and what none of them reaches is given to none."""
     rng = np.random.default_rng(0)
     keys, values = (rng.standard_normal((KV_HEADS, 50, WIDTH)).astype(np.float32) for _ in range(2))
-    rows = np.stack([turned(keys, 0), values])
-    largest = largest_values(rows)
+    largest = largest_values(np.stack([turned(keys, np.arange(50)), values]), TURNS, positions)
     assert np.array_equal(largest[1], np.abs(values).max(axis=1))
-    for first in (0, 7, 1000, 5000):
-        for start in range(first, first + 300, 50):
-            assert (np.abs(turned(keys, start)).max(axis=1) <= largest[0] * (1 + 1e-5)).all()
-    assert np.array_equal(largest[0, :, : WIDTH // 2], largest[0, :, WIDTH // 2 :]), "a pair has one scale"
-    assert (np.abs(turned(keys, 0)).max(axis=1) >= 0.5 * largest[0]).any(), "and no larger one than it needs"
+    reached = np.zeros_like(largest[0])
+    for position in range(positions):
+        reached = np.maximum(reached, np.abs(turned(keys, np.full(50, position))).max(axis=1))
+    assert (reached <= largest[0] * (1 + 1e-4)).all()
+    np.testing.assert_allclose(reached, largest[0], rtol=0.07)  # a fast pair passes its peak between two positions
 
 
-def turned(keys: np.ndarray, start: int) -> np.ndarray:
-    """Keys [kv_heads, rows, width] at positions from ``start`` on."""
-    angles = torch.arange(start, start + keys.shape[1])[None, :, None] * 10000.0 ** -(torch.arange(0, 1, 2 / WIDTH))
-    found: np.ndarray = rotate(torch.from_numpy(keys)[None], angles.cos(), angles.sin())[0].numpy()
-    return found
+def turned(keys: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Keys [kv_heads, rows, width] without positions, at these of their rows."""
+    angles = torch.from_numpy((positions[:, None] * TURNS)[None])
+    found: np.ndarray = rotate(torch.from_numpy(keys)[None].double(), angles.cos(), angles.sin())[0].numpy()
+    return found.astype(np.float32)
 
 
 def test_a_channel_that_was_never_used_has_a_scale_that_divides() -> None:
@@ -94,17 +97,24 @@ def test_scales_are_those_of_the_reference_over_the_text_in_cycles_and_plain(che
                 run = model(ids, positions, *(torch.from_numpy(gate)[None] for gate in pair))
             for layer in range(LAYERS):
                 key, value = run.keys[layer][0].numpy(), run.values[layer][0].numpy()
-                radius = np.sqrt(key[..., : WIDTH // 2] ** 2 + key[..., WIDTH // 2 :] ** 2).max(axis=1)
-                largest[2 * layer] = np.maximum(largest[2 * layer], np.concatenate([radius, radius], axis=-1))
+                largest[2 * layer] = np.maximum(largest[2 * layer], reached_by(key))
                 largest[2 * layer + 1] = np.maximum(largest[2 * layer + 1], np.abs(value).max(axis=1))
     for layer in range(LAYERS):
         for kind, wanted in zip(("key", "value"), largest[2 * layer :], strict=False):
             name = f"model.layers.{layer}.self_attn.{kind}_cache.scale"
             np.testing.assert_allclose(
-                stored_tensor(tmp_path / "bundle", raw, name), wanted.reshape(-1) * HEADROOM / 127, rtol=1e-4
+                stored_tensor(tmp_path / "bundle", raw, name), wanted.reshape(-1) * HEADROOM / 127, rtol=1e-2
             )
             graphs = [graph.file for graph in manifest.graphs if name in graph.weights]
             assert graphs, f"no graph reads {name}"
+
+
+def reached_by(keys: np.ndarray) -> np.ndarray:
+    """The largest value of a channel, [kv_heads, width], of keys [kv_heads, rows, width] from position 0 on, by trying finely."""
+    back, found = turned(keys, -np.arange(keys.shape[1])), np.zeros((KV_HEADS, WIDTH))
+    for position in np.arange(0, 255.01, 0.25):
+        found = np.maximum(found, np.abs(turned(back, np.full(keys.shape[1], position))).max(axis=1))
+    return found
 
 
 def test_the_same_export_twice_is_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:

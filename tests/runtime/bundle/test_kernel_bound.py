@@ -66,6 +66,17 @@ def test_long_contexts_read_caches(tiny: Manifest) -> None:
     assert None not in bounds and sorted(bounds) == bounds  # T's cache is read once a cycle
 
 
+def test_int8_caches_are_read_faster_but_not_by_a_refill(tiny: Manifest) -> None:
+    """Where caches are all: of T four rows cost 1.21 of one; a value costs 165 ps, and 315 as a float."""
+    model = smollm2(tiny, 4)
+    int8 = replace(model, model=replace(model.model, kv_dtype="int8"))
+    assert kernel_bound(model, 1e12) == pytest.approx(4 * 30 / (22 + 4 * 8), abs=1e-4)
+    assert kernel_bound(int8, 1e12) == pytest.approx(4 * 30 / (22 * 1.21 + 4 * 8), abs=1e-4)
+    # us at a context of 100,000, 64 values a row and layer: T 23232, D 8448 beside the weights' 5372 x 1.6 and 2887.8
+    bound = 4 * (8259.8 + 31680) / (8595.3 + 23232 * 1.21 + 4 * (2887.8 + 8448))
+    assert kernel_bound(int8, 100_000) == pytest.approx(bound, abs=2e-4)
+
+
 def test_floats_have_the_bound_of_their_bytes_alone(tiny: Manifest) -> None:
     assert kernel_bound(replace(tiny, quantised={}), 0) is None
 
