@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cli_support import dmtd, one_json
 from export_support import stored_tensor
 
 from dmtd_export.bundle.calibration import read_calibration
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.bundle.kv_scales import HEADROOM, largest_values, scales_of
+from dmtd_export.bundle.polygraphy_data import feed
 from dmtd_export.cli.main import main
 from dmtd_export.engines.options import BuildOptions
 from dmtd_export.engines.run import preview
 from dmtd_export.errors import ExportError
 from dmtd_export.options import ExportOptions, WeightOptions, check_options
+from dmtd_export.verify.graph_runs import open_onnxruntime
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
 from dmtd_models.config.model import SplitOptions, resolve_dmtd
 from dmtd_models.data.chat import TextTokenizer
@@ -200,3 +204,23 @@ def test_no_engines_over_int8_caches(checkpoint: Path, tmp_path: Path) -> None:
         ExportError, match="this bundle's caches are int8, which no engine takes; export it without --kv"
     ):
         preview(tmp_path / "bundle", BuildOptions(backend="simulator"))
+
+
+def test_the_command_exports_and_verifies(checkpoint: Path, tmp_path: Path) -> None:
+    words = ["--decoding-layers", "2", "--cycle-length", "3", "--max-num-seqs", "2", "--kv", "int8", "--calibration"]
+    made = dmtd(
+        "export", str(checkpoint), "-o", str(tmp_path / "b"), *words, str(checkpoint.parent / "text.txt"), "--json"
+    )
+    told = one_json(made)
+    assert (told["dtype"], told["kv_dtype"], told["verification"]["level"]) == ("float32", "int8", "oracle")
+    assert not [name for name in told["files"] if name in ("thinking.onnx", "late_decode.onnx", "full_pass.onnx")]
+
+
+def test_inputs_for_trying_a_graph_by_hand_fit(checkpoint: Path, tmp_path: Path) -> None:
+    manifest = export_bundle(checkpoint, tmp_path / "bundle", int8_options(checkpoint))
+    for graph in manifest.decoder_graphs:
+        made = feed(json.loads(manifest.to_json()), json.loads(json.dumps(asdict(graph))))
+        session = open_onnxruntime(tmp_path / "bundle" / graph.file)
+        outputs = session.run([info.name for info in graph.outputs], made)
+        assert all(np.isfinite(output).all() for output in outputs)
+        assert any(output.dtype == np.int8 and output.any() for output in outputs)

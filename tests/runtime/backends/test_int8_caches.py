@@ -6,12 +6,15 @@ The rounding: a value over its channel's scale, to the nearest integer, ties to 
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from bundle_mutations import edit_weight, reseal
+from cli_support import dmtd
 from onnx import helper
 from serving_support import Visit, alone, serve
 
@@ -20,10 +23,13 @@ from dmtd_export.options import ExportOptions
 from dmtd_export.verify.forced import forced_logits
 from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
+from dmtd_runtime import LLM, SamplingParams
 from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.backends.kv_cache import kv_bytes
 from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from dmtd_runtime.backends.opening import open_backend
 from dmtd_runtime.bundle.manifest import Manifest, load_manifest
+from dmtd_runtime.bundle.speed_bound import split_bytes
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.ort.library import import_onnxruntime
@@ -269,3 +275,37 @@ def test_other_backends_and_devices_refuse_in_one_line(
     monkeypatch.setattr("dmtd_runtime.backends.onnxruntime.limits.check_cuda_provider", lambda ort: None)
     with pytest.raises(BackendError, match="caches are int8, which run on the CPU alone"):
         open_backend(directory, manifest, BackendOptions(device="cuda"))
+
+
+def test_a_sequence_that_fails_leaves_nothing_behind(opened: tuple[Path, Manifest], tmp_path: Path) -> None:
+    """NaN in a prompt's last row ends its sequence, and its slot is cleared; a code keeps no NaN, so one further ahead passes."""
+    bundle = Path(shutil.copytree(opened[0], tmp_path / "bundle"))
+    edit_weight(bundle, "model.embed_tokens.weight", lambda table: table.__setitem__(200, np.nan))
+    reseal(bundle)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    with LLM(bundle, max_num_seqs=1, prefix_cache_bytes=0) as llm:
+        [before] = llm.generate([[5, 6, 7, 8]], params)
+        with pytest.raises(BackendError, match="logits: got NaN or infinity"):
+            llm.generate([[9, 10, 11, 200]], params)
+        [after] = llm.generate([[5, 6, 7, 8]], params)
+        [passed] = llm.generate([[9, 200, 10, 11]], params)
+    assert after.outputs[0].token_ids == before.outputs[0].token_ids
+    assert len(passed.outputs[0].token_ids) == 6
+
+
+def test_every_verb_takes_the_bundle_and_says_what_its_caches_are(opened: tuple[Path, Manifest]) -> None:
+    directory, manifest = opened
+    assert split_bytes(manifest).kv_per_token() == kv_bytes(manifest.model, 1) == 2 * 5 * 2 * 16
+    for words, told in (
+        (("inspect",), ("float32, caches int8, up to", "KV of a token", "320 B")),
+        (("bench", "--max-tokens", "8", "--repeats", "1", "--prompt-len", "8"), ("int8, 320 B a token",)),
+        (("bench", "--max-tokens", "8", "--repeats", "1", "--prompt-len", "8", "--json"), ('"kv_dtype": "int8"',)),
+        (("generate", "--token-ids", "1,2,3", "--max-tokens", "4", "--json"), ("finish_reason",)),
+        (
+            ("evaluate", "--text", str(directory.parent / "text.txt"), "--max-tokens", "600", "--prefixes", "0"),
+            ("perplexity",),
+        ),
+    ):
+        result = dmtd(words[0], str(directory), *words[1:])
+        assert result.exit_code == 0, result.output
+        assert all(each in result.output for each in told), result.output
