@@ -14,12 +14,11 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 KvDtype = Literal["float32", "float16", "bfloat16", "int8"]
 WeightGroup = Literal["thinking", "late", "lm_head", "embedding"]
 GROUPS: tuple[WeightGroup, ...] = ("thinking", "late", "lm_head", "embedding")
-WeightFormat = Literal["float", "keep", "int8", "int4", "int4-symmetric"]
-CALIBRATED_FORMATS: tuple[WeightFormat, ...] = (
-    "int4",
-    "int4-symmetric",
-)  # rounded over a calibration text, if one is given
-IN_EIGHT_BITS: tuple[WeightGroup, ...] = ("lm_head", "embedding")  # under int4, which costs most there
+WeightFormat = Literal["float", "keep", "int8", "int8-channel", "int4", "int4-symmetric"]
+# Rounded over a calibration text, if one is given; the last one needs it.
+CALIBRATED_FORMATS: tuple[WeightFormat, ...] = ("int4", "int4-symmetric", "int8-channel")
+# Groups that are in int8 under int4, which costs most there, and under int8-channel, for rows are looked up in blocks.
+IN_EIGHT_BITS: tuple[WeightGroup, ...] = ("lm_head", "embedding")
 
 # The longest window of a graph: KV capacity and rotary tables leave this much room above the model length.
 MAX_WINDOW = contract.MIN_WINDOW
@@ -32,7 +31,8 @@ class WeightOptions:
     """The formats that weights are stored in: a group's own, or ``weights``.
 
     ``int4`` means ``int8`` for lm_head and the embedding, unless it is given as their own; ``int4-symmetric``, which has a
-    scale a block and no minimum, is faster and loses more. ``keep``: as the checkpoint has them; so it is by default where the
+    scale a block and no minimum, is faster and loses more. ``int8-channel``, a scale for each output and a factor for each input,
+    is not for the embedding. ``keep``: as the checkpoint has them; so it is by default where the
     checkpoint is quantised, and ``float`` elsewhere.
     ``weights_block``: inputs that share a scale.
     """
@@ -47,13 +47,13 @@ class WeightOptions:
     def format_of(self, group: WeightGroup) -> WeightFormat:
         """The format of a group: E and D are late."""
         own: WeightFormat | None = getattr(self, f"weights_{group}")
-        if own is None and self.weights == "int4" and group in IN_EIGHT_BITS:
+        if own is None and self.weights in ("int4", "int8-channel") and group in IN_EIGHT_BITS:
             return "int8"
         return own or self.weights or "float"
 
     @property
-    def in_four_bits(self) -> bool:
-        """Whether any group is rounded to 4 bits, which a calibration text bears on."""
+    def over_text(self) -> bool:
+        """Whether any group is in a format that a calibration text bears on."""
         return any(self.format_of(group) in CALIBRATED_FORMATS for group in GROUPS)
 
     @property
@@ -115,7 +115,43 @@ def check_options(options: ExportOptions) -> None:
             param="weights_block",
         )
     check_formats(options)
+    check_channels(options)
     check_caches(options)
+
+
+def check_channels(options: ExportOptions) -> None:
+    """Refuse int8-channel without its text, and where it cannot be.
+
+    Raises:
+        ExportError: with the option.
+    """
+    formats = options.formats
+    groups: list[WeightGroup] = [group for group in GROUPS if formats.format_of(group) == "int8-channel"]
+    if not groups:
+        return
+    own = next((f"weights_{group}" for group in groups if getattr(formats, f"weights_{group}")), "weights")
+    if "embedding" in groups:
+        raise ExportError(
+            "got int8-channel, expected another format: rows of the embedding are looked up in blocks; give int8",
+            param="weights_embedding",
+        )
+    if not options.calibration:
+        raise ExportError(
+            "got int8-channel and no text to measure inputs over; give one: --calibration FILE, plain text or .jsonl",
+            param=own,
+        )
+    if options.graphs_for != "onnxruntime":
+        raise ExportError(
+            f"got int8-channel with --target {options.graphs_for}, expected onnxruntime: products of whole numbers are ONNX "
+            "Runtime's own; leave it out, or give int8",
+            param=own,
+        )
+    if options.dtype != "float32":
+        raise ExportError(
+            f"got int8-channel with --dtype {options.dtype}, expected float32: products of whole numbers run on the CPU alone; "
+            "leave one of them out",
+            param=own,
+        )
 
 
 def check_caches(options: ExportOptions) -> None:
@@ -147,9 +183,9 @@ def check_caches(options: ExportOptions) -> None:
             "got int8 and no text to measure scales over; give one: --calibration FILE, plain text or .jsonl",
             param="kv",
         )
-    if options.calibration and options.kv != "int8" and not options.formats.in_four_bits:
+    if options.calibration and options.kv != "int8" and not options.formats.over_text:
         raise ExportError(
-            "has no use here: got no weights in 4 bits and no --kv int8; leave it out, or give --weights int4 or int4-symmetric",
+            "has no use here: got no weights in 4 bits or int8-channel and no --kv int8; leave it out, or give one of them",
             param="calibration",
         )
 

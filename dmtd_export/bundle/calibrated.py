@@ -1,7 +1,9 @@
-"""Matrices of 4 bits rounded over a calibration text: the reference runs it layer by layer, and what it feeds each matrix is
+"""Matrices rounded over a calibration text: the reference runs it layer by layer, and what it feeds each matrix is
 what the matrix is rounded with.
 
-    checkpoint, text --> reference, a layer at a time --> inputs of a matrix --> compensation --> codes on disk --> weights file
+    checkpoint, text --> reference, a layer at a time --> inputs of a matrix --> codes on disk --> weights file
+
+Matrices of 4 bits by ``compensation``; those of int8-channel take the inputs' factors from it.
 
 1. All of the text goes through a layer before the next one is read, and through matrices that are rounded already: each takes up
    what those before it lost.
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 from dmtd_export.bundle.calibration import CalibrationText
 from dmtd_export.bundle.compensation import compensated, inverse_factor
 from dmtd_export.bundle.quantise import Quantisation
+from dmtd_export.bundle.rounding import input_factors, rounded_by_channel
 from dmtd_export.errors import ExportError
 from dmtd_models.checkpoints.blocks import BlockWeight
 from dmtd_models.checkpoints.checkpoint import Checkpoint
@@ -40,7 +43,6 @@ from dmtd_models.progress import Progress, counter
 from dmtd_models.reference.dmtd import StreamedModel
 from dmtd_models.reference.layers import DecoderLayer
 from dmtd_models.reference.oracle import gates
-from dmtd_runtime.bundle.manifest import CALIBRATED
 
 # What reads the same inputs, by the module whose call shows them.
 TOGETHER = {
@@ -59,28 +61,28 @@ class RoundedMatrices:
         self._place = place
 
     def put(self, name: str, weight: BlockWeight) -> None:
-        """Keep a matrix of 4 bits."""
-        assert weight.bits == 4 and weight.source == CALIBRATED, "what compensation makes is kept here"
-        packed = weight.codes[:, 0::2] | weight.codes[:, 1::2] << np.uint8(4)
-        parts: dict[str, Any] = {"block": weight.block, "packed": packed, "scales": weight.scales}
-        if weight.minimums is not None:
-            parts["minimums"] = weight.minimums
-        np.savez(self._file(name), **parts)
+        """Keep a matrix."""
+        packed = weight.codes[:, 0::2] | weight.codes[:, 1::2] << np.uint8(4) if weight.bits == 4 else weight.codes
+        parts: dict[str, Any] = {"bits": weight.bits, "block": weight.block, "source": weight.source, "packed": packed}
+        rest: dict[str, Any] = {"scales": weight.scales, "minimums": weight.minimums, "factors": weight.factors}
+        np.savez(self._file(name), **parts, **{kind: array for kind, array in rest.items() if array is not None})
 
     def blocks(self, name: str) -> BlockWeight | None:
         """A matrix that was kept; None for all others."""
         if not self._file(name).is_file():
             return None
         with np.load(self._file(name)) as kept:
-            packed = kept["packed"]
-            codes = np.stack((packed % 16, packed // 16), axis=-1).reshape(len(packed), -1)
+            codes = kept["packed"]
+            if int(kept["bits"]) == 4:
+                codes = np.stack((codes % 16, codes // 16), axis=-1).reshape(len(codes), -1)
             return BlockWeight(
                 codes=codes,
-                bits=4,
+                bits=int(kept["bits"]),
                 block=int(kept["block"]),
                 scales=kept["scales"],
                 minimums=kept.get("minimums"),
-                source=CALIBRATED,
+                factors=kept.get("factors"),
+                source=str(kept["source"]),
             )
 
     def _file(self, name: str) -> Path:
@@ -96,7 +98,7 @@ def rounded_over(
     place: Path,
     progress: Progress,
 ) -> Iterator[RoundedMatrices]:
-    """The matrices that ``quantisation`` has in 4 bits, rounded over a text, while the context lasts.
+    """The matrices that ``quantisation`` rounds over a text, so rounded, while the context lasts.
 
     Args:
         text: what the model reads.
@@ -163,7 +165,7 @@ class _RoundingModel(StreamedModel):
         """Round lm_head; there are no logits."""
         name = EMBEDDING if self.config.tie_word_embeddings else LM_HEAD
         if self._takes(name):
-            self._round(name, self._checkpoint.read(name), inverse_factor(self._moments(self.normed(x), name)))
+            self._round({name: self._checkpoint.read(name)}, self._moments(self.normed(x), name))
         self._done(1)
         return x.new_empty(0)
 
@@ -175,23 +177,31 @@ class _RoundingModel(StreamedModel):
     def _see(self, modules: dict[str, nn.Module], module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Round what is about to be multiplied by these inputs [sequences, tokens, in]."""
         del module
-        wanted = {name: each for name, each in modules.items() if self._takes(name)}
-        if not wanted:
+        weights: dict[str, Tensor] = {}
+        for name, each in modules.items():
+            assert isinstance(each.weight, Tensor), "linear modules have a weight"
+            if self._takes(name):
+                weights[name] = each.weight
+        if not weights:
             return
-        factor = inverse_factor(self._moments(inputs[0], next(iter(wanted))))
-        for name, each in wanted.items():
-            weight = each.weight
-            assert isinstance(weight, Tensor), "linear modules have a weight"
-            made = self._round(name, weight.detach().numpy(), factor)
-            weight.data = torch.from_numpy(made.dequantised())
+        values = {name: weight.detach().numpy() for name, weight in weights.items()}
+        for name, made in self._round(values, self._moments(inputs[0], next(iter(weights)))).items():
+            weights[name].data = torch.from_numpy(made.dequantised())
 
     def _takes(self, name: str) -> bool:
-        return self._quantisation.in_four_bits(name)
+        return self._quantisation.over_text(name)
 
-    def _round(self, name: str, weight: np.ndarray, factor: Tensor) -> BlockWeight:
-        symmetric = self._quantisation.formats[name] == "int4-symmetric"
-        made = compensated(weight, factor, self._quantisation.block, symmetric=symmetric)
-        self._kept.put(name, made)
+    def _round(self, weights: Mapping[str, np.ndarray], moments: Tensor) -> dict[str, BlockWeight]:
+        """Round and keep matrices of the same inputs, which are of one format."""
+        [fmt] = {self._quantisation.formats[name] for name in weights}
+        if fmt == "int8-channel":
+            factors = input_factors([*weights.values()], moments.diagonal().sqrt().numpy())
+            made = {name: rounded_by_channel(weight, factors) for name, weight in weights.items()}
+        else:
+            factor, block, symmetric = inverse_factor(moments), self._quantisation.block, fmt == "int4-symmetric"
+            made = {name: compensated(each, factor, block, symmetric=symmetric) for name, each in weights.items()}
+        for name, weight in made.items():
+            self._kept.put(name, weight)
         return made
 
     def _moments(self, inputs: Tensor, name: str) -> Tensor:

@@ -104,7 +104,7 @@ def _rounded_before(
     progress: Progress,
 ) -> Iterator[Quantisation]:
     """The quantisation, with what a calibration text bears on rounded already: beside ``work``, while the context lasts."""
-    if text is None or not any(map(quantisation.in_four_bits, quantisation.formats)):
+    if text is None or not any(map(quantisation.over_text, quantisation.formats)):
         yield quantisation
         return
     from dmtd_export.bundle.calibrated import rounded_over  # torch, which other exports do without

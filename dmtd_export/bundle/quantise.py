@@ -22,7 +22,7 @@ from dmtd_models.config.model import DmtdSpec
 from dmtd_runtime.bundle import speed_bound
 
 Array = np.ndarray
-BITS: dict[WeightFormat, Literal[4, 8]] = {"int4": 4, "int4-symmetric": 4, "int8": 8}
+BITS: dict[WeightFormat, Literal[4, 8]] = {"int4": 4, "int4-symmetric": 4, "int8": 8, "int8-channel": 8}
 CHANGED: WeightFormat = "int8"
 KEPT_BYTES = 3  # of two weights, at most: 8 bits, and two floats for a block of 16
 _GROUPS: dict[str | None, WeightGroup] = {
@@ -57,8 +57,8 @@ class Quantisation:
     block: int
     made: BlockSource | None = None
 
-    def in_four_bits(self, name: str) -> bool:
-        """Whether a matrix is rounded to 4 bits, which a calibration text bears on."""
+    def over_text(self, name: str) -> bool:
+        """Whether a matrix is in a format that a calibration text bears on."""
         return self.formats.get(name) in CALIBRATED_FORMATS
 
     def blocks(self, source: MatrixSource, name: str) -> BlockWeight | None:
@@ -68,6 +68,7 @@ class Quantisation:
             return None if fmt is None else source.blocks(name)
         if self.made is not None and (made := self.made.blocks(name)) is not None:
             return made
+        assert fmt != "int8-channel", "it is rounded over a text, without which no export begins"
         return rounded(source.read(name), BITS[fmt], self.block, symmetric=fmt == "int4-symmetric")
 
     def stored_bytes(self, name: str, count: int, itemsize: int) -> int:
@@ -75,6 +76,8 @@ class Quantisation:
         fmt = self.formats.get(name)
         if fmt is None or fmt == "keep":
             return count * itemsize if fmt is None else count * KEPT_BYTES // 2
+        if fmt == "int8-channel":
+            return count + count // 16  # its scales and factors, of matrices that are not narrow
         return count * BITS[fmt] // 8 + count // self.block * (4 if fmt == "int4" else 2)
 
 
@@ -91,7 +94,7 @@ def resolved_formats(checkpoint: Checkpoint, options: ExportOptions) -> WeightOp
     quantised = any(checkpoint.was_in_blocks(name) for name in checkpoint.names())
     if not quantised and "keep" in (formats.weights, *(formats.format_of(group) for group in GROUPS)):
         raise ExportError(
-            f"got keep, and {checkpoint.path} is not quantised; choose int8, int4, int4-symmetric or float",
+            f"got keep, and {checkpoint.path} is not quantised; choose int8, int4, int4-symmetric, int8-channel or float",
             param="weights",
         )
     if formats.weights is not None:
@@ -122,7 +125,7 @@ def plan_quantisation(checkpoint: Checkpoint, dmtd: DmtdSpec, options: WeightOpt
             fmt = CHANGED if checkpoint.was_in_blocks(name) else "float"
         if len(shape) != 2 or fmt == "float":
             continue
-        if fmt != "keep" and shape[1] % options.weights_block:
+        if fmt not in ("keep", "int8-channel") and shape[1] % options.weights_block:
             raise ExportError(
                 f"{name} has {shape[1]} inputs, expected a multiple of the block of {options.weights_block}; choose a smaller "
                 f"one ({BLOCK_SIZES[0]} at least), or --weights-{group_of(name, dmtd).replace('_', '-')} float",

@@ -8,7 +8,7 @@ for in the same way. What stands on such a grid already, GGUF's Q4_1, stays as i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -21,6 +21,9 @@ LAST = 15  # code of 4 bits
 SPREAD = (-1.0, 0.0, 1.0)  # steps beyond the fifteen that a block's range is cut into at first
 BEYOND = (-1.0, -0.4, 0.0, 0.5, 1.0)  # codes beyond the last that the largest magnitude stands for; none is a tie
 FITS = 2  # least squares, each over the codes of the grid before
+CHANNEL_STEPS = (
+    64  # on either side of zero: 255 * 64 * 2, two neighbours of a product in whole numbers, fits into 16 bits
+)
 _CHUNK = 1 << 16  # values at a time, which a core's cache holds with what is made of them
 
 
@@ -50,6 +53,34 @@ def rounded(weight: Array, bits: Literal[4, 8], block: int, *, symmetric: bool =
         scales=scales.reshape(per_block),
         minimums=minimums.reshape(per_block) if with_minimums else None,
         source="rtn" if bits == 8 else "search",
+    )
+
+
+def input_factors(weights: Sequence[Array], sizes: Array) -> Array:
+    """Factors [in] that share what is hard to round between weights [out, in] and the inputs that they are all multiplied by.
+
+    SmoothQuant (arXiv 2211.10438): inputs are multiplied by them and weights divided, so that a few large inputs, which would
+    set the scale of a row, and large weights, which set that of an output, come out alike. ``sizes``: the root mean square of
+    each input, [in].
+    """
+    largest = np.max([np.abs(weight).max(0) for weight in weights], axis=0).astype(np.float32)
+    known = (largest > 0) & (sizes > 0)
+    factors: Array = np.sqrt(np.divide(largest, sizes, out=np.ones_like(largest), where=known))
+    return factors
+
+
+def rounded_by_channel(weight: Array, factors: Array) -> BlockWeight:
+    """A matrix [out, in] in 8 bits with a scale for each output, and ``factors`` [in] for its inputs."""
+    x = np.asarray(weight, dtype=np.float32) / factors
+    scales = np.abs(x).max(-1) / np.float32(CHANNEL_STEPS)
+    places = _nearest(x, scales, -CHANNEL_STEPS, CHANNEL_STEPS) + 128
+    return BlockWeight(
+        codes=np.nan_to_num(places).astype(np.uint8),
+        bits=8,
+        block=x.shape[1],
+        scales=scales[:, None],
+        factors=np.asarray(factors, dtype=np.float32),
+        source="channel",
     )
 
 

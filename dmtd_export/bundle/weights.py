@@ -196,11 +196,20 @@ def _format(weight: BlockWeight | None) -> BlockFormat | None:
     minimums = weight.minimums is not None
     levels = weight.levels if minimums else 1 << weight.bits
     bits: Literal[4, 8] = 4 if weight.bits == 4 else 8
-    return BlockFormat(bits=bits, block=weight.block, minimums=minimums, levels=levels, source=weight.source)
+    return BlockFormat(
+        bits=bits,
+        block=weight.block,
+        minimums=minimums,
+        levels=levels,
+        source=weight.source,
+        factors=weight.factors is not None,
+    )
 
 
 def _write_blocks(writer: _WeightsFile, weights: Mapping[str, BlockWeight]) -> None:
-    """The codes of some weights of one format, then their scales, then their minimums: each kind is read as one matrix."""
+    """The codes of some weights of one format, then their scales, then their minimums: each kind is read as one matrix. Factors,
+    which weights of one input share, stand behind them, each weight's own.
+    """
     for name, weight in weights.items():
         writer.write(contract.block_part(name, contract.CODES), "uint8", packed_codes(weight))
     scales = {name: weight.scales for name, weight in weights.items()}
@@ -209,6 +218,9 @@ def _write_blocks(writer: _WeightsFile, weights: Mapping[str, BlockWeight]) -> N
         narrow = all(_fits_half(array) for array in arrays.values())
         for name, array in arrays.items():
             writer.write(contract.block_part(name, kind), "float16" if narrow else "float32", array)
+    for name, weight in weights.items():
+        if weight.factors is not None:
+            writer.write(contract.block_part(name, contract.FACTORS), "float32", weight.factors)
 
 
 def packed_codes(weight: BlockWeight) -> Array:

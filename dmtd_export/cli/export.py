@@ -63,7 +63,7 @@ def export(
     options = replace(options, split=split, formats=formats)
     check_options(options)
     require("export", LIBRARIES, "export")
-    if options.calibration and formats.in_four_bits:
+    if options.calibration and formats.over_text:
         require("export --calibration", ("torch",), "oracle")
     from dmtd_export.bundle.export import export_bundle
 

@@ -20,6 +20,7 @@ from dmtd_runtime.bundle.manifest import BlockFormat
 
 # How the inputs of a product are rounded: 4, to int8 with a scale for each block of a row. 0 would be not at all.
 ACCURACY_LEVEL = 4
+SMALLEST_SCALE = 1e-30
 
 Product = Callable[[str, tuple[str, ...], BlockFormat, str], str]
 
@@ -50,6 +51,8 @@ def nbits_product(
     writer: GraphWriter, dtype: str, x: str, modules: tuple[str, ...], fmt: BlockFormat, path: str
 ) -> str:
     """The product in ONNX Runtime's own operators."""
+    if fmt.factors:
+        return channel_product(writer, dtype, x, modules, path)
     codes = writer.weight(*(f"{module}.{contract.CODES}" for module in modules))
     rows, blocks, _ = writer.dims(codes)
     bias = biases(writer, modules)
@@ -58,6 +61,47 @@ def nbits_product(
     inputs = [x, codes, scales(writer, dtype, modules), *(["", "", *bias] if bias else [])]
     (product,) = writer.node("MatMulNBits", inputs, path, contrib=True, attrs=attrs)
     return _with_offsets(writer, dtype, x, product, modules, fmt, path)
+
+
+def channel_product(writer: GraphWriter, dtype: str, x: str, modules: tuple[str, ...], path: str) -> str:
+    """A product of whole numbers: rows of ``x`` times the inputs' factors, rounded to int8 with a scale of their own each.
+
+    Whatever stands beside a row, its sums are exact and its own. Codes are read as int8 and inputs as uint8 about 128, for which
+    x86 has its instructions.
+    """
+    axis, whole, middle = writer.constant([-1], "int64"), writer.constant(1.0, dtype), writer.constant(128, "uint8")
+    scaled = writer.op("Mul", [x, writer.weight(f"{modules[0]}.{contract.FACTORS}")], f"{path}/inputs")
+    largest = writer.op("ReduceMax", [writer.op("Abs", [scaled], f"{path}/inputs"), axis], f"{path}/inputs")
+    # A row of zeros has a scale too.
+    scale = writer.op("Mul", [largest, writer.constant(1 / 127, dtype)], f"{path}/inputs/scale")
+    scale = writer.op("Max", [scale, writer.constant(SMALLEST_SCALE, dtype)], f"{path}/inputs/scale")
+    steps = writer.op("Div", [scaled, scale], f"{path}/inputs/steps")
+    inputs = writer.op("QuantizeLinear", [steps, whole, middle], f"{path}/inputs")
+    operands = [
+        inputs,
+        _signed_columns(writer, modules, path),
+        whole,
+        _column_scales(writer, dtype, modules, path),
+        middle,
+    ]
+    (product,) = writer.node("MatMulIntegerToFloat", operands, path, contrib=True)
+    product = writer.op("Mul", [product, scale], path)
+    bias = biases(writer, modules)
+    return writer.op("Add", [product, *bias], f"{path}/bias") if bias else product
+
+
+def _signed_columns(writer: GraphWriter, modules: tuple[str, ...], path: str) -> str:
+    """Codes as int8 [in, out], which sessions fold: their highest bit is turned, which takes 128 away."""
+    codes = writer.weight(*(f"{module}.{contract.CODES}" for module in modules))
+    outputs, _, width = writer.dims(codes)
+    flat = writer.op("Reshape", [codes, writer.constant([outputs, width], "int64")], f"{path}/codes")
+    turned = writer.op("BitwiseXor", [flat, writer.constant(128, "uint8")], f"{path}/codes")
+    columns = writer.op("Transpose", [turned], f"{path}/codes", attrs={"perm": [1, 0]})
+    return writer.op("Cast", [columns], f"{path}/codes", attrs={"to": ONNX_DTYPES["int8"]})
+
+
+def _column_scales(writer: GraphWriter, dtype: str, modules: tuple[str, ...], path: str) -> str:
+    return writer.op("Reshape", [scales(writer, dtype, modules), writer.constant([-1], "int64")], f"{path}/scales")
 
 
 def dequantised_product(
@@ -72,6 +116,8 @@ def dequantised_product(
 def dequantised(writer: GraphWriter, dtype: str, modules: tuple[str, ...], fmt: BlockFormat, *, signed: bool) -> str:
     """Weights [out, in] without their offsets, which is all of them where the format has no minimums; written once.
 
+    With factors, of the values that stand on the grid those of the matrix are made.
+
     ``signed``: the codes are read as two's complements and have no zero point. Such are those of a file made for it, the
     stored ones are unsigned, about the middle. TensorRT wants positive scales of 8 bits, and ours have a sign: there the
     codes alone are dequantised, and scales are factors of their own.
@@ -83,7 +129,10 @@ def dequantised(writer: GraphWriter, dtype: str, modules: tuple[str, ...], fmt: 
     path = f"/stored/{contract.stack_name(names)}"
     if not (signed and fmt.bits == 8):
         inputs = [codes, per_block, *([] if signed else [_middles(writer, fmt, rows, blocks)])]
-        return writer.once("DequantizeLinear", inputs, path, {"axis": 1, "block_size": fmt.block})
+        values = writer.once("DequantizeLinear", inputs, path, {"axis": 1, "block_size": fmt.block})
+        if not fmt.factors:
+            return values
+        return writer.once("Mul", [values, writer.weight(f"{modules[0]}.{contract.FACTORS}")], path, {})
     whole = writer.once("DequantizeLinear", [codes, writer.constant(1.0, dtype)], path, {})
     cut = writer.constant([rows, blocks, fmt.block], "int64")
     column = writer.once("Unsqueeze", [per_block, writer.constant([-1], "int64")], f"{path}/scales", {})

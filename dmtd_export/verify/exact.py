@@ -3,7 +3,8 @@
 It computes what the stored weights mean, so it can be held to the float32 margin. It is derived from the graph files: a fault
 in a file shows in its twin. Products over codes of 4 bits are told not to round. Those over 8 bits, for which ONNX Runtime has
 no such kernel but a way ten times slower, become products over floats, ``scale * (code - 128)``, which stand behind the other
-weights in the twin's file. Nothing else is changed.
+weights in the twin's file. So do products of whole numbers, with the nodes that round their inputs (``exact_channels``). Nothing
+else is changed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import onnx
 from onnx import helper
 
 from dmtd_export.bundle.weights import PAGE_BYTES, row_chunks
+from dmtd_export.verify.exact_channels import channel_products, drop_unread
 from dmtd_export.verify.graph_runs import mapped
 from dmtd_export.verify.margins import Array
 from dmtd_runtime.bundle import contract
@@ -54,6 +56,7 @@ def exact_twin(directory: Path, manifest: Manifest, target: Path, *, in_floats: 
     for name, model in models.items():
         for product in products[name]:
             _put_in_floats(model.graph, product, *made[product.reads])
+        drop_unread(model.graph)
         _round_nothing(model.graph)
         onnx.save_model(model, target / name)
 
@@ -77,26 +80,33 @@ def _link(source: Path, target: Path) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Product:
-    """A product over 8 bits that means no more than the formula: its node, and the initializers that it reads."""
+    """A product over 8 bits that means no more than the formula: its last node, and the initializers that it reads."""
 
     node: onnx.NodeProto
+    inputs: str  # what is multiplied
+    bias: tuple[str, ...]  # a node's own
     codes: onnx.TensorProto
     scales: onnx.TensorProto
     shape: tuple[int, int, int]  # outputs, blocks, block: as the node's attributes say
+    factors: onnx.TensorProto | None = None
 
     @property
     def reads(self) -> tuple[str, ...]:
         """What tells it from every other product: places in the weights file, and shape."""
-        places = (place.value for tensor in (self.codes, self.scales) for place in tensor.external_data)
+        read = (each for each in (self.codes, self.scales, self.factors) if each is not None)
+        places = (place.value for tensor in read for place in tensor.external_data)
         return (*places, *map(str, self.shape))
 
     def values(self, directory: Path) -> Iterator[Array]:
         """The weight in runs of rows, float32 [rows, inputs]."""
         codes = mapped(self.codes, directory).reshape(self.shape)
         scales, first = mapped(self.scales, directory).reshape(*self.shape[:2], 1), 0
+        factors = None if self.factors is None else mapped(self.factors, directory)
         for rows in row_chunks(codes):
             values = np.subtract(rows, np.float32(MIDDLE), dtype=np.float32)
             values *= scales[first : first + len(rows)].astype(np.float32)
+            if factors is not None:
+                values *= factors
             first += len(rows)
             yield values.reshape(len(rows), -1)
 
@@ -105,6 +115,20 @@ def _products_in_floats(graph: onnx.GraphProto) -> Iterator[_Product]:
     """The products of a graph that become ones over floats; whatever else a node says, its kernel is left to read."""
     stored = {tensor.name: tensor for tensor in graph.initializer if tensor.external_data}
     casts = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
+    for found in channel_products(graph):
+        names = (found.codes, found.scales, found.factors)
+        codes, scales, factors = (stored.get(casts.get(name, name)) for name in names)
+        if codes and scales and factors and len(codes.dims) == 3:
+            outputs, blocks, block = codes.dims
+            yield _Product(
+                node=found.last,
+                inputs=found.inputs,
+                bias=(),
+                codes=codes,
+                scales=scales,
+                factors=factors,
+                shape=(outputs, blocks, block),
+            )
     for node in graph.node:
         if node.op_type != PRODUCT:
             continue
@@ -114,7 +138,8 @@ def _products_in_floats(graph: onnx.GraphProto) -> Iterator[_Product]:
             continue
         shape = size["N"], size["K"] // max(1, size["block_size"]), size["block_size"]
         if math.prod(shape) == math.prod(codes.dims) and math.prod(shape[:2]) == math.prod(scales.dims):
-            yield _Product(node=node, codes=codes, scales=scales, shape=shape)
+            bias = tuple(node.input[BIAS:])
+            yield _Product(node=node, inputs=node.input[0], bias=bias, codes=codes, scales=scales, shape=shape)
 
 
 def _append(file: BinaryIO, product: _Product, directory: Path) -> WeightInfo:
@@ -134,8 +159,7 @@ def _put_in_floats(graph: onnx.GraphProto, product: _Product, name: str, info: W
         tensor.data_location = onnx.TensorProto.EXTERNAL
         for key, value in (("location", contract.WEIGHTS_FILE), ("offset", info.offset), ("length", info.length)):
             tensor.external_data.add(key=key, value=str(value))
-    node = product.node
-    inputs = [node.input[0], name, *node.input[BIAS:]]
+    node, inputs = product.node, [product.inputs, name, *product.bias]
     node.CopyFrom(helper.make_node("Gemm", inputs, list(node.output), name=node.name, transB=1))
 
 

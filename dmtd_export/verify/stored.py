@@ -39,6 +39,8 @@ def quantised_rows(directory: Path, manifest: Manifest, name: str) -> Iterator[t
         values = np.empty((len(codes), codes[0].size), np.float32)
         blocks.write_values(rows, values)
         scales = np.repeat(blocks.scales[rows].astype(np.float32), blocks.format.block, axis=1)
+        if blocks.factors is not None:
+            scales *= blocks.factors
         yield values, codes.reshape(values.shape), scales
 
 
@@ -47,10 +49,11 @@ class _Blocks:
 
     def __init__(self, directory: Path, manifest: Manifest, name: str) -> None:
         self.format = manifest.quantised[name]
-        self._codes, self.scales, *minimums = (
+        self._codes, self.scales, *more = (
             map_tensor(directory / contract.WEIGHTS_FILE, manifest.weights[part]) for part in manifest.parts_of(name)
         )
-        self._minimums = minimums[0] if self.format.minimums else None
+        self._minimums = more[0] if self.format.minimums else None
+        self.factors = more[0] if self.format.factors else None
 
     def runs(self) -> Iterator[slice]:
         """Rows that are read at a time."""
@@ -76,3 +79,5 @@ class _Blocks:
         values *= self.scales[rows].astype(np.float32)[..., None]
         if self._minimums is not None:
             values += self._minimums[rows].astype(np.float32)[..., None]
+        if self.factors is not None:
+            values *= self.factors

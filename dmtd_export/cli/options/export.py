@@ -43,7 +43,8 @@ WeightsGroup = Annotated[
         {
             "weights": option(
                 "int8: rounded in blocks, with a scale each. int4: with a scale and a minimum, lm_head and embedding in int8. "
-                "int4-symmetric: with a scale alone, everywhere; faster, loses more. keep: a quantised checkpoint's own blocks, "
+                "int4-symmetric: with a scale alone, everywhere; faster, loses more. int8-channel: for batches and prompts, with "
+                "--calibration. keep: a quantised checkpoint's own blocks, "
                 "the default for one. float: in --dtype.",
                 panel=_WEIGHTS,
             ),

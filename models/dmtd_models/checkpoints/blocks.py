@@ -23,14 +23,16 @@ class BlockWeight:
     """A matrix [rows = outputs, cols = inputs] whose rows are cut into blocks of ``block`` inputs.
 
     Without minimums a value is ``scale * (code - middle)`` with ``middle = 2 ** (bits - 1)``; with them
-    ``scale * code + minimum``. Both are float32, operation by operation, so the values are the format's own.
+    ``scale * code + minimum``; with factors ``scale * (code - middle) * factor``. All are float32, operation by operation, so
+    the values are the format's own.
 
     Args:
         codes: uint8 [rows, cols], unpacked, 0 to 2 ** bits - 1.
         bits: 4 or 8, what a code is packed into; 5 and 6 bits stand in 8.
-        block: inputs that share a scale; divides cols.
+        block: inputs that share a scale; divides cols. With factors all of them.
         scales: float32 [rows, cols / block].
         minimums: float32 [rows, cols / block]; None for values symmetric about the middle code.
+        factors: float32 [cols], one for each input; None for none. Only of 8 bits without minimums.
         levels: with minimums, how many codes the format has (codes are below it); 2 ** bits if it uses all.
         source: the format that it came from, as users know it ("Q4_1", "gptq", "rtn").
     """
@@ -40,12 +42,17 @@ class BlockWeight:
     block: int
     scales: Float32
     minimums: Float32 | None = None
+    factors: Float32 | None = None
     levels: int = 0
     source: str
 
     def __post_init__(self) -> None:
         assert self.bits in (4, 8), f"codes are packed into 4 or 8 bits, not {self.bits}"
-        assert self.block in BLOCK_SIZES, f"blocks hold {BLOCK_SIZES} inputs, not {self.block}"
+        if self.factors is None:
+            assert self.block in BLOCK_SIZES, f"blocks hold {BLOCK_SIZES} inputs, not {self.block}"
+        else:
+            assert self.bits == 8 and self.minimums is None, "factors are of 8 bits without minimums"
+            assert self.factors.shape == (self.block,) and self.factors.dtype == np.float32, "one float32 an input"
         assert self.codes.ndim == 2 and self.codes.dtype == np.uint8, "codes are a matrix of bytes"
         assert self.codes.shape[1] % self.block == 0, (
             f"{self.codes.shape[1]} inputs are no whole blocks of {self.block}"
@@ -76,6 +83,8 @@ class BlockWeight:
         codes *= self.scales[:, :, None]
         if self.minimums is not None:
             codes += self.minimums[:, :, None]
+        if self.factors is not None:
+            codes *= self.factors
         return codes.reshape(self.shape)
 
     def centred(self) -> tuple[Codes, Float32 | None]:

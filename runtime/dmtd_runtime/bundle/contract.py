@@ -105,6 +105,7 @@ SCHEMA_VERSION = 2
 CODES = "codes"
 SCALES = "scales"
 MINIMUMS = "minimums"
+FACTORS = "factors"
 # Caches in int8: a code k of a channel stands for k times the channel's scale; values are rounded to the nearest, ties to even,
 # and saturate at -128 and 127.
 INT8_RANGE = (-128, 127)

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dmtd_runtime.bundle import contract
-from dmtd_runtime.bundle.manifest import Manifest
+from dmtd_runtime.bundle.manifest import BlockFormat, Manifest
 from dmtd_runtime.bundle.speed_bound import EMBEDDING_NAME, LM_HEAD_NAME, group_of, split_bytes
 
-Kind = Literal["float", "int8", "int4"]
+Kind = Literal["float", "int8", "int4", "int8-channel"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +36,13 @@ class Kernel:
 
 
 # ONNX Runtime 1.31, 2 cores of an AMD EPYC with AVX2: 18 layers of SmolLM2's shapes (63.7 M weights) and its lm_head (28.3 M),
-# in ms at 1 row: float32 20.1 and 6.7, 8 bits 7.5 and 2.1, 4 bits 4.4 and 0.93; at 4 rows 21.5, 12.5 and 7.0.
+# in ms at 1 row: float32 20.1 and 6.7, 8 bits 7.5 and 2.1, 4 bits 4.4 and 0.93, 8 bits in whole numbers 7.0 and 1.8; at 4 rows
+# 21.5, 12.5, 7.0 and 6.7, at 8 rows of the last 9.8.
 KERNELS: dict[Kind, Kernel] = {
     "float": Kernel(layers=315.0, lm_head=237.0, rows=0.02),
     "int8": Kernel(layers=118.0, lm_head=74.0, rows=0.22),
     "int4": Kernel(layers=69.0, lm_head=33.0, rows=0.20),
+    "int8-channel": Kernel(layers=110.0, lm_head=64.0, rows=0.05),
 }
 # Of a cached value: ONNX Runtime 1.32, one thread of an Intel Xeon, SmolLM2's 30 layers, contexts of 160 and 4000. What a step
 # took longer over the latter: float32 82 ms at one row and 67 with a refill of four, int8 44 and 53.
@@ -81,6 +83,11 @@ def _matrices(manifest: Manifest) -> list[tuple[str, Kind, int]]:
         if name == EMBEDDING_NAME:
             group = "lm_head" if tied else None
         if group is not None and shape is not None and len(shape) == 2:
-            fmt = manifest.quantised.get(name)
-            found.append((group, "float" if fmt is None else "int4" if fmt.bits == 4 else "int8", math.prod(shape)))
+            found.append((group, _kind(manifest.quantised.get(name)), math.prod(shape)))
     return found
+
+
+def _kind(fmt: BlockFormat | None) -> Kind:
+    if fmt is None:
+        return "float"
+    return "int4" if fmt.bits == 4 else "int8-channel" if fmt.factors else "int8"

@@ -192,7 +192,9 @@ def _faults_of_blocks(manifest: Manifest) -> Iterator[str]:
     """Codes, scales and minimums of a quantised weight fit its format and one another."""
     for name, fmt in manifest.quantised.items():
         codes, *per_block = (manifest.weights[part].shape for part in manifest.parts_of(name))
-        if fmt.block < 16 or not 2 <= fmt.levels <= 1 << fmt.bits:
+        if fmt.factors and (fmt.bits, fmt.minimums, codes[1:2], per_block.pop()) != (8, False, (1,), (fmt.block,)):
+            yield f"{name} has factors and codes {list(codes)}, expected one of each input, of 8 bits, and one scale an output"
+        elif fmt.block < 16 or not 2 <= fmt.levels <= 1 << fmt.bits:
             yield f"{name} is quantised in {fmt.name} with {fmt.levels} levels"
         elif len(codes) != 3 or codes[2] != fmt.code_bytes or any(shape != codes[:2] for shape in per_block):
             yield f"{name} has codes {list(codes)} and, a block, {list(map(list, per_block))}, which {fmt.name} has not"

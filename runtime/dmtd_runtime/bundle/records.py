@@ -121,7 +121,9 @@ class BlockFormat:
 
     A value is ``scale * (code - 2 ** (bits - 1))``; with minimums, of a format of ``levels`` codes whose middle was moved to
     the container's, ``scale * (code - 2 ** (bits - 1) + levels / 2) + minimum``. Two codes of 4 bits share a byte, the lower
-    half first. ``source``: the format that it came from ("Q4_1", "rtn", "search"; "calibrated": rounded over a text).
+    half first. With ``factors``, one for each input, a value is ``scale * (code - 128) * factor`` and a block all of an output's
+    inputs: their product with rows that are rounded to int8 is one of whole numbers. ``source``: the format that it came from
+    ("Q4_1", "rtn", "search"; "calibrated": rounded over a text).
     """
 
     bits: Literal[4, 8]
@@ -129,6 +131,7 @@ class BlockFormat:
     minimums: bool
     levels: int
     source: str
+    factors: bool = False
 
     @property
     def code_bytes(self) -> int:
@@ -138,6 +141,8 @@ class BlockFormat:
     @property
     def name(self) -> str:
         """For people: int4 in blocks of 32 (Q4_1); what an export rounded itself as its options are called."""
+        if self.factors:
+            return "int8-channel"
         if self.source not in ("rtn", "search", CALIBRATED):
             return f"int{self.bits} in blocks of {self.block} ({self.source})"
         alone = "" if self.minimums or self.bits == 8 else "-symmetric"
@@ -184,10 +189,11 @@ class Manifest:
         return None if codes is None else (codes.shape[0], math.prod(codes.shape[1:2]) * fmt.block)
 
     def parts_of(self, name: str) -> tuple[str, ...]:
-        """The stored tensors that a weight consists of: itself, or codes, scales and minimums."""
+        """The stored tensors that a weight consists of: itself, or codes, scales, minimums or factors."""
         if (fmt := self.quantised.get(name)) is None:
             return (name,)
-        kinds = (contract.CODES, contract.SCALES, *((contract.MINIMUMS,) if fmt.minimums else ()))
+        more = ((contract.MINIMUMS, fmt.minimums), (contract.FACTORS, fmt.factors))
+        kinds = (contract.CODES, contract.SCALES, *(kind for kind, has in more if has))
         return tuple(contract.block_part(name, kind) for kind in kinds)
 
     def read_as(self, part: str, dialect: contract.Dialect) -> tuple[tuple[int, ...], str]:
