@@ -39,7 +39,7 @@ class EvaluationReport:
     cycle: CycleInfo
     convention_recorded: bool
     text: TextResult | None
-    formats: FormatCost | None  # of weights, where model and base differ in nothing else
+    formats: FormatCost | None  # of weights and caches, where model and base differ in nothing else
     runs: Mapping[str, RunLengths]  # by kind of prefix
     tasks: tuple[TaskResult, ...]
     fluency: FluencyResult | None

@@ -100,7 +100,7 @@ def _formats(report: EvaluationReport) -> Table | None:
         return None
     rows = [("both plain", found.plain.overall), ("both in cycles", found.cycles.overall)]
     rows += [(f"in cycles at {_phase(name)}", result) for name, result in found.cycles.by_phase.items()]
-    return _compared("\nthe weights' formats alone", rows)
+    return _compared("\nformats of weights and caches alone", rows)
 
 
 def _compared(title: str, rows: Sequence[tuple[str, PhaseResult]]) -> Table:

@@ -10,24 +10,23 @@ A higher level contains the lower ones. What lowers the level is said in one lin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dmtd_export.bundle.atomic import work_directory
 from dmtd_export.bundle.split import spec_of
 from dmtd_export.verify import cycles
 from dmtd_export.verify.choice_checks import check_choose_token, check_sample_token
 from dmtd_export.verify.exact import exact_twin
-from dmtd_export.verify.graph_checks import check_graphs, graphs_as_expected, ordered
-from dmtd_export.verify.graph_runs import OpenSession, open_evaluator, open_onnxruntime, run_graph
+from dmtd_export.verify.expected import expected_cycles, expected_rows
+from dmtd_export.verify.graph_checks import check_graphs, ordered
+from dmtd_export.verify.graph_runs import OpenSession, open_evaluator, open_onnxruntime
 from dmtd_export.verify.half import float32_twin
-from dmtd_export.verify.int8_caches import FollowedCycles, FollowedGraphs, Rounding, Scales, cache_scales
+from dmtd_export.verify.int8_caches import FollowedGraphs, Scales, cache_scales
 from dmtd_export.verify.levels import Plan, float32_bytes, make_plan, scratch_directory
 from dmtd_export.verify.margins import FLOAT32, FLOAT32_MARGIN, Margin, int8_margin, rounding_margin, told_margins
 from dmtd_export.verify.report import Check, Divergence, Level, VerificationError, VerifyReport, record
@@ -194,7 +193,7 @@ class _Run:
             scenario, scales = make_scenario(manifest.model.vocab_size), cache_scales(directory, manifest)
             try:
                 with self._counting("reference", len(tensor_shapes(reference.config)) if reference else 1) as done:
-                    expected, follow = self._expected(directory, manifest, reference, scenario, scales, done)
+                    expected, follow = expected_rows(directory, manifest, reference, scenario, scales, done)
                 checks += self._graphs(directory, manifest, scenario, expected, plan, scales, follow)
                 if plan.cycles != "none":
                     checks += self._cycles(directory, manifest, reference, plan)
@@ -231,29 +230,6 @@ class _Run:
                 yield target, exact_twin(self._directory, self._manifest, target, in_floats=plan.in_floats)
             else:
                 yield target, float32_twin(self._directory, self._manifest, target, self.config)
-
-    @staticmethod
-    def _expected(
-        directory: Path,
-        manifest: Manifest,
-        reference: Reference | None,
-        scenario: Scenario,
-        scales: Scales,
-        done: Callable[[], None],
-    ) -> tuple[Outcome, FollowedGraphs | None]:
-        """What the scenario computes; over int8 caches with the codes of the first graph, and by those of any other."""
-        if reference is None:
-            return graphs_as_expected(directory, manifest, scenario, scales), None
-        if not scales:
-            return reference.outcome(scenario, done), None
-        first = next(graph for graph in ordered(manifest) if graph.name == contract.THINKING)
-        ran = run_graph(directory / first.file, first, manifest.cycle, scenario, None, scales=scales)
-
-        def outcome(rounding: Rounding) -> Outcome:
-            return reference.outcome(scenario, done, rounding)
-
-        follow = FollowedGraphs(outcome, scales, ran.codes)
-        return follow({})[0], follow
 
     def _graphs(
         self,
@@ -342,7 +318,7 @@ class _Run:
             expected = cycles.Expected(logits=[ran.logits for ran in own], level="graphs")
             scales = cache_scales(directory, manifest)
             if reference is not None:
-                expected = _expected_cycles(reference, cases, own, scales, done)
+                expected = expected_cycles(reference, cases, own, scales, done)
             margin = self._closest(expected.follow, scales)
             checks = []
             for variant in variants:
@@ -379,32 +355,3 @@ class _Run:
 
         yield done
         self._progress(stage, total, total)
-
-
-def _expected_cycles(
-    reference: Reference,
-    cases: Sequence[cycles.Case],
-    own: Sequence[cycles.Ran],
-    scales: Scales,
-    done: Callable[[], None],
-) -> cycles.Expected:
-    """The oracle's logits of whole cycles; over int8 caches with the codes that the baseline's hold."""
-
-    def logits(numbers: Sequence[int], rounding: Rounding | None) -> list[np.ndarray[Any, np.dtype[Any]]]:
-        some = [cases[number] for number in numbers]
-        rows = reference.teacher_forced(
-            [case.sequence for case in some],
-            [len(case.prompt) for case in some],
-            [case.plain for case in some],
-            [case.heads for case in some],
-            done,
-            rounding,
-        )
-        return [row[len(case.prompt) - 1 :] for row, case in zip(rows, some, strict=True)]
-
-    everything = range(len(cases))
-    if not scales:
-        return cycles.Expected(logits=logits(everything, None), level="oracle")
-    follow = FollowedCycles(logits, scales)
-    found, _ = follow(everything, [ran.codes for ran in own])
-    return cycles.Expected(logits=found, level="oracle", follow=follow)

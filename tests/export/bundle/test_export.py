@@ -90,6 +90,7 @@ def test_manifest_says_exactly_what_stands_there(plain: Path, tmp_path: Path) ->
         "head_dim": 16,
         "tie_word_embeddings": True,
         "dtype": "float32",
+        "kv_dtype": "float32",
         "max_model_len": 256,
         "max_window": 256,
         "bos_token_id": 256,
