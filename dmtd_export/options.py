@@ -93,18 +93,3 @@ def check_options(options: ExportOptions) -> None:
             f"got {block}, and no weights are int4 or int8, which alone are rounded in blocks; leave it out",
             param="weights_block",
         )
-    check_formats(options)
-
-
-def check_formats(options: ExportOptions) -> None:
-    """Refuse a type that graphs over quantised weights do not have.
-
-    Raises:
-        ExportError: with the option.
-    """
-    if options.formats.quantises and options.dtype != "float32" and options.graphs_for != "tensorrt":
-        raise ExportError(
-            f"got {options.dtype}, expected float32: ONNX Runtime's own graphs take quantised weights in nothing else; export "
-            "with --target tensorrt, or --weights float",
-            param="dtype",
-        )

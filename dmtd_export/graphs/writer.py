@@ -142,7 +142,7 @@ class GraphWriter:
         name = self.weight(*names)
         if self._weights[names[0]].dtype == dtype:
             return name
-        return self.once("Cast", [name], f"/stored/{name}", {"to": ONNX_DTYPES[dtype]})
+        return self.once("Cast", [name], f"/stored/{name}/{dtype}", {"to": ONNX_DTYPES[dtype]})
 
     def dims(self, name: str) -> tuple[int, ...]:
         """The dimensions of an initializer."""

@@ -180,6 +180,11 @@ class Manifest:
             return info.shape[1:], info.dtype
         return (math.prod(info.shape[1:2]) * fmt.block,), f"uint{fmt.bits}"
 
+    def quantised_weight(self, part: str) -> str | None:
+        """The quantised weight that a stored tensor is a part of; None for one stored as floats."""
+        name = contract.block_part(part, "weight")
+        return name if name in self.quantised and part in self.parts_of(name) else None
+
     def bytes_of(self, name: str) -> int:
         """Bytes of a weight in the weights file; 0 if it is not stored."""
         return sum(self.weights[part].length for part in self.parts_of(name) if part in self.weights)

@@ -51,7 +51,14 @@ def check_dtype(manifest: Manifest, options: BackendOptions) -> None:
     if options.device == "cpu":
         return
     check_cuda_provider(import_onnxruntime())  # who has no provider wants to know that before anything of the bundle
-    if dtype == "float32" and (options.dialect or manifest.default_dialect) == contract.ONNXRUNTIME:
+    dialect, formats = options.dialect or manifest.default_dialect, manifest.quantised.values()
+    if dialect == contract.STANDARD and formats and (dtype == "bfloat16" or any(fmt.bits == 8 for fmt in formats)):
+        what = "8 bits" if dtype != "bfloat16" else "bfloat16"
+        raise BackendError(
+            f"this bundle's standard graphs have weights in blocks, got {what}, and ONNX Runtime's CUDA provider dequantises 4 "
+            "bits to float16 or float32 only; export it with --target onnxruntime, or build engines: dmtd build"
+        )
+    if dtype == "float32" and dialect == contract.ONNXRUNTIME:
         raise BackendError(
             "this bundle is float32, and GroupQueryAttention on CUDA takes float16 or bfloat16 only; "
             "export it with --dtype bfloat16"
