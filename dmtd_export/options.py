@@ -13,7 +13,7 @@ Target = Literal["onnxruntime", "tensorrt", "all"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 WeightGroup = Literal["thinking", "late", "lm_head", "embedding"]
 GROUPS: tuple[WeightGroup, ...] = ("thinking", "late", "lm_head", "embedding")
-WeightFormat = Literal["float", "keep", "int8", "int4", "int4-symmetric"]
+WeightFormat = Literal["float", "keep", "int8", "int4", "int4-symmetric", "fp8"]
 IN_EIGHT_BITS: tuple[WeightGroup, ...] = ("lm_head", "embedding")  # under int4, which costs most there
 
 # The longest window of a graph: KV capacity and rotary tables leave this much room above the model length.
@@ -27,8 +27,8 @@ class WeightOptions:
     """The formats that weights are stored in: a group's own, or ``weights``.
 
     ``int4`` means ``int8`` for lm_head and the embedding, unless it is given as their own; ``int4-symmetric``, which has a
-    scale a block and no minimum, is faster and loses more. ``keep``: as the checkpoint has them; so it is by default where the
-    checkpoint is quantised, and ``float`` elsewhere.
+    scale a block and no minimum, is faster and loses more; ``fp8``, with a scale for each output, is for engines. ``keep``: as
+    the checkpoint has them; so it is by default where the checkpoint is quantised, and ``float`` elsewhere.
     ``weights_block``: inputs that share a scale.
     """
 
@@ -47,6 +47,11 @@ class WeightOptions:
         return own or self.weights or "float"
 
     @property
+    def has_float8(self) -> bool:
+        """Whether any group is stored as floats of 8 bits."""
+        return any(self.format_of(group) == "fp8" for group in GROUPS)
+
+    @property
     def quantises(self) -> bool:
         """Whether any group is not stored as floats."""
         return any(self.format_of(group) != "float" for group in GROUPS)
@@ -61,7 +66,8 @@ class ExportOptions:
 
     split: SplitOptions = field(default_factory=SplitOptions)
     formats: WeightOptions = field(default_factory=WeightOptions)
-    target: Target | None = None  # all; with quantised weights onnxruntime, whose own graphs alone multiply in blocks
+    # all; with quantised weights onnxruntime, whose own graphs alone multiply in blocks; with fp8 tensorrt
+    target: Target | None = None
     dtype: Dtype = "float32"
     max_model_len: int | None = None  # the model's own by default
     max_num_seqs: int = 8
@@ -71,7 +77,9 @@ class ExportOptions:
     @property
     def graphs_for(self) -> Target:
         """The target, or what takes its place where none is given."""
-        return self.target or ("onnxruntime" if self.formats.quantises else "all")
+        return self.target or (
+            "tensorrt" if self.formats.has_float8 else "onnxruntime" if self.formats.quantises else "all"
+        )
 
 
 def check_options(options: ExportOptions) -> None:
@@ -92,4 +100,10 @@ def check_options(options: ExportOptions) -> None:
         raise ExportError(
             f"got {block}, and no weights are int4 or int8, which alone are rounded in blocks; leave it out",
             param="weights_block",
+        )
+    if options.formats.has_float8 and options.graphs_for != "tensorrt":
+        raise ExportError(
+            f"got {options.graphs_for} with weights in fp8, expected tensorrt: ONNX Runtime's own products take none; export "
+            "with --target tensorrt, or --weights int8",
+            param="target",
         )

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from dmtd_export.bundle.rounding import rounded
+from dmtd_export.bundle.rounding import rounded, rounded_to_float8
 from dmtd_export.bundle.split import cycle_of
 from dmtd_export.errors import ExportError
 from dmtd_export.options import GROUPS, ExportOptions, WeightFormat, WeightGroup, WeightOptions
@@ -22,7 +22,7 @@ from dmtd_models.config.model import DmtdSpec
 from dmtd_runtime.bundle import speed_bound
 
 Array = np.ndarray
-BITS: dict[WeightFormat, Literal[4, 8]] = {"int4": 4, "int4-symmetric": 4, "int8": 8}
+BITS: dict[WeightFormat, Literal[4, 8]] = {"int4": 4, "int4-symmetric": 4, "int8": 8, "fp8": 8}
 CHANGED: WeightFormat = "int8"
 KEPT_BYTES = 3  # of two weights, at most: 8 bits, and two floats for a block of 16
 _GROUPS: dict[str | None, WeightGroup] = {
@@ -52,6 +52,8 @@ class Quantisation:
         fmt = self.formats.get(name)
         if fmt is None or fmt == "keep":
             return None if fmt is None else source.blocks(name)
+        if fmt == "fp8":
+            return rounded_to_float8(source.read(name))
         return rounded(source.read(name), BITS[fmt], self.block, symmetric=fmt == "int4-symmetric")
 
     def stored_bytes(self, name: str, count: int, itemsize: int) -> int:
@@ -106,7 +108,7 @@ def plan_quantisation(checkpoint: Checkpoint, dmtd: DmtdSpec, options: WeightOpt
             fmt = CHANGED if checkpoint.was_in_blocks(name) else "float"
         if len(shape) != 2 or fmt == "float":
             continue
-        if fmt != "keep" and shape[1] % options.weights_block:
+        if fmt not in ("keep", "fp8") and shape[1] % options.weights_block:
             raise ExportError(
                 f"{name} has {shape[1]} inputs, expected a multiple of the block of {options.weights_block}; choose a smaller "
                 f"one ({BLOCK_SIZES[0]} at least), or --weights-{group_of(name, dmtd).replace('_', '-')} float",

@@ -39,6 +39,7 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "uint8": np.dtype(np.uint8),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 
 
@@ -182,13 +183,17 @@ def _format(weight: BlockWeight | None) -> BlockFormat | None:
     minimums = weight.minimums is not None
     levels = weight.levels if minimums else 1 << weight.bits
     bits: Literal[4, 8] = 4 if weight.bits == 4 else 8
-    return BlockFormat(bits=bits, block=weight.block, minimums=minimums, levels=levels, source=weight.source)
+    codes: Literal["integer", "float8_e4m3fn"] = "float8_e4m3fn" if weight.float8 else "integer"
+    return BlockFormat(
+        bits=bits, block=weight.block, minimums=minimums, levels=levels, source=weight.source, codes=codes
+    )
 
 
 def _write_blocks(writer: _WeightsFile, weights: Mapping[str, BlockWeight]) -> None:
     """The codes of some weights of one format, then their scales, then their minimums: each kind is read as one matrix."""
     for name, weight in weights.items():
-        writer.write(contract.block_part(name, contract.CODES), "uint8", packed_codes(weight))
+        kind = "float8_e4m3fn" if weight.float8 else "uint8"
+        writer.write(contract.block_part(name, contract.CODES), kind, packed_codes(weight).view(NUMPY_DTYPES[kind]))
     scales = {name: weight.scales for name, weight in weights.items()}
     minimums = {name: weight.minimums for name, weight in weights.items() if weight.minimums is not None}
     for kind, arrays in ((contract.SCALES, scales), (contract.MINIMUMS, minimums)):

@@ -81,10 +81,14 @@ def dequantised(writer: GraphWriter, dtype: str, modules: tuple[str, ...], fmt: 
     codes alone are dequantised, and scales are factors of their own.
     """
     names = [f"{module}.{contract.CODES}" for module in modules]
+    path = f"/stored/{contract.stack_name(names)}"
+    if fmt.float8:
+        per_row = writer.column(dtype, *(f"{module}.{contract.SCALES}" for module in modules))
+        codes = writer.codes(*names, dtype=fmt.codes, width=fmt.block)
+        return writer.once("DequantizeLinear", [codes, per_row], path, {"axis": 0})
     per_block = scales(writer, dtype, modules)
     rows, blocks = writer.dims(writer.weight(*(f"{module}.{contract.SCALES}" for module in modules)))
-    codes = writer.codes(*names, bits=fmt.bits, width=blocks * fmt.block, signed=signed)
-    path = f"/stored/{contract.stack_name(names)}"
+    codes = writer.codes(*names, dtype=f"{'' if signed else 'u'}int{fmt.bits}", width=blocks * fmt.block)
     if not (signed and fmt.bits == 8):
         inputs = [codes, per_block, *([] if signed else [_middles(writer, fmt, rows, blocks)])]
         return writer.once("DequantizeLinear", inputs, path, {"axis": 1, "block_size": fmt.block})

@@ -43,8 +43,8 @@ WeightsGroup = Annotated[
         {
             "weights": option(
                 "int8: rounded in blocks, with a scale each. int4: with a scale and a minimum, lm_head and embedding in int8. "
-                "int4-symmetric: with a scale alone, everywhere; faster, loses more. keep: a quantised checkpoint's own blocks, "
-                "the default for one. float: in --dtype.",
+                "int4-symmetric: with a scale alone, everywhere; faster, loses more. fp8: floats of 8 bits with a scale for each "
+                "output, for engines. keep: a quantised checkpoint's own blocks, the default for one. float: in --dtype.",
                 panel=_WEIGHTS,
             ),
             "weights_thinking": option("The thinking layers' format, instead of --weights.", panel=_WEIGHTS),
@@ -61,7 +61,7 @@ ExportGroup = Annotated[
         {
             "target": option(
                 "Whose graphs the bundle holds: onnxruntime's, those that engines are built from (tensorrt), or all. By "
-                "default all, with quantised weights onnxruntime.",
+                "default all, with quantised weights onnxruntime, with fp8 tensorrt.",
                 panel=_BUNDLE,
             ),
             "dtype": option(

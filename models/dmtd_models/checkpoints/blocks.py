@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -23,7 +24,8 @@ class BlockWeight:
     """A matrix [rows = outputs, cols = inputs] whose rows are cut into blocks of ``block`` inputs.
 
     Without minimums a value is ``scale * (code - middle)`` with ``middle = 2 ** (bits - 1)``; with them
-    ``scale * code + minimum``. Both are float32, operation by operation, so the values are the format's own.
+    ``scale * code + minimum``. Both are float32, operation by operation, so the values are the format's own. Codes may be the
+    bytes of 8-bit floats instead (``float8``): a row is one block then, and a value ``scale * code``.
 
     Args:
         codes: uint8 [rows, cols], unpacked, 0 to 2 ** bits - 1.
@@ -33,6 +35,7 @@ class BlockWeight:
         minimums: float32 [rows, cols / block]; None for values symmetric about the middle code.
         levels: with minimums, how many codes the format has (codes are below it); 2 ** bits if it uses all.
         source: the format that it came from, as users know it ("Q4_1", "gptq", "rtn").
+        float8: codes are of the type float8_e4m3fn.
     """
 
     codes: Codes
@@ -42,10 +45,11 @@ class BlockWeight:
     minimums: Float32 | None = None
     levels: int = 0
     source: str
+    float8: bool = False
 
     def __post_init__(self) -> None:
         assert self.bits in (4, 8), f"codes are packed into 4 or 8 bits, not {self.bits}"
-        assert self.block in BLOCK_SIZES, f"blocks hold {BLOCK_SIZES} inputs, not {self.block}"
+        assert self.float8 or self.block in BLOCK_SIZES, f"blocks hold {BLOCK_SIZES} inputs, not {self.block}"
         assert self.codes.ndim == 2 and self.codes.dtype == np.uint8, "codes are a matrix of bytes"
         assert self.codes.shape[1] % self.block == 0, (
             f"{self.codes.shape[1]} inputs are no whole blocks of {self.block}"
@@ -70,6 +74,8 @@ class BlockWeight:
 
     def dequantised(self) -> Float32:
         """The values, float32 [rows, cols]."""
+        if self.float8:
+            return self.codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * self.scales
         codes = self.codes.reshape(*self.blocks_shape, self.block).astype(np.float32)
         if self.minimums is None:
             codes -= np.float32(1 << self.bits - 1)

@@ -80,13 +80,14 @@ def mapped_weights(
 ) -> Mapping[str, Any]:
     """What the graphs read, as OrtValues over the mapped file; empty where ONNX Runtime is to read the file itself.
 
-    So it is with 4 bits a value too, which numpy has not: such a graph is not run where links lead to its weights.
+    So it is with 4 bits a value too, and with floats of 8, which numpy has not: such a graph is not run where links lead to its
+    weights.
     ``folded``: scales and minimums alone, of which ONNX Runtime makes constants, whatever else it is given of them.
     """
     places = weights_of(manifest, [graph for graph in graphs if path_problem(directory / graph.file)])
     if folded:
         places = {name: place for name, place in places.items() if _kind(manifest, name) in FOLDED}
-    if any(dtype == "uint4" for _, _, _, dtype in places.values()):
+    if any(dtype in ("uint4", "float8_e4m3fn") for _, _, _, dtype in places.values()):
         return {}
     from_array = import_onnxruntime().OrtValue.ortvalue_from_numpy
     return {
