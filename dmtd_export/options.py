@@ -14,7 +14,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 KvDtype = Literal["float32", "float16", "bfloat16", "int8"]
 WeightGroup = Literal["thinking", "late", "lm_head", "embedding"]
 GROUPS: tuple[WeightGroup, ...] = ("thinking", "late", "lm_head", "embedding")
-WeightFormat = Literal["float", "keep", "int8", "int8-channel", "int4", "int4-symmetric"]
+WeightFormat = Literal["float", "keep", "int8", "int8-channel", "int4", "int4-symmetric", "fp8"]
 # Rounded over a calibration text, if one is given; the last one needs it.
 CALIBRATED_FORMATS: tuple[WeightFormat, ...] = ("int4", "int4-symmetric", "int8-channel")
 # Groups that are in int8 under int4, which costs most there, and under int8-channel, for rows are looked up in blocks.
@@ -32,8 +32,8 @@ class WeightOptions:
 
     ``int4`` means ``int8`` for lm_head and the embedding, unless it is given as their own; ``int4-symmetric``, which has a
     scale a block and no minimum, is faster and loses more. ``int8-channel``, a scale for each output and a factor for each input,
-    is not for the embedding. ``keep``: as the checkpoint has them; so it is by default where the
-    checkpoint is quantised, and ``float`` elsewhere.
+    is not for the embedding; ``fp8``, with a scale for each output, is for engines. ``keep``: as the checkpoint has them; so it
+    is by default where the checkpoint is quantised, and ``float`` elsewhere.
     ``weights_block``: inputs that share a scale.
     """
 
@@ -57,6 +57,11 @@ class WeightOptions:
         return any(self.format_of(group) in CALIBRATED_FORMATS for group in GROUPS)
 
     @property
+    def has_float8(self) -> bool:
+        """Whether any group is stored as floats of 8 bits."""
+        return any(self.format_of(group) == "fp8" for group in GROUPS)
+
+    @property
     def quantises(self) -> bool:
         """Whether any group is not stored as floats."""
         return any(self.format_of(group) != "float" for group in GROUPS)
@@ -73,9 +78,8 @@ class ExportOptions:
 
     split: SplitOptions = field(default_factory=SplitOptions)
     formats: WeightOptions = field(default_factory=WeightOptions)
-    target: Target | None = (
-        None  # all; with quantised weights or int8 caches onnxruntime, whose own graphs alone take them
-    )
+    # all; with quantised weights or int8 caches onnxruntime, whose own graphs alone take them; with fp8 tensorrt
+    target: Target | None = None
     dtype: Dtype = "float32"
     kv: KvDtype | None = None
     calibration: tuple[str, ...] = ()
@@ -87,7 +91,11 @@ class ExportOptions:
     @property
     def graphs_for(self) -> Target:
         """The target, or what takes its place where none is given."""
-        return self.target or ("onnxruntime" if self.formats.quantises or self.kv == "int8" else "all")
+        if self.target is not None:
+            return self.target
+        if self.formats.has_float8:
+            return "tensorrt"
+        return "onnxruntime" if self.formats.quantises or self.kv == "int8" else "all"
 
     @property
     def kv_dtype(self) -> KvDtype:
@@ -196,9 +204,9 @@ def check_formats(options: ExportOptions) -> None:
     Raises:
         ExportError: with the option.
     """
-    if options.formats.quantises and options.dtype != "float32" and options.graphs_for != "tensorrt":
+    if options.formats.has_float8 and options.graphs_for != "tensorrt":
         raise ExportError(
-            f"got {options.dtype}, expected float32: ONNX Runtime's own graphs take quantised weights in nothing else; export "
-            "with --target tensorrt, or --weights float",
-            param="dtype",
+            f"got {options.graphs_for} with weights in fp8, expected tensorrt: ONNX Runtime's own products take none; export "
+            "with --target tensorrt, or --weights int8",
+            param="target",
         )

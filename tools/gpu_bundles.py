@@ -25,7 +25,7 @@ import dmtd_export.bundle.export
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.bundle.weights import NUMPY_DTYPES, PAGE_BYTES, TensorSource, Written, tensor_groups
 from dmtd_export.graphs.layers import COS, SIN
-from dmtd_export.options import ExportOptions
+from dmtd_export.options import ExportOptions, WeightOptions
 from dmtd_models.checkpoints.tensors import tensor_shapes
 from dmtd_models.config.model import ModelConfig, SplitOptions, read_config
 from dmtd_models.reference.rope import rotary_tables
@@ -72,6 +72,7 @@ def make_bundle(wanted: Wanted, place: Path, *, checkpoint: Path | None, max_num
     bundle, shape = place / "bundle", SHAPES[wanted.shape]
     if (bundle / "manifest.json").exists():
         return bundle
+    assert not (shape.ring and wanted.weights), "a ring holds floats"
     source = checkpoint or place / "checkpoint"
     if checkpoint is None:
         shutil.rmtree(source, ignore_errors=True)
@@ -81,6 +82,8 @@ def make_bundle(wanted: Wanted, place: Path, *, checkpoint: Path | None, max_num
             decoding_layers=wanted.late, cycle_length=wanted.tau, cycle_origin="prompt", prompt_input="thinking"
         ),
         dtype=wanted.dtype,
+        formats=WeightOptions(weights=wanted.weights),
+        target="all",
         max_num_seqs=max_num_seqs,
         max_model_len=min(max_model_len, shape.max_positions),
         verify=False,

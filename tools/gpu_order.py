@@ -16,16 +16,17 @@ LARGEST_VERIFIED = 4  # sequences at a time
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """A bundle that steps need; the name says what it is."""
+    """A bundle that steps need; the name says what it is. ``weights``: their format, None for floats; not of a ring."""
 
     shape: str
     dtype: str
     tau: int = 4
     late: int = 8
+    weights: str | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.shape}-{self.dtype}-tau{self.tau}-d{self.late}"
+        return "-".join(filter(None, (self.shape, self.dtype, self.weights, f"tau{self.tau}-d{self.late}")))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,15 +128,25 @@ def provider_steps(sizes: Sizes) -> Iterator[Step]:
         ("float32 standard, no graphs", sizes.small_float32, {**standard, "cuda_graphs": False}, 1),
         (f"{sizes.small.dtype}, batch {few} too", sizes.small, device, few),
     ):
-        yield Step(
-            name=f"verify {bundle.shape} {what}",
-            do="verify",
-            limit_s=60,
-            options={"backend": options, "max_num_seqs": batch},
-            bundles=(bundle,),
-            after=after,
-        )
+        yield verify_step(bundle, what, options, batch=batch, after=after)
     yield from _speed_steps(sizes, after)
+
+
+def verify_step(bundle: Wanted, what: str, options: dict[str, Any], *, batch: int, after: str | None) -> Step:
+    """A bundle held to the oracle at batch 1 and ``batch``."""
+    return Step(
+        name=f"verify {bundle.shape} {what}",
+        do="verify",
+        limit_s=60,
+        options={"backend": options, "max_num_seqs": batch},
+        bundles=(bundle,),
+        after=after,
+    )
+
+
+def in_blocks(bundle: Wanted) -> tuple[Wanted, ...]:
+    """The bundle with quantised weights: in 4 bits with minimums, which take a second product, and in 8."""
+    return tuple(replace(bundle, weights=weights) for weights in ("int4", "int8"))
 
 
 def _speed_steps(sizes: Sizes, after: str | None) -> Iterator[Step]:
@@ -144,6 +155,11 @@ def _speed_steps(sizes: Sizes, after: str | None) -> Iterator[Step]:
     for bundle in (small, large):
         for context in (short, long):
             yield bench_step(sizes, bundle, device, context=context, after=after)
+    for bundle in in_blocks(small):
+        way = f" {bundle.weights}"
+        yield verify_step(bundle, small.dtype + way, device, batch=LARGEST_VERIFIED, after=after)
+        for batch in (1, sizes.many):
+            yield bench_step(sizes, bundle, device, context=short, batch=batch, after=after, way=way)
     cudnn, note = {"ORT_ENABLE_CUDNN_FLASH_ATTENTION": sizes.cudnn_attention}, ", cuDNN attention"
     yield bench_step(sizes, large, device, context=long, after=after, note=note, environ=cudnn)
     captured, apart = ({**device, "dialect": "onnxruntime", "cuda_graphs": graphs} for graphs in (True, False))

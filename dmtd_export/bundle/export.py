@@ -25,7 +25,7 @@ from dmtd_export.errors import ExportError as ExportError
 from dmtd_export.graphs.build import build_graph
 from dmtd_export.graphs.checking import checker_fault
 from dmtd_export.graphs.rows import GraphSpec
-from dmtd_export.options import MAX_WINDOW, ExportOptions, check_formats, check_options
+from dmtd_export.options import MAX_WINDOW, ExportOptions, check_options
 from dmtd_models.checkpoints.checkpoint import Checkpoint, is_gguf, open_checkpoint
 from dmtd_models.config.model import DmtdSpec, ModelConfig, require_split, resolve_dmtd
 from dmtd_models.data.chat import TextTokenizer
@@ -75,7 +75,6 @@ def _export(
 ) -> Manifest:
     tell_of_engines(output)
     options = replace(options, formats=resolved_formats(checkpoint, options))
-    check_formats(options)
     spec = resolve(checkpoint, options)
     quantisation = plan_quantisation(checkpoint, spec, options.formats)
     max_model_len = _max_model_len(checkpoint.config, options)

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from dmtd_export.bundle.rounding import rounded
+from dmtd_export.bundle.rounding import rounded, rounded_to_float8
 from dmtd_export.bundle.split import cycle_of
 from dmtd_export.errors import ExportError
 from dmtd_export.options import CALIBRATED_FORMATS, GROUPS, ExportOptions, WeightFormat, WeightGroup, WeightOptions
@@ -22,7 +22,7 @@ from dmtd_models.config.model import DmtdSpec
 from dmtd_runtime.bundle import speed_bound
 
 Array = np.ndarray
-BITS: dict[WeightFormat, Literal[4, 8]] = {"int4": 4, "int4-symmetric": 4, "int8": 8, "int8-channel": 8}
+BITS: dict[WeightFormat, Literal[4, 8]] = {"int4": 4, "int4-symmetric": 4, "int8": 8, "int8-channel": 8, "fp8": 8}
 CHANGED: WeightFormat = "int8"
 KEPT_BYTES = 3  # of two weights, at most: 8 bits, and two floats for a block of 16
 _GROUPS: dict[str | None, WeightGroup] = {
@@ -66,6 +66,8 @@ class Quantisation:
         fmt = self.formats.get(name)
         if fmt is None or fmt == "keep":
             return None if fmt is None else source.blocks(name)
+        if fmt == "fp8":
+            return rounded_to_float8(source.read(name))
         if self.made is not None and (made := self.made.blocks(name)) is not None:
             return made
         assert fmt != "int8-channel", "it is rounded over a text, without which no export begins"
@@ -125,7 +127,7 @@ def plan_quantisation(checkpoint: Checkpoint, dmtd: DmtdSpec, options: WeightOpt
             fmt = CHANGED if checkpoint.was_in_blocks(name) else "float"
         if len(shape) != 2 or fmt == "float":
             continue
-        if fmt not in ("keep", "int8-channel") and shape[1] % options.weights_block:
+        if fmt not in ("keep", "int8-channel", "fp8") and shape[1] % options.weights_block:
             raise ExportError(
                 f"{name} has {shape[1]} inputs, expected a multiple of the block of {options.weights_block}; choose a smaller "
                 f"one ({BLOCK_SIZES[0]} at least), or --weights-{group_of(name, dmtd).replace('_', '-')} float",

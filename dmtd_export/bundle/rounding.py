@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import ml_dtypes
 import numpy as np
 
 from dmtd_models.checkpoints.blocks import BlockWeight
@@ -18,6 +19,7 @@ from dmtd_models.checkpoints.blocks import BlockWeight
 Array = np.ndarray
 
 LAST = 15  # code of 4 bits
+LARGEST_FLOAT8 = 448.0
 SPREAD = (-1.0, 0.0, 1.0)  # steps beyond the fifteen that a block's range is cut into at first
 BEYOND = (-1.0, -0.4, 0.0, 0.5, 1.0)  # codes beyond the last that the largest magnitude stands for; none is a tie
 FITS = 2  # least squares, each over the codes of the grid before
@@ -82,6 +84,23 @@ def rounded_by_channel(weight: Array, factors: Array) -> BlockWeight:
         factors=np.asarray(factors, dtype=np.float32),
         source="channel",
     )
+
+
+def rounded_to_float8(weight: Array) -> BlockWeight:
+    """A matrix [out, in] as floats of 8 bits, a scale for each output that puts its largest magnitude on the type's.
+
+    Scales are half-precision numbers already when values are rounded, and positive, for TensorRT takes no others. Raises nothing:
+    what is not finite shows in them.
+    """
+    x, codes = np.asarray(weight, dtype=np.float32), np.empty(weight.shape, np.uint8)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        scales = _half(np.abs(x).max(-1, keepdims=True) / np.float32(LARGEST_FLOAT8))
+        scales = np.maximum(scales, np.float32(np.finfo(np.float16).smallest_subnormal))
+        for part in _parts(*x.shape):
+            steps = np.nan_to_num(x[part] / scales[part])
+            np.clip(steps, -LARGEST_FLOAT8, LARGEST_FLOAT8, out=steps)
+            codes[part] = steps.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    return BlockWeight(codes=codes, bits=8, block=x.shape[1], scales=scales, source="rtn", float8=True)
 
 
 def _parts(blocks: int, block: int) -> Iterator[slice]:

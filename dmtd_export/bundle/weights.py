@@ -41,6 +41,7 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "uint8": np.dtype(np.uint8),
     "int8": np.dtype(np.int8),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 
 
@@ -203,6 +204,7 @@ def _format(weight: BlockWeight | None) -> BlockFormat | None:
         levels=levels,
         source=weight.source,
         factors=weight.factors is not None,
+        codes="float8_e4m3fn" if weight.float8 else "integer",
     )
 
 
@@ -211,7 +213,8 @@ def _write_blocks(writer: _WeightsFile, weights: Mapping[str, BlockWeight]) -> N
     which weights of one input share, stand behind them, each weight's own.
     """
     for name, weight in weights.items():
-        writer.write(contract.block_part(name, contract.CODES), "uint8", packed_codes(weight))
+        kind = "float8_e4m3fn" if weight.float8 else "uint8"
+        writer.write(contract.block_part(name, contract.CODES), kind, packed_codes(weight).view(NUMPY_DTYPES[kind]))
     scales = {name: weight.scales for name, weight in weights.items()}
     minimums = {name: weight.minimums for name, weight in weights.items() if weight.minimums is not None}
     for kind, arrays in ((contract.SCALES, scales), (contract.MINIMUMS, minimums)):

@@ -18,7 +18,7 @@ from dmtd_export.cli.export import LIBRARIES
 from dmtd_export.cli.options.build import BuildGroup
 from dmtd_export.cli.progress import StageDisplay
 from dmtd_export.engines.options import BuildOptions
-from dmtd_runtime.bundle.engine_record import OLDEST_CAPABILITY, EngineBackend, EngineRecord
+from dmtd_runtime.bundle.engine_record import EngineRecord, oldest_capability
 from dmtd_runtime.bundle.manifest import load_manifest
 from dmtd_runtime.cli.common import (
     EXIT_ERROR,
@@ -33,6 +33,7 @@ from dmtd_runtime.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from dmtd_export.engines.plan import Target
     from dmtd_export.engines.run import BuildResult, Preview
 
 
@@ -158,7 +159,7 @@ def _preview_table(seen: Preview) -> Table:
     _row(
         table,
         "for",
-        f"{seen.target.backend} {seen.target.version}, {_gpu(seen.target.backend, seen.target.compute_capability)}, {seen.dtype}",
+        f"{seen.target.backend} {seen.target.version}, {_gpu(seen.target, seen.bundle)}, {seen.dtype}",
     )
     _row(table, "sizes", _sizes(seen.plan.max_num_seqs, seen.plan.max_model_len, seen.plan.length_buckets))
     for part in seen.parts:
@@ -213,7 +214,7 @@ def _result_table(result: BuildResult, seconds: float) -> Table:
     _row(
         table,
         "for",
-        f"{record.backend} {record.version}, {_gpu(record.backend, record.compute_capability)}, {record.dtype}",
+        f"{record.backend} {record.version}, {_gpu(record, result.directory.parents[1])}, {record.dtype}",
     )
     _row(table, "sizes", _sizes(record.max_num_seqs, record.max_model_len, record.length_buckets))
     for engine in record.engines:
@@ -240,13 +241,13 @@ def _verify_command(bundle: Path, record: EngineRecord) -> str:
     return f"dmtd verify {shlex.quote(str(bundle))} --backend {record.backend}{fewer}"
 
 
-def _gpu(backend: EngineBackend, compute_capability: str) -> str:
-    if backend == "simulator":
+def _gpu(made_for: Target | EngineRecord, bundle: Path) -> str:
+    if made_for.backend == "simulator":
         return "the CPU"
     return (
-        f"any GPU of compute capability {OLDEST_CAPABILITY} and later"
-        if compute_capability == "any"
-        else f"GPU {compute_capability}"
+        f"any GPU of compute capability {oldest_capability(load_manifest(bundle))} and later"
+        if made_for.compute_capability == "any"
+        else f"GPU {made_for.compute_capability}"
     )
 
 

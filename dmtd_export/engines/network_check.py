@@ -285,13 +285,14 @@ def _check_blocks(module: Any, layers: list[Any], graph: EngineGraph, dtype: str
         codes, scales = layer.get_input(0), layer.get_input(1)
         tensor, maker = stored[node.input[0]], makers[codes.name]
         rows, width = tensor.dims
-        kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+        kind = {"FLOAT8E4M3FN": "FP8"}.get(name := onnx.TensorProto.DataType.Name(tensor.data_type), name)
         if maker.type != module.LayerType.CONSTANT or maker.name != tensor.name or _dtype(codes) != kind:
             _fail(layer.name, f"reads {_dtype(codes)} from {maker.name}", f"{kind} from the constant {tensor.name}")
         if (source := _constant_behind(module, makers, scales)) != casts.get(node.input[1], node.input[1]):
             _fail(layer.name, f"has the scales {source}", casts.get(node.input[1], node.input[1]))
         shapes = [tuple(codes.shape), tuple(scales.shape)]
-        wanted = [(rows, width), (rows, width // given["block_size"]) if given else ()]
+        per_block = (width // given["block_size"],) if "block_size" in given else ()
+        wanted = [(rows, width), (rows, *per_block) if given else ()]
         if shapes != wanted or (given and layer.axis != given["axis"]):
             got = f"codes {shapes[0]} and scales {shapes[1]} along axis {layer.axis}"
             _fail(layer.name, f"has {got}", f"{wanted[0]} and {wanted[1]} along axis {given.get('axis', 'none')}")

@@ -32,6 +32,7 @@ from dmtd_export.graphs.engine import EngineGraph, choice_graph, engine_graph, s
 from dmtd_models.progress import Progress, silent
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.engine_record import (
+    ANY_GPU,
     RECORD_SCHEMA,
     BuildFacts,
     EngineFile,
@@ -39,11 +40,13 @@ from dmtd_runtime.bundle.engine_record import (
     ProfileInfo,
     content_hash,
     engine_directory,
+    is_new_enough,
+    oldest_capability,
     read_record,
 )
 from dmtd_runtime.bundle.manifest import FileInfo, GraphInfo, Manifest
 from dmtd_runtime.bundle.opening import cache_directory, open_bundle
-from dmtd_runtime.errors import BundleError
+from dmtd_runtime.errors import BackendError, BundleError
 from dmtd_runtime.version import __version__
 
 DISK_SLACK_BYTES = 16 << 20  # records and such
@@ -161,6 +164,13 @@ def build_engines(
 
 def _preview(bundle: Path, manifest: Manifest, plan: BuildPlan, options: BuildOptions, library: Library) -> Preview:
     target = target_of(library, options.compute_capability)
+    oldest = oldest_capability(manifest)
+    if target.compute_capability != ANY_GPU and not is_new_enough(target.compute_capability, oldest):
+        raise BackendError(
+            f"got {target.compute_capability}, weights in fp8 need {oldest} or later; leave it out for any such GPU, or export "
+            "with --weights int4",
+            param="compute_capability",
+        )
     compiled = library.module is not None
     parts = _parts(bundle, manifest, plan, compiled=compiled)
     stored = [weights for part in parts for weights in stored_weights(part.graph.model).items()]

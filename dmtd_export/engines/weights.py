@@ -24,6 +24,8 @@ def copy_weights(bundle: Path, directory: Path, manifest: Manifest) -> FileInfo:
     if not manifest.quantised:
         return manifest.files[contract.WEIGHTS_FILE]
     for name, fmt in manifest.quantised.items():
+        if fmt.float8:
+            continue
         info = manifest.weights[contract.block_part(name, contract.CODES)]
         codes = np.memmap(path, np.uint8, "r+", offset=info.offset, shape=(info.length,))
         for start in range(0, len(codes), _CHUNK_BYTES):

@@ -50,7 +50,11 @@ def biases(writer: GraphWriter, modules: tuple[str, ...]) -> list[str]:
 def nbits_product(
     writer: GraphWriter, dtype: str, x: str, modules: tuple[str, ...], fmt: BlockFormat, path: str
 ) -> str:
-    """The product in ONNX Runtime's own operators."""
+    """The product in ONNX Runtime's own operators, whose sums over blocks are float32's inside in every type.
+
+    On CUDA they are (``reduce_matrix_columns_kernel`` with its accumulator), and on the CPU, which has none in half precision,
+    ONNX Runtime casts by itself.
+    """
     if fmt.factors:
         return channel_product(writer, dtype, x, modules, path)
     codes = writer.weight(*(f"{module}.{contract.CODES}" for module in modules))
@@ -60,7 +64,7 @@ def nbits_product(
     attrs = {**shape, "accuracy_level": ACCURACY_LEVEL}
     inputs = [x, codes, scales(writer, dtype, modules), *(["", "", *bias] if bias else [])]
     (product,) = writer.node("MatMulNBits", inputs, path, contrib=True, attrs=attrs)
-    return _with_offsets(writer, dtype, x, product, modules, fmt, path)
+    return _with_offsets(writer, dtype, x, product, modules, fmt, path, casts=False)
 
 
 def channel_product(writer: GraphWriter, dtype: str, x: str, modules: tuple[str, ...], path: str) -> str:
@@ -110,7 +114,7 @@ def dequantised_product(
     """The product in standard operators. ``signed``: see :func:`dequantised`."""
     inputs = [x, dequantised(writer, dtype, modules, fmt, signed=signed), *biases(writer, modules)]
     product = writer.op("Gemm", inputs, path, attrs={"transB": 1})
-    return _with_offsets(writer, dtype, x, product, modules, fmt, path)
+    return _with_offsets(writer, dtype, x, product, modules, fmt, path, casts=dtype != "float32")
 
 
 def dequantised(writer: GraphWriter, dtype: str, modules: tuple[str, ...], fmt: BlockFormat, *, signed: bool) -> str:
@@ -123,10 +127,14 @@ def dequantised(writer: GraphWriter, dtype: str, modules: tuple[str, ...], fmt: 
     codes alone are dequantised, and scales are factors of their own.
     """
     names = [f"{module}.{contract.CODES}" for module in modules]
+    path = f"/stored/{contract.stack_name(names)}"
+    if fmt.float8:
+        per_row = writer.column(dtype, *(f"{module}.{contract.SCALES}" for module in modules))
+        codes = writer.codes(*names, dtype=fmt.codes, width=fmt.block)
+        return writer.once("DequantizeLinear", [codes, per_row], path, {"axis": 0})
     per_block = scales(writer, dtype, modules)
     rows, blocks = writer.dims(writer.weight(*(f"{module}.{contract.SCALES}" for module in modules)))
-    codes = writer.codes(*names, bits=fmt.bits, width=blocks * fmt.block, signed=signed)
-    path = f"/stored/{contract.stack_name(names)}"
+    codes = writer.codes(*names, dtype=f"{'' if signed else 'u'}int{fmt.bits}", width=blocks * fmt.block)
     if not (signed and fmt.bits == 8):
         inputs = [codes, per_block, *([] if signed else [_middles(writer, fmt, rows, blocks)])]
         values = writer.once("DequantizeLinear", inputs, path, {"axis": 1, "block_size": fmt.block})
@@ -149,18 +157,26 @@ def _middles(writer: GraphWriter, fmt: BlockFormat, rows: int, blocks: int) -> s
 
 
 def _with_offsets(
-    writer: GraphWriter, dtype: str, x: str, product: str, modules: tuple[str, ...], fmt: BlockFormat, path: str
+    writer: GraphWriter,
+    dtype: str,
+    x: str,
+    product: str,
+    modules: tuple[str, ...],
+    fmt: BlockFormat,
+    path: str,
+    *,
+    casts: bool,
 ) -> str:
-    """``product`` and what the offsets of the weights' blocks add to it."""
+    """``product`` and what the offsets of the weights' blocks add to it; ``casts``: sums over blocks are told to be float32."""
     if not fmt.minimums:
         return product
     added = offsets(writer, dtype, modules, fmt, path)
     _, blocks = writer.dims(writer.weight(*(f"{module}.{contract.MINIMUMS}" for module in modules)))
     cut = writer.op("Reshape", [x, writer.constant([-1, blocks, fmt.block], "int64")], f"{path}/blocks")
-    if dtype != "float32":
+    if casts:
         cut = writer.op("Cast", [cut], f"{path}/block_sums/to_float32", attrs={"to": ONNX_DTYPES["float32"]})
     sums = writer.op("ReduceSum", [cut, writer.constant([-1], "int64")], f"{path}/block_sums", attrs={"keepdims": 0})
-    if dtype != "float32":
+    if casts:
         sums = writer.op("Cast", [sums], f"{path}/block_sums/to_half", attrs={"to": ONNX_DTYPES[dtype]})
     return writer.op("Gemm", [sums, added, product], f"{path}/offsets", attrs={"transB": 1})
 
@@ -184,11 +200,18 @@ def scales(writer: GraphWriter, dtype: str, modules: tuple[str, ...]) -> str:
 
 
 def offsets(writer: GraphWriter, dtype: str, modules: tuple[str, ...], fmt: BlockFormat, path: str) -> str:
-    """What a block adds to each of its weights beside ``scale * (code - middle)``, [out, blocks]."""
-    half = writer.constant(fmt.levels / 2, dtype)
-    moved = writer.op("Mul", [scales(writer, dtype, modules), half], f"{path}/offsets/moved")
-    minimums = writer.weight_as(dtype, *(f"{module}.{contract.MINIMUMS}" for module in modules))
-    return writer.op("Add", [minimums, moved], f"{path}/offsets")
+    """What a block adds to each of its weights beside ``scale * (code - middle)``, [out, blocks].
+
+    Computed in float32, whatever the graph's type: rounded once, and ONNX Runtime, which folds constants with the CPU's kernels,
+    has none for half precision and would compute them anew in every run.
+    """
+    half = writer.constant(fmt.levels / 2, "float32")
+    moved = writer.op("Mul", [scales(writer, "float32", modules), half], f"{path}/offsets/moved")
+    minimums = writer.weight_as("float32", *(f"{module}.{contract.MINIMUMS}" for module in modules))
+    made = writer.op("Add", [minimums, moved], f"{path}/offsets")
+    return (
+        made if dtype == "float32" else writer.op("Cast", [made], f"{path}/offsets", attrs={"to": ONNX_DTYPES[dtype]})
+    )
 
 
 def gathered_blocks(writer: GraphWriter, dtype: str, module: str, fmt: BlockFormat, ids: str, path: str) -> str:

@@ -30,6 +30,7 @@ ONNX_DTYPES = {
     "int8": onnx.TensorProto.INT8,
     "uint4": onnx.TensorProto.UINT4,
     "int4": onnx.TensorProto.INT4,
+    "float8_e4m3fn": onnx.TensorProto.FLOAT8E4M3FN,
     "bool": onnx.TensorProto.BOOL,
 }
 
@@ -117,9 +118,17 @@ class GraphWriter:
         first = self._weights[names[0]]
         return self._stored(names, ONNX_DTYPES[first.dtype], first.shape[1:])
 
-    def codes(self, *names: str, bits: int, width: int, signed: bool) -> str:
-        """As :meth:`weight` over the codes of blocks, as the integers that they are: [out, ``width``] of ``bits`` bits."""
-        return self._stored(names, ONNX_DTYPES[f"{'' if signed else 'u'}int{bits}"], (width,))
+    def codes(self, *names: str, dtype: str, width: int) -> str:
+        """As :meth:`weight` over the codes of blocks, as the numbers that they are: [out, ``width``] of ``dtype``."""
+        return self._stored(names, ONNX_DTYPES[dtype], (width,))
+
+    def column(self, dtype: str, *names: str) -> str:
+        """As :meth:`weight_as` over scales of one block a row: [out]."""
+        kind = self._weights[names[0]].dtype
+        name = self._stored(names, ONNX_DTYPES[kind], ())
+        return (
+            name if kind == dtype else self.once("Cast", [name], f"/stored/{name}/{dtype}", {"to": ONNX_DTYPES[dtype]})
+        )
 
     def _stored(self, names: Sequence[str], data_type: int, tail: Sequence[int]) -> str:
         infos = [self._weights[name] for name in names]
@@ -142,7 +151,7 @@ class GraphWriter:
         name = self.weight(*names)
         if self._weights[names[0]].dtype == dtype:
             return name
-        return self.once("Cast", [name], f"/stored/{name}", {"to": ONNX_DTYPES[dtype]})
+        return self.once("Cast", [name], f"/stored/{name}/{dtype}", {"to": ONNX_DTYPES[dtype]})
 
     def dims(self, name: str) -> tuple[int, ...]:
         """The dimensions of an initializer."""

@@ -38,7 +38,8 @@ BIAS = 5  # the place of a product's bias; zero points and an order of its input
 def exact_twin(directory: Path, manifest: Manifest, target: Path, *, in_floats: bool = True) -> Manifest:
     """Write the twin of ``directory`` into ``target`` and return its manifest (the list of files is not redone).
 
-    ``in_floats`` False: products over 8 bits take the slow way, which needs no room.
+    ``target`` may be ``directory``, whose graphs are then replaced. ``in_floats`` False: products over 8 bits take the slow way,
+    which needs no room, and is there for half precision too.
     """
     models = {graph.file: onnx.load(directory / graph.file, load_external_data=False) for graph in manifest.graphs}
     products = {file: list(_products_in_floats(model.graph)) if in_floats else [] for file, model in models.items()}
@@ -46,12 +47,13 @@ def exact_twin(directory: Path, manifest: Manifest, target: Path, *, in_floats: 
     made: dict[tuple[str, ...], tuple[str, WeightInfo]] = {}
     with ExitStack() as opened:
         if any(products.values()):
-            shutil.copyfile(source, weights)
+            if source != weights.resolve():
+                shutil.copyfile(source, weights)
             file = opened.enter_context(weights.open("r+b"))
             for product in (each for found in products.values() for each in found):
                 if product.reads not in made:
                     made[product.reads] = f"exact.{len(made)}", _append(file, product, directory)
-        else:
+        elif source != weights.resolve():
             _link(source, weights)
     for name, model in models.items():
         for product in products[name]:

@@ -55,8 +55,9 @@ def open_onnxruntime(path: Path, *, prepack: bool = False, optimise: bool = True
     options.add_session_config_entry("session.force_spinning_stop", "1")
     values: dict[str, Any] = {}
     tensors = _external(onnx.load(path, load_external_data=False))
-    # ONNX Runtime takes no values of 4 bits from numpy: such weights it must reach by itself.
-    if path_problem(path) and all(tensor.data_type != onnx.TensorProto.UINT4 for tensor in tensors):
+    # ONNX Runtime takes no values of 4 bits, nor floats of 8, from numpy: such weights it must reach by itself.
+    beyond_numpy = (onnx.TensorProto.UINT4, onnx.TensorProto.FLOAT8E4M3FN)
+    if path_problem(path) and all(tensor.data_type not in beyond_numpy for tensor in tensors):
         for tensor in tensors:
             values[tensor.name] = ort.OrtValue.ortvalue_from_numpy(mapped(tensor, path.parent))
     with graph_source(path, options, values, holds_no_weights=not tensors) as source:

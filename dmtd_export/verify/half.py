@@ -60,7 +60,8 @@ def _write_weights(directory: Path, manifest: Manifest, path: Path, tables: dict
             source_end, start = info.offset + info.length, file.tell()
             tensor, dtype = tables.get(name), "float32" if info.dtype == manifest.model.dtype else info.dtype
             for rows in row_chunks(map_tensor(directory / contract.WEIGHTS_FILE, info) if tensor is None else tensor):
-                file.write(np.ascontiguousarray(rows.astype(NUMPY_DTYPES[dtype], copy=False)).data)
+                made = np.ascontiguousarray(rows.astype(NUMPY_DTYPES[dtype], copy=False))
+                file.write(made.view(np.uint8).data)
             infos[name] = replace(info, dtype=dtype, offset=start, length=file.tell() - start)
     return infos
 

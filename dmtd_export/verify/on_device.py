@@ -75,7 +75,8 @@ def verify_on_device(
     start, manifest = time.monotonic(), open_bundle(directory)
     reference = _reference(directory, manifest)
     dialect = _dialect(options, manifest)
-    margin = rounding_margin(manifest, dialect) or FLOAT32
+    rounded = rounding_margin(manifest, dialect, options.device)
+    margin = rounded or FLOAT32
     cases = make_cases(manifest, quick)
     checks: list[Check] = []
     # The largest first: what the engines or the device do not take is then said before any work is done.
@@ -97,7 +98,7 @@ def verify_on_device(
         notes=(f"run by {_name(options)}; the bundle itself is checked by dmtd verify without options",),
         checks=tuple(checks),
         seconds=time.monotonic() - start,
-        margins=told_margins(manifest, dialect) or {"float32_of_max": FLOAT32.limit},
+        margins=told_margins(rounded) or {"float32_of_max": FLOAT32.limit},
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,16 @@ from dmtd_export.verify.graph_runs import OpenSession, open_evaluator, open_onnx
 from dmtd_export.verify.half import float32_twin
 from dmtd_export.verify.int8_caches import FollowedGraphs, Scales, cache_scales
 from dmtd_export.verify.levels import Plan, float32_bytes, make_plan, scratch_directory
-from dmtd_export.verify.margins import FLOAT32, FLOAT32_MARGIN, Margin, int8_margin, rounding_margin, told_margins
+from dmtd_export.verify.margins import (
+    FLOAT32,
+    FLOAT32_MARGIN,
+    Margin,
+    half_margin,
+    int8_margin,
+    rounding_margin,
+    rounds_inputs,
+    told_margins,
+)
 from dmtd_export.verify.report import Check, Divergence, Level, VerificationError, VerifyReport, record
 from dmtd_export.verify.scenario import Outcome, Scenario, make_scenario
 from dmtd_export.verify.structure import check_structure, model_config, steps
@@ -90,7 +99,7 @@ def verify_bundle(
         notes=tuple(notes),
         checks=tuple(checks),
         seconds=time.monotonic() - start,
-        margins={"float32_of_max": FLOAT32_MARGIN, **told_margins(manifest)},
+        margins={"float32_of_max": FLOAT32_MARGIN, **told_margins(*run.margins)},
     )
 
 
@@ -119,6 +128,17 @@ def verify_hook(
         return record(report)
 
     return hook
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _AsIs:
+    """Graphs that run in their own type. ``twin``: of each one that rounds no inputs."""
+
+    graphs: tuple[GraphInfo, ...]
+    label: str
+    margin: Margin
+    open_session: OpenSession
+    twin: bool = False
 
 
 class _Run:
@@ -165,18 +185,25 @@ class _Run:
         if dtype == "float16":
             yield "float16 graphs were run as their float32 cast, and as they are (margin in ULP)"
         if self._rounds_inputs:
+            and_as_they_are = "" if dtype == "bfloat16" else ", and as they are"
             yield (
                 "graphs over quantised weights were run without rounding a product's inputs, against float32 over the same "
-                "weights, and as they are"
+                f"weights{and_as_they_are}"
             )
         if self._manifest.quantised and self._standard:
             yield "standard graphs over quantised weights were run with ONNX Runtime's optimisations, and without"
 
     @property
+    def margins(self) -> tuple[Margin | None, ...]:
+        """Those that graphs are held to as they are: half precision's, and that of inputs rounded to int8."""
+        model = self._manifest.model
+        half = None if model.dtype == "float32" else half_margin(model.dtype, model.num_layers)
+        return (half, rounding_margin(self._manifest) if self._rounds_inputs and model.dtype != "bfloat16" else None)
+
+    @property
     def _rounds_inputs(self) -> bool:
         """Whether graphs round the inputs of products over quantised weights."""
-        kinds = {graph.dialect for graph in self._manifest.decoder_graphs}
-        return bool(self._manifest.quantised) and contract.ONNXRUNTIME in kinds
+        return rounds_inputs(self._manifest)
 
     @property
     def _standard(self) -> tuple[GraphInfo, ...]:
@@ -225,11 +252,16 @@ class _Run:
             yield self._directory, self._manifest
             return
         # Beside the bundle and locked, so that the next export or verification removes what a killed one left.
-        with work_directory(scratch_directory(self._directory) / self._directory.resolve().name) as target:
+        with self._work_directory() as target:
+            directory, manifest = self._directory, self._manifest
+            if manifest.model.dtype != "float32":
+                directory, manifest = target, float32_twin(directory, manifest, target, self.config)
             if self._rounds_inputs:
-                yield target, exact_twin(self._directory, self._manifest, target, in_floats=plan.in_floats)
-            else:
-                yield target, float32_twin(self._directory, self._manifest, target, self.config)
+                manifest = exact_twin(directory, manifest, target, in_floats=plan.in_floats)
+            yield target, manifest
+
+    def _work_directory(self) -> AbstractContextManager[Path]:
+        return work_directory(scratch_directory(self._directory) / self._directory.resolve().name)
 
     def _graphs(
         self,
@@ -241,13 +273,15 @@ class _Run:
         scales: Scales,
         follow: FollowedGraphs | None,
     ) -> list[Check]:
-        label, open_exact = "" if directory == self._directory else ", cast to float32,", open_onnxruntime
+        cast = "" if self._manifest.model.dtype == "float32" else ", cast to float32,"
+        label, open_exact = cast, open_onnxruntime
         if self._rounds_inputs:
-            label, open_exact = ", inputs not rounded,", partial(open_onnxruntime, prepack=True)
-        as_is, label_as_is, open_session = self._as_is()
+            label, open_exact = f"{cast or ','} inputs not rounded,", partial(open_onnxruntime, prepack=True)
         # ONNX Runtime puts other nodes in the place of DequantizeLinear and what reads it, and has erred in that.
         plain = tuple(graph for graph in ordered(manifest) if manifest.quantised and graph.dialect == contract.STANDARD)
-        with self._counting("graphs", len(ordered(manifest)) + len(plain) + len(ordered(as_is))) as done:
+        as_is = self._as_is()
+        runs = sum(len(one.graphs) for one in as_is)
+        with self._counting("graphs", len(ordered(manifest)) + len(plain) + runs) as done:
             checks = check_graphs(
                 directory,
                 manifest,
@@ -274,40 +308,68 @@ class _Run:
             )
             checks += check_choose_token(directory, manifest, plan.level)
             checks += check_sample_token(directory, manifest, plan.level)
-            if as_is.graphs and (rounded := rounding_margin(as_is)) is not None:
-                checks += check_graphs(
-                    self._directory,
-                    as_is,
-                    scenario,
-                    expected,
-                    plan.level,
-                    rounded,
-                    label_as_is,
-                    done,
-                    open_session,
-                    scales,
-                    follow.within(rounded.limit) if follow else None,
-                )
+            for one in as_is:
+                checks += self._graphs_as_is(one, scenario, expected, plan.level, done, scales, follow)
         return checks
 
-    def _as_is(self) -> tuple[Manifest, str, OpenSession]:
-        """The graphs in half precision or with rounded inputs that can run as they are, and in what."""
-        if self._rounds_inputs:
-            # The kernels do not know of slots, and their graphs are held to the closer margin above.
-            own = (graph for graph in ordered(self._manifest) if graph.dialect == contract.ONNXRUNTIME)
-            single = tuple(graph for graph in own if graph.slots == 1)
-            return replace(self._manifest, graphs=single), ", as it is,", partial(open_onnxruntime, prepack=True)
-        if self._manifest.model.dtype == "float16":
-            return self._manifest, ", as it is,", open_onnxruntime
-        evaluated = replace(self._manifest, graphs=self._standard if self._evaluates() else ())
-        return evaluated, ", as it is in ONNX's evaluator,", open_evaluator
+    def _graphs_as_is(
+        self,
+        run: _AsIs,
+        scenario: Scenario,
+        expected: Outcome,
+        level: Level,
+        done: Callable[..., None],
+        scales: Scales,
+        follow: FollowedGraphs | None,
+    ) -> list[Check]:
+        with ExitStack() as opened:
+            directory, manifest = self._directory, replace(self._manifest, graphs=run.graphs)
+            if run.twin:
+                directory = opened.enter_context(self._work_directory())
+                manifest = exact_twin(self._directory, manifest, directory, in_floats=False)
+            return check_graphs(
+                directory,
+                manifest,
+                scenario,
+                expected,
+                level,
+                run.margin,
+                run.label,
+                done,
+                run.open_session,
+                scales,
+                follow.within(run.margin.limit) if follow else None,
+            )
+
+    def _as_is(self) -> list[_AsIs]:
+        """The graphs in half precision or with rounded inputs that can run as they are, how, and within what."""
+        half, rounded = self.margins
+        # The kernels do not know of slots, and their graphs are held to the closer margin above.
+        own = (graph for graph in ordered(self._manifest) if graph.dialect == contract.ONNXRUNTIME)
+        single, prepacked = tuple(g for g in own if g.slots == 1), partial(open_onnxruntime, prepack=True)
+        dtype, runs = self._manifest.model.dtype, []
+        if rounded is not None:
+            runs.append(_AsIs(graphs=single, label=", as it is,", margin=rounded, open_session=prepacked))
+        if half is None:
+            return runs
+        if dtype == "float16" and self._rounds_inputs:  # what a GPU's kernels compute, which round none
+            label = ", in float16, inputs not rounded,"
+            runs.append(_AsIs(graphs=single, label=label, margin=half, open_session=prepacked, twin=True))
+        if dtype == "float16":
+            graphs = self._standard if self._rounds_inputs else tuple(ordered(self._manifest))
+            runs.append(_AsIs(graphs=graphs, label=", as it is,", margin=half, open_session=open_onnxruntime))
+        elif self._evaluates():
+            label = ", as it is in ONNX's evaluator,"
+            runs.append(_AsIs(graphs=self._standard, label=label, margin=half, open_session=open_evaluator))
+        return runs
 
     def _evaluates(self) -> bool:
         """Whether a bfloat16 bundle is small enough for the evaluator, which multiplies element by element."""
         return self._manifest.model.dtype == "bfloat16" and float32_bytes(self._manifest) <= EVALUATOR_BYTES
 
     def _cycles(self, directory: Path, manifest: Manifest, reference: Reference | None, plan: Plan) -> list[Check]:
-        runs_as_is = self._rounds_inputs or self._manifest.model.dtype == "float16"
+        dtype = self._manifest.model.dtype
+        runs_as_is = dtype == "float16" or (self._rounds_inputs and dtype == "float32")
         quick = self._quick or plan.cycles == "few"
         variants = cycles.make_variants(manifest, quick, plan.prepack)
         made = cycles.make_cases(manifest, quick)

@@ -44,6 +44,15 @@ def quantised_rows(directory: Path, manifest: Manifest, name: str) -> Iterator[t
         yield values, codes.reshape(values.shape), scales
 
 
+def float8(codes: Array) -> Array:
+    """Values of bytes as floats of 8 bits, e4m3fn: a sign, 4 bits of exponent, 3 of eighths behind a 1 that exponent 0 lacks."""
+    exponents = np.maximum(codes >> 3 & 15, 1).astype(np.int32)
+    eighths = (codes & 7).astype(np.int32) + np.where(codes & 0x78, 8, 0)
+    sizes = np.ldexp(eighths.astype(np.float32), exponents - 10)
+    signed: Array = np.where(codes & 0x80, -sizes, sizes)
+    return signed
+
+
 class _Blocks:
     """The stored parts of a quantised weight, mapped."""
 
@@ -62,7 +71,7 @@ class _Blocks:
 
     def codes_of(self, rows: slice) -> Array:
         """Codes uint8 [rows, blocks, block], one a value."""
-        own = np.array(self._codes[rows])
+        own = np.array(self._codes[rows]).view(np.uint8)
         if self.format.bits == 8:
             return own
         pairs = np.empty((*own.shape, 2), np.uint8)
@@ -72,6 +81,9 @@ class _Blocks:
     def write_values(self, rows: slice, out: Array) -> None:
         """Write the values of some rows into ``out`` float32 [rows, in]: ``BlockFormat``'s formula, operation by operation."""
         fmt = self.format
+        if fmt.float8:
+            np.multiply(float8(self.codes_of(rows)[:, 0]), self.scales[rows].astype(np.float32), out=out)
+            return
         middle = 2 ** (fmt.bits - 1)
         lowest = middle - fmt.levels // 2 if fmt.minimums else middle
         values = out.reshape(len(out), -1, fmt.block)

@@ -26,6 +26,7 @@ from dmtd_runtime.bundle.manifest import CALIBRATED, Manifest
 
 Array = np.ndarray[Any, np.dtype[Any]]
 HALF_A_STEP = 1e-3  # of a step: the division that was rounded is itself rounded
+LARGEST_FLOAT8 = 0x7E  # 448; above it stands NaN
 SMALLEST_SCALE = 2.0**-20  # smaller blocks have scales that half precision rounds to few digits, or to zero
 
 # What rounding over a text may move values by, in steps of their grids, for inputs take up what others lost. SmolLM2's rows
@@ -113,7 +114,10 @@ def _unlike(directory: Path, manifest: Manifest, name: str, source: Array, *, ex
     first, fmt, how = 0, manifest.quantised[name], "in" if exact else "rounded to"
     for values, codes, scales in quantised_rows(directory, manifest, name):
         wanted = np.asarray(source[first : first + len(values)], dtype=np.float32)
-        wrong = wanted != values if exact else _not_nearest(wanted - values, codes, scales, 2**fmt.bits - 1)
+        if fmt.float8:
+            wrong = _not_nearest_float8(wanted - values, codes, scales)
+        else:
+            wrong = wanted != values if exact else _not_nearest(wanted - values, codes, scales, 2**fmt.bits - 1)
         if wrong.any():
             row, column = (int(i) for i in np.unravel_index(int(wrong.argmax()), wrong.shape))
             yield Divergence(
@@ -152,6 +156,14 @@ def _not_nearest(apart: Array, codes: Array, scales: Array, last: int) -> Array:
     """Where a value, ``apart`` from the source's, is not the nearest of its block; codes at either end have nothing beyond."""
     outside = ((codes == 0) & (apart * scales < 0)) | ((codes == last) & (apart * scales > 0))
     wrong: Array = ~((np.abs(apart) <= (0.5 + HALF_A_STEP) * np.abs(scales) + SMALLEST_SCALE) | outside)
+    return wrong
+
+
+def _not_nearest_float8(apart: Array, codes: Array, scales: Array) -> Array:
+    """As :func:`_not_nearest` of floats of 8 bits, whose step is an eighth of the power of two below them."""
+    steps = np.ldexp(scales, np.maximum(codes >> 3 & 15, 1).astype(np.int32) - 10)
+    outside = ((codes & 0x7F) == LARGEST_FLOAT8) & (np.where(codes & 0x80, -apart, apart) > 0)
+    wrong: Array = ~((np.abs(apart) <= (0.5 + HALF_A_STEP) * steps + SMALLEST_SCALE) | outside)
     return wrong
 
 

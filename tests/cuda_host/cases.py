@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dmtd_export.bundle.export import export_bundle
-from dmtd_export.options import ExportOptions
+from dmtd_export.options import ExportOptions, WeightOptions
 from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 
@@ -33,6 +33,12 @@ class Model:
     dtype: Literal["float32", "float16", "bfloat16"]
     encoding_layers: int = 0
     sizes: dict[str, int] = field(default_factory=dict)  # of write_tiny_checkpoint
+    formats: WeightOptions = field(default_factory=WeightOptions)
+
+    @property
+    def name(self) -> str:
+        formats = f"-{self.formats.weights}" if self.formats.weights else ""
+        return f"{self.family}-{self.dtype}{formats}"
 
     def export(self, directory: Path) -> Path:
         bundle = directory / "bundle"
@@ -43,6 +49,8 @@ class Model:
             options = ExportOptions(
                 split=SplitOptions(encoding_layers=self.encoding_layers, decoding_layers=2, cycle_length=3),
                 dtype=self.dtype,
+                formats=self.formats,
+                target="all",
                 max_num_seqs=MAX_BATCH,
                 verify=False,
             )
@@ -62,7 +70,7 @@ class Case:
 
     @property
     def model_name(self) -> str:
-        return f"{self.model.family}-{self.model.dtype}" + ("-large" if self.judges_memory else "")
+        return self.model.name + ("-large" if self.judges_memory else "")
 
     @property
     def name(self) -> str:
@@ -85,6 +93,22 @@ class Case:
 LLAMA = Model(family="llama", dtype="float16")
 QWEN = Model(family="qwen3", dtype="bfloat16", encoding_layers=1)
 FLOAT32 = Model(family="llama", dtype="float32")  # its attention node on CUDA takes half types only: standard dialect
+# Quantised weights: with minimums, biases and a tied embedding, all in 4 bits; in 8 bits, an untied lm_head in 4; a scale alone,
+# in the largest and in the smallest block. The provider's DequantizeLinear takes blocks of 4 bits alone, and no bfloat16.
+INT4 = Model(
+    family="qwen2",
+    dtype="float16",
+    sizes={"tie": True},
+    formats=WeightOptions(weights="int4", weights_lm_head="int4", weights_embedding="int4"),
+)
+INT8 = replace(QWEN, formats=WeightOptions(weights="int8", weights_lm_head="int4"))
+SYMMETRIC = replace(
+    QWEN,
+    encoding_layers=0,
+    sizes={"hidden_size": 128, "intermediate_size": 128, "heads": 8},
+    formats=WeightOptions(weights="int4-symmetric", weights_block=128),
+)
+SMALL_BLOCKS = replace(LLAMA, formats=WeightOptions(weights="int8", weights_block=16))
 # 80 MB, a twentieth of it in each of embedding and head.
 LARGE = replace(
     LLAMA,
@@ -99,6 +123,8 @@ LARGE = replace(
         "max_positions": 1024,
     },
 )
+LARGE_INT4 = replace(LARGE, dtype="bfloat16", formats=WeightOptions(weights="int4"))
+IN_BLOCKS = (INT4, INT8, SYMMETRIC, SMALL_BLOCKS, replace(INT4, dtype="bfloat16"))
 
 CASES = (
     *(
@@ -113,6 +139,13 @@ CASES = (
         for full_pass in ("staged", "fused")
         for slots in (1, MAX_BATCH)
     ),
+    *(
+        Case(model=model, dialect="onnxruntime", full_pass=full_pass, slots=slots)
+        for model, full_pass in ((INT4, "staged"), (INT8, "fused"), (SYMMETRIC, "staged"), (SMALL_BLOCKS, "staged"))
+        for slots in (1, MAX_BATCH)
+    ),
+    Case(model=INT4, dialect="standard", full_pass="staged", slots=MAX_BATCH),
+    Case(model=LARGE_INT4, dialect="onnxruntime", full_pass="staged", slots=MAX_BATCH, judges_memory=True),
     *(
         Case(model=LARGE, dialect=dialect, full_pass="staged", slots=slots, judges_memory=True)
         for dialect in ("onnxruntime", "standard")

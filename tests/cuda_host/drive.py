@@ -83,6 +83,9 @@ def drive(bundle: Path, case: Case, *, cuda_graphs: bool, plain: bool) -> None:
             expanded = kv_bytes // model.num_layers * model.num_heads // model.num_kv_heads
             width = row_bytes // (model.num_kv_heads * model.head_dim)
             copied_bytes = 2 * expanded + backend.slots * model.num_heads * model.max_window * backend.capacity * width
+        elif llm.manifest.quantised:
+            # For more than a few rows a product writes its weights out, in the arena of each of two sessions.
+            copied_bytes = 2 * 2 * model.hidden_size * max(model.vocab_size, 2 * model.intermediate_size)
         mark("needs", kv_bytes=kv_bytes, weight_bytes=weight_bytes, copied_bytes=copied_bytes)
         prompts = [[1 + position % 100 for position in range(length)] for length in case.prompt_lens]
         for choice, options in CHOICES.items():

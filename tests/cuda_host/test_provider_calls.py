@@ -94,7 +94,7 @@ def test_graphs_are_captured_only_where_asked_for(ran: Ran) -> None:
 
 
 def test_memory_is_that_of_bundle_and_caches(ran: Ran, case: Case) -> None:
-    """And of what the standard dialect's attention copies; the onnxruntime dialect's copies nothing."""
+    """And of what the standard dialect's attention and products over blocks write out."""
     if not case.judges_memory:
         pytest.skip("too small a bundle: what a session needs in any case outweighs it")
     assert all(opened.weight_bytes and opened.kv_bytes for opened in ran[0]), "a bundle was not opened"

@@ -111,7 +111,7 @@ class Opened:
     plain: bool
     kv_bytes: int = 0
     weight_bytes: int = 0
-    copied_bytes: int = 0  # of the standard dialect's attention
+    copied_bytes: int = 0  # of the standard dialect's attention, and of products over blocks
     peak_bytes: int = 0  # of the device's memory, above what was allocated before
     failure: str | None = None
     calls: list[Call] = field(default_factory=list)

@@ -44,8 +44,8 @@ WeightsGroup = Annotated[
             "weights": option(
                 "int8: rounded in blocks, with a scale each. int4: with a scale and a minimum, lm_head and embedding in int8. "
                 "int4-symmetric: with a scale alone, everywhere; faster, loses more. int8-channel: for batches and prompts, with "
-                "--calibration. keep: a quantised checkpoint's own blocks, "
-                "the default for one. float: in --dtype.",
+                "--calibration. fp8: floats of 8 bits with a scale for each output, for engines. keep: a quantised checkpoint's "
+                "own blocks, the default for one. float: in --dtype.",
                 panel=_WEIGHTS,
             ),
             "weights_thinking": option("The thinking layers' format, instead of --weights.", panel=_WEIGHTS),
@@ -62,7 +62,7 @@ ExportGroup = Annotated[
         {
             "target": option(
                 "Whose graphs the bundle holds: onnxruntime's, those that engines are built from (tensorrt), or all. By "
-                "default all, with quantised weights or int8 caches onnxruntime.",
+                "default all, with quantised weights or int8 caches onnxruntime, with fp8 tensorrt.",
                 panel=_BUNDLE,
             ),
             "dtype": option(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -24,7 +25,8 @@ class BlockWeight:
 
     Without minimums a value is ``scale * (code - middle)`` with ``middle = 2 ** (bits - 1)``; with them
     ``scale * code + minimum``; with factors ``scale * (code - middle) * factor``. All are float32, operation by operation, so
-    the values are the format's own.
+    the values are the format's own. Codes may be the bytes of 8-bit floats instead (``float8``): a row is one block then, and a
+    value ``scale * code``.
 
     Args:
         codes: uint8 [rows, cols], unpacked, 0 to 2 ** bits - 1.
@@ -35,6 +37,7 @@ class BlockWeight:
         factors: float32 [cols], one for each input; None for none. Only of 8 bits without minimums.
         levels: with minimums, how many codes the format has (codes are below it); 2 ** bits if it uses all.
         source: the format that it came from, as users know it ("Q4_1", "gptq", "rtn").
+        float8: codes are of the type float8_e4m3fn.
     """
 
     codes: Codes
@@ -45,11 +48,12 @@ class BlockWeight:
     factors: Float32 | None = None
     levels: int = 0
     source: str
+    float8: bool = False
 
     def __post_init__(self) -> None:
         assert self.bits in (4, 8), f"codes are packed into 4 or 8 bits, not {self.bits}"
         if self.factors is None:
-            assert self.block in BLOCK_SIZES, f"blocks hold {BLOCK_SIZES} inputs, not {self.block}"
+            assert self.float8 or self.block in BLOCK_SIZES, f"blocks hold {BLOCK_SIZES} inputs, not {self.block}"
         else:
             assert self.bits == 8 and self.minimums is None, "factors are of 8 bits without minimums"
             assert self.factors.shape == (self.block,) and self.factors.dtype == np.float32, "one float32 an input"
@@ -77,6 +81,8 @@ class BlockWeight:
 
     def dequantised(self) -> Float32:
         """The values, float32 [rows, cols]."""
+        if self.float8:
+            return self.codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * self.scales
         codes = self.codes.reshape(*self.blocks_shape, self.block).astype(np.float32)
         if self.minimums is None:
             codes -= np.float32(1 << self.bits - 1)

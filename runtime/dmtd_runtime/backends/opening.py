@@ -13,7 +13,7 @@ from dmtd_runtime.backends.base import Backend, BackendOptions
 from dmtd_runtime.backends.kv_cache import kv_bytes
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.engine_choice import EngineWish, choose_record, require_fit
-from dmtd_runtime.bundle.engine_record import OLDEST_CAPABILITY, EngineRecord, is_new_enough
+from dmtd_runtime.bundle.engine_record import OLDEST_CAPABILITY, EngineRecord, is_new_enough, oldest_capability
 from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.bundle.opening import checked_once
 from dmtd_runtime.device.libraries import CudaBackend
@@ -93,10 +93,13 @@ def _open_gpu(
     device = CudaDevice(library, device_id=options.device_id)
     try:
         capability = device.gpu.compute_capability
-        if not is_new_enough(capability):
+        oldest = oldest_capability(manifest)
+        if not is_new_enough(capability, oldest):
+            why = "bfloat16 and fused attention; run the bundle with: --backend onnxruntime"
+            if oldest != OLDEST_CAPABILITY:
+                why = "weights in fp8; export it with --weights int4"
             raise BackendError(
-                f"{device.name} has compute capability {capability}, engines need {OLDEST_CAPABILITY} or later, for bfloat16 "
-                "and fused attention; run the bundle with: --backend onnxruntime"
+                f"{device.name} has compute capability {capability}, engines need {oldest} or later, for {why}"
             )
         wish = EngineWish(
             backend=device.backend,

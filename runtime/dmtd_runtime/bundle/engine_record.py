@@ -75,6 +75,7 @@ PassKind = Literal["prefill", "refill", "step", "choose"]
 ENGINE_BACKENDS: tuple[EngineBackend, ...] = ("tensorrt", "tensorrt-rtx", "simulator")
 ANY_GPU = "any"
 OLDEST_CAPABILITY = "8.0"  # that has bfloat16 and TensorRT's fused attention
+FLOAT8_CAPABILITY = "8.9"  # the oldest with floats of 8 bits, which TensorRT compiles for no older one
 RECORD_SCHEMA = 2
 
 
@@ -270,10 +271,15 @@ class EngineRecord:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
 
-def is_new_enough(compute_capability: str) -> bool:
+def oldest_capability(manifest: Manifest) -> str:
+    """The oldest GPU that has what engines of a bundle are made of."""
+    return FLOAT8_CAPABILITY if any(fmt.float8 for fmt in manifest.quantised.values()) else OLDEST_CAPABILITY
+
+
+def is_new_enough(compute_capability: str, oldest: str = OLDEST_CAPABILITY) -> bool:
     """Whether a GPU of this capability, "8.9", has what engines are made of."""
-    got, oldest = ([int(number) for number in text.split(".")] for text in (compute_capability, OLDEST_CAPABILITY))
-    return got >= oldest
+    got, least = ([int(number) for number in text.split(".")] for text in (compute_capability, oldest))
+    return got >= least
 
 
 def default_full_pass(manifest: Manifest) -> FullPass:

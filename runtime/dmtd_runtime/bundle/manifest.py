@@ -185,7 +185,8 @@ def _dtypes_of(name: str, fmt: BlockFormat | None, dtype: str) -> tuple[str, ...
     """What a stored tensor's type may be, ``fmt`` that of the weight which it is a part of."""
     if fmt is None:
         return (dtype,)
-    return ("uint8",) if name.endswith(f".{contract.CODES}") else ("float16", "float32")
+    codes = "float8_e4m3fn" if fmt.float8 else "uint8"
+    return (codes,) if name.endswith(f".{contract.CODES}") else ("float16", "float32")
 
 
 def _faults_of_blocks(manifest: Manifest) -> Iterator[str]:
@@ -194,7 +195,7 @@ def _faults_of_blocks(manifest: Manifest) -> Iterator[str]:
         codes, *per_block = (manifest.weights[part].shape for part in manifest.parts_of(name))
         if fmt.factors and (fmt.bits, fmt.minimums, codes[1:2], per_block.pop()) != (8, False, (1,), (fmt.block,)):
             yield f"{name} has factors and codes {list(codes)}, expected one of each input, of 8 bits, and one scale an output"
-        elif fmt.block < 16 or not 2 <= fmt.levels <= 1 << fmt.bits:
+        elif fmt.block < 16 or not 2 <= fmt.levels <= 1 << fmt.bits or (fmt.float8 and (fmt.bits != 8 or fmt.minimums)):
             yield f"{name} is quantised in {fmt.name} with {fmt.levels} levels"
         elif len(codes) != 3 or codes[2] != fmt.code_bytes or any(shape != codes[:2] for shape in per_block):
             yield f"{name} has codes {list(codes)} and, a block, {list(map(list, per_block))}, which {fmt.name} has not"

@@ -17,7 +17,17 @@ from dmtd_errors.words import counted
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.errors import BundleError
 
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uint8": 1, "int8": 1, "bool": 1}
+DTYPE_BYTES = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int64": 8,
+    "int32": 4,
+    "uint8": 1,
+    "int8": 1,
+    "float8_e4m3fn": 1,
+    "bool": 1,
+}
 HASH_CHUNK_BYTES = 1 << 22
 CALIBRATED = "calibrated"  # source of blocks that were rounded over a calibration text
 PAGE_BYTES = 4096  # what groups of weights are aligned to
@@ -124,6 +134,8 @@ class BlockFormat:
     half first. With ``factors``, one for each input, a value is ``scale * (code - 128) * factor`` and a block all of an output's
     inputs: their product with rows that are rounded to int8 is one of whole numbers. ``source``: the format that it came from
     ("Q4_1", "rtn", "search"; "calibrated": rounded over a text).
+
+    ``codes`` float8_e4m3fn: a code is a float of that type, a row one block, and a value ``scale * code``.
     """
 
     bits: Literal[4, 8]
@@ -132,6 +144,12 @@ class BlockFormat:
     levels: int
     source: str
     factors: bool = False
+    codes: Literal["integer", "float8_e4m3fn"] = "integer"
+
+    @property
+    def float8(self) -> bool:
+        """Whether codes are floats of 8 bits."""
+        return self.codes == "float8_e4m3fn"
 
     @property
     def code_bytes(self) -> int:
@@ -143,6 +161,8 @@ class BlockFormat:
         """For people: int4 in blocks of 32 (Q4_1); what an export rounded itself as its options are called."""
         if self.factors:
             return "int8-channel"
+        if self.float8:
+            return "fp8 with a scale for each output"
         if self.source not in ("rtn", "search", CALIBRATED):
             return f"int{self.bits} in blocks of {self.block} ({self.source})"
         alone = "" if self.minimums or self.bits == 8 else "-symmetric"
@@ -199,12 +219,20 @@ class Manifest:
     def read_as(self, part: str, dialect: contract.Dialect) -> tuple[tuple[int, ...], str]:
         """How graphs of a dialect read a stored tensor: its dimensions behind the first, and its type.
 
-        As it stands, but for the codes of blocks in the standard dialect: there they are a matrix of their integers.
+        As it stands, but for the codes of blocks in the standard dialect: there they are a matrix of their integers. Floats of 8
+        bits are a matrix, and their scales a vector.
         """
         info, fmt = self.weights[part], self.quantised.get(contract.block_part(part, "weight"))
+        if fmt is not None and fmt.float8 and self.quantised_weight(part):
+            return ((fmt.block,) if part.endswith(f".{contract.CODES}") else ()), info.dtype
         if fmt is None or dialect != contract.STANDARD or not part.endswith(f".{contract.CODES}"):
             return info.shape[1:], info.dtype
         return (math.prod(info.shape[1:2]) * fmt.block,), f"uint{fmt.bits}"
+
+    def quantised_weight(self, part: str) -> str | None:
+        """The quantised weight that a stored tensor is a part of; None for one stored as floats."""
+        name = contract.block_part(part, "weight")
+        return name if name in self.quantised and part in self.parts_of(name) else None
 
     def bytes_of(self, name: str) -> int:
         """Bytes of a weight in the weights file; 0 if it is not stored."""

@@ -31,7 +31,10 @@ def table_parts(directory: Path, manifest: Manifest, name: str) -> Iterator[Byte
         yield stored[0]
         return
     infos = [manifest.weights[part] for part in manifest.parts_of(name)]
-    codes, *per_block = (data.view(info.dtype).reshape(info.shape) for data, info in zip(stored, infos, strict=True))
+    kinds = ["uint8", *(info.dtype for info in infos[1:])]  # numpy has no floats of 8 bits
+    codes, *per_block = (
+        data.view(kind).reshape(info.shape) for data, kind, info in zip(stored, kinds, infos, strict=True)
+    )
     step = max(1, PART_VALUES // (codes.shape[1] * fmt.block))
     for start in range(0, len(codes), step):
         rows = slice(start, start + step)
@@ -41,11 +44,22 @@ def table_parts(directory: Path, manifest: Manifest, name: str) -> Iterator[Byte
 
 def _values(fmt: BlockFormat, codes: Bytes, scales: Float32, minimums: Float32 | None = None) -> Float32:
     """[rows, blocks, block] of codes [rows, blocks, bytes] by ``BlockFormat``'s formula."""
+    if fmt.float8:
+        return scales * _float8()[codes]
     if fmt.bits == 4:
         codes = np.stack([codes & np.uint8(15), codes >> np.uint8(4)], axis=-1).reshape(*codes.shape[:2], fmt.block)
     middle = (1 << fmt.bits - 1) - (0 if minimums is None else fmt.levels // 2)
     values = scales * (codes.astype(np.float32) - np.float32(middle))
     return values if minimums is None else values + minimums
+
+
+def _float8() -> Float32:
+    """The value of every byte as a float8_e4m3fn: a sign, 4 bits of exponent, 3 of mantissa; no infinities, NaN at the ends."""
+    byte = np.arange(256)
+    exponent, mantissa = byte >> 3 & 15, (byte & 7) / 8
+    size = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7.0))
+    size[[0x7F, 0xFF]] = np.nan
+    return np.where(byte < 128, size, -size).astype(np.float32)
 
 
 def _rounded(values: Float32, dtype: str) -> npt.NDArray[np.generic]:

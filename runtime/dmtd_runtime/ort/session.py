@@ -58,6 +58,7 @@ def open_session(
     prepack: bool = True,
     cuda: CudaOptions | None = None,
     weights: Mapping[str, Any] | None = None,
+    folded: Mapping[str, Any] | None = None,
 ) -> Any:
     """An InferenceSession whose first provider is the one asked for.
 
@@ -67,6 +68,7 @@ def open_session(
         prepack: weights are copied into the kernels' own layout.
         cuda: None: on the CPU.
         weights: initializers by name that are in memory already; they must outlive the session.
+        folded: on a GPU, initializers on the host that constants are made of, where the graph's path may not be taken.
 
     Raises:
         BundleError: the graph cannot be loaded.
@@ -87,7 +89,7 @@ def open_session(
     if cuda is not None:
         for name, value in on_host.items():
             settings.add_initializer(name, value)
-        on_host = {}
+        on_host = folded or {}
         prepare(ort, cuda.device_id)
         settings.enable_mem_pattern = False  # a second run of the same shapes would allocate everything anew
         settings.add_session_config_entry("session.use_device_allocator_for_initializers", "1")

@@ -175,8 +175,6 @@ def test_the_graphs_of_onnxruntime_alone_are_made_by_default(tmp_path: Path) -> 
             {},
             r"weights_block: model\.embed_tokens\.weight has 64 inputs, expected",
         ),
-        ({"weights": "int4"}, {"dtype": "float16"}, r"dtype: got float16, expected float32: .* --target tensorrt"),
-        ({"weights_late": "int8"}, {"dtype": "bfloat16", "target": "all"}, r"dtype: got bfloat16, expected float32"),
         ({"weights": "int8", "weights_lm_head": "int4"}, {}, r"weights_lm_head: got int4 with int8 for the embedding"),
         ({"weights": "int4", "weights_lm_head": "int4"}, {}, r"weights_lm_head: got int4 with int8 for the embedding"),
     ],

@@ -23,7 +23,7 @@ from dmtd_export.verify import VerifyReport, verify_bundle
 from dmtd_export.verify.exact import exact_twin
 from dmtd_export.verify.graph_checks import compare
 from dmtd_export.verify.graph_runs import open_onnxruntime, run_graph
-from dmtd_export.verify.margins import FLOAT32, int8_margin
+from dmtd_export.verify.margins import FLOAT32, half_margin, int8_margin
 from dmtd_export.verify.scenario import make_scenario
 from dmtd_export.verify.stored import stored_weight
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
@@ -36,6 +36,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYERS = 4  # E1 T2 D1
 HALF_MARGINS = {"half_ulp", "half_top1_agreement"}
+INT8_MARGINS = {"int8_of_max", "int8_top1_agreement"}
+ALL_KINDS = WeightOptions(weights="int4", weights_late="int8", weights_lm_head="int4", weights_embedding="int4")
 WEIGHT = "model.layers.2.mlp.down_proj"
 
 
@@ -58,8 +60,7 @@ def make(
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Biases, a tied embedding in int4, late layers in int8; both dialects."""
-    formats = WeightOptions(weights="int4", weights_late="int8", weights_lm_head="int4", weights_embedding="int4")
-    return make(tmp_path_factory.mktemp("quantised"), formats, family="qwen2", tie=True)
+    return make(tmp_path_factory.mktemp("quantised"), ALL_KINDS, family="qwen2", tie=True)
 
 
 @pytest.fixture
@@ -107,6 +108,54 @@ def test_standard_graphs_alone_round_no_inputs(tmp_path: Path, dtype: Dtype) -> 
     assert report.margins.keys() == {"float32_of_max", *({} if dtype == "float32" else HALF_MARGINS)}
     exact = [check for check in report.checks if check.margin == 2e-5 and check.name.startswith("thinking.onnx")]
     assert len(exact) == 2 and max(check.worst for check in exact) < 1e-5  # with optimisations, and without
+
+
+@pytest.fixture(scope="module", params=["float16", "bfloat16"])
+def half_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``made``, in half precision."""
+    return make(tmp_path_factory.mktemp(request.param), ALL_KINDS, "all", request.param, family="qwen2", tie=True)[1]
+
+
+def test_a_quantised_bundle_in_half_precision_passes_at_the_highest_level(half_bundle: Path) -> None:
+    """MEASURED, ONNX Runtime's own graphs in float16, inputs not rounded: 4.9 ULP; standard ones: 6.8, in bfloat16 7.9."""
+    dtype, report = load_manifest(half_bundle).model.dtype, verify_bundle(half_bundle, quick=True)
+    assert report.ok, report.first_divergence
+    assert report.level == "oracle"
+    named = partial(checks_with, report)
+    cast = named(", cast to float32, inputs not rounded,")
+    assert len(cast) == 8 and {check.margin for check in cast} == {2e-5}
+    assert len(named("not optimised")) == 3
+    half, int8 = half_margin(dtype, LAYERS).limit, int8_margin(LAYERS).limit
+    if dtype == "bfloat16":  # no kernels on the CPU: standard graphs in ONNX's evaluator, the others as their cast
+        assert [check.margin for check in named("as it is")] == [half] * 3
+        assert report.margins.keys() == {"float32_of_max", *HALF_MARGINS}
+        return
+    assert sorted(check.margin for check in named("as it is")) == sorted([half] * 3 + [int8] * 4)
+    exact = named("in float16, inputs not rounded")
+    assert len(exact) == 3 and {check.margin for check in exact} == {half}
+    assert 0.3 < max(check.worst for check in exact) < half / 1.5, "float16 was really run, and there is room"
+    assert report.margins.keys() == {"float32_of_max", *HALF_MARGINS, *INT8_MARGINS}
+    assert sorted(path.name for path in half_bundle.parent.iterdir()) == ["bundle", "model"]
+
+
+def checks_with(report: VerifyReport, words: str) -> list:
+    return [check for check in report.checks if words in check.name]
+
+
+def test_what_half_precision_does_not_store_is_computed_in_float32(half_bundle: Path) -> None:
+    """Offsets, from scales and minimums: ONNX Runtime folds them, with the CPU's kernels, which know float32 alone."""
+    model = onnx.load(half_bundle / "late_decode.ort.onnx", load_external_data=False)
+    half = {"float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}
+    made = {node.output[0]: node for node in model.graph.node}
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    sums = [node for node in model.graph.node if node.name.endswith("/offsets/Add")]
+    assert sums
+    for node in sums:
+        (reader,) = [other for other in model.graph.node if node.output[0] in other.input]
+        assert (reader.op_type, reader.attribute[0].i) == ("Cast", half[load_manifest(half_bundle).model.dtype])
+        minimums, scales = made[node.input[0]], made[made[node.input[1]].input[0]]
+        assert all(cast.attribute[0].i == onnx.TensorProto.FLOAT for cast in (minimums, scales))
+        assert {kinds[minimums.input[0]], kinds[scales.input[0]]} == {onnx.TensorProto.FLOAT16}  # as they are stored
 
 
 def test_both_dialects_read_the_same_bytes(made: tuple[Path, Path]) -> None:
@@ -237,6 +286,13 @@ def no_bias(model: onnx.ModelProto, layer: int) -> None:
     del product(model, layer, "self_attn/qkv_proj").input[5]
 
 
+def swapped_minimums(model: onnx.ModelProto, layer: int) -> None:
+    """The other layer's, of the same shape, in the second product."""
+    products = {i: f"/model/layers.{i}/self_attn/o_proj/offsets" for i in (layer, 2)}
+    one, other = (next(node for node in model.graph.node if node.name == f"{products[i]}/Add") for i in products)
+    one.input[0], other.input[0] = other.input[0], one.input[0]
+
+
 def dequantised(model: onnx.ModelProto, layer: int) -> onnx.NodeProto:
     wanted = f"model.layers.{layer}.self_attn.o_proj.codes"
     return next(node for node in nodes_of(model, "DequantizeLinear") if node.input[0] == wanted)
@@ -292,6 +348,22 @@ def test_a_product_that_reads_its_blocks_otherwise_is_caught(
     assert verify_bundle(bundle, level="structure").ok, "the structure cannot tell"
     report: VerifyReport = verify_bundle(bundle, quick=True)
     first = report.first_divergence
+    assert first is not None and first.graph == file
+
+
+@pytest.mark.parametrize(
+    ("place", "edit"),
+    [(FOUR_BITS, swapped_minimums), (FOUR_BITS, add_zero_points), (EIGHT_BITS, other_layers_codes)],
+    ids=lambda value: value.__name__ if callable(value) else value[0],
+)
+def test_a_product_in_half_precision_that_reads_its_blocks_otherwise_is_caught(
+    half_bundle: Path, tmp_path: Path, place: tuple[str, int], edit: Callable[[onnx.ModelProto, int], None]
+) -> None:
+    bundle, (file, layer) = Path(shutil.copytree(half_bundle, tmp_path / "bundle")), place
+    with edited_graph(bundle, file) as model:
+        edit(model, layer)
+    reseal(bundle)
+    first = verify_bundle(bundle, quick=True).first_divergence
     assert first is not None and first.graph == file
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dmtd_export.bundle.export import export_bundle
-from dmtd_export.options import ExportOptions
+from dmtd_export.options import ExportOptions, WeightFormat, WeightOptions
 from dmtd_export.verify.on_device import verify_on_device
 from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
@@ -25,11 +26,10 @@ CHOICES = {
 }
 
 
-def bundle(root: Path, dtype: str) -> Path:
+def bundle(root: Path, dtype: str, **options: Any) -> Path:
     source = write_tiny_checkpoint(root / "model", family="llama", layers=5, dtype="bfloat16")
-    export_bundle(
-        source, root / dtype, ExportOptions(split=SplitOptions(decoding_layers=2, cycle_length=3), dtype=dtype)
-    )
+    split = SplitOptions(decoding_layers=2, cycle_length=3)
+    export_bundle(source, root / dtype, ExportOptions(split=split, dtype=dtype, **options))
     return root / dtype
 
 
@@ -45,6 +45,18 @@ def test_a_float32_bundle_is_refused_with_the_export_option(tmp_path: Path, monk
     monkeypatch.setattr("dmtd_runtime.backends.onnxruntime.limits.check_cuda_provider", lambda ort: None)
     with pytest.raises(BackendError, match="--dtype bfloat16"):
         LLM(bundle(tmp_path, "float32"), device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("weights", "dtype", "named"), [("int8", "float16", "8 bits"), ("int4-symmetric", "bfloat16", "bfloat16")]
+)
+def test_standard_graphs_over_blocks_that_the_provider_does_not_dequantise_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: WeightFormat, dtype: str, named: str
+) -> None:
+    monkeypatch.setattr("dmtd_runtime.backends.onnxruntime.limits.check_cuda_provider", lambda ort: None)
+    made = bundle(tmp_path, dtype, formats=WeightOptions(weights=weights), target="tensorrt", verify=False)
+    with pytest.raises(BackendError, match=rf"got {named}, and .* 4 bits .*--target onnxruntime"):
+        LLM(made, device="cuda")
 
 
 @pytest.fixture(scope="module")

@@ -103,6 +103,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         )
         self._sessions: dict[contract.GraphName, Any] = {}
         self._weights: Mapping[str, Any] = {}
+        self._folded: Mapping[str, Any] = {}  # on a GPU: weights of the host, which reach it in constants alone
         self._memory = self._open_memory()
         try:
             self._open(directory)
@@ -160,7 +161,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
     def close(self) -> None:
         for owned in (self._bindings, self._ios, self._choosers, self._outputs, self._caches, self._sessions):
             owned.clear()
-        self._weights = {}
+        self._weights, self._folded = {}, {}
         if self._host_cache is not None:
             self._host_cache.close()
         self._memory.close()
@@ -191,6 +192,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
             chooser = self._session(directory, contract.CHOOSE_TOKEN)
             graphs = [self._graphs[name] for name in names]
             self._weights = upload_weights(directory, self._manifest, graphs, self._memory, chooser)
+            self._folded = mapped_weights(directory, self._manifest, graphs, folded=True)
         else:
             self._weights = mapped_weights(directory, self._manifest, self._graphs.values())
         with contextlib.nullcontext() if isinstance(self._memory, GpuMemory) else in_huge_pages():
@@ -218,7 +220,8 @@ class OnnxRuntimeBackend(StepwiseBackend):
             threads=self._options.threads,
             prepack=self._options.prepack,
             cuda=cuda,
-            weights={weight: self._weights[weight] for weight in graph.weights} if self._weights else None,
+            weights={weight: self._weights[weight] for weight in graph.weights if weight in self._weights},
+            folded={weight: self._folded[weight] for weight in graph.weights if weight in self._folded},
         )
         check_io(self._sessions[name], graph)
         return self._sessions[name]

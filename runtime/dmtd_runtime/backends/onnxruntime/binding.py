@@ -16,7 +16,7 @@ from dmtd_runtime.machine.memory import left_in_words, ran_out
 from dmtd_runtime.ort.library import import_onnxruntime
 from dmtd_runtime.ort.session import first_line
 
-ONNX_NUMBERS = {"bfloat16": 16, "uint4": 21}  # of the types that numpy has not
+ONNX_NUMBERS = {"bfloat16": 16, "float8_e4m3fn": 17, "uint4": 21}  # of the types that numpy has not
 
 
 def host_inputs(session: Any) -> frozenset[str]:

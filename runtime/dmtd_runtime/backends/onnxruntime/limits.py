@@ -55,7 +55,14 @@ def check_dtype(manifest: Manifest, options: BackendOptions) -> None:
         raise BackendError(
             "this bundle's caches are int8, which run on the CPU alone; export it without --kv int8 and with --dtype bfloat16"
         )
-    if dtype == "float32" and (options.dialect or manifest.default_dialect) == contract.ONNXRUNTIME:
+    dialect, formats = options.dialect or manifest.default_dialect, manifest.quantised.values()
+    if dialect == contract.STANDARD and formats and (dtype == "bfloat16" or any(fmt.bits == 8 for fmt in formats)):
+        what = "8 bits" if dtype != "bfloat16" else "bfloat16"
+        raise BackendError(
+            f"this bundle's standard graphs have weights in blocks, got {what}, and ONNX Runtime's CUDA provider dequantises 4 "
+            "bits to float16 or float32 only; export it with --target onnxruntime, or build engines: dmtd build"
+        )
+    if dtype == "float32" and dialect == contract.ONNXRUNTIME:
         raise BackendError(
             "this bundle is float32, and GroupQueryAttention on CUDA takes float16 or bfloat16 only; "
             "export it with --dtype bfloat16"

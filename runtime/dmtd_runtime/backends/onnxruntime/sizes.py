@@ -79,6 +79,18 @@ class OrtSizes:
 
         The standard dialect's attention also copies a layer's keys and values to all heads, and writes its scores out.
         """
+        return self._rows_bytes() + self._dequantised_bytes()
+
+    def _dequantised_bytes(self) -> int:
+        """The largest matrix in blocks of each session as floats: for more than a few rows a product writes them out."""
+        manifest = self.manifest
+        largest = 0
+        for graph in self.graphs:
+            stacks = (map(manifest.quantised_weight, contract.stack_parts(name)) for name in graph.weights)
+            largest += max((sum(map(manifest.table_bytes, filter(None, stack))) for stack in stacks), default=0)
+        return largest
+
+    def _rows_bytes(self) -> int:
         model, width = self.manifest.model, DTYPE_BYTES[self.manifest.model.dtype]
         rows = model.max_window * (1 if self.packed else self.slots)
         widest = 3 * model.intermediate_size + 4 * model.hidden_size + 4 * model.num_heads * model.head_dim
