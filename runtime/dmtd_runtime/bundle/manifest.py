@@ -18,6 +18,7 @@ from dmtd_errors.pointers import lfs_pointer
 from dmtd_errors.words import counted, reason
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.json_records import decode
+from dmtd_runtime.bundle.records import CALIBRATED as CALIBRATED
 from dmtd_runtime.bundle.records import DTYPE_BYTES as DTYPE_BYTES
 from dmtd_runtime.bundle.records import PAGE_BYTES as PAGE_BYTES
 from dmtd_runtime.bundle.records import BlockFormat as BlockFormat

@@ -19,6 +19,7 @@ from dmtd_runtime.errors import BundleError
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uint8": 1, "int8": 1, "bool": 1}
 HASH_CHUNK_BYTES = 1 << 22
+CALIBRATED = "calibrated"  # source of blocks that were rounded over a calibration text
 PAGE_BYTES = 4096  # what groups of weights are aligned to
 
 
@@ -120,7 +121,7 @@ class BlockFormat:
 
     A value is ``scale * (code - 2 ** (bits - 1))``; with minimums, of a format of ``levels`` codes whose middle was moved to
     the container's, ``scale * (code - 2 ** (bits - 1) + levels / 2) + minimum``. Two codes of 4 bits share a byte, the lower
-    half first. ``source``: the format that it came from ("Q4_1", "rtn", "search").
+    half first. ``source``: the format that it came from ("Q4_1", "rtn", "search"; "calibrated": rounded over a text).
     """
 
     bits: Literal[4, 8]
@@ -137,10 +138,11 @@ class BlockFormat:
     @property
     def name(self) -> str:
         """For people: int4 in blocks of 32 (Q4_1); what an export rounded itself as its options are called."""
-        if self.source not in ("rtn", "search"):
+        if self.source not in ("rtn", "search", CALIBRATED):
             return f"int{self.bits} in blocks of {self.block} ({self.source})"
         alone = "" if self.minimums or self.bits == 8 else "-symmetric"
-        return f"int{self.bits}{alone} in blocks of {self.block}"
+        over_text = ", calibrated" if self.source == CALIBRATED else ""
+        return f"int{self.bits}{alone} in blocks of {self.block}{over_text}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +174,7 @@ class Manifest:
     tools: Mapping[str, str]
     verification: Mapping[str, Any] = field(default_factory=dict)
     quantised: Mapping[str, BlockFormat] = field(default_factory=dict)  # by the weight's name; all others are floats
-    calibration: Mapping[str, CalibrationInfo] = field(default_factory=dict)  # by what was measured: ``kv``
+    calibration: Mapping[str, CalibrationInfo] = field(default_factory=dict)  # by what it bears on: ``weights``, ``kv``
 
     def shape_of(self, name: str) -> tuple[int, ...] | None:
         """The shape of a weight, whether it is quantised or not; None if it is not stored."""
