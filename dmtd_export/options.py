@@ -15,6 +15,10 @@ KvDtype = Literal["float32", "float16", "bfloat16", "int8"]
 WeightGroup = Literal["thinking", "late", "lm_head", "embedding"]
 GROUPS: tuple[WeightGroup, ...] = ("thinking", "late", "lm_head", "embedding")
 WeightFormat = Literal["float", "keep", "int8", "int4", "int4-symmetric"]
+CALIBRATED_FORMATS: tuple[WeightFormat, ...] = (
+    "int4",
+    "int4-symmetric",
+)  # rounded over a calibration text, if one is given
 IN_EIGHT_BITS: tuple[WeightGroup, ...] = ("lm_head", "embedding")  # under int4, which costs most there
 
 # The longest window of a graph: KV capacity and rotary tables leave this much room above the model length.
@@ -48,6 +52,11 @@ class WeightOptions:
         return own or self.weights or "float"
 
     @property
+    def in_four_bits(self) -> bool:
+        """Whether any group is rounded to 4 bits, which a calibration text bears on."""
+        return any(self.format_of(group) in CALIBRATED_FORMATS for group in GROUPS)
+
+    @property
     def quantises(self) -> bool:
         """Whether any group is not stored as floats."""
         return any(self.format_of(group) != "float" for group in GROUPS)
@@ -58,7 +67,7 @@ class ExportOptions:
     """Options of an export.
 
     ``kv``: the type of caches, by default ``dtype``; int8 has a scale for each channel, measured over ``calibration``, which are
-    files of text.
+    files of text. Matrices of 4 bits are rounded over that text, too.
     ``generation_config``: a file in the place of the checkpoint's generation_config.json, or ``none`` for its token ids alone.
     """
 
@@ -138,8 +147,11 @@ def check_caches(options: ExportOptions) -> None:
             "got int8 and no text to measure scales over; give one: --calibration FILE, plain text or .jsonl",
             param="kv",
         )
-    if options.calibration and options.kv != "int8":
-        raise ExportError("has no use without --kv int8; leave it out, or give that", param="calibration")
+    if options.calibration and options.kv != "int8" and not options.formats.in_four_bits:
+        raise ExportError(
+            "has no use here: got no weights in 4 bits and no --kv int8; leave it out, or give --weights int4 or int4-symmetric",
+            param="calibration",
+        )
 
 
 def check_formats(options: ExportOptions) -> None:

@@ -84,15 +84,33 @@ def _export(
     needed = stored_bytes(checkpoint.config, checkpoint, options.dtype, max_model_len + MAX_WINDOW, quantisation)
     check_disk(output, needed)
     with atomic_directory(output) as work:
-        weights_done = counter(progress, "weights", needed)
-        manifest = _write_bundle(
-            work, checkpoint, spec, quantisation, max_model_len, options, text, weights_done, progress
-        )
+        with _rounded_before(work, checkpoint, spec, quantisation, text, progress) as made:
+            weights_done = counter(progress, "weights", needed)
+            manifest = _write_bundle(work, checkpoint, spec, made, max_model_len, options, text, weights_done, progress)
         if verify is not None:
             progress("verify", 0, 0)
             manifest = replace(manifest, verification=verify(work, checkpoint))
             (work / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
+
+
+@contextlib.contextmanager
+def _rounded_before(
+    work: Path,
+    checkpoint: Checkpoint,
+    spec: DmtdSpec,
+    quantisation: Quantisation,
+    text: CalibrationText | None,
+    progress: Progress,
+) -> Iterator[Quantisation]:
+    """The quantisation, with what a calibration text bears on rounded already: beside ``work``, while the context lasts."""
+    if text is None or not any(map(quantisation.in_four_bits, quantisation.formats)):
+        yield quantisation
+        return
+    from dmtd_export.bundle.calibrated import rounded_over  # torch, which other exports do without
+
+    with rounded_over(text, checkpoint, spec, quantisation, work.parent, progress) as made:
+        yield replace(quantisation, made=made)
 
 
 def calibration_text(checkpoint: Checkpoint, options: ExportOptions, max_model_len: int) -> CalibrationText | None:
@@ -194,7 +212,7 @@ def _write_bundle(
         quantisation,
     )
     model_info = _model_info(config, options, max_model_len, eos_token_ids_of(work))
-    if text is not None:
+    if text is not None and options.kv == "int8":
         in_floats = replace(model_info, kv_dtype=options.dtype)
         manifest = _with_graphs(
             work, spec, config, in_floats, written, [(name, contract.ONNXRUNTIME, 1) for name in _STAGED]
@@ -204,8 +222,9 @@ def _write_bundle(
     progress("graphs", 0, 0)
     manifest = _with_graphs(work, spec, config, model_info, written, wanted_graphs(options))
     if text is not None:
-        calibration = CalibrationInfo(num_tokens=text.num_tokens, sha256=text.sha256)
-        manifest = replace(manifest, calibration={"kv": calibration})
+        read = CalibrationInfo(num_tokens=text.num_tokens, sha256=text.sha256)
+        uses = {"weights": quantisation.made is not None, "kv": options.kv == "int8"}
+        manifest = replace(manifest, calibration={what: read for what, used in uses.items() if used})
     (work / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 

@@ -14,7 +14,7 @@ import numpy as np
 from dmtd_export.bundle.rounding import rounded
 from dmtd_export.bundle.split import cycle_of
 from dmtd_export.errors import ExportError
-from dmtd_export.options import GROUPS, ExportOptions, WeightFormat, WeightGroup, WeightOptions
+from dmtd_export.options import CALIBRATED_FORMATS, GROUPS, ExportOptions, WeightFormat, WeightGroup, WeightOptions
 from dmtd_models.checkpoints.blocks import BLOCK_SIZES, BlockWeight
 from dmtd_models.checkpoints.protocol import Checkpoint
 from dmtd_models.checkpoints.tensors import tensor_shapes
@@ -40,18 +40,34 @@ class MatrixSource(Protocol):
     def blocks(self, name: str) -> BlockWeight | None: ...
 
 
+class BlockSource(Protocol):
+    """What has some matrices in blocks."""
+
+    def blocks(self, name: str) -> BlockWeight | None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantisation:
-    """The format of every matrix that is quantised, by its name, and the inputs that share a scale."""
+    """The format of every matrix that is quantised, by its name, and the inputs that share a scale.
+
+    ``made``: matrices that were rounded before, over a calibration text.
+    """
 
     formats: dict[str, WeightFormat]
     block: int
+    made: BlockSource | None = None
+
+    def in_four_bits(self, name: str) -> bool:
+        """Whether a matrix is rounded to 4 bits, which a calibration text bears on."""
+        return self.formats.get(name) in CALIBRATED_FORMATS
 
     def blocks(self, source: MatrixSource, name: str) -> BlockWeight | None:
         """A matrix in its format; None where it stays a float."""
         fmt = self.formats.get(name)
         if fmt is None or fmt == "keep":
             return None if fmt is None else source.blocks(name)
+        if self.made is not None and (made := self.made.blocks(name)) is not None:
+            return made
         return rounded(source.read(name), BITS[fmt], self.block, symmetric=fmt == "int4-symmetric")
 
     def stored_bytes(self, name: str, count: int, itemsize: int) -> int:

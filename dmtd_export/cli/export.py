@@ -63,6 +63,8 @@ def export(
     options = replace(options, split=split, formats=formats)
     check_options(options)
     require("export", LIBRARIES, "export")
+    if options.calibration and formats.in_four_bits:
+        require("export --calibration", ("torch",), "oracle")
     from dmtd_export.bundle.export import export_bundle
 
     with logs_to_stderr(), StageDisplay() as display:

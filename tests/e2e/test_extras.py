@@ -35,6 +35,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "finetune": ("finetune", "CHECKPOINT", "-o", "OUT", "--decoding-layers", "1", "--cycle-length", "2"),
     "finetune a GGUF": ("finetune", "GGUF", "-o", "OUT", "--decoding-layers", "1", "--cycle-length", "2"),
     "export": ("export", "CHECKPOINT", "-o", "OUT", "--decoding-layers", "1", "--cycle-length", "2", "--no-verify"),
+    "export over a text": (
+        *("export", "CHECKPOINT", "-o", "OUT", "--decoding-layers", "1", "--cycle-length", "2", "--no-verify"),
+        *("--weights", "int4", "--weights-block", "16", "--calibration", "TEXT"),
+    ),
     "build": ("build", "BUNDLE", "--dry-run"),
     "build simulator": ("build", "BUNDLE", "--backend", "simulator", "--dry-run"),
     "verify": ("verify", "BUNDLE", "--level", "structure"),
@@ -67,10 +71,10 @@ NAMED: dict[str, dict[str, str]] = {
     "cpu": dict.fromkeys(("generate", "generate a form", "bench", "evaluate a bundle"), "cpu"),
     "export": {
         **dict.fromkeys(("finetune", "finetune a GGUF"), "train"),
-        **dict.fromkeys(("export", "build", "build simulator", "verify"), "export"),
+        **dict.fromkeys(("export", "export over a text", "build", "build simulator", "verify"), "export"),
         "evaluate": "evaluate",
     },
-    "oracle": {"finetune": "train", "evaluate": "evaluate"},
+    "oracle": {"finetune": "train", "evaluate": "evaluate", "export over a text": "oracle"},
     "evaluate": {"finetune": "train", **dict.fromkeys(("evaluate", "bench with a plot"), "evaluate")},
     "train": {"finetune": "train", "finetune a GGUF": "train"},
     "lm-eval": {"evaluate with lm-eval": "lm-eval"},

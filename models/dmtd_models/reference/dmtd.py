@@ -133,9 +133,10 @@ class StreamedModel:
         """
         # Rows of the (mapped) embedding, not all of it.
         embedded = to_torch(self._read(EMBEDDING)[input_ids.cpu().numpy()], self._dtype)
-        return _forward(self, embedded, self._layer, self._head, positions, gate_hidden, gate_thought, store)
+        return _forward(self, embedded, self.layer, self.head, positions, gate_hidden, gate_thought, store)
 
-    def _layer(self, index: int) -> DecoderLayer:
+    def layer(self, index: int) -> DecoderLayer:
+        """Read a layer, by absolute number."""
         with torch.device("meta"):
             layer = DecoderLayer(self.config)
         prefix = layer_prefix(index)
@@ -143,10 +144,16 @@ class StreamedModel:
         layer.load_state_dict(state, strict=True, assign=True)
         return layer
 
-    def _head(self, x: Tensor) -> Tensor:
+    def normed(self, x: Tensor) -> Tensor:
+        """What lm_head reads, [batch, n, hidden], of what the last layer gives."""
         norm = RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
         norm.load_state_dict({"weight": to_torch(self._read(FINAL_NORM), self._dtype)}, assign=True)
-        normed = norm(x)
+        normed: Tensor = norm(x)
+        return normed
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits [batch, n, vocab] of what the last layer gives, [batch, n, hidden]."""
+        normed = self.normed(x)
         weight = self._read(EMBEDDING if self.config.tie_word_embeddings else LM_HEAD)
         parts = (weight[row : row + _HEAD_ROWS] for row in range(0, weight.shape[0], _HEAD_ROWS))
         return torch.cat([functional.linear(normed, to_torch(part, self._dtype)) for part in parts], dim=-1)

@@ -48,6 +48,7 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
         "graphs": [dataclasses.asdict(graph) for graph in manifest.graphs],
         "files": {name: dataclasses.asdict(info) for name, info in manifest.files.items()},
         "tools": dict(manifest.tools),
+        "calibration": {what: dataclasses.asdict(text) for what, text in manifest.calibration.items()},
         "verification": dict(manifest.verification),
     }
 
@@ -278,6 +279,9 @@ def _record(manifest: Manifest) -> Table:
     table.add_column(overflow="fold")
     table.add_row("files", f"{len(manifest.files)}, {_bytes(sum(info.bytes for info in manifest.files.values()))}")
     table.add_row("made with", Text(", ".join(f"{name} {version}" for name, version in manifest.tools.items())))
+    for what, text in manifest.calibration.items():
+        digest = f"a text of {text.num_tokens} tokens, SHA-256 {text.sha256[:16]}..."
+        table.add_row("calibrated", f"{what} over {digest}")
     record = manifest.verification
     if record:
         result = "ok" if record.get("ok") else "failed"
