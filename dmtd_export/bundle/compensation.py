@@ -4,7 +4,7 @@
 
 What a product loses is the size of X (W - Q)^T. Inputs are rounded one after another, and those that follow take up what each of
 them lost as far as they go along with it in the text: GPTQ (arXiv 2210.17323). A block's grid is chosen when its turn comes, for
-the values that are left by then: of the grids that ``rounding`` tries, each fitted by least squares where an input counts by what
+the values that are left by then: of a few like those of ``rounding``, fitted by least squares where an input counts by what
 cannot be taken up, the one with which the whole block loses least. Needs torch. Nothing here runs a model.
 """
 
@@ -22,12 +22,11 @@ from dmtd_runtime.bundle.manifest import CALIBRATED
 
 Array = np.ndarray
 
-DAMPING = 0.01  # of the mean moment, added to each: a text says nothing of inputs that it does not use
-SPREAD = (
-    -1.2,
-    0.0,
-    1.0,
-)  # steps beyond the fifteen that a block's range is cut into at first; 1 less is a tie at both ends
+# Of the mean moment, added to each. On text that was not read, 4096 tokens of it leave SmolLM2's down_proj 0.55 to 0.78 of what
+# rounding by values loses; with a damping of 0.01, as is usual for far more text, 0.75 to 0.91.
+DAMPING = 0.1
+# Steps beyond the fifteen that a block's range is cut into at first; one less would be a tie at both ends.
+SPREAD = (-1.2, 0.0, 1.0)
 MIDDLE = 8  # code of a zero without minimums
 _ROWS = 4096  # outputs at a time, which bounds the memory
 

@@ -79,6 +79,8 @@ def test_a_stored_matrix_is_the_checkpoints_rounded(tmp_path: Path, fmt: WeightF
             minimums = stored_tensor(tmp_path / "b", manifest, f"{LAYER}.minimums")
             assert minimums.dtype == np.float16 and float(minimums[row, column]) == minimum
     assert manifest["quantised"][f"{LAYER}.weight"] == {
+        "codes": "integer",
+        "factors": False,
         "bits": bits,
         "block": block,
         "minimums": fmt == "int4",
