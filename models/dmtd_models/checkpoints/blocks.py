@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -82,6 +81,8 @@ class BlockWeight:
     def dequantised(self) -> Float32:
         """The values, float32 [rows, cols]."""
         if self.float8:
+            import ml_dtypes  # which the readers of checkpoints bring along, and this module is read without them
+
             return self.codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * self.scales
         codes = self.codes.reshape(*self.blocks_shape, self.block).astype(np.float32)
         if self.minimums is None:
