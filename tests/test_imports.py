@@ -187,6 +187,8 @@ def test_export_imports_without_torch() -> None:
     """Export needs no torch: a few modules are bridges to it, and nothing imports them before they are called for."""
     bridges = {
         "dmtd_export.verify.reference",
+        "dmtd_export.bundle.calibrated",
+        "dmtd_export.bundle.compensation",
         "dmtd_export.evaluate.torch_scorer",
         "dmtd_export.evaluate.lm_eval_adapter",  # the harness brings its own libraries
     }

@@ -151,7 +151,7 @@ def test_refused_exports_leave_nothing(arguments: Sequence[str], words: str, che
     [
         (("--max-num-seqs", "1000"), "--max-num-seqs: got 1000, expected 1 to 64"),
         (("--weights-block", "7"), "--weights-block: got 7, expected one of 16, 32, 64, 128"),
-        (("--weights", "int4", "--dtype", "float16"), "--dtype: got float16, expected float32"),
+        (("--weights", "fp8", "--target", "all"), "--target: got all with weights in fp8, expected tensorrt"),
     ],
 )
 def test_an_option_out_of_range_is_told_before_the_libraries_are_loaded(
