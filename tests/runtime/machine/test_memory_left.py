@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import resource
@@ -22,7 +23,7 @@ from dmtd_runtime.backends.kv_cache import HostKvCache
 from dmtd_runtime.bundle.manifest import load_manifest
 from dmtd_runtime.cli.common import require
 from dmtd_runtime.errors import MissingExtraError
-from dmtd_runtime.machine.memory import memory_left, one_line_memory, ran_out
+from dmtd_runtime.machine.memory import memory_left, one_line_memory, ran_out, return_freed_memory
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +142,9 @@ def test_verify_says_that_torch_cannot_be_imported(bundle: Path, monkeypatch: py
     assert plan.level == "graphs"
     assert plan.note == "level lowered to graphs: PyTorch cannot be imported (torch: failed to map segment)"
     assert levels.make_plan(bundle, load_manifest(bundle), "graphs", object()).level == "graphs"  # type: ignore[arg-type]
+
+
+def test_another_c_library_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert return_freed_memory() in (True, False)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert return_freed_memory() is False

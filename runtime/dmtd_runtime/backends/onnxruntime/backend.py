@@ -42,6 +42,7 @@ from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import DTYPE_BYTES, Manifest
 from dmtd_runtime.device.base import check_room
 from dmtd_runtime.machine.huge_pages import in_huge_pages
+from dmtd_runtime.machine.memory import return_freed_memory
 from dmtd_runtime.ort.session import CudaOptions, open_session
 from dmtd_runtime.sampling.sampler import NOT_FINITE, best_tokens
 
@@ -198,6 +199,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         with contextlib.nullcontext() if isinstance(self._memory, GpuMemory) else in_huge_pages():
             for name in names:
                 self._session(directory, name)
+            return_freed_memory()  # before it is moved
         if self._captures:
             self._captures = captures_agree(self._trial, self._manifest.cycle.cycle_length, self.capacity)
             self.clear(0, self.capacity)
