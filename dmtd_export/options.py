@@ -143,14 +143,9 @@ def check_channels(options: ExportOptions) -> None:
             "got int8-channel, expected another format: rows of the embedding are looked up in blocks; give int8",
             param="weights_embedding",
         )
-    if not options.calibration:
-        raise ExportError(
-            "got int8-channel and no text to measure inputs over; give one: --calibration FILE, plain text or .jsonl",
-            param=own,
-        )
     if options.graphs_for != "onnxruntime":
         raise ExportError(
-            f"got int8-channel with --target {options.graphs_for}, expected onnxruntime: products of whole numbers are ONNX "
+            f"got int8-channel with {_target_in_words(options)}, expected onnxruntime: products of whole numbers are ONNX "
             "Runtime's own; leave it out, or give int8",
             param=own,
         )
@@ -158,6 +153,11 @@ def check_channels(options: ExportOptions) -> None:
         raise ExportError(
             f"got int8-channel with --dtype {options.dtype}, expected float32: products of whole numbers run on the CPU alone; "
             "leave one of them out",
+            param=own,
+        )
+    if not options.calibration:
+        raise ExportError(
+            "got int8-channel and no text to measure inputs over; give one: --calibration FILE, plain text or .jsonl",
             param=own,
         )
 
@@ -182,7 +182,7 @@ def check_caches(options: ExportOptions) -> None:
         )
     if options.kv == "int8" and options.graphs_for != "onnxruntime":
         raise ExportError(
-            f"got int8 with --target {options.graphs_for}, expected onnxruntime: standard graphs and engines have caches of the "
+            f"got int8 with {_target_in_words(options)}, expected onnxruntime: standard graphs and engines have caches of the "
             "model's type; leave one of them out",
             param="kv",
         )
@@ -210,3 +210,8 @@ def check_formats(options: ExportOptions) -> None:
             "with --target tensorrt, or --weights int8",
             param="target",
         )
+
+
+def _target_in_words(options: ExportOptions) -> str:
+    """The target, and what it follows from where it was not given."""
+    return f"--target {options.graphs_for}{'' if options.target else ', which fp8 implies'}"

@@ -94,15 +94,16 @@ def resolved_formats(checkpoint: Checkpoint, options: ExportOptions) -> WeightOp
     """
     formats = options.formats
     quantised = any(checkpoint.was_in_blocks(name) for name in checkpoint.names())
-    if not quantised and "keep" in (formats.weights, *(formats.format_of(group) for group in GROUPS)):
+    given = ("weights", *(f"weights_{group}" for group in GROUPS))
+    if not quantised and (keeps := [name for name in given if getattr(formats, name) == "keep"]):
         raise ExportError(
-            f"got keep, and {checkpoint.path} is not quantised; choose int8, int4, int4-symmetric, int8-channel or float",
-            param="weights",
+            f"got keep, and {checkpoint.path} is not quantised; choose int8, int4, int4-symmetric or float",
+            param=keeps[0],
         )
     if formats.weights is not None:
         return formats
-    keeps = quantised and options.target in (None, "onnxruntime") and options.dtype == "float32"
-    return replace(formats, weights="keep" if keeps else "float")
+    kept = quantised and options.target in (None, "onnxruntime") and options.dtype == "float32"
+    return replace(formats, weights="keep" if kept else "float")
 
 
 def plan_quantisation(checkpoint: Checkpoint, dmtd: DmtdSpec, options: WeightOptions) -> Quantisation:

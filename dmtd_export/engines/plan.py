@@ -97,13 +97,18 @@ def plan_build(manifest: Manifest, options: BuildOptions) -> BuildPlan:
     """The sizes that options and bundle ask for.
 
     Raises:
-        ExportError: a size that the bundle does not allow, or caches that no engine takes.
+        ExportError: a size that the bundle does not allow, or caches or weights that no engine takes.
     """
     model = manifest.model
     if model.cache_dtype == "int8":
         raise ExportError(
             "this bundle's caches are int8, which no engine takes; export it without --kv int8: dmtd export MODEL -o OUT "
             "--target tensorrt"
+        )
+    if any(fmt.factors for fmt in manifest.quantised.values()):
+        raise ExportError(
+            "this bundle has weights in int8-channel, which no engine takes; export it with others: dmtd export MODEL -o OUT "
+            "--weights int8 --target tensorrt"
         )
     max_model_len = options.max_model_len
     if max_model_len is None:

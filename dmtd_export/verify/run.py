@@ -33,7 +33,7 @@ from dmtd_export.verify.margins import (
     FLOAT32_MARGIN,
     Margin,
     half_margin,
-    int8_margin,
+    int8_margin_of,
     rounding_margin,
     rounds_inputs,
     told_margins,
@@ -403,7 +403,7 @@ class _Run:
 
     def _closest(self, follow: object, scales: Scales) -> Margin:
         """The margin of graphs that round no inputs. Int8 caches whose codes nobody follows may differ by ties."""
-        return int8_margin(self._manifest.model.num_layers) if scales and follow is None else FLOAT32
+        return int8_margin_of(self._manifest) if scales and follow is None else FLOAT32
 
     @contextmanager
     def _counting(self, stage: str, total: int) -> Iterator[Callable[..., None]]:

@@ -76,8 +76,9 @@ ExportGroup = Annotated[
                 panel=_BUNDLE,
             ),
             "calibration": option(
-                "Text like what the model will read: weights of 4 bits are rounded over it, which lose less then, and scales of "
-                "int8 caches measured. A text file, or data as `dmtd finetune --data` takes it. May be given again.",
+                "Text like what the model will read: weights of 4 bits are rounded over it, which lose less then, and inputs of "
+                "int8-channel and scales of int8 caches measured, which need it. A text file, or data as `dmtd finetune "
+                "--data` takes it. May be given again.",
                 metavar="FILE",
                 panel=_BUNDLE,
             ),

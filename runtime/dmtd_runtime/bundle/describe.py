@@ -280,7 +280,7 @@ def _record(manifest: Manifest) -> Table:
     table.add_row("files", f"{len(manifest.files)}, {_bytes(sum(info.bytes for info in manifest.files.values()))}")
     table.add_row("made with", Text(", ".join(f"{name} {version}" for name, version in manifest.tools.items())))
     for what, text in manifest.calibration.items():
-        digest = f"a text of {text.num_tokens} tokens, SHA-256 {text.sha256[:16]}..."
+        digest = f"a text of {text.num_tokens} tokens, whose SHA-256 is {text.sha256[:16]}..."
         table.add_row("calibrated", f"{what} over {digest}")
     record = manifest.verification
     if record:

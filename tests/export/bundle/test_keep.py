@@ -133,7 +133,7 @@ def test_keep_wants_a_quantised_checkpoint(tmp_path: Path) -> None:
     source = write_tiny_checkpoint(tmp_path / "m", layers=2)
     options = export_options(decoding_layers=1, cycle_length=2, formats=WeightOptions(weights_late="keep"))
     with pytest.raises(
-        ExportError, match=r"weights: got keep, and .* is not quantised; choose int8, int4, .* or float"
+        ExportError, match=r"weights_late: got keep, and .* is not quantised; choose int8, int4, .* or float"
     ):
         export_bundle(source, tmp_path / "b", options)
 

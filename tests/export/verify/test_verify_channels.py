@@ -14,6 +14,7 @@ from onnx import numpy_helper
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.bundle.rounding import CHANNEL_STEPS, input_factors, rounded_by_channel
+from dmtd_export.engines.plan import BuildOptions, plan_build
 from dmtd_export.errors import ExportError
 from dmtd_export.graphs.linear import channel_product
 from dmtd_export.graphs.writer import GraphWriter
@@ -295,3 +296,8 @@ def test_the_oracles_reading_is_the_formula(made: tuple[Path, Path]) -> None:
 def test_where_it_cannot_be_it_is_refused(options: ExportOptions, said: str) -> None:
     with pytest.raises(ExportError, match=said):
         check_options(options)
+
+
+def test_no_engine_takes_it(made: tuple[Path, Path]) -> None:
+    with pytest.raises(ExportError, match=r"weights in int8-channel, which no engine takes; export it with others"):
+        plan_build(load_manifest(made[1]), BuildOptions(backend="simulator"))
