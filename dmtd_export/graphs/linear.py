@@ -120,8 +120,6 @@ def dequantised_product(
 def dequantised(writer: GraphWriter, dtype: str, modules: tuple[str, ...], fmt: BlockFormat, *, signed: bool) -> str:
     """Weights [out, in] without their offsets, which is all of them where the format has no minimums; written once.
 
-    With factors, of the values that stand on the grid those of the matrix are made.
-
     ``signed``: the codes are read as two's complements and have no zero point. Such are those of a file made for it, the
     stored ones are unsigned, about the middle. TensorRT wants positive scales of 8 bits, and ours have a sign: there the
     codes alone are dequantised, and scales are factors of their own.
@@ -137,10 +135,7 @@ def dequantised(writer: GraphWriter, dtype: str, modules: tuple[str, ...], fmt: 
     codes = writer.codes(*names, dtype=f"{'' if signed else 'u'}int{fmt.bits}", width=blocks * fmt.block)
     if not (signed and fmt.bits == 8):
         inputs = [codes, per_block, *([] if signed else [_middles(writer, fmt, rows, blocks)])]
-        values = writer.once("DequantizeLinear", inputs, path, {"axis": 1, "block_size": fmt.block})
-        if not fmt.factors:
-            return values
-        return writer.once("Mul", [values, writer.weight(f"{modules[0]}.{contract.FACTORS}")], path, {})
+        return writer.once("DequantizeLinear", inputs, path, {"axis": 1, "block_size": fmt.block})
     whole = writer.once("DequantizeLinear", [codes, writer.constant(1.0, dtype)], path, {})
     cut = writer.constant([rows, blocks, fmt.block], "int64")
     column = writer.once("Unsqueeze", [per_block, writer.constant([-1], "int64")], f"{path}/scales", {})

@@ -15,12 +15,12 @@ import onnx
 import pytest
 from bundle_mutations import edit_weight, reseal
 from cli_support import dmtd
+from forced_support import ALONE, COMPANY_AND_CUTS, first_logits
 from onnx import helper
 from serving_support import Visit, alone, serve
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
-from dmtd_export.verify.forced import forced_logits
 from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime import LLM, SamplingParams
@@ -206,23 +206,10 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("plain", [False, True], ids=["cycles", "plain"])
 def test_neighbours_and_chunks_change_no_logits(opened: tuple[Path, Manifest], plain: bool) -> None:
-    directory, manifest = opened
-    rng, vocab, new = np.random.default_rng(0), manifest.model.vocab_size, 7
-    prompts = [rng.integers(0, vocab, length).tolist() for length in (64, 5, 23)]
-    tokens = [rng.integers(0, vocab, new).tolist() for _ in prompts]
-
-    def logits(count: int, chunk: int) -> np.ndarray:
-        backend = open_backend(directory, manifest, BackendOptions(max_num_seqs=count, max_model_len=128))
-        try:
-            plan = CyclePlan(cycle=manifest.cycle, plain=plain)
-            given = prompts[:count], tokens[:count], [new] * count
-            return forced_logits(backend, plan, *given, vocab_size=vocab, max_rows=chunk)[0]
-        finally:
-            backend.close()
-
-    whole = logits(1, 64)
-    for count, chunk in ((1, 1), (1, 3), (1, 8), (1, 23), (3, 64), (3, 5)):
-        np.testing.assert_allclose(logits(count, chunk), whole, rtol=0, atol=2e-5 * np.abs(whole).max())
+    whole = first_logits(*opened, *ALONE, plain=plain)
+    for company in COMPANY_AND_CUTS:
+        logits = first_logits(*opened, *company, plain=plain)
+        np.testing.assert_allclose(logits, whole, rtol=0, atol=2e-5 * np.abs(whole).max())
 
 
 def visit(*, at: int, tokens: int, shared: int = 0, own: int = 0, seed: int = 1, **more: Any) -> Visit:

@@ -11,17 +11,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from forced_support import ALONE, COMPANY_AND_CUTS, first_logits
 from onnx import helper, numpy_helper
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions, WeightOptions
-from dmtd_export.verify.forced import forced_logits
 from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
-from dmtd_runtime.backends.base import BackendOptions
-from dmtd_runtime.backends.opening import open_backend
 from dmtd_runtime.bundle.manifest import Manifest, load_manifest
-from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.ort.library import import_onnxruntime
 
 ROWS = (1, 2, 3, 4, 5, 8, 23, 64, 512)
@@ -71,20 +68,7 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("plain", [False, True], ids=["cycles", "plain"])
 def test_neighbours_and_chunks_change_logits_by_rounding_at_most(opened: tuple[Path, Manifest], plain: bool) -> None:
-    directory, manifest = opened
-    rng, vocab, new = np.random.default_rng(0), manifest.model.vocab_size, 7
-    prompts = [rng.integers(0, vocab, length).tolist() for length in (64, 5, 23)]
-    tokens = [rng.integers(0, vocab, new).tolist() for _ in prompts]
-
-    def logits(count: int, chunk: int) -> np.ndarray:
-        backend = open_backend(directory, manifest, BackendOptions(max_num_seqs=count, max_model_len=128))
-        try:
-            plan = CyclePlan(cycle=manifest.cycle, plain=plain)
-            given = prompts[:count], tokens[:count], [new] * count
-            return forced_logits(backend, plan, *given, vocab_size=vocab, max_rows=chunk)[0]
-        finally:
-            backend.close()
-
-    alone = logits(1, 64)
-    for count, chunk in ((1, 1), (1, 3), (1, 8), (1, 23), (3, 64), (3, 5)):
-        assert np.abs(logits(count, chunk) - alone).max() <= STEP_APART * np.abs(alone).max(), (count, chunk)
+    alone = first_logits(*opened, *ALONE, plain=plain)
+    for company in COMPANY_AND_CUTS:
+        apart = np.abs(first_logits(*opened, *company, plain=plain) - alone).max()
+        assert apart <= STEP_APART * np.abs(alone).max(), company
