@@ -149,20 +149,22 @@ class _Run:
         return min(self.options.window_len, self.subject.scorer.max_len, self.base.scorer.max_len)
 
     def check_base(self, windows: Sequence[TextWindow], tasks: Sequence[Items]) -> None:
-        """The base must read the same tokens: its numbers mean nothing otherwise.
+        """The base must be of the same build and read the same tokens: it is another model otherwise.
 
         Raises:
-            EvaluateError: another vocabulary.
+            EvaluateError: other dimensions, or another tokenizer.
         """
         subject, base = self.subject, self.base
         if subject is base:
             return
-        if subject.scorer.vocab_size != base.scorer.vocab_size:
-            raise EvaluateError(
-                f"{base.path} has a vocabulary of {base.scorer.vocab_size}, {subject.path} one of "
-                f"{subject.scorer.vocab_size}; give the model that it was trained from",
-                param="base",
-            )
+        for name in _DIMENSIONS:
+            expected, got = getattr(subject.dimensions, name), getattr(base.dimensions, name)
+            if got != expected:
+                raise EvaluateError(
+                    f"{base.path}: got {name} {got}, expected {expected} as in {subject.path}: another model; give the one "
+                    "that it was trained from",
+                    param="base",
+                )
         if base.tokenizer is None:
             return
         samples = [_PROBE, *(item.prompt for items in tasks for item in items if isinstance(item, MultipleChoiceItem))]
@@ -329,6 +331,10 @@ class _Run:
         return counter(self.progress, stage, total)
 
 
+# Those of a model however it was trained, quantised or split.
+_DIMENSIONS = (
+    "family", "vocab_size", "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim",
+)  # fmt: skip
 _PROBE = "The 3 quick brown foxes (aged 12) didn't jump:\n\tnaïve = café + 北京 # 😀\n"
 
 

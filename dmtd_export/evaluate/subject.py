@@ -17,10 +17,10 @@ from dmtd_export.evaluate.errors import EvaluateError
 from dmtd_export.evaluate.options import OpenOptions
 from dmtd_export.evaluate.scorer import Scorer
 from dmtd_export.options import ExportOptions, WeightOptions
-from dmtd_models.config.model import ANY_SPLIT, SplitOptions, require_split, resolve_dmtd
+from dmtd_models.config.model import ANY_SPLIT, ModelConfig, SplitOptions, require_split, resolve_dmtd
 from dmtd_models.data.chat import TextTokenizer
 from dmtd_runtime.bundle import contract
-from dmtd_runtime.bundle.manifest import BlockFormat, CycleInfo
+from dmtd_runtime.bundle.manifest import BlockFormat, CycleInfo, ModelInfo
 from dmtd_runtime.text.tokenizer import Tokenizer
 
 GENERATION_BATCH = 8
@@ -33,6 +33,7 @@ class Subject:
     path: Path
     kind: Literal["checkpoint", "bundle"]
     scorer: Scorer
+    dimensions: ModelConfig | ModelInfo
     tokenizer: Tokenizer | None
     assets: Path  # the directory of tokenizer and chat template
     convention_recorded: bool
@@ -104,6 +105,7 @@ def _open_bundle(path: Path, options: OpenOptions, opened: contextlib.ExitStack)
         path=path,
         kind="bundle",
         scorer=scorer,
+        dimensions=scorer.manifest.model,
         tokenizer=Tokenizer.from_directory(path),
         assets=path,
         convention_recorded=True,
@@ -154,6 +156,7 @@ def _open_checkpoint(path: Path, options: OpenOptions, plain_only: bool, opened:
         path=path,
         kind="checkpoint",
         scorer=scorer,
+        dimensions=checkpoint.config,
         tokenizer=Tokenizer.from_directory(assets),
         assets=assets,
         convention_recorded=spec.convention_recorded,

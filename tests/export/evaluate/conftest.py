@@ -34,7 +34,7 @@ def bundle(checkpoint: Path) -> Path:
 def plain_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model: other weights, no DMTD fields, the same tokenizer."""
     directory = tmp_path_factory.mktemp("base") / "base"
-    return write_tiny_checkpoint(directory, family="llama", layers=3, tokenizer=True, seed=5)
+    return write_tiny_checkpoint(directory, family="llama", layers=5, tokenizer=True, seed=5)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dmtd_export.bundle.export import export_bundle
 from dmtd_export.cli.main import main
 from dmtd_export.options import ExportOptions, WeightOptions
 from dmtd_models.checkpoints.checkpoint import open_checkpoint
+from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.dmtd import DmtdModel
 from dmtd_models.reference.oracle import greedy
 from dmtd_models.reference.testing import write_tiny_checkpoint
@@ -314,19 +316,43 @@ def test_a_bundle_takes_no_split(bundle: Path, data: Path, capsys: pytest.Captur
     assert "is a bundle, whose split is fixed" in err
 
 
-def test_a_base_of_another_vocabulary(
-    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"vocab_size": 300}, "got vocab_size 300, expected 259"),
+        ({"layers": 4}, "got num_layers 4, expected 5"),
+        ({"hidden_size": 32}, "got hidden_size 32, expected 64"),
+        ({"family": "qwen2"}, "got family qwen2, expected llama"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["checkpoint", "bundle"])
+def test_another_model_is_no_base(
+    bundle: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    other: dict[str, Any],
+    words: str,
+    kind: str,
 ) -> None:
-    larger = write_tiny_checkpoint(tmp_path / "larger", layers=2, tokenizer=True, vocab_size=300)
-    code, _, err = run(capsys, checkpoint, "--text", data / "prose.txt", "--base", larger)
-    assert code == 2
-    assert "vocabulary of 300" in err
-    other = write_tiny_checkpoint(tmp_path / "other", layers=2, tokenizer=True)
-    tokenizer = json.loads((other / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"]["T"], tokenizer["model"]["vocab"]["h"] = (
-        tokenizer["model"]["vocab"]["h"],
-        tokenizer["model"]["vocab"]["T"],
+    base = write_tiny_checkpoint(
+        tmp_path / "checkpoint", **{"family": "llama", "layers": 5, "tokenizer": True, **other}
     )
+    if kind == "bundle":
+        split = SplitOptions(decoding_layers=1, cycle_length=2)
+        export_bundle(base, tmp_path / kind, ExportOptions(split=split, max_num_seqs=1, verify=False))
+    code, _, err = run(capsys, bundle, "--text", data / "prose.txt", "--base", tmp_path / kind)
+    assert code == 2
+    assert f"error: --base: {tmp_path / kind}: {words} as in {bundle}: another model; give the one that it was" in err
+
+
+def test_a_base_whose_tokenizer_reads_otherwise(
+    checkpoint: Path, plain_checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(plain_checkpoint, tmp_path / "other"))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["T"], vocabulary["h"] = vocabulary["h"], vocabulary["T"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     code, _, err = run(capsys, checkpoint, "--text", data / "prose.txt", "--base", other)
     assert code == 2
