@@ -15,7 +15,7 @@ import onnx
 
 from dmtd_export.bundle.assets import write_assets
 from dmtd_export.bundle.atomic import atomic_directory
-from dmtd_export.bundle.calibration import WINDOW_LEN, CalibrationText, read_calibration
+from dmtd_export.bundle.calibration import MIN_LEN, WINDOW_LEN, CalibrationText, read_calibration
 from dmtd_export.bundle.kv_scales import measured_scales
 from dmtd_export.bundle.quantise import Quantisation, plan_quantisation, resolved_formats
 from dmtd_export.bundle.split import cycle_of
@@ -120,6 +120,11 @@ def calibration_text(checkpoint: Checkpoint, options: ExportOptions, max_model_l
     """
     if not options.calibration:
         return None
+    if max_model_len < MIN_LEN:
+        raise ExportError(
+            f"got {max_model_len}, expected {MIN_LEN} or more with --calibration, whose sequences are no shorter; raise it",
+            param="max_model_len",
+        )
     try:
         tokenizer = TextTokenizer.of_checkpoint(checkpoint)
     except ModelError as error:

@@ -182,6 +182,10 @@ def test_a_wrong_option_exits_with_2_and_names_it(
         (["--kv", "int8"], "--kv: got int8 and no text"),
         (["--kv", "int8", "--calibration", str(tmp_path / "none.txt")], "--calibration: "),
         (["--calibration", str(checkpoint.parent / "text.txt")], "--calibration: has no use"),
+        (
+            ["--kv", "int8", "--calibration", str(checkpoint.parent / "text.txt"), "--max-model-len", "8"],
+            "--max-model-len: got 8, expected 16 or more with --calibration",
+        ),
     ):
         with pytest.raises(SystemExit) as ended:
             main([*command, *words])
