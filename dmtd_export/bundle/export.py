@@ -28,8 +28,8 @@ from dmtd_export.graphs.rows import GraphSpec
 from dmtd_export.options import MAX_WINDOW, ExportOptions, check_options
 from dmtd_models.checkpoints.checkpoint import Checkpoint, is_gguf, open_checkpoint
 from dmtd_models.config.model import DmtdSpec, ModelConfig, require_split, resolve_dmtd
-from dmtd_models.data.chat import TextTokenizer
-from dmtd_models.errors import ModelError
+from dmtd_models.data.chat import NoTokenizer, TextTokenizer
+from dmtd_models.data.errors import DataError
 from dmtd_models.progress import Progress, counter, silent
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import CalibrationInfo, FileInfo, GraphInfo, Manifest, ModelInfo, sha256_of
@@ -116,7 +116,7 @@ def calibration_text(checkpoint: Checkpoint, options: ExportOptions, max_model_l
     """The text that the options name, in the checkpoint's tokens; None where they name none.
 
     Raises:
-        ExportError: a file that cannot be used, or a checkpoint without a tokenizer.
+        ExportError: a file that cannot be used, or one of text for a checkpoint without a tokenizer.
     """
     if not options.calibration:
         return None
@@ -127,8 +127,9 @@ def calibration_text(checkpoint: Checkpoint, options: ExportOptions, max_model_l
         )
     try:
         tokenizer = TextTokenizer.of_checkpoint(checkpoint)
-    except ModelError as error:
-        raise ExportError(str(error), param="calibration") from None
+    except DataError as error:
+        expected = DataError(f"{error}, or give records of prompt_ids and answer_ids")
+        tokenizer = NoTokenizer(checkpoint.config.vocab_size, expected)
     return read_calibration(options.calibration, tokenizer, window_len=min(WINDOW_LEN, max_model_len))
 
 

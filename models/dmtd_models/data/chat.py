@@ -116,6 +116,23 @@ class TextTokenizer:
         return ids
 
 
+class NoTokenizer(TextTokenizer):
+    """In the place of a tokenizer that is missing: enough for records of token ids, and text is refused."""
+
+    def __init__(self, vocab_size: int, error: DataError) -> None:
+        """``error``: what is raised for text."""
+        self.vocab_size = vocab_size
+        self._error = error
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Raises."""
+        raise self._error
+
+    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+        """Raises."""
+        raise self._error
+
+
 def _on_text(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A call of the library; what it says of its own file is one line."""
     try:

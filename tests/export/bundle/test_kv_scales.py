@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -194,11 +195,21 @@ def test_a_wrong_option_exits_with_2_and_names_it(
         assert said in told[-1] and not (tmp_path / "bundle").exists()
 
 
-def test_no_tokenizer_no_scales(tmp_path: Path) -> None:
+def test_without_a_tokenizer_token_ids_calibrate_and_text_does_not(tmp_path: Path) -> None:
     bare = write_tiny_checkpoint(tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
-    with pytest.raises(ExportError, match=r"calibration: tokenizer: .*: no tokenizer\.json"):
+    with pytest.raises(
+        ExportError, match=r"calibration: tokenizer: .*: no tokenizer\.json.* or give records of prompt_ids"
+    ):
         export_bundle(bare, tmp_path / "bundle", int8_options(bare))
+    ids = [index * index % 128 for index in range(300)]
+    (tmp_path / "ids.jsonl").write_text(json.dumps({"prompt_ids": ids[:9], "answer_ids": ids[9:]}))
+    split = SplitOptions(decoding_layers=1, cycle_length=3)
+    options = int8_options(bare, split=split, calibration=(str(tmp_path / "ids.jsonl"),))
+    taken = ids[:256]  # as many as the model takes
+    sha256 = hashlib.sha256(np.array([len(taken), 9, *taken], "<i8").tobytes()).hexdigest()
+    found = export_bundle(bare, tmp_path / "bundle", options).calibration["kv"]
+    assert asdict(found) == {"num_tokens": 256, "sha256": sha256}
 
 
 def test_no_engines_over_int8_caches(checkpoint: Path, tmp_path: Path) -> None:
