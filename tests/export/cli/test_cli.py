@@ -163,6 +163,22 @@ def test_an_option_out_of_range_is_told_before_the_libraries_are_loaded(
     assert words in result.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("export", "nowhere", "-o", "b", *SPLIT, "--kv", "int8", "--calibration", ""),
+        ("evaluate", "nowhere", "--text", ""),
+        ("evaluate", "nowhere", "--task", ""),
+        ("finetune", "nowhere", "-o", "tuned", *SPLIT, "--data", ""),
+    ],
+    ids=lambda arguments: arguments[-2],
+)
+def test_no_name_is_not_the_current_directory(arguments: Sequence[str]) -> None:
+    result = dmtd(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"error: {arguments[-2]}: got an empty text; name a file, or leave the option out\n"
+
+
 def test_a_target_that_is_no_bundle_is_left_alone(checkpoint: str, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
     result = dmtd("export", checkpoint, "-o", str(tmp_path), *SPLIT, "--no-verify")

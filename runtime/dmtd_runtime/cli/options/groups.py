@@ -17,6 +17,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from dmtd_runtime.errors import RequestError
 from dmtd_runtime.machine.hardware import MAX_THREADS
 
 
@@ -47,6 +48,8 @@ class Group:
         """What a field holds for what was given."""
         if name in self.parsers:
             return self.parsers[name](given) if given is not None else ()
+        if get_origin(hint) is tuple and "" in (given or ()):  # as a path it would be the current directory
+            raise RequestError("got an empty text; name a file, or leave the option out", param=name)
         return tuple(given or ()) if get_origin(hint) is tuple else given
 
 
