@@ -53,8 +53,8 @@ class WeightOptions:
 
     @property
     def over_text(self) -> bool:
-        """Whether any group is in a format that a calibration text bears on."""
-        return any(self.format_of(group) in CALIBRATED_FORMATS for group in GROUPS)
+        """Whether a calibration text bears on any group: not on an embedding, but where it is tied to lm_head."""
+        return any(self.format_of(group) in CALIBRATED_FORMATS for group in GROUPS if group != "embedding")
 
     @property
     def has_float8(self) -> bool:
@@ -193,7 +193,8 @@ def check_caches(options: ExportOptions) -> None:
         )
     if options.calibration and options.kv != "int8" and not options.formats.over_text:
         raise ExportError(
-            "has no use here: got no weights in 4 bits or int8-channel and no --kv int8; leave it out, or give one of them",
+            "has no use here: got no layers or lm_head in 4 bits or int8-channel and no --kv int8; leave it out, or "
+            "give one of them",
             param="calibration",
         )
 

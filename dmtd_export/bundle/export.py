@@ -83,7 +83,8 @@ def _export(
     needed = stored_bytes(checkpoint.config, checkpoint, options.dtype, max_model_len + MAX_WINDOW, quantisation)
     check_disk(output, needed)
     with atomic_directory(output) as work:
-        with _rounded_before(work, checkpoint, spec, quantisation, text, progress) as made:
+        of_weights = text if options.formats.over_text else None
+        with _rounded_before(work, checkpoint, spec, quantisation, of_weights, progress) as made:
             weights_done = counter(progress, "weights", needed)
             manifest = _write_bundle(work, checkpoint, spec, made, max_model_len, options, text, weights_done, progress)
         if verify is not None:
@@ -103,7 +104,7 @@ def _rounded_before(
     progress: Progress,
 ) -> Iterator[Quantisation]:
     """The quantisation, with what a calibration text bears on rounded already: beside ``work``, while the context lasts."""
-    if text is None or not any(map(quantisation.over_text, quantisation.formats)):
+    if text is None:
         yield quantisation
         return
     from dmtd_export.bundle.calibrated import rounded_over  # torch, which other exports do without

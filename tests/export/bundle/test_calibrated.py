@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,11 +185,26 @@ def test_the_same_text_gives_the_same_bundle_and_another_one_another(trained: Pa
     assert hashes[0]["model.onnx.data"] != hashes[2]["model.onnx.data"]
 
 
-@pytest.mark.parametrize("weights", [None, "float", "keep", "int8"])
-def test_a_text_that_nothing_is_rounded_over_is_refused(weights: Any) -> None:
-    options = export_options(formats=WeightOptions(weights=weights), calibration=("words.txt",))
-    with pytest.raises(ExportError, match=r"^calibration: has no use here: got no weights in 4 bits or int8-channel"):
+@pytest.mark.parametrize(
+    "formats", [{}, {"weights": "float"}, {"weights": "keep"}, {"weights": "int8"}, {"weights_embedding": "int4"}]
+)
+def test_a_text_that_nothing_is_rounded_over_is_refused(formats: dict[str, Any]) -> None:
+    options = export_options(formats=WeightOptions(**formats), calibration=("words.txt",))
+    with pytest.raises(
+        ExportError, match=r"^calibration: has no use here: got no layers or lm_head in 4 bits or int8-ch"
+    ):
         check_options(options)
+
+
+def test_a_text_for_caches_alone_rounds_no_embedding_and_needs_no_torch(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_tiny_checkpoint(tmp_path / "c", layers=2, tokenizer=True)
+    monkeypatch.setitem(sys.modules, "dmtd_export.bundle.calibrated", None)
+    formats = WeightOptions(weights_embedding="int4")
+    made = export(source, tmp_path / "b", formats=formats, calibration=(str(text),), kv="int8")
+    assert set(made["calibration"]) == {"kv"}
+    assert {name: fmt["source"] for name, fmt in made["quantised"].items()} == {"model.embed_tokens.weight": "search"}
 
 
 def test_a_model_that_computes_no_numbers_is_one_line(text: Path, tmp_path: Path) -> None:

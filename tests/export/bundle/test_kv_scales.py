@@ -138,7 +138,7 @@ def test_a_bundle_of_before_has_caches_of_its_type(checkpoint: Path, tmp_path: P
 
 REFUSED = [
     ({"kv": "int8"}, "kv: got int8 and no text to measure scales over; give one: --calibration FILE"),
-    ({"calibration": ("text.txt",)}, "calibration: has no use here: got no weights in 4 bits"),
+    ({"calibration": ("text.txt",)}, "calibration: has no use here: got no layers or lm_head in 4 bits"),
     ({"kv": "float16"}, "kv: got float16, expected int8 or float32, .* would cast a float16 cache whole in every step"),
     (
         {"kv": "float32", "dtype": "float16"},
