@@ -13,7 +13,7 @@ from bundles import make_bundle, make_checkpoint
 from test_imports import ALL_MODULES, parsed
 
 import dmtd_errors
-from dmtd_errors import DmtdError
+from dmtd_errors import DmtdError, at_fault
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.engines.options import BuildOptions
 from dmtd_export.engines.run import build_engines, preview
@@ -51,6 +51,13 @@ def depths() -> dict[str, int]:
 def test_the_picture_is_the_tree() -> None:
     drawn = re.findall(r"^    ([ │]*)[├└]── (\w+)", dmtd_errors.__doc__ or "", flags=re.MULTILINE)
     assert {DmtdError.__name__: 0, **{name: len(indent) // 4 + 1 for indent, name in drawn}} == depths()
+
+
+def test_errors_from_within_name_what_led_there_unless_they_name_something() -> None:
+    for given, told in ((None, "base: got a file"), ("device", "device: got a file")):
+        with pytest.raises(ModelError, match=told) as raised, at_fault("base"):
+            raise ModelError("got a file", param=given)
+        assert (raised.value.param, raised.value.problem) == (given or "base", "got a file")
 
 
 def test_an_error_names_what_is_at_fault_and_can_be_sent_to_another_process() -> None:

@@ -48,6 +48,7 @@ VERBS: dict[str, Verb] = {
         function="finetune",
         help="Train a model for DMTD; its plain self is the teacher.",
         extra="train",
+        stands_for={"adapter": "--initial"},
     ),
     "export": Verb(
         module="dmtd_export.cli.export",

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from dmtd_errors import at_fault
 from dmtd_export.cli.export import LIBRARIES
 from dmtd_export.cli.progress import StageDisplay
 from dmtd_runtime.backends.base import BackendOptions
@@ -80,7 +81,10 @@ def verify(
 
     with logs_to_stderr(), contextlib.ExitStack() as opened:
         display = opened.enter_context(StageDisplay())
-        source = opened.enter_context(open_checkpoint(checkpoint, adapter)) if checkpoint is not None else None
+        source = None
+        if checkpoint is not None:
+            with at_fault("checkpoint"):
+                source = opened.enter_context(open_checkpoint(checkpoint, adapter))
         if on_device:
             if checkpoint is not None or level is not None:
                 raise typer.BadParameter(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from dmtd_errors import at_fault
 from dmtd_export.evaluate import generation, multiple_choice
 from dmtd_export.evaluate.conventions import ConventionResult, measure_conventions
 from dmtd_export.evaluate.dial import DialResult, measure_dial
@@ -53,7 +54,8 @@ def evaluate(
         subject = opened.enter_context(open_subject(model, options.open))
         against = subject
         if base is not None:
-            against = opened.enter_context(open_subject(base, options.open.of_base, plain_only=True))
+            with at_fault("base"):
+                against = opened.enter_context(open_subject(base, options.open.of_base, plain_only=True))
         run = _Run(subject=subject, base=against, options=options, progress=progress)
         windows = run.windows()
         shortened = run.longest if windows and run.longest < options.window_len else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -95,10 +95,13 @@ def _open_bundle(path: Path, options: OpenOptions, opened: contextlib.ExitStack)
     from dmtd_export.evaluate.bundle_scorer import BundleScorer
 
     if options.adapter is not None:
-        raise EvaluateError(f"{path} is a bundle, an adapter is merged into a checkpoint; give --adapter with its base")
-    if options.split != SplitOptions():
         raise EvaluateError(
-            f"{path} is a bundle, whose split is fixed; leave the split options out, or give its checkpoint"
+            f"{path} is a bundle, an adapter is merged into a checkpoint; give it with its base", param="adapter"
+        )
+    if given := [name for name, value in asdict(options.split).items() if value is not None]:
+        raise EvaluateError(
+            f"{path} is a bundle, whose split is fixed; leave the split options out, or give its checkpoint",
+            param=given[0],
         )
     scorer = opened.enter_context(BundleScorer(path, device=options.device, threads=options.threads))
     return Subject(

@@ -23,7 +23,10 @@ and keeps its traceback.
 
 from __future__ import annotations
 
-__all__ = ["DmtdError"]
+import contextlib
+from collections.abc import Iterator
+
+__all__ = ["DmtdError", "at_fault"]
 
 
 class DmtdError(Exception):
@@ -39,3 +42,14 @@ class DmtdError(Exception):
         super().__init__(problem if param is None else f"{param}: {problem}")
         self.problem = problem
         self.param = param
+
+
+@contextlib.contextmanager
+def at_fault(param: str) -> Iterator[None]:
+    """Errors inside that name nothing name ``param``: what was opened there is what it said."""
+    try:
+        yield
+    except DmtdError as error:
+        if error.param is None:
+            error.param, error.args = param, (f"{param}: {error.problem}",)
+        raise

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from dmtd_errors import at_fault
 from dmtd_errors.pointers import lfs_pointer
 from dmtd_errors.words import reason
 from dmtd_models.checkpoints.protocol import Checkpoint
@@ -49,7 +50,8 @@ def open_checkpoint(path: Path, adapter: Path | None = None) -> Checkpoint:
 
         with contextlib.ExitStack() as on_error:
             base = on_error.enter_context(open_checkpoint(path))
-            adapted = AdaptedCheckpoint(base, adapter)
+            with at_fault("adapter"):
+                adapted = AdaptedCheckpoint(base, adapter)
             on_error.pop_all()
         return adapted
     try:

@@ -82,12 +82,12 @@ def test_the_bundle_is_that_of_the_tuned_model(places: dict[str, str], tmp_path:
 
 def test_an_adapter_of_another_model_is_one_line(places: dict[str, str], tmp_path: Path) -> None:
     other = write_tiny_checkpoint(tmp_path / "other", family="llama", seed=6)
-    done = dmtd("export", str(other), "--adapter", places["adapter"], "-o", str(tmp_path / "b"), code=1)
+    done = dmtd("export", str(other), "--adapter", places["adapter"], "-o", str(tmp_path / "b"), code=2)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "fingerprint" in lines[0]
+    assert len(lines) == 1 and "fingerprint" in lines[0] and lines[0].startswith("error: --adapter: ")
     assert not (tmp_path / "b").exists()
 
 
 def test_a_directory_without_an_adapter_is_one_line(places: dict[str, str], tmp_path: Path) -> None:
-    done = dmtd("export", places["base"], "--adapter", str(tmp_path), "-o", str(tmp_path / "b"), code=1)
-    assert "no adapter" in done.stderr and "Traceback" not in done.output
+    done = dmtd("export", places["base"], "--adapter", str(tmp_path), "-o", str(tmp_path / "b"), code=2)
+    assert f"error: --adapter: {tmp_path}: no adapter" in done.stderr and "Traceback" not in done.output

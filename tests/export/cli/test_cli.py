@@ -281,6 +281,16 @@ def test_verify_passes_a_good_bundle(bundle: Path) -> None:
     assert "ok" in dmtd("verify", str(bundle), "--level", "structure").stdout
 
 
+def test_verify_names_the_option_that_leads_nowhere(bundle: Path, checkpoint: str, tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    for option, arguments in (
+        ("--checkpoint", ("--checkpoint", nowhere)),
+        ("--adapter", ("--checkpoint", checkpoint, "--adapter", nowhere)),
+    ):
+        result = dmtd("verify", str(bundle), *arguments)
+        assert result.exit_code == 2 and f"error: {option}: {nowhere}: no " in result.stderr
+
+
 def test_verify_names_the_first_divergence(bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("dmtd_export.verify")
     damaged = tmp_path / "damaged"

@@ -277,8 +277,10 @@ def test_table_and_plots(checkpoint: Path, data: Path, tmp_path: Path, capsys: p
         (["--text", "{data}/prose.txt", "--max-tokens", "0"], "--max-tokens: got 0"),
         (
             ["--text", "{data}/prose.txt", "--base", "{data}/nowhere"],
-            "nowhere: no such file or directory; give a bundle",
+            "--base: {data}/nowhere: no such file or directory; give a bundle",
         ),
+        (["--text", "{data}/prose.txt", "--base", "{data}/prose.txt"], "--base: {data}/prose.txt: got a file that is"),
+        (["--text", "{data}/prose.txt", "--adapter", "{data}/nowhere"], "--adapter: {data}/nowhere: no adapter"),
         (["--text", "{data}/prose.txt", "--cycle-origin", "prompt", "--prompt-input", "cyclical"], "undefined"),
     ],
 )
@@ -294,7 +296,7 @@ def test_bad_input_is_one_line(
     code, out, err = run(capsys, checkpoint, *(part.format(data=data) for part in extra))
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert (out, len(errors)) == ("", 1) and code == (2 if errors[0].startswith("error: --") else 1)
-    assert message in errors[0]
+    assert message.format(data=data) in errors[0]
 
 
 def test_a_plain_checkpoint_needs_a_split(
@@ -312,8 +314,8 @@ def test_a_plain_checkpoint_needs_a_split(
 
 def test_a_bundle_takes_no_split(bundle: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, bundle, "--text", data / "prose.txt", "--cycle-length", "2")
-    assert code == 1
-    assert "is a bundle, whose split is fixed" in err
+    assert code == 2
+    assert f"error: --cycle-length: {bundle} is a bundle, whose split is fixed" in err
 
 
 @pytest.mark.parametrize(
