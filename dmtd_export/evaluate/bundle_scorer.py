@@ -48,8 +48,8 @@ class BundleScorer:
         manifest = open_bundle(directory)
         if device == "cpu" and manifest.model.dtype == "bfloat16":
             raise BackendError(
-                "this bundle is bfloat16, which ONNX Runtime cannot run on the CPU; evaluate its checkpoint, export it "
-                "with --dtype float32, or use --device cuda"
+                f"{directory}: this bundle is bfloat16, which ONNX Runtime cannot run on the CPU; evaluate its checkpoint, "
+                "export it with --dtype float32, or use --device cuda"
             )
         self.manifest = manifest
         self.cycle = manifest.cycle

@@ -299,6 +299,17 @@ def test_bad_input_is_one_line(
     assert message.format(data=data) in errors[0]
 
 
+def test_of_two_bundles_the_one_in_bfloat16_is_named(
+    checkpoint: Path, bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = tmp_path / "half"
+    export_bundle(checkpoint, half, ExportOptions(dtype="bfloat16", max_num_seqs=1, verify=False))
+    for model, base, told in ((bundle, half, f"--base: {half}"), (half, bundle, str(half))):
+        code, _, err = run(capsys, model, "--base", base, "--text", data / "prose.txt")
+        assert code == (2 if "--base" in told else 1)
+        assert f"error: {told}: this bundle is bfloat16, which ONNX Runtime cannot run on the CPU" in err
+
+
 def test_a_plain_checkpoint_needs_a_split(
     plain_checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
