@@ -18,6 +18,7 @@ from dmtd_export.cli.options.export import ExportGroup, SplitGroup, WeightsGroup
 from dmtd_export.cli.progress import StageDisplay
 from dmtd_export.options import GROUPS, ExportOptions, WeightOptions, check_options
 from dmtd_models.config.model import SplitOptions
+from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.speed_bound import split_bytes, weight_formats
 from dmtd_runtime.cli.common import JsonOption, human_bytes, logs_to_stderr, pick, require
 
@@ -144,12 +145,15 @@ def _table(output: Path, manifest: Manifest, formats: WeightOptions) -> Table:
             row("", str(record["level_note"]), "dim")
     else:
         row("verified", f"no; check it with: dmtd verify {shlex.quote(str(output))}", "yellow")
-    chat = "chat_template.jinja" in manifest.files
-    has_text = "tokenizer.json" in manifest.files
-    row(
-        "next",
-        f"dmtd {'chat' if chat else 'generate'} {shlex.quote(str(output))}"
-        + ("" if chat else " -p TEXT" if has_text else " --token-ids 1,2,3")
-        + (" --device cuda" if model.dtype == "bfloat16" else ""),
-    )
+    row("next", _next(output, manifest))
     return table
+
+
+def _next(output: Path, manifest: Manifest) -> str:
+    """A command that runs the bundle, or makes the engines of one that is for them: ONNX Runtime has no bfloat16 on a CPU."""
+    place, half = shlex.quote(str(output)), manifest.model.dtype == "bfloat16"
+    if half and manifest.default_dialect == contract.STANDARD:
+        return f"dmtd build {place}"
+    chat, has_text = (name in manifest.files for name in ("chat_template.jinja", "tokenizer.json"))
+    given = "" if chat else " -p TEXT" if has_text else " --token-ids 1,2,3"
+    return f"dmtd {'chat' if chat else 'generate'} {place}{given}{' --device cuda' if half else ''}"

@@ -67,6 +67,24 @@ def test_export_says_what_it_made_and_what_comes_next(checkpoint: str, tmp_path:
     assert "records no convention" in warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("given", "command"),
+    [
+        (("--dtype", "bfloat16", "--weights", "fp8"), "dmtd build PLACE"),
+        (("--dtype", "bfloat16", "--target", "tensorrt"), "dmtd build PLACE"),
+        (("--dtype", "bfloat16"), "dmtd chat PLACE --device cuda"),
+        (("--target", "tensorrt"), "dmtd chat PLACE"),
+    ],
+)
+def test_what_comes_next_can_run_the_bundle(
+    given: Sequence[str], command: str, checkpoint: str, tmp_path: Path
+) -> None:
+    result = dmtd("export", checkpoint, "-o", str(tmp_path / "b"), *SPLIT, *given, "--no-verify", "--max-num-seqs", "1")
+    assert result.exit_code == 0, result.output
+    told = "".join(result.stdout.split())  # a long place is broken into lines
+    assert told.endswith("".join(f"next {command}".replace("PLACE", str(tmp_path / "b")).split()))
+
+
 def test_the_format_that_costs_much_says_so_once(checkpoint: str, tmp_path: Path) -> None:
     for weights, times in (("int4-symmetric", 1), ("int4", 0)):
         chosen = ("--weights", weights, "--weights-block", "16")
