@@ -25,7 +25,7 @@ from dmtd_export.errors import ExportError as ExportError
 from dmtd_export.graphs.build import build_graph
 from dmtd_export.graphs.checking import checker_fault
 from dmtd_export.graphs.rows import GraphSpec
-from dmtd_export.options import MAX_WINDOW, ExportOptions, check_options
+from dmtd_export.options import GROUPS, MAX_WINDOW, ExportOptions, check_options
 from dmtd_models.checkpoints.checkpoint import Checkpoint, is_gguf, open_checkpoint
 from dmtd_models.config.model import DmtdSpec, ModelConfig, require_split, resolve_dmtd
 from dmtd_models.data.chat import NoTokenizer, TextTokenizer
@@ -139,9 +139,12 @@ def resolve(checkpoint: Checkpoint, options: ExportOptions) -> DmtdSpec:
     spec = resolve_dmtd(checkpoint.config, checkpoint.dmtd, options.split)
     head_dim = checkpoint.config.head_dim
     if options.graphs_for != "tensorrt" and runnable_target(head_dim) == "tensorrt":
+        channels = any(options.formats.format_of(group) == "int8-channel" for group in GROUPS)
+        own = [name for name, given in (("--kv int8", options.kv == "int8"), ("int8-channel", channels)) if given]
+        without = f"leave out {' and '.join(own)}, which its own graphs alone take, and " if own else ""
         raise ExportError(
-            f"head_dim: got {head_dim}, ONNX Runtime's attention takes multiples of {GQA_HEAD_MULTIPLE}; use --target tensorrt, "
-            "whose standard graphs ONNX Runtime runs too"
+            f"head_dim: got {head_dim}, ONNX Runtime's attention takes multiples of {GQA_HEAD_MULTIPLE}; {without}use --target "
+            "tensorrt, whose standard graphs ONNX Runtime runs too"
         )
     recorded = checkpoint.dmtd
     if recorded is not None and (warning := trained_otherwise(recorded, spec)):

@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -14,7 +15,7 @@ from export_support import export, export_options, read_manifest, snapshot
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.errors import ExportError
-from dmtd_export.options import ExportOptions
+from dmtd_export.options import ExportOptions, WeightOptions
 from dmtd_models.config.model import SplitOptions
 from dmtd_models.errors import ModelError
 from dmtd_models.reference.testing import write_tiny_checkpoint
@@ -293,6 +294,24 @@ def test_a_head_that_onnxruntime_refuses_is_named_with_the_way_out(tmp_path: Pat
     export_bundle(
         source, tmp_path / "b", ExportOptions(split=SplitOptions(decoding_layers=1, cycle_length=3), target="tensorrt")
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"kv": "int8"}, "--kv int8"),
+        ({"formats": WeightOptions(weights_thinking="int8-channel")}, "int8-channel"),
+        ({"kv": "int8", "formats": WeightOptions(weights="int8-channel")}, "--kv int8 and int8-channel"),
+    ],
+)
+def test_the_way_out_of_a_head_is_none_that_is_refused_too(tmp_path: Path, given: dict[str, Any], named: str) -> None:
+    source = write_tiny_checkpoint(tmp_path / "m", head_dim=24)
+    split = SplitOptions(decoding_layers=1, cycle_length=3)
+    options = ExportOptions(split=split, calibration=("text.txt",), **given)
+    with pytest.raises(
+        ExportError, match=f"head_dim: got 24, .*; leave out {named}, which .* and use --target tensorrt"
+    ):
+        export_bundle(source, tmp_path / "b", options)
 
 
 def test_a_factor_that_the_reference_ignores_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
