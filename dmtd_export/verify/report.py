@@ -136,18 +136,16 @@ def render(report: VerifyReport) -> Table:
         pad_edge=False,
     )
     for name, justify in (("", "left"), ("check", "left"), ("cases", "right"), ("worst", "right"), ("margin", "right")):
-        table.add_column(name, justify="right" if justify == "right" else "left", no_wrap=name != "check")
-    detailed = any(check.detail for check in report.checks)
-    if detailed:
-        table.add_column("", overflow="fold")
+        table.add_column(
+            name, justify="right" if justify == "right" else "left", no_wrap=name != "check", overflow="fold"
+        )
     for check in report.checks:
         table.add_row(
             "[green]✓[/]" if check.ok else "[red]✗[/]",
-            check.name,
+            check.name + (f"\n[dim]{_plain(check.detail)}[/]" if check.detail else ""),
             str(check.cases),
             "" if check.worst is None else f"{check.worst:.2g}",
             "" if check.margin is None else f"{check.margin:.2g} {check.unit}",
-            *([_plain(check.detail)] if detailed else []),
         )
     return table
 
