@@ -87,58 +87,48 @@ def load_manifest(directory: Path) -> Manifest:
         )
     try:
         manifest: Manifest = decode(Manifest, raw, "manifest")
+        for name in manifest.files:
+            safe_relative(name)
+        for look in _LOOKS:
+            for fault in look(manifest):
+                raise ValueError(fault)
     except (TypeError, ValueError) as error:
         raise BundleError(f"{path}: {error}; export the bundle again") from None
-    _check_consistency(manifest, path)
     return manifest
 
 
-def _check_consistency(manifest: Manifest, path: Path) -> None:
+def _faults_of_split(manifest: Manifest) -> Iterator[str]:
+    """The split, and sizes without which nothing else can be looked at."""
     cycle, model = manifest.cycle, manifest.model
     parts = (cycle.encoding_layers, cycle.thinking_layers, cycle.decoding_layers)
     if sum(parts) != model.num_layers or min(parts) < 0 or min(parts[1:]) < 1 or cycle.cycle_length < 1:
-        raise BundleError(
-            f"{path}: split E{parts[0]} T{parts[1]} D{parts[2]} with cycle length {cycle.cycle_length} "
-            f"does not fit {model.num_layers} layers; export the bundle again"
+        yield (
+            f"split E{parts[0]} T{parts[1]} D{parts[2]} with cycle length {cycle.cycle_length} "
+            f"does not fit {model.num_layers} layers"
         )
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "num_layers",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-        "max_model_len",
-        "max_window",
-    ):
+    for name in _SIZES:
         if (size := getattr(model, name)) < 1:
-            raise BundleError(f"{path}: model.{name} is {size}, expected at least 1; export the bundle again")
+            yield f"model.{name} is {size}, expected at least 1"
     if not model.max_window >= contract.MIN_WINDOW or cycle.cycle_length > model.max_window:
-        raise BundleError(
-            f"{path}: max_window is {model.max_window}, expected at least {contract.MIN_WINDOW} and the cycle length "
-            f"{cycle.cycle_length}; export the bundle again"
+        yield (
+            f"max_window is {model.max_window}, expected at least {contract.MIN_WINDOW} and the cycle length "
+            f"{cycle.cycle_length}"
         )
     for name in contract.ROTARY_TABLES:
         rows = next(iter(manifest.weights[name].shape), 0) if name in manifest.weights else 0
         if rows != model.max_model_len + model.max_window:
-            raise BundleError(
-                f"{path}: {name} has {rows} rows, expected max_model_len + max_window = "
-                f"{model.max_model_len + model.max_window}; export the bundle again"
+            yield (
+                f"{name} has {rows} rows, expected max_model_len + max_window = {model.max_model_len + model.max_window}"
             )
+
+
+def _faults_of_files(manifest: Manifest) -> Iterator[str]:
+    """Graphs are there, and in the list of files."""
     if not manifest.decoder_graphs:
-        raise BundleError(f"{path} lists no graphs; export the bundle again")
-    for name in manifest.files:
-        safe_relative(name)
+        yield "lists no graphs"
     for graph in manifest.graphs:
         if graph.file not in manifest.files:
-            raise BundleError(f"{path}: graph file {graph.file} is not in the list of files; export the bundle again")
-    for fault in _faults(manifest):
-        raise BundleError(f"{path}: {fault}; export the bundle again")
-
-
-def _faults(manifest: Manifest) -> Iterator[str]:
-    for look in (_faults_of_weights, _faults_of_blocks, _faults_of_model, _faults_of_caches, _faults_of_graphs):
-        yield from look(manifest)
+            yield f"graph file {graph.file} is not in the list of files"
 
 
 _MAY_OVERLAP = ContextVar("weights may overlap", default=False)
@@ -271,3 +261,17 @@ def _faults_of_graphs(manifest: Manifest) -> Iterator[str]:
                 yield f"{graph.file}: {info.name} is {list(info.dims)}, expected to end in {widths[info.name]}"
         if unknown := [name for name in graph.weights if name.partition("+")[0] not in manifest.weights]:
             yield f"{graph.file} reads {unknown[0]}, which is not among the weights"
+
+
+_SIZES = (
+    "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_model_len", "max_window",
+)  # fmt: skip
+_LOOKS = (
+    _faults_of_split,
+    _faults_of_files,
+    _faults_of_weights,
+    _faults_of_blocks,
+    _faults_of_model,
+    _faults_of_caches,
+    _faults_of_graphs,
+)
