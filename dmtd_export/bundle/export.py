@@ -267,7 +267,7 @@ def _with_graphs(
         if path.name not in (contract.WEIGHTS_FILE, contract.MANIFEST_FILE):
             listed[path.name] = FileInfo(bytes=path.stat().st_size, sha256=sha256_of(path))
     return Manifest(
-        schema=contract.SCHEMA_VERSION,
+        schema=_schema(model_info, written),
         model=model_info,
         cycle=cycle_of(spec),
         graphs=tuple(graphs),
@@ -276,6 +276,12 @@ def _with_graphs(
         files=listed,
         tools={"dmtd": __version__, "onnx": metadata.version("onnx")},
     )
+
+
+def _schema(model: ModelInfo, written: Written) -> int:
+    """The earliest that has all of it: older versions read what they know, and of the rest say that they are too old."""
+    newer = model.cache_dtype == "int8" or any(fmt.factors or fmt.float8 for fmt in written.quantised.values())
+    return contract.SCHEMA_VERSION if newer else contract.OLDEST_SCHEMA
 
 
 def slot_counts(max_num_seqs: int) -> list[int]:

@@ -99,7 +99,7 @@ MIN_WINDOW = (
     256  # a runtime may pad a prompt's chunk up to this: KV capacity and rotary tables leave at least so much room
 )
 ROTARY_TABLES = ("rotary.cos", "rotary.sin")
-SCHEMA_VERSION = 2
+OLDEST_SCHEMA, SCHEMA_VERSION = 2, 3  # that are read; 3 has int8 caches, fp8 and int8-channel
 # A weight quantised in blocks stands in the weights file as two or three tensors in the place of one: codes uint8
 # [out, blocks, bytes of a block], scales and, where the format has them, minimums [out, blocks].
 CODES = "codes"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import shlex
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -33,6 +34,7 @@ from dmtd_runtime.bundle.records import WeightInfo as WeightInfo
 from dmtd_runtime.bundle.records import safe_relative as safe_relative
 from dmtd_runtime.bundle.records import sha256_of as sha256_of
 from dmtd_runtime.errors import BundleError
+from dmtd_runtime.version import __version__
 
 
 def _unreachable(path: Path) -> str | None:
@@ -75,15 +77,14 @@ def load_manifest(directory: Path) -> Manifest:
         raise BundleError(f"{path} cannot be read as JSON ({reason(error)}); export the bundle again") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("schema"), int):
         raise BundleError(f"{path} has no integer 'schema'; it is not a DMTD bundle's manifest")
-    if raw["schema"] < contract.SCHEMA_VERSION:
+    if raw["schema"] < contract.OLDEST_SCHEMA:
         raise BundleError(
-            f"{path} has schema {raw['schema']}, expected {contract.SCHEMA_VERSION}: another version of dmtd made it; "
+            f"{path} has schema {raw['schema']}, expected {contract.OLDEST_SCHEMA} or later: another version of dmtd made it; "
             "export the bundle again"
         )
     if raw["schema"] > contract.SCHEMA_VERSION:
         raise BundleError(
-            f"{path} has schema {raw['schema']}, this version reads up to {contract.SCHEMA_VERSION}; "
-            "upgrade with: pip install -U dmtd"
+            f"{path} has schema {raw['schema']}, this version reads up to {contract.SCHEMA_VERSION}; {_UPGRADE}"
         )
     try:
         manifest: Manifest = decode(Manifest, raw, "manifest")
@@ -93,8 +94,22 @@ def load_manifest(directory: Path) -> Manifest:
             for fault in look(manifest):
                 raise ValueError(fault)
     except (TypeError, ValueError) as error:
-        raise BundleError(f"{path}: {error}; export the bundle again") from None
+        newer = _is_newer(raw.get("tools"))
+        raise BundleError(f"{path}: {error}; {_UPGRADE if newer else 'export the bundle again'}") from None
     return manifest
+
+
+_UPGRADE = "upgrade with: pip install -U dmtd"
+
+
+def _is_newer(tools: object) -> bool:
+    """Whether a version later than this one wrote the manifest: what is wrong with it here may be a format of its own."""
+    made_by = tools.get("dmtd") if isinstance(tools, dict) else None
+    return isinstance(made_by, str) and _numbers(made_by) > _numbers(__version__)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
 
 def _faults_of_split(manifest: Manifest) -> Iterator[str]:

@@ -85,6 +85,7 @@ def test_scales_are_those_of_the_reference_over_the_text_in_cycles_and_plain(che
     manifest = export_bundle(checkpoint, tmp_path / "bundle", int8_options(checkpoint))
     raw = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
     assert (raw["model"]["dtype"], raw["model"]["kv_dtype"], raw["quantised"]) == ("float32", "int8", {})
+    assert raw["schema"] == 3, "versions before it know no int8 caches"
     with open_checkpoint(checkpoint) as source:
         spec = resolve_dmtd(source.config, source.dmtd, SPLIT)
         model = DmtdModel.from_reader(source.config, spec, source.read, torch.float64)

@@ -160,6 +160,14 @@ def test_lm_head_and_embedding_are_in_eight_bits_unless_four_are_asked_for(tmp_p
         assert [raw["quantised"][name]["bits"] for name in names] == expected
 
 
+@pytest.mark.parametrize(("weights", "schema"), [(None, 2), ("int8", 2), ("int4", 2), ("fp8", 3)])
+def test_a_format_that_older_versions_do_not_know_has_a_schema_of_its_own(
+    tmp_path: Path, weights: WeightFormat | None, schema: int
+) -> None:
+    source = write_tiny_checkpoint(tmp_path / "c", layers=2)
+    assert export(source, tmp_path / "b", formats=WeightOptions(weights=weights))["schema"] == schema
+
+
 def test_the_graphs_of_onnxruntime_alone_are_made_by_default(tmp_path: Path) -> None:
     source = write_tiny_checkpoint(tmp_path / "m", layers=2)
     raw = export(source, tmp_path / "b", formats=WeightOptions(weights="int4"))

@@ -67,8 +67,8 @@ MALFORMED = [
     ("schema", ABSENT, "no integer 'schema'"),
     ("schema", "1", "no integer 'schema'"),
     ("schema", None, "no integer 'schema'"),
-    ("schema", True, "has schema True, expected 2: another version of dmtd made it"),
-    ("schema", 3, "has schema 3, this version reads up to 2; upgrade with: pip install -U dmtd"),
+    ("schema", True, "has schema True, expected 2 or later: another version of dmtd made it"),
+    ("schema", 4, "has schema 4, this version reads up to 3; upgrade with: pip install -U dmtd"),
     ("model", ABSENT, "manifest lacks model"),
     ("model", [], "manifest.model is a list, expected an object"),
     ("model/vocab_size", ABSENT, "manifest.model lacks vocab_size"),
@@ -120,6 +120,19 @@ def test_malformed_manifests(good: dict[str, Any], tmp_path: Path, place: str, v
     assert "\n" not in message
     assert str(tmp_path / "manifest.json") in message
     assert any(fix in message for fix in (AGAIN, "pip install -U dmtd", "it is not a DMTD bundle's manifest"))
+
+
+@pytest.mark.parametrize(
+    ("version", "fix"),
+    [("9.0.0", "upgrade with: pip install -U dmtd"), ("0.1.0", AGAIN), ("0.0.10", AGAIN), ("", AGAIN), (None, AGAIN)],
+)
+def test_what_a_newer_version_wrote_and_this_one_cannot_read_is_no_fault_of_the_bundle(
+    good: dict[str, Any], tmp_path: Path, version: object, fix: str
+) -> None:
+    good = {**good, "tools": {"dmtd": version}}
+    for place, value in (("model/kv_dtype", "int4"), ("weights/lm_head.weight/dtype", "float4")):
+        with pytest.raises(BundleError, match=f"; {fix}$"):
+            load(tmp_path, changed(good, place, value))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1, 2", "nothing", '{"schema": 1', "\x00"])
@@ -184,7 +197,9 @@ def test_check_files_tells_how_much_it_hashed(tiny: TinyBundles) -> None:
 @pytest.mark.parametrize("schema", [1, 0, -1])
 def test_an_earlier_schema_is_refused(tmp_path: Path, schema: int) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({"schema": schema}))
-    with pytest.raises(BundleError, match="expected 2: another version of dmtd made it; export the bundle again"):
+    with pytest.raises(
+        BundleError, match="expected 2 or later: another version of dmtd made it; export the bundle again"
+    ):
         load_manifest(tmp_path)
 
 
