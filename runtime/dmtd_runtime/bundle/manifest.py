@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from dmtd_errors.pointers import lfs_pointer
-from dmtd_errors.words import counted, reason
+from dmtd_errors.words import counted, reason, shown
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.json_records import decode
 from dmtd_runtime.bundle.records import CALIBRATED as CALIBRATED
@@ -197,6 +197,8 @@ def _dtypes_of(name: str, fmt: BlockFormat | None, dtype: str) -> tuple[str, ...
 def _faults_of_blocks(manifest: Manifest) -> Iterator[str]:
     """Codes, scales and minimums of a quantised weight fit its format and one another."""
     for name, fmt in manifest.quantised.items():
+        if not re.fullmatch(r"[\w-]{1,32}", fmt.source, re.ASCII):
+            yield f"{name} is quantised from {shown(fmt.source)}, expected the name of a format"
         codes, *per_block = (manifest.weights[part].shape for part in manifest.parts_of(name))
         if fmt.factors and (fmt.bits, fmt.minimums, codes[1:2], per_block.pop()) != (8, False, (1,), (fmt.block,)):
             yield f"{name} has factors and codes {list(codes)}, expected one of each input, of 8 bits, and one scale an output"
@@ -204,6 +206,23 @@ def _faults_of_blocks(manifest: Manifest) -> Iterator[str]:
             yield f"{name} is quantised in {fmt.name} with {fmt.levels} levels"
         elif len(codes) != 3 or codes[2] != fmt.code_bytes or any(shape != codes[:2] for shape in per_block):
             yield f"{name} has codes {list(codes)} and, a block, {list(map(list, per_block))}, which {fmt.name} has not"
+
+
+def _faults_of_calibration(manifest: Manifest) -> Iterator[str]:
+    """A text is a number of tokens and their digest, and something was measured over it."""
+    formats = manifest.quantised.values()
+    used = {
+        "weights": any(fmt.source == CALIBRATED or fmt.factors for fmt in formats),
+        "kv": manifest.model.cache_dtype == "int8",
+    }
+    for what, text in manifest.calibration.items():
+        if not used.get(what):
+            yield f"calibration names {shown(what)}, which nothing was measured for"
+        elif text.num_tokens < 1 or not re.fullmatch(r"[0-9a-f]{64}", text.sha256):
+            yield (
+                f"calibration.{what} is {counted(text.num_tokens, 'token')} of SHA-256 {shown(text.sha256)}, expected at least "
+                "1 and 64 hexadecimal digits"
+            )
 
 
 def _faults_of_model(manifest: Manifest) -> Iterator[str]:
@@ -288,5 +307,6 @@ _LOOKS = (
     _faults_of_blocks,
     _faults_of_model,
     _faults_of_caches,
+    _faults_of_calibration,
     _faults_of_graphs,
 )

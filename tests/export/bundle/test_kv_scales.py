@@ -31,6 +31,7 @@ from dmtd_models.reference.layers import rotate
 from dmtd_models.reference.oracle import gates
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.manifest import load_manifest
+from dmtd_runtime.errors import BundleError
 
 LAYERS, KV_HEADS, WIDTH = 5, 2, 16
 SPLIT = SplitOptions(encoding_layers=1, decoding_layers=2, cycle_length=3)
@@ -135,6 +136,25 @@ def test_a_bundle_of_before_has_caches_of_its_type(checkpoint: Path, tmp_path: P
     assert raw["model"].pop("kv_dtype") == "float32"
     (tmp_path / "bundle" / "manifest.json").write_text(json.dumps(raw))
     assert load_manifest(tmp_path / "bundle").model.cache_dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"num_tokens": -5}, "calibration.kv is -5 tokens of SHA-256"),
+        ({"num_tokens": 0}, "expected at least 1 and 64 hexadecimal digits"),
+        ({"sha256": "none"}, 'SHA-256 "none", expected'),
+    ],
+)
+def test_a_calibration_that_cannot_have_been_is_refused(
+    checkpoint: Path, tmp_path: Path, entry: dict[str, object], words: str
+) -> None:
+    export_bundle(checkpoint, tmp_path / "bundle", int8_options(checkpoint))
+    raw = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    raw["calibration"]["kv"] |= entry
+    (tmp_path / "bundle" / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(BundleError, match=words):
+        load_manifest(tmp_path / "bundle")
 
 
 REFUSED = [

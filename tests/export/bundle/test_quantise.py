@@ -197,6 +197,9 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, formats: dict, more: dict, m
     assert not (tmp_path / "b").exists()
 
 
+TEXT = {"num_tokens": 4096, "sha256": "0" * 64}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -205,6 +208,11 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, formats: dict, more: dict, m
         (lambda raw: raw["weights"][f"{LAYER}.codes"].update(dtype="float16"), "expected uint8"),
         (lambda raw: raw["quantised"].pop(f"{LAYER}.weight"), "expected float32"),
         (lambda raw: raw["quantised"][f"{LAYER}.weight"].update(bits=5), "expected one of 4, 8"),
+        (lambda raw: raw["quantised"][f"{LAYER}.weight"].update(source="\x1b[2J"), "expected the name of a format"),
+        (
+            lambda raw: raw["calibration"].update(weights=TEXT),
+            'calibration names "weights", which nothing was measured',
+        ),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(tmp_path: Path, change, message: str) -> None:
