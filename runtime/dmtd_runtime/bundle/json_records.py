@@ -112,9 +112,11 @@ def _by_name(decoder: Decoder) -> Decoder:
 
 
 def _literal(values: tuple[Any, ...]) -> Decoder:
+    words = ", ".join(value if isinstance(value, str) else shown(value) for value in values)
+
     def literal(raw: Any) -> Any:
         if raw not in values:
-            raise _MisfitError(f"is {shown(raw)}, expected one of {', '.join(map(str, values))}")
+            raise _MisfitError(f"is {shown(raw)}, expected one of {words}")
         return raw
 
     return literal

@@ -78,7 +78,11 @@ MALFORMED = [
     ("model/tie_word_embeddings", 0, "manifest.model.tie_word_embeddings is 0, expected true or false"),
     ("model/dtype", "float64", 'manifest.model.dtype is "float64", expected one of float32, float16, bfloat16'),
     ("model/dtype", ["float32"], "manifest.model.dtype is .*expected one of"),
-    ("model/kv_dtype", "int4", 'manifest.model.kv_dtype is "int4", expected one of float32, float16, bfloat16, int8'),
+    (
+        "model/kv_dtype",
+        "int4",
+        'manifest.model.kv_dtype is "int4", expected one of float32, float16, bfloat16, int8, null;',
+    ),
     ("model/kv_dtype", "float16", "model.kv_dtype is float16 in a model of float32"),
     ("model/kv_dtype", "int8", "key_cache.scale is missing, expected float32 .* for caches in int8"),
     ("model/bos_token_id", "x", 'manifest.model.bos_token_id is "x", expected an integer or null'),
