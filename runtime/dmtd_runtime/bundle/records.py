@@ -160,7 +160,7 @@ class BlockFormat:
     def name(self) -> str:
         """For people: int4 in blocks of 32 (Q4_1); what an export rounded itself as its options are called."""
         if self.factors:
-            return "int8-channel"
+            return "int8-channel, calibrated"
         if self.float8:
             return "fp8 with a scale for each output"
         if self.source not in ("rtn", "search", CALIBRATED):

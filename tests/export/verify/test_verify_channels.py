@@ -165,7 +165,9 @@ def test_a_bundle_passes_at_the_highest_level(made: tuple[Path, Path]) -> None:
     checkpoint, bundle = made
     manifest = load_manifest(bundle)
     kinds = {name: fmt.name for name, fmt in manifest.quantised.items()}
-    assert kinds.pop("model.embed_tokens.weight") == "int8 in blocks of 32" and set(kinds.values()) == {"int8-channel"}
+    assert kinds.pop("model.embed_tokens.weight") == "int8 in blocks of 32" and set(kinds.values()) == {
+        "int8-channel, calibrated"
+    }
     assert manifest.calibration.keys() == {"weights"} and manifest.schema == 3
     with open_checkpoint(checkpoint) as source:
         report = verify_bundle(bundle, checkpoint=source, quick=True)
