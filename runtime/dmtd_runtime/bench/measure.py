@@ -175,8 +175,9 @@ def _shifted(on_run: OnRun, base: int, total: int) -> Callable[[str, int], None]
 
 def check_options(options: BenchOptions, manifest: Manifest, backend_options: BackendOptions) -> None:
     """Raise RequestError for lengths that the bundle cannot run; the backend checks the batch sizes itself."""
-    if (least := min(options.batches, default=0)) < 1:
-        raise RequestError(f"got {least}, expected sizes of at least 1", param="batches")
+    if not options.batches or min(options.batches) < 1:
+        got = min(options.batches, default="none")
+        raise RequestError(f"got {got}, expected sizes of at least 1", param="batches")
     for name, least in (("prompt_len", 1), ("repeats", 1), ("warmup", 0)):
         if (value := getattr(options, name)) < least:
             raise RequestError(f"got {value}, expected at least {least}", param=name)

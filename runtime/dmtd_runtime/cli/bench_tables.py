@@ -128,7 +128,8 @@ def _range(batch: BatchReport, mode: Mode) -> str:
 def footer(report: BenchReport) -> Text:
     """The conditions of a static batch's table."""
     facts = report.conditions
-    line = f"medians of {counted(facts['repeats'], 'interleaved repeat')}; {facts['full_pass']} full pass"
+    repeats = "one repeat" if facts["repeats"] == 1 else f"medians of {facts['repeats']} interleaved repeats"
+    line = f"{repeats}; {facts['full_pass']} full pass"
     if facts["full_pass"] == "fused":
         line += f", whose graph repeats D and lm_head: {human_bytes(report.split.fused_extra)} more memory"
     return _conditions(facts, [line])
@@ -140,7 +141,7 @@ def _conditions(facts: dict[str, Any], lines: list[str]) -> Text:
     gpu = f"{facts['gpu']}, driver {facts['driver']}; " if facts["gpu"] else ""
     library = facts["tensorrt"] or facts["onnxruntime"]
     lines = [
-        f"{gpu}{facts['cpu']}, {facts['cores']:g} cores, {facts['threads']} threads; {library}, "
+        f"{gpu}{facts['cpu']}, {facts['cores']:g} cores, {counted(facts['threads'], 'thread')}; {library}, "
         f"{facts['dialect']} dialect; dmtd {facts['dmtd']}{commit}",
         *lines,
     ]
@@ -168,12 +169,12 @@ def serve_table(report: ServeReport) -> Table:
 def serve_footer(report: ServeReport) -> Text:
     """The conditions of the loads' table."""
     facts = report.conditions
+    repeats = "one repeat" if facts["repeats"] == 1 else f"{facts['repeats']} interleaved repeats pooled"
     lengths = f"prompts of {facts['prompt_len']:.0f} and {facts['max_tokens']:.0f} new tokens on average"
     return _conditions(
         facts,
         [
-            f"{lengths}; {counted(facts['repeats'], 'interleaved repeat')} pooled, after {facts['warmup']} warm-up; "
-            f"{facts['full_pass']} full pass",
+            f"{lengths}; {repeats}, after {facts['warmup']} warm-up; {facts['full_pass']} full pass",
             "ratios are of tokens/s while the load lasts; static: all slots begin and end together, prompts included",
         ],
     )

@@ -125,8 +125,8 @@ def test_other_ways_to_run(full_pass: str, dialect: str, bundle: Path, manifest:
     [
         (BenchOptions(prompt_len=200, max_tokens=57), "prompt_len: got 200, and 57 new tokens, expected at most 256"),
         (BenchOptions(prompt_len=4, max_tokens=4), "max_tokens: got 4, expected at least 5"),
-        (BenchOptions(batches=()), "batches: got"),
-        (BenchOptions(batches=(0,)), "batches: got"),
+        (BenchOptions(batches=()), "batches: got none, expected sizes of at least 1"),
+        (BenchOptions(batches=(2, 0)), "batches: got 0, expected sizes of at least 1"),
         (BenchOptions(repeats=0, max_tokens=20), "repeats: got 0"),
         (BenchOptions(batches=(3,), prompt_len=4, max_tokens=8), "max_num_seqs: got 3"),
     ],
