@@ -1,4 +1,4 @@
-"""The doctor against made-up machines: fake /proc and /sys, fake package metadata, a fake nvidia-smi."""
+"""The doctor against made-up machines: fake /proc and /sys, fake package metadata."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from machine_files import gpu_files, write
 from rich.console import Console
 
 from dmtd_runtime.cli import doctor_facts as doctor
 from dmtd_runtime.cli.doctor_facts import Report, collect, render, to_json
 from dmtd_runtime.device.libraries import CUDA_MAJOR, LIBRARIES
-from dmtd_runtime.machine import hardware as machine
 from dmtd_runtime.ort.cuda_provider import CudaNeeds, Library
 
 HEALTHY = {"onnxruntime": "1.31.1", "numpy": "2.4.6", "tokenizers": "0.23.3", "onnx": "1.23.2", "torch": "2.13.0+cpu"}
@@ -41,13 +41,6 @@ def onnxruntime_is(monkeypatch: pytest.MonkeyPatch):
     return put
 
 
-def write(root: Path, files: Mapping[str, str]) -> Path:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
-
-
 CUDA_NAMES = ("libcublas.so.13", "libcudart.so.13", "libcudnn.so.9")
 
 
@@ -65,13 +58,6 @@ def report_of(
     return collect(
         root=root, environ=environ or {}, version_of=dict(versions).get, look_at_cuda=lambda ort: cuda or needs()
     )
-
-
-def gpu_files() -> dict[str, str]:
-    return {
-        "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 2025\n",
-        "proc/driver/nvidia/gpus/0000:01:00.0/information": "Model: \t\t NVIDIA L40S\nIRQ:   \t\t 16\n",
-    }
 
 
 def test_healthy_machine_has_no_problem(tmp_path: Path, onnxruntime_is) -> None:
@@ -191,79 +177,6 @@ def test_install_lines_and_limits_agree_with_pyproject(repo_root: Path) -> None:
         "onnxruntime-gpu": doctor.ONNXRUNTIME_OLDEST,
         **{name: str(CUDA_MAJOR) for name in ("nvidia-cublas", "cuda-bindings")},
     }
-
-
-def test_cpu_and_memory_are_read(tmp_path: Path) -> None:
-    write(
-        tmp_path,
-        {
-            "proc/cpuinfo": "processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 fma amx_bf16 avx512_vnni\n",
-            "proc/meminfo": "MemTotal:       16000000 kB\nMemFree:  1 kB\nMemAvailable:    8000000 kB\n",
-        },
-    )
-    host = machine.look_at_machine(tmp_path)
-    assert host.cpu == "Some CPU"
-    assert host.isa == ("avx2", "fma", "avx512_vnni", "amx_bf16")
-    assert (host.memory_total_bytes, host.memory_available_bytes) == (16_384_000_000, 8_192_000_000)
-
-
-def test_arm_features(tmp_path: Path) -> None:
-    write(tmp_path, {"proc/cpuinfo": "processor\t: 0\nFeatures\t: fp asimd i8mm sve\n"})
-    assert machine.look_at_machine(tmp_path).isa == ("asimd", "i8mm", "sve")
-
-
-@pytest.mark.parametrize(
-    ("files", "cores", "memory"),
-    [
-        ({}, 8.0, 1_048_576_000),
-        # version 2: own group tighter than its parent
-        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "150000 100000\n",
-          "sys/fs/cgroup/a/cpu.max": "max 100000\n", "sys/fs/cgroup/a/memory.max": "500000000\n"}, 1.5, 500_000_000),
-        # version 2 in a container: the group's path does not exist under the mount, the mount's files do
-        ({"proc/self/cgroup": "0::/host/path\n", "sys/fs/cgroup/cpu.max": "200000 100000\n",
-          "sys/fs/cgroup/memory.max": "max\n"}, 2.0, 1_048_576_000),
-        # version 1
-        ({"proc/self/cgroup": "4:memory:/m\n2:cpu,cpuacct:/c\n", "sys/fs/cgroup/cpu/c/cpu.cfs_quota_us": "300000\n",
-          "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
-          "sys/fs/cgroup/memory/m/memory.limit_in_bytes": "9223372036854771712\n"}, 3.0, 1_048_576_000),
-    ],
-)  # fmt: skip
-def test_cgroup_limits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: float, memory: int
-) -> None:
-    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    write(tmp_path, {"proc/meminfo": "MemTotal: 1024000 kB\nMemAvailable: 1024000 kB\n", **files})
-    host = machine.look_at_machine(tmp_path)
-    assert host.cores_usable == cores
-    assert host.memory_total_bytes == memory
-
-
-def test_gpu_from_the_drivers_files(tmp_path: Path) -> None:
-    assert machine.look_at_gpus(tmp_path) == ((), None)
-    (gpu,), driver = machine.look_at_gpus(write(tmp_path, gpu_files()))
-    assert (gpu.name, gpu.memory_mib, driver) == ("NVIDIA L40S", None, "580.65.06")
-
-
-def fake_nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    program = write(folder, {"nvidia-smi": f"#!/bin/sh\n{script}\n"}) / "nvidia-smi"
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder))
-
-
-def test_gpu_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = "NVIDIA H200, 580.65.06, 143771, 9.0\\nNVIDIA GB10, 580.65.06, [N/A], 12.1"
-    fake_nvidia_smi(tmp_path, monkeypatch, f"printf '{lines}\\n'")
-    gpus, driver = machine.look_at_gpus()
-    assert [(gpu.name, gpu.memory_mib, gpu.compute_capability) for gpu in gpus] == [
-        ("NVIDIA H200", 143771, "9.0"),
-        ("NVIDIA GB10", None, "12.1"),
-    ]
-    assert driver == "580.65.06"
-
-
-def test_failing_nvidia_smi_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_nvidia_smi(tmp_path, monkeypatch, "echo 'NVIDIA-SMI has failed, a, b, c'; exit 9")
-    assert machine._nvidia_smi() == []
 
 
 def test_thread_environment_keeps_what_matters(tmp_path: Path, onnxruntime_is) -> None:
