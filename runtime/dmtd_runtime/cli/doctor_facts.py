@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dmtd_runtime.device.libraries import CUDA_BACKENDS, CUDA_MAJOR, LIBRARIES
-from dmtd_runtime.machine.hardware import Gpu, Machine, look_at_gpus, look_at_machine
+from dmtd_runtime.machine.hardware import Gpu, Machine, look_at_gpus, look_at_machine, threads_of
 from dmtd_runtime.ort.cuda_provider import CUDA_PROVIDER, CUDNN, DRIVER_PAGE, CudaNeeds, look
 from dmtd_runtime.version import __version__
 
@@ -222,7 +222,8 @@ def _machine_rows(report: Report) -> list[tuple[str, str]]:
         capability = f", compute capability {gpu.compute_capability}" if gpu.compute_capability else ""
         rows.append(("GPU", f"{gpu.name}{memory}{capability}"))
     variables = " ".join(f"{name}={value}" for name, value in report.thread_environment.items())
-    return [*rows, ("threads", variables or "no variable set")]
+    threads = f"{threads_of(host.cores_usable)} for ONNX Runtime, or as many as --threads says"
+    return [*rows, ("threads", threads), ("environment", variables or "no variable of threads or devices set")]
 
 
 def _driver_text(report: Report) -> str:

@@ -22,6 +22,7 @@ __all__ = [
     "look_at_gpus",
     "look_at_machine",
     "memory_bytes",
+    "threads_of",
     "usable_cores",
 ]
 
@@ -142,7 +143,12 @@ def usable_cores(root: Path = Path("/")) -> float:
 
 def default_threads() -> int:
     """Threads of a computation: one for each core that this process may use."""
-    return max(1, round(usable_cores()))
+    return threads_of(usable_cores())
+
+
+def threads_of(cores: float) -> int:
+    """As many as there are cores, of which a quota may leave a fraction."""
+    return max(1, round(cores))
 
 
 def memory_bytes(root: Path = Path("/")) -> tuple[int | None, int | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import io
 import json
@@ -182,6 +183,12 @@ def test_install_lines_and_limits_agree_with_pyproject(repo_root: Path) -> None:
 def test_thread_environment_keeps_what_matters(tmp_path: Path, onnxruntime_is) -> None:
     report = report_of(tmp_path, HEALTHY, {"OMP_NUM_THREADS": "1", "HOME": "/root"})
     assert report.thread_environment == {"OMP_NUM_THREADS": "1"}
+    host = dataclasses.replace(report.machine, cores_usable=2.0)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render(dataclasses.replace(report, machine=host)))
+    rows = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    assert "threads 2 for ONNX Runtime, or as many as --threads says" in rows
+    assert "environment OMP_NUM_THREADS=1" in rows
 
 
 def test_json_and_table_tell_the_report(tmp_path: Path, onnxruntime_is) -> None:
