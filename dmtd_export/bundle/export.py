@@ -147,8 +147,9 @@ def resolve(checkpoint: Checkpoint, options: ExportOptions) -> DmtdSpec:
             "tensorrt, whose standard graphs ONNX Runtime runs too"
         )
     recorded = checkpoint.dmtd
-    if recorded is not None and (warning := trained_otherwise(recorded, spec)):
-        logger.warning("%s", warning)
+    otherwise = None if recorded is None else trained_otherwise(recorded, spec)
+    if otherwise is not None:
+        logger.warning("%s", otherwise)
         spec = replace(spec, trained=False)
     if not spec.convention_recorded:
         logger.warning(
@@ -156,7 +157,7 @@ def resolve(checkpoint: Checkpoint, options: ExportOptions) -> DmtdSpec:
             spec.cycle_origin,
             spec.prompt_input,
         )
-    if not spec.trained:
+    if not spec.trained and otherwise is None:
         logger.warning("the weights are not trained for DMTD: speed will be real, words of the late steps will not")
     return spec
 
@@ -181,9 +182,12 @@ def trained_otherwise(recorded: DmtdSpec, spec: DmtdSpec) -> str | None:
     """A line about weights whose training was not for ``spec``; None where it was."""
     if _same_training(recorded, spec):
         return None
-    return (
-        "the checkpoint was trained with E{} T{} D{}, cycles of {}, {}, {}; with anything else it counts as not trained"
-    ).format(*_split(recorded), recorded.cycle_origin, recorded.prompt_input)
+    return f"the checkpoint was trained for {_in_words(recorded)}; for anything else it counts as not trained"
+
+
+def _in_words(spec: DmtdSpec) -> str:
+    words = "E{} T{} D{} in cycles of {} (origin {}, prompt input {})"
+    return words.format(*_split(spec), spec.cycle_origin, spec.prompt_input)
 
 
 def _split(spec: DmtdSpec) -> tuple[int, int, int, int]:
@@ -234,6 +238,8 @@ def _write_bundle(
         read = CalibrationInfo(num_tokens=text.num_tokens, sha256=text.sha256)
         uses = {"weights": quantisation.made is not None, "kv": options.kv == "int8"}
         manifest = replace(manifest, calibration={what: read for what, used in uses.items() if used})
+    if (recorded := checkpoint.dmtd) is not None and trained_otherwise(recorded, spec):
+        manifest = replace(manifest, cycle=replace(manifest.cycle, trained_for=_in_words(recorded)))
     (work / contract.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 

@@ -135,7 +135,7 @@ def _table(output: Path, manifest: Manifest, formats: WeightOptions) -> Table:
     if any(formats.format_of(group) == "int4-symmetric" for group in GROUPS) and "weights" not in manifest.calibration:
         row("", SYMMETRIC_LOSES, "yellow")
     if not cycle.dmtd_trained:
-        row("", "not trained for DMTD: speed is real, words of the late steps are not", "yellow")
+        row("", cycle.training, "yellow")
     size = sum(info.bytes for info in manifest.files.values())
     row("size", f"{human_bytes(size)} in {counted(len(manifest.files), 'file')}, {len(manifest.graphs)} of them graphs")
     record = manifest.verification

@@ -157,12 +157,7 @@ def _head(manifest: Manifest) -> Table:
     table.add_row("vocabulary", f"{model.vocab_size}, embedding {tied}")
     caches = f", caches {model.cache_dtype}" if model.cache_dtype != model.dtype else ""
     table.add_row("numbers", f"{model.dtype}{caches}, up to {model.max_model_len} tokens")
-    trained = (
-        "trained for DMTD"
-        if cycle.dmtd_trained
-        else "not trained for DMTD: speed is real, words of the late steps are not"
-    )
-    table.add_row("weights", Text(trained, style="" if cycle.dmtd_trained else "yellow"))
+    table.add_row("weights", Text(cycle.training, style="" if cycle.dmtd_trained else "yellow"))
     return table
 
 

@@ -121,6 +121,8 @@ def _faults_of_split(manifest: Manifest) -> Iterator[str]:
             f"split E{parts[0]} T{parts[1]} D{parts[2]} with cycle length {cycle.cycle_length} "
             f"does not fit {model.num_layers} layers"
         )
+    if not (cycle.trained_for or "").isprintable():
+        yield f"cycle.trained_for is {shown(cycle.trained_for)}, expected words"
     for name in _SIZES:
         if (size := getattr(model, name)) < 1:
             yield f"model.{name} is {size}, expected at least 1"

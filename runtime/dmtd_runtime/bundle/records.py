@@ -73,6 +73,17 @@ class CycleInfo:
     cycle_origin: Literal["absolute", "prompt"]
     prompt_input: Literal["cyclical", "thinking", "sum"]
     dmtd_trained: bool
+    trained_for: str | None = (
+        None  # another split, cycle length or convention, where that is so: not ``dmtd_trained`` then
+    )
+
+    @property
+    def training(self) -> str:
+        """What the weights were trained for, and what that means here."""
+        if self.dmtd_trained:
+            return "trained for DMTD"
+        otherwise = f"trained for {self.trained_for}, not for this" if self.trained_for else "not trained for DMTD"
+        return f"{otherwise}: speed is real, words of the late steps are not"
 
     @property
     def encoding_range(self) -> range:

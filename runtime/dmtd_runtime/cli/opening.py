@@ -12,8 +12,6 @@ from dmtd_runtime.cli.common import logs_to_stderr, note
 from dmtd_runtime.llm import LLM
 from dmtd_runtime.serving.options import ServingOptions
 
-UNTRAINED = "note: weights not trained for DMTD: the speed is real, the words are not (compare with --plain)"
-
 
 @contextlib.contextmanager
 def open_llm(bundle: Path, options: BackendOptions, serving: ServingOptions, *, plain: bool) -> Iterator[LLM]:
@@ -22,6 +20,6 @@ def open_llm(bundle: Path, options: BackendOptions, serving: ServingOptions, *, 
         name: value for name, value in (asdict(options) | asdict(serving)).items() if name not in OF_THE_BACKEND_ALONE
     }
     with logs_to_stderr(without="not trained for DMTD"), LLM(bundle, plain=plain, **given) as llm:
-        if not llm.manifest.cycle.dmtd_trained and not plain:
-            note(UNTRAINED)
+        if not (cycle := llm.manifest.cycle).dmtd_trained and not plain:
+            note(f"note: weights {cycle.training} (compare with --plain)")
         yield llm

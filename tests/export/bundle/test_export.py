@@ -133,7 +133,7 @@ def test_same_export_twice_gives_the_same_bytes(plain: Path, tmp_path: Path) -> 
 )
 def test_split_by_option_over_a_plain_checkpoint(plain: Path, tmp_path: Path, options: dict, split: tuple) -> None:
     cycle = export(plain, tmp_path / "b", **options)["cycle"]
-    assert tuple(cycle.values()) == (*split, False)
+    assert tuple(cycle.values()) == (*split, False, None)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,9 @@ def test_recorded_split_with_options_over_it(tmp_path: Path, fields: dict, optio
     manifest = read_manifest(tmp_path / "b")
     # Another split or cycle than the weights were trained for counts as not trained.
     as_recorded = not {"encoding_layers", "cycle_length"} & set(options)
-    assert tuple(manifest["cycle"].values()) == (*split, as_recorded)
+    *given, trained_for = manifest["cycle"].values()
+    assert tuple(given) == (*split, as_recorded)
+    assert trained_for == (None if as_recorded else "E1 T1 D2 in cycles of 3 (origin prompt, prompt input thinking)")
     layers = {graph["name"]: _cache_layers(graph) for graph in manifest["graphs"] if graph["dialect"] == "standard"}
     e, t, d = split[:3]
     assert layers["full_pass"] == set(range(4))

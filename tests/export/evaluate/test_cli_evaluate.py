@@ -186,8 +186,8 @@ def test_a_split_that_the_weights_were_not_trained_for_is_said(
     model = write_tiny_checkpoint(tmp_path / "m", family="llama", layers=5, tokenizer=True, dmtd=fields)
     arguments = (model, "--text", data / "prose.txt", "--prefixes", "0", "--cycle-length", "2")
     notes = report_of(capsys, *arguments)["notes"]
-    assert any("was trained with E1 T2 D2, cycles of 3" in line for line in notes)
-    assert not any("was trained with" in line for line in report_of(capsys, *arguments[:-2])["notes"])
+    assert any("was trained for E1 T2 D2 in cycles of 3" in line for line in notes)
+    assert not any("was trained for" in line for line in report_of(capsys, *arguments[:-2])["notes"])
 
 
 def test_windows_longer_than_the_model_takes_are_shortened_and_that_is_said(

@@ -99,6 +99,12 @@ def test_render_tells_everything(manifest: Manifest) -> None:
     assert all(len(line) <= 100 for line in text.splitlines())
 
 
+def test_other_cycles_than_those_of_the_training_are_told(manifest: Manifest) -> None:
+    cycle = replace(manifest.cycle, dmtd_trained=False, trained_for="E0 T3 D2 in cycles of 4")
+    text = " ".join(drawn(replace(manifest, cycle=cycle)).split())
+    assert "trained for E0 T3 D2 in cycles of 4, not for this: speed is real" in text
+
+
 def test_names_from_a_manifest_are_no_markup(manifest: Manifest) -> None:
     odd = replace(manifest, tools={"[red]tool[/]": "[/nothing]"}, verification={"ok": True, "level": "[bold]"})
     text = drawn(odd)

@@ -95,6 +95,7 @@ MALFORMED = [
     ("cycle/thinking_layers", 4, "split E0 T4 D2 .* does not fit 5 layers"),
     ("cycle/thinking_layers", 0, "does not fit"),
     ("cycle/encoding_layers", -1, "split E-1 T3 D2"),
+    ("cycle/trained_for", "\x1b[2J", "cycle.trained_for is .*, expected words"),
     ("graphs", {}, "manifest.graphs is an object, expected a list"),
     ("graphs/0/name", "prefill", r'manifest.graphs\[0\].name is "prefill", expected one of full_pass'),
     (
