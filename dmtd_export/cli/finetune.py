@@ -52,7 +52,7 @@ def finetune(
     source = pick(checkpoint, model, "BASE")
     if output is None:
         raise typer.BadParameter("-o / --output: missing; name the directory of the result")
-    if is_gguf(source):
+    if job.initial is None and is_gguf(source):
         require_split(split)
     with StageDisplay() as display:
         display.stage("starting", 0)

@@ -48,7 +48,8 @@ JobGroup = Annotated[
             ),
             "max_length": option("Tokens of a document. What is longer is cut.", panel=_TEXT, min=8),
             "initial": option(
-                "An adapter of BASE to start from. BASE stays the teacher. By default training starts from BASE.",
+                "An adapter of BASE to start from. BASE stays the teacher, and the split is the adapter's where none is given. "
+                "By default training starts from BASE.",
                 panel=_LEARN,
             ),
             "device": option("Where to train. By default cuda where there is one.", panel=_RUN),

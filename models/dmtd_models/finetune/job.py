@@ -62,7 +62,8 @@ def run_job(
     job, training = _on_this_machine(job), job.output / TRAINING
     with contextlib.ExitStack() as opened:
         checkpoint = opened.enter_context(open_checkpoint(job.base))
-        spec = _spec(checkpoint, job)
+        initial = opened.enter_context(open_checkpoint(job.base, job.initial)) if job.initial is not None else None
+        spec = _spec(checkpoint, initial, job)
         check_options(job.train, spec)
         processes = PartialState(cpu=job.device == "cpu" or not torch.cuda.is_available())
         record = _record(checkpoint, spec, job, processes.num_processes)
@@ -82,7 +83,6 @@ def run_job(
                 write_record(training, record)
         for note in text.notes:
             say(note)
-        initial = opened.enter_context(open_checkpoint(job.base, job.initial)) if job.initial is not None else None
         with _telling_where_to_go_on(training, say):
             result = finetune(
                 checkpoint,
@@ -165,7 +165,8 @@ def _record(checkpoint: Checkpoint, spec: DmtdSpec, job: Job, processes: int) ->
     }
 
 
-def _spec(checkpoint: Checkpoint, job: Job) -> DmtdSpec:
+def _spec(checkpoint: Checkpoint, initial: Checkpoint | None, job: Job) -> DmtdSpec:
+    """The split and convention to train for: the options', and what they leave open as the adapter to start from has it."""
     if checkpoint.dmtd is not None:
         raise ConfigError(f"{job.base}: is a DMTD checkpoint already; fine-tuning starts from the plain model")
     if job.adapter_bits != MOST_BITS and (job.save == "checkpoint" or job.train.trained == "lora"):
@@ -179,8 +180,9 @@ def _spec(checkpoint: Checkpoint, job: Job) -> DmtdSpec:
         raise ConfigError("has no effect with --no-cache; leave one of them out", param="feature_dir")
     if job.initial is not None and job.train.trained == "lora":
         raise ConfigError("an adapter's factors are made anew in a lora run; use --train late or full", param="initial")
-    spec = resolve_dmtd(checkpoint.config, None, job.split)
-    return replace(spec, convention_recorded=True)  # it is what the weights are going to be trained for
+    spec = resolve_dmtd(checkpoint.config, None if initial is None else initial.dmtd, job.split)
+    # It is what the weights are going to be trained for; those of the base are for none.
+    return replace(spec, trained=False, convention_recorded=True)
 
 
 def _text(

@@ -247,6 +247,25 @@ def test_options_that_cannot_be_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_split_is_that_of_the_adapter_to_start_from(
+    finished: tuple[Path, dict[str, Any]], base: str, chats: str, tmp_path: Path
+) -> None:
+    first, told = finished
+    more = ("--initial", str(first), "--max-tokens", "200", "--json")
+    same = finetune(base, tmp_path / "same", chats, *more, quick=QUICK[len(SPLIT) :])
+    assert same.exit_code == 0, same.output
+    assert json.loads(same.stdout)["split"] == told["split"]
+    other = finetune(base, tmp_path / "other", chats, *more, "--cycle-length", "2", quick=QUICK[len(SPLIT) :])
+    assert json.loads(other.stdout)["split"] == told["split"] | {"cycle_length": 2}
+
+
+def test_an_adapter_that_is_not_there_is_told_before_anything_is_written(base: str, chats: str, tmp_path: Path) -> None:
+    result = finetune(base, tmp_path / "out", chats, "--initial", str(tmp_path / "nowhere"))
+    assert result.exit_code == 2
+    assert error_line(result).startswith(f"error: --initial: {tmp_path / 'nowhere'}: no adapter")
+    assert not (tmp_path / "out").exists()
+
+
 def test_wrong_usage(base: str, chats: str, tmp_path: Path) -> None:
     result = finetune(base, tmp_path / "out", chats, "--curriculum", "two:half")
     assert result.exit_code == 2 and "LENGTH:SHARE" in result.stderr
