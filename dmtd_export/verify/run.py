@@ -20,19 +20,19 @@ from typing import TYPE_CHECKING, Any
 from dmtd_export.bundle.atomic import work_directory
 from dmtd_export.bundle.split import spec_of
 from dmtd_export.verify import cycles
+from dmtd_export.verify.as_is import AsIs, as_is_runs, is_evaluated, margins_as_is, standard_graphs
 from dmtd_export.verify.choice_checks import check_choose_token, check_sample_token
 from dmtd_export.verify.exact import exact_twin
 from dmtd_export.verify.expected import expected_cycles, expected_rows
 from dmtd_export.verify.graph_checks import check_graphs, ordered
-from dmtd_export.verify.graph_runs import OpenSession, open_evaluator, open_onnxruntime
+from dmtd_export.verify.graph_runs import open_onnxruntime
 from dmtd_export.verify.half import float32_twin
 from dmtd_export.verify.int8_caches import FollowedGraphs, Scales, cache_scales
-from dmtd_export.verify.levels import Plan, float32_bytes, make_plan, scratch_directory
+from dmtd_export.verify.levels import Plan, make_plan, scratch_directory
 from dmtd_export.verify.margins import (
     FLOAT32,
     FLOAT32_MARGIN,
     Margin,
-    half_margin,
     int8_margin_of,
     rounding_margin,
     rounds_inputs,
@@ -47,13 +47,11 @@ from dmtd_models.checkpoints.tensors import tensor_shapes
 from dmtd_models.config.model import ModelConfig
 from dmtd_models.progress import Progress, silent
 from dmtd_runtime.bundle import contract
-from dmtd_runtime.bundle.manifest import GraphInfo, Manifest, load_manifest
+from dmtd_runtime.bundle.manifest import Manifest, load_manifest
 from dmtd_runtime.errors import BackendError, BundleError
 
 if TYPE_CHECKING:
     from dmtd_export.verify.reference import Reference
-
-EVALUATOR_BYTES = 16 << 20  # float32 bytes of the largest model that ONNX's reference evaluator is asked to run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +97,7 @@ def verify_bundle(
         notes=tuple(notes),
         checks=tuple(checks),
         seconds=time.monotonic() - start,
-        margins={"float32_of_max": FLOAT32_MARGIN, **told_margins(*run.margins)},
+        margins={"float32_of_max": FLOAT32_MARGIN, **told_margins(*margins_as_is(manifest))},
     )
 
 
@@ -128,17 +126,6 @@ def verify_hook(
         return record(report)
 
     return hook
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _AsIs:
-    """Graphs that run in their own type. ``twin``: of each one that rounds no inputs."""
-
-    graphs: tuple[GraphInfo, ...]
-    label: str
-    margin: Margin
-    open_session: OpenSession
-    twin: bool = False
 
 
 class _Run:
@@ -180,34 +167,19 @@ class _Run:
                 "that they are the model's rests on the recorded norms and probes"
             )
         if dtype == "bfloat16":
-            how = "and, in ONNX's reference evaluator, the standard ones as they are" if self._evaluates() else "only"
+            evaluated = "and, in ONNX's reference evaluator, the standard ones as they are"
+            how = evaluated if is_evaluated(self._manifest) else "only"
             yield f"bfloat16 graphs were run as their float32 cast {how}: the CPU has no bfloat16 kernels"
         if dtype == "float16":
             yield "float16 graphs were run as their float32 cast, and as they are (margin in ULP)"
-        if self._rounds_inputs:
+        if rounds_inputs(self._manifest):
             and_as_they_are = "" if dtype == "bfloat16" else ", and as they are"
             yield (
                 "graphs over quantised weights were run without rounding a product's inputs, against float32 over the same "
                 f"weights{and_as_they_are}"
             )
-        if self._manifest.quantised and self._standard:
+        if self._manifest.quantised and standard_graphs(self._manifest):
             yield "standard graphs over quantised weights were run with ONNX Runtime's optimisations, and without"
-
-    @property
-    def margins(self) -> tuple[Margin | None, ...]:
-        """Those that graphs are held to as they are: half precision's, and that of inputs rounded to int8."""
-        model = self._manifest.model
-        half = None if model.dtype == "float32" else half_margin(model.dtype, model.num_layers)
-        return (half, rounding_margin(self._manifest) if self._rounds_inputs and model.dtype != "bfloat16" else None)
-
-    @property
-    def _rounds_inputs(self) -> bool:
-        """Whether graphs round the inputs of products over quantised weights."""
-        return rounds_inputs(self._manifest)
-
-    @property
-    def _standard(self) -> tuple[GraphInfo, ...]:
-        return tuple(graph for graph in ordered(self._manifest) if graph.dialect == contract.STANDARD)
 
     def numbers(self, plan: Plan) -> list[Check]:
         """Levels ``graphs`` and ``oracle``, over the bundle or its float32 twin."""
@@ -256,7 +228,7 @@ class _Run:
             directory, manifest = self._directory, self._manifest
             if manifest.model.dtype != "float32":
                 directory, manifest = target, float32_twin(directory, manifest, target, self.config)
-            if self._rounds_inputs:
+            if rounds_inputs(self._manifest):
                 manifest = exact_twin(directory, manifest, target, in_floats=plan.in_floats)
             yield target, manifest
 
@@ -275,11 +247,11 @@ class _Run:
     ) -> list[Check]:
         cast = "" if self._manifest.model.dtype == "float32" else ", cast to float32,"
         label, open_exact = cast, open_onnxruntime
-        if self._rounds_inputs:
+        if rounds_inputs(self._manifest):
             label, open_exact = f"{cast or ','} inputs not rounded,", partial(open_onnxruntime, prepack=True)
         # ONNX Runtime puts other nodes in the place of DequantizeLinear and what reads it, and has erred in that.
         plain = tuple(graph for graph in ordered(manifest) if manifest.quantised and graph.dialect == contract.STANDARD)
-        as_is = self._as_is()
+        as_is = as_is_runs(self._manifest)
         runs = sum(len(one.graphs) for one in as_is)
         with self._counting("graphs", len(ordered(manifest)) + len(plain) + runs) as done:
             checks = check_graphs(
@@ -314,7 +286,7 @@ class _Run:
 
     def _graphs_as_is(
         self,
-        run: _AsIs,
+        run: AsIs,
         scenario: Scenario,
         expected: Outcome,
         level: Level,
@@ -341,35 +313,9 @@ class _Run:
                 follow.within(run.margin.limit) if follow else None,
             )
 
-    def _as_is(self) -> list[_AsIs]:
-        """The graphs in half precision or with rounded inputs that can run as they are, how, and within what."""
-        half, rounded = self.margins
-        # The kernels do not know of slots, and their graphs are held to the closer margin above.
-        own = (graph for graph in ordered(self._manifest) if graph.dialect == contract.ONNXRUNTIME)
-        single, prepacked = tuple(g for g in own if g.slots == 1), partial(open_onnxruntime, prepack=True)
-        dtype, runs = self._manifest.model.dtype, []
-        if rounded is not None:
-            runs.append(_AsIs(graphs=single, label=", as it is,", margin=rounded, open_session=prepacked))
-        if half is None:
-            return runs
-        if dtype == "float16" and self._rounds_inputs:  # what a GPU's kernels compute, which round none
-            label = ", in float16, inputs not rounded,"
-            runs.append(_AsIs(graphs=single, label=label, margin=half, open_session=prepacked, twin=True))
-        if dtype == "float16":
-            graphs = self._standard if self._rounds_inputs else tuple(ordered(self._manifest))
-            runs.append(_AsIs(graphs=graphs, label=", as it is,", margin=half, open_session=open_onnxruntime))
-        elif self._evaluates():
-            label = ", as it is in ONNX's evaluator,"
-            runs.append(_AsIs(graphs=self._standard, label=label, margin=half, open_session=open_evaluator))
-        return runs
-
-    def _evaluates(self) -> bool:
-        """Whether a bfloat16 bundle is small enough for the evaluator, which multiplies element by element."""
-        return self._manifest.model.dtype == "bfloat16" and float32_bytes(self._manifest) <= EVALUATOR_BYTES
-
     def _cycles(self, directory: Path, manifest: Manifest, reference: Reference | None, plan: Plan) -> list[Check]:
         dtype = self._manifest.model.dtype
-        runs_as_is = dtype == "float16" or (self._rounds_inputs and dtype == "float32")
+        runs_as_is = dtype == "float16" or (rounds_inputs(self._manifest) and dtype == "float32")
         quick = self._quick or plan.cycles == "few"
         variants = cycles.make_variants(manifest, quick, plan.prepack)
         made = cycles.make_cases(manifest, quick)
@@ -391,7 +337,8 @@ class _Run:
                     )
                     checks.append(check)
             if runs_as_is:
-                rounded, what = rounding_margin(self._manifest), "int8 inputs" if self._rounds_inputs else "float16"
+                rounded = rounding_margin(self._manifest)
+                what = "int8 inputs" if rounds_inputs(self._manifest) else "float16"
                 assert rounded is not None, "graphs that are run as they are have a margin of their own"
                 label, bundle = f", {what} as it is", (self._directory, self._manifest)
                 if expected.follow is not None:
