@@ -249,7 +249,7 @@ def test_the_gpu_extra_brings_what_the_cuda_provider_links(repo_root: Path) -> N
 
 def test_the_wheel_is_small_and_downloads_nothing(wheel: Path) -> None:
     """What fetches packages is the study's. What lm-eval needs of the network, lm-eval fetches, and is asked for by name."""
-    assert wheel.stat().st_size < 750_000  # 500,000 before there was a server, 700,000 before quantised weights
+    assert wheel.stat().st_size < 800_000  # 500,000 before there was a server, 750,000 until 0.1.0
     with zipfile.ZipFile(wheel) as archive:
         sources = {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".py")}
     fetching = re.compile(
