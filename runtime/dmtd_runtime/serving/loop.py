@@ -88,10 +88,12 @@ class Loop:
 
         Errors of the backend pass through.
         """
-        self._leave(number for number, sequence in self._sequences.items() if sequence.end_from_outside())
+        if ended := [number for number, sequence in self._sequences.items() if sequence.end_from_outside()]:
+            self._leave(ended)
         if self._closing():
             self._end_waiting()
-        self._enter()
+        if self._scheduler.has_free_slots:
+            self._enter()
         if self._sequences and not self._run_cycles():
             self._run(self._scheduler.schedule())
 
@@ -150,14 +152,17 @@ class Loop:
 
     def _run(self, planned: Sequence[Planned]) -> None:
         """Run one step of the sequences, and tell those that get a token."""
-        self._count_heads(planned)
-        self._step_tokens.add(sum(len(one.step.late) for one in planned))
-        scored = [one for one in planned if one.step.kind == "prefill" and self._scores(one)]
-        for one in scored:
-            self._run_scored(one)
-        planned = [one for one in planned if one not in scored]
         if not planned:
             return
+        self._count_heads(planned)
+        self._step_tokens.add(sum(len(one.step.late) for one in planned))
+        if planned[-1].step.kind == "prefill":  # prompts stand behind the others
+            scored = [one for one in planned if one.step.kind == "prefill" and self._scores(one)]
+            for one in scored:
+                self._run_scored(one)
+            planned = [one for one in planned if one not in scored]
+            if not planned:
+                return
         steps = [self._slot_step(one) for one in planned]
         wanting = [one for one in planned if one.step.wants_logits]
         wanted = [self._sequences[one.sequence] for one in wanting]
@@ -180,7 +185,8 @@ class Loop:
             self._chosen += not sequence.failed
             if one.step.kind == "prefill":
                 self._keep(one.sequence)
-        self._leave(one.sequence for one in wanting if self._sequences[one.sequence].ended)
+        if ended := [one.sequence for one, sequence in zip(wanting, wanted, strict=True) if sequence.ended]:
+            self._leave(ended)
 
     def _scores(self, one: Planned) -> bool:
         return self._sequences[one.sequence].prompt_logprobs is not None

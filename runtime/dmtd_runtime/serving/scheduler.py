@@ -118,6 +118,10 @@ class Scheduler:
         return [entry.sequence for entry in self._running]
 
     @property
+    def has_free_slots(self) -> bool:
+        return self._slots.num_free > 0
+
+    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
@@ -203,14 +207,17 @@ class Scheduler:
 
         ``heads=False``: chunks alone, as small as if the heads ran beside them.
         """
-        decoding = [entry for entry in self._running if not entry.position.in_prefill]
-        reading = [entry for entry in self._running if entry.position.in_prefill]
+        decoding, reading = list[_Running](), list[_Running]()
+        for entry in self._running:
+            (reading if entry.position.in_prefill else decoding).append(entry)
         inside = [entry for entry in decoding if not self._at_head(entry)]
         if self._static and reading:
             return self._chunks(reading, self._budget or self._max_rows)
         if inside:
             return [self._planned(entry, [self._plan.next_step(entry.position, 1)]) for entry in inside]
         steps = [self._planned(entry, [self._plan.next_step(entry.position, 1)]) for entry in decoding]
+        if not reading and heads:
+            return steps
         rows = self._max_rows
         if self._budget is not None:
             rows = self._budget - sum(len(planned.step.window) for planned in steps)

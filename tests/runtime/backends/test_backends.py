@@ -254,9 +254,9 @@ def test_bindings_are_made_once(tiny: TinyBundles) -> None:
     backend = OnnxRuntimeBackend(bundle.directory, bundle.manifest, BackendOptions(threads=1))
     plan = plan_of(tiny, 4, ("prompt", "thinking"))
     run_prompts(backend, plan, [random_prompt(0, 6)], SamplingParams(temperature=0, max_tokens=10))
-    after_short = set(backend._bindings)
+    after_short = set(backend._runs._bindings)
     run_prompts(backend, plan, [random_prompt(1, 11)], SamplingParams(temperature=0, max_tokens=100))
-    assert set(backend._bindings) == after_short
+    assert set(backend._runs._bindings) == after_short
     backend.close()
 
 
@@ -270,7 +270,7 @@ def test_prompts_of_all_lengths_need_few_buffers(tiny: TinyBundles, dialect: str
     for length in range(1, 120):
         run_prompts(backend, plan, [[1] * length, [2] * 3], SamplingParams(temperature=0, max_tokens=6))
     assert len(backend._outputs) <= 20
-    assert len(backend._bindings) <= 40
+    assert len(backend._runs._bindings) <= 40
     backend.close()
 
 

@@ -106,6 +106,12 @@ class PackedLayout:
         return [max(lengths)] * self._slots if even else lengths
 
     def _fill_window(self, arrays: Mapping[str, Array], steps: Sequence[SlotStep], fed: Sequence[int]) -> None:
+        if self._slots == 1 and steps[0].step.kind != "prefill":  # the usual step: as below, in fewer words
+            [s] = steps
+            arrays[contract.INPUT_IDS][0] = s.ids
+            arrays[contract.LATE_ROWS][0, 0] = len(s.ids) - 1
+            self._fill_lengths(arrays, steps, [s.step.window.start], [len(s.ids)])
+            return
         packed_ids, late_rows = arrays[contract.INPUT_IDS][0], arrays[contract.LATE_ROWS].reshape(-1)
         idle = len(steps) < self._slots
         lengths = self._slot_lengths(steps)
@@ -162,12 +168,12 @@ class PackedLayout:
 
     def _fill_late(self, arrays: Mapping[str, Array], steps: Sequence[SlotStep], fed: Sequence[int]) -> None:
         hidden, thought = arrays[contract.GATE_HIDDEN], arrays[contract.GATE_THOUGHT]
-        slots, rows = self._late_slots(steps), hidden.shape[1]
+        slots, rows, prefill = self._late_slots(steps), hidden.shape[1], steps[0].step.kind == "prefill"
         last = [fed[slot] + rows - 1 for slot in slots]
         arrays[contract.seqlens_k("late")][:] = last
-        prefill = steps[0].step.kind == "prefill"
         arrays[contract.total_sequence_length("late")][0] = self._total(max(last) + 1, prefill)
-        hidden[:], thought[:] = True, False
+        if prefill or len(steps) < len(slots):
+            hidden[:], thought[:] = True, False
         if prefill:
             [only] = steps
             count = len(only.step.late)

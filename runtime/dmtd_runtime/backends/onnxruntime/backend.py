@@ -13,7 +13,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from dmtd_runtime.backends.onnxruntime.memory import (
     open_memory,
     small_tensors,
 )
+from dmtd_runtime.backends.onnxruntime.prepared import PreparedGraph, PreparedRun, PreparedRuns
 from dmtd_runtime.backends.onnxruntime.sizes import OrtSizes
 from dmtd_runtime.backends.onnxruntime.trial import captures_agree, warm_up_steps
 from dmtd_runtime.backends.onnxruntime.weights import mapped_weights, upload_weights
@@ -48,7 +49,6 @@ from dmtd_runtime.sampling.sampler import NOT_FINITE, best_tokens
 
 logger = logging.getLogger("dmtd.onnxruntime")
 
-MAX_BINDINGS = 256
 ROOM_HINT = "lower --max-model-len or --max-num-seqs, or free the device"
 
 
@@ -83,7 +83,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self._caches: dict[tuple[int, contract.Kind], Buffer] = {}
         self._copies: RowCopies | None = None
         self._outputs: dict[str, Buffer] = {}
-        self._bindings: dict[tuple[Hashable, ...], Binding] = {}
+        self._runs = PreparedRuns(self._layout, self._bind, fused=self.full_pass == "fused", rides=self._rides)
         self._ios: dict[tuple[contract.GraphName, range], SharedIo] = {}
         self._choosers: dict[tuple[int, ...], Binding] = {}
         self._graph_ids = itertools.count()
@@ -115,13 +115,15 @@ class OnnxRuntimeBackend(StepwiseBackend):
     def run(
         self, steps: Sequence[SlotStep], committed: Sequence[int], *, choose: bool = False, rows: Rows = "last"
     ) -> RunOutput:
-        parts, rows_of = self._layout.split(steps), [*committed, *(0,) * (self._cache_slots - len(committed))]
-        found: list[Array] = []
-        for group in [parts] if self._rides else [[part] for part in parts]:
-            for chosen in self._run_together(group, rows_of, choose=choose, rows=rows):
-                found.append(chosen if len(parts) == 1 else chosen.copy())  # a later part overwrites it
-            for s in itertools.chain(*group):  # a later part writes padding behind what this one wrote
-                rows_of[s.slot] = s.step.late.stop
+        found, fed = list[Array](), [*committed, *(0,) * (self._cache_slots - len(committed))]
+        runs = self._runs.of(steps, rows, captured=self._captures)
+        several = len(runs) > 1 or len(runs[0].graphs) > 2  # that give logits, each in the place of the one before
+        for run in runs:
+            for logits in self._run_prepared(run, steps, fed, choose=choose):
+                found.append(logits.copy() if several else logits)
+            if len(runs) > 1:  # a later one writes padding behind what this one wrote
+                for place in itertools.chain(*(graph.places for graph in run.graphs)):
+                    fed[steps[place].slot] = steps[place].step.late.stop
         together = found[0] if len(found) == 1 else np.concatenate(found)
         return RunOutput(tokens=together) if choose else RunOutput(logits=together)
 
@@ -160,7 +162,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self.stats = RunStats()
 
     def close(self) -> None:
-        for owned in (self._bindings, self._ios, self._choosers, self._outputs, self._caches, self._sessions):
+        for owned in (self._runs, self._ios, self._choosers, self._outputs, self._caches, self._sessions):
             owned.clear()
         self._weights, self._folded = {}, {}
         if self._host_cache is not None:
@@ -209,7 +211,8 @@ class OnnxRuntimeBackend(StepwiseBackend):
 
     def _trial(self, step: SlotStep, captured: bool) -> Array:
         committed = [step.step.late.start, *(0,) * (self._cache_slots - 1)]
-        return next(self._run_together([[step]], committed, captured=captured)).copy()
+        [run] = self._runs.of([step], "last", captured=captured)
+        return next(self._run_prepared(run, [step], committed)).copy()
 
     def _session(self, directory: Path, name: contract.GraphName) -> Any:
         graph = self._graphs[name]
@@ -228,76 +231,42 @@ class OnnxRuntimeBackend(StepwiseBackend):
         check_io(self._sessions[name], graph)
         return self._sessions[name]
 
-    def _run_together(
-        self,
-        parts: Sequence[Sequence[SlotStep]],
-        committed: Sequence[int],
-        *,
-        choose: bool = False,
-        rows: Rows = "last",
-        captured: bool = True,
+    def _run_prepared(
+        self, run: PreparedRun, steps: Sequence[SlotStep], fed: Sequence[int], *, choose: bool = False
     ) -> Iterator[Array]:
-        """Run the graphs of steps whose windows go through T together: logits [n, vocab] of each part, valid until the next
-        is asked for, or with ``choose`` what the device chose, int64 [n].
+        """Run the graphs: logits [n, vocab] of each that gives any, valid until the next is asked for, or with ``choose`` what
+        the device chose, int64 [n].
         """
-        steps = [step for part in parts for step in part]
-        late, fused = steps[0].step.kind == "late", self.full_pass == "fused"
-        if not late and not fused:
-            self._run_graph(contract.THINKING, steps, committed, rows, captured)
-        if late:
-            self.stats.late_steps += 1
+        stats = self.stats
+        if run.late:
+            stats.late_steps += 1
         else:
-            self.stats.full_passes += 1
-            self.stats.prefill_passes += all(s.step.kind == "prefill" for s in steps)
-            self.stats.refill_rows += sum(len(s.step.window) - len(s.step.late) for s in steps)
-        last = contract.LATE_DECODE if late or not fused else contract.FULL_PASS
-        for part, offset in zip(parts, self._layout.late_offsets(parts), strict=True):
-            binding = self._run_graph(last, part, committed, rows, captured, thought_from=offset)
-            yield self._results(binding, part, choose, rows)
+            stats.full_passes += 1
+            stats.prefill_passes += run.prefill
+            stats.refill_rows += run.refill_rows
+        for graph in run.graphs:
+            binding = graph.binding
+            binding.begin()
+            self._layout.fill(graph.name, binding.arrays, [steps[place] for place in graph.places], fed)
+            binding.run(stats)
+            if graph.index is not None:
+                yield self._results(graph, choose)
 
-    def _results(self, binding: Binding, steps: Sequence[SlotStep], choose: bool, rows: Rows) -> Array:
-        logits, index = binding.buffers[contract.LOGITS], self._layout.logit_index(steps, rows)
-        start = time.perf_counter()
+    def _results(self, graph: PreparedGraph, choose: bool) -> Array:
+        logits, start = graph.binding.buffers[contract.LOGITS], time.perf_counter()
         found: Array
-        if not any(s.step.wants_logits for s in steps):
+        if not graph.wanted:
             self._memory.wait()
             found = np.zeros(0, np.int64) if choose else np.zeros((0, self._manifest.model.vocab_size), np.float32)
-        elif choose:
-            on_gpu = contract.CHOOSE_TOKEN in self._sessions
-            found = self._choose(logits)[index] if on_gpu else best_tokens(self._memory.read(logits)[index])
+        elif not choose:
+            found = self._memory.read(logits)[graph.index]
+        elif contract.CHOOSE_TOKEN in self._sessions:
+            found = self._choose(logits)[graph.index]
         else:
-            found = self._memory.read(logits)[index]
+            found = best_tokens(self._memory.read(logits)[graph.index])
         if self._memory.stream is not None:  # what was enqueued above has run meanwhile
             self.stats.session_seconds += time.perf_counter() - start
         return found
-
-    def _run_graph(
-        self,
-        name: contract.GraphName,
-        steps: Sequence[SlotStep],
-        committed: Sequence[int],
-        rows: Rows,
-        captured: bool,
-        *,
-        thought_from: int = 0,
-    ) -> Binding:
-        """Fill and run a graph; returns its binding, whose buffers have the outputs.
-
-        ``thought_from``: the first of its rows in what thinking gave.
-        """
-        sizes, slots = self._layout.sizes(name, steps, rows), self._layout.batch_slots(name, steps)
-        # Prompts have too many shapes to keep a captured graph for each.
-        captured = captured and self._captures and steps[0].step.kind != "prefill"
-        key = (name, slots, tuple(sizes.items()), captured, thought_from)
-        binding = self._bindings.get(key)
-        if binding is None:
-            if len(self._bindings) == MAX_BINDINGS:  # windows of several slots have many combinations of lengths
-                del self._bindings[next(iter(self._bindings))]
-            binding = self._bindings[key] = self._bind(name, sizes, slots, captured, thought_from)
-        binding.begin()
-        self._layout.fill(name, binding.arrays, steps, committed)
-        binding.run(self.stats)
-        return binding
 
     def _choose(self, logits: Buffer) -> Array:
         """Arg-max on the device, [batch, num_logits]; NOT_FINITE where a row is not."""
