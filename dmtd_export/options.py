@@ -24,6 +24,7 @@ IN_EIGHT_BITS: tuple[WeightGroup, ...] = ("lm_head", "embedding")
 MAX_WINDOW = contract.MIN_WINDOW
 assert MAX_WINDOW >= MAX_CYCLE_LENGTH, "a refill fits into a window"
 MAX_NUM_SEQS_LIMIT = 64
+CALIBRATION_TOKENS = range(256, 2**20 + 1)  # fewer say too little of a model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +84,7 @@ class ExportOptions:
     dtype: Dtype = "float32"
     kv: KvDtype | None = None
     calibration: tuple[str, ...] = ()
+    calibration_tokens: int = 4096  # of all files together, at most
     max_model_len: int | None = None  # the model's own by default
     max_num_seqs: int = 8
     generation_config: str | None = None
@@ -125,6 +127,7 @@ def check_options(options: ExportOptions) -> None:
     check_formats(options)
     check_channels(options)
     check_caches(options)
+    check_calibration(options)
 
 
 def check_channels(options: ExportOptions) -> None:
@@ -191,11 +194,27 @@ def check_caches(options: ExportOptions) -> None:
             "got int8 and no text to measure scales over; give one: --calibration FILE, plain text or .jsonl",
             param="kv",
         )
+
+
+def check_calibration(options: ExportOptions) -> None:
+    """Refuse a text without a use, or too little or too much of it.
+
+    Raises:
+        ExportError: with the option.
+    """
     if options.calibration and options.kv != "int8" and not options.formats.over_text:
         raise ExportError(
             "has no use here: got no layers or lm_head in 4 bits or int8-channel and no --kv int8; leave it out, or "
             "give one of them",
             param="calibration",
+        )
+    tokens = options.calibration_tokens
+    if tokens not in CALIBRATION_TOKENS:
+        least, most = CALIBRATION_TOKENS.start, CALIBRATION_TOKENS.stop - 1
+        raise ExportError(f"got {tokens}, expected {least} to {most}", param="calibration_tokens")
+    if not options.calibration and tokens != ExportOptions().calibration_tokens:
+        raise ExportError(
+            f"got {tokens} and no text; give one with --calibration FILE, or leave it out", param="calibration_tokens"
         )
 
 

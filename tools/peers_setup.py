@@ -96,9 +96,9 @@ def _write_floats(model: Path, target: Path) -> None:
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
 
 
-def genai_model(model: Path, directory: Path, python: Path, lm_head_bits: int) -> Path:
-    """onnxruntime-genai's own graph: int4, blocks of 32, accuracy_level 4; its builder runs in this interpreter."""
-    extra = ["block_size=32", "accuracy_level=4"]
+def genai_model(model: Path, directory: Path, python: Path, block: int, lm_head_bits: int) -> Path:
+    """onnxruntime-genai's own graph: int4, accuracy_level 4; its builder runs in this interpreter."""
+    extra = [f"block_size={block}", "accuracy_level=4"]
     if lm_head_bits == 8:
         # Its shared table of 8 bits names an initializer that it does not write (0.18.0).
         extra += ["matmul_mixed_precision=last_matmul:int8", "shared_embeddings=false"]
@@ -116,7 +116,7 @@ def genai_model(model: Path, directory: Path, python: Path, lm_head_bits: int) -
         command += ["-c", str(directory / "cache"), "--extra_options", *extra]
         _run(command, "its builder", env={"PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1"})
 
-    return _made(directory / f"{model.stem}.genai-head{lm_head_bits}", build)
+    return _made(directory / f"{model.stem}.genai-b{block}-head{lm_head_bits}", build)
 
 
 def _made(target: Path, make: Callable[[Path], object]) -> Path:

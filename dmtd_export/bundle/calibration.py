@@ -17,14 +17,13 @@ import numpy as np
 
 from dmtd_errors.words import counted, reason
 from dmtd_export.errors import ExportError
+from dmtd_export.options import CALIBRATION_TOKENS
 from dmtd_models.data.chat import TextTokenizer
 from dmtd_models.data.examples import Example, Examples
 from dmtd_models.data.rows import SUFFIXES, read_rows
 from dmtd_models.errors import ModelError
 
-CALIBRATION_TOKENS = 4096  # of all files together, unless more are asked for
 WINDOW_LEN = 512  # tokens of a sequence, at most
-MIN_TOKENS = 256  # of all files together: less says too little of a model
 MIN_LEN = 16  # tokens of a sequence
 PROMPT_SHARE = 4  # of a document one token in so many is its prompt
 CANDIDATES = 8  # tokens that are read for each one that is taken
@@ -62,7 +61,7 @@ def read_calibration(
     names: Sequence[str],
     tokenizer: TextTokenizer,
     *,
-    max_tokens: int = CALIBRATION_TOKENS,
+    max_tokens: int,
     window_len: int = WINDOW_LEN,
 ) -> CalibrationText:
     """Sequences of at most ``window_len`` tokens out of some files, ``max_tokens`` in all, shared evenly by the files.
@@ -93,9 +92,9 @@ def read_calibration(
             )
         found += _spread(candidates, share)
     text = CalibrationText(sequences=tuple(found))
-    if text.num_tokens < MIN_TOKENS:
+    if text.num_tokens < (least := CALIBRATION_TOKENS.start):
         raise ExportError(
-            f"got {counted(text.num_tokens, 'token')}, expected {MIN_TOKENS} or more; give a longer text, or several",
+            f"got {counted(text.num_tokens, 'token')}, expected {least} or more; give a longer text, or several",
             param="calibration",
         )
     return text

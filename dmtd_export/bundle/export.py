@@ -131,7 +131,12 @@ def calibration_text(checkpoint: Checkpoint, options: ExportOptions, max_model_l
     except DataError as error:
         expected = DataError(f"{error}, or give records of prompt_ids and answer_ids")
         tokenizer = NoTokenizer(checkpoint.config.vocab_size, expected)
-    return read_calibration(options.calibration, tokenizer, window_len=min(WINDOW_LEN, max_model_len))
+    return read_calibration(
+        options.calibration,
+        tokenizer,
+        max_tokens=options.calibration_tokens,
+        window_len=min(WINDOW_LEN, max_model_len),
+    )
 
 
 def resolve(checkpoint: Checkpoint, options: ExportOptions) -> DmtdSpec:

@@ -82,6 +82,10 @@ ExportGroup = Annotated[
                 metavar="FILE",
                 panel=_BUNDLE,
             ),
+            "calibration_tokens": option(
+                "Tokens of that text, of all files together. More take longer, and weights of 4 bits lose less.",
+                panel=_BUNDLE,
+            ),
             "max_model_len": option(
                 "Tokens of prompt and answer together. By default the model's own limit.", panel=_BUNDLE
             ),

@@ -56,7 +56,7 @@ def read_text(checkpoint: Path, text: Path) -> CalibrationText:
     with open_checkpoint(checkpoint) as opened:
         longest = opened.config.max_positions
         tokenizer = TextTokenizer.of_checkpoint(opened)
-        return read_calibration([str(text)], tokenizer, window_len=longest)
+        return read_calibration([str(text)], tokenizer, max_tokens=4096, window_len=longest)
 
 
 def reference(checkpoint: Path, stored: Callable[[str], np.ndarray] | None = None) -> DmtdModel:

@@ -61,7 +61,7 @@ def test_the_digest_is_of_the_tokens_alone(tmp_path: Path, tokenizer: TextTokeni
         (tmp_path / f"{name}.txt").write_text(word * 200)
     (tmp_path / "record.jsonl").write_text(json.dumps({"text": "word " * 200}))
     names = ("one.txt", "same.txt", "record.jsonl", "other.txt")
-    digests = [read_calibration([str(tmp_path / name)], tokenizer).sha256 for name in names]
+    digests = [read_calibration([str(tmp_path / name)], tokenizer, max_tokens=4096).sha256 for name in names]
     assert digests[0] == digests[1] == digests[2] != digests[3]
 
 
@@ -84,7 +84,7 @@ def test_what_cannot_calibrate_is_one_line(
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ExportError) as refused:
-        read_calibration([str(tmp_path / name)], tokenizer)
+        read_calibration([str(tmp_path / name)], tokenizer, max_tokens=4096)
     assert expected in str(refused.value)
     assert refused.value.param == "calibration"
     assert "\n" not in str(refused.value)

@@ -91,7 +91,10 @@ def test_scales_are_those_of_the_reference_over_the_text_in_cycles_and_plain(che
         spec = resolve_dmtd(source.config, source.dmtd, SPLIT)
         model = DmtdModel.from_reader(source.config, spec, source.read, torch.float64)
         text = read_calibration(
-            (str(checkpoint.parent / "text.txt"),), TextTokenizer.of_checkpoint(source), window_len=256
+            (str(checkpoint.parent / "text.txt"),),
+            TextTokenizer.of_checkpoint(source),
+            max_tokens=16384,
+            window_len=256,
         )
     assert raw["calibration"]["kv"] == {"num_tokens": text.num_tokens, "sha256": text.sha256}
     largest = np.zeros((2 * LAYERS, KV_HEADS, WIDTH))

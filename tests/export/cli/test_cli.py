@@ -169,6 +169,14 @@ def test_refused_exports_leave_nothing(arguments: Sequence[str], words: str, che
     [
         (("--max-num-seqs", "1000"), "--max-num-seqs: got 1000, expected 1 to 64"),
         (("--weights-block", "7"), "--weights-block: got 7, expected one of 16, 32, 64, 128"),
+        (
+            ("--calibration-tokens", "9000"),
+            "--calibration-tokens: got 9000 and no text; give one with --calibration FILE",
+        ),
+        (
+            ("--weights", "int4", "--calibration", "t", "--calibration-tokens", "9"),
+            "-tokens: got 9, expected 256 to 1048576",
+        ),
         (("--weights", "fp8", "--target", "all"), "--target: got all with weights in fp8, expected tensorrt"),
     ],
 )
