@@ -56,6 +56,7 @@ def test_rows_of_what_ran_and_of_what_could_not(repo_root: Path, tmp_path: Path,
         assert row["decode_tok_per_s"] == pytest.approx(2 * 9 * 2 / sum(seconds))
         assert row["file_bytes"] == sum(file.stat().st_size for file in bundle.iterdir())
         assert row["private_bytes"] > 1e6
+        assert row["over_best_peer"] is None, "no other engine ran"
     assert other["problem"] == "its driver runs one sequence at a time"
     assert (other["body"], other["lm_head"]) == ("Q4_0", "F16")
 
