@@ -198,7 +198,8 @@ class _RoundingModel(StreamedModel):
             factors = input_factors([*weights.values()], moments.diagonal().sqrt().numpy())
             made = {name: rounded_by_channel(weight, factors) for name, weight in weights.items()}
         else:
-            factor, block, symmetric = inverse_factor(moments), self._quantisation.block, fmt == "int4-symmetric"
+            factor = inverse_factor(moments, int(self._in_text.sum()))
+            block, symmetric = self._quantisation.block, fmt == "int4-symmetric"
             made = {name: compensated(each, factor, block, symmetric=symmetric) for name, each in weights.items()}
         for name, weight in made.items():
             self._kept.put(name, weight)

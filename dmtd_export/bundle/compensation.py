@@ -1,6 +1,6 @@
 """Rounding a float matrix to blocks of 4 bits by what a model feeds it, instead of by its values alone.
 
-    X [tokens, in], inputs of a product --> moments = X^T X / tokens --> inverse_factor(moments) --> compensated(weight, factor)
+    X [tokens, in], inputs of a product --> moments = X^T X / tokens --> inverse_factor --> compensated(weight, factor)
 
 What a product loses is the size of X (W - Q)^T. Inputs are rounded one after another, and those that follow take up what each of
 them lost as far as they go along with it in the text: GPTQ (arXiv 2210.17323). A block's grid is chosen when its turn comes, for
@@ -10,6 +10,7 @@ cannot be taken up, the one with which the whole block loses least. Needs torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -22,26 +23,28 @@ from dmtd_runtime.bundle.manifest import CALIBRATED
 
 Array = np.ndarray
 
-# Of the mean moment, added to each. SmolLM2 in blocks of 64 without minimums, perplexity over float32's on text that was not
-# read: after 4096 tokens 1.35 with 0.1 and 1.30 with 0.05, after 32768 tokens 1.25 with 0.1, 1.21 with 0.03, 1.24 with 0.01.
-DAMPING = 0.05
+# Of the mean moment, added to each, for a text of so many tokens; moments of more are nearer to those of all text, and less is
+# added. SmolLM2 in blocks of 64 without minimums, perplexity over float32's on text that was not read: after 4096 tokens 1.35
+# with 0.1 and 1.30 with 0.05, after 32768 tokens 1.25 with 0.1 and with 0.05, 1.21 with 0.03, 1.24 with 0.01.
+DAMPING, DAMPED_TOKENS = 0.05, 4096
 # Steps beyond the fifteen that a block's range is cut into at first; one less would be a tie at both ends.
 SPREAD = (-1.2, 0.0, 1.0)
 MIDDLE = 8  # code of a zero without minimums
 _ROWS = 4096  # outputs at a time, which bounds the memory
 
 
-def inverse_factor(moments: Tensor) -> Tensor:
+def inverse_factor(moments: Tensor, tokens: int) -> Tensor:
     """The upper triangular U with U^T U = inverse of the moments, damped; float32 [in, in].
 
     Of input i, 1 / U[i, i]^2 is the moment that is left when the inputs behind it have taken up what they can.
 
     Args:
         moments: [in, in], of any scale; all zeros count as inputs that have nothing to do with each other.
+        tokens: of the text that they are of.
     """
     wide = moments.double().flip(0, 1)
     mean = float(wide.diagonal().mean()) or 1.0
-    wide.diagonal().add_(DAMPING * mean)
+    wide.diagonal().add_(DAMPING * math.sqrt(DAMPED_TOKENS / tokens) * mean)
     # Of the flipped matrix L L^T, flipped back: an upper triangle R with R R^T = moments, whose inverse is U.
     upper = torch.linalg.cholesky(wide).flip(0, 1)
     identity = torch.eye(len(upper), dtype=upper.dtype)

@@ -106,7 +106,7 @@ def test_late_layers_are_rounded_with_what_heads_and_late_steps_feed_them(
     model, tokens = reference(trained, read), read_text(trained, text)
     same = {}
     for plain in (False, True):
-        factor = inverse_factor(moments_of(model, module, tokens, plain=plain))
+        factor = inverse_factor(moments_of(model, module, tokens, plain=plain), tokens.num_tokens)
         made = compensated(weight, factor, 16, symmetric=True).dequantised()
         same[plain] = float((made == stored).mean())
     assert same[False] > 0.99 > 0.9 > same[True]  # a sum in another order may move a value to the next code

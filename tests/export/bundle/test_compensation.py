@@ -30,7 +30,7 @@ def weights(seed: int, rows: int, width: int = INPUTS) -> Array:
 
 def product(weight: Array, x: Array, *, symmetric: bool, block: int = 16) -> BlockWeight:
     moments = torch.from_numpy(x.T @ x / len(x))
-    return compensated(weight, inverse_factor(moments), block, symmetric=symmetric)
+    return compensated(weight, inverse_factor(moments, 4096), block, symmetric=symmetric)
 
 
 def lost(weight: Array, made: BlockWeight, x: Array) -> float:
@@ -129,6 +129,14 @@ def test_it_is_optimal_brain_quantisation_by_the_explicit_inverse(*, symmetric: 
     assert compared >= 20
 
 
+def test_more_text_is_damped_less() -> None:
+    """Moments of four times as many tokens are half as uncertain."""
+    moments = torch.diag(torch.tensor([1.0, 3.0]))
+    for tokens, added in ((4096, 0.05), (16384, 0.025), (1024, 0.1)):
+        left = inverse_factor(moments, tokens).diagonal() ** -2
+        assert left.tolist() == pytest.approx([1 + 2 * added, 3 + 2 * added])
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("block", [16, 32])
 def test_a_product_loses_less_than_half_of_what_rounding_by_values_loses(block: int, *, symmetric: bool) -> None:
@@ -140,7 +148,7 @@ def test_a_product_loses_less_than_half_of_what_rounding_by_values_loses(block: 
 def test_inputs_that_have_nothing_to_do_with_each_other_leave_it_at_rounding() -> None:
     weight = weights(4, 50)
     for symmetric in (True, False):
-        made = compensated(weight, inverse_factor(torch.zeros(INPUTS, INPUTS)), 16, symmetric=symmetric)
+        made = compensated(weight, inverse_factor(torch.zeros(INPUTS, INPUTS), 4096), 16, symmetric=symmetric)
         steps = np.abs(weight - made.dequantised()) / np.repeat(np.abs(made.scales), 16, axis=1)
         inside = (made.codes > 0) & (made.codes < 15)
         assert steps[inside].max() < 0.501
