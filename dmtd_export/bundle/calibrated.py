@@ -114,8 +114,22 @@ def rounded_over(
     with tempfile.TemporaryDirectory(dir=place) as directory:
         kept = RoundedMatrices(Path(directory))
         model = _RoundingModel(checkpoint, spec, quantisation, kept, progress)
-        model.read_text(text)
+        with _one_thread():
+            model.read_text(text)
         yield kept
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Nearly all of it are small operations: threads that wait for each other gain little, and beside other work cost many
+    times as much.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _RoundingModel(StreamedModel):

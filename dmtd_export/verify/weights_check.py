@@ -104,7 +104,7 @@ def _unequal(
                     layer=layer_of(name),
                     expected=float(cast[at]),
                     got=float(mine[at]),
-                    detail=f"{name} is not the checkpoint's tensor",
+                    detail=f"{name} is not the checkpoint's tensor; an adapter that was merged is given with --adapter",
                 )
                 break
 

@@ -14,6 +14,7 @@ from export_support import export, export_options, snapshot
 
 torch = pytest.importorskip("torch")
 
+from dmtd_export.bundle import calibrated  # noqa: E402
 from dmtd_export.bundle.calibration import CalibrationText, read_calibration  # noqa: E402
 from dmtd_export.bundle.compensation import compensated, inverse_factor  # noqa: E402
 from dmtd_export.errors import ExportError  # noqa: E402
@@ -87,6 +88,25 @@ def moments_of(model: DmtdModel, module: str, text: CalibrationText, *, plain: b
     handle.remove()
     rows = torch.cat(seen)
     return rows.T @ rows / len(rows)
+
+
+def test_rounding_takes_one_thread_and_gives_the_others_back(
+    trained: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, before = [], torch.get_num_threads()
+
+    def counted(*arguments, **options):
+        seen.append(torch.get_num_threads())
+        return compensated(*arguments, **options)
+
+    monkeypatch.setattr(calibrated, "compensated", counted)
+    torch.set_num_threads(2)
+    try:
+        formats = WeightOptions(weights="float", weights_late="int4-symmetric", weights_block=16)
+        export(trained, tmp_path / "b", formats=formats, calibration=(str(text),))
+        assert (set(seen), torch.get_num_threads()) == ({1}, 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("module", ["model.layers.2.self_attn.q_proj", "model.layers.2.mlp.up_proj"])
