@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from dmtd_export.options import MAX_NUM_SEQS_LIMIT, ExportOptions, WeightOptions
+from dmtd_export.options import CALIBRATION_TOKENS, MAX_NUM_SEQS_LIMIT, ExportOptions, WeightOptions
 from dmtd_models.config.model import SplitOptions
 from dmtd_runtime.cli.options.groups import Group, option
 
@@ -83,7 +83,8 @@ ExportGroup = Annotated[
                 panel=_BUNDLE,
             ),
             "calibration_tokens": option(
-                "Tokens of that text, of all files together. More take longer, and weights of 4 bits lose less.",
+                f"Tokens of that text, of all files together, {CALIBRATION_TOKENS.start} to {CALIBRATION_TOKENS.stop - 1}. More "
+                "take longer, and weights of 4 bits lose less.",
                 panel=_BUNDLE,
             ),
             "max_model_len": option(
