@@ -58,9 +58,18 @@ def node(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
 
 
 def nodes_of(model: onnx.ModelProto, op: str) -> list[onnx.NodeProto]:
-    found = [n for n in model.graph.node if n.op_type == op]
+    found = [n for n in all_nodes(model.graph) if n.op_type == op]
     assert found, f"no {op} node"
     return found
+
+
+def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph and of its branches."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from all_nodes(attribute.g)
 
 
 def set_attribute(target: onnx.NodeProto, name: str, value: float) -> None:

@@ -115,7 +115,7 @@ class TinyBundles:
         encoding_layers: int = 0,
         *,
         dialect: Dialect = "onnxruntime",
-        full_pass: FullPass = "staged",
+        full_pass: FullPass | None = "staged",
         slots: int = 1,
         max_rows: int | None = None,
     ) -> OnnxRuntimeBackend:
@@ -310,7 +310,7 @@ class Held:
 @contextmanager
 def held(llm: LLM | AsyncLLM, *, after: int, until: Callable[[], bool] = lambda: False) -> Iterator[Held]:
     hold, backend = Held(), llm._worker._backend
-    run = backend.run
+    run, runs_cycles = backend.run, backend.runs_cycles
 
     def step(*arguments: Any, **options: Any) -> Any:
         if hold.steps >= after:
@@ -319,11 +319,12 @@ def held(llm: LLM | AsyncLLM, *, after: int, until: Callable[[], bool] = lambda:
         return run(*arguments, **options)
 
     backend.run = step  # type: ignore[method-assign]
+    backend.runs_cycles = runs_cycles and backend.runs_ahead  # on the host they would pass by here
     try:
         yield hold
     finally:
         hold.release()
-        backend.run = run  # type: ignore[method-assign]
+        backend.run, backend.runs_cycles = run, runs_cycles  # type: ignore[method-assign]
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -278,7 +278,7 @@ def _with_graphs(
         if path.name not in (contract.WEIGHTS_FILE, contract.MANIFEST_FILE):
             listed[path.name] = FileInfo(bytes=path.stat().st_size, sha256=sha256_of(path))
     return Manifest(
-        schema=_schema(model_info, written),
+        schema=_schema(model_info, written, graphs),
         model=model_info,
         cycle=cycle_of(spec),
         graphs=tuple(graphs),
@@ -289,9 +289,10 @@ def _with_graphs(
     )
 
 
-def _schema(model: ModelInfo, written: Written) -> int:
+def _schema(model: ModelInfo, written: Written, graphs: Sequence[GraphInfo]) -> int:
     """The earliest that has all of it: older versions read what they know, and of the rest say that they are too old."""
     newer = model.cache_dtype == "int8" or any(fmt.factors or fmt.float8 for fmt in written.quantised.values())
+    newer |= any(graph.name == contract.CYCLE for graph in graphs)
     return contract.SCHEMA_VERSION if newer else contract.OLDEST_SCHEMA
 
 
@@ -307,11 +308,15 @@ def wanted_graphs(options: ExportOptions) -> list[tuple[contract.GraphName, cont
         wanted += [(contract.ONNXRUNTIME, slots) for slots in slot_counts(options.max_num_seqs)]
     if options.graphs_for in ("tensorrt", "all"):
         wanted.append((contract.STANDARD, 1))
+    on_cpu = options.dtype == "float32"  # which the cycle graph is for
     # late_decode takes any batch as it is: only T's layers need a node for every slot.
     decoder = [
         (name, dialect, slots)
         for dialect, slots in wanted
-        for name in contract.DECODER_GRAPHS
+        for name in (
+            *contract.DECODER_GRAPHS,
+            *([contract.CYCLE] if on_cpu and dialect == contract.ONNXRUNTIME else []),
+        )
         if slots == 1 or name != contract.LATE_DECODE
     ]
     return [*decoder, *((name, contract.STANDARD, 1) for name in contract.CHOICE_GRAPHS)]

@@ -76,7 +76,9 @@ def _value(item: dict[str, Any], manifest: dict[str, Any], sizes: dict[str, int]
     stop = COMMITTED + rows
     used = np.arange(max(dims[0], 1)) == 0  # of several slots the first one
     idle = name.rpartition(".")[2] not in ("0", name)  # an input of another slot
-    if name == "input_ids":
+    if name in ("thinks", "num_steps"):  # of the cycle graph: one step of all layers
+        return np.ones(dims, np.dtype(item["dtype"]))
+    if name in ("input_ids", "late_ids"):
         return rng.integers(0, manifest["model"]["vocab_size"], dims)
     if name == "visible_rows":
         return np.arange(dims[0])

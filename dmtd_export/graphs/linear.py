@@ -98,14 +98,16 @@ def _signed_columns(writer: GraphWriter, modules: tuple[str, ...], path: str) ->
     """Codes as int8 [in, out], which sessions fold: their highest bit is turned, which takes 128 away."""
     codes = writer.weight(*(f"{module}.{contract.CODES}" for module in modules))
     outputs, _, width = writer.dims(codes)
-    flat = writer.op("Reshape", [codes, writer.constant([outputs, width], "int64")], f"{path}/codes")
-    turned = writer.op("BitwiseXor", [flat, writer.constant(128, "uint8")], f"{path}/codes")
-    columns = writer.op("Transpose", [turned], f"{path}/codes", attrs={"perm": [1, 0]})
-    return writer.op("Cast", [columns], f"{path}/codes", attrs={"to": ONNX_DTYPES["int8"]})
+    flat = writer.once("Reshape", [codes, writer.constant([outputs, width], "int64")], f"{path}/codes", {})
+    turned = writer.once("BitwiseXor", [flat, writer.constant(128, "uint8")], f"{path}/codes", {})
+    columns = writer.once("Transpose", [turned], f"{path}/codes", {"perm": [1, 0]})
+    return writer.once("Cast", [columns], f"{path}/codes", {"to": ONNX_DTYPES["int8"]})
 
 
 def _column_scales(writer: GraphWriter, dtype: str, modules: tuple[str, ...], path: str) -> str:
-    return writer.op("Reshape", [scales(writer, dtype, modules), writer.constant([-1], "int64")], f"{path}/scales")
+    return writer.once(
+        "Reshape", [scales(writer, dtype, modules), writer.constant([-1], "int64")], f"{path}/scales", {}
+    )
 
 
 def dequantised_product(
@@ -201,18 +203,16 @@ def offsets(writer: GraphWriter, dtype: str, modules: tuple[str, ...], fmt: Bloc
     has none for half precision and would compute them anew in every run.
     """
     half = writer.constant(fmt.levels / 2, "float32")
-    moved = writer.op("Mul", [scales(writer, "float32", modules), half], f"{path}/offsets/moved")
+    moved = writer.once("Mul", [scales(writer, "float32", modules), half], f"{path}/offsets/moved", {})
     minimums = writer.weight_as("float32", *(f"{module}.{contract.MINIMUMS}" for module in modules))
-    made = writer.op("Add", [minimums, moved], f"{path}/offsets")
-    return (
-        made if dtype == "float32" else writer.op("Cast", [made], f"{path}/offsets", attrs={"to": ONNX_DTYPES[dtype]})
-    )
+    made = writer.once("Add", [minimums, moved], f"{path}/offsets", {})
+    return made if dtype == "float32" else writer.once("Cast", [made], f"{path}/offsets", {"to": ONNX_DTYPES[dtype]})
 
 
 def gathered_blocks(writer: GraphWriter, dtype: str, module: str, fmt: BlockFormat, ids: str, path: str) -> str:
     """Rows of a quantised table in ONNX Runtime's own operator: [..., blocks, block] for ids of any shape."""
     codes, last = writer.weight(f"{module}.{contract.CODES}"), writer.constant([-1], "int64")
-    per_block = writer.op("Unsqueeze", [scales(writer, dtype, (module,)), last], f"{path}/scales")
+    per_block = writer.once("Unsqueeze", [scales(writer, dtype, (module,)), last], f"{path}/scales", {})
     attrs = {"gather_axis": 0, "quantize_axis": 2, "block_size": fmt.block, "bits": fmt.bits}
     (rows,) = writer.node("GatherBlockQuantized", [codes, ids, per_block], path, contrib=True, attrs=attrs)
     if not fmt.minimums:

@@ -15,8 +15,12 @@ positions, and every row attends to what the cache then holds, its own new rows 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
+
+from onnx import NodeProto
 
 from dmtd_export.graphs.layers import COS, KINDS, SIN, State, kv_dims, qk_norm_weights
 from dmtd_export.graphs.linear import gathered_blocks, linear, nbits_product
@@ -25,6 +29,7 @@ from dmtd_export.graphs.writer import GraphWriter
 from dmtd_models.config.model import ModelConfig
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.contract import Group
+from dmtd_runtime.bundle.manifest import TensorInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +50,16 @@ class BatchGroup:
     shape: str  # int64 [3]: batch, rows, width of q + k + v
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Branch:
+    """A part of the cycle graph: its nodes, which step of a cycle it is, and how it names what is written to caches."""
+
+    nodes: list[NodeProto]
+    step: int
+    elsewhere: Collection[int]
+    caches: dict[str, str] = field(default_factory=dict)  # by the outputs that they leave it as
+
+
 class OrtDialect:
     """Writes norms and attention of the onnxruntime dialect into ``writer``."""
 
@@ -57,6 +72,7 @@ class OrtDialect:
         self._qkv_width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self._packed: PackedGroup | None = None
         self._batch: BatchGroup | None = None
+        self._branch: Branch | None = None  # of the cycle graph, that is being written
 
     def add_packed_group(self) -> None:
         """Declare the lengths, and the packed rows, of the slots of the thinking group."""
@@ -83,6 +99,28 @@ class OrtDialect:
         shape = w.op("Concat", [outer, w.constant([self._qkv_width], "int64")], f"{path}/shape", attrs={"axis": 0})
         self._batch = BatchGroup(seqlens_k=seqlens, total_len=total, shape=shape)
 
+    @contextlib.contextmanager
+    def branch(self, path: str, step: int = 0, elsewhere: Collection[int] = ()) -> Iterator[Branch]:
+        """Inside, nodes are written into a branch, in which the late group stands ``step`` rows further.
+
+        Its caches are those of the step before, but of layers that wrote them ``elsewhere``: by the names of slots, to the
+        same memory.
+        """
+        w, group = self.writer, self._batch
+        with w.branch(path) as nodes:
+            self._branch = Branch(nodes=nodes, step=step, elsewhere=elsewhere)
+            if step:
+                assert group, "the late group is declared before it goes on"
+                further = w.constant([step], "int32")
+                seqlens_k = w.op("Add", [group.seqlens_k, further], "/seqlens_k")
+                self._batch = replace(
+                    group, seqlens_k=seqlens_k, total_len=w.op("Add", [group.total_len, further], "/total_len")
+                )
+            try:
+                yield self._branch
+            finally:
+                self._branch, self._batch = None, group
+
     def norm(self, x: str, weight: str, path: str) -> str:
         w = self.writer
         return w.op(
@@ -93,12 +131,11 @@ class OrtDialect:
         if state.delta is None:
             return self.norm(state.residual, weight, path), state.residual
         w = self.writer
-        normed, residual = (f"{path}/output", f"{path}/residual")
-        w.node(
+        normed, _, _, residual = w.node(
             "SkipSimplifiedLayerNormalization",
             [state.residual, state.delta, w.weight(weight)],
             path,
-            outputs=[normed, "", "", residual],
+            outputs=[f"{path}/output", "", "", f"{path}/residual"],
             contrib=True,
             attrs={"epsilon": self._config.rms_norm_eps},
         )
@@ -106,12 +143,24 @@ class OrtDialect:
 
     def declare_cache(self, layer: int, group: Group) -> None:
         """Declare the layer's KV inputs and outputs: of the whole batch, or one pair a slot."""
+        self.declare_past(layer, group)
+        for info in self.caches(layer, group):
+            self.writer.output(info.name, info.dims, info.dtype)
+
+    def declare_past(self, layer: int, group: Group) -> None:
+        """Declare the layer's KV inputs alone."""
+        for info in self.caches(layer, group):
+            self.writer.input(contract.past_of(info.name), info.dims, info.dtype)
+
+    def caches(self, layer: int, group: Group, step: int = 0) -> list[TensorInfo]:
+        """What a layer writes: of the whole batch, or one pair a slot."""
         packed = group == "thinking"
-        for slot in self._slot_names() if packed else [None]:
-            for kind in KINDS:
-                dims = kv_dims(self._config, 1 if packed else "batch")
-                self.writer.input(contract.past(layer, kind, slot), dims, self._kv_dtype)
-                self.writer.output(contract.present(layer, kind, slot), dims, self._kv_dtype)
+        dims = kv_dims(self._config, 1 if packed else "batch")
+        return [
+            TensorInfo(name=contract.present(layer, kind, slot, step=step), dims=dims, dtype=self._kv_dtype)
+            for slot in (self._slot_names() if packed else [None])
+            for kind in KINDS
+        ]
 
     def linear(self, x: str, modules: tuple[str, ...], path: str) -> str:
         return linear(self.writer, x, modules, path, partial(nbits_product, self.writer, self._dtype))
@@ -164,8 +213,12 @@ class OrtDialect:
 
     def _attend(self, qkv: str, layer: int, slot: int | None, seqlens_k: str, total_len: str, path: str) -> str:
         w, config = self.writer, self._config
+        branch, step = self._branch, 0 if self._branch is None else self._branch.step
         kv = [contract.past(layer, kind, slot) for kind in KINDS]
-        out = [f"{path}/attended", *(contract.present(layer, kind, slot) for kind in KINDS)]
+        if branch is not None and step and layer not in branch.elsewhere:
+            kv = [contract.present(layer, kind, step=step - 1) for kind in KINDS]
+        caches = [contract.present(layer, kind, slot, step=step) for kind in KINDS]
+        out = [f"{path}/attended", *(caches if branch is None else (f"{path}/{kind}" for kind in KINDS))]
         inputs = [qkv, "", "", *kv, seqlens_k, total_len, w.weight(COS), w.weight(SIN)]
         attrs: dict[str, int | str] = {
             "num_heads": config.num_heads,
@@ -175,8 +228,10 @@ class OrtDialect:
         if self._kv_dtype == "int8":
             inputs += ["", "", "", *(w.weight(contract.kv_scale(layer, kind)) for kind in KINDS)]
             attrs |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-        w.node("GroupQueryAttention", inputs, path, outputs=out, contrib=True, attrs=attrs)
-        return out[0]
+        attended, *written = w.node("GroupQueryAttention", inputs, path, outputs=out, contrib=True, attrs=attrs)
+        if branch is not None:
+            branch.caches.update(zip(caches, written, strict=True))
+        return attended
 
     def _slot_names(self) -> list[int | None]:
         return [None] if self._slots == 1 else list(range(self._slots))
@@ -187,16 +242,17 @@ class OrtRows(Rows):
 
     def __init__(self, writer: GraphWriter, spec: GraphSpec, slots: int) -> None:
         self.dialect = OrtDialect(writer, spec.config, spec.dtype, spec.kv_dtype, slots)
+        self.num_slots = slots
         super().__init__(writer, spec, self.dialect)
 
     def declare_tokens(self, rows: str) -> None:
         self.writer.input(contract.INPUT_IDS, ["batch" if rows == "late_len" else 1, rows], "int64")
 
-    def embed(self) -> str:
+    def embed(self, ids: str = contract.INPUT_IDS) -> str:
         path, fmt = "/model/embed_tokens", self.writer.block_format(TABLE)
         if fmt is None:
-            return super().embed()
-        return self.flat(gathered_blocks(self.writer, self.spec.dtype, EMBED, fmt, contract.INPUT_IDS, path), path)
+            return super().embed(ids)
+        return self.flat(gathered_blocks(self.writer, self.spec.dtype, EMBED, fmt, ids, path), path)
 
     def declare_late_rows(self) -> None:
         self.writer.input(contract.LATE_ROWS, ["batch", "late_len"], "int64")
@@ -227,7 +283,7 @@ class OrtRows(Rows):
     def gate(self, hidden: str, thought: str) -> str:
         return self.gated(hidden, thought, ["batch", "late_len"])
 
-    def write_thought(self, x: str) -> None:
+    def write_thought(self, x: str, name: str = contract.THOUGHT) -> None:
         w, width = self.writer, self.spec.config.hidden_size
         outer = w.op("Shape", [contract.LATE_ROWS], "/thought/outer")
         shape = w.op("Concat", [outer, w.constant([width], "int64")], "/thought/shape", attrs={"axis": 0})
@@ -235,8 +291,14 @@ class OrtRows(Rows):
             "Reshape",
             [x, shape],
             "/thought",
-            output=w.output(contract.THOUGHT, ["batch", "late_len", width], self.spec.dtype),
+            output=w.output(name, ["batch", "late_len", width], self.spec.dtype),
         )
+
+    def likeliest(self, logits: str) -> str:
+        """Ids [batch, 1] of the largest logits [1, batch, vocab] of rows, of equals the lowest."""
+        w = self.writer
+        found = w.op("ArgMax", [logits], "/likeliest", attrs={"axis": -1, "keepdims": 0})
+        return w.op("Reshape", [found, w.constant([-1, 1], "int64")], "/likeliest")
 
     def write_logits(self, x: str) -> None:
         w = self.writer

@@ -38,8 +38,9 @@ class Rows:
         self.spec = spec
         self._products = dialect
 
-    def embed(self) -> str:
-        embedded = self.writer.op("Gather", [self.embedding_table(), contract.INPUT_IDS], "/model/embed_tokens")
+    def embed(self, ids: str = contract.INPUT_IDS) -> str:
+        """Rows of the embedding table [rows, hidden] for ids of any shape."""
+        embedded = self.writer.op("Gather", [self.embedding_table(), ids], "/model/embed_tokens")
         return self.flat(embedded, "/model/embed_tokens")
 
     def embedding_table(self) -> str:

@@ -5,8 +5,10 @@ It knows ONNX and nothing of DMTD; ``layers.py`` and ``build.py`` say what to wr
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,16 @@ ONNX_DTYPES = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """What a conditional gives, by its names in the branches that make it; ``leaves``: as an output of the graph."""
+
+    info: TensorInfo
+    then: str | None = None
+    otherwise: str | None = None
+    leaves: bool = True
+
+
 class GraphWriter:
     """Collects the nodes, inputs, outputs and initializers of one graph."""
 
@@ -48,6 +60,9 @@ class GraphWriter:
         self._quantised = quantised or {}
         self._once: dict[tuple[str, str], str] = {}
         self._nodes: list[onnx.NodeProto] = []
+        self._branch: tuple[str, list[onnx.NodeProto]] | None = (
+            None  # being written: what its names begin with, its nodes
+        )
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._contrib = False
 
@@ -71,16 +86,20 @@ class GraphWriter:
         contrib: bool = False,
         attrs: Mapping[str, Any] | None = None,
     ) -> list[str]:
-        """Add a node named ``{path}/{op}`` and return its outputs' names (given, or derived from the node's name)."""
-        node_name = f"{path}/{op}"
+        """Add a node named ``{path}/{op}`` and return its outputs' names (given, or derived from the node's name).
+
+        In a branch all names that begin with a slash stand below the branch's own.
+        """
+        below, nodes = self._branch or ("", self._nodes)
+        node_name = f"{below}{path}/{op}"
         if isinstance(outputs, int):
-            outputs = [f"{node_name}_output_{i}" for i in range(outputs)]
+            made = [f"{node_name}_output_{i}" for i in range(outputs)]
+        else:
+            made = [f"{below}{name}" if name.startswith("/") else name for name in outputs]
         self._contrib |= contrib
         domain = CONTRIB_DOMAIN if contrib else ""
-        self._nodes.append(
-            helper.make_node(op, list(inputs), list(outputs), name=node_name, domain=domain, **(attrs or {}))
-        )
-        return list(outputs)
+        nodes.append(helper.make_node(op, list(inputs), made, name=node_name, domain=domain, **(attrs or {})))
+        return made
 
     def op(
         self,
@@ -95,10 +114,53 @@ class GraphWriter:
         return self.node(op, inputs, path, outputs=[output] if output else 1, attrs=attrs)[0]
 
     def once(self, op: str, inputs: Sequence[str], path: str, attrs: Mapping[str, Any]) -> str:
-        """As :meth:`op` for what several nodes may want of a stored weight: written when it is first asked for."""
+        """As :meth:`op` for what several nodes may want of a stored weight: written when it is first asked for, in no branch."""
         if (op, path) not in self._once:
+            branch, self._branch = self._branch, None
             self._once[op, path] = self.op(op, inputs, path, attrs=attrs)
+            self._branch = branch
         return self._once[op, path]
+
+    @contextlib.contextmanager
+    def branch(self, path: str) -> Iterator[list[onnx.NodeProto]]:
+        """Inside, nodes are written into the list that is given, for :meth:`conditional`; one branch at a time."""
+        assert self._branch is None, "branches do not stand in one another"
+        self._branch = path, []
+        try:
+            yield self._branch[1]
+        finally:
+            self._branch = None
+
+    def conditional(
+        self,
+        condition: str,
+        path: str,
+        then: Sequence[onnx.NodeProto],
+        otherwise: Sequence[onnx.NodeProto],
+        made: Sequence[Made],
+    ) -> None:
+        """Run the nodes of one branch or the other, by ``condition``, bool [1]; what a branch does not make is empty."""
+        branches = []
+        for name, nodes, inner in (
+            ("then", list(then), [one.then for one in made]),
+            ("else", list(otherwise), [one.otherwise for one in made]),
+        ):
+            outputs = []
+            for one, value in zip(made, inner, strict=True):
+                info = replace(one.info, name=value or f"{path}/{name}/{one.info.name}")
+                if value is None:
+                    info = replace(info, dims=tuple(dim if isinstance(dim, int) else 0 for dim in info.dims))
+                    empty = helper.make_tensor("value", ONNX_DTYPES[info.dtype], info.dims, b"", raw=True)
+                    nodes.append(
+                        helper.make_node("Constant", [], [info.name], name=f"{info.name}/Constant", value=empty)
+                    )
+                outputs.append(_value_info(info))
+            branches.append(helper.make_graph(nodes, f"{path}/{name}", [], outputs))
+        for one in made:
+            if one.leaves:
+                self.output(one.info.name, one.info.dims, one.info.dtype)
+        names, attrs = [one.info.name for one in made], {"then_branch": branches[0], "else_branch": branches[1]}
+        self.node("If", [condition], path, outputs=names, attrs=attrs)
 
     def constant(self, value: Sequence[int] | Sequence[float] | int | float, dtype: str) -> str:
         """A small inline initializer; equal constants are shared."""

@@ -7,6 +7,7 @@ All rows agreeing, in logits and in the token they choose, is the same as free g
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -58,10 +59,10 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """One way to run the bundle. ``chunk`` bounds the prefill rows of a run."""
+    """One way to run the bundle. ``chunk`` bounds the prefill rows of a run, ``full_pass`` None: the cycle graph runs all."""
 
     dialect: contract.Dialect
-    full_pass: FullPass
+    full_pass: FullPass | None
     batch: int
     chunk: int
     case_step: int = 1  # runs every case_step-th case
@@ -70,7 +71,7 @@ class Variant:
     @property
     def name(self) -> str:
         chunked = f", chunks of {self.chunk}" if self.chunk <= SMALL_CHUNK else ""
-        return f"whole cycles: {self.dialect}, {self.full_pass}, batch {self.batch}{chunked}"
+        return f"whole cycles: {self.dialect}, {self.full_pass or 'one graph'}, batch {self.batch}{chunked}"
 
     def picks(self, count: int) -> range:
         """Which of ``count`` cases it runs."""
@@ -140,11 +141,22 @@ def make_variants(manifest: Manifest, quick: bool, prepack: bool = True) -> list
         )
         if many > 1:
             variants.append(Variant(dialect=dialect, full_pass=STAGED, batch=many, chunk=SMALL_CHUNK))
+        if dialect == contract.ONNXRUNTIME:
+            variants += cycle_graph_variants(manifest)
         if not quick:
             variants.append(Variant(dialect=dialect, full_pass=FUSED, batch=1, chunk=SMALL_CHUNK, case_step=3))
             if many > 1:
                 variants.append(Variant(dialect=dialect, full_pass=FUSED, batch=many, chunk=whole))
     return [replace(variant, prepack=prepack) for variant in variants]
+
+
+def cycle_graph_variants(manifest: Manifest) -> list[Variant]:
+    """One sequence, and as many as there may be, in the cycle graph alone."""
+    slots = sorted({graph.slots for graph in manifest.graphs if graph.name == contract.CYCLE})
+    return [
+        Variant(dialect=contract.ONNXRUNTIME, full_pass=None, batch=batch, chunk=SMALL_CHUNK)
+        for batch in dict.fromkeys((*slots[:1], *slots[-1:]))
+    ]
 
 
 def choose_tokens(
@@ -187,10 +199,11 @@ def check_cycles(
     return replace(check, detail="; ".join(filter(None, (check.detail, told))))
 
 
-def run_variant(
-    directory: Path, manifest: Manifest, variant: Variant, cases: Sequence[Case], on_cases: OnCases = lambda count: None
-) -> Iterator[Ran]:
-    """Yield what each case gives, in order. ``on_cases`` is told how many more have run."""
+@contextlib.contextmanager
+def opened(
+    directory: Path, manifest: Manifest, variant: Variant, cases: Sequence[Case]
+) -> Iterator[OnnxRuntimeBackend]:
+    """The backend of a variant, with room for the cases."""
     longest = max(len(case.prompt) + case.num_new for case in cases)
     options = BackendOptions(
         dialect=variant.dialect,
@@ -201,6 +214,16 @@ def run_variant(
     )
     backend = OnnxRuntimeBackend(directory, manifest, options)
     try:
+        yield backend
+    finally:
+        backend.close()
+
+
+def run_variant(
+    directory: Path, manifest: Manifest, variant: Variant, cases: Sequence[Case], on_cases: OnCases = lambda count: None
+) -> Iterator[Ran]:
+    """Yield what each case gives, in order. ``on_cases`` is told how many more have run."""
+    with opened(directory, manifest, variant, cases) as backend:
         results: dict[int, Ran] = {}
         in_codes = manifest.model.cache_dtype == "int8"
         for plain in (False, True):
@@ -214,8 +237,6 @@ def run_variant(
                 )
                 results.update(zip(group, rows, strict=True))
                 on_cases(len(group))
-    finally:
-        backend.close()
     yield from (results[i] for i in range(len(cases)))
 
 
@@ -296,7 +317,7 @@ class Comparison:
     def _diverged(self, case: Case, position: int, expected: float | str, got: float | str, what: str) -> None:
         if self._first is None:
             mode = "plain" if case.plain else "adaptive" if case.leaves else "dmtd"
-            how = f"{self._variant.full_pass}, batch {self._variant.batch}"
+            how = f"{self._variant.full_pass or 'one graph'}, batch {self._variant.batch}"
             detail = f"{what}; {mode} mode, prompt of {len(case.prompt)}, {how}"
             self._first = Divergence(
                 graph="whole cycles",

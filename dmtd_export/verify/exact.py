@@ -39,8 +39,9 @@ def exact_twin(directory: Path, manifest: Manifest, target: Path, *, in_floats: 
     """Write the twin of ``directory`` into ``target`` and return its manifest (the list of files is not redone).
 
     ``target`` may be ``directory``, whose graphs are then replaced. ``in_floats`` False: products over 8 bits take the slow way,
-    which needs no room, and is there for half precision too.
+    which needs no room, and is there for half precision too. The cycle graph has no twin.
     """
+    manifest = manifest.without(contract.CYCLE)
     models = {graph.file: onnx.load(directory / graph.file, load_external_data=False) for graph in manifest.graphs}
     products = {file: list(_products_in_floats(model.graph)) if in_floats else [] for file, model in models.items()}
     source, weights = (directory / contract.WEIGHTS_FILE).resolve(), target / contract.WEIGHTS_FILE

@@ -22,6 +22,7 @@ from dmtd_export.bundle.split import spec_of
 from dmtd_export.verify import cycles
 from dmtd_export.verify.as_is import AsIs, as_is_runs, is_evaluated, margins_as_is, standard_graphs
 from dmtd_export.verify.choice_checks import check_choose_token, check_sample_token
+from dmtd_export.verify.chosen import check_chosen
 from dmtd_export.verify.exact import exact_twin
 from dmtd_export.verify.expected import expected_cycles, expected_rows
 from dmtd_export.verify.graph_checks import check_graphs, ordered
@@ -320,7 +321,10 @@ class _Run:
         variants = cycles.make_variants(manifest, quick, plan.prepack)
         made = cycles.make_cases(manifest, quick)
         reads = len(tensor_shapes(reference.config)) if reference is not None else 0
-        runs = sum(len(variant.picks(len(made))) for variant in variants) + runs_as_is * len(made)
+        as_is = [variants[0], *cycles.cycle_graph_variants(self._manifest)] if runs_as_is else []
+        choosing = cycles.cycle_graph_variants(self._manifest) if dtype != "bfloat16" else []
+        runs = sum(len(variant.picks(len(made))) for variant in variants)
+        runs += len(as_is) * len(made) + len(choosing) * sum(not case.leaves for case in made)
         with self._counting("cycles", runs + reads) as done:
             cases, own = cycles.choose_tokens(directory, manifest, variants[0], made, done)
             expected = cycles.Expected(logits=[ran.logits for ran in own], level="graphs")
@@ -343,9 +347,12 @@ class _Run:
                 label, bundle = f", {what} as it is", (self._directory, self._manifest)
                 if expected.follow is not None:
                     expected = replace(expected, follow=expected.follow.within(rounded.limit))
-                checks.append(
-                    cycles.check_cycles(*bundle, variants[0], cases, expected, rounded, label=label, on_cases=done)
-                )
+                for variant in as_is:
+                    checks.append(
+                        cycles.check_cycles(*bundle, variant, cases, expected, rounded, label=label, on_cases=done)
+                    )
+            for variant in choosing:
+                checks.append(check_chosen(self._directory, self._manifest, variant, cases, plan.level, on_cases=done))
         return checks
 
     def _closest(self, follow: object, scales: Scales) -> Margin:

@@ -202,6 +202,6 @@ def test_a_checkpoint_with_a_tokenizer_chats(tmp_path: Path) -> None:
     text, figures = dmtd("generate", bundle, "-p", "Hello", "--greedy", "--max-tokens", "9", "--ignore-eos")
     assert text and "9 tokens" in figures
     assert dmtd("generate", bundle, "-p", "Hello", "--greedy", "--max-tokens", "9", "--ignore-eos")[0] == text
-    assert json.loads(dmtd("inspect", bundle, "--json")[0])["schema"] == 2  # the bundle's
+    assert json.loads(dmtd("inspect", bundle, "--json")[0])["schema"] == 3  # the bundle's
     options = ("--prompt-len", "8", "--max-tokens", "12", "--repeats", "1")
     assert json.loads(dmtd("bench", bundle, *options, "--json")[0])["schema"] == 1

@@ -344,6 +344,7 @@ def test_close_ends_streams_and_a_failure_reaches_all(bundle: TinyBundle, monkey
             assert (llm.snapshot().running, llm.snapshot().waiting) == (0, 0)
         async with AsyncLLM(bundle.directory, max_num_seqs=1, threads=1) as llm:
             monkeypatch.setattr(llm._worker._backend, "run", broken)
+            monkeypatch.setattr(llm._worker._backend, "start_cycle", broken)
             for result in await asyncio.gather(
                 *(llm.generate([number], GREEDY).result() for number in (1, 2)), return_exceptions=True
             ):

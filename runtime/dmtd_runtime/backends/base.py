@@ -29,15 +29,16 @@ class BackendOptions:
     """How to run a bundle.
 
     ``max_num_seqs`` sequences at a time, each with room for ``max_model_len`` tokens. A full pass is ``staged`` (thinking, then
-    late_decode: T, D and lm_head in memory once) or ``fused`` (one graph; its weights come on top of late_decode's). Staged
-    reads encoding layers twice, so by default a split that has any runs fused.
+    late_decode: T, D and lm_head in memory once) or ``fused`` (one graph; its weights come on top of late_decode's). By default
+    the cycle graph runs all on the CPU, weights in memory once; elsewhere staged, which reads encoding layers twice, or fused
+    where the split has any.
     """
 
     backend: BackendName = "onnxruntime"
     device: Literal["cpu", "cuda"] = "cpu"
     device_id: int = 0
     dialect: Literal["standard", "onnxruntime"] | None = None  # None: onnxruntime where the bundle has it
-    full_pass: FullPass | None = None  # None: fused for encoding layers, where engines are, or one sequence at a time
+    full_pass: FullPass | None = None  # None: the cycle graph on the CPU; fused for encoding layers; else staged
     max_num_seqs: int = 1
     max_model_len: int | None = None  # None: see model_len; of engines, what they were built for
     cuda_graphs: bool = True  # capture and replay: whole cycles of engines, steps of ONNX Runtime on CUDA
@@ -116,7 +117,7 @@ Rows = Literal["last", "all"]
 class StepwiseBackend:
     """The part of the protocol that a backend lacks whose every step needs the host."""
 
-    runs_cycles = False
+    runs_cycles = runs_ahead = False
 
     def warm_up(self) -> None: ...
 
@@ -171,6 +172,9 @@ class Backend(Protocol):
     stats: RunStats
     gives_all_rows: bool  # run takes rows="all"
     runs_cycles: bool  # start_cycle and finish_cycle work; elsewhere nobody calls them
+    # Whether cycles run beside the host, by all rules of the samplers. Elsewhere they run as they are started, none follows
+    # another, tokens are the likeliest ones and how sure they are is not told.
+    runs_ahead: bool
 
     def run(
         self, steps: Sequence[SlotStep], committed: Sequence[int], *, choose: bool = False, rows: Rows = "last"

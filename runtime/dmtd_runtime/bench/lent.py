@@ -21,7 +21,8 @@ class LentBackend:
     def __init__(self, backend: Backend) -> None:
         self.slots, self.capacity, self.max_rows = backend.slots, backend.capacity, backend.max_rows
         self.stats, self.max_model_len, self.full_pass = backend.stats, backend.max_model_len, backend.full_pass
-        self.runs_cycles, self.gives_all_rows = backend.runs_cycles, backend.gives_all_rows
+        self.runs_cycles, self.runs_ahead = backend.runs_cycles, backend.runs_ahead
+        self.gives_all_rows = backend.gives_all_rows
         self.seconds = 0.0
         self._backend = backend
 

@@ -1,6 +1,7 @@
 """Every name that a graph, the manifest and a runtime share, spelled once. Pure strings, no imports of the product.
 
-Three graphs hold layers, and exist in two dialects (choose_token and sample_token hold none):
+Three graphs hold layers, and exist in two dialects (choose_token and sample_token hold none; cycle, which is all three and
+the late steps behind them in one session, exists in ONNX Runtime's alone):
 
 - ``standard``: ONNX opset 24 only; rectangular, ``[batch, window_len]``, padding on the right; one KV buffer a
   layer for the whole batch.
@@ -16,7 +17,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-GraphName = Literal["full_pass", "thinking", "late_decode", "choose_token", "sample_token"]
+GraphName = Literal["full_pass", "thinking", "late_decode", "cycle", "choose_token", "sample_token"]
 Dialect = Literal["standard", "onnxruntime"]
 Group = Literal["thinking", "late"]
 Kind = Literal["key", "value"]
@@ -24,6 +25,7 @@ Kind = Literal["key", "value"]
 FULL_PASS: GraphName = "full_pass"
 THINKING: GraphName = "thinking"
 LATE_DECODE: GraphName = "late_decode"
+CYCLE: GraphName = "cycle"  # any of the three, and behind it the late steps that are left of a cycle
 CHOOSE_TOKEN: GraphName = "choose_token"  # arg-max of logits, for backends whose logits stay on a device
 SAMPLE_TOKEN: GraphName = "sample_token"  # the sampler's rules, for the same backends
 CHOICE_GRAPHS: tuple[GraphName, ...] = (CHOOSE_TOKEN, SAMPLE_TOKEN)
@@ -40,6 +42,11 @@ LATE_ROWS = "late_rows"
 GATE_HIDDEN = "gate_hidden"
 GATE_THOUGHT = "gate_thought"
 LOGIT_ROWS = "logit_rows"
+# The cycle graph. ``thinks``, bool [1]: whether T runs; ``num_steps``, int64 [1]: how often D does. What does not run gives
+# empty tensors. ``late_ids`` are read where T does not run, late_decode's input_ids.
+THINKS = "thinks"
+NUM_STEPS = "num_steps"
+LATE_IDS = "late_ids"
 # Standard dialect.
 POSITION_IDS = "position_ids"
 # Engine graphs: the standard dialect as TensorRT builds it (dmtd_export.graphs.engine). The embedding table, and the
@@ -54,6 +61,7 @@ VISIBLE_ROWS = "visible_rows"
 KEPT_ROWS = "thinking_kept_rows"
 # Outputs (``thought`` is also late_decode's input).
 THOUGHT = "thought"
+NEW_THOUGHT = "new_thought"  # of the cycle graph, thinking's thought
 LOGITS = "logits"
 TOKEN_IDS = "token_ids"
 IS_FINITE = "is_finite"
@@ -98,8 +106,9 @@ DEVICE_MODEL_LEN = (
 MIN_WINDOW = (
     256  # a runtime may pad a prompt's chunk up to this: KV capacity and rotary tables leave at least so much room
 )
+MAX_STEPS = 8  # of the cycle graph; of a longer cycle it runs as many at a time
 ROTARY_TABLES = ("rotary.cos", "rotary.sin")
-OLDEST_SCHEMA, SCHEMA_VERSION = 2, 3  # that are read; 3 has int8 caches, fp8 and int8-channel
+OLDEST_SCHEMA, SCHEMA_VERSION = 2, 3  # that are read; 3 has cycle graphs, int8 caches, fp8 and int8-channel
 # A weight quantised in blocks stands in the weights file as two or three tensors in the place of one: codes uint8
 # [out, blocks, bytes of a block], scales and, where the format has them, minimums [out, blocks].
 CODES = "codes"
@@ -172,9 +181,25 @@ def past(layer: int, kind: Kind, slot: int | None = None) -> str:
     return f"past_key_values.{layer}.{kind}" + ("" if slot is None else f".{slot}")
 
 
-def present(layer: int, kind: Kind, slot: int | None = None) -> str:
-    """KV output; its buffer is the one bound to :func:`past`."""
-    return f"present.{layer}.{kind}" + ("" if slot is None else f".{slot}")
+def present(layer: int, kind: Kind, slot: int | None = None, *, step: int = 0) -> str:
+    """KV output; its buffer is the one bound to :func:`past`, for all ``step``s of the cycle graph."""
+    return f"present.{layer}.{kind}" + ("" if slot is None else f".{slot}") + (f".step{step}" if step else "")
+
+
+def past_of(present: str) -> str:
+    """The KV input that a KV output of the first step goes with."""
+    return "past_key_values" + present.removeprefix("present")
+
+
+def logits(step: int = 0) -> str:
+    """Logits of a step of the cycle graph, of every row [1, batch, vocab] behind the first one."""
+    return f"{LOGITS}.step{step}" if step else LOGITS
+
+
+def step_of(output: str) -> int:
+    """The step of the cycle graph that gives an output: the reverse of :func:`present` and :func:`logits`."""
+    found = _STEP.search(output)
+    return int(found[1]) if found else 0
 
 
 class CacheName(NamedTuple):
@@ -194,7 +219,8 @@ def cache_name(name: str) -> CacheName | None:
     return CacheName(int(found[1]), kind, None if found[3] is None else int(found[3]))
 
 
-_CACHE_NAME = re.compile(r"(?:past_key_values|present)\.(\d+)\.(key|value)(?:\.(\d+))?")
+_CACHE_NAME = re.compile(r"(?:past_key_values|present)\.(\d+)\.(key|value)(?:\.(\d+))?(?:\.step\d+)?")
+_STEP = re.compile(r"\.step(\d+)$")
 
 
 def graph_file(graph: GraphName, dialect: Dialect, slots: int = 1) -> str:

@@ -275,8 +275,10 @@ def _faults_of_graphs(manifest: Manifest) -> Iterator[str]:
         contract.FULL_PASS: {*range(model.num_layers)},
         contract.THINKING: {*cycle.encoding_range, *cycle.thinking_range},
         contract.LATE_DECODE: {*cycle.encoding_range, *cycle.decoding_range},
+        contract.CYCLE: {*range(model.num_layers)},
     }
-    widths = {contract.LOGITS: model.vocab_size, contract.THOUGHT: model.hidden_size}
+    widths = {contract.THOUGHT: model.hidden_size, contract.NEW_THOUGHT: model.hidden_size}
+    widths |= dict.fromkeys(map(contract.logits, range(contract.MAX_STEPS)), model.vocab_size)
     for graph in manifest.graphs:
         if graph.slots < 1 or graph.file != contract.graph_file(graph.name, graph.dialect, graph.slots):
             yield f"graph file {graph.file} for {graph.name}, {graph.dialect}, {counted(graph.slots, 'slot')}"

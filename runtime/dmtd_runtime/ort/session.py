@@ -56,6 +56,7 @@ def open_session(
     *,
     threads: int | None = None,
     prepack: bool = True,
+    alone: bool = False,
     cuda: CudaOptions | None = None,
     weights: Mapping[str, Any] | None = None,
     folded: Mapping[str, Any] | None = None,
@@ -66,6 +67,7 @@ def open_session(
         path: the graph.
         threads: None: one for each core this process may use.
         prepack: weights are copied into the kernels' own layout.
+        alone: no other session runs in turn with it.
         cuda: None: on the CPU.
         weights: initializers by name that are in memory already; they must outlive the session.
         folded: on a GPU, initializers on the host that constants are made of, where the graph's path may not be taken.
@@ -80,8 +82,10 @@ def open_session(
     settings.intra_op_num_threads = threads or default_threads()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 4  # its errors come as exceptions; a library writes nothing to stderr
-    # The two sessions of a bundle run in turn: a pool that spins on after its run takes the cores from the other one.
-    settings.add_session_config_entry("session.force_spinning_stop", "1")
+    if alone:  # its graph has branches, whose tensors no pattern is kept of: malloc finds places for them quicker than an arena
+        settings.enable_cpu_mem_arena = settings.enable_mem_pattern = False
+    else:  # a pool that spins on after its run takes the cores from the next session's
+        settings.add_session_config_entry("session.force_spinning_stop", "1")
     if not prepack:
         settings.add_session_config_entry("session.disable_prepacking", "1")
     providers: list[Any] = [CPU_PROVIDER]

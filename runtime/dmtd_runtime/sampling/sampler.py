@@ -24,7 +24,7 @@ The graph ``sample_token`` (dmtd_export.graphs.token_choice) follows the same ru
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -313,11 +313,11 @@ class Sampler:
         return Choice(token_id=token_id) if num_top is None else described(token_id, logits, num_top)
 
 
-def best_tokens(logits: Logits) -> NDArray[np.int64]:
+def best_tokens(logits: Iterable[Logits]) -> NDArray[np.int64]:
     """What :meth:`Sampler.choose` takes where no option changes anything, for many rows at once.
 
     Args:
-        logits: float32 [rows, vocab].
+        logits: float32 [vocab] of each row.
 
     Returns:
         int64 [rows]: the largest logit of each row, of equals the lowest id; NOT_FINITE where the row holds NaN or infinity.

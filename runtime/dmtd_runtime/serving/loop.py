@@ -23,7 +23,7 @@ from dataclasses import replace
 
 from dmtd_runtime.backends.base import Backend, RunOutput, SlotCycle, SlotStep
 from dmtd_runtime.cycle import CyclePlan, Position, Step
-from dmtd_runtime.sampling.confidence import ALWAYS, confidence
+from dmtd_runtime.sampling.confidence import ALWAYS, Verdict, confidence
 from dmtd_runtime.sampling.sampler import described
 from dmtd_runtime.serving.counts import Counts, StepTokens
 from dmtd_runtime.serving.options import ServingOptions
@@ -230,8 +230,11 @@ class Loop:
         """
         if not self._backend.runs_cycles:
             return False
+        cycles = self._scheduler.schedule_cycle()
+        if not (self._backend.runs_ahead or self._may_wait(cycles)):
+            return False
         planned, by_steps = list[Planned](), list[Planned]()
-        for one in self._scheduler.schedule_cycle():
+        for one in cycles:
             sequence = self._sequences[one.sequence]
             stepwise = sequence.sampler.needs_host or sequence.min_confidence >= ALWAYS
             (by_steps if stepwise else planned).append(one)
@@ -246,7 +249,8 @@ class Loop:
         self._start_cycle(planned, 0)
         tau, under_way, left = self._cycle_length, deque([planned]), set[int]()
         while under_way:
-            alone = not (by_steps or self._scheduler.num_reading or self._scheduler.can_enter or self._arriving())
+            waits = by_steps or self._scheduler.num_reading or self._scheduler.can_enter
+            alone = self._backend.runs_ahead and not (waits or self._arriving())
             ahead = self._look_ahead and not left and not any(s.ended for s in running)
             if alone and ahead and len(under_way) == 1 and _go_on(running, tau):
                 under_way.append(planned := self._scheduler.schedule_cycle())
@@ -258,18 +262,30 @@ class Loop:
         self._run_heads(by_steps)
         return True
 
+    def _may_wait(self, cycles: Sequence[Planned]) -> bool:
+        """Whether cycles may run while the host waits: all take the likeliest tokens, and none is certain to end before its end.
+
+        Where prompts are being read heads take them along, step by step.
+        """
+        running = [self._sequences[one.sequence] for one in cycles]
+        likeliest = not any(s.sampler.needs_logits or s.min_confidence > 0 for s in running)
+        return likeliest and not self._scheduler.num_reading and _go_on(running, self._cycle_length - 1)
+
     def _take_cycle(
         self, output: RunOutput, cycle: Sequence[Planned], gone: set[int], following: Iterable[Sequence[Planned]]
     ) -> set[int]:
         """Tell sequences of a cycle's tokens, but those that have ``gone`` from the one before. Which left theirs in this one."""
-        assert output.tokens is not None and output.confidence is not None, "a cycle gives both"
+        assert output.tokens is not None, "a cycle gives tokens"
         left: set[int] = set()
         for k, (index, one) in itertools.product(range(self._cycle_length), enumerate(cycle)):
             sequence, step = self._sequences[one.sequence], one.steps[k]
             if sequence.ended or one.sequence in gone | left:
                 continue
             sequence.count(step.kind)
-            verdict = sequence.judge(float(output.confidence[k, index])) if step.kind == "late" else "keep"
+            verdict: Verdict = "keep"
+            if step.kind == "late" and sequence.looks:
+                assert output.confidence is not None, "who looks runs where it is told"
+                verdict = sequence.judge(float(output.confidence[k, index]))
             if verdict != "drop":
                 sequence.take(int(output.tokens[k, index]))
                 self._chosen += not sequence.failed
@@ -302,9 +318,9 @@ class Loop:
         self._scheduler.commit(planned)
 
     def _count_heads(self, planned: Sequence[Planned]) -> None:
-        if any(one.steps[0].kind == "full" for one in planned):
-            self._head_passes += 1
-            self._in_phase += self._scheduler.in_phase
+        heads = max(sum(step.kind == "full" for step in one.steps) for one in planned)
+        self._head_passes += heads
+        self._in_phase += heads * self._scheduler.in_phase
 
     def _end_waiting(self) -> None:
         waiting = self._sequences.keys() - set(self._scheduler.running)

@@ -171,8 +171,8 @@ BUNDLES = [
         ("altered graph", flip("b/late_decode.ort.onnx", 900), "altered", "all-but-inspect"),
         (
             "altered graph, sealed",
-            sealed("thinking.ort.onnx", cut("b/thinking.ort.onnx", 2000)),
-            "thinking.ort.onnx",
+            sealed("cycle.ort.onnx", cut("b/cycle.ort.onnx", 2000)),
+            "cycle.ort.onnx",
             "all-but-inspect",
         ),
         (

@@ -24,8 +24,9 @@ from dmtd_runtime import LLM, SamplingParams
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 CHOICE = {"choose_token.onnx", "sample_token.onnx"}  # of every target: the token choice on a device
 STANDARD = {"full_pass.onnx", "thinking.onnx", "late_decode.onnx"}
-ORT = {"full_pass.ort.onnx", "thinking.ort.onnx", "late_decode.ort.onnx"}
-ORT_BATCH = {f"{graph}.ort.batch{slots}.onnx" for graph in ("full_pass", "thinking") for slots in (2, 4, 8)}
+ORT = {"full_pass.ort.onnx", "thinking.ort.onnx", "late_decode.ort.onnx", "cycle.ort.onnx"}
+PACKED = ("full_pass", "thinking", "cycle")
+ORT_BATCH = {f"{graph}.ort.batch{slots}.onnx" for graph in PACKED for slots in (2, 4, 8)}
 ALWAYS = {"manifest.json", "model.onnx.data", "polygraphy_data.py", "config.json"}
 ORIGINAL = {"num_encoding_layers": 1, "num_thinking_layers": 1, "num_decoding_layers": 2, "mtp_horizon": 3}
 LATER = {
@@ -51,9 +52,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"target": "onnxruntime", "max_num_seqs": 8}, ORT | ORT_BATCH),
         ({"target": "tensorrt"}, STANDARD),
         ({"target": "onnxruntime", "max_num_seqs": 1}, ORT),
+        # The cycle graph is for the CPU, which computes in float32.
+        ({"target": "onnxruntime", "max_num_seqs": 1, "dtype": "bfloat16"}, ORT - {"cycle.ort.onnx"}),
         (
             {"target": "onnxruntime", "max_num_seqs": 3},
-            ORT | {f"{graph}.ort.batch{slots}.onnx" for graph in ("full_pass", "thinking") for slots in (2, 3)},
+            ORT | {f"{graph}.ort.batch{slots}.onnx" for graph in PACKED for slots in (2, 3)},
         ),
     ],
     ids=lambda value: "-".join(map(str, value.values())) or "default" if isinstance(value, dict) else "",
@@ -71,7 +74,7 @@ def test_targets_write_exactly_their_graphs(plain: Path, tmp_path: Path, options
 
 def test_manifest_says_exactly_what_stands_there(plain: Path, tmp_path: Path) -> None:
     manifest = export(plain, tmp_path / "b", max_num_seqs=2)
-    assert manifest["schema"] == 2
+    assert manifest["schema"] == 3
     listed = {name: info["sha256"] for name, info in manifest["files"].items()}
     found = snapshot(tmp_path / "b")
     del found["manifest.json"]

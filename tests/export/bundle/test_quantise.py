@@ -13,7 +13,7 @@ from export_support import export, source_weights, stored_tensor
 
 from dmtd_export.bundle.rounding import rounded as product_rounds
 from dmtd_export.errors import ExportError
-from dmtd_export.options import WeightFormat, WeightOptions
+from dmtd_export.options import Target, WeightFormat, WeightOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.describe import to_json
 from dmtd_runtime.bundle.manifest import load_manifest
@@ -160,12 +160,21 @@ def test_lm_head_and_embedding_are_in_eight_bits_unless_four_are_asked_for(tmp_p
         assert [raw["quantised"][name]["bits"] for name in names] == expected
 
 
-@pytest.mark.parametrize(("weights", "schema"), [(None, 2), ("int8", 2), ("int4", 2), ("fp8", 3)])
-def test_a_format_that_older_versions_do_not_know_has_a_schema_of_its_own(
-    tmp_path: Path, weights: WeightFormat | None, schema: int
+@pytest.mark.parametrize(
+    ("target", "weights", "schema"),
+    [
+        ("tensorrt", None, 2),
+        ("tensorrt", "int8", 2),
+        ("tensorrt", "int4", 2),
+        ("tensorrt", "fp8", 3),
+        ("onnxruntime", None, 3),  # it has a cycle graph
+    ],
+)
+def test_what_older_versions_do_not_know_has_a_schema_of_its_own(
+    tmp_path: Path, target: Target, weights: WeightFormat | None, schema: int
 ) -> None:
     source = write_tiny_checkpoint(tmp_path / "c", layers=2)
-    assert export(source, tmp_path / "b", formats=WeightOptions(weights=weights))["schema"] == schema
+    assert export(source, tmp_path / "b", target=target, formats=WeightOptions(weights=weights))["schema"] == schema
 
 
 def test_the_graphs_of_onnxruntime_alone_are_made_by_default(tmp_path: Path) -> None:

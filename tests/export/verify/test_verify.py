@@ -116,7 +116,8 @@ def test_the_cases_stand_around_multiples_of_the_cycle_length(bundle: Path) -> N
     assert all(case.num_new == 5 for case in cases)
     variants = make_variants(load_manifest(bundle), quick=False)
     assert {(v.dialect, v.full_pass) for v in variants} == {
-        (dialect, mode) for dialect in ("standard", "onnxruntime") for mode in ("staged", "fused")
+        ("onnxruntime", None),
+        *((dialect, mode) for dialect in ("standard", "onnxruntime") for mode in ("staged", "fused")),
     }
     assert any(v.chunk < 8 for v in variants)
     assert any(v.batch > 1 for v in variants)
@@ -170,7 +171,7 @@ def test_a_cycle_that_is_not_left_is_found(blind_to: str, longer: Path, monkeypa
     monkeypatch.setattr(LeavingRun, "judge", wrong)
     report = verify_bundle(longer, level="oracle", quick=True)
     assert not report.ok
-    assert "adaptive mode" in str(report.checks[-1])
+    assert any("adaptive mode" in str(check) for check in report.checks)
 
 
 def test_a_model_of_very_few_positions_can_be_verified(checkpoint: Path, tmp_path: Path) -> None:

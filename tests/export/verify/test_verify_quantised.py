@@ -82,11 +82,13 @@ def test_a_quantised_bundle_passes_at_the_highest_level(made: tuple[Path, Path])
     assert [check.name.split(",")[0] for check in plain] == ["thinking.onnx", "late_decode.onnx", "full_pass.onnx"]
     assert {check.margin for check in plain} == {2e-5}
     limit = int8_margin(LAYERS).limit
-    assert len(as_is) == 4 and {check.margin for check in as_is} == {limit}
+    assert len(as_is) == 6 and {check.margin for check in as_is} == {limit}
     # Head-room, and proof that inputs were really rounded: float32 would stay far below.
     assert 1e-3 < max(check.worst or 0.0 for check in as_is) < limit / 1.5
-    (cycles,) = [check for check in as_is if "whole cycles" in check.name]
-    assert "top-1 agreement" in cycles.detail and "KL" in cycles.detail and "perplexity" in cycles.detail
+    cycles = [check for check in as_is if "whole cycles" in check.name]
+    assert len(cycles) == 3, "staged, and the cycle graph with one sequence and several"
+    for check in cycles:
+        assert "top-1 agreement" in check.detail and "KL" in check.detail and "perplexity" in check.detail
     assert report.margins == {"float32_of_max": 2e-5, "int8_of_max": limit, "int8_top1_agreement": 0.75}
     assert sorted(path.name for path in bundle.parent.iterdir()) == ["bundle", "model"]
 

@@ -25,7 +25,7 @@ from dmtd_export.options import ExportOptions
 from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference import oracle
 from dmtd_models.reference.testing import write_tiny_checkpoint
-from dmtd_runtime.backends.base import BackendOptions, SlotStep
+from dmtd_runtime.backends.base import BackendOptions, FullPass, SlotStep
 from dmtd_runtime.backends.layouts.packed import PackedLayout
 from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from dmtd_runtime.backends.onnxruntime.trial import trial_step
@@ -39,7 +39,9 @@ TOKENS = 14
 LONG = SamplingParams(temperature=0, max_tokens=TOKENS)
 # Every convention, pass and kind of split, not all with all.
 USUAL = [*zip((0, 2, 0), CONVENTIONS, ("staged", "fused", "fused"), strict=True)]
-both_passes = pytest.mark.parametrize("full_pass", ["staged", "fused"])
+both_passes = pytest.mark.parametrize(
+    "full_pass", ["staged", "fused", None]
+)  # None: the cycle graph, where there is one
 both_dialects = pytest.mark.parametrize("dialect", ["onnxruntime", "standard"])
 
 
@@ -307,10 +309,12 @@ def test_a_dialect_that_the_bundle_lacks(tiny: TinyBundles) -> None:
 
 
 def test_a_graph_that_is_none(tiny: TinyBundles, tmp_path: Path) -> None:
-    (tmp_path / "thinking.ort.onnx").write_bytes(b"not a graph")
-    with pytest.raises(BundleError, match=r"cannot load .*thinking.ort.onnx.*export the bundle again") as caught:
-        OnnxRuntimeBackend(tmp_path, tiny.get().manifest, BackendOptions())
-    assert "\n" not in str(caught.value)
+    ways: tuple[tuple[FullPass | None, str], ...] = ((None, "cycle.ort.onnx"), ("staged", "thinking.ort.onnx"))
+    for full_pass, file in ways:
+        (tmp_path / file).write_bytes(b"not a graph")
+        with pytest.raises(BundleError, match=rf"cannot load .*{file}.*export the bundle again") as caught:
+            OnnxRuntimeBackend(tmp_path, tiny.get().manifest, BackendOptions(full_pass=full_pass))
+        assert "\n" not in str(caught.value)
 
 
 def test_a_bfloat16_bundle_is_refused_on_the_cpu(tiny: TinyBundles) -> None:

@@ -78,8 +78,16 @@ def test_medians_belong_to_their_repeats(report: BenchReport) -> None:
             assert found == sorted(ours.decode_tok_per_s / theirs.decode_tok_per_s for ours, theirs in whole)[1]
         assert batch.ratio_of_bound == batch.ratio / batch.bound
         assert 0 < batch.outside_share < 1
-        # A cycle of 3: a full pass and two late steps against three plain steps.
-        assert batch.late_step_ms is not None
+        # A cycle of 3, which runs in one go, against three plain steps.
+        assert (batch.full_pass_ms, batch.late_step_ms) == (None, None)
+        assert batch.cycle_ms is not None and batch.host_ms_per_cycle is None
+        assert batch.ratio_of_steps == pytest.approx(3 * batch.plain_step_ms / batch.cycle_ms)
+
+
+def test_steps_are_timed_where_they_run_one_by_one(bundle: Path, manifest: Manifest) -> None:
+    report = run_bench(bundle, manifest, OPTIONS, BackendOptions(threads=1, full_pass="staged"))
+    for batch in report.batches:
+        assert batch.late_step_ms is not None and batch.full_pass_ms is not None and batch.cycle_ms is None
         cycle_ms = batch.full_pass_ms + 2 * batch.late_step_ms
         assert batch.ratio_of_steps == pytest.approx(3 * batch.plain_step_ms / cycle_ms)
 

@@ -319,6 +319,7 @@ def test_every_request_gets_the_error_of_a_backend_that_fails(
             return run(steps, *args, **options)
 
         monkeypatch.setattr(backend, "run", failing)
+        monkeypatch.setattr(backend, "runs_cycles", False)
         with ThreadPoolExecutor(5) as pool:
             results = [pool.submit(llm.generate, [i], ENDLESS) for i in range(1, 5)]
             stream = pool.submit(lambda: list(llm.stream([9], ENDLESS)))

@@ -79,7 +79,8 @@ class TensorRtBackend:
         self.max_rows = record.prefill_chunk
         self.full_pass = record.full_pass_for(options.full_pass, manifest)
         self.stats = RunStats()
-        self.runs_cycles, self.gives_all_rows = True, False
+        self.runs_cycles = self.runs_ahead = True
+        self.gives_all_rows = False
         self._graphs = options.cuda_graphs
         self._tau = manifest.cycle.cycle_length
         self._vocab_size = manifest.model.vocab_size

@@ -1,7 +1,8 @@
 """The ONNX Runtime backend: sessions over a bundle's graphs, caches updated in place, one binding for each shape.
 
-A full pass runs staged by default: thinking over T's window, then late_decode over D's rows, ``thought`` handed over in a
-buffer both are bound to. How rows are laid out depends on the dialect: ``layouts/packed.py`` (onnxruntime) or
+On the CPU one graph runs all where a bundle has it (``cycle_parts.py``), whole cycles of the likeliest tokens in one go.
+Elsewhere a full pass runs staged by default: thinking over T's window, then late_decode over D's rows, ``thought`` handed over
+in a buffer both are bound to. How rows are laid out depends on the dialect: ``layouts/packed.py`` (onnxruntime) or
 ``layouts/rectangular.py`` (standard). Where tensors lie is ``memory.py``'s: on a GPU everything is allocated when the backend is
 made, all sessions share one stream and one copy of the weights, and a step waits once, for what it brings back.
 """
@@ -13,19 +14,37 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dmtd_runtime.backends.base import Array, BackendOptions, Rows, RunOutput, RunStats, SlotStep, StepwiseBackend
+from dmtd_runtime.backends.base import (
+    Array,
+    BackendOptions,
+    Rows,
+    RunOutput,
+    RunStats,
+    SlotCycle,
+    SlotStep,
+    StepwiseBackend,
+)
 from dmtd_runtime.backends.kv_cache import HostKvCache
 from dmtd_runtime.backends.layouts.layout import Layout
 from dmtd_runtime.backends.layouts.packed import PackedLayout
 from dmtd_runtime.backends.layouts.rectangular import RectangularLayout
 from dmtd_runtime.backends.onnxruntime.binding import Binding, SharedIo, check_io
-from dmtd_runtime.backends.onnxruntime.limits import check_dtype, graph_slots, max_model_len, usual_full_pass
+from dmtd_runtime.backends.onnxruntime.cycle_parts import CycleParts
+from dmtd_runtime.backends.onnxruntime.limits import (
+    MAX_LATE_BYTES,
+    check_dtype,
+    cycle_graph,
+    graph_slots,
+    late_bytes,
+    max_model_len,
+    usual_full_pass,
+)
 from dmtd_runtime.backends.onnxruntime.memory import (
     Buffer,
     GpuMemory,
@@ -40,7 +59,7 @@ from dmtd_runtime.backends.onnxruntime.trial import captures_agree, warm_up_step
 from dmtd_runtime.backends.onnxruntime.weights import mapped_weights, upload_weights
 from dmtd_runtime.backends.row_copies import CacheLayout, RowCopies
 from dmtd_runtime.bundle import contract
-from dmtd_runtime.bundle.manifest import DTYPE_BYTES, Manifest
+from dmtd_runtime.bundle.manifest import DTYPE_BYTES, GraphInfo, Manifest, TensorInfo
 from dmtd_runtime.device.base import check_room
 from dmtd_runtime.machine.huge_pages import in_huge_pages
 from dmtd_runtime.machine.memory import return_freed_memory
@@ -68,7 +87,8 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self.max_rows = manifest.model.max_window
         self.capacity = self.max_model_len + manifest.model.max_window
         self.stats = RunStats()
-        self.full_pass = usual_full_pass(manifest, options, packed=packed)
+        one = cycle_graph(manifest, options, packed=packed, slots=num_slots)
+        self.full_pass = "staged" if one is not None else usual_full_pass(manifest, options, packed=packed)
         self.gives_all_rows = True
         self._captures = on_gpu and options.cuda_graphs
         self._rides = packed and self.full_pass == "staged" and not on_gpu  # prompts run through T beside the heads
@@ -83,15 +103,24 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self._caches: dict[tuple[int, contract.Kind], Buffer] = {}
         self._copies: RowCopies | None = None
         self._outputs: dict[str, Buffer] = {}
-        self._runs = PreparedRuns(self._layout, self._bind, fused=self.full_pass == "fused", rides=self._rides)
-        self._ios: dict[tuple[contract.GraphName, range], SharedIo] = {}
+        self._runs = PreparedRuns(
+            self._layout, self._bind, fused=self.full_pass == "fused", rides=self._rides, joins=one is not None
+        )
+        self._ios: dict[tuple[contract.GraphName, range, int], SharedIo] = {}
+        self._cycles: dict[Hashable, Binding] = {}
+        self._cycle = RunOutput()
         self._choosers: dict[tuple[int, ...], Binding] = {}
         self._graph_ids = itertools.count()
         first = contract.FULL_PASS if self.full_pass == "fused" else contract.THINKING
-        self._graphs = {
-            first: manifest.graph(first, dialect, num_slots),
-            contract.LATE_DECODE: manifest.graph(contract.LATE_DECODE, dialect),
-        }
+        self._parts = None if one is None else CycleParts(one, manifest.cycle)
+        self.runs_cycles = one is not None and late_bytes(manifest) <= MAX_LATE_BYTES
+        if one is not None:
+            self._graphs = {contract.CYCLE: one}
+        else:
+            self._graphs = {
+                first: manifest.graph(first, dialect, num_slots),
+                contract.LATE_DECODE: manifest.graph(contract.LATE_DECODE, dialect),
+            }
         if on_gpu:
             self._graphs[contract.CHOOSE_TOKEN] = manifest.graph(contract.CHOOSE_TOKEN, contract.STANDARD)
         self._sizes = OrtSizes(
@@ -126,6 +155,25 @@ class OnnxRuntimeBackend(StepwiseBackend):
                     fed[steps[place].slot] = steps[place].step.late.stop
         together = found[0] if len(found) == 1 else np.concatenate(found)
         return RunOutput(tokens=together) if choose else RunOutput(logits=together)
+
+    def start_cycle(self, slots: Sequence[SlotCycle], committed: Sequence[int], *, follows: bool = False) -> None:
+        assert self._parts is not None and not follows, (
+            "the cycle graph is there, and a cycle over once it has been started"
+        )
+        most = self._parts.most_steps
+        tokens, ids = list[Array](), [cycle.ids for cycle in slots]
+        fed, kinds = [*committed, *(0,) * (self._cache_slots - len(committed))], [step.kind for step in slots[0].steps]
+        while (done := len(tokens)) < len(kinds):
+            steps = [SlotStep(slot=c.slot, step=c.steps[done], ids=own) for c, own in zip(slots, ids, strict=True)]
+            late = itertools.takewhile(lambda kind: kind == "late", kinds[done + 1 : done + most])
+            tokens += self._run_steps(steps, fed, 1 + len(list(late)))
+            ids = [[max(token, 0)] for token in tokens[-1].tolist()]
+            for cycle in slots:
+                fed[cycle.slot] = cycle.steps[len(tokens) - 1].late.stop
+        self._cycle = RunOutput(tokens=np.stack(tokens))
+
+    def finish_cycle(self) -> RunOutput:
+        return self._cycle
 
     def clear(self, slot: int, rows: int) -> None:
         if self._host_cache is not None:
@@ -162,7 +210,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self.stats = RunStats()
 
     def close(self) -> None:
-        for owned in (self._runs, self._ios, self._choosers, self._outputs, self._caches, self._sessions):
+        for owned in (self._runs, self._ios, self._cycles, self._choosers, self._outputs, self._caches, self._sessions):
             owned.clear()
         self._weights, self._folded = {}, {}
         if self._host_cache is not None:
@@ -187,6 +235,8 @@ class OnnxRuntimeBackend(StepwiseBackend):
         for name, shape in self._sizes.outputs.items():
             dtype = self._manifest.model.dtype if name == contract.THOUGHT else "float32"
             self._outputs[name] = self._memory.zeros(shape, dtype, name)
+        if self._parts is not None:
+            self._outputs[contract.NEW_THOUGHT] = self._outputs[contract.THOUGHT]
         names = list(self._graphs)
         if isinstance(self._memory, GpuMemory):
             self._sizes.warn_of_copies()
@@ -224,6 +274,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
             directory / graph.file,
             threads=self._options.threads,
             prepack=self._options.prepack,
+            alone=name == contract.CYCLE,
             cuda=cuda,
             weights={weight: self._weights[weight] for weight in graph.weights if weight in self._weights},
             folded={weight: self._folded[weight] for weight in graph.weights if weight in self._folded},
@@ -251,6 +302,29 @@ class OnnxRuntimeBackend(StepwiseBackend):
             binding.run(stats)
             if graph.index is not None:
                 yield self._results(graph, choose)
+
+    def _run_steps(self, steps: Sequence[SlotStep], fed: Sequence[int], count: int) -> list[Array]:
+        """Run a step and late ones behind it, ``count`` in all, in one go: the tokens chosen in each, int64 [slots]."""
+        stats, late = self.stats, steps[0].step.kind == "late"
+        stats.full_passes += not late
+        stats.late_steps += count - (not late)
+        stats.refill_rows += sum(max(0, len(s.step.window) - 1) for s in steps)
+        name = contract.LATE_DECODE if late else contract.FULL_PASS
+        slots = self._layout.batch_slots(name, steps)
+        binding = self._cycle_binding(name, steps, slots, count)
+        binding.begin()
+        self._layout.fill(name, binding.arrays, steps, fed)
+        binding.arrays[contract.LOGIT_ROWS][:] = slots  # all rows: what a step chooses the next one feeds
+        binding.run(stats)
+        found = [self._memory.read(binding.buffers[contract.logits(step)])[0] for step in range(count)]
+        return [best_tokens([logits[s.slot] for s in steps]) for logits in found]
+
+    def _cycle_binding(self, name: contract.GraphName, steps: Sequence[SlotStep], slots: range, count: int) -> Binding:
+        sizes = {**self._layout.sizes(name, steps), "num_logits": len(slots)}
+        key = (name, slots, count, *sizes.values())
+        if (binding := self._cycles.get(key)) is None:
+            binding = self._cycles[key] = self._bind(name, sizes, slots, False, 0, count)
+        return binding
 
     def _results(self, graph: PreparedGraph, choose: bool) -> Array:
         logits, start = graph.binding.buffers[contract.LOGITS], time.perf_counter()
@@ -283,38 +357,50 @@ class OnnxRuntimeBackend(StepwiseBackend):
         return chosen
 
     def _bind(
-        self, name: contract.GraphName, sizes: Mapping[str, int], slots: range, captured: bool, thought_from: int
+        self,
+        name: contract.GraphName,
+        sizes: Mapping[str, int],
+        slots: range,
+        captured: bool,
+        thought_from: int,
+        count: int = 1,
     ) -> Binding:
-        graph = self._graphs[name]
-        io, buffers = self._io(name, slots, captured), dict[str, Buffer]()
+        """``count``: of the steps of D, where one run may have several."""
+        parts = self._parts
+        graph = self._graphs[name] if parts is None else parts.graph(name, count)
+        io, buffers = self._io(name, graph, slots, captured, count), dict[str, Buffer]()
         for info in (*io.inputs, *io.outputs):
-            if info.name in (contract.THOUGHT, contract.LOGITS):
+            if info.name in self._outputs:
                 first = thought_from if info.name == contract.THOUGHT else 0
-                buffers[info.name] = self._output_buffer(name, info.name, sizes, first)
+                buffers[info.name] = self._output_buffer(info, sizes, first)
         graph_id = None
         if self._options.device == "cuda" and self._options.cuda_graphs:  # the sessions were opened for captures
             graph_id = next(self._graph_ids) if captured else -1
-        sizes = {**sizes, "capacity": self.capacity}
-        return Binding(io, graph, sizes, buffers, self._memory, graph_id=graph_id)
+        sizes = {**(parts.least if parts else {}), **sizes, "capacity": self.capacity}
+        binding = Binding(io, graph, sizes, buffers, self._memory, graph_id=graph_id)
+        if parts is not None:
+            parts.direct(binding, name, count)
+        return binding
 
-    def _io(self, name: contract.GraphName, slots: range, captured: bool) -> SharedIo:
+    def _io(self, name: contract.GraphName, graph: GraphInfo, slots: range, captured: bool, count: int) -> SharedIo:
         """The graph's caches in place; a captured graph has an io binding of its own, whose addresses stay."""
-        io = self._ios.get((name, slots))
+        key = (name, slots, count)
+        io = self._ios.get(key)
         if io is None or captured:
-            graph = self._graphs[name]
             caches = {
                 info.name: self._cache_buffer(cache, info.dims[0], slots)
                 for info in (*graph.inputs, *graph.outputs)
                 if (cache := contract.cache_name(info.name))
             }
-            io = SharedIo(self._sessions[name], graph, caches, self._memory)
+            session = self._sessions[contract.CYCLE if self._parts else name]
+            io = SharedIo(session, graph, caches, self._memory)
             if not captured:
-                self._ios[name, slots] = io
+                self._ios[key] = io
         return io
 
-    def _output_buffer(self, name: contract.GraphName, output: str, sizes: Mapping[str, int], first: int = 0) -> Buffer:
+    def _output_buffer(self, info: TensorInfo, sizes: Mapping[str, int], first: int = 0) -> Buffer:
         """The buffer of thought or logits in this shape, from row ``first`` on; one for all graphs."""
-        info = next(i for i in (*self._graphs[name].outputs, *self._graphs[name].inputs) if i.name == output)
+        output = info.name
         shape = [sizes[dim] if isinstance(dim, str) else dim for dim in info.dims]
         whole = self._outputs[output]
         needed, width = first * shape[-1] + math.prod(shape), whole.shape[-1]

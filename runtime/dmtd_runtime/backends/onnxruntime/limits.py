@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dmtd_runtime.backends.base import BackendOptions, FullPass
+from dmtd_runtime.backends.onnxruntime.weights import weights_of
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.engine_record import default_full_pass
-from dmtd_runtime.bundle.manifest import Manifest
+from dmtd_runtime.bundle.manifest import GraphInfo, Manifest
 from dmtd_runtime.errors import BackendError, RequestError
 from dmtd_runtime.ort.cuda_provider import check_cuda_provider
 from dmtd_runtime.ort.library import import_onnxruntime
+
+# Of a late step that may run with others in one go. Where it reads more the host's part of it is small, and tokens are wanted
+# one by one, as they come.
+MAX_LATE_BYTES = 1 << 28
 
 
 def graph_slots(manifest: Manifest, options: BackendOptions) -> int:
@@ -39,6 +44,20 @@ def usual_full_pass(manifest: Manifest, options: BackendOptions, *, packed: bool
     if options.full_pass is None and packed and options.device == "cpu" and options.max_num_seqs > 1:
         return "staged"
     return options.full_pass or default_full_pass(manifest)
+
+
+def cycle_graph(manifest: Manifest, options: BackendOptions, *, packed: bool, slots: int) -> GraphInfo | None:
+    """The one graph for all that runs, on the CPU, where the bundle has it and nobody asked for others."""
+    if not packed or options.device != "cpu" or options.full_pass is not None:
+        return None
+    found = (graph for graph in manifest.graphs if graph.name == contract.CYCLE and graph.slots == slots)
+    return next(found, None)
+
+
+def late_bytes(manifest: Manifest) -> int:
+    """What a late step reads of the weights."""
+    weights = weights_of(manifest, [manifest.graph(contract.LATE_DECODE, contract.ONNXRUNTIME)])
+    return sum(num_bytes for _, num_bytes, _, _ in weights.values())
 
 
 def check_dtype(manifest: Manifest, options: BackendOptions) -> None:

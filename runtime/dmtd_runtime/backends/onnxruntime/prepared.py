@@ -46,9 +46,12 @@ class PreparedRun:
 class PreparedRuns:
     """Finds the runs that steps need, with their bindings; the latest ones are kept."""
 
-    def __init__(self, layout: Layout, bind: Bind, *, fused: bool, rides: bool) -> None:
-        """``fused``: a full pass is one graph. ``rides``: all parts of a run go through T together."""
-        self._layout, self._bind, self._fused, self._rides = layout, bind, fused, rides
+    def __init__(self, layout: Layout, bind: Bind, *, fused: bool, rides: bool, joins: bool = False) -> None:
+        """``fused``: a full pass is one graph. ``rides``: all parts of a run go through T together.
+
+        ``joins``: a full pass of one part is one graph, and others are not.
+        """
+        self._layout, self._bind, self._fused, self._rides, self._joins = layout, bind, fused, rides, joins
         self._runs: dict[Hashable, Sequence[PreparedRun]] = {}
         self._bindings: dict[Hashable, Binding] = {}
 
@@ -74,8 +77,9 @@ class PreparedRuns:
     ) -> PreparedRun:
         together = [step for part in parts for step in part]
         late, places = together[0].step.kind == "late", {id(step): place for place, step in enumerate(steps)}
-        last, graphs = contract.LATE_DECODE if late or not self._fused else contract.FULL_PASS, list[PreparedGraph]()
-        if not late and not self._fused:
+        fused, graphs = self._fused or (self._joins and len(parts) == 1), list[PreparedGraph]()
+        last = contract.LATE_DECODE if late or not fused else contract.FULL_PASS
+        if not late and not fused:
             graphs.append(self._graph(contract.THINKING, together, places, rows, captured, 0))
         for part, offset in zip(parts, self._layout.late_offsets(parts), strict=True):
             graphs.append(self._graph(last, part, places, rows, captured, offset))

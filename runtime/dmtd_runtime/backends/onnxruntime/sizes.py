@@ -47,9 +47,10 @@ class OrtSizes:
         late_rows = max(self.slots, rows) if self.packed else self.slots * rows
         if self.packed and self.prompts_ride:  # heads, then prompts, each rounded up
             late_rows = self.slots + 2 * rows + self.slots * PREFILL_ROUNDING[0]
+        logits = {contract.logits(contract.step_of(info.name)) for graph in self.graphs for info in graph.outputs}
         return {
             contract.THOUGHT: (late_rows, model.hidden_size),
-            contract.LOGITS: (self.slots, model.vocab_size),
+            **dict.fromkeys(logits | {contract.LOGITS}, (self.slots, model.vocab_size)),
         }
 
     def needed_bytes(self) -> dict[str, int]:
