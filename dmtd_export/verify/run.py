@@ -47,6 +47,7 @@ from dmtd_models.checkpoints.checkpoint import Checkpoint
 from dmtd_models.checkpoints.tensors import tensor_shapes
 from dmtd_models.config.model import ModelConfig
 from dmtd_models.progress import Progress, silent
+from dmtd_runtime.backends.onnxruntime.limits import runs_in_one_go
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import Manifest, load_manifest
 from dmtd_runtime.errors import BackendError, BundleError
@@ -322,7 +323,7 @@ class _Run:
         made = cycles.make_cases(manifest, quick)
         reads = len(tensor_shapes(reference.config)) if reference is not None else 0
         as_is = [variants[0], *cycles.cycle_graph_variants(self._manifest)] if runs_as_is else []
-        choosing = cycles.cycle_graph_variants(self._manifest) if dtype != "bfloat16" else []
+        choosing = cycles.cycle_graph_variants(self._manifest) if runs_in_one_go(self._manifest) else []
         runs = sum(len(variant.picks(len(made))) for variant in variants)
         runs += len(as_is) * len(made) + len(choosing) * sum(not case.leaves for case in made)
         with self._counting("cycles", runs + reads) as done:

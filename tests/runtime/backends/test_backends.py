@@ -160,11 +160,16 @@ def test_encoding_layers_are_read_once_a_step_by_default(
     tiny: TinyBundles, encoding_layers: int, expected: str
 ) -> None:
     bundle = tiny.get("qwen3", encoding_layers)
+    older = bundle.manifest.without(contract.CYCLE)
     for asked in (None, "staged", "fused"):
         options = BackendOptions(full_pass=asked, threads=1)  # type: ignore[arg-type]
-        backend = OnnxRuntimeBackend(bundle.directory, bundle.manifest, options)
-        assert backend.full_pass == (asked or expected)
-        backend.close()
+        for manifest, usual in (
+            (older, expected),
+            (bundle.manifest, "staged"),
+        ):  # E is in the cycle graph's window alone
+            backend = OnnxRuntimeBackend(bundle.directory, manifest, options)
+            assert backend.full_pass == (asked or usual)
+            backend.close()
 
 
 @both_dialects

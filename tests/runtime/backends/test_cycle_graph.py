@@ -176,7 +176,7 @@ def test_one_session_holds_all_and_an_older_bundle_runs_without(tiny: TinyBundle
 
 
 def test_long_late_steps_come_one_by_one(tiny: TinyBundles, cycles: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmtd_runtime.backends.onnxruntime.backend.MAX_LATE_BYTES", 1000)
+    monkeypatch.setattr("dmtd_runtime.backends.onnxruntime.limits.MAX_LATE_BYTES", 1000)
     bundle, prompt = tiny.get(), random_prompt(0, 6)
     backend = OnnxRuntimeBackend(bundle.directory, bundle.manifest, BackendOptions(threads=1))
     got = tokens_of(backend, CyclePlan(cycle=bundle.manifest.cycle), [prompt], [GREEDY])

@@ -14,7 +14,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,13 @@ from dmtd_runtime.backends.layouts.packed import PackedLayout
 from dmtd_runtime.backends.layouts.rectangular import RectangularLayout
 from dmtd_runtime.backends.onnxruntime.binding import Binding, SharedIo, check_io
 from dmtd_runtime.backends.onnxruntime.cycle_parts import CycleParts
+from dmtd_runtime.backends.onnxruntime.host_cycles import HostCycles
 from dmtd_runtime.backends.onnxruntime.limits import (
-    MAX_LATE_BYTES,
     check_dtype,
     cycle_graph,
     graph_slots,
-    late_bytes,
     max_model_len,
+    runs_in_one_go,
     usual_full_pass,
 )
 from dmtd_runtime.backends.onnxruntime.memory import (
@@ -107,13 +107,13 @@ class OnnxRuntimeBackend(StepwiseBackend):
             self._layout, self._bind, fused=self.full_pass == "fused", rides=self._rides, joins=one is not None
         )
         self._ios: dict[tuple[contract.GraphName, range, int], SharedIo] = {}
-        self._cycles: dict[Hashable, Binding] = {}
         self._cycle = RunOutput()
         self._choosers: dict[tuple[int, ...], Binding] = {}
         self._graph_ids = itertools.count()
         first = contract.FULL_PASS if self.full_pass == "fused" else contract.THINKING
         self._parts = None if one is None else CycleParts(one, manifest.cycle)
-        self.runs_cycles = one is not None and late_bytes(manifest) <= MAX_LATE_BYTES
+        self._cycles: HostCycles | None = None
+        self.runs_cycles = one is not None and runs_in_one_go(manifest)
         if one is not None:
             self._graphs = {contract.CYCLE: one}
         else:
@@ -135,6 +135,8 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self._weights: Mapping[str, Any] = {}
         self._folded: Mapping[str, Any] = {}  # on a GPU: weights of the host, which reach it in constants alone
         self._memory = self._open_memory()
+        if self._parts is not None:
+            self._cycles = HostCycles(self._layout, self._bind, self._memory, self._parts.most_steps, self._cache_slots)
         try:
             self._open(directory)
         except BaseException:
@@ -157,20 +159,8 @@ class OnnxRuntimeBackend(StepwiseBackend):
         return RunOutput(tokens=together) if choose else RunOutput(logits=together)
 
     def start_cycle(self, slots: Sequence[SlotCycle], committed: Sequence[int], *, follows: bool = False) -> None:
-        assert self._parts is not None and not follows, (
-            "the cycle graph is there, and a cycle over once it has been started"
-        )
-        most = self._parts.most_steps
-        tokens, ids = list[Array](), [cycle.ids for cycle in slots]
-        fed, kinds = [*committed, *(0,) * (self._cache_slots - len(committed))], [step.kind for step in slots[0].steps]
-        while (done := len(tokens)) < len(kinds):
-            steps = [SlotStep(slot=c.slot, step=c.steps[done], ids=own) for c, own in zip(slots, ids, strict=True)]
-            late = itertools.takewhile(lambda kind: kind == "late", kinds[done + 1 : done + most])
-            tokens += self._run_steps(steps, fed, 1 + len(list(late)))
-            ids = [[max(token, 0)] for token in tokens[-1].tolist()]
-            for cycle in slots:
-                fed[cycle.slot] = cycle.steps[len(tokens) - 1].late.stop
-        self._cycle = RunOutput(tokens=np.stack(tokens))
+        assert self._cycles is not None and not follows, "a cycle is over once it has been started"
+        self._cycle = self._cycles.run(slots, committed, self.stats)
 
     def finish_cycle(self) -> RunOutput:
         return self._cycle
@@ -210,8 +200,9 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self.stats = RunStats()
 
     def close(self) -> None:
-        for owned in (self._runs, self._ios, self._cycles, self._choosers, self._outputs, self._caches, self._sessions):
+        for owned in (self._runs, self._ios, self._choosers, self._outputs, self._caches, self._sessions):
             owned.clear()
+        self._cycles = None
         self._weights, self._folded = {}, {}
         if self._host_cache is not None:
             self._host_cache.close()
@@ -302,29 +293,6 @@ class OnnxRuntimeBackend(StepwiseBackend):
             binding.run(stats)
             if graph.index is not None:
                 yield self._results(graph, choose)
-
-    def _run_steps(self, steps: Sequence[SlotStep], fed: Sequence[int], count: int) -> list[Array]:
-        """Run a step and late ones behind it, ``count`` in all, in one go: the tokens chosen in each, int64 [slots]."""
-        stats, late = self.stats, steps[0].step.kind == "late"
-        stats.full_passes += not late
-        stats.late_steps += count - (not late)
-        stats.refill_rows += sum(max(0, len(s.step.window) - 1) for s in steps)
-        name = contract.LATE_DECODE if late else contract.FULL_PASS
-        slots = self._layout.batch_slots(name, steps)
-        binding = self._cycle_binding(name, steps, slots, count)
-        binding.begin()
-        self._layout.fill(name, binding.arrays, steps, fed)
-        binding.arrays[contract.LOGIT_ROWS][:] = slots  # all rows: what a step chooses the next one feeds
-        binding.run(stats)
-        found = [self._memory.read(binding.buffers[contract.logits(step)])[0] for step in range(count)]
-        return [best_tokens([logits[s.slot] for s in steps]) for logits in found]
-
-    def _cycle_binding(self, name: contract.GraphName, steps: Sequence[SlotStep], slots: range, count: int) -> Binding:
-        sizes = {**self._layout.sizes(name, steps), "num_logits": len(slots)}
-        key = (name, slots, count, *sizes.values())
-        if (binding := self._cycles.get(key)) is None:
-            binding = self._cycles[key] = self._bind(name, sizes, slots, False, 0, count)
-        return binding
 
     def _results(self, graph: PreparedGraph, choose: bool) -> Array:
         logits, start = graph.binding.buffers[contract.LOGITS], time.perf_counter()

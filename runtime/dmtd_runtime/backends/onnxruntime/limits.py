@@ -54,10 +54,12 @@ def cycle_graph(manifest: Manifest, options: BackendOptions, *, packed: bool, sl
     return next(found, None)
 
 
-def late_bytes(manifest: Manifest) -> int:
-    """What a late step reads of the weights."""
+def runs_in_one_go(manifest: Manifest) -> bool:
+    """Whether late steps may run with others in one go: the cycle graph is there, and they read few weights."""
+    if all(graph.name != contract.CYCLE for graph in manifest.graphs):
+        return False
     weights = weights_of(manifest, [manifest.graph(contract.LATE_DECODE, contract.ONNXRUNTIME)])
-    return sum(num_bytes for _, num_bytes, _, _ in weights.values())
+    return sum(num_bytes for _, num_bytes, _, _ in weights.values()) <= MAX_LATE_BYTES
 
 
 def check_dtype(manifest: Manifest, options: BackendOptions) -> None:

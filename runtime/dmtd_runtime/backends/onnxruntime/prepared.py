@@ -64,7 +64,7 @@ class PreparedRuns:
         groups = [parts] if self._rides else [[part] for part in parts]
         runs = [self._run(group, steps, rows, captured) for group in groups]
         if steps[-1].step.kind != "prefill":  # prompts have too many shapes to be met again
-            _keep(self._runs, key, runs)
+            keep(self._runs, key, runs)
         return runs
 
     def clear(self) -> None:
@@ -105,7 +105,7 @@ class PreparedRuns:
         key = (name, slots, tuple(sizes.items()), captured, thought_from)
         if (binding := self._bindings.get(key)) is None:
             binding = self._bind(name, sizes, slots, captured, thought_from)
-            _keep(self._bindings, key, binding)
+            keep(self._bindings, key, binding)
         return PreparedGraph(
             name=name,
             places=[places[id(step)] for step in part],
@@ -115,7 +115,7 @@ class PreparedRuns:
         )
 
 
-def _keep(kept: dict[Hashable, T], key: Hashable, value: T) -> None:
+def keep(kept: dict[Hashable, T], key: Hashable, value: T) -> None:
     """Keep a value in place of the oldest one, where there are many: several slots have many combinations of lengths."""
     if len(kept) == MAX_BINDINGS:
         del kept[next(iter(kept))]

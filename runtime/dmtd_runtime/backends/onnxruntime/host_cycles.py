@@ -1,0 +1,65 @@
+"""Whole cycles in the cycle graph, of sequences that take the likeliest tokens: a run for as many steps as the graph has."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+
+import numpy as np
+
+from dmtd_runtime.backends.base import Array, RunOutput, RunStats, SlotCycle, SlotStep
+from dmtd_runtime.backends.layouts.layout import Layout
+from dmtd_runtime.backends.onnxruntime.binding import Binding
+from dmtd_runtime.backends.onnxruntime.memory import OrtMemory
+from dmtd_runtime.backends.onnxruntime.prepared import keep
+from dmtd_runtime.bundle import contract
+from dmtd_runtime.sampling.sampler import best_tokens
+
+Bind = Callable[[contract.GraphName, Mapping[str, int], range, bool, int, int], Binding]
+"""As the prepared runs' own, and the steps of D."""
+
+
+class HostCycles:
+    """Runs the cycles of some slots; ``most_steps`` of a graph in one run, ``slots`` of the caches."""
+
+    def __init__(self, layout: Layout, bind: Bind, memory: OrtMemory, most_steps: int, slots: int) -> None:
+        self._layout, self._bind, self._memory, self._slots = layout, bind, memory, slots
+        self._logits = [contract.logits(step) for step in range(most_steps)]
+        self._bindings: dict[Hashable, Binding] = {}
+
+    def run(self, cycles: Sequence[SlotCycle], committed: Sequence[int], stats: RunStats) -> RunOutput:
+        """The tokens of all steps, int64 [steps, slots], NOT_FINITE where logits are not; every step feeds those before it."""
+        tokens, ids = list[Array](), [cycle.ids for cycle in cycles]
+        fed, kinds = [*committed, *(0,) * (self._slots - len(committed))], [step.kind for step in cycles[0].steps]
+        while (done := len(tokens)) < len(kinds):
+            steps = [SlotStep(slot=c.slot, step=c.steps[done], ids=own) for c, own in zip(cycles, ids, strict=True)]
+            behind = kinds[done + 1 : done + len(self._logits)]
+            count = 1 + len(list(itertools.takewhile(lambda kind: kind == "late", behind)))
+            tokens += self._run_steps(steps, fed, count, stats)
+            ids = [[max(token, 0)] for token in tokens[-1].tolist()]
+            for cycle in cycles:
+                fed[cycle.slot] = cycle.steps[len(tokens) - 1].late.stop
+        return RunOutput(tokens=np.stack(tokens))
+
+    def _run_steps(self, steps: Sequence[SlotStep], fed: Sequence[int], count: int, stats: RunStats) -> list[Array]:
+        """Run a step and late ones behind it, ``count`` in all, in one go: the tokens chosen in each, int64 [slots]."""
+        late = steps[0].step.kind == "late"
+        stats.full_passes += not late
+        stats.late_steps += count - (not late)
+        stats.refill_rows += sum(max(0, len(s.step.window) - 1) for s in steps)
+        name = contract.LATE_DECODE if late else contract.FULL_PASS
+        slots = self._layout.batch_slots(name, steps)
+        binding = self._binding(name, steps, slots, count)
+        binding.begin()
+        self._layout.fill(name, binding.arrays, steps, fed)
+        binding.arrays[contract.LOGIT_ROWS][:] = slots  # all rows: what a step chooses the next one feeds
+        binding.run(stats)
+        found = [self._memory.read(binding.buffers[name])[0] for name in self._logits[:count]]
+        return [best_tokens([logits[s.slot] for s in steps]) for logits in found]
+
+    def _binding(self, name: contract.GraphName, steps: Sequence[SlotStep], slots: range, count: int) -> Binding:
+        sizes = {**self._layout.sizes(name, steps), "num_logits": len(slots)}
+        key = (name, slots, count, *sizes.values())
+        if (binding := self._bindings.get(key)) is None:
+            keep(self._bindings, key, binding := self._bind(name, sizes, slots, False, 0, count))
+        return binding
