@@ -168,7 +168,7 @@ class Backend(Protocol):
     max_model_len: int
     capacity: int
     max_rows: int
-    full_pass: FullPass
+    full_pass: FullPass | None  # None: in one graph with all else
     stats: RunStats
     gives_all_rows: bool  # run takes rows="all"
     runs_cycles: bool  # start_cycle and finish_cycle work; elsewhere nobody calls them

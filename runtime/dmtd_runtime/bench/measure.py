@@ -209,7 +209,7 @@ def _bench_batch(
     backend_options: BackendOptions,
     split: SplitBytes,
     on_run: Callable[[str, int], None],
-) -> tuple[BatchReport, FullPass]:
+) -> tuple[BatchReport, FullPass | None]:
     """What was measured, and how the backend ran full passes."""
     batch, done = backend_options.max_num_seqs, 0
     generator = np.random.default_rng(options.seed)

@@ -238,7 +238,7 @@ def _graph_table(graph: GraphInfo) -> Table:
 def collapse(tensors: Iterable[TensorInfo]) -> list[tuple[str, str, str]]:
     """(name, dims, dtype) of each tensor; the KV buffers of a run of layers share one row: ``present.{22-29}.key``."""
     rows: list[tuple[str, str, str]] = []
-    caches: dict[tuple[str, str, str, str], tuple[list[int], list[int]]] = {}
+    caches: dict[tuple[str, str, int, str, str], tuple[list[int], list[int]]] = {}
     for tensor in tensors:
         dims = "[" + ", ".join(map(str, tensor.dims)) + "]"
         cache = contract.cache_name(tensor.name)
@@ -246,13 +246,14 @@ def collapse(tensors: Iterable[TensorInfo]) -> list[tuple[str, str, str]]:
             rows.append((tensor.name, dims, tensor.dtype))
             continue
         prefix = tensor.name.partition(".")[0]
-        layers, slots = caches.setdefault((prefix, cache.kind, dims, tensor.dtype), ([], []))
+        key = (prefix, cache.kind, contract.step_of(tensor.name), dims, tensor.dtype)
+        layers, slots = caches.setdefault(key, ([], []))
         layers.append(cache.layer)
         if cache.slot is not None:
             slots.append(cache.slot)
-    for (prefix, kind, dims, dtype), (layers, slots) in caches.items():
-        slot_part = "." + _ranges(slots) if slots else ""
-        rows.append((f"{prefix}.{_ranges(layers)}.{kind}{slot_part}", dims, dtype))
+    for (prefix, kind, step, dims, dtype), (layers, slots) in caches.items():
+        slot_part, step_part = "." + _ranges(slots) if slots else "", f".step{step}" if step else ""
+        rows.append((f"{prefix}.{_ranges(layers)}.{kind}{slot_part}{step_part}", dims, dtype))
     return rows
 
 

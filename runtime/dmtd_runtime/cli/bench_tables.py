@@ -129,10 +129,15 @@ def footer(report: BenchReport) -> Text:
     """The conditions of a static batch's table."""
     facts = report.conditions
     repeats = "one repeat" if facts["repeats"] == 1 else f"medians of {facts['repeats']} interleaved repeats"
-    line = f"{repeats}; {facts['full_pass']} full pass"
+    line = f"{repeats}; {_way(facts)}"
     if facts["full_pass"] == "fused":
         line += f", whose graph repeats D and lm_head: {human_bytes(report.split.fused_extra)} more memory"
     return _conditions(facts, [line])
+
+
+def _way(facts: dict[str, Any]) -> str:
+    """How full passes ran."""
+    return f"{facts['full_pass']} full pass" if facts["full_pass"] else "one graph runs all, whole cycles where it can"
 
 
 def _conditions(facts: dict[str, Any], lines: list[str]) -> Text:
@@ -174,7 +179,7 @@ def serve_footer(report: ServeReport) -> Text:
     return _conditions(
         facts,
         [
-            f"{lengths}; {repeats}, after {facts['warmup']} warm-up; {facts['full_pass']} full pass",
+            f"{lengths}; {repeats}, after {facts['warmup']} warm-up; {_way(facts)}",
             "ratios are of tokens/s while the load lasts; static: all slots begin and end together, prompts included",
         ],
     )

@@ -55,8 +55,8 @@ class Service:
         device: ``cpu``, or ``cuda`` for ONNX Runtime's CUDA provider (a float16 or bfloat16 bundle).
         device_id: which GPU.
         dialect: which graphs; None takes ONNX Runtime's own where the bundle has them.
-        full_pass: ``staged`` (T, D and lm_head in memory once) or ``fused`` (one graph, encoding layers read once); None takes
-            fused where the split has encoding layers; staged for several sequences on the CPU, whose prompts then ride it.
+        full_pass: ``staged`` (T, D and lm_head in memory once) or ``fused`` (one graph, encoding layers read once). None: on the
+            CPU the cycle graph runs all; elsewhere fused where the split has encoding layers.
         max_num_seqs: sequences that may run at a time. None: of ``LLM`` 1, the fastest for a single sequence; of ``AsyncLLM``,
             made for services, as many as the bundle was exported for, at most 8.
         max_model_len: prompt and answer together, at most the bundle's own limit, the default.

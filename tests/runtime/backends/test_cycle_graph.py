@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from dmtd_models.reference import oracle
 from dmtd_runtime.backends.base import Backend, BackendOptions
 from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from dmtd_runtime.bundle import contract
-from dmtd_runtime.cycle import CyclePlan
+from dmtd_runtime.cycle import CyclePlan, Position
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import Sampler
@@ -136,6 +137,38 @@ def test_prompts_go_with_heads_and_cycles_go_on_behind_them(tiny: TinyBundles, c
     assert 0 < before < len(cycles)
     for sequence, prompt in zip(sequences, prompts, strict=True):
         assert sequence.ids[len(prompt) :] == bundle.greedy_tokens(prompt, 30)
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_neither_company_nor_whole_cycles_change_a_bit(tiny: TinyBundles, cycles: list[int], layers: int) -> None:
+    """What stands in the caches behind a reply: alone and in whole cycles, step by step, or beside prompts that come."""
+    bundle, told = tiny.get("qwen3", layers), list[TokenEvent]()
+    backend, plan = tiny.backend("qwen3", layers, full_pass=None, slots=3), CyclePlan(cycle=bundle.manifest.cycle)
+    prompt, params = random_prompt(1, 6), SamplingParams(temperature=0, max_tokens=30)
+
+    def caches(*, by_steps: bool = False, company: Sequence[int] = ()) -> bytes:
+        """Those of the sequence that is there from the beginning; others come when it has so many tokens."""
+        kept: list[bytes] = []
+
+        def leaving(sequence: SequenceRun, slot: int, at: Position) -> None:
+            if sequence is first:
+                kept.append(np.stack(backend.read_rows(slot, range(0, 30, 30))).tobytes())
+
+        loop, coming = Loop(backend, plan, leaving=leaving), list(company)
+        first = sequence_of(prompt, replace(params, logprobs=0) if by_steps else params, told)
+        loop.add(first)
+        while loop.sequences:
+            if coming and len(first.ids) >= 6 + coming[0]:
+                loop.add(sequence_of(random_prompt(coming.pop(0), 40), params, told))
+            loop.step()
+        [found] = kept
+        return found
+
+    alone = caches()
+    assert cycles
+    assert caches(by_steps=True) == alone
+    assert caches(company=[3, 12]) == alone
+    assert caches(by_steps=True, company=[5]) == alone
 
 
 def test_nan_within_a_cycle_fails_its_own_sequence(tiny: TinyBundles, cycles: list[int]) -> None:

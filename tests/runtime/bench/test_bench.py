@@ -113,7 +113,7 @@ def test_json_has_what_readers_rely_on(report: BenchReport) -> None:
     assert len(told["plain_tok_per_s_repeats"]) == 3
     conditions = told["conditions"]
     assert conditions["split"] == [0, 3, 2]
-    assert (conditions["threads"], conditions["dialect"], conditions["full_pass"]) == (1, "onnxruntime", "staged")
+    assert (conditions["threads"], conditions["dialect"], conditions["full_pass"]) == (1, "onnxruntime", None)
     assert conditions["cpu"]
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dmtd_runtime.backends.base import Array, BackendOptions, Rows, RunOutput, RunStats, SlotCycle, SlotStep
+from dmtd_runtime.backends.base import Array, BackendOptions, FullPass, Rows, RunOutput, RunStats, SlotCycle, SlotStep
 from dmtd_runtime.backends.engines.device_cycle import CHOSEN, CycleProgram, CycleShape, control_layout, results_layout
 from dmtd_runtime.backends.engines.engine_set import TABLES, EngineSet
 from dmtd_runtime.backends.engines.limits import check_limits, visible_rows
@@ -77,7 +77,7 @@ class TensorRtBackend:
         self.max_model_len = options.max_model_len or record.max_model_len
         self.capacity = record.capacity
         self.max_rows = record.prefill_chunk
-        self.full_pass = record.full_pass_for(options.full_pass, manifest)
+        self.full_pass: FullPass | None = record.full_pass_for(options.full_pass, manifest)
         self.stats = RunStats()
         self.runs_cycles = self.runs_ahead = True
         self.gives_all_rows = False

@@ -88,10 +88,10 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self.capacity = self.max_model_len + manifest.model.max_window
         self.stats = RunStats()
         one = cycle_graph(manifest, options, packed=packed, slots=num_slots)
-        self.full_pass = "staged" if one is not None else usual_full_pass(manifest, options, packed=packed)
+        self.full_pass = None if one is not None else usual_full_pass(manifest, options, packed=packed)
         self.gives_all_rows = True
         self._captures = on_gpu and options.cuda_graphs
-        self._rides = packed and self.full_pass == "staged" and not on_gpu  # prompts run through T beside the heads
+        self._rides = packed and self.full_pass != "fused" and not on_gpu  # prompts run through T beside the heads
         constant_total = self.capacity if self._captures else None
         self._layout: Layout = (
             PackedLayout(num_slots, constant_total=constant_total, few_shapes=on_gpu)
@@ -103,9 +103,10 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self._caches: dict[tuple[int, contract.Kind], Buffer] = {}
         self._copies: RowCopies | None = None
         self._outputs: dict[str, Buffer] = {}
-        self._runs = PreparedRuns(
-            self._layout, self._bind, fused=self.full_pass == "fused", rides=self._rides, joins=one is not None
-        )
+        # Where prompts may ride, E runs as it does beside them: with the window, and again for the rows of D. Bits stay the same.
+        joins = one is not None and (num_slots == 1 or not manifest.cycle.encoding_layers)
+        fused = self.full_pass == "fused"
+        self._runs = PreparedRuns(self._layout, self._bind, fused=fused, rides=self._rides, joins=joins)
         self._ios: dict[tuple[contract.GraphName, range, int], SharedIo] = {}
         self._cycle = RunOutput()
         self._choosers: dict[tuple[int, ...], Binding] = {}
@@ -136,7 +137,8 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self._folded: Mapping[str, Any] = {}  # on a GPU: weights of the host, which reach it in constants alone
         self._memory = self._open_memory()
         if self._parts is not None:
-            self._cycles = HostCycles(self._layout, self._bind, self._memory, self._parts.most_steps, self._cache_slots)
+            most, slots = self._parts.most_steps, self._cache_slots
+            self._cycles = HostCycles(self._layout, self._bind, self._memory, most_steps=most, slots=slots, joins=joins)
         try:
             self._open(directory)
         except BaseException:

@@ -20,10 +20,15 @@ Bind = Callable[[contract.GraphName, Mapping[str, int], range, bool, int, int], 
 
 
 class HostCycles:
-    """Runs the cycles of some slots; ``most_steps`` of a graph in one run, ``slots`` of the caches."""
+    """Runs the cycles of some slots; ``most_steps`` of a graph in one run, ``slots`` of the caches.
 
-    def __init__(self, layout: Layout, bind: Bind, memory: OrtMemory, most_steps: int, slots: int) -> None:
-        self._layout, self._bind, self._memory, self._slots = layout, bind, memory, slots
+    ``joins``: T and D are one run; else one for T, and one for D and the steps behind.
+    """
+
+    def __init__(
+        self, layout: Layout, bind: Bind, memory: OrtMemory, *, most_steps: int, slots: int, joins: bool
+    ) -> None:
+        self._layout, self._bind, self._memory, self._slots, self._joins = layout, bind, memory, slots, joins
         self._logits = [contract.logits(step) for step in range(most_steps)]
         self._bindings: dict[Hashable, Binding] = {}
 
@@ -47,18 +52,27 @@ class HostCycles:
         stats.full_passes += not late
         stats.late_steps += count - (not late)
         stats.refill_rows += sum(max(0, len(s.step.window) - 1) for s in steps)
-        name = contract.LATE_DECODE if late else contract.FULL_PASS
-        slots = self._layout.batch_slots(name, steps)
-        binding = self._binding(name, steps, slots, count)
-        binding.begin()
-        self._layout.fill(name, binding.arrays, steps, fed)
-        binding.arrays[contract.LOGIT_ROWS][:] = slots  # all rows: what a step chooses the next one feeds
+        if not (late or self._joins):
+            binding = self._binding(contract.THINKING, steps, 1)
+            self._fill(contract.THINKING, binding, steps, fed)
+            binding.run(stats)
+        name = contract.LATE_DECODE if late or not self._joins else contract.FULL_PASS
+        binding = self._binding(name, steps, count)
+        self._fill(name, binding, steps, fed)
+        logit_rows = binding.arrays[contract.LOGIT_ROWS]
+        logit_rows[:] = range(len(logit_rows))  # all: what a step chooses the next one feeds
         binding.run(stats)
         found = [self._memory.read(binding.buffers[name])[0] for name in self._logits[:count]]
         return [best_tokens([logits[s.slot] for s in steps]) for logits in found]
 
-    def _binding(self, name: contract.GraphName, steps: Sequence[SlotStep], slots: range, count: int) -> Binding:
-        sizes = {**self._layout.sizes(name, steps), "num_logits": len(slots)}
+    def _fill(self, name: contract.GraphName, binding: Binding, steps: Sequence[SlotStep], fed: Sequence[int]) -> None:
+        binding.begin()
+        self._layout.fill(name, binding.arrays, steps, fed)
+
+    def _binding(self, name: contract.GraphName, steps: Sequence[SlotStep], count: int) -> Binding:
+        slots, sizes = self._layout.batch_slots(name, steps), self._layout.sizes(name, steps)
+        if name != contract.THINKING:
+            sizes = {**sizes, "num_logits": len(slots)}
         key = (name, slots, count, *sizes.values())
         if (binding := self._bindings.get(key)) is None:
             keep(self._bindings, key, binding := self._bind(name, sizes, slots, False, 0, count))

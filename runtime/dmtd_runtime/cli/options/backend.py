@@ -18,8 +18,8 @@ BACKEND = Group(
         "device": option("With onnxruntime: where to run. cuda takes a float16 or bfloat16 bundle.", panel=_PANEL),
         "device_id": option("Which GPU, by its number in nvidia-smi.", panel=_PANEL),
         "full_pass": option(
-            "staged: each layer is in memory once. fused: encoding layers are read once, for more memory. By default fused where "
-            "there are encoding layers and one sequence runs at a time.",
+            "staged: T, then D, each layer in memory once. fused: one graph, encoding layers are read once, for more memory. By "
+            "default one graph runs all on the CPU; elsewhere fused where there are encoding layers.",
             panel=_PANEL,
         ),
         "dialect": option(
