@@ -9,6 +9,9 @@ So is what follows an unsure late step of a sequence that asks for confidence, a
 part of a cycle that was launched ahead is dropped with it. Such a launch costs the sequence a whole cycle's time, where waiting
 for the tokens costs the host's: cycles are launched ahead only while most sequences kept the last one whole.
 
+Where cycles do not run ahead of the host, a whole cycle is run where all take the likeliest tokens, none is certain to end in it
+and no prompt is being read: prompts go with the heads there. Everybody goes step by step otherwise.
+
 What comes next is the scheduler's, numbers are the backend's; here sequences are told of their tokens, and prefixes are kept
 and found again. No threads: ``worker.py`` has them.
 """
