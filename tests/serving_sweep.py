@@ -33,7 +33,7 @@ VALUES: Mapping[str, tuple[Any, ...]] = {
     "family": ("qwen3", "llama"),
     "encoding_layers": (0, 1),
     "dialect": ("onnxruntime", "onnxruntime", "standard"),
-    "full_pass": ("staged", "fused"),
+    "full_pass": ("staged", "fused", None),
     "slots": (1, 3, MAX_BATCH),
     "tau": (1, 2, 3, 4, 5, 6),
     "convention": CONVENTIONS,

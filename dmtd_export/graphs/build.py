@@ -1,4 +1,4 @@
-"""The three graphs of a bundle, each in both dialects. Nothing is traced: what stands here is what runs.
+"""The graphs of a bundle, three of them in both dialects. Nothing is traced: what stands here is what runs.
 
     full_pass    input_ids -> E -> T -> late rows -> D -> norm -> lm_head -> logits
     thinking     input_ids -> E -> T -> thought (late rows only)

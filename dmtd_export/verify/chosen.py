@@ -34,7 +34,7 @@ def check_chosen(
     A token may be another one where the two likeliest are closer than the margin; the case is then left at that.
     """
     name, tokens, found = f"tokens chosen in one go: batch {variant.batch}", 0, None
-    picked = [case for case in cases if not case.leaves]
+    picked = [cases[i] for i in variant.picks(len(cases)) if not cases[i].leaves]
     with opened(directory, manifest, variant, cases) as backend:
         for plain in (False, True):
             plan = CyclePlan(cycle=manifest.cycle, plain=plain)

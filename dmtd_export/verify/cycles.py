@@ -151,12 +151,10 @@ def make_variants(manifest: Manifest, quick: bool, prepack: bool = True) -> list
 
 
 def cycle_graph_variants(manifest: Manifest) -> list[Variant]:
-    """One sequence, and as many as there may be, in the cycle graph alone."""
-    slots = sorted({graph.slots for graph in manifest.graphs if graph.name == contract.CYCLE})
-    return [
-        Variant(dialect=contract.ONNXRUNTIME, full_pass=None, batch=batch, chunk=SMALL_CHUNK)
-        for batch in dict.fromkeys((*slots[:1], *slots[-1:]))
-    ]
+    """Every cycle graph, with as many sequences as it is for: fewer cases between the smallest and the largest."""
+    slots = sorted(graph.slots for graph in manifest.graphs if graph.name == contract.CYCLE)
+    usual = Variant(dialect=contract.ONNXRUNTIME, full_pass=None, batch=1, chunk=SMALL_CHUNK)
+    return [replace(usual, batch=n, case_step=1 if n in (slots[0], slots[-1]) else 3) for n in slots]
 
 
 def choose_tokens(

@@ -29,11 +29,7 @@ FLOAT = onnx.TensorProto.FLOAT
 
 
 def float32_twin(directory: Path, manifest: Manifest, target: Path, config: ModelConfig | None) -> Manifest:
-    """Write the twin of ``directory`` into ``target`` and return its manifest (the list of files is not redone).
-
-    The cycle graph has no twin.
-    """
-    manifest = manifest.without(contract.CYCLE)
+    """Write the twin of ``directory`` into ``target`` and return its manifest (the list of files is not redone)."""
     tables: dict[str, Array] = {}
     if config is not None:
         rows = manifest.weights[COS].shape[0]

@@ -322,10 +322,11 @@ class _Run:
         variants = cycles.make_variants(manifest, quick, plan.prepack)
         made = cycles.make_cases(manifest, quick)
         reads = len(tensor_shapes(reference.config)) if reference is not None else 0
-        as_is = [variants[0], *cycles.cycle_graph_variants(self._manifest)] if runs_as_is else []
-        choosing = cycles.cycle_graph_variants(self._manifest) if runs_in_one_go(self._manifest) else []
-        runs = sum(len(variant.picks(len(made))) for variant in variants)
-        runs += len(as_is) * len(made) + len(choosing) * sum(not case.leaves for case in made)
+        in_one = [replace(one, prepack=plan.prepack) for one in cycles.cycle_graph_variants(self._manifest)]
+        as_is = [variants[0], *in_one] if runs_as_is else []
+        choosing = in_one if runs_in_one_go(self._manifest) else []
+        runs = sum(len(variant.picks(len(made))) for variant in (*variants, *as_is))
+        runs += sum(not made[i].leaves for variant in choosing for i in variant.picks(len(made)))
         with self._counting("cycles", runs + reads) as done:
             cases, own = cycles.choose_tokens(directory, manifest, variants[0], made, done)
             expected = cycles.Expected(logits=[ran.logits for ran in own], level="graphs")

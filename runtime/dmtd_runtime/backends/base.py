@@ -115,7 +115,7 @@ Rows = Literal["last", "all"]
 
 
 class StepwiseBackend:
-    """The part of the protocol that a backend lacks whose every step needs the host."""
+    """The part of the protocol that a backend lacks which has no device to run ahead."""
 
     runs_cycles = runs_ahead = False
 
@@ -157,7 +157,7 @@ class RunStats:
     late_steps: int = 0
     refill_rows: int = 0
     session_seconds: float = 0.0
-    cycles: int = 0  # that ran whole, without the host
+    cycles: int = 0  # that ran whole on a device, without the host
     host_seconds: float = 0.0  # of them, that the device had nothing to do
 
 

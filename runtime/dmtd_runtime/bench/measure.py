@@ -57,8 +57,8 @@ class BatchReport:
     """The medians of one batch size; ``runs`` are the repeats behind them, in the order they ran.
 
     ``ratio`` is the median over pairs of repeats. ``ratio_of_steps`` is what the median times of single steps make of a
-    cycle: bursts of other work on the machine move it less. Where whole cycles run on a device, cycles are timed, and not
-    their steps; ``host_ms_per_cycle`` is then how long the device waited for the host. ``kernel_bound`` is None for floats,
+    cycle: bursts of other work on the machine move it less. Where whole cycles run in one go, they are timed, and not their
+    steps; ``host_ms_per_cycle`` is how long a device then waited for the host. ``kernel_bound`` is None for floats,
     and for engines.
     """
 
@@ -330,8 +330,8 @@ def _ratio_of_steps(
     cycle_ms: float | None,
 ) -> float | None:
     """How much faster the median cycle is than as many plain steps, whatever lies between them."""
-    if cycle_ms is not None and plain_cycle_ms is not None:
-        return plain_cycle_ms / cycle_ms
-    if plain_ms is None or full_ms is None:
-        return None
-    return tau * plain_ms / (full_ms + (tau - 1) * (late_ms or 0.0))
+    if plain_cycle_ms is None and plain_ms is not None:
+        plain_cycle_ms = tau * plain_ms
+    if cycle_ms is None and full_ms is not None:
+        cycle_ms = full_ms + (tau - 1) * (late_ms or 0.0)
+    return None if cycle_ms is None or plain_cycle_ms is None else plain_cycle_ms / cycle_ms

@@ -9,8 +9,8 @@ So is what follows an unsure late step of a sequence that asks for confidence, a
 part of a cycle that was launched ahead is dropped with it. Such a launch costs the sequence a whole cycle's time, where waiting
 for the tokens costs the host's: cycles are launched ahead only while most sequences kept the last one whole.
 
-Where cycles do not run ahead of the host, a whole cycle is run where all take the likeliest tokens, none is certain to end in it
-and no prompt is being read: prompts go with the heads there. Everybody goes step by step otherwise.
+Where cycles do not run ahead of the host, one is run where all take the likeliest tokens, none is certain to end in it and no
+prompt is being read, for prompts go with the heads there. Otherwise, and in plain mode, everybody goes step by step.
 
 What comes next is the scheduler's, numbers are the backend's; here sequences are told of their tokens, and prefixes are kept
 and found again. No threads: ``worker.py`` has them.
@@ -231,13 +231,10 @@ class Loop:
         The cycle after the one under way is enqueued before that one's tokens are known, unless a sequence is certain to end
         or another one needs the host. Prompts and cycles take turns.
         """
-        if not self._backend.runs_cycles:
-            return False
-        cycles = self._scheduler.schedule_cycle()
-        if not (self._backend.runs_ahead or self._may_wait(cycles)):
+        if not self._backend.runs_cycles or not (self._backend.runs_ahead or self._may_wait()):
             return False
         planned, by_steps = list[Planned](), list[Planned]()
-        for one in cycles:
+        for one in self._scheduler.schedule_cycle():
             sequence = self._sequences[one.sequence]
             stepwise = sequence.sampler.needs_host or sequence.min_confidence >= ALWAYS
             (by_steps if stepwise else planned).append(one)
@@ -265,14 +262,16 @@ class Loop:
         self._run_heads(by_steps)
         return True
 
-    def _may_wait(self, cycles: Sequence[Planned]) -> bool:
+    def _may_wait(self) -> bool:
         """Whether cycles may run while the host waits: all take the likeliest tokens, and none is certain to end before its end.
 
-        Where prompts are being read heads take them along, step by step.
+        Where prompts are being read heads take them along, step by step. Plain passes gain nothing by it.
         """
-        running = [self._sequences[one.sequence] for one in cycles]
-        likeliest = not any(s.sampler.needs_logits or s.min_confidence > 0 for s in running)
-        return likeliest and not self._scheduler.num_reading and _go_on(running, self._cycle_length - 1)
+        if self._plan.plain or self._scheduler.num_reading:
+            return False
+        running = [self._sequences[number] for number in self._scheduler.running]
+        likeliest = not any(s.sampler.needs_logits or s.looks or s.min_confidence >= ALWAYS for s in running)
+        return likeliest and _go_on(running, self._cycle_length - 1)
 
     def _take_cycle(
         self, output: RunOutput, cycle: Sequence[Planned], gone: set[int], following: Iterable[Sequence[Planned]]

@@ -302,14 +302,14 @@ def step_one_off(model: onnx.ModelProto) -> None:
     add.input[1] = "/constants/int32/1_rank1"
 
 
-def caches_of_the_first_step(model: onnx.ModelProto) -> None:
-    """A later step's layer reads another layer's caches."""
+def caches_of_another_layer(model: onnx.ModelProto) -> None:
+    """A further step's layer reads another layer's keys."""
     [node] = [n for n in nodes_of(model, "GroupQueryAttention") if n.name.startswith("/step1/model/layers.4/")]
     node.input[3] = node.input[3].replace(".4.", ".3.")
 
 
 def another_embedding(model: onnx.ModelProto) -> None:
-    """A later step's residual stream begins doubled."""
+    """A later step's residual stream begins with the first one's hidden state."""
     [node] = [n for n in nodes_of(model, "Reshape") if n.name.startswith("/step1/model/embed_tokens/rows")]
     add = next(n for n in all_nodes(model.graph) if n.name.startswith("/step1/model/layers.3/post_attention_layernorm"))
     assert node.output[0] in add.input
@@ -336,7 +336,7 @@ def thought_left_out(model: onnx.ModelProto) -> None:
 CYCLE_EDITS = (
     other_likeliest,
     step_one_off,
-    caches_of_the_first_step,
+    caches_of_another_layer,
     another_embedding,
     thought_left_out,
     epsilon_of_the_window,
@@ -346,7 +346,7 @@ CYCLE_EDITS = (
 @pytest.mark.parametrize(
     ("file", "edit"),
     [
-        *itertools.product(("cycle.ort.onnx", "cycle.ort.batch3.onnx"), CYCLE_EDITS),
+        *itertools.product(("cycle.ort.onnx", "cycle.ort.batch2.onnx", "cycle.ort.batch3.onnx"), CYCLE_EDITS),
         ("cycle.ort.batch3.onnx", gate_left_out),  # nothing but zeros is behind that gate where one sequence runs alone
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
@@ -358,12 +358,10 @@ def test_an_edited_cycle_graph_is_caught(bundle: Path, file: str, edit: Callable
     assert verify(bundle, level="structure").ok, "the structure cannot tell"
     report = verify(bundle, level="oracle")
     assert not report.ok
-    assert {c.name.rpartition(",")[0] for c in report.checks if not c.ok} <= {
-        "whole cycles: onnxruntime, one graph",
-        "whole cycles: onnxruntime, one graph, batch 1",
-        "whole cycles: onnxruntime, one graph, batch 3",
-        "",
-    }, [c.name for c in report.checks if not c.ok]
+    failed = [check.name for check in report.checks if not check.ok]
+    assert all(
+        name.startswith(("whole cycles: onnxruntime, one graph, ", "tokens chosen in one go: ")) for name in failed
+    )
 
 
 # --- structure -----------------------------------------------------------------------------------------------------
