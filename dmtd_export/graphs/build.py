@@ -163,12 +163,10 @@ def write_cycle(rows: OrtRows) -> None:
     thought = rows.declare_thought()
     rows.declare_logit_rows()
     thinks, num_steps = writer.input(contract.THINKS, [1], "bool"), writer.input(contract.NUM_STEPS, [1], "int64")
-    packed = dict.fromkeys(info.name for layer in encoding for info in dialect.caches(layer, "thinking"))
     for layer in (*encoding, *thinking):
         dialect.declare_past(layer, "thinking")
-    for layer in (*encoding, *decoding):
-        if not packed.keys() >= {info.name for info in dialect.caches(layer, "late")}:
-            dialect.declare_past(layer, "late")
+    for layer in (*(encoding if rows.num_slots > 1 else ()), *decoding):  # E's of a single slot are declared
+        dialect.declare_past(layer, "late")
     dialect.add_packed_group()
     dialect.add_batch_group(late_ids)
 

@@ -60,9 +60,8 @@ class GraphWriter:
         self._quantised = quantised or {}
         self._once: dict[tuple[str, str], str] = {}
         self._nodes: list[onnx.NodeProto] = []
-        self._branch: tuple[str, list[onnx.NodeProto]] | None = (
-            None  # being written: what its names begin with, its nodes
-        )
+        # The branch being written: what its names begin with, its nodes.
+        self._branch: tuple[str, list[onnx.NodeProto]] | None = None
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._contrib = False
 

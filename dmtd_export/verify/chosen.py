@@ -34,28 +34,30 @@ def check_chosen(
     A token may be another one where the two likeliest are closer than the margin; the case is then left at that.
     """
     name, tokens, found = f"tokens chosen in one go: batch {variant.batch}", 0, None
-    picked = [cases[i] for i in variant.picks(len(cases)) if not cases[i].leaves]
+    plan, picked = CyclePlan(cycle=manifest.cycle), picks(variant, cases)
     with opened(directory, manifest, variant, cases) as backend:
-        for plain in (False, True):
-            plan = CyclePlan(cycle=manifest.cycle, plain=plain)
-            wanted = [case for case in picked if case.plain == plain]
-            for start in range(0, len(wanted), variant.batch):
-                group = [replace(case, continuation=()) for case in wanted[start : start + variant.batch]]
-                rows = forced_group(backend, plan, variant.chunk, group, manifest.model.vocab_size)
-                chosen = chosen_tokens(
-                    backend,
-                    plan,
-                    [case.prompt for case in group],
-                    [case.num_new for case in group],
-                    vocab_size=manifest.model.vocab_size,
-                    max_rows=variant.chunk,
-                )
-                for case, ran, own in zip(group, rows, chosen, strict=True):
-                    tokens += len(own)
-                    found = found or _other_token(case, variant, ran.logits, own, margin)
-                on_cases(len(group))
+        for start in range(0, len(picked), variant.batch):
+            group = [replace(case, continuation=()) for case in picked[start : start + variant.batch]]
+            rows = forced_group(backend, plan, variant.chunk, group, manifest.model.vocab_size)
+            chosen = chosen_tokens(
+                backend,
+                plan,
+                [case.prompt for case in group],
+                [case.num_new for case in group],
+                vocab_size=manifest.model.vocab_size,
+                max_rows=variant.chunk,
+            )
+            for case, ran, own in zip(group, rows, chosen, strict=True):
+                tokens += len(own)
+                found = found or _other_token(case, variant, ran.logits, own, margin)
+            on_cases(len(group))
     detail = "" if found is None else str(found)
     return Check(name=name, level=level, ok=found is None, cases=tokens, detail=detail, divergence=found)
+
+
+def picks(variant: Variant, cases: Sequence[Case]) -> list[Case]:
+    """The cases that run so: those in cycles of full length."""
+    return [case for i in variant.picks(len(cases)) if not ((case := cases[i]).plain or case.leaves)]
 
 
 def _other_token(case: Case, variant: Variant, rows: Array, chosen: Sequence[int], margin: Margin) -> Divergence | None:
@@ -63,18 +65,13 @@ def _other_token(case: Case, variant: Variant, rows: Array, chosen: Sequence[int
     for step, (row, token) in enumerate(zip(rows, chosen, strict=True)):
         if token != (best := int(row.argmax())):
             near = top_two_gap(row) <= margin.limit * margin.scale(float(np.abs(rows).max()))
-            mode, position = "plain" if case.plain else "dmtd", len(case.prompt) - 1 + step
-            detail = f"token; {mode} mode, prompt of {len(case.prompt)}, batch {variant.batch}"
-            return (
-                None
-                if near
-                else Divergence(
-                    graph=contract.CYCLE,
-                    dialect=variant.dialect,
-                    position=position,
-                    expected=str(best),
-                    got=str(token),
-                    detail=detail,
-                )
+            found = Divergence(
+                graph=contract.CYCLE,
+                dialect=variant.dialect,
+                position=len(case.prompt) - 1 + step,
+                expected=str(best),
+                got=str(token),
+                detail=f"token; prompt of {len(case.prompt)}, batch {variant.batch}",
             )
+            return None if near else found
     return None

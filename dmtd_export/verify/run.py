@@ -22,7 +22,7 @@ from dmtd_export.bundle.split import spec_of
 from dmtd_export.verify import cycles
 from dmtd_export.verify.as_is import AsIs, as_is_runs, is_evaluated, margins_as_is, standard_graphs
 from dmtd_export.verify.choice_checks import check_choose_token, check_sample_token
-from dmtd_export.verify.chosen import check_chosen
+from dmtd_export.verify.chosen import check_chosen, picks
 from dmtd_export.verify.exact import exact_twin
 from dmtd_export.verify.expected import expected_cycles, expected_rows
 from dmtd_export.verify.graph_checks import check_graphs, ordered
@@ -326,7 +326,7 @@ class _Run:
         as_is = [variants[0], *in_one] if runs_as_is else []
         choosing = in_one if runs_in_one_go(self._manifest) else []
         runs = sum(len(variant.picks(len(made))) for variant in (*variants, *as_is))
-        runs += sum(not made[i].leaves for variant in choosing for i in variant.picks(len(made)))
+        runs += sum(len(picks(variant, made)) for variant in choosing)
         with self._counting("cycles", runs + reads) as done:
             cases, own = cycles.choose_tokens(directory, manifest, variants[0], made, done)
             expected = cycles.Expected(logits=[ran.logits for ran in own], level="graphs")

@@ -103,7 +103,8 @@ class RunOutput:
     """What a run gives for each row asked for, in the order of the steps; valid until the next call.
 
     ``logits`` are float32 [n, vocab]; ``tokens``, where the backend was to choose, int64 [n], NOT_FINITE where it could not. Of
-    a cycle ``tokens`` are [steps, slots], and ``confidence`` float32 the same: the probability of each row's likeliest token.
+    a cycle ``tokens`` are [steps, slots], and ``confidence`` float32 the same: the probability of each row's likeliest token;
+    None of cycles that do not run ahead.
     """
 
     logits: Array | None = None

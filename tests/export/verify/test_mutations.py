@@ -12,22 +12,26 @@ import onnx
 import pytest
 from bundle_mutations import (
     WEIGHTS,
-    all_nodes,
+    another_embedding,
+    caches_of_another_layer,
     edit_weight,
     edited_graph,
     edited_manifest,
-    identity_of,
+    epsilon_of_the_window,
+    gate_left_out,
     ignore_gate,
     invert_gate,
     length_one_off,
     mask_one_more,
     nodes_of,
     other_epsilon,
+    other_likeliest,
     other_scale,
     rename_input,
     reseal,
-    set_attribute,
+    step_one_off,
     swapped,
+    thought_left_out,
     write_one_row_off,
 )
 
@@ -289,48 +293,6 @@ def test_an_edited_token_choice_is_caught(bundle: Path, file: str, op: str, othe
     first = verify(bundle).first_divergence
     assert first is not None
     assert first.graph == file
-
-
-def other_likeliest(model: onnx.ModelProto) -> None:
-    """A later step feeds the least likely token."""
-    nodes_of(model, "ArgMax")[-1].op_type = "ArgMin"
-
-
-def step_one_off(model: onnx.ModelProto) -> None:
-    """A later step writes over the row of the one before."""
-    [add] = [node for node in all_nodes(model.graph) if node.name == "/step2/seqlens_k/Add"]
-    add.input[1] = "/constants/int32/1_rank1"
-
-
-def caches_of_another_layer(model: onnx.ModelProto) -> None:
-    """A further step's layer reads another layer's keys."""
-    [node] = [n for n in nodes_of(model, "GroupQueryAttention") if n.name.startswith("/step1/model/layers.4/")]
-    node.input[3] = node.input[3].replace(".4.", ".3.")
-
-
-def another_embedding(model: onnx.ModelProto) -> None:
-    """A later step's residual stream begins with the first one's hidden state."""
-    [node] = [n for n in nodes_of(model, "Reshape") if n.name.startswith("/step1/model/embed_tokens/rows")]
-    add = next(n for n in all_nodes(model.graph) if n.name.startswith("/step1/model/layers.3/post_attention_layernorm"))
-    assert node.output[0] in add.input
-    add.input[list(add.input).index(node.output[0])] = "/late/hidden"
-
-
-def epsilon_of_the_window(model: onnx.ModelProto) -> None:
-    [norm] = [n for n in all_nodes(model.graph) if n.name.startswith("/thinking/model/layers.1/input_layernorm")]
-    set_attribute(norm, "epsilon", 1e-3)
-
-
-def gate_left_out(model: onnx.ModelProto) -> None:
-    """The first step of D reads its thought whatever the gate says."""
-    [gate] = [n for n in nodes_of(model, "Where") if n.name.startswith("/step0/model/gate_thought")]
-    gate.CopyFrom(identity_of(gate, 1))
-
-
-def thought_left_out(model: onnx.ModelProto) -> None:
-    """D of a full pass reads the thought that was given, and not T's."""
-    [gate] = [n for n in nodes_of(model, "Where") if n.name.startswith("/step0/model/gate_thought")]
-    gate.input[1] = "/model/thought/rows/Reshape_output_0"
 
 
 CYCLE_EDITS = (

@@ -62,7 +62,7 @@ class HostCycles:
         logit_rows = binding.arrays[contract.LOGIT_ROWS]
         logit_rows[:] = range(len(logit_rows))  # all: what a step chooses the next one feeds
         binding.run(stats)
-        found = [self._memory.read(binding.buffers[name])[0] for name in self._logits[:count]]
+        found = [self._memory.read(binding.buffers[logits])[0] for logits in self._logits[:count]]
         return [best_tokens([logits[s.slot] for s in steps]) for logits in found]
 
     def _fill(self, name: contract.GraphName, binding: Binding, steps: Sequence[SlotStep], fed: Sequence[int]) -> None:
