@@ -38,12 +38,12 @@ class DialectWriter(Protocol):
         """RMSNorm over the last axis, accumulated in float32."""
         ...
 
-    def add_norm(self, state: State, weight: str, path: str) -> tuple[str, str]:
-        """(norm(residual + delta), residual + delta)."""
+    def add_norm(self, state: State, weight: str, path: str, into: tuple[str, ...]) -> tuple[str, str]:
+        """(norm(residual + delta), residual + delta); the norm for the product with ``into``, which alone reads it."""
         ...
 
-    def linear(self, x: str, modules: tuple[str, ...], path: str) -> str:
-        """``x`` [rows, in] times the stacked weights of ``modules``; see ``linear``."""
+    def linear(self, x: str, modules: tuple[str, ...], path: str, *, normed: bool = False) -> str:
+        """``x`` [rows, in] times the stacked weights of ``modules``; see ``linear``. ``normed``: it is a norm made for them."""
         ...
 
     def attention(self, x: str, layer: int, group: Group, path: str) -> str:
@@ -65,7 +65,9 @@ def decoder_layer(dialect: DialectWriter, state: State, layer: int, group: Group
     keys and values alone, and need neither its output projection nor its MLP.
     """
     module, path = f"model.layers.{layer}", f"/model/layers.{layer}"
-    x, residual = dialect.add_norm(state, f"{module}.input_layernorm.weight", f"{path}/input_layernorm")
+    x, residual = dialect.add_norm(
+        state, f"{module}.input_layernorm.weight", f"{path}/input_layernorm", qkv_modules(layer)
+    )
     attended = dialect.attention(x, layer, group, f"{path}/self_attn")
     if keep:
         attended, residual = keep(attended, f"{path}/keep/attended"), keep(residual, f"{path}/keep/residual")
@@ -74,18 +76,23 @@ def decoder_layer(dialect: DialectWriter, state: State, layer: int, group: Group
         State(residual=residual, delta=attended),
         f"{module}.post_attention_layernorm.weight",
         f"{path}/post_attention_layernorm",
+        gate_up := (f"{module}.mlp.gate_proj", f"{module}.mlp.up_proj"),
     )
-    return State(residual=residual, delta=mlp(dialect, x, module, path))
+    return State(residual=residual, delta=mlp(dialect, x, gate_up, f"{module}.mlp.down_proj", path))
 
 
-def mlp(dialect: DialectWriter, x: str, module: str, path: str) -> str:
+def qkv_modules(layer: int) -> tuple[str, ...]:
+    return tuple(f"model.layers.{layer}.self_attn.{kind}_proj" for kind in "qkv")
+
+
+def mlp(dialect: DialectWriter, x: str, gate_up: tuple[str, ...], down: str, path: str) -> str:
     """down(silu(gate(x)) * up(x)), gate and up read as one matrix."""
     writer = dialect.writer
-    both = dialect.linear(x, (f"{module}.mlp.gate_proj", f"{module}.mlp.up_proj"), f"{path}/mlp/gate_up_proj")
+    both = dialect.linear(x, gate_up, f"{path}/mlp/gate_up_proj", normed=True)
     gate, up = writer.node("Split", [both], f"{path}/mlp", outputs=2, attrs={"axis": 1, "num_outputs": 2})
     activated = writer.op("Mul", [gate, writer.op("Sigmoid", [gate], f"{path}/mlp/act_fn")], f"{path}/mlp/act_fn")
     product = writer.op("Mul", [activated, up], f"{path}/mlp")
-    return dialect.linear(product, (f"{module}.mlp.down_proj",), f"{path}/mlp/down_proj")
+    return dialect.linear(product, (down,), f"{path}/mlp/down_proj")
 
 
 def kv_dims(config: ModelConfig, batch: int | str, capacity: int | str = "capacity") -> tuple[int | str, ...]:

@@ -20,7 +20,6 @@ from dmtd_runtime.bundle.manifest import BlockFormat
 
 # How the inputs of a product are rounded: 4, to int8 with a scale for each block of a row. 0 would be not at all.
 ACCURACY_LEVEL = 4
-SMALLEST_SCALE = 1e-30
 
 Product = Callable[[str, tuple[str, ...], BlockFormat, str], str]
 
@@ -47,15 +46,31 @@ def biases(writer: GraphWriter, modules: tuple[str, ...]) -> list[str]:
     return [writer.weight(*(f"{m}.bias" for m in modules))] if writer.has_weight(f"{modules[0]}.bias") else []
 
 
+def shared_factors(writer: GraphWriter, modules: tuple[str, ...]) -> str | None:
+    """The factors [in] of the inputs of ``modules`` where these are one product of whole numbers; None where they are not."""
+    formats = {writer.block_format(f"{module}.weight") for module in modules}
+    fmt = formats.pop() if len(formats) == 1 else None
+    return writer.weight(f"{modules[0]}.{contract.FACTORS}") if fmt is not None and fmt.factors else None
+
+
 def nbits_product(
-    writer: GraphWriter, dtype: str, x: str, modules: tuple[str, ...], fmt: BlockFormat, path: str
+    writer: GraphWriter,
+    dtype: str,
+    x: str,
+    modules: tuple[str, ...],
+    fmt: BlockFormat,
+    path: str,
+    *,
+    factored: bool = False,
 ) -> str:
     """The product in ONNX Runtime's own operators, whose sums over blocks are float32's inside in every type.
 
     On CUDA they are (``reduce_matrix_columns_kernel`` with its accumulator), and on the CPU, which has none in half precision,
-    ONNX Runtime casts by itself.
+    ONNX Runtime casts by itself. ``factored``: ``x`` has the factors of a product of whole numbers in it.
     """
     if fmt.factors:
+        factors = writer.weight(f"{modules[0]}.{contract.FACTORS}")
+        x = x if factored else writer.op("Mul", [x, factors], f"{path}/inputs")
         return channel_product(writer, dtype, x, modules, path)
     codes = writer.weight(*(f"{module}.{contract.CODES}" for module in modules))
     rows, blocks, _ = writer.dims(codes)
@@ -68,28 +83,23 @@ def nbits_product(
 
 
 def channel_product(writer: GraphWriter, dtype: str, x: str, modules: tuple[str, ...], path: str) -> str:
-    """A product of whole numbers: rows of ``x`` times the inputs' factors, rounded to int8 with a scale of their own each.
+    """A product of whole numbers: rows of ``x``, with the inputs' factors, rounded to int8 with a scale of their own each.
 
     Whatever stands beside a row, its sums are exact and its own. Codes are read as int8 and inputs as uint8 about 128, for which
-    x86 has its instructions.
+    x86 has its instructions. In a row of zeros they are any codes at all, from 0 / 0, and the row's largest takes them away.
     """
-    axis, whole, middle = writer.constant([-1], "int64"), writer.constant(1.0, dtype), writer.constant(128, "uint8")
-    scaled = writer.op("Mul", [x, writer.weight(f"{modules[0]}.{contract.FACTORS}")], f"{path}/inputs")
-    largest = writer.op("ReduceMax", [writer.op("Abs", [scaled], f"{path}/inputs"), axis], f"{path}/inputs")
-    # A row of zeros has a scale too.
-    scale = writer.op("Mul", [largest, writer.constant(1 / 127, dtype)], f"{path}/inputs/scale")
-    scale = writer.op("Max", [scale, writer.constant(SMALLEST_SCALE, dtype)], f"{path}/inputs/scale")
-    steps = writer.op("Div", [scaled, scale], f"{path}/inputs/steps")
-    inputs = writer.op("QuantizeLinear", [steps, whole, middle], f"{path}/inputs")
+    axis, share, middle = writer.constant([-1], "int64"), writer.constant(1 / 127, dtype), writer.constant(128, "uint8")
+    largest = writer.op("ReduceMax", [writer.op("Abs", [x], f"{path}/inputs"), axis], f"{path}/inputs")
+    parts = writer.op("Div", [x, largest], f"{path}/inputs/parts")
     operands = [
-        inputs,
+        writer.op("QuantizeLinear", [parts, share, middle], f"{path}/inputs"),
         _signed_columns(writer, modules, path),
-        whole,
+        share,
         _column_scales(writer, dtype, modules, path),
         middle,
     ]
     (product,) = writer.node("MatMulIntegerToFloat", operands, path, contrib=True)
-    product = writer.op("Mul", [product, scale], path)
+    product = writer.op("Mul", [product, largest], path)
     bias = biases(writer, modules)
     return writer.op("Add", [product, *bias], f"{path}/bias") if bias else product
 

@@ -22,8 +22,8 @@ from functools import partial
 
 from onnx import NodeProto
 
-from dmtd_export.graphs.layers import COS, KINDS, SIN, State, kv_dims, qk_norm_weights
-from dmtd_export.graphs.linear import gathered_blocks, linear, nbits_product
+from dmtd_export.graphs.layers import COS, KINDS, SIN, State, kv_dims, qk_norm_weights, qkv_modules
+from dmtd_export.graphs.linear import gathered_blocks, linear, nbits_product, shared_factors
 from dmtd_export.graphs.rows import EMBED, TABLE, GraphSpec, Rows
 from dmtd_export.graphs.writer import GraphWriter
 from dmtd_models.config.model import ModelConfig
@@ -121,25 +121,28 @@ class OrtDialect:
             finally:
                 self._branch, self._batch = None, group
 
-    def norm(self, x: str, weight: str, path: str) -> str:
-        w = self.writer
-        return w.op(
-            "RMSNormalization", [x, w.weight(weight)], path, attrs={"axis": -1, "epsilon": self._config.rms_norm_eps}
-        )
+    def norm(self, x: str, weight: str, path: str, into: tuple[str, ...] = ()) -> str:
+        attrs = {"axis": -1, "epsilon": self._config.rms_norm_eps}
+        return self.writer.op("RMSNormalization", [x, self._norm_weight(weight, into)], path, attrs=attrs)
 
-    def add_norm(self, state: State, weight: str, path: str) -> tuple[str, str]:
+    def add_norm(self, state: State, weight: str, path: str, into: tuple[str, ...]) -> tuple[str, str]:
         if state.delta is None:
-            return self.norm(state.residual, weight, path), state.residual
-        w = self.writer
-        normed, _, _, residual = w.node(
+            return self.norm(state.residual, weight, path, into), state.residual
+        normed, _, _, residual = self.writer.node(
             "SkipSimplifiedLayerNormalization",
-            [state.residual, state.delta, w.weight(weight)],
+            [state.residual, state.delta, self._norm_weight(weight, into)],
             path,
             outputs=[f"{path}/output", "", "", f"{path}/residual"],
             contrib=True,
             attrs={"epsilon": self._config.rms_norm_eps},
         )
         return normed, residual
+
+    def _norm_weight(self, weight: str, into: tuple[str, ...]) -> str:
+        """A norm's weight, with the factors that the product behind it wants of its inputs: sessions fold the two."""
+        w = self.writer
+        stored, factors = w.weight(weight), shared_factors(w, into)
+        return w.once("Mul", [stored, factors], f"/stored/{weight}/factors", {}) if factors else stored
 
     def declare_cache(self, layer: int, group: Group) -> None:
         """Declare the layer's KV inputs and outputs: of the whole batch, or one pair a slot."""
@@ -162,13 +165,13 @@ class OrtDialect:
             for kind in KINDS
         ]
 
-    def linear(self, x: str, modules: tuple[str, ...], path: str) -> str:
-        return linear(self.writer, x, modules, path, partial(nbits_product, self.writer, self._dtype))
+    def linear(self, x: str, modules: tuple[str, ...], path: str, *, normed: bool = False) -> str:
+        normed = normed and shared_factors(self.writer, modules) is not None
+        return linear(self.writer, x, modules, path, partial(nbits_product, self.writer, self._dtype, factored=normed))
 
     def attention(self, x: str, layer: int, group: Group, path: str) -> str:
         w, config = self.writer, self._config
-        module = f"model.layers.{layer}.self_attn"
-        qkv = self.linear(x, tuple(f"{module}.{kind}_proj" for kind in "qkv"), f"{path}/qkv_proj")
+        qkv = self.linear(x, qkv_modules(layer), f"{path}/qkv_proj", normed=True)
         qkv = self._normed_qkv(qkv, layer, path)
         if group == "thinking":
             attended = self._packed_attention(qkv, layer, path)

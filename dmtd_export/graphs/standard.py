@@ -85,11 +85,11 @@ class StandardDialect:
         half = w.op("Cast", [full], f"{path}/to_half", attrs={"to": ONNX_DTYPES[self._dtype]})
         return w.op("Mul", [half, w.weight(weight)], path)
 
-    def add_norm(self, state: State, weight: str, path: str) -> tuple[str, str]:
+    def add_norm(self, state: State, weight: str, path: str, into: tuple[str, ...]) -> tuple[str, str]:
         residual = sum_state(self.writer, state, f"{path}/residual")
         return self.norm(residual, weight, path), residual
 
-    def linear(self, x: str, modules: tuple[str, ...], path: str) -> str:
+    def linear(self, x: str, modules: tuple[str, ...], path: str, *, normed: bool = False) -> str:
         in_blocks = partial(dequantised_product, self.writer, self._dtype, signed=self.signed_codes)
         return linear(self.writer, x, modules, path, in_blocks)
 

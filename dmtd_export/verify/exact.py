@@ -91,25 +91,20 @@ class _Product:
     codes: onnx.TensorProto
     scales: onnx.TensorProto
     shape: tuple[int, int, int]  # outputs, blocks, block: as the node's attributes say
-    factors: onnx.TensorProto | None = None
 
     @property
     def reads(self) -> tuple[str, ...]:
         """What tells it from every other product: places in the weights file, and shape."""
-        read = (each for each in (self.codes, self.scales, self.factors) if each is not None)
-        places = (place.value for tensor in read for place in tensor.external_data)
+        places = (place.value for tensor in (self.codes, self.scales) for place in tensor.external_data)
         return (*places, *map(str, self.shape))
 
     def values(self, directory: Path) -> Iterator[Array]:
         """The weight in runs of rows, float32 [rows, inputs]."""
         codes = mapped(self.codes, directory).reshape(self.shape)
         scales, first = mapped(self.scales, directory).reshape(*self.shape[:2], 1), 0
-        factors = None if self.factors is None else mapped(self.factors, directory)
         for rows in row_chunks(codes):
             values = np.subtract(rows, np.float32(MIDDLE), dtype=np.float32)
             values *= scales[first : first + len(rows)].astype(np.float32)
-            if factors is not None:
-                values *= factors
             first += len(rows)
             yield values.reshape(len(rows), -1)
 
@@ -119,9 +114,8 @@ def _products_in_floats(graph: onnx.GraphProto) -> Iterator[_Product]:
     stored = {tensor.name: tensor for tensor in graph.initializer if tensor.external_data}
     casts = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
     for found in channel_products(graph):
-        names = (found.codes, found.scales, found.factors)
-        codes, scales, factors = (stored.get(casts.get(name, name)) for name in names)
-        if codes and scales and factors and len(codes.dims) == 3:
+        codes, scales = (stored.get(casts.get(name, name)) for name in (found.codes, found.scales))
+        if codes and scales and len(codes.dims) == 3:
             outputs, blocks, block = codes.dims
             yield _Product(
                 node=found.last,
@@ -129,7 +123,6 @@ def _products_in_floats(graph: onnx.GraphProto) -> Iterator[_Product]:
                 bias=(),
                 codes=codes,
                 scales=scales,
-                factors=factors,
                 shape=(outputs, blocks, block),
             )
     for node in graph.node:

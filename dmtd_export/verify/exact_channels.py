@@ -14,16 +14,15 @@ import onnx
 from onnx import numpy_helper
 
 PRODUCT = "MatMulIntegerToFloat"
-TINY = 1e-20  # below it a scale stands for a row of zeros
+STEP_ERROR = 1e-6  # of 1/127 in float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelProduct:
-    """``inputs`` times factors, rounded row by row, times codes, times scales: ``last`` gives it. All but it are names."""
+    """``inputs``, with their factors, rounded row by row, times codes, times scales: ``last`` gives it. All but it are names."""
 
     last: onnx.NodeProto
     inputs: str
-    factors: str
     codes: str
     scales: str
 
@@ -70,32 +69,23 @@ class _Reader:
         Raises:
             _UnlikeError: something else.
         """
-        rounded, columns, row_scale, column_scales, middle, *rest = node.input
+        rounded, columns, share, column_scales, middle, *rest = node.input
         self._is(not any(rest))
-        self._constant(row_scale, 1)
-        self._constant(middle, 128)
-        steps, whole, centre = self._made(rounded, "QuantizeLinear")
-        self._constant(whole, 1)
-        self._constant(centre, 128)
-        scaled, scale = self._made(steps, "Div")
-        inputs, factors = self._made(scaled, "Mul")
-        self._scale(scale, scaled)
+        parts, step, centre = self._made(rounded, "QuantizeLinear")
+        for constant in (share, step):
+            self._is(bool((abs(self._value(constant) * 127 - 1) < STEP_ERROR).all()))
+        for constant in (middle, centre):
+            self._constant(constant, 128)
+        inputs, largest = self._made(parts, "Div")
+        magnitude, axis = self._made(largest, "ReduceMax")
+        self._constant(axis, -1)
+        self._is(self._made(magnitude, "Abs") == [inputs])
         [last] = self._readers.get(node.output[0], []) or [node]
-        self._is(last.op_type == "Mul" and list(last.input) == [node.output[0], scale])
+        self._is(last.op_type == "Mul" and list(last.input) == [node.output[0], largest])
         codes = self._codes(columns)
         scales, flat = self._made(column_scales, "Reshape")
         self._constant(flat, -1)
-        return ChannelProduct(last=last, inputs=inputs, factors=factors, codes=codes, scales=scales)
-
-    def _scale(self, scale: str, scaled: str) -> None:
-        """1/127 of each row's largest magnitude."""
-        share, least = self._made(scale, "Max")
-        self._is(0 < float(self._value(least)) < TINY)
-        largest, part = self._made(share, "Mul")
-        self._is(abs(float(self._value(part)) * 127 - 1) < 1e-6)
-        magnitude, axis = self._made(largest, "ReduceMax")
-        self._constant(axis, -1)
-        self._is(self._made(magnitude, "Abs") == [scaled])
+        return ChannelProduct(last=last, inputs=inputs, codes=codes, scales=scales)
 
     def _codes(self, columns: str) -> str:
         """The stored codes [out, 1, in], turned into int8 [in, out]."""

@@ -80,6 +80,7 @@ class Product:
                 )
         writer = GraphWriter("product", infos)
         x = writer.input("x", ["rows", inputs], "float32")
+        x = writer.op("Mul", [x, writer.weight("w.factors")], "/x")
         y = channel_product(writer, "float32", x, ("w",), "/w")
         writer.op("Identity", [y], "/y", output=writer.output("y", ["rows", outputs], "float32"))
         onnx.save_model(writer.finish("0", "a product"), place / "product.onnx")
@@ -92,11 +93,11 @@ class Product:
 
     def expected(self, x: np.ndarray) -> np.ndarray:
         """In numpy, sums of whole numbers in int64."""
-        scaled = x * self.stored.factors
-        scale = np.maximum(np.abs(scaled).max(-1, keepdims=True) * np.float32(1 / 127), np.float32(1e-30))
-        whole = np.rint(scaled / scale).astype(np.int64)
+        scaled, step = x * self.stored.factors, np.float32(1 / 127)
+        largest = np.abs(scaled).max(-1, keepdims=True)
+        whole = np.rint(scaled / largest / step).astype(np.int64)
         sums = whole @ (self.stored.codes.astype(np.int64) - 128).T
-        return sums.astype(np.float32) * self.stored.scales[:, 0] * scale
+        return sums.astype(np.float32) * (self.stored.scales[:, 0] * step) * largest
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -232,17 +233,26 @@ def other_bit(model: onnx.ModelProto) -> None:
 
 def other_share(model: onnx.ModelProto) -> None:
     constant(model, "share", 1 / 64, "float32")
-    maxima = {node.output[0] for node in nodes_of(model, "ReduceMax")}
-    next(node for node in nodes_of(model, "Mul") if node.input[0] in maxima).input[1] = "share"
+    nodes_of(model, "MatMulIntegerToFloat")[0].input[2] = "share"
+
+
+def other_step(model: onnx.ModelProto) -> None:
+    constant(model, "step", 1 / 64, "float32")
+    nodes_of(model, "QuantizeLinear")[0].input[1] = "step"
 
 
 def other_factors(model: onnx.ModelProto) -> None:
-    """Those of another layer's matrix of the same width."""
-    product = nodes_of(model, "MatMulIntegerToFloat")[0]
-    scaled = next(n for n in nodes_of(model, "Mul") if n.name == product.name.rpartition("/")[0] + "/inputs/Mul")
-    names = [t.name for t in model.graph.initializer if t.name.endswith("factors") and t.name != scaled.input[1]]
-    width = next(t.dims[0] for t in model.graph.initializer if t.name == scaled.input[1])
-    scaled.input[1] = next(n for n in names for t in model.graph.initializer if t.name == n and t.dims[0] == width)
+    """Of an attention's outputs, those of another layer."""
+    first, second, *_ = (node for node in nodes_of(model, "Mul") if node.name.endswith("o_proj/inputs/Mul"))
+    first.input[1] = second.input[1]
+
+
+def other_factors_of_a_norm(model: onnx.ModelProto) -> None:
+    """In a norm's weight, those of another layer."""
+    first, second, *_ = (
+        node for node in nodes_of(model, "Mul") if node.name.endswith("input_layernorm.weight/factors/Mul")
+    )
+    first.input[1] = second.input[1]
 
 
 def no_row_scale(model: onnx.ModelProto) -> None:
@@ -251,7 +261,10 @@ def no_row_scale(model: onnx.ModelProto) -> None:
     next(node for node in nodes_of(model, "Mul") if node.input[0] == product.output[0]).input[1] = "one"
 
 
-@pytest.mark.parametrize("spoil", [other_middle, other_bit, other_share, other_factors, no_row_scale])
+@pytest.mark.parametrize(
+    "spoil",
+    [other_middle, other_bit, other_share, other_step, other_factors, other_factors_of_a_norm, no_row_scale],
+)
 def test_a_spoiled_graph_is_found(bundle: Path, spoil: Callable[[onnx.ModelProto], None]) -> None:
     with edited_graph(bundle, "thinking.ort.onnx") as model:
         spoil(model)
