@@ -31,6 +31,7 @@ from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime import LLM, AsyncLLM
 from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from dmtd_runtime.bundle.contract import CYCLE
 from dmtd_runtime.bundle.manifest import CycleInfo, FileInfo, Manifest
 from dmtd_runtime.cycle import CyclePlan, StepKind
 from dmtd_runtime.sampling.params import SamplingParams
@@ -275,6 +276,11 @@ def run_prompts(
         )
         for told, sampler, sequence in zip(events, samplers, sequences, strict=True)
     ]
+
+
+def without_cycle(manifest: Manifest) -> Manifest:
+    """As bundles were before they had cycle graphs."""
+    return replace(manifest, graphs=tuple(graph for graph in manifest.graphs if graph.name != CYCLE))
 
 
 def random_prompt(seed: int, length: int, vocab_size: int = 256) -> list[int]:

@@ -23,7 +23,7 @@ import onnx
 from onnx import helper
 
 from dmtd_export.bundle.weights import PAGE_BYTES, row_chunks
-from dmtd_export.verify.exact_channels import channel_products, drop_unread
+from dmtd_export.verify.exact_channels import all_nodes, channel_products, drop_unread
 from dmtd_export.verify.graph_runs import mapped
 from dmtd_export.verify.margins import Array
 from dmtd_runtime.bundle import contract
@@ -39,9 +39,8 @@ def exact_twin(directory: Path, manifest: Manifest, target: Path, *, in_floats: 
     """Write the twin of ``directory`` into ``target`` and return its manifest (the list of files is not redone).
 
     ``target`` may be ``directory``, whose graphs are then replaced. ``in_floats`` False: products over 8 bits take the slow way,
-    which needs no room, and is there for half precision too. The cycle graph has no twin.
+    which needs no room, and is there for half precision too.
     """
-    manifest = manifest.without(contract.CYCLE)
     models = {graph.file: onnx.load(directory / graph.file, load_external_data=False) for graph in manifest.graphs}
     products = {file: list(_products_in_floats(model.graph)) if in_floats else [] for file, model in models.items()}
     source, weights = (directory / contract.WEIGHTS_FILE).resolve(), target / contract.WEIGHTS_FILE
@@ -112,7 +111,7 @@ class _Product:
 def _products_in_floats(graph: onnx.GraphProto) -> Iterator[_Product]:
     """The products of a graph that become ones over floats; whatever else a node says, its kernel is left to read."""
     stored = {tensor.name: tensor for tensor in graph.initializer if tensor.external_data}
-    casts = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
+    casts = {node.output[0]: node.input[0] for node in all_nodes(graph) if node.op_type == "Cast"}
     for found in channel_products(graph):
         codes, scales = (stored.get(casts.get(name, name)) for name in (found.codes, found.scales))
         if codes and scales and len(codes.dims) == 3:
@@ -125,7 +124,7 @@ def _products_in_floats(graph: onnx.GraphProto) -> Iterator[_Product]:
                 scales=scales,
                 shape=(outputs, blocks, block),
             )
-    for node in graph.node:
+    for node in all_nodes(graph):
         if node.op_type != PRODUCT:
             continue
         size = {attribute.name: attribute.i for attribute in node.attribute}
@@ -160,6 +159,6 @@ def _put_in_floats(graph: onnx.GraphProto, product: _Product, name: str, info: W
 
 
 def _round_nothing(graph: onnx.GraphProto) -> None:
-    for attribute in (each for node in graph.node if node.op_type == PRODUCT for each in node.attribute):
+    for attribute in (each for node in all_nodes(graph) if node.op_type == PRODUCT for each in node.attribute):
         if attribute.name == "accuracy_level":
             attribute.i = 0

@@ -28,9 +28,9 @@ class ChannelProduct:
 
 
 def channel_products(graph: onnx.GraphProto) -> Iterator[ChannelProduct]:
-    """Those of a graph whose every node and constant is as it should be."""
+    """Those of a graph, and of its branches, whose every node and constant is as it should be."""
     reader = _Reader(graph)
-    for node in graph.node:
+    for node in all_nodes(graph):
         if node.op_type == PRODUCT:
             try:
                 yield reader.product(node)
@@ -38,9 +38,25 @@ def channel_products(graph: onnx.GraphProto) -> Iterator[ChannelProduct]:
                 continue
 
 
+def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph and of its branches, which have no further ones; names of values are those of the whole."""
+    for each in (graph, *branches(graph)):
+        yield from each.node
+
+
+def branches(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
+    """The graphs of both branches of each ``If``."""
+    attributes = (attribute for node in graph.node for attribute in node.attribute)
+    return [attribute.g for attribute in attributes if attribute.type == onnx.AttributeProto.GRAPH]
+
+
 def drop_unread(graph: onnx.GraphProto) -> None:
     """Take out the nodes that nothing reads any longer."""
     wanted = {output.name for output in graph.output}
+    for branch in branches(graph):
+        drop_unread(branch)
+        wanted.update(output.name for output in branch.output)
+        wanted.update(name for node in branch.node for name in node.input)
     for node in reversed(list(graph.node)):
         if wanted.isdisjoint(node.output):
             graph.node.remove(node)
@@ -54,9 +70,9 @@ class _UnlikeError(Exception):
 
 class _Reader:
     def __init__(self, graph: onnx.GraphProto) -> None:
-        self._makers = {output: node for node in graph.node for output in node.output}
+        self._makers = {output: node for node in all_nodes(graph) for output in node.output}
         self._readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in graph.node:
+        for node in all_nodes(graph):
             for name in node.input:
                 self._readers.setdefault(name, []).append(node)
         self._inline = {

@@ -265,10 +265,6 @@ class Manifest:
             f"export it with --target {target} (or all)"
         )
 
-    def without(self, name: contract.GraphName) -> Manifest:
-        """The same bundle without the graphs of a name."""
-        return dataclasses.replace(self, graphs=tuple(graph for graph in self.graphs if graph.name != name))
-
     @property
     def decoder_graphs(self) -> tuple[GraphInfo, ...]:
         """The graphs that hold layers: all but those that choose tokens."""

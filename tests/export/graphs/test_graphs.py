@@ -117,7 +117,9 @@ NEEDS_CUDNN = (
 def test_an_input_is_read_on_the_host_or_on_the_device_and_never_on_both(bundle: Path, manifest: Manifest) -> None:
     """A value that is bound on the host reaches a kernel on a GPU once, when it is bound; on the host nodes read it anew."""
     lengths = 0
-    for graph in manifest.without("cycle").graphs:  # which no GPU runs
+    for graph in manifest.graphs:
+        if graph.name == "cycle":  # which no GPU runs
+            continue
         model = onnx.load(bundle / graph.file, load_external_data=False)
         for info in graph.inputs:
             at = [

@@ -274,6 +274,16 @@ def test_a_spoiled_graph_is_found(bundle: Path, spoil: Callable[[onnx.ModelProto
     assert report.first_divergence.graph.startswith("thinking.ort.onnx"), report.first_divergence
 
 
+@pytest.mark.parametrize("spoil", [other_middle, other_share, other_step, no_row_scale])
+def test_a_spoiled_branch_is_found(bundle: Path, spoil: Callable[[onnx.ModelProto], None]) -> None:
+    with edited_graph(bundle, "cycle.ort.onnx") as model:
+        spoil(model)
+    reseal(bundle)
+    failed = [check for check in verify_bundle(bundle, quick=True).checks if not check.ok]
+    assert all("one graph" in check.name or "in one go" in check.name for check in failed)
+    assert 2e-5 in [check.margin for check in failed], "inputs that are not rounded tell"
+
+
 def test_the_oracles_reading_is_the_formula(made: tuple[Path, Path]) -> None:
     bundle, manifest = made[1], load_manifest(made[1])
     data = (bundle / "model.onnx.data").read_bytes()

@@ -254,9 +254,9 @@ def test_a_quantised_weight_altered_in_place_is_named(
 
 
 def product(model: onnx.ModelProto, layer: int, path: str) -> onnx.NodeProto:
-    return next(
-        node for node in nodes_of(model, "MatMulNBits") if node.name == f"/model/layers.{layer}/{path}/MatMulNBits"
-    )
+    """The first one, in a branch too."""
+    name = f"/model/layers.{layer}/{path}/MatMulNBits"
+    return next(node for node in nodes_of(model, "MatMulNBits") if node.name.endswith(name))
 
 
 def add_zero_points(model: onnx.ModelProto, layer: int) -> None:
@@ -351,6 +351,24 @@ def test_a_product_that_reads_its_blocks_otherwise_is_caught(
     report: VerifyReport = verify_bundle(bundle, quick=True)
     first = report.first_divergence
     assert first is not None and first.graph == file
+
+
+@pytest.mark.parametrize(
+    ("layer", "edit"),
+    [(1, add_zero_points), (3, add_zero_points), (3, other_layers_codes), (3, no_bias)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_product_in_a_branch_that_reads_its_blocks_otherwise_is_caught(
+    bundle: Path, layer: int, edit: Callable[[onnx.ModelProto, int], None]
+) -> None:
+    """In the cycle graph: of T, and of D's first step."""
+    with edited_graph(bundle, "cycle.ort.onnx") as model:
+        edit(model, layer)
+    reseal(bundle)
+    assert verify_bundle(bundle, level="structure").ok, "the structure cannot tell"
+    failed = [check for check in verify_bundle(bundle, quick=True).checks if not check.ok]
+    assert all("one graph" in check.name or "in one go" in check.name for check in failed)
+    assert 2e-5 in [check.margin for check in failed], "inputs that are not rounded tell"
 
 
 @pytest.mark.parametrize(

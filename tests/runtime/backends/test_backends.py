@@ -18,6 +18,7 @@ from runtime_support import (
     poisoned_bundle,
     random_prompt,
     run_prompts,
+    without_cycle,
 )
 
 from dmtd_export.bundle.export import export_bundle
@@ -160,7 +161,7 @@ def test_encoding_layers_are_read_once_a_step_by_default(
     tiny: TinyBundles, encoding_layers: int, expected: str
 ) -> None:
     bundle = tiny.get("qwen3", encoding_layers)
-    older = bundle.manifest.without(contract.CYCLE)
+    older = without_cycle(bundle.manifest)
     for asked in (None, "staged", "fused"):
         options = BackendOptions(full_pass=asked, threads=1)  # type: ignore[arg-type]
         for manifest, usual in ((older, expected), (bundle.manifest, None)):

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runtime_support import MAX_BATCH, TinyBundles, random_prompt
+from runtime_support import MAX_BATCH, TinyBundles, random_prompt, without_cycle
 
 from dmtd_models.reference import oracle
 from dmtd_runtime.backends.base import Backend, BackendOptions
 from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
-from dmtd_runtime.bundle import contract
 from dmtd_runtime.cycle import CyclePlan, Position
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.sampling.params import SamplingParams
@@ -197,7 +196,7 @@ def test_one_session_holds_all_and_an_older_bundle_runs_without(tiny: TinyBundle
     options = BackendOptions(threads=1)
     for manifest, sessions in (
         (bundle.manifest, ["cycle"]),
-        (bundle.manifest.without(contract.CYCLE), ["thinking", "late_decode"]),
+        (without_cycle(bundle.manifest), ["thinking", "late_decode"]),
     ):
         backend = OnnxRuntimeBackend(bundle.directory, manifest, options)
         assert list(backend._sessions) == sessions and backend.runs_cycles == (len(sessions) == 1)
