@@ -267,6 +267,7 @@ def test_every_public_name_is_in_all() -> None:
             imports.append(f"import {name}")
             # A lazy package defines its names in __getattr__, so __all__ may hold more than is seen: they must resolve.
             imports += [f"from {name} import {one}" for one in sorted(declared)]
+            imports += [f"import {name} as it; assert {declared} <= set(dir(it)), dir(it)"] if declared else []
     assert not missing, "\n".join(["not in __all__:", *missing])
     report = run_each_in_fresh_interpreter(imports)
     assert report == []

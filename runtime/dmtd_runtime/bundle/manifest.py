@@ -146,6 +146,8 @@ def _faults_of_files(manifest: Manifest) -> Iterator[str]:
     for graph in manifest.graphs:
         if graph.file not in manifest.files:
             yield f"graph file {graph.file} is not in the list of files"
+        if graph.name == contract.CYCLE and graph.dialect != contract.ONNXRUNTIME:
+            yield f"{graph.file} is a {graph.name} graph in the {graph.dialect} dialect, which has none"
 
 
 _MAY_OVERLAP = ContextVar("weights may overlap", default=False)

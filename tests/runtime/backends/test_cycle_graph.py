@@ -13,6 +13,8 @@ from runtime_support import MAX_BATCH, TinyBundles, random_prompt, without_cycle
 from dmtd_models.reference import oracle
 from dmtd_runtime.backends.base import Backend, BackendOptions
 from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
+from dmtd_runtime.backends.onnxruntime.limits import runs_in_one_go
+from dmtd_runtime.bundle.speed_bound import split_bytes
 from dmtd_runtime.cycle import CyclePlan, Position
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.sampling.params import SamplingParams
@@ -97,6 +99,24 @@ def test_who_ends_within_a_cycle_leaves_the_others_as_they_are(tiny: TinyBundles
         params = [GREEDY, SamplingParams(temperature=0, max_tokens=19, stop_token_ids=(stop,)), GREEDY]
         got = tokens_of(backend, plan, prompts, params)
         assert got == [want[0], want[1][: first + 1], want[2]]
+    assert cycles
+
+
+def test_who_is_cancelled_within_a_cycle_leaves_when_it_is_over(tiny: TinyBundles, cycles: list[int]) -> None:
+    bundle, backend = tiny.get(), tiny.backend(full_pass=None, slots=3)
+    prompts, tau = [random_prompt(seed, 6) for seed in range(3)], bundle.manifest.cycle.cycle_length
+    want = [bundle.greedy_tokens(prompt, 19) for prompt in prompts]
+    for end in range(2, 10):
+        told: list[list[TokenEvent]] = [[], [], []]
+        made = zip(prompts, told, strict=True)
+        sequences = [sequence_of(prompt, GREEDY, own) for prompt, own in made]
+        gone = sequences[1]
+        gone.cancelled = lambda gone=gone, end=end: "abort" if len(gone.ids) >= 6 + end else None  # type: ignore[misc]
+        run_batch(backend, CyclePlan(cycle=bundle.manifest.cycle), sequences)
+        assert [own[-1].finish_reason for own in told] == ["length", "abort", "length"]
+        tokens = [sequence.ids[6:] for sequence in sequences]
+        assert (tokens[0], tokens[2]) == (want[0], want[2])
+        assert tokens[1] == want[1][: len(tokens[1])] and end <= len(tokens[1]) < end + tau
     assert cycles
 
 
@@ -205,6 +225,18 @@ def test_one_session_holds_all_and_an_older_bundle_runs_without(tiny: TinyBundle
             bundle.greedy_tokens(prompt, 19)
         ]
         backend.close()
+
+
+def test_a_table_that_is_looked_up_is_no_part_of_a_late_step(
+    tiny: TinyBundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = tiny.get("llama").manifest
+    read = split_bytes(manifest)
+    assert not read.tied
+    for spare, expected in ((0, True), (-1, False)):
+        limit = read.encoding + read.decoding + read.lm_head + spare
+        monkeypatch.setattr("dmtd_runtime.backends.onnxruntime.limits.MAX_LATE_BYTES", limit)
+        assert runs_in_one_go(manifest) is expected
 
 
 def test_long_late_steps_come_one_by_one(tiny: TinyBundles, cycles: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,6 +237,15 @@ def test_lengths_that_do_not_fit_one_another_are_refused(
         load(tmp_path, good | {section: good[section] | {field: value}})
 
 
+def test_a_cycle_graph_in_the_standard_dialect_is_refused(good: dict[str, Any], tmp_path: Path) -> None:
+    good = deepcopy(good)
+    one = next(graph for graph in good["graphs"] if graph["dialect"] == "standard")
+    good["files"]["cycle.onnx"] = good["files"][one["file"]]
+    one |= {"name": "cycle", "file": "cycle.onnx"}
+    with pytest.raises(BundleError, match="cycle.onnx is a cycle graph in the standard dialect, which has none"):
+        load(tmp_path, good)
+
+
 def test_a_manifest_without_graphs_or_rotary_tables_is_refused(good: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="lists no graphs"):
         load(tmp_path, good | {"graphs": []})

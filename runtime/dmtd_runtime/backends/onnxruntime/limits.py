@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dmtd_runtime.backends.base import BackendOptions, FullPass
-from dmtd_runtime.backends.onnxruntime.weights import weights_of
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.engine_record import default_full_pass
 from dmtd_runtime.bundle.manifest import GraphInfo, Manifest
+from dmtd_runtime.bundle.speed_bound import split_bytes
 from dmtd_runtime.errors import BackendError, RequestError
 from dmtd_runtime.ort.cuda_provider import check_cuda_provider
 from dmtd_runtime.ort.library import import_onnxruntime
@@ -58,8 +58,8 @@ def runs_in_one_go(manifest: Manifest) -> bool:
     """Whether late steps may run with others in one go: the cycle graph is there, and they read few weights."""
     if all(graph.name != contract.CYCLE for graph in manifest.graphs):
         return False
-    weights = weights_of(manifest, [manifest.graph(contract.LATE_DECODE, contract.ONNXRUNTIME)])
-    return sum(num_bytes for _, num_bytes, _, _ in weights.values()) <= MAX_LATE_BYTES
+    read = split_bytes(manifest)
+    return read.encoding + read.decoding + read.lm_head <= MAX_LATE_BYTES
 
 
 def check_dtype(manifest: Manifest, options: BackendOptions) -> None:
