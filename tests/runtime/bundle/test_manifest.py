@@ -242,7 +242,7 @@ def test_a_cycle_graph_in_the_standard_dialect_is_refused(good: dict[str, Any], 
     one = next(graph for graph in good["graphs"] if graph["dialect"] == "standard")
     good["files"]["cycle.onnx"] = good["files"][one["file"]]
     one |= {"name": "cycle", "file": "cycle.onnx"}
-    with pytest.raises(BundleError, match="cycle.onnx is a cycle graph in the standard dialect, which has none"):
+    with pytest.raises(BundleError, match=r"cycle\.onnx is a cycle graph in the standard dialect, which has none"):
         load(tmp_path, good)
 
 
