@@ -206,3 +206,23 @@ def write_cycle(rows: OrtRows) -> None:
         written = [info for layer in (*encoding, *decoding) for info in dialect.caches(layer, "late", step)]
         made += [Made(info=info, then=late.caches[info.name]) for info in written if info.name in late.caches]
         writer.conditional(wanted, path, late.nodes, [], made)
+    _keep_weights(rows, num_steps)
+
+
+def _keep_weights(rows: OrtRows, num_steps: str) -> None:
+    """Let a branch that no run takes read all weights that products read in the others.
+
+    ONNX Runtime lets go of a weight once its only readers have packed it, and plans no memory for a branch some outer value of
+    which is gone: each of hundreds of tensors is then allocated anew in every run. Weights stay mapped and are never touched;
+    scales that a session casts take their place in memory, a tenth of the codes'. Codes of products of whole numbers, which it
+    makes itself, would take as much as packed ones, so their branches go without.
+    """
+    writer, path = rows.writer, "/kept"
+    never = writer.op("Less", [num_steps, writer.constant([0], "int64")], path)
+    for dtype, names in writer.read_in_branches(("MatMulNBits", "Gemm")).items():
+        with writer.branch(f"{path}/{dtype}") as nodes:
+            together = writer.op("SequenceConstruct", names, "/weights")
+            first = writer.op("SequenceAt", [together, writer.constant(0, "int64")], "/first")
+            outcome = writer.op("Shape", [first], "/shape")
+        info = TensorInfo(name=f"{path}/{dtype}/outcome", dims=("rank",), dtype="int64")
+        writer.conditional(never, f"{path}/{dtype}", nodes, [], [Made(info=info, then=outcome, leaves=False)])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -221,6 +221,18 @@ class GraphWriter:
     def block_format(self, name: str) -> BlockFormat | None:
         """How a quantised weight is stored; None for floats."""
         return self._quantised.get(name)
+
+    def read_in_branches(self, ops: Collection[str]) -> dict[str, list[str]]:
+        """Constants of a float32 graph that nodes of some kinds read within its branches, by their types."""
+        kinds = {name: proto.data_type for name, proto in self._initializers.items()}
+        kinds |= dict.fromkeys(self._once.values(), ONNX_DTYPES["float32"])
+        names, found = {value: name for name, value in ONNX_DTYPES.items()}, dict[str, list[str]]()
+        branches = (attribute.g for node in self._nodes for attribute in node.attribute if attribute.HasField("g"))
+        read = (name for branch in branches for node in branch.node if node.op_type in ops for name in node.input[1:])
+        for name in dict.fromkeys(read):
+            if name in kinds:
+                found.setdefault(names[kinds[name]], []).append(name)
+        return found
 
     @property
     def weights(self) -> tuple[str, ...]:

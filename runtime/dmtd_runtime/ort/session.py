@@ -82,8 +82,8 @@ def open_session(
     settings.intra_op_num_threads = threads or default_threads()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 4  # its errors come as exceptions; a library writes nothing to stderr
-    if alone:  # its graph has branches, whose tensors no pattern is kept of: malloc finds places for them quicker than an arena
-        settings.enable_cpu_mem_arena = settings.enable_mem_pattern = False
+    if alone:  # malloc finds places quicker than an arena for the few tensors that stand in no pattern
+        settings.enable_cpu_mem_arena = False
     else:  # a pool that spins on after its run takes the cores from the next session's
         settings.add_session_config_entry("session.force_spinning_stop", "1")
     if not prepack:

@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from bundle_mutations import all_nodes
+from onnx import numpy_helper
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions
@@ -112,6 +113,22 @@ NEEDS_CUDNN = (
     *("ReduceSumSquare", "Conv", "ConvTranspose", "BatchNormalization", "InstanceNormalization", "LRN"),
     *("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool", "LSTM", "GRU", "RNN", "Dropout"),
 )
+
+
+def test_a_branch_that_no_run_takes_keeps_the_weights_of_the_others(bundle: Path, manifest: Manifest) -> None:
+    """Else ONNX Runtime lets go of those that it packs, and allocates every tensor of a branch anew in every run."""
+    graphs = [graph for graph in manifest.graphs if graph.name == "cycle"]
+    assert graphs
+    for graph in graphs:
+        model = onnx.load(bundle / graph.file, load_external_data=False)
+        outer = {name for node in model.graph.node for name in node.output} | {t.name for t in model.graph.initializer}
+        nodes = [node for node in all_nodes(model.graph) if node.op_type in ("Gemm", "MatMulNBits")]
+        read = {name for node in nodes for name in node.input[1:]} & outer
+        [kept] = [node for node in all_nodes(model.graph) if node.op_type == "SequenceConstruct"]
+        assert read == set(kept.input) and len(read) >= 4 * manifest.model.num_layers
+        [never] = [node for node in model.graph.node if node.op_type == "Less"]
+        zero = next(t for t in model.graph.initializer if t.name == never.input[1])
+        assert never.input[0] == "num_steps" and numpy_helper.to_array(zero).tolist() == [0]
 
 
 def test_an_input_is_read_on_the_host_or_on_the_device_and_never_on_both(bundle: Path, manifest: Manifest) -> None:
