@@ -354,7 +354,7 @@ class _Run:
                         cycles.check_cycles(*bundle, variant, cases, expected, rounded, label=label, on_cases=done)
                     )
             for variant in choosing:
-                checks.append(check_chosen(self._directory, self._manifest, variant, cases, plan.level, on_cases=done))
+                checks.append(check_chosen(directory, manifest, variant, cases, plan.level, margin, on_cases=done))
         return checks
 
     def _closest(self, follow: object, scales: Scales) -> Margin:

@@ -17,6 +17,7 @@ from bundle_mutations import (
     edit_weight,
     edited_graph,
     edited_manifest,
+    epsilon_of_the_last_step,
     epsilon_of_the_window,
     gate_left_out,
     ignore_gate,
@@ -29,6 +30,7 @@ from bundle_mutations import (
     other_scale,
     rename_input,
     reseal,
+    scale_of_the_last_step,
     step_one_off,
     swapped,
     thought_left_out,
@@ -302,6 +304,8 @@ CYCLE_EDITS = (
     another_embedding,
     thought_left_out,
     epsilon_of_the_window,
+    epsilon_of_the_last_step,
+    scale_of_the_last_step,
 )
 
 

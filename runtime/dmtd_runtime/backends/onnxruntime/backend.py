@@ -36,7 +36,7 @@ from dmtd_runtime.backends.layouts.packed import PackedLayout
 from dmtd_runtime.backends.layouts.rectangular import RectangularLayout
 from dmtd_runtime.backends.onnxruntime.binding import Binding, SharedIo, check_io
 from dmtd_runtime.backends.onnxruntime.cycle_parts import CycleParts
-from dmtd_runtime.backends.onnxruntime.host_cycles import HostCycles
+from dmtd_runtime.backends.onnxruntime.host_cycles import HostCycles, OnLogits
 from dmtd_runtime.backends.onnxruntime.limits import (
     check_dtype,
     cycle_graph,
@@ -166,6 +166,11 @@ class OnnxRuntimeBackend(StepwiseBackend):
 
     def finish_cycle(self) -> RunOutput:
         return self._cycle
+
+    def watch_cycles(self, on_logits: OnLogits) -> None:
+        """Be told of the logits of every step that runs with others in one go, which nobody else sees."""
+        assert self._cycles is not None, "the cycle graph runs"
+        self._cycles.on_logits = on_logits
 
     def clear(self, slot: int, rows: int) -> None:
         if self._host_cache is not None:

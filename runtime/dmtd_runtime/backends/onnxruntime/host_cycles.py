@@ -17,6 +17,8 @@ from dmtd_runtime.sampling.sampler import best_tokens
 
 Bind = Callable[[contract.GraphName, Mapping[str, int], range, bool, int, int], Binding]
 """As the prepared runs' own, and the steps of D."""
+OnLogits = Callable[[int, int, Array], None]
+"""(slot, position that was fed, logits [vocab]) of a step in a run of several."""
 
 
 class HostCycles:
@@ -31,6 +33,7 @@ class HostCycles:
         self._layout, self._bind, self._memory, self._slots, self._joins = layout, bind, memory, slots, joins
         self._logits = [contract.logits(step) for step in range(most_steps)]
         self._bindings: dict[Hashable, Binding] = {}
+        self.on_logits: OnLogits | None = None
 
     def run(self, cycles: Sequence[SlotCycle], committed: Sequence[int], stats: RunStats) -> RunOutput:
         """The tokens of all steps, int64 [steps, slots], NOT_FINITE where logits are not; every step feeds those before it."""
@@ -63,6 +66,9 @@ class HostCycles:
         logit_rows[:] = range(len(logit_rows))  # all: what a step chooses the next one feeds
         binding.run(stats)
         found = [self._memory.read(binding.buffers[logits])[0] for logits in self._logits[:count]]
+        if self.on_logits is not None:
+            for (k, logits), s in itertools.product(enumerate(found), steps):
+                self.on_logits(s.slot, s.step.late.stop - 1 + k, logits[s.slot].copy())
         return [best_tokens([logits[s.slot] for s in steps]) for logits in found]
 
     def _fill(self, name: contract.GraphName, binding: Binding, steps: Sequence[SlotStep], fed: Sequence[int]) -> None:
