@@ -128,6 +128,8 @@ def _products_in_floats(graph: onnx.GraphProto) -> Iterator[_Product]:
         if node.op_type != PRODUCT:
             continue
         size = {attribute.name: attribute.i for attribute in node.attribute}
+        if len(node.input) < 3:
+            continue
         codes, scales = stored.get(node.input[1]), stored.get(casts.get(node.input[2], node.input[2]))
         if size.keys() != KNOWN_ATTRIBUTES or size["bits"] != 8 or any(node.input[3:BIAS]) or not (codes and scales):
             continue

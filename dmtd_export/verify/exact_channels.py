@@ -34,7 +34,7 @@ def channel_products(graph: onnx.GraphProto) -> Iterator[ChannelProduct]:
         if node.op_type == PRODUCT:
             try:
                 yield reader.product(node)
-            except _UnlikeError:
+            except (_UnlikeError, ValueError):  # or it has another number of inputs or readers
                 continue
 
 

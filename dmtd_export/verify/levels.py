@@ -109,7 +109,11 @@ def _limits(
         limits.append(("graphs", f"PyTorch cannot be imported ({problem})"))
     if config is None:
         limits.append(
-            ("graphs", "the bundle has no config.json to build the reference from; name its source with --checkpoint")
+            (
+                "graphs",
+                "the bundle has no config.json to build the reference from, or none that can be read; "
+                "name its source with --checkpoint",
+            )
         )
     return limits
 

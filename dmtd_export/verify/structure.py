@@ -241,6 +241,8 @@ def _initializer_fault(
     place = {entry.key: entry.value for entry in tensor.external_data}
     if place.get("location") != contract.WEIGHTS_FILE:
         return f"stands in {place.get('location')}, expected {contract.WEIGHTS_FILE}"
+    if not all(place.get(key, "0").isascii() and place.get(key, "0").isdigit() for key in ("offset", "length")):
+        return f"stands at offset {place.get('offset')}, length {place.get('length')}, expected whole numbers"
     offset, length = int(place.get("offset", 0)), int(place.get("length", -1))
     names, rows, at = [], 0, offset
     tail: tuple[int, ...] = ()

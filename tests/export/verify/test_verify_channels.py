@@ -255,6 +255,18 @@ def other_factors_of_a_norm(model: onnx.ModelProto) -> None:
     first.input[1] = second.input[1]
 
 
+def no_middle(model: onnx.ModelProto) -> None:
+    """Inputs are read about 0."""
+    del nodes_of(model, "MatMulIntegerToFloat")[0].input[4]
+
+
+def read_twice(model: onnx.ModelProto) -> None:
+    """A second reader, which changes nothing, of a product whose row's scale is left out."""
+    no_row_scale(model)
+    product = nodes_of(model, "MatMulIntegerToFloat")[0]
+    model.graph.node.append(onnx.helper.make_node("Identity", [product.output[0]], ["read_twice"]))
+
+
 def no_row_scale(model: onnx.ModelProto) -> None:
     constant(model, "one", 1.0, "float32")
     product = nodes_of(model, "MatMulIntegerToFloat")[0]
@@ -263,7 +275,17 @@ def no_row_scale(model: onnx.ModelProto) -> None:
 
 @pytest.mark.parametrize(
     "spoil",
-    [other_middle, other_bit, other_share, other_step, other_factors, other_factors_of_a_norm, no_row_scale],
+    [
+        other_middle,
+        other_bit,
+        other_share,
+        other_step,
+        other_factors,
+        other_factors_of_a_norm,
+        no_row_scale,
+        no_middle,
+        read_twice,
+    ],
 )
 def test_a_spoiled_graph_is_found(bundle: Path, spoil: Callable[[onnx.ModelProto], None]) -> None:
     with edited_graph(bundle, "thinking.ort.onnx") as model:
