@@ -68,8 +68,7 @@ def nbits_product(
     On CUDA they are (``reduce_matrix_columns_kernel`` with its accumulator), and on the CPU, which has none in half precision,
     ONNX Runtime casts by itself. ``factored``: ``x`` has the factors of a product of whole numbers in it.
     """
-    if fmt.factors:
-        factors = writer.weight(f"{modules[0]}.{contract.FACTORS}")
+    if (factors := shared_factors(writer, modules)) is not None:
         x = x if factored else writer.op("Mul", [x, factors], f"{path}/inputs")
         return channel_product(writer, dtype, x, modules, path)
     codes = writer.weight(*(f"{module}.{contract.CODES}" for module in modules))
