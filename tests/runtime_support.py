@@ -29,7 +29,7 @@ from dmtd_models.reference import oracle
 from dmtd_models.reference.dmtd import DmtdModel, Forward
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime import LLM, AsyncLLM
-from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.backends.base import Backend, BackendOptions
 from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from dmtd_runtime.bundle.contract import CYCLE
 from dmtd_runtime.bundle.manifest import CycleInfo, FileInfo, Manifest
@@ -44,6 +44,7 @@ from dmtd_runtime.text.tokenizer import Tokenizer
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
 MARGIN = 2e-5  # of the largest |logit|, float32
+VOCAB_SIZE = 259
 LAYERS, DECODING_LAYERS = 5, 2
 MAX_BATCH = 8
 MAX_OPEN_BACKENDS = 48
@@ -354,3 +355,18 @@ def private_bytes() -> int:
     """Anonymous resident memory of this process."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
+
+
+def sequence_of(prompt: Sequence[int], params: SamplingParams, told: list[TokenEvent]) -> SequenceRun:
+    sampler = Sampler(params, vocab_size=VOCAB_SIZE, prompt_ids=prompt, seed=7)
+    return SequenceRun(ids=list(prompt), sampler=sampler, stops=StopRules(params), on_event=told.append)
+
+
+def tokens_of(
+    backend: Backend, plan: CyclePlan, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+) -> list[list[int]]:
+    told = list[TokenEvent]()
+    sequences = [sequence_of(prompt, own, told) for prompt, own in zip(prompts, params, strict=True)]
+    run_batch(backend, plan, sequences)
+    assert all(event.error is None for event in told)
+    return [one.ids[len(prompt) :] for one, prompt in zip(sequences, prompts, strict=True)]

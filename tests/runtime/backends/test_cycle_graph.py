@@ -8,38 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runtime_support import MAX_BATCH, TinyBundles, random_prompt, without_cycle
+from runtime_support import MAX_BATCH, TinyBundles, random_prompt, sequence_of, tokens_of, without_cycle
 
 from dmtd_models.reference import oracle
-from dmtd_runtime.backends.base import Backend, BackendOptions
+from dmtd_runtime.backends.base import BackendOptions
 from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from dmtd_runtime.backends.onnxruntime.limits import runs_in_one_go
 from dmtd_runtime.bundle.speed_bound import split_bytes
 from dmtd_runtime.cycle import CyclePlan, Position
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.sampling.params import SamplingParams
-from dmtd_runtime.sampling.sampler import Sampler
-from dmtd_runtime.sampling.stops import StopRules
 from dmtd_runtime.serving.loop import Loop, run_batch
 from dmtd_runtime.serving.sequence import SequenceRun, TokenEvent
 
-VOCABULARY = 259
 GREEDY = SamplingParams(temperature=0, max_tokens=19)
-
-
-def sequence_of(prompt: Sequence[int], params: SamplingParams, told: list[TokenEvent]) -> SequenceRun:
-    sampler = Sampler(params, vocab_size=VOCABULARY, prompt_ids=prompt, seed=7)
-    return SequenceRun(ids=list(prompt), sampler=sampler, stops=StopRules(params), on_event=told.append)
-
-
-def tokens_of(
-    backend: Backend, plan: CyclePlan, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
-) -> list[list[int]]:
-    told = list[TokenEvent]()
-    sequences = [sequence_of(prompt, own, told) for prompt, own in zip(prompts, params, strict=True)]
-    run_batch(backend, plan, sequences)
-    assert all(event.error is None for event in told)
-    return [one.ids[len(prompt) :] for one, prompt in zip(sequences, prompts, strict=True)]
 
 
 @pytest.fixture
