@@ -82,9 +82,7 @@ def open_session(
     settings.intra_op_num_threads = threads or default_threads()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 4  # its errors come as exceptions; a library writes nothing to stderr
-    if alone:  # malloc finds places quicker than an arena for the few tensors that stand in no pattern
-        settings.enable_cpu_mem_arena = False
-    else:  # a pool that spins on after its run takes the cores from the next session's
+    if not alone:  # a pool that spins on after its run takes the cores from the next session's
         settings.add_session_config_entry("session.force_spinning_stop", "1")
     if not prepack:
         settings.add_session_config_entry("session.disable_prepacking", "1")
