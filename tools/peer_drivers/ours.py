@@ -18,7 +18,7 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     started, directory = time.perf_counter(), Path(task["model"])
     manifest = open_bundle(directory)
-    options = BackendOptions(threads=task["threads"], max_num_seqs=task["batch"])
+    options = BackendOptions(threads=task["threads"], max_num_seqs=task["batch"], plain=task["plain"])
     backend = open_backend(directory, manifest, options)
     say({"ready": True, "open_ms": (time.perf_counter() - started) * 1e3})
     plan = CyclePlan(cycle=manifest.cycle, plain=task["plain"])

@@ -21,7 +21,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 BackendName = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "simulator"]  # ENGINE_BACKENDS and the bundle's graphs
 PREFILL_ROUNDING = (16, 32, 64, 128, contract.MIN_WINDOW)
 
-OF_THE_BACKEND_ALONE = ("prepack",)  # of the options below: no option of LLM's
+OF_THE_BACKEND_ALONE = ("prepack", "plain")  # of the options below: LLM is not given them as one of its backend's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,8 @@ class BackendOptions:
     ``max_num_seqs`` sequences at a time, each with room for ``max_model_len`` tokens. A full pass is ``staged`` (thinking, then
     late_decode: T, D and lm_head in memory once) or ``fused`` (one graph; its weights come on top of late_decode's). By default
     the cycle graph runs all on the CPU, weights in memory once; elsewhere staged, which reads encoding layers twice, or fused
-    where the split has any.
+    where the split has any. ``plain``: whoever runs steps asks for no late ones; one sequence on the CPU then has the fused
+    graph by itself.
     """
 
     backend: BackendName = "onnxruntime"
@@ -42,6 +43,7 @@ class BackendOptions:
     max_num_seqs: int = 1
     max_model_len: int | None = None  # None: see model_len; of engines, what they were built for
     cuda_graphs: bool = True  # capture and replay: whole cycles of engines, steps of ONNX Runtime on CUDA
+    plain: bool = False
     warm_up: bool = False  # opening runs every shape that generation can meet once, so that no sequence waits for it
     threads: int | None = None  # None: one for each core this process may use
     prepack: bool = True  # False: weights stay in the page cache, slower; for models that hardly fit into memory
@@ -65,7 +67,7 @@ class BackendOptions:
         for name, values in allowed.items():
             if (value := getattr(self, name)) not in values:
                 raise RequestError(f"got {value!r}, expected one of {', '.join(map(str, values))}", param=name)
-        for name in ("cuda_graphs", "warm_up", "prepack"):
+        for name in ("cuda_graphs", "plain", "warm_up", "prepack"):
             if not isinstance(flag := getattr(self, name), bool):
                 raise RequestError(f"got {flag!r}, expected True or False", param=name)
         for name in ("max_num_seqs", "max_model_len", "threads"):
@@ -210,6 +212,8 @@ class Backend(Protocol):
 
     def finish_cycle(self) -> RunOutput:
         """Wait for the earliest cycle under way: the tokens it chose, [steps, slots] in the order of its slots, and how surely.
+
+        Of a backend that does not run ahead they may be fewer steps, where all sequences end.
 
         A negative token is one of sampler.NOT_FINITE and NO_CHOICE.
         """

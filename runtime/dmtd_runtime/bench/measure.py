@@ -218,8 +218,8 @@ def _bench_batch(
     records: dict[Mode, list[RunRecord]] = {"plain": [], "dmtd": []}
     with contextlib.ExitStack() as opened:
 
-        def open_one(full_pass: FullPass | None) -> Backend:
-            backend = open_backend(directory, manifest, replace(backend_options, full_pass=full_pass))
+        def open_one(wanted: BackendOptions) -> Backend:
+            backend = open_backend(directory, manifest, wanted)
             opened.callback(backend.close)
             return backend
 
@@ -235,13 +235,13 @@ def _bench_batch(
                 options.max_tokens,
             )
 
-        shared = open_one(backend_options.full_pass)
+        shared = open_one(backend_options)
         backends: dict[Mode, Backend] = {"plain": shared, "dmtd": shared}
         for mode in list(backends) * options.warmup:
             run(mode, ", warm-up")
         private = private_bytes()
         if options.whole_model:  # opened only now: its weights are not the bundle's way of running
-            backends["whole_model"] = open_one("fused")
+            backends["whole_model"] = open_one(replace(backend_options, full_pass="fused", plain=True))
             records["whole_model"] = []
             for _ in range(options.warmup):
                 run("whole_model", ", warm-up")

@@ -130,8 +130,8 @@ class Sampler:
         self._bias_ids = np.fromiter(bias.keys(), np.int64, len(bias))
         self._bias = np.fromiter(bias.values(), np.float32, len(bias))
         # Ids that the model's tokenizer has and its head lacks cannot be chosen and need no mask.
-        ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
-        self._end_ids = np.array(sorted(i for i in ends if 0 <= i < vocab_size), dtype=np.int64)
+        self._ends = frozenset((*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)))
+        self._end_ids = np.array(sorted(i for i in self._ends if 0 <= i < vocab_size), dtype=np.int64)
         self._eos_ids = np.array([i for i in eos_token_ids if 0 <= i < vocab_size], dtype=np.int64)
 
     @property
@@ -150,6 +150,10 @@ class Sampler:
     def complete(self) -> bool:
         """Whether the answer has its form, and nothing may follow."""
         return self._form is not None and self._form.complete
+
+    def ends(self, token_id: int) -> bool:
+        """Whether the sequence ends with this token, if it is taken."""
+        return token_id in self._ends
 
     @property
     def num_chosen(self) -> int:
@@ -171,7 +175,7 @@ class Sampler:
         """
         assert logits.shape == (self._vocab_size,), f"a row of logits is [{self._vocab_size}], got {list(logits.shape)}"
         assert logits.dtype == np.float32, f"logits are float32, got {logits.dtype}"
-        raw_best = _best_token(logits)
+        raw_best = best_token(logits)
         if raw_best == NOT_FINITE:
             raise self._not_finite()
         adjusted = self._adjusted(logits)
@@ -314,18 +318,19 @@ class Sampler:
 
 
 def best_tokens(logits: Iterable[Logits]) -> NDArray[np.int64]:
-    """What :meth:`Sampler.choose` takes where no option changes anything, for many rows at once.
+    """:func:`best_token` of many rows, each float32 [vocab]: int64 [rows]."""
+    return np.array([best_token(row) for row in logits], np.int64)
+
+
+def best_token(logits: Logits) -> int:
+    """What :meth:`Sampler.choose` takes where no option changes anything.
 
     Args:
-        logits: float32 [vocab] of each row.
+        logits: float32 [vocab].
 
     Returns:
-        int64 [rows]: the largest logit of each row, of equals the lowest id; NOT_FINITE where the row holds NaN or infinity.
+        The largest logit, of equals the lowest id; NOT_FINITE where any is NaN or infinite.
     """
-    return np.array([_best_token(row) for row in logits], np.int64)
-
-
-def _best_token(logits: Logits) -> int:
     best = int(logits.argmax())  # a NaN wins an arg-max, so it and +inf show here, -inf in the minimum
     return best if math.isfinite(logits[best]) and math.isfinite(logits.min()) else NOT_FINITE
 

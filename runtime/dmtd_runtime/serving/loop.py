@@ -10,7 +10,7 @@ part of a cycle that was launched ahead is dropped with it. Such a launch costs 
 for the tokens costs the host's: cycles are launched ahead only while most sequences kept the last one whole.
 
 Where cycles do not run ahead of the host, one is run where all take the likeliest tokens, none is certain to end in it and no
-prompt is being read, for prompts go with the heads there. Otherwise, and in plain mode, everybody goes step by step.
+prompt is being read, for prompts go with the heads there. Otherwise everybody goes step by step.
 
 What comes next is the scheduler's, numbers are the backend's; here sequences are told of their tokens, and prefixes are kept
 and found again. No threads: ``worker.py`` has them.
@@ -265,9 +265,9 @@ class Loop:
     def _may_wait(self) -> bool:
         """Whether cycles may run while the host waits: all take the likeliest tokens, and none is certain to end before its end.
 
-        Where prompts are being read heads take them along, step by step. Plain passes gain nothing by it.
+        Where prompts are being read heads take them along, step by step.
         """
-        if self._plan.plain or self._scheduler.num_reading:
+        if self._scheduler.num_reading:
             return False
         running = [self._sequences[number] for number in self._scheduler.running]
         likeliest = not any(s.sampler.needs_logits or s.looks or s.min_confidence >= ALWAYS for s in running)
@@ -353,9 +353,9 @@ class Loop:
         """Keep the rows of a sequence that other prompts may begin with."""
         sequence, slot = self._sequences[number], self._slot(number)
         if not sequence.failed:
-            # Cycles that went on behind the end have rows of tokens that nobody saw.
+            # Cycles that go on behind the end have rows of tokens that nobody saw; where they do not the last one has none.
             at = self._scheduler.position_of(number)
-            rows = self._plan.lasting_rows(at.prompt_len, min(at.thought, len(sequence.ids)))
+            rows = self._plan.lasting_rows(at.prompt_len, min(at.thought, len(sequence.ids) - 1))
             self._prefixes.add(
                 sequence.ids[:rows], sequence.cache_salt, lambda rows: self._backend.read_rows(slot, rows)
             )

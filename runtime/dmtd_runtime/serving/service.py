@@ -106,8 +106,6 @@ class Service:
         self._open(Path(bundle), _made_of(BackendOptions, given), _made_of(ServingOptions, given), plain=plain)
 
     def _open(self, directory: Path, options: BackendOptions, serving: ServingOptions, *, plain: bool) -> None:
-        if not isinstance(plain, bool):
-            raise RequestError(f"got {plain!r}, expected True or False", param="plain")
         self.tokenizer = Tokenizer.from_directory(directory, model_vocab_size=self.manifest.model.vocab_size)
         self.default_params = SamplingParams.from_generation_config(read_generation_config(directory))
         self._template = ChatTemplate.from_directory(directory) if self.tokenizer else None

@@ -89,9 +89,10 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self.stats = RunStats()
         one = cycle_graph(manifest, options, packed=packed, slots=num_slots)
         self.full_pass = None if one is not None else usual_full_pass(manifest, options, packed=packed)
+        fused = self.full_pass == "fused"
         self.gives_all_rows = True
         self._captures = on_gpu and options.cuda_graphs
-        self._rides = packed and self.full_pass != "fused" and not on_gpu  # prompts run through T beside the heads
+        self._rides = packed and not fused and not on_gpu  # prompts run through T beside the heads
         constant_total = self.capacity if self._captures else None
         self._layout: Layout = (
             PackedLayout(num_slots, constant_total=constant_total, few_shapes=on_gpu)
@@ -105,23 +106,22 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self._outputs: dict[str, Buffer] = {}
         # Where prompts may ride, E runs as it does beside them: with the window, and again for the rows of D. Bits stay the same.
         joins = one is not None and (num_slots == 1 or not manifest.cycle.encoding_layers)
-        fused = self.full_pass == "fused"
         self._runs = PreparedRuns(self._layout, self._bind, fused=fused, rides=self._rides, joins=joins)
         self._ios: dict[tuple[contract.GraphName, range, int], SharedIo] = {}
         self._cycle = RunOutput()
         self._choosers: dict[tuple[int, ...], Binding] = {}
         self._graph_ids = itertools.count()
-        first = contract.FULL_PASS if self.full_pass == "fused" else contract.THINKING
+        first = contract.FULL_PASS if fused else contract.THINKING
         self._parts = None if one is None else CycleParts(one, manifest.cycle)
         self._cycles: HostCycles | None = None
-        self.runs_cycles = one is not None and runs_in_one_go(manifest)
+        alone = fused and options.plain and not on_gpu  # a GPU is warmed up by late steps, too
+        self.runs_cycles = (alone or one is not None) and runs_in_one_go(manifest, plain=options.plain)
         if one is not None:
             self._graphs = {contract.CYCLE: one}
         else:
-            self._graphs = {
-                first: manifest.graph(first, dialect, num_slots),
-                contract.LATE_DECODE: manifest.graph(contract.LATE_DECODE, dialect),
-            }
+            self._graphs = {first: manifest.graph(first, dialect, num_slots)}
+            if not alone:
+                self._graphs[contract.LATE_DECODE] = manifest.graph(contract.LATE_DECODE, dialect)
         if on_gpu:
             self._graphs[contract.CHOOSE_TOKEN] = manifest.graph(contract.CHOOSE_TOKEN, contract.STANDARD)
         self._sizes = OrtSizes(
@@ -136,9 +136,11 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self._weights: Mapping[str, Any] = {}
         self._folded: Mapping[str, Any] = {}  # on a GPU: weights of the host, which reach it in constants alone
         self._memory = self._open_memory()
-        if self._parts is not None:
-            most, slots = self._parts.most_steps, self._cache_slots
-            self._cycles = HostCycles(self._layout, self._bind, self._memory, most_steps=most, slots=slots, joins=joins)
+        if self.runs_cycles:
+            most, slots = 1 if self._parts is None else self._parts.most_steps, self._cache_slots
+            self._cycles = HostCycles(
+                self._layout, self._bind, self._memory, most_steps=most, slots=slots, joins=fused or joins
+            )
         try:
             self._open(directory)
         except BaseException:
@@ -272,7 +274,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
             directory / graph.file,
             threads=self._options.threads,
             prepack=self._options.prepack,
-            alone=name == contract.CYCLE,
+            alone=len(self._graphs) == 1,
             cuda=cuda,
             weights={weight: self._weights[weight] for weight in graph.weights if weight in self._weights},
             folded={weight: self._folded[weight] for weight in graph.weights if weight in self._folded},

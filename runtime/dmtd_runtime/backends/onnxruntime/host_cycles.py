@@ -13,7 +13,7 @@ from dmtd_runtime.backends.onnxruntime.binding import Binding
 from dmtd_runtime.backends.onnxruntime.memory import OrtMemory
 from dmtd_runtime.backends.onnxruntime.prepared import keep
 from dmtd_runtime.bundle import contract
-from dmtd_runtime.sampling.sampler import best_tokens
+from dmtd_runtime.sampling.sampler import best_token
 
 Bind = Callable[[contract.GraphName, Mapping[str, int], range, bool, int, int], Binding]
 """As the prepared runs' own, and the steps of D."""
@@ -36,21 +36,24 @@ class HostCycles:
         self.on_logits: OnLogits | None = None
 
     def run(self, cycles: Sequence[SlotCycle], committed: Sequence[int], stats: RunStats) -> RunOutput:
-        """The tokens of all steps, int64 [steps, slots], NOT_FINITE where logits are not; every step feeds those before it."""
-        tokens, ids = list[Array](), [cycle.ids for cycle in cycles]
+        """The tokens of all steps, int64 [steps, slots], NOT_FINITE where logits are not; every step feeds those before it.
+
+        Fewer steps where all sequences end before the cycle does, and what is left of it is not in the same run.
+        """
+        tokens, ids = list[list[int]](), [cycle.ids for cycle in cycles]
         fed, kinds = [*committed, *(0,) * (self._slots - len(committed))], [step.kind for step in cycles[0].steps]
-        while (done := len(tokens)) < len(kinds):
+        while (done := len(tokens)) < len(kinds) and not (done and _all_end(cycles, tokens)):
             steps = [SlotStep(slot=c.slot, step=c.steps[done], ids=own) for c, own in zip(cycles, ids, strict=True)]
             behind = kinds[done + 1 : done + len(self._logits)]
             count = 1 + len(list(itertools.takewhile(lambda kind: kind == "late", behind)))
             tokens += self._run_steps(steps, fed, count, stats)
-            ids = [[max(token, 0)] for token in tokens[-1].tolist()]
+            ids = [[max(token, 0)] for token in tokens[-1]]
             for cycle in cycles:
                 fed[cycle.slot] = cycle.steps[len(tokens) - 1].late.stop
-        return RunOutput(tokens=np.stack(tokens))
+        return RunOutput(tokens=np.array(tokens, np.int64))
 
-    def _run_steps(self, steps: Sequence[SlotStep], fed: Sequence[int], count: int, stats: RunStats) -> list[Array]:
-        """Run a step and late ones behind it, ``count`` in all, in one go: the tokens chosen in each, int64 [slots]."""
+    def _run_steps(self, steps: Sequence[SlotStep], fed: Sequence[int], count: int, stats: RunStats) -> list[list[int]]:
+        """Run a step and late ones behind it, ``count`` in all, in one go: the tokens chosen in each, one a slot."""
         late = steps[0].step.kind == "late"
         stats.full_passes += not late
         stats.late_steps += count - (not late)
@@ -69,17 +72,21 @@ class HostCycles:
         if self.on_logits is not None:
             for (k, logits), s in itertools.product(enumerate(found), steps):
                 self.on_logits(s.slot, s.step.late.stop - 1 + k, logits[s.slot].copy())
-        return [best_tokens([logits[s.slot] for s in steps]) for logits in found]
+        return [[best_token(logits[s.slot]) for s in steps] for logits in found]
 
     def _fill(self, name: contract.GraphName, binding: Binding, steps: Sequence[SlotStep], fed: Sequence[int]) -> None:
         binding.begin()
         self._layout.fill(name, binding.arrays, steps, fed)
 
     def _binding(self, name: contract.GraphName, steps: Sequence[SlotStep], count: int) -> Binding:
-        slots, sizes = self._layout.batch_slots(name, steps), self._layout.sizes(name, steps)
-        if name != contract.THINKING:
-            sizes = {**sizes, "num_logits": len(slots)}
-        key = (name, slots, count, *sizes.values())
+        key = (name, count, *[(s.slot, len(s.step.window)) for s in steps])
         if (binding := self._bindings.get(key)) is None:
+            slots, sizes = self._layout.batch_slots(name, steps), self._layout.sizes(name, steps)
+            if name != contract.THINKING:
+                sizes = {**sizes, "num_logits": len(slots)}
             keep(self._bindings, key, binding := self._bind(name, sizes, slots, False, 0, count))
         return binding
+
+
+def _all_end(cycles: Sequence[SlotCycle], tokens: Sequence[Sequence[int]]) -> bool:
+    return all(any(map(cycle.sampler.ends, own)) for cycle, own in zip(cycles, zip(*tokens, strict=True), strict=True))

@@ -11,9 +11,9 @@ from dmtd_runtime.errors import BackendError, RequestError
 from dmtd_runtime.ort.cuda_provider import check_cuda_provider
 from dmtd_runtime.ort.library import import_onnxruntime
 
-# Of a late step that may run with others in one go. Where it reads more the host's part of it is small, and tokens are wanted
-# one by one, as they come.
-MAX_LATE_BYTES = 1 << 28
+# Of a step that may run with others in one go. Where it reads more the host's part of it is small, and tokens are wanted one
+# by one, as they come.
+MAX_STEP_BYTES = 1 << 28
 
 
 def graph_slots(manifest: Manifest, options: BackendOptions) -> int:
@@ -41,25 +41,31 @@ def max_model_len(manifest: Manifest, options: BackendOptions) -> int:
 
 def usual_full_pass(manifest: Manifest, options: BackendOptions, *, packed: bool) -> FullPass:
     """How a full pass runs where nobody said: with several sequences at a time as one in which prompts can ride."""
-    if options.full_pass is None and packed and options.device == "cpu" and options.max_num_seqs > 1:
-        return "staged"
+    if options.full_pass is None and packed and options.device == "cpu":
+        if options.max_num_seqs > 1:
+            return "staged"
+        if options.plain:
+            return "fused"
     return options.full_pass or default_full_pass(manifest)
 
 
 def cycle_graph(manifest: Manifest, options: BackendOptions, *, packed: bool, slots: int) -> GraphInfo | None:
-    """The one graph for all that runs, on the CPU, where the bundle has it and nobody asked for others."""
+    """The one graph for all that runs, on the CPU, where the bundle has it and nobody asked for others.
+
+    Plain passes of one sequence need no branches, which cost them a twentieth.
+    """
     if not packed or options.device != "cpu" or options.full_pass is not None:
+        return None
+    if options.plain and options.max_num_seqs == 1:
         return None
     found = (graph for graph in manifest.graphs if graph.name == contract.CYCLE and graph.slots == slots)
     return next(found, None)
 
 
-def runs_in_one_go(manifest: Manifest) -> bool:
-    """Whether late steps may run with others in one go: the cycle graph is there, and they read few weights."""
-    if all(graph.name != contract.CYCLE for graph in manifest.graphs):
-        return False
+def runs_in_one_go(manifest: Manifest, *, plain: bool = False) -> bool:
+    """Whether late steps, or plain ones, may run with others in one go: they read few weights."""
     read = split_bytes(manifest)
-    return read.encoding + read.decoding + read.lm_head <= MAX_LATE_BYTES
+    return read.encoding + plain * read.thinking + read.decoding + read.lm_head <= MAX_STEP_BYTES
 
 
 def check_dtype(manifest: Manifest, options: BackendOptions) -> None:
