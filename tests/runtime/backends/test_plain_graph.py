@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from runtime_support import TinyBundle, TinyBundles, random_prompt, sequence_of, tokens_of
@@ -83,11 +84,20 @@ def test_what_is_kept_of_an_ended_sequence_is_what_was_run(bundle: TinyBundle, b
         assert second.ids[len(first.ids) + 1 :] == plain_tokens(bundle, [*first.ids, 5])
 
 
-def test_several_sequences_run_in_the_cycle_graph(bundle: TinyBundle) -> None:
-    options = BackendOptions(threads=1, plain=True, max_num_seqs=3)
+@pytest.mark.parametrize(
+    ("how", "sessions"),
+    [
+        ({}, ["cycle"]),
+        ({"full_pass": "fused"}, ["full_pass"]),
+        ({"full_pass": "staged"}, ["thinking", "late_decode"]),
+        ({"full_pass": "fused", "dialect": "standard"}, ["full_pass"]),
+    ],
+)
+def test_several_sequences(bundle: TinyBundle, how: dict[str, Any], sessions: list[str]) -> None:
+    options = BackendOptions(threads=1, plain=True, max_num_seqs=3, **how)
     backend = OnnxRuntimeBackend(bundle.directory, bundle.manifest, options)
     prompts = [random_prompt(seed, 5 + seed) for seed in range(3)]
-    assert list(backend._sessions) == ["cycle"]
+    assert list(backend._sessions) == sessions
     assert tokens_of(backend, plain_plan(bundle), prompts, [GREEDY] * 3) == [
         plain_tokens(bundle, prompt) for prompt in prompts
     ]

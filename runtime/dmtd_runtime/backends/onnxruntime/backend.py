@@ -115,7 +115,8 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self._parts = None if one is None else CycleParts(one, manifest.cycle)
         self._cycles: HostCycles | None = None
         alone = fused and options.plain and not on_gpu  # a GPU is warmed up by late steps, too
-        self.runs_cycles = (alone or one is not None) and runs_in_one_go(manifest, plain=options.plain)
+        in_one_go = packed and runs_in_one_go(manifest, plain=options.plain)
+        self.runs_cycles = in_one_go and (alone or one is not None)
         if one is not None:
             self._graphs = {contract.CYCLE: one}
         else:
