@@ -143,7 +143,8 @@ def check_channels(options: ExportOptions) -> None:
     own = next((f"weights_{group}" for group in groups if getattr(formats, f"weights_{group}")), "weights")
     if "embedding" in groups:
         raise ExportError(
-            "got int8-channel, expected another format: rows of the embedding are looked up in blocks; give int8",
+            "got int8-channel, expected another format: rows of the embedding are looked up in blocks; give int8, and "
+            "--weights-lm-head int8 where lm_head is tied to it",
             param="weights_embedding",
         )
     if options.graphs_for != "onnxruntime":

@@ -116,6 +116,12 @@ def plan_quantisation(checkpoint: Checkpoint, dmtd: DmtdSpec, options: WeightOpt
     """
     config = checkpoint.config
     if config.tie_word_embeddings and options.format_of("lm_head") != options.format_of("embedding"):
+        if options.format_of("lm_head") == "int8-channel":  # which the embedding cannot have, so nor can both
+            raise ExportError(
+                "got int8-channel, expected another format: lm_head is tied to the embedding, which is looked up in blocks; "
+                "give --weights-lm-head int8 --weights-embedding int8",
+                param="weights_lm_head",
+            )
         raise ExportError(
             f"got {options.format_of('lm_head')} with {options.format_of('embedding')} for the embedding, expected one format: "
             "lm_head is tied to the embedding; give both the same",

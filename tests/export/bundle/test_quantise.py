@@ -196,6 +196,16 @@ def test_the_graphs_of_onnxruntime_alone_are_made_by_default(tmp_path: Path) -> 
         ),
         ({"weights": "int8", "weights_lm_head": "int4"}, {}, r"weights_lm_head: got int4 with int8 for the embedding"),
         ({"weights": "int4", "weights_lm_head": "int4"}, {}, r"weights_lm_head: got int4 with int8 for the embedding"),
+        (
+            {"weights_lm_head": "int8-channel"},
+            {"calibration": ("text",)},
+            r"weights_lm_head: got int8-channel, .*tied.*; give --weights-lm-head int8 --weights-embedding int8$",
+        ),
+        (
+            {"weights_lm_head": "int8-channel", "weights_embedding": "int8-channel"},
+            {"calibration": ("text",)},
+            r"weights_embedding: got int8-channel, .*; give int8, and --weights-lm-head int8 where lm_head is tied to it$",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(tmp_path: Path, formats: dict, more: dict, message: str) -> None:
