@@ -9,6 +9,7 @@ A file is read as `dmtd evaluate --text` reads it: plain text, or .jsonl, .json 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from dmtd_models.data.chat import TextTokenizer
 from dmtd_models.data.examples import Example, Examples
 from dmtd_models.data.rows import SUFFIXES, read_rows
 from dmtd_models.errors import ModelError
+
+logger = logging.getLogger("dmtd.export")
 
 WINDOW_LEN = 512  # tokens of a sequence, at most
 MIN_LEN = 16  # tokens of a sequence
@@ -89,6 +92,13 @@ def read_calibration(
             raise ExportError(
                 f"{name}: no text of {MIN_LEN} tokens in it; give a text file, or records as dmtd evaluate --text takes them",
                 param="calibration",
+            )
+        if (held := sum(len(each.token_ids) for each in candidates)) < share:
+            logger.warning(
+                "%s: holds %d tokens, fewer than the %d that --calibration-tokens asks of it; all of them are read",
+                name,
+                held,
+                share,
             )
         found += _spread(candidates, share)
     text = CalibrationText(sequences=tuple(found))

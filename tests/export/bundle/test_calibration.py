@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,22 @@ def test_windows_are_spread_over_the_file(tmp_path: Path, tokenizer: TextTokeniz
     (tmp_path / "prose.txt").write_text(words)
     text = read_calibration([str(tmp_path / "prose.txt")], tokenizer, max_tokens=600, window_len=300)
     assert decoded(text, tokenizer) == [words[:300], words[1800:2100]]
+
+
+def test_a_text_that_is_too_short_for_the_tokens_asked_for_is_told(
+    tmp_path: Path, tokenizer: TextTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "short.txt").write_text("word " * 80)
+    records = [{"text": "words " * count} for count in (10, 80) * 8]  # of which one in two is taken: the short ones
+    (tmp_path / "uneven.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with caplog.at_level(logging.WARNING, "dmtd"):
+        text = read_calibration([str(tmp_path / "uneven.jsonl")], tokenizer, max_tokens=2160)
+        assert text.num_tokens < 2160 and caplog.messages == []
+        text = read_calibration([str(tmp_path / "short.txt")], tokenizer, max_tokens=600)
+    assert text.num_tokens == 400
+    assert caplog.messages == [
+        f"{tmp_path}/short.txt: holds 400 tokens, fewer than the 600 that --calibration-tokens asks of it; all of them are read"
+    ]
 
 
 def test_files_share_the_tokens_and_a_chat_keeps_its_prompt(tmp_path: Path, tokenizer: TextTokenizer) -> None:
