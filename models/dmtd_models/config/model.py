@@ -94,6 +94,8 @@ ANY_SPLIT = SplitOptions(
 )  # of a plain model in plain mode, where all compute the same
 MAX_CYCLE_LENGTH = 256  # a refill is one window of a graph; a model that cannot be exported need not be trained
 
+_LEAST_LAYERS = {"encoding_layers": 0, "thinking_layers": 1, "decoding_layers": 1}
+
 # The authors train with the first pair and serve with the second; the third is what their released prefill is said to
 # do. Every other pair has no defined gates.
 LEGAL_CONVENTIONS: tuple[tuple[CycleOrigin, PromptInput], ...] = (
@@ -190,11 +192,14 @@ def check_dmtd(spec: DmtdSpec, num_layers: int, split: SplitOptions = SplitOptio
 
     e, t, d = spec.encoding_layers, spec.thinking_layers, spec.decoding_layers
     if e < 0 or t <= 0 or d <= 0 or e + t + d != num_layers:
+        # One that is wrong whatever the others are is at fault before one that does not add up.
+        most = num_layers - sum(_LEAST_LAYERS.values())
+        wrong = [name for name, least in _LEAST_LAYERS.items() if not 0 <= getattr(spec, name) - least <= most]
         raise ConfigError(
             f"DMTD split: got encoding {e} + thinking {t} + decoding {d} = {e + t + d} layers, expected encoding >= 0, "
             f"thinking > 0, decoding > 0 and a sum of {num_layers} (num_hidden_layers); correct the split "
             "(--encoding-layers, --thinking-layers, --decoding-layers)",
-            param=given("decoding_layers", "thinking_layers", "encoding_layers"),
+            param=given(*wrong, "decoding_layers", "thinking_layers", "encoding_layers"),
         )
     if not 1 <= spec.cycle_length <= MAX_CYCLE_LENGTH:
         raise ConfigError(

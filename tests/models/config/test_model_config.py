@@ -350,3 +350,20 @@ def test_options_that_cannot_be_honoured(recorded, options, named):
     with pytest.raises(ConfigError) as caught:
         resolve_dmtd(MODEL, recorded, SplitOptions(**options))
     assert all(word in str(caught.value) for word in named)
+
+
+@pytest.mark.parametrize(
+    ("layers", "at_fault"),
+    [
+        ({"encoding_layers": -1, "decoding_layers": 8}, "encoding_layers"),
+        ({"encoding_layers": 36, "decoding_layers": 8}, "encoding_layers"),
+        ({"thinking_layers": 0, "decoding_layers": 8}, "thinking_layers"),
+        ({"encoding_layers": 2, "decoding_layers": 0}, "decoding_layers"),
+        ({"encoding_layers": 30, "decoding_layers": 8}, "decoding_layers"),
+        ({"encoding_layers": 2, "thinking_layers": 8, "decoding_layers": 8}, "decoding_layers"),
+    ],
+)
+def test_a_wrong_split_is_told_of_the_option_that_is_wrong(layers, at_fault):
+    with pytest.raises(ConfigError) as caught:
+        resolve_dmtd(MODEL, None, SplitOptions(cycle_length=4, **layers))
+    assert caught.value.param == at_fault
