@@ -73,15 +73,16 @@ def export_bundle(
 def _export(
     checkpoint: Checkpoint, output: Path, options: ExportOptions, progress: Progress, verify: VerifyHook | None
 ) -> Manifest:
-    tell_of_engines(output)
     options = replace(options, formats=resolved_formats(checkpoint, options))
     spec = resolve(checkpoint, options)
     quantisation = plan_quantisation(checkpoint, spec, options.formats)
     max_model_len = _max_model_len(checkpoint.config, options)
-    _tell_of_tables(checkpoint.config, options.dtype, max_model_len)
     text = calibration_text(checkpoint, options, max_model_len)
     needed = stored_bytes(checkpoint.config, checkpoint, options.dtype, max_model_len + MAX_WINDOW, quantisation)
     check_disk(output, needed)
+    tell_of_engines(output)  # and of the rest only now, when nothing is refused any more
+    _tell_of_training(checkpoint.dmtd, spec)
+    _tell_of_tables(checkpoint.config, options.dtype, max_model_len)
     with atomic_directory(output) as work:
         of_weights = text if options.formats.over_text else None
         with _rounded_before(work, checkpoint, spec, quantisation, of_weights, progress) as made:
@@ -153,18 +154,7 @@ def resolve(checkpoint: Checkpoint, options: ExportOptions) -> DmtdSpec:
         )
     recorded = checkpoint.dmtd
     otherwise = None if recorded is None else trained_otherwise(recorded, spec)
-    if otherwise is not None:
-        logger.warning("%s", otherwise)
-        spec = replace(spec, trained=False)
-    if not spec.convention_recorded:
-        logger.warning(
-            "the checkpoint records no convention; assuming --cycle-origin %s --prompt-input %s",
-            spec.cycle_origin,
-            spec.prompt_input,
-        )
-    if not spec.trained and otherwise is None:
-        logger.warning("the weights are not trained for DMTD: speed will be real, words of the late steps will not")
-    return spec
+    return spec if otherwise is None else replace(spec, trained=False)
 
 
 def runnable_target(head_dim: int) -> Literal["tensorrt", "onnxruntime"]:
@@ -340,6 +330,21 @@ def _model_info(config: ModelConfig, options: ExportOptions, max_model_len: int,
         bos_token_id=config.bos_token_id,
         eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *ends))),  # Llama 3 ends turns by the latter alone
     )
+
+
+def _tell_of_training(recorded: DmtdSpec | None, spec: DmtdSpec) -> None:
+    """What the weights were trained for, where that is not the bundle's split and convention."""
+    otherwise = None if recorded is None else trained_otherwise(recorded, spec)
+    if otherwise is not None:
+        logger.warning("%s", otherwise)
+    if not spec.convention_recorded:
+        logger.warning(
+            "the checkpoint records no convention; assuming --cycle-origin %s --prompt-input %s",
+            spec.cycle_origin,
+            spec.prompt_input,
+        )
+    if not spec.trained and otherwise is None:
+        logger.warning("the weights are not trained for DMTD: speed will be real, words of the late steps will not")
 
 
 def _tell_of_tables(config: ModelConfig, dtype: str, max_model_len: int) -> None:

@@ -75,6 +75,8 @@ def verify(
         raise typer.BadParameter(
             f"{', '.join(names)}: for a device, not for the bundle; say which: --backend tensorrt or --device cuda"
         )
+    if on_device and (checkpoint is not None or level is not None):
+        raise typer.BadParameter("--checkpoint and --level are for the bundle, not for a device; leave them out")
     require("verify", LIBRARIES, "export")
     from dmtd_export.verify import largest_batch, render, verify_bundle, verify_on_device
     from dmtd_models.checkpoints.checkpoint import open_checkpoint
@@ -86,10 +88,6 @@ def verify(
             with at_fault("checkpoint"):
                 source = opened.enter_context(open_checkpoint(checkpoint, adapter))
         if on_device:
-            if checkpoint is not None or level is not None:
-                raise typer.BadParameter(
-                    "--checkpoint and --level are for the bundle, not for a device; leave them out"
-                )
             batch = max_num_seqs or largest_batch(load_manifest(directory))
             report = verify_on_device(directory, replace(backend, max_num_seqs=batch), progress=display.verified)
         else:

@@ -157,7 +157,7 @@ REFUSED: list[tuple[str, Sequence[str], str]] = [
 def test_refused_exports_leave_nothing(arguments: Sequence[str], words: str, checkpoint: str, tmp_path: Path) -> None:
     arguments = [checkpoint if word == "MODEL" else word for word in arguments]
     result = dmtd("export", *arguments, "-o", str(tmp_path / "b"), "--no-verify")
-    [line] = [line for line in result.stderr.splitlines() if not line.startswith("warning: ")]
+    [line] = result.stderr.splitlines()  # and no warning before it
     assert line.startswith("error: ")
     assert words in line
     assert result.exit_code == (2 if line.startswith("error: --") else 1), result.output
@@ -315,6 +315,12 @@ def test_verify_names_the_option_that_leads_nowhere(bundle: Path, checkpoint: st
     ):
         result = dmtd("verify", str(bundle), *arguments)
         assert result.exit_code == 2 and f"error: {option}: {nowhere}: no " in result.stderr
+
+
+def test_what_is_not_for_a_device_is_refused_before_it_is_opened(bundle: Path) -> None:
+    result = dmtd("verify", str(bundle), "--backend", "simulator", "--checkpoint", "/no/such")
+    assert result.exit_code == 2
+    assert "--checkpoint and --level are for the bundle" in " ".join(result.stderr.replace("│", "").split())
 
 
 def test_verify_names_the_first_divergence(bundle: Path, tmp_path: Path) -> None:
