@@ -23,6 +23,7 @@ import numpy as np
 
 from dmtd_runtime.backends.base import Backend, BackendOptions, FullPass
 from dmtd_runtime.backends.kv_cache import kv_bytes
+from dmtd_runtime.backends.onnxruntime.limits import graph_slots
 from dmtd_runtime.backends.opening import open_backend
 from dmtd_runtime.bench.conditions import conditions_of, load_average
 from dmtd_runtime.bench.run import RunRecord, private_bytes, run_once
@@ -174,7 +175,7 @@ def _shifted(on_run: OnRun, base: int, total: int) -> Callable[[str, int], None]
 
 
 def check_options(options: BenchOptions, manifest: Manifest, backend_options: BackendOptions) -> None:
-    """Raise RequestError for lengths that the bundle cannot run; the backend checks the batch sizes itself."""
+    """Raise RequestError for lengths and batch sizes that the bundle cannot run; those of engines the backend checks itself."""
     if not options.batches or min(options.batches) < 1:
         got = min(options.batches, default="none")
         raise RequestError(f"got {got}, expected sizes of at least 1", param="batches")
@@ -194,6 +195,8 @@ def check_options(options: BenchOptions, manifest: Manifest, backend_options: Ba
             "hides what DMTD saves; measure a bundle with the onnxruntime dialect (dmtd export --dtype bfloat16)",
             param="dialect",
         )
+    if not standard and not backend_options.runs_engines:
+        graph_slots(manifest, replace(backend_options, max_num_seqs=max(options.batches)))
     if options.prompt_len + options.max_tokens > limit:
         raise RequestError(
             f"got {options.prompt_len}, and {options.max_tokens} new tokens, expected at most {limit} together, the model "
