@@ -11,6 +11,7 @@ import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -125,9 +126,19 @@ class _LazyCommand(typer.core.TyperCommand):
         else:
             places = {str(each.name): place_of(context, each) for each in command.params}
             self._flags |= {name: place for name, place in places.items() if place}
+            self._refuse_empty_names(command, context, words)
             return context
         note(f"error: {old}: is called {RENAMED[old]} now; write: {RENAMED[old]} {_new_value(words, str(old))}")
         raise typer.Exit(EXIT_USAGE)
+
+    def _refuse_empty_names(self, command: Any, context: Any, words: list[str]) -> None:
+        """An empty name, which an unset variable of a shell gives, would be the current directory as a path."""
+        written = {**(context.default_map or {}), **command.make_parser(context).parse_args(args=words)[0]}
+        for each in command.params:
+            if written.get(each.name) == "" and isinstance(context.params.get(each.name), Path):
+                place = self._flags.get(str(each.name)) or each.metavar
+                note(f"error: {place}: got an empty name, expected that of a file or directory; give one")
+                raise typer.Exit(EXIT_USAGE)
 
     def load(self) -> Any:
         """The verb as a command of typer."""
