@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from dmtd_errors import at_fault
 from dmtd_export.cli.export import LIBRARIES
 from dmtd_export.cli.options.evaluate import EvaluateGroup, HarnessGroup, OpenGroup
 from dmtd_export.cli.options.export import SplitGroup
@@ -53,9 +54,13 @@ def evaluate(
     path = pick(target, model, "MODEL_OR_BUNDLE")
     require("evaluate", ("numpy",), _EXTRA)
     from dmtd_export.evaluate import evaluate as run
-    from dmtd_export.evaluate.subject import is_bundle
+    from dmtd_export.evaluate.subject import is_bundle, require_there
     from dmtd_export.evaluate.table import render
 
+    require_there(path)
+    if base is not None:
+        with at_fault("base"):
+            require_there(base)
     if output is not None:
         require("evaluate -o", ("matplotlib",), _EXTRA)
         _require_writable(output)  # an evaluation takes long: what it found must not be lost for a wrong name

@@ -72,6 +72,14 @@ def is_bundle(path: Path) -> bool:
     return (path / contract.MANIFEST_FILE).is_file()
 
 
+def require_there(path: Path) -> None:
+    """Raise EvaluateError where there is nothing, which need not wait for what opens it."""
+    if not path.exists():
+        raise EvaluateError(
+            f"{path}: no such file or directory; give a bundle, a Hugging Face directory or a .gguf file"
+        )
+
+
 @contextlib.contextmanager
 def open_subject(path: Path, options: OpenOptions, *, plain_only: bool = False) -> Iterator[Subject]:
     """Open a checkpoint or a bundle. ``plain_only``: a base model, whose split does not matter.
@@ -79,10 +87,7 @@ def open_subject(path: Path, options: OpenOptions, *, plain_only: bool = False) 
     Raises:
         DmtdError, ModelError: it cannot be opened, or its split is unknown.
     """
-    if not path.exists():
-        raise EvaluateError(
-            f"{path}: no such file or directory; give a bundle, a Hugging Face directory or a .gguf file"
-        )
+    require_there(path)
     with contextlib.ExitStack() as opened:
         yield (
             _open_bundle(path, options, opened)

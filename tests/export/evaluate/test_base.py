@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,13 @@ def test_of_two_bundles_the_one_in_bfloat16_is_named(
         code, err = evaluate(model, "--base", base, "--text", data / "prose.txt")
         assert code == (2 if "--base" in told else 1)
         assert f"error: {told}: this bundle is bfloat16, which ONNX Runtime cannot run on the CPU" in err
+
+
+def test_a_name_that_leads_nowhere_is_told_before_the_libraries_are_loaded(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # so that importing it fails
+    for model, base, told in ((checkpoint, tmp_path / "no", "--base: "), (tmp_path / "no", checkpoint, "")):
+        code, err = evaluate(model, "--base", base, "--text", data / "prose.txt")
+        assert code == (2 if told else 1)
+        assert err.startswith(f"error: {told}{tmp_path / 'no'}: no such file or directory; give a bundle")
