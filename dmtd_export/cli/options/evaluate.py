@@ -65,7 +65,8 @@ OpenGroup = Annotated[
     Group(
         {
             "adapter": option(
-                "A directory that `dmtd finetune` made of MODEL. The base is then MODEL without it. By default none."
+                "A directory that `dmtd finetune` made of MODEL. Unless --base names another, the base is then MODEL without it. "
+                "By default none."
             ),
             "dtype": option("Type of a checkpoint in memory. A bundle has its own.", panel=_HOW),
             "device": option("Where to compute.", panel=_HOW),
