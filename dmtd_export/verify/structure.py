@@ -17,6 +17,7 @@ from pathlib import Path
 
 import onnx
 
+from dmtd_errors.words import kind_of, reason
 from dmtd_export.bundle.split import spec_of
 from dmtd_export.bundle.weights import PROBE_RTOL, Fingerprint, fingerprint_of, map_tensor
 from dmtd_export.graphs.build import build_graph
@@ -65,11 +66,28 @@ def check_structure(directory: Path, manifest: Manifest, on_done: OnDone = lambd
 
 def model_config(directory: Path) -> ModelConfig | None:
     """The architecture from the bundle's config.json; None where it has none that can be read."""
-    path = directory / contract.CONFIG_FILE
     try:
-        return read_config(json.loads(path.read_text(encoding="utf-8")))[0] if path.is_file() else None
-    except (ModelError, ValueError):
+        return _described(directory)
+    except BundleError:
         return None
+
+
+def _described(directory: Path) -> ModelConfig | None:
+    """The architecture from the bundle's config.json; None where it has none.
+
+    Raises:
+        BundleError: it describes no model.
+    """
+    path = directory / contract.CONFIG_FILE
+    if not path.is_file():
+        return None
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ModelError(f"got {kind_of(raw)}, expected an object")
+        return read_config(raw)[0]
+    except (OSError, ValueError, RecursionError) as error:  # ModelError is a ValueError
+        raise BundleError(f"describes no model: {reason(error)}; export the bundle again") from None
 
 
 def layer_of(weight: str) -> int | None:
@@ -111,9 +129,13 @@ def _files(directory: Path, manifest: Manifest, on_done: OnDone) -> Iterator[Div
 
 def _layout(directory: Path, manifest: Manifest) -> Iterator[Divergence]:
     size = (directory / contract.WEIGHTS_FILE).stat().st_size
-    config = model_config(directory)
-    if config is not None:
-        yield from _missing_weights(config, manifest)
+    try:
+        config = _described(directory)
+    except BundleError as error:
+        yield Divergence(graph=contract.CONFIG_FILE, detail=str(error))
+    else:
+        if config is not None:
+            yield from _missing_weights(config, manifest)
     end = 0
     for name, info in sorted(manifest.weights.items(), key=lambda item: item[1].offset):
         count = DTYPE_BYTES[info.dtype]

@@ -1,0 +1,44 @@
+"""Level ``structure``: what is damaged although all hashes fit is named by what it is."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from bundle_mutations import reseal
+from export_support import export
+
+from dmtd_export.verify import verify_bundle
+from dmtd_models.reference.testing import write_tiny_checkpoint
+from dmtd_runtime.bundle.contract import CONFIG_FILE
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("structure")
+    export(write_tiny_checkpoint(place / "model", layers=3), place / "bundle")
+    return place / "bundle"
+
+
+@pytest.fixture
+def bundle(pristine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / "bundle"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "expecting property name enclosed in double quotes in line 1, column 2"),
+        (b"[]", "got a list, expected an object"),
+        (b"\xff", "not UTF-8 at byte 0"),
+        (b'{"model_type": "gpt2"}', 'model_type: got "gpt2", expected one of'),
+    ],
+)
+def test_a_config_that_describes_no_model_is_a_failure(bundle: Path, content: bytes, words: str) -> None:
+    (bundle / CONFIG_FILE).write_bytes(content)
+    reseal(bundle)
+    report = verify_bundle(bundle)
+    assert not report.ok
+    assert str(report.first_divergence).startswith(f"{CONFIG_FILE}; describes no model: {words}")
+    assert str(report.first_divergence).endswith("; export the bundle again")
