@@ -5,7 +5,8 @@ Runtime.
 2. Every weight stands where the manifest says, and reproduces its norm and probe: a weight altered in place is named
    even where the hashes were recomputed.
 3. Every graph file has the inputs and outputs of the contract and of the manifest, opset 24, IR 10, passes
-   onnx.checker in full, and reads its weights from the manifest's places and from nowhere else.
+   onnx.checker in full, reads its weights from the manifest's places and from nowhere else, and rounds the inputs of
+   products over blocks to int8.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from dmtd_export.bundle.weights import PROBE_RTOL, Fingerprint, fingerprint_of, 
 from dmtd_export.graphs.build import build_graph
 from dmtd_export.graphs.checking import checker_fault
 from dmtd_export.graphs.layers import COS, SIN
+from dmtd_export.graphs.linear import ACCURACY_LEVEL
 from dmtd_export.graphs.rows import GraphSpec
 from dmtd_export.graphs.writer import CONTRIB_DOMAIN, IR_VERSION, ONNX_DTYPES, OPSET
+from dmtd_export.verify.exact import PRODUCT
+from dmtd_export.verify.exact_channels import all_nodes
 from dmtd_export.verify.report import Check, Divergence
 from dmtd_models.checkpoints.tensors import tensor_shapes
 from dmtd_models.config.model import ModelConfig, Rope, read_config
@@ -220,6 +224,7 @@ def _graph_faults(
     if model.ir_version != IR_VERSION or opsets.pop("", None) != OPSET or opsets not in ({}, {CONTRIB_DOMAIN: 1}):
         yield f"IR {model.ir_version}, opsets {list(model.opset_import)}; expected IR {IR_VERSION}, opset {OPSET}"
     yield from _io_faults(model, graph, build_graph(spec, graph.name, graph.dialect, graph.slots)[1])
+    yield from _rounding_faults(model)
     for tensor in model.graph.initializer:
         fault = _initializer_fault(tensor, manifest, by_offset, graph.dialect)
         if fault:
@@ -241,6 +246,16 @@ def _io_faults(model: onnx.ModelProto, graph: GraphInfo, agreed: GraphInfo) -> I
                 got, wanted = next(((a, b) for a, b in pairs if a != b), ("another count", str(len(expected))))
                 yield f"{side} {got} in the file, {wanted} in {where}"
                 break
+
+
+def _rounding_faults(model: onnx.ModelProto) -> Iterator[str]:
+    """The first product over blocks that rounds its inputs otherwise than it was exported; runs still meet their margins."""
+    for node in all_nodes(model.graph):
+        if node.op_type == PRODUCT:
+            level = next((attribute.i for attribute in node.attribute if attribute.name == "accuracy_level"), 0)
+            if level != ACCURACY_LEVEL:
+                yield f"accuracy_level of {node.name}: got {level}, expected {ACCURACY_LEVEL}; export the bundle again"
+                return
 
 
 def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:

@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from bundle_mutations import reseal
+from bundle_mutations import edited_graph, nodes_of, reseal, set_attribute
 from export_support import export
 
+from dmtd_export.options import WeightOptions
 from dmtd_export.verify import verify_bundle
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.contract import CONFIG_FILE
@@ -42,3 +43,33 @@ def test_a_config_that_describes_no_model_is_a_failure(bundle: Path, content: by
     assert not report.ok
     assert str(report.first_divergence).startswith(f"{CONFIG_FILE}; describes no model: {words}")
     assert str(report.first_divergence).endswith("; export the bundle again")
+
+
+@pytest.fixture(scope="module")
+def in_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("in_blocks")
+    model = write_tiny_checkpoint(place / "model", layers=3)
+    export(model, place / "bundle", formats=WeightOptions(weights="int4"), target="onnxruntime")
+    return place / "bundle"
+
+
+@pytest.mark.parametrize("file", ["full_pass.ort.onnx", "cycle.ort.onnx"])
+@pytest.mark.parametrize("level", [0, 1])
+def test_a_product_that_rounds_its_inputs_otherwise_is_named(
+    in_blocks: Path, tmp_path: Path, file: str, level: int
+) -> None:
+    """The last one, which in the cycle graph stands in a branch. Level 0 is what a node without one has."""
+    bundle = Path(shutil.copytree(in_blocks, tmp_path / "bundle"))
+    with edited_graph(bundle, file) as model:
+        node = nodes_of(model, "MatMulNBits")[-1]
+        assert (node not in model.graph.node) == file.startswith("cycle")
+        if level:
+            set_attribute(node, "accuracy_level", level)
+        else:
+            kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    reseal(bundle)
+    first = verify_bundle(bundle, level="structure").first_divergence
+    assert first is not None and first.graph == file
+    assert first.detail == f"accuracy_level of {node.name}: got {level}, expected 4; export the bundle again"
