@@ -70,7 +70,8 @@ class Fingerprint:
 
     def matches(self, other: Fingerprint) -> bool:
         tolerance = PROBE_RTOL * max(self.norm, other.norm, 1e-30)
-        return abs(self.norm - other.norm) <= tolerance and abs(self.probe - other.probe) <= tolerance
+        close = abs(self.norm - other.norm) <= tolerance and abs(self.probe - other.probe) <= tolerance
+        return close and math.isfinite(tolerance)  # within infinity lies everything
 
 
 class Fingerprinter:

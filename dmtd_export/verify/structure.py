@@ -12,6 +12,7 @@ Runtime.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -181,14 +182,15 @@ def _fingerprints(directory: Path, manifest: Manifest, on_done: OnDone) -> Itera
         on_done()
         got, expected = fingerprint_of(map_tensor(path, info)), Fingerprint(norm=info.norm, probe=info.probe)
         if not got.matches(expected):
-            apart_in_norm = abs(got.norm - expected.norm) > PROBE_RTOL * expected.norm
+            apart_in_norm = not abs(got.norm - expected.norm) <= PROBE_RTOL * expected.norm
             kind = "norm" if apart_in_norm else "probe"
+            holds = "" if math.isfinite(got.norm) else f", which holds {'NaN' if math.isnan(got.norm) else 'infinity'}"
             yield Divergence(
                 graph=contract.WEIGHTS_FILE,
                 layer=layer_of(name),
                 expected=getattr(expected, kind),
                 got=getattr(got, kind),
-                detail=f"{kind} of {name}: the weight is not the one that was exported",
+                detail=f"{kind} of {name}{holds}: the weight is not the one that was exported",
             )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -135,7 +136,8 @@ def _scalar(kind: Any) -> Decoder:
     def scalar(raw: Any) -> Any:
         if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
             return float(raw)
-        if not isinstance(raw, kind) or (kind is int and isinstance(raw, bool)):
+        fits = isinstance(raw, kind) and not (kind is int and isinstance(raw, bool))
+        if not fits or (kind is float and not math.isfinite(raw)):  # NaN is no JSON, and Python reads it all the same
             raise _MisfitError(f"is {shown(raw)}, expected {TYPES[kind]}")
         return raw
 

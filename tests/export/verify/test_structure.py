@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from bundle_mutations import edited_graph, nodes_of, reseal, set_attribute
+from bundle_mutations import WEIGHTS, edit_weight, edited_graph, nodes_of, reseal, set_attribute
 from export_support import export
 
 from dmtd_export.options import WeightOptions
@@ -43,6 +44,16 @@ def test_a_config_that_describes_no_model_is_a_failure(bundle: Path, content: by
     assert not report.ok
     assert str(report.first_divergence).startswith(f"{CONFIG_FILE}; describes no model: {words}")
     assert str(report.first_divergence).endswith("; export the bundle again")
+
+
+@pytest.mark.parametrize(("value", "words"), [(np.nan, "NaN"), (np.inf, "infinity")])
+def test_a_weight_that_holds_no_numbers_is_said_to(bundle: Path, value: float, words: str) -> None:
+    name = "model.layers.1.input_layernorm.weight"
+    edit_weight(bundle, name, lambda tensor: tensor.__setitem__(3, value))
+    reseal(bundle)
+    first = verify_bundle(bundle, level="structure").first_divergence
+    assert first is not None and (first.graph, first.layer) == (WEIGHTS, 1)
+    assert first.detail == f"norm of {name}, which holds {words}: the weight is not the one that was exported"
 
 
 @pytest.fixture(scope="module")

@@ -108,6 +108,8 @@ MALFORMED = [
     ("weights", [], "manifest.weights is a list, expected an object"),
     ("weights/lm_head.weight/offset", "0", 'manifest.weights.lm_head.weight.offset is "0", expected an integer'),
     ("weights/lm_head.weight/norm", "big", 'manifest.weights.lm_head.weight.norm is "big", expected a number'),
+    ("weights/lm_head.weight/norm", float("nan"), "manifest.weights.lm_head.weight.norm is NaN, expected a number"),
+    ("weights/lm_head.weight/probe", float("inf"), "lm_head.weight.probe is Infinity, expected a number"),
     ("files", None, "manifest.files is null, expected an object"),
     ("files/config.json", 7, "manifest.files.config.json is a number, expected an object"),
     ("files/config.json/bytes", ABSENT, "manifest.files.config.json lacks bytes"),
