@@ -11,6 +11,7 @@ from dmtd_export.verify.margins import Array
 from dmtd_export.verify.report import Check, Divergence, Level
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import GraphInfo, Manifest
+from dmtd_runtime.ort.session import first_line
 from dmtd_runtime.sampling.confidence import confidence
 from dmtd_runtime.sampling.params import SamplingParams
 from dmtd_runtime.sampling.sampler import Sampler
@@ -51,7 +52,7 @@ def check_choose_token(directory: Path, manifest: Manifest, level: Level) -> lis
             found = Divergence(graph=graph.file, dialect=graph.dialect, expected=expected, got=got, detail="arg-max")
         found = found or _unlike(graph, sure[finite], logits[finite])
     except Exception as error:  # noqa: BLE001 - ONNX Runtime raises its own kinds
-        detail = f"{graph.file}: cannot be run: {str(error).strip().splitlines()[0][:300]}"
+        detail = f"{graph.file}: cannot be run: {first_line(error)}"
         found = Divergence(graph=graph.file, dialect=graph.dialect, detail=detail)
     return [
         Check(
@@ -85,7 +86,7 @@ def check_sample_token(directory: Path, manifest: Manifest, level: Level) -> lis
     try:
         apart = _draw_beside(directory, graph, manifest.model.vocab_size)
     except Exception as error:  # noqa: BLE001 - ONNX Runtime raises its own kinds
-        detail = f"cannot be run: {str(error).strip().splitlines()[0][:300]}"
+        detail = f"cannot be run: {first_line(error)}"
         apart = [Divergence(graph=graph.file, dialect=graph.dialect, detail=detail)] * (DRAWS_APART + 1)
     found = apart[0] if len(apart) > DRAWS_APART else None
     return [

@@ -24,6 +24,7 @@ from dmtd_runtime.bundle.manifest import CycleInfo, GraphInfo, TensorInfo
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.ort.library import import_onnxruntime
 from dmtd_runtime.ort.links import graph_source, path_problem
+from dmtd_runtime.ort.session import first_line
 
 Array = np.ndarray[Any, np.dtype[Any]]
 NOISE_STARTS = 1 << 16
@@ -131,8 +132,7 @@ def run_graph(
             for sequences in runs_of(graph, call):
                 _run_call(session, graph, scenario, call, sequences, thought, caches, collected)
     except Exception as error:
-        first = str(error).strip().splitlines()[0][:300]
-        raise BackendError(f"{graph.file}: cannot be run: {first}") from error
+        raise BackendError(f"{graph.file}: cannot be run: {first_line(error)}") from error
     final = caches.final()
     if not scales:
         return replace(collected.outcome(), caches={key: rows.astype(np.float32) for key, rows in final.items()})

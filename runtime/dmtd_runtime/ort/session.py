@@ -6,6 +6,7 @@ An absent execution provider makes ONNX Runtime fall back to the CPU without a w
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from dmtd_runtime.ort.library import import_onnxruntime
 from dmtd_runtime.ort.links import graph_source, path_problem
 
 CPU_PROVIDER = "CPUExecutionProvider"
+MOST_SHOWN = 300  # letters of a message
 # Kernels of attention that may be taken, by the provider's numbers: flash, memory-efficient and unfused. Left to itself the
 # provider takes cuDNN's from Hopper on, which are compiled for every shape, thread and session anew, and fail without another
 # kernel being tried; for single rows XQA comes before all of them.
@@ -117,5 +119,6 @@ def open_session(
 
 
 def first_line(error: Exception) -> str:
-    """What an exception of ONNX Runtime says first."""
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+    """What an exception of ONNX Runtime says first, cut at a word where it is long."""
+    line, *_ = str(error).strip().splitlines() or [type(error).__name__]
+    return textwrap.shorten(line, MOST_SHOWN, placeholder=" ...", break_long_words=False, break_on_hyphens=False)
