@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -143,6 +143,7 @@ class _Run:
         self._source = checkpoint
         self._quick = quick
         self._progress = progress
+        self._twins: list[Path] = []
 
     def structure(self) -> list[Check]:
         with self._counting("structure", steps(self._manifest)) as done:
@@ -209,7 +210,20 @@ class _Run:
                         divergence=found,
                     )
                 )
-        return checks
+        return [self._by_files(check) for check in checks]
+
+    def _by_files(self, check: Check) -> Check:
+        """The check with graphs named by their files: the paths in ONNX Runtime's messages may be a twin's, which goes."""
+
+        def shown(text: str) -> str:
+            for place in (*self._twins, self._directory.absolute()):
+                text = text.replace(f"{place}/", "")
+            return text
+
+        found = check.divergence
+        return replace(
+            check, detail=shown(check.detail), divergence=found and replace(found, detail=shown(found.detail))
+        )
 
     def _reference(self) -> Reference:
         from dmtd_export.verify.reference import Reference
@@ -234,8 +248,11 @@ class _Run:
                 manifest = exact_twin(directory, manifest, target, in_floats=plan.in_floats)
             yield target, manifest
 
-    def _work_directory(self) -> AbstractContextManager[Path]:
-        return work_directory(scratch_directory(self._directory) / self._directory.resolve().name)
+    @contextmanager
+    def _work_directory(self) -> Iterator[Path]:
+        with work_directory(scratch_directory(self._directory) / self._directory.resolve().name) as twin:
+            self._twins.append(twin)
+            yield twin
 
     def _graphs(
         self,

@@ -1,0 +1,38 @@
+"""A verification from end to end: what its stages tell, and what its report shows of the twins that it runs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from bundle_mutations import edited_graph, nodes_of, reseal, set_attribute
+from export_support import export
+
+from dmtd_export.options import WeightOptions
+from dmtd_export.verify import verify_bundle
+from dmtd_models.reference.testing import write_tiny_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def in_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose graphs are run as a twin of theirs."""
+    place = tmp_path_factory.mktemp("in_blocks")
+    model = write_tiny_checkpoint(place / "model", layers=3)
+    export(model, place / "bundle", formats=WeightOptions(weights="int4"), target="onnxruntime")
+    return place / "bundle"
+
+
+@pytest.mark.parametrize("file", ["thinking.ort.onnx", "full_pass.ort.onnx", "cycle.ort.onnx"])
+def test_a_graph_that_cannot_be_run_is_named_by_its_file(in_blocks: Path, tmp_path: Path, file: str) -> None:
+    bundle = Path(shutil.copytree(in_blocks, tmp_path / "bundle"))
+    with edited_graph(bundle, file) as model:
+        set_attribute(nodes_of(model, "MatMulNBits")[0], "block_size", 24)
+    reseal(bundle)
+    report = verify_bundle(bundle, quick=True)
+    told = [check.detail for check in report.checks if not check.ok]
+    told += [str(check.divergence) for check in report.checks if not check.ok]
+    assert told and all(file in text for text in told)
+    assert not any("partial" in text or str(tmp_path) in text for text in told), told
