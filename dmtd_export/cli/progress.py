@@ -31,6 +31,7 @@ class StageDisplay:
         self._task: TaskID | None = None
         self._name = ""
         self._told = 0.0  # when the last line was written
+        self._shown = 0  # how much of the stage it said was done
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -48,7 +49,7 @@ class StageDisplay:
         if name == "verify":
             return
         self._finish()
-        self._name = name
+        self._name, self._shown = name, 0
         if self._quiet:
             self._tell(f"{name} ...")
         else:
@@ -64,12 +65,17 @@ class StageDisplay:
             self.stage(name, total)
         elif self._task is not None:
             self._bar.update(self._task, completed=done, total=total or None)
-        elif self._quiet and total and time.monotonic() - self._told > QUIET_S:
+        elif self._quiet and total and done != self._shown and self._is_due(done == total):
             self._tell(f"{name}: {done} of {total}")
+            self._shown = done
 
     def line(self, text: str) -> None:
         """One line that stays above the bars."""
         self._console.print(text, markup=False)
+
+    def _is_due(self, ended: bool) -> bool:
+        """Whether to tell how far a stage is: now and then, and of one that was told of that it has ended."""
+        return time.monotonic() - self._told > QUIET_S or (ended and self._shown > 0)
 
     def _tell(self, text: str) -> None:
         self.line(text)

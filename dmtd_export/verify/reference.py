@@ -18,6 +18,7 @@ from dmtd_export.verify.int8_caches import Rounding
 from dmtd_export.verify.scenario import Outcome, Scenario
 from dmtd_export.verify.stored import stored_weight
 from dmtd_models.checkpoints.checkpoint import Checkpoint
+from dmtd_models.checkpoints.tensors import tensor_shapes
 from dmtd_models.config.model import DmtdSpec, ModelConfig
 from dmtd_models.reference.dmtd import StoreAt, StreamedModel
 from dmtd_models.reference.layers import rotary
@@ -50,6 +51,11 @@ class Reference:
 
         # float64, so that the error shown is the graph's own and not the reference's as well
         self._model = StreamedModel(config, spec, read, torch.float64)
+
+    @property
+    def reads(self) -> int:
+        """How many weights a pass reads: each once, and a tied embedding as lm_head too."""
+        return len(tensor_shapes(self.config)) + self.config.tie_word_embeddings
 
     def outcome(self, scenario: Scenario, on_read: OnRead = lambda: None, rounding: Rounding | None = None) -> Outcome:
         """Everything that the rows of a scenario compute. ``on_read`` is called before a weight is read.

@@ -343,11 +343,14 @@ def test_without_a_terminal_a_long_stage_says_now_and_then_how_far_it_is(
     now = [0.0]
     monkeypatch.setattr("dmtd_export.cli.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
     with StageDisplay() as display:
-        for done, at in ((0, 0.0), (1, 5.0), (2, 11.0), (3, 12.0), (4, 22.0)):
+        for done, at in ((0, 0.0), (1, 5.0), (2, 11.0), (3, 12.0), (4, 13.0), (4, 14.0)):
             now[0] = at
             display.verified("cycles", done, 4)
+        for done in (0, 1, 2, 2):
+            display.verified("graphs", done, 2)
     assert capsys.readouterr().err.splitlines() == [
         "verify: cycles ...",
         "verify: cycles: 2 of 4",
         "verify: cycles: 4 of 4",
+        "verify: graphs ...",
     ]

@@ -12,6 +12,7 @@ from export_support import export
 from dmtd_export.options import WeightOptions
 from dmtd_export.verify import verify_bundle
 from dmtd_models.reference.testing import write_tiny_checkpoint
+from dmtd_runtime.bundle.manifest import load_manifest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,3 +37,16 @@ def test_a_graph_that_cannot_be_run_is_named_by_its_file(in_blocks: Path, tmp_pa
     told += [str(check.divergence) for check in report.checks if not check.ok]
     assert told and all(file in text for text in told)
     assert not any("partial" in text or str(tmp_path) in text for text in told), told
+
+
+def test_a_tied_embedding_is_counted_each_time_it_is_read(tmp_path: Path) -> None:
+    model = write_tiny_checkpoint(tmp_path / "model", layers=3, tie=True)
+    export(model, tmp_path / "bundle", target="onnxruntime")
+    told: list[tuple[str, int, int]] = []
+    assert verify_bundle(tmp_path / "bundle", quick=True, progress=lambda *stage: told.append(stage)).ok
+    weights = [name for name in load_manifest(tmp_path / "bundle").weights if not name.startswith("rotary.")]
+    reads = len(weights) + 1
+    steps = [(done, total) for stage, done, total in told if stage == "reference"]
+    assert steps == [*((done, reads) for done in range(reads + 1)), (reads, reads)], (
+        "counted, and then said to have ended"
+    )

@@ -7,6 +7,7 @@ close to the border between two codes that float32 and float64 may round it apar
 from __future__ import annotations
 
 import shutil
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -73,9 +74,11 @@ def test_without_the_reference_graphs_are_held_to_each_other(pristine: Path) -> 
 
 
 def test_with_quantised_weights_too(tmp_path: Path) -> None:
-    bundle = make(tmp_path, formats=WeightOptions(weights="int4"))
-    report = verify_bundle(bundle, quick=True)
+    bundle, stages = make(tmp_path, formats=WeightOptions(weights="int4")), list[str]()
+    report = verify_bundle(bundle, quick=True, progress=lambda stage, done, total: stages.append(stage))
     assert report.ok, report.first_divergence
+    told = [stage for stage, _ in groupby(stages)]
+    assert told == ["structure", "reference", "graphs", "cycles"], "a reference that runs again begins no stage anew"
     exact = [check for check in report.checks if "inputs not rounded" in check.name]
     assert exact and {check.margin for check in exact} == {FLOAT32_MARGIN}
     cycles = [check for check in report.checks if "whole cycles" in check.name and "as it is" in check.name]
