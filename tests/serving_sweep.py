@@ -22,6 +22,7 @@ from runtime_support import CONVENTIONS, MARGIN, MAX_BATCH, Array, TinyBundle, m
 from serving_support import Guest, Visit, alone, serve
 
 from dmtd_runtime.backends.base import Backend, RunOutput, SlotStep, rounded_rows
+from dmtd_runtime.backends.kv_cache import HostKvCache
 from dmtd_runtime.backends.onnxruntime.backend import OnnxRuntimeBackend
 from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.serving.options import ServingOptions
@@ -120,8 +121,8 @@ def play(world: World, backend: Backend, plan: CyclePlan, schedules: int) -> Tal
 @contextmanager
 def within_their_slots(backend: OnnxRuntimeBackend) -> Iterator[None]:
     """Whether rows are written where runs are told to, and by padding behind that, and nowhere else; the simulator has rules."""
-    cache = backend._host_cache
-    assert cache is not None, "it runs on the host"
+    cache = backend._caches
+    assert isinstance(cache, HostKvCache), "it runs on the host"
     for buffer in cache._buffers.values():
         buffer[:] = UNTOUCHED
     reach, run = [0] * backend._cache_slots, backend.run

@@ -182,7 +182,7 @@ def test_rubbish_in_unused_rows_is_never_seen(tiny: TinyBundles, dialect: str, f
     backend = OnnxRuntimeBackend(bundle.directory, bundle.manifest, options)
     for layer in range(bundle.manifest.model.num_layers):
         for kind in ("key", "value"):
-            backend._host_cache.buffer(layer, kind)[:] = 50.0
+            backend._caches.buffer(layer, kind)[:] = 50.0
     for ran, want in zip(run_prompts(backend, plan, prompts, LONG), clean, strict=True):
         assert_same_bits(ran, want, TOKENS)
     backend.close()
@@ -235,7 +235,7 @@ def test_nan_fails_its_own_sequence_and_leaves_nothing_behind(
                 assert_same_bits(ran, want[healthy.index(prompt)], 9)
         for layer in range(manifest.model.num_layers):
             for kind in ("key", "value"):
-                assert np.isfinite(backend._host_cache.buffer(layer, kind)).all(), f"NaN stays in layer {layer}"
+                assert np.isfinite(backend._caches.buffer(layer, kind)).all(), f"NaN stays in layer {layer}"
         for ran, before in zip(run_prompts(backend, plan, healthy, params), want, strict=True):
             assert_same_bits(ran, before, 9)
     backend.close()

@@ -36,6 +36,7 @@ from dmtd_runtime.backends.layouts.packed import PackedLayout
 from dmtd_runtime.backends.layouts.rectangular import RectangularLayout
 from dmtd_runtime.backends.onnxruntime.binding import Binding, SharedIo, check_io
 from dmtd_runtime.backends.onnxruntime.cycle_parts import CycleParts
+from dmtd_runtime.backends.onnxruntime.gpu_kv_cache import GpuKvCache
 from dmtd_runtime.backends.onnxruntime.host_cycles import HostCycles, OnLogits
 from dmtd_runtime.backends.onnxruntime.limits import (
     check_dtype,
@@ -57,9 +58,8 @@ from dmtd_runtime.backends.onnxruntime.prepared import PreparedGraph, PreparedRu
 from dmtd_runtime.backends.onnxruntime.sizes import OrtSizes
 from dmtd_runtime.backends.onnxruntime.trial import captures_agree, warm_up_steps
 from dmtd_runtime.backends.onnxruntime.weights import mapped_weights, upload_weights
-from dmtd_runtime.backends.row_copies import CacheLayout, RowCopies
 from dmtd_runtime.bundle import contract
-from dmtd_runtime.bundle.manifest import DTYPE_BYTES, GraphInfo, Manifest, TensorInfo
+from dmtd_runtime.bundle.manifest import GraphInfo, Manifest, TensorInfo
 from dmtd_runtime.device.base import check_room
 from dmtd_runtime.machine.huge_pages import in_huge_pages
 from dmtd_runtime.machine.memory import return_freed_memory
@@ -100,9 +100,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
             else RectangularLayout(self.slots)
         )
         self._cache_slots = max(num_slots, self.slots)
-        self._host_cache = None if on_gpu else HostKvCache(manifest.model, self._cache_slots, self.capacity)
-        self._caches: dict[tuple[int, contract.Kind], Buffer] = {}
-        self._copies: RowCopies | None = None
+        self._caches: HostKvCache | GpuKvCache | None = None
         self._outputs: dict[str, Buffer] = {}
         # Where prompts may ride, E runs as it does beside them: with the window, and again for the rows of D. Bits stay the same.
         joins = one is not None and (num_slots == 1 or not manifest.cycle.encoding_layers)
@@ -176,28 +174,20 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self._cycles.on_logits = on_logits
 
     def clear(self, slot: int, rows: int) -> None:
-        if self._host_cache is not None:
-            self._host_cache.clear(slot, min(self.capacity, rows + self.max_rows))
-            return
-        for cache in self._caches.values():
-            self._memory.clear(cache.rows(slot, 1))
+        self._open_caches.clear(slot, min(self.capacity, rows + self.max_rows))
 
     def move(self, source: int, target: int, rows: int) -> None:
-        if self._host_cache is not None:
-            self._host_cache.move(source, target, rows)
-            return
-        for cache in self._caches.values():
-            self._memory.move_rows(cache, source, target, rows)
+        self._open_caches.move(source, target, rows)
 
     def read_rows(self, slot: int, rows: range) -> list[Array]:
-        return (self._host_cache or self._row_copies()).read_rows(slot, rows)
+        return self._open_caches.read_rows(slot, rows)
 
     def write_rows(self, slot: int, first: int, values: Array) -> None:
-        (self._host_cache or self._row_copies()).write_rows(slot, first, values)
+        self._open_caches.write_rows(slot, first, values)
 
     def warm_up(self) -> None:
         """Run every common shape once: a GPU builds plans and captures graphs at their first use. The host does neither."""
-        if self._host_cache is not None:
+        if self._memory.stream is None:
             return
         tau = self._manifest.cycle.cycle_length
         for steps in warm_up_steps(tau, self.slots, self.max_rows):
@@ -210,13 +200,18 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self.stats = RunStats()
 
     def close(self) -> None:
-        for owned in (self._runs, self._ios, self._choosers, self._outputs, self._caches, self._sessions):
+        for owned in (self._runs, self._ios, self._choosers, self._outputs, self._sessions):
             owned.clear()
         self._cycles = None
         self._weights, self._folded = {}, {}
-        if self._host_cache is not None:
-            self._host_cache.close()
+        if self._caches is not None:
+            self._caches.close()
         self._memory.close()
+
+    @property
+    def _open_caches(self) -> HostKvCache | GpuKvCache:
+        assert self._caches is not None, "an open backend has caches"
+        return self._caches
 
     def _open_memory(self) -> OrtMemory:
         """The device's memory, once it is known to hold what the backend allocates."""
@@ -241,13 +236,14 @@ class OnnxRuntimeBackend(StepwiseBackend):
         names = list(self._graphs)
         if isinstance(self._memory, GpuMemory):
             self._sizes.warn_of_copies()
-            self._make_caches()
+            self._caches = GpuKvCache(self._manifest.model, self._cache_slots, self.capacity, self._memory)
             names.remove(contract.CHOOSE_TOKEN)
             chooser = self._session(directory, contract.CHOOSE_TOKEN)
             graphs = [self._graphs[name] for name in names]
             self._weights = upload_weights(directory, self._manifest, graphs, self._memory, chooser)
             self._folded = mapped_weights(directory, self._manifest, graphs, folded=True)
         else:
+            self._caches = HostKvCache(self._manifest.model, self._cache_slots, self.capacity)
             self._weights = mapped_weights(directory, self._manifest, self._graphs.values())
         with contextlib.nullcontext() if isinstance(self._memory, GpuMemory) else in_huge_pages():
             for name in names:
@@ -390,31 +386,8 @@ class OnnxRuntimeBackend(StepwiseBackend):
 
     def _cache_buffer(self, cache: contract.CacheName, batch: int | str, slots: range) -> Buffer:
         """The part of a layer's cache that a KV input or output stands for; both names of a pair are one buffer."""
-        if not self._caches:
-            self._make_caches()
-        buffer = self._caches[cache.layer, cache.kind]
+        held = self._open_caches.buffer(cache.layer, cache.kind)
+        buffer = held if isinstance(held, Buffer) else host_buffer(held)
         if batch == "batch":
             return buffer.rows(slots.start, len(slots))
         return buffer.rows(cache.slot or 0, 1)
-
-    def _row_copies(self) -> RowCopies:
-        """Copies of rows between the device's caches and the host."""
-        if self._copies is None:
-            assert isinstance(self._memory, GpuMemory), "caches on the host are copied where they are"
-            model = self._manifest.model
-            row_bytes = model.head_dim * DTYPE_BYTES[model.cache_dtype]
-            layout = CacheLayout(heads=model.num_kv_heads, capacity=self.capacity, row_bytes=row_bytes)
-            caches = [cache.address for cache in self._caches.values()]
-            self._copies = RowCopies(self._memory.cuda, layout, caches)
-        return self._copies
-
-    def _make_caches(self) -> None:
-        model = self._manifest.model
-        shape = (self._cache_slots, model.num_kv_heads, self.capacity, model.head_dim)
-        for layer in range(model.num_layers):
-            for kind in contract.KINDS:
-                self._caches[layer, kind] = (
-                    self._memory.zeros(shape, model.cache_dtype, f"the cache of layer {layer}")
-                    if self._host_cache is None
-                    else host_buffer(self._host_cache.buffer(layer, kind))
-                )
