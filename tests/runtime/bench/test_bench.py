@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bundles import make_bundle
 
-from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.backends.base import Backend, BackendOptions
 from dmtd_runtime.bench.measure import BenchOptions, BenchReport, run_bench
+from dmtd_runtime.bench.run import RunRecord, run_once
 from dmtd_runtime.bundle.manifest import Manifest, load_manifest
+from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.errors import RequestError
 
 OPTIONS = BenchOptions(batches=(1, 2), prompt_len=7, max_tokens=11, repeats=3, warmup=1, whole_model=True)
@@ -63,6 +68,21 @@ def test_modes_alternate(report: BenchReport, runs: list[tuple[str, int, int]]) 
         *("whole model", "dmtd", "plain"),
         *("plain", "dmtd", "whole model"),
     ]
+
+
+def test_each_mode_runs_as_the_product_runs_it(
+    bundle: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain decoding of one sequence has a graph of its own; compared with its slower way DMTD would gain more than it does."""
+    seen: dict[tuple[int, bool], set[str | None]] = {}
+
+    def noted(backend: Backend, plan: CyclePlan, prompts: Sequence[Sequence[int]], *rest: Any) -> RunRecord:
+        seen.setdefault((len(prompts), plan.plain), set()).add(backend.full_pass)
+        return run_once(backend, plan, prompts, *rest)
+
+    monkeypatch.setattr("dmtd_runtime.bench.measure.run_once", noted)
+    run_bench(bundle, manifest, replace(OPTIONS, whole_model=False), BackendOptions(threads=1))
+    assert seen == {(1, True): {"fused"}, (1, False): {None}, (2, True): {None}, (2, False): {None}}
 
 
 def test_medians_belong_to_their_repeats(report: BenchReport) -> None:
