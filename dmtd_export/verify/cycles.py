@@ -328,11 +328,12 @@ class Comparison:
 
     def check(self, name: str, level: Level) -> Check:
         least, rows = self._margin.agreement, max(1, self._rows)
-        if least is not None and self._first is None and self._agreed < least * self._rows:
+        enough = self._margin.least_agreement(rows)
+        if least is not None and self._first is None and self._agreed < enough * self._rows:
             self._first = Divergence(
                 graph="whole cycles",
                 dialect=self._variant.dialect,
-                expected=least,
+                expected=enough,
                 got=self._agreed / rows,
                 detail="top-1 agreement with float32",
             )

@@ -28,9 +28,12 @@ HALF_ULP_AT_DEPTH_ONE = 6.0
 HALF_TOP1_AGREEMENT = 0.9
 # Products that round their inputs to int8, a scale for each block of a row, against the same weights without. A block's step
 # is 1/127 of its largest value, an error uniform within half a step is 1/440 of it at root mean square, and the largest of 32
-# is about 2.3 times their root mean square: 0.5% of a product's own size, which no width averages out because the sum's size
-# grows alike. Errors of layers add as their squares do. The factor is what logits, at their worst element, showed above that.
+# normal values is about 2.3 times their root mean square: 0.5% of a product's own size, which no width averages out because the
+# sum's size grows alike. Errors of layers add as their squares do. The worst factor is what logits showed above that. In larger
+# blocks more values share the largest one: in blocks of 32, 64 and 128 it is 4.1, 5.5 and 7.4 times the root mean square of the
+# inputs of SmolLM2's products, random tokens or text, so errors grow as the block to the power of 0.42.
 INT8_PRODUCT_ERROR = 2.3 / 440
+INT8_GROWTH = 0.42
 INT8_WORST = 10.0
 INT8_TOP1_AGREEMENT = 0.75  # random tokens have many near-ties: 0.88 to 1 was measured
 # Where a whole row has one scale (int8-channel), its largest value is about 7 times their root mean square on SmolLM2, inputs'
@@ -44,13 +47,18 @@ MANTISSA_BITS = {"float16": 10, "bfloat16": 7}
 class Margin:
     """``limit`` in ``unit``; ``ulp_bits`` are the explicit mantissa bits where the unit is ULP.
 
-    ``agreement``: the least share of rows that choose the same token, where roundings may change some; None: all choose it.
+    ``agreement``: the least share of many rows that choose the same token, where roundings may change some; None: all choose it.
     """
 
     limit: float
     unit: str
     ulp_bits: int | None = None
     agreement: float | None = None
+
+    def least_agreement(self, rows: int) -> float:
+        """The least share of so few rows: two standard errors of their number below that of many."""
+        least = self.agreement or 0.0
+        return least - 2 * math.sqrt(least * (1 - least) / rows)
 
     def scale(self, largest: float) -> float:
         """What one unit is worth in a tensor whose largest magnitude is ``largest``."""
@@ -68,21 +76,22 @@ def half_margin(dtype: str, num_layers: int) -> Margin:
     return Margin(limit=limit, unit=f"ULP of {dtype}", ulp_bits=MANTISSA_BITS[dtype], agreement=HALF_TOP1_AGREEMENT)
 
 
-def int8_margin(num_layers: int, *, by_row: bool = False) -> Margin:
+def int8_margin(num_layers: int, *, block: int = 32, by_row: bool = False) -> Margin:
     """The margin of a graph of ``num_layers`` layers whose products round their inputs to int8, against one that does not.
 
-    ``by_row``: some have one scale for a whole row.
+    ``block``: the largest one. ``by_row``: some have one scale for a whole row.
     """
-    error, agreement = (
-        (INT8_ROW_ERROR, INT8_ROW_TOP1_AGREEMENT) if by_row else (INT8_PRODUCT_ERROR, INT8_TOP1_AGREEMENT)
-    )
+    error, agreement = INT8_PRODUCT_ERROR * max(1.0, block / 32) ** INT8_GROWTH, INT8_TOP1_AGREEMENT
+    if by_row:
+        error, agreement = max(error, INT8_ROW_ERROR), INT8_ROW_TOP1_AGREEMENT
     return Margin(limit=INT8_WORST * error * max(1.0, num_layers) ** 0.5, unit="of max", agreement=agreement)
 
 
 def int8_margin_of(manifest: Manifest) -> Margin:
     """The margin of a bundle's graphs whose products round their inputs to int8."""
-    by_row = any(fmt.factors for fmt in manifest.quantised.values())
-    return int8_margin(manifest.model.num_layers, by_row=by_row)
+    formats = manifest.quantised.values()
+    block = max((fmt.block for fmt in formats if not fmt.factors), default=1)
+    return int8_margin(manifest.model.num_layers, block=block, by_row=any(fmt.factors for fmt in formats))
 
 
 def rounds_inputs(manifest: Manifest, dialect: Dialect | None = None) -> bool:

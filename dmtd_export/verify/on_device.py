@@ -196,7 +196,7 @@ def _generations(work: _Work, done: Callable[[int], None]) -> Check:
             done(1)
     cycles = backend.stats.cycles - cycles
     detail = f"top-1 agreement {agreed}/{total}, {cycles} whole cycles" + (f"; {first}" if first else "")
-    ok = not first and agreed >= (margin.agreement or 0.0) * total
+    ok = not first and agreed >= margin.least_agreement(max(1, total)) * total
     return Check(
         name=work.named("generated"),
         level="oracle",
