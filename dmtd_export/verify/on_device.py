@@ -23,7 +23,7 @@ from dmtd_export.errors import ExportError
 from dmtd_export.verify.cycles import Array, Case, Comparison, Variant, forced_group, make_cases
 from dmtd_export.verify.forced import LeavingRun
 from dmtd_export.verify.levels import installed
-from dmtd_export.verify.margins import FLOAT32, Margin, rounding_margin, told_margins
+from dmtd_export.verify.margins import Margin, float32_margin, rounding_margin, told_margins
 from dmtd_export.verify.report import Check, VerifyReport
 from dmtd_export.verify.structure import model_config
 from dmtd_models.progress import Progress, counter, silent
@@ -76,7 +76,7 @@ def verify_on_device(
     reference = _reference(directory, manifest)
     dialect = _dialect(options, manifest)
     rounded = rounding_margin(manifest, dialect, options.device)
-    margin = rounded or FLOAT32
+    margin = rounded or float32_margin(manifest.model.num_layers)
     cases = make_cases(manifest, quick)
     checks: list[Check] = []
     # The largest first: what the engines or the device do not take is then said before any work is done.
@@ -98,7 +98,7 @@ def verify_on_device(
         notes=(f"run by {_name(options)}; the bundle itself is checked by dmtd verify without options",),
         checks=tuple(checks),
         seconds=time.monotonic() - start,
-        margins=told_margins(rounded) or {"float32_of_max": FLOAT32.limit},
+        margins=told_margins(rounded) or {"float32_of_max": margin.limit},
     )
 
 

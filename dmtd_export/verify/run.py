@@ -34,6 +34,7 @@ from dmtd_export.verify.margins import (
     FLOAT32,
     FLOAT32_MARGIN,
     Margin,
+    float32_margin,
     int8_margin_of,
     rounding_margin,
     rounds_inputs,
@@ -376,7 +377,9 @@ class _Run:
 
     def _closest(self, follow: object, scales: Scales) -> Margin:
         """The margin of graphs that round no inputs. Int8 caches whose codes nobody follows may differ by ties."""
-        return int8_margin_of(self._manifest) if scales and follow is None else FLOAT32
+        if scales and follow is None:
+            return int8_margin_of(self._manifest)
+        return float32_margin(self._manifest.model.num_layers)
 
     @contextmanager
     def _counting(self, stage: str, total: int) -> Iterator[Callable[..., None]]:

@@ -1,11 +1,11 @@
-"""Margins of roundings: they follow the block, and a share of few rows is not held to what many rows agree in."""
+"""Margins of roundings: they follow depth and block, and a share of few rows is not held to what many rows agree in."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from dmtd_export.verify.margins import INT8_TOP1_AGREEMENT, int8_margin
+from dmtd_export.verify.margins import FLOAT32, INT8_TOP1_AGREEMENT, float32_margin, int8_margin
 
 
 def test_in_larger_blocks_more_values_share_the_largest_one() -> None:
@@ -13,6 +13,12 @@ def test_in_larger_blocks_more_values_share_the_largest_one() -> None:
     usual = int8_margin(30).limit
     for block, peak in ((16, 4.1), (32, 4.1), (64, 5.5), (128, 7.4)):
         assert int8_margin(30, block=block).limit == pytest.approx(usual * peak / 4.1, rel=0.02)
+
+
+def test_whole_cycles_through_more_layers_round_more_often() -> None:
+    assert float32_margin(5) == float32_margin(16) == FLOAT32
+    assert float32_margin(30).limit > 2.2e-5, "what a right bundle of 30 layers showed"
+    assert float32_margin(64).limit == pytest.approx(2 * FLOAT32.limit)
 
 
 def test_few_rows_are_not_held_to_the_share_of_many() -> None:
