@@ -21,7 +21,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 BackendName = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "simulator"]  # ENGINE_BACKENDS and the bundle's graphs
 PREFILL_ROUNDING = (16, 32, 64, 128, contract.MIN_WINDOW)
 
-OF_THE_BACKEND_ALONE = ("prepack", "plain")  # of the options below: LLM is not given them as one of its backend's
+OF_THE_BACKEND_ALONE = ("prepack",)  # of the options below: no option of LLM's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ import numpy as np
 
 from dmtd_runtime.backends.base import Backend, BackendOptions, FullPass
 from dmtd_runtime.backends.kv_cache import kv_bytes
-from dmtd_runtime.backends.onnxruntime.limits import graph_slots
+from dmtd_runtime.backends.onnxruntime.limits import graph_slots, runs_plain_alone
 from dmtd_runtime.backends.opening import open_backend
 from dmtd_runtime.bench.conditions import conditions_of, load_average
 from dmtd_runtime.bench.run import RunRecord, private_bytes, run_once
@@ -37,9 +37,7 @@ from dmtd_runtime.cycle import CyclePlan
 from dmtd_runtime.errors import RequestError
 
 SCHEMA = 1
-SETTLED_S = (
-    0.1  # after its run a session's threads spin on for some hundredths of a second, which the next one would feel
-)
+SETTLED_S = 0.1  # between runs of two sessions: threads spin on for some hundredths of a second behind one
 Mode = Literal["plain", "dmtd", "whole_model"]
 OnRun = Callable[[str, int, int], None]
 """Told of every run before it starts: what it is, how many are done, how many there are."""
@@ -247,12 +245,14 @@ def _bench_batch(
 
         shared = open_one(backend_options)
         backends: dict[Mode, Backend] = {"plain": shared, "dmtd": shared}
-        alone = shared.full_pass is None and batch == 1
+        plain_alone = replace(backend_options, plain=True)
+        packed = (backend_options.dialect or manifest.default_dialect) == contract.ONNXRUNTIME
+        alone = not backend_options.runs_engines and runs_plain_alone(plain_alone, packed=packed)
         for mode in [mode for mode in backends if mode == "dmtd" or not alone] * options.warmup:
             run(mode, ", warm-up")
         private = private_bytes()
         if alone:  # opened only now, as below: memory is told of the bundle's way of running
-            backends["plain"] = open_one(replace(backend_options, plain=True))
+            backends["plain"] = open_one(plain_alone)
         if options.whole_model:
             fused = replace(backend_options, full_pass="fused", plain=True)
             backends["whole_model"] = backends["plain"] if alone else open_one(fused)

@@ -19,7 +19,7 @@ def open_llm(bundle: Path, options: BackendOptions, serving: ServingOptions, *, 
     given = {
         name: value for name, value in (asdict(options) | asdict(serving)).items() if name not in OF_THE_BACKEND_ALONE
     }
-    with logs_to_stderr(without="not trained for DMTD"), LLM(bundle, plain=plain, **given) as llm:
+    with logs_to_stderr(without="not trained for DMTD"), LLM(bundle, **given | {"plain": plain}) as llm:
         if not (cycle := llm.manifest.cycle).dmtd_trained and not plain:
             note(f"note: weights {cycle.training} (compare with --plain)")
         yield llm

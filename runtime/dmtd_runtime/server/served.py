@@ -121,7 +121,7 @@ def open_served(
     llm = AsyncLLM(bundle, **given)
     names = tuple(options.served_model_name or (bundle.resolve().name,))
     try:
-        plain = AsyncLLM(bundle, plain=True, **given) if options.allow_plain else None
+        plain = AsyncLLM(bundle, **given | {"plain": True}) if options.allow_plain else None
     except BaseException:
         llm._close()
         raise

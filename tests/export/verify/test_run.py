@@ -9,21 +9,11 @@ import pytest
 from bundle_mutations import edited_graph, nodes_of, reseal, set_attribute
 from export_support import export
 
-from dmtd_export.options import WeightOptions
 from dmtd_export.verify import verify_bundle
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.manifest import load_manifest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def in_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle whose graphs are run as a twin of theirs."""
-    place = tmp_path_factory.mktemp("in_blocks")
-    model = write_tiny_checkpoint(place / "model", layers=3)
-    export(model, place / "bundle", formats=WeightOptions(weights="int4"), target="onnxruntime")
-    return place / "bundle"
 
 
 @pytest.mark.parametrize("file", ["thinking.ort.onnx", "full_pass.ort.onnx", "cycle.ort.onnx"])

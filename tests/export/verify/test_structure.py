@@ -10,7 +10,6 @@ import pytest
 from bundle_mutations import WEIGHTS, edit_weight, edited_graph, nodes_of, reseal, set_attribute
 from export_support import export
 
-from dmtd_export.options import WeightOptions
 from dmtd_export.verify import verify_bundle
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.contract import CONFIG_FILE
@@ -54,14 +53,6 @@ def test_a_weight_that_holds_no_numbers_is_said_to(bundle: Path, value: float, w
     first = verify_bundle(bundle, level="structure").first_divergence
     assert first is not None and (first.graph, first.layer) == (WEIGHTS, 1)
     assert first.detail == f"norm of {name}, which holds {words}: the weight is not the one that was exported"
-
-
-@pytest.fixture(scope="module")
-def in_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("in_blocks")
-    model = write_tiny_checkpoint(place / "model", layers=3)
-    export(model, place / "bundle", formats=WeightOptions(weights="int4"), target="onnxruntime")
-    return place / "bundle"
 
 
 @pytest.mark.parametrize("file", ["full_pass.ort.onnx", "cycle.ort.onnx"])

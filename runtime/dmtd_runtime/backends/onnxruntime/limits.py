@@ -39,24 +39,31 @@ def max_model_len(manifest: Manifest, options: BackendOptions) -> int:
     return options.model_len(limit)
 
 
+def runs_plain_alone(options: BackendOptions, *, packed: bool) -> bool:
+    """Whether plain passes have the fused graph to themselves where nobody said: of one sequence on the CPU, which needs none of
+    the cycle graph's branches. They cost a pass a twentieth.
+    """
+    usual = packed and options.device == "cpu" and options.full_pass is None
+    return usual and options.plain and options.max_num_seqs == 1
+
+
 def usual_full_pass(manifest: Manifest, options: BackendOptions, *, packed: bool) -> FullPass:
     """How a full pass runs where nobody said: with several sequences at a time as one in which prompts can ride."""
-    if options.full_pass is None and packed and options.device == "cpu":
-        if options.max_num_seqs > 1:
-            return "staged"
-        if options.plain:
-            return "fused"
+    if runs_plain_alone(options, packed=packed):
+        return "fused"
+    if options.full_pass is None and packed and options.device == "cpu" and options.max_num_seqs > 1:
+        return "staged"
     return options.full_pass or default_full_pass(manifest)
 
 
 def cycle_graph(manifest: Manifest, options: BackendOptions, *, packed: bool, slots: int) -> GraphInfo | None:
-    """The one graph for all that runs, on the CPU, where the bundle has it and nobody asked for others.
-
-    Plain passes of one sequence need no branches, which cost them a twentieth.
-    """
-    if not packed or options.device != "cpu" or options.full_pass is not None:
-        return None
-    if options.plain and options.max_num_seqs == 1:
+    """The one graph for all that runs, on the CPU, where the bundle has it and nobody asked for others."""
+    if (
+        not packed
+        or options.device != "cpu"
+        or options.full_pass is not None
+        or runs_plain_alone(options, packed=packed)
+    ):
         return None
     found = (graph for graph in manifest.graphs if graph.name == contract.CYCLE and graph.slots == slots)
     return next(found, None)
