@@ -124,7 +124,7 @@ def _layers(dmtd: DmtdSpec) -> tuple[range, range, range]:
 
 
 def _encode(rows: StandardRows | OrtRows, embedded: str, encoding: range, group: Group) -> str:
-    """E over rows [n, hidden]."""
+    """E over rows [..., n, hidden]."""
     hidden = State(residual=embedded)
     for layer in encoding:
         hidden = decoder_layer(rows.dialect, hidden, layer, group)
@@ -132,7 +132,7 @@ def _encode(rows: StandardRows | OrtRows, embedded: str, encoding: range, group:
 
 
 def _think(rows: StandardRows | OrtRows, entering: str, thinking: range) -> str:
-    """T over window rows [n, hidden]: of the late ones among them."""
+    """T over window rows [..., n, hidden]: of the late ones among them."""
     state = State(residual=entering)
     for layer in thinking:
         keep = rows.select_late if layer == thinking[-1] else None
@@ -141,7 +141,7 @@ def _think(rows: StandardRows | OrtRows, entering: str, thinking: range) -> str:
 
 
 def _decode(rows: StandardRows | OrtRows, entering: str, decoding: range, keep: Keep | None = None) -> str:
-    """D, norm and lm_head over rows [n, hidden]: float32 [m, vocab] of those that are kept."""
+    """D, norm and lm_head over rows [..., n, hidden]: float32 [..., m, vocab] of those that are kept."""
     writer, state = rows.writer, State(residual=entering)
     for layer in decoding:
         state = decoder_layer(rows.dialect, state, layer, "late", keep if layer == decoding[-1] else None)
@@ -168,7 +168,7 @@ def write_cycle(rows: OrtRows) -> None:
     for layer in (*(encoding if rows.num_slots > 1 else ()), *decoding):  # E's of a single slot are declared
         dialect.declare_past(layer, "late")
     dialect.add_packed_group()
-    dialect.add_batch_group(late_ids)
+    dialect.add_batch_group(late_ids, several=rows.num_slots > 1)
 
     with dialect.branch("/thinking") as window:
         h = _encode(rows, rows.embed(), encoding, "thinking")
@@ -176,9 +176,12 @@ def write_cycle(rows: OrtRows) -> None:
     with dialect.branch("/waiting") as waiting:
         own = _encode(rows, rows.embed(late_ids), encoding, "late")
         given = writer.op("Identity", [thought], "/thought")
-    flat = ("late_row", spec.config.hidden_size)
+    late_dims: tuple[int | str, ...] = (*rows.leading, "late_row", spec.config.hidden_size)
     hidden = Made(
-        info=TensorInfo(name="/late/hidden", dims=flat, dtype=spec.dtype), then=late_hidden, otherwise=own, leaves=False
+        info=TensorInfo(name="/late/hidden", dims=late_dims, dtype=spec.dtype),
+        then=late_hidden,
+        otherwise=own,
+        leaves=False,
     )
     thoughts = replace(hidden, info=replace(hidden.info, name="/late/thought"), then=late_thought, otherwise=given)
     written = [info for layer in encoding for info in dialect.caches(layer, "late")]
@@ -200,7 +203,7 @@ def write_cycle(rows: OrtRows) -> None:
             else:
                 entering = rows.gate(hidden.info.name, thoughts.info.name)
                 product = _decode(rows, entering, decoding, rows.select_logits)
-            outer = writer.op("Unsqueeze", [product, writer.constant([0], "int64")], "/logits")
+            outer = rows.outer(product, "/logits")
         dims = (1, "batch" if step else "num_logits", spec.config.vocab_size)
         made = [Made(info=TensorInfo(name=contract.logits(step), dims=dims, dtype="float32"), then=outer)]
         written = [info for layer in (*encoding, *decoding) for info in dialect.caches(layer, "late", step)]

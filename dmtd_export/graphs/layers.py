@@ -1,8 +1,9 @@
 """The decoder layer in both dialects: what is written between two residual states.
 
-Activations are two-dimensional, ``[rows, hidden]``, everywhere but inside attention, so that every linear layer is one
-product over the weight as it is stored (``[out, in]``), and q, k, v (gate, up) that stand one behind another in the weights
-file are read as one matrix. A dialect supplies products (``linear``), the norm, the residual addition and the attention.
+Activations are ``[rows, hidden]`` everywhere but inside attention, so that every linear layer is one product over the weight as
+it is stored (``[out, in]``), and q, k, v (gate, up) that stand one behind another in the weights file are read as one matrix.
+In ONNX Runtime's own dialect they are ``[1, rows, hidden]`` where all products take that: attention takes and gives it.
+A dialect supplies products (``linear``), the norm, the residual addition and the attention.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.contract import Group
 
 COS, SIN = contract.ROTARY_TABLES
-Keep = Callable[[str, str], str]  # (rows [n, width], node path) -> some of the rows [m, width]
+Keep = Callable[[str, str], str]  # (rows [..., n, width], node path) -> some of the rows [..., m, width]
 KINDS = contract.KINDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """The residual stream between layers: ``residual + delta`` (``delta`` None: just ``residual``), both [rows, hidden]."""
+    """The residual stream between layers: ``residual + delta`` (``delta`` None: just ``residual``)."""
 
     residual: str
     delta: str | None = None
@@ -43,11 +44,11 @@ class DialectWriter(Protocol):
         ...
 
     def linear(self, x: str, modules: tuple[str, ...], path: str, *, normed: bool = False) -> str:
-        """``x`` [rows, in] times the stacked weights of ``modules``; see ``linear``. ``normed``: it is a norm made for them."""
+        """``x`` [..., in] times the stacked weights of ``modules``; see ``linear``. ``normed``: it is a norm made for them."""
         ...
 
     def attention(self, x: str, layer: int, group: Group, path: str) -> str:
-        """QKV projections, norms, RoPE, KV update and attention: [rows, hidden] -> [rows, heads * head_dim]."""
+        """QKV projections, norms, RoPE, KV update and attention: [..., hidden] -> [..., heads * head_dim]."""
         ...
 
 
@@ -85,11 +86,20 @@ def qkv_modules(layer: int) -> tuple[str, ...]:
     return tuple(f"model.layers.{layer}.self_attn.{kind}_proj" for kind in "qkv")
 
 
+def layer_products(layer: int) -> tuple[str, ...]:
+    """The modules of a layer that are products."""
+    module = f"model.layers.{layer}"
+    return (
+        *qkv_modules(layer),
+        *(f"{module}.{name}_proj" for name in ("self_attn.o", "mlp.gate", "mlp.up", "mlp.down")),
+    )
+
+
 def mlp(dialect: DialectWriter, x: str, gate_up: tuple[str, ...], down: str, path: str) -> str:
     """down(silu(gate(x)) * up(x)), gate and up read as one matrix."""
     writer = dialect.writer
     both = dialect.linear(x, gate_up, f"{path}/mlp/gate_up_proj", normed=True)
-    gate, up = writer.node("Split", [both], f"{path}/mlp", outputs=2, attrs={"axis": 1, "num_outputs": 2})
+    gate, up = writer.node("Split", [both], f"{path}/mlp", outputs=2, attrs={"axis": -1, "num_outputs": 2})
     activated = writer.op("Mul", [gate, writer.op("Sigmoid", [gate], f"{path}/mlp/act_fn")], f"{path}/mlp/act_fn")
     product = writer.op("Mul", [activated, up], f"{path}/mlp")
     return dialect.linear(product, (down,), f"{path}/mlp/down_proj")

@@ -10,7 +10,7 @@ float zero points are exact as well and run a path 13 to 65 times slower.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from onnx import helper
 
@@ -25,7 +25,7 @@ Product = Callable[[str, tuple[str, ...], BlockFormat, str], str]
 
 
 def linear(writer: GraphWriter, x: str, modules: tuple[str, ...], path: str, in_blocks: Product) -> str:
-    """``x`` [rows, in] times the stacked weights of ``modules`` (full module paths), with their biases if they have any.
+    """``x`` [..., in] times the stacked weights of ``modules`` (full module paths), with their biases if they have any.
 
     ``in_blocks`` is the dialect's product over quantised weights.
     """
@@ -38,12 +38,18 @@ def linear(writer: GraphWriter, x: str, modules: tuple[str, ...], path: str, in_
             made.append(writer.op("Gemm", inputs, place, attrs={"transB": 1}))
         else:
             made.append(in_blocks(x, run, fmt, place))
-    return made[0] if len(made) == 1 else writer.op("Concat", made, path, attrs={"axis": 1})
+    return made[0] if len(made) == 1 else writer.op("Concat", made, path, attrs={"axis": -1})
 
 
 def biases(writer: GraphWriter, modules: tuple[str, ...]) -> list[str]:
     """The stacked biases of ``modules``, as an operator's last input."""
     return [writer.weight(*(f"{m}.bias" for m in modules))] if writer.has_weight(f"{modules[0]}.bias") else []
+
+
+def takes_any_rank(writer: GraphWriter, modules: Iterable[str]) -> bool:
+    """Whether the products of all ``modules`` take [..., in]. A Gemm, which floats and offsets need, takes [rows, in]."""
+    formats = [writer.block_format(f"{module}.weight") for module in modules]
+    return all(fmt is not None and not fmt.minimums for fmt in formats)
 
 
 def shared_factors(writer: GraphWriter, modules: tuple[str, ...]) -> str | None:

@@ -16,15 +16,16 @@ positions, and every row attends to what the cache then holds, its own new rows 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from onnx import NodeProto
 
-from dmtd_export.graphs.layers import COS, KINDS, SIN, State, kv_dims, qk_norm_weights, qkv_modules
-from dmtd_export.graphs.linear import gathered_blocks, linear, nbits_product, shared_factors
-from dmtd_export.graphs.rows import EMBED, TABLE, GraphSpec, Rows
+from dmtd_export.graphs.layers import COS, KINDS, SIN, State, kv_dims, layer_products, qk_norm_weights, qkv_modules
+from dmtd_export.graphs.linear import gathered_blocks, linear, nbits_product, shared_factors, takes_any_rank
+from dmtd_export.graphs.rows import EMBED, TABLE, GraphSpec, Rows, head_module
 from dmtd_export.graphs.writer import GraphWriter
 from dmtd_models.config.model import ModelConfig
 from dmtd_runtime.bundle import contract
@@ -47,7 +48,7 @@ class BatchGroup:
 
     seqlens_k: str  # int32 [batch]
     total_len: str  # int32 [1], the largest
-    shape: str  # int64 [3]: batch, rows, width of q + k + v
+    shape: str | None  # int64 [3]: batch, rows, width of q + k + v; None where rows come in it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,14 +62,17 @@ class Branch:
 
 
 class OrtDialect:
-    """Writes norms and attention of the onnxruntime dialect into ``writer``."""
+    """Writes norms and attention of the onnxruntime dialect into ``writer``; ``leading``: see :class:`Rows`."""
 
-    def __init__(self, writer: GraphWriter, config: ModelConfig, dtype: str, kv_dtype: str, slots: int) -> None:
+    def __init__(
+        self, writer: GraphWriter, config: ModelConfig, dtype: str, kv_dtype: str, slots: int, leading: Sequence[int]
+    ) -> None:
         self.writer = writer
         self._config = config
         self._dtype = dtype
         self._kv_dtype = kv_dtype
         self._slots = slots
+        self._leading = leading
         self._qkv_width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self._packed: PackedGroup | None = None
         self._batch: BatchGroup | None = None
@@ -90,13 +94,17 @@ class OrtDialect:
             slot_rows=[w.input(contract.slot_rows(s), [contract.slot_len(s)], "int64") for s in range(slots)],
         )
 
-    def add_batch_group(self, like: str) -> None:
-        """Declare the lengths of the late group, whose rows have the outer shape of ``like`` [batch, rows]."""
-        w, path = self.writer, "/late_batch"
+    def add_batch_group(self, like: str, *, several: bool) -> None:
+        """Declare the lengths of the late group, whose rows have the outer shape of ``like`` [batch, rows].
+
+        ``several``: whether there may be more than one sequence.
+        """
+        w, path, shape = self.writer, "/late_batch", None
         seqlens = w.input(contract.seqlens_k("late"), ["batch"], "int32")
         total = w.input(contract.total_sequence_length("late"), [1], "int32")
-        outer = w.op("Shape", [like], f"{path}/outer")
-        shape = w.op("Concat", [outer, w.constant([self._qkv_width], "int64")], f"{path}/shape", attrs={"axis": 0})
+        if several or not self._leading:
+            outer = w.op("Shape", [like], f"{path}/outer")
+            shape = w.op("Concat", [outer, w.constant([self._qkv_width], "int64")], f"{path}/shape", attrs={"axis": 0})
         self._batch = BatchGroup(seqlens_k=seqlens, total_len=total, shape=shape)
 
     @contextlib.contextmanager
@@ -174,20 +182,24 @@ class OrtDialect:
         qkv = self.linear(x, qkv_modules(layer), f"{path}/qkv_proj", normed=True)
         qkv = self._normed_qkv(qkv, layer, path)
         if group == "thinking":
-            attended = self._packed_attention(qkv, layer, path)
+            attended, reshapes = self._packed_attention(qkv, layer, path), not self._leading
         else:
-            assert self._batch, "the late group is declared before its layers"
-            qkv = w.op("Reshape", [qkv, self._batch.shape], f"{path}/qkv")
-            attended = self._attend(qkv, layer, None, self._batch.seqlens_k, self._batch.total_len, path)
-        return w.op(
-            "Reshape", [attended, w.constant([-1, config.num_heads * config.head_dim], "int64")], f"{path}/rows"
-        )
+            rows = self._batch
+            assert rows, "the late group is declared before its layers"
+            if reshapes := rows.shape is not None:
+                qkv = w.op("Reshape", [qkv, rows.shape], f"{path}/qkv")
+            attended = self._attend(qkv, layer, None, rows.seqlens_k, rows.total_len, path)
+        if not reshapes:
+            return attended
+        shape = w.constant([*self._leading, -1, config.num_heads * config.head_dim], "int64")
+        return w.op("Reshape", [attended, shape], f"{path}/rows")
 
     def _packed_attention(self, qkv: str, layer: int, path: str) -> str:
-        """[rows, q + k + v] -> [1, rows, heads * head_dim], one attention node a slot."""
+        """[..., rows, q + k + v] -> [1, rows, heads * head_dim], one attention node a slot."""
         w, rows = self.writer, self._packed
         assert rows, "the thinking group is declared before its layers"
-        qkv = w.op("Unsqueeze", [qkv, w.constant([0], "int64")], f"{path}/qkv")
+        if not self._leading:
+            qkv = w.op("Unsqueeze", [qkv, w.constant([0], "int64")], f"{path}/qkv")
         if self._slots == 1:
             return self._attend(qkv, layer, None, rows.seqlens_k[0], rows.total_len[0], path)
         # Gathered and not split: what a Split of uneven parts copies to a GPU in every run cannot stand in a captured graph.
@@ -206,13 +218,13 @@ class OrtDialect:
             return qkv
         w, config = self.writer, self._config
         sizes = [count * config.head_dim for count in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
-        q, k, v = w.node("Split", [qkv, w.constant(sizes, "int64")], f"{path}/qkv", outputs=3, attrs={"axis": 1})
+        q, k, v = w.node("Split", [qkv, w.constant(sizes, "int64")], f"{path}/qkv", outputs=3, attrs={"axis": -1})
         normed = []
         for kind, x, size in (("q", q, sizes[0]), ("k", k, sizes[1])):
-            heads = w.constant([-1, size // config.head_dim, config.head_dim], "int64")
+            heads = w.constant([*self._leading, -1, size // config.head_dim, config.head_dim], "int64")
             x = self.norm(w.op("Reshape", [x, heads], f"{path}/{kind}_heads"), norms[kind], f"{path}/{kind}_norm")
-            normed.append(w.op("Reshape", [x, w.constant([-1, size], "int64")], f"{path}/{kind}_merge"))
-        return w.op("Concat", [*normed, v], f"{path}/qkv_normed", attrs={"axis": 1})
+            normed.append(w.op("Reshape", [x, w.constant([*self._leading, -1, size], "int64")], f"{path}/{kind}_merge"))
+        return w.op("Concat", [*normed, v], f"{path}/qkv_normed", attrs={"axis": -1})
 
     def _attend(self, qkv: str, layer: int, slot: int | None, seqlens_k: str, total_len: str, path: str) -> str:
         w, config = self.writer, self._config
@@ -244,9 +256,11 @@ class OrtRows(Rows):
     """The onnxruntime dialect: packed window rows [1, window_len], late rows [batch, late_len]; row indices are flat."""
 
     def __init__(self, writer: GraphWriter, spec: GraphSpec, slots: int) -> None:
-        self.dialect = OrtDialect(writer, spec.config, spec.dtype, spec.kv_dtype, slots)
+        products = itertools.chain.from_iterable(map(layer_products, range(spec.config.num_layers)))
+        leading = (1,) if takes_any_rank(writer, (*products, head_module(spec.config))) else ()
+        self.dialect = OrtDialect(writer, spec.config, spec.dtype, spec.kv_dtype, slots, leading)
         self.num_slots = slots
-        super().__init__(writer, spec, self.dialect)
+        super().__init__(writer, spec, self.dialect, leading)
 
     def declare_tokens(self, rows: str) -> None:
         self.writer.input(contract.INPUT_IDS, ["batch" if rows == "late_len" else 1, rows], "int64")
@@ -266,22 +280,22 @@ class OrtRows(Rows):
 
     def add_window_group(self, group: Group, layer: int) -> None:
         if group == "late":
-            self.dialect.add_batch_group(contract.INPUT_IDS)
+            self.dialect.add_batch_group(contract.INPUT_IDS, several=True)
         else:
             self.dialect.add_packed_group()
 
     def add_late_group(self, layer: int) -> None:
-        self.dialect.add_batch_group(contract.LATE_ROWS)
+        self.dialect.add_batch_group(contract.LATE_ROWS, several=self.num_slots > 1)
 
     def select_late(self, x: str, path: str) -> str:
         flat = self.writer.op("Reshape", [contract.LATE_ROWS, self.writer.constant([-1], "int64")], f"{path}/index")
-        return self.writer.op("Gather", [x, flat], path)
+        return self.writer.op("Gather", [x, flat], path, attrs={"axis": len(self.leading)})
 
     def declare_logit_rows(self) -> None:
         self.writer.input(contract.LOGIT_ROWS, ["num_logits"], "int64")
 
     def select_logits(self, x: str, path: str) -> str:
-        return self.writer.op("Gather", [x, contract.LOGIT_ROWS], path)
+        return self.writer.op("Gather", [x, contract.LOGIT_ROWS], path, attrs={"axis": len(self.leading)})
 
     def gate(self, hidden: str, thought: str) -> str:
         return self.gated(hidden, thought, ["batch", "late_len"])
@@ -298,12 +312,16 @@ class OrtRows(Rows):
         )
 
     def likeliest(self, logits: str) -> str:
-        """Ids [batch, 1] of the largest logits [1, batch, vocab] of rows, of equals the lowest."""
-        w = self.writer
-        found = w.op("ArgMax", [logits], "/likeliest", attrs={"axis": -1, "keepdims": 0})
-        return w.op("Reshape", [found, w.constant([-1, 1], "int64")], "/likeliest")
+        """Ids [1, batch] of the largest logits [1, batch, vocab] of rows, of equals the lowest."""
+        return self.writer.op("ArgMax", [logits], "/likeliest", attrs={"axis": -1, "keepdims": 0})
 
     def write_logits(self, x: str) -> None:
-        w = self.writer
         dims: list[int | str] = [1, "num_logits", self.spec.config.vocab_size]
-        w.op("Unsqueeze", [x, w.constant([0], "int64")], "/logits", output=w.output(contract.LOGITS, dims, "float32"))
+        self.outer(x, "/logits", self.writer.output(contract.LOGITS, dims, "float32"))
+
+    def outer(self, x: str, path: str, output: str | None = None) -> str:
+        """[..., rows, width] -> [1, rows, width]; ``x`` itself where it is that and no output."""
+        w = self.writer
+        if not self.leading:
+            return w.op("Unsqueeze", [x, w.constant([0], "int64")], path, output=output)
+        return x if output is None else w.op("Identity", [x], path, output=output)

@@ -31,15 +31,21 @@ class GraphSpec:
 
 
 class Rows:
-    """What both layouts share: gates, and the way of activations between [rows, hidden] and their outer shape."""
+    """What both layouts share: gates, and the way of activations to and from their outer shape.
 
-    def __init__(self, writer: GraphWriter, spec: GraphSpec, dialect: DialectWriter) -> None:
+    ``leading``: the dimensions of activations before rows and width.
+    """
+
+    def __init__(
+        self, writer: GraphWriter, spec: GraphSpec, dialect: DialectWriter, leading: tuple[int, ...] = ()
+    ) -> None:
         self.writer = writer
         self.spec = spec
+        self.leading = leading
         self._products = dialect
 
     def embed(self, ids: str = contract.INPUT_IDS) -> str:
-        """Rows of the embedding table [rows, hidden] for ids of any shape."""
+        """Rows of the embedding table [..., rows, hidden] for ids of any shape."""
         embedded = self.writer.op("Gather", [self.embedding_table(), ids], "/model/embed_tokens")
         return self.flat(embedded, "/model/embed_tokens")
 
@@ -47,22 +53,25 @@ class Rows:
         return self.writer.weight(TABLE)
 
     def lm_head(self, x: str) -> str:
-        head = EMBED if self.spec.config.tie_word_embeddings else LM_HEAD
-        return self._products.linear(x, (head,), "/lm_head")
+        return self._products.linear(x, (head_module(self.spec.config),), "/lm_head")
 
     def flat(self, x: str, path: str) -> str:
-        """[..., hidden] -> [rows, hidden]."""
-        return self.writer.op(
-            "Reshape", [x, self.writer.constant([-1, self.spec.config.hidden_size], "int64")], f"{path}/rows"
-        )
+        """[..., hidden] -> [*leading, rows, hidden]."""
+        shape = self.writer.constant([*self.leading, -1, self.spec.config.hidden_size], "int64")
+        return self.writer.op("Reshape", [x, shape], f"{path}/rows")
 
     def gated(self, hidden: str, thought: str, dims: Sequence[int | str]) -> str:
         """u = select(gate_hidden, hidden) + select(gate_thought, thought); a select, because 0 * NaN is NaN."""
         w, zero = self.writer, self.writer.constant(0.0, self.spec.dtype)
-        column = w.constant([-1, 1], "int64")
+        column = w.constant([*self.leading, -1, 1], "int64")
         parts = []
         for gate, x in ((contract.GATE_HIDDEN, hidden), (contract.GATE_THOUGHT, thought)):
             w.input(gate, dims, "bool")
             mask = w.op("Reshape", [gate, column], f"/model/{gate}/column")
             parts.append(w.op("Where", [mask, x, zero], f"/model/{gate}"))
         return w.op("Add", parts, "/model/decode/input")
+
+
+def head_module(config: ModelConfig) -> str:
+    """Whose weights lm_head multiplies by."""
+    return EMBED if config.tie_word_embeddings else LM_HEAD

@@ -23,7 +23,8 @@ import onnx
 from onnx import helper
 
 from dmtd_export.bundle.weights import PAGE_BYTES, row_chunks
-from dmtd_export.verify.exact_channels import all_nodes, channel_products, drop_unread
+from dmtd_export.graphs.writer import CONTRIB_DOMAIN
+from dmtd_export.verify.exact_channels import all_nodes, branches, channel_products, drop_unread
 from dmtd_export.verify.graph_runs import mapped
 from dmtd_export.verify.margins import Array
 from dmtd_runtime.bundle import contract
@@ -150,14 +151,20 @@ def _append(file: BinaryIO, product: _Product, directory: Path) -> WeightInfo:
 
 
 def _put_in_floats(graph: onnx.GraphProto, product: _Product, name: str, info: WeightInfo) -> None:
-    """Let the product's node be a Gemm over the weight at ``info``, which becomes an initializer ``name``."""
+    """Let the product's node be one over the floats at ``info``, which become an initializer ``name``."""
     if name not in {tensor.name for tensor in graph.initializer}:
         tensor = graph.initializer.add(name=name, data_type=onnx.TensorProto.FLOAT, dims=info.shape)
         tensor.data_location = onnx.TensorProto.EXTERNAL
         for key, value in (("location", contract.WEIGHTS_FILE), ("offset", info.offset), ("length", info.length)):
             tensor.external_data.add(key=key, value=str(value))
-    node, inputs = product.node, [product.inputs, name, *product.bias]
-    node.CopyFrom(helper.make_node("Gemm", inputs, list(node.output), name=node.name, transB=1))
+    node, [output] = product.node, product.node.output
+    made = f"{output}/unbiased" if product.bias else output
+    inputs = [product.inputs, name]
+    if product.bias:
+        added = helper.make_node("Add", [made, *product.bias], [output], name=f"{node.name}/bias")
+        owner = next(each.node for each in (graph, *branches(graph)) if node in each.node)
+        owner.insert(list(owner).index(node) + 1, added)
+    node.CopyFrom(helper.make_node("FusedMatMul", inputs, [made], name=node.name, domain=CONTRIB_DOMAIN, transB=1))
 
 
 def _round_nothing(graph: onnx.GraphProto) -> None:

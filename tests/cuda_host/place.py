@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import onnx
 import onnxruntime
 
 from dmtd_runtime.ort.cuda_provider import CUDA_PROVIDER, prepare
@@ -24,7 +25,8 @@ def providers(graph: str) -> dict[str, str]:
     """The provider of every node that is left when a session has been made."""
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = VERBOSE
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+") as log, tempfile.TemporaryDirectory() as scratch:
+        settings.optimized_model_filepath = f"{scratch}/optimised.onnx"
         kept = os.dup(2)
         os.dup2(log.fileno(), 2)
         try:
@@ -40,6 +42,9 @@ def providers(graph: str) -> dict[str, str]:
             provider = match[1] or provider
             if match[2]:
                 found[match[2]] = provider
+        if not found:  # all are one provider's, and not named
+            left = onnx.load(settings.optimized_model_filepath, load_external_data=False)
+            found = {node.name: provider for node in left.graph.node}
     return found
 
 

@@ -93,10 +93,20 @@ def test_a_quantised_bundle_passes_at_the_highest_level(made: tuple[Path, Path])
     assert sorted(path.name for path in bundle.parent.iterdir()) == ["bundle", "model"]
 
 
-def test_an_untied_model_without_biases_passes_in_int8(tmp_path: Path) -> None:
-    _, bundle = make(tmp_path, WeightOptions(weights="int8"), "onnxruntime", family="qwen3", tie=False)
+@pytest.mark.parametrize(
+    ("weights", "family", "tie"), [("int8", "qwen3", False), ("int8", "qwen2", True), ("int4-symmetric", "llama", True)]
+)
+def test_blocks_without_minimums_pass(weights: str, family: str, tie: bool, tmp_path: Path) -> None:
+    """Their products take what attention gives: in a graph of one sequence nothing stands between the two."""
+    _, bundle = make(tmp_path, WeightOptions(weights=weights), "onnxruntime", family=family, tie=tie)
     report = verify_bundle(bundle, quick=True)
     assert report.ok, report.first_divergence
+    for slots, late_views in (("", 0), (".batch2", 2)):  # D of several sequences, a layer
+        nodes = onnx.load(bundle / f"full_pass.ort{slots}.onnx", load_external_data=False).graph.node
+        views = [n for n in nodes if "/self_attn/" in n.name and n.op_type in ("Reshape", "Unsqueeze", "Squeeze")]
+        of_norms = [n for n in views if n.name.endswith(("_heads/Reshape", "_merge/Reshape"))]
+        assert len(of_norms) == 4 * LAYERS * (family == "qwen3")
+        assert len(views) - len(of_norms) == late_views
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -397,7 +407,7 @@ def test_codes_read_as_signed_ones_are_named(bundle: Path) -> None:
 
 
 def test_the_twin_over_floats_computes_what_the_kernel_does(made: tuple[Path, Path], tmp_path: Path) -> None:
-    """Products over 8 bits: our formula and a Gemm against ONNX Runtime's own reading of the blocks, which is slow."""
+    """Products over 8 bits: our formula over floats against ONNX Runtime's own reading of the blocks, which is slow."""
     bundle, manifest = made[1], load_manifest(made[1])
     graph = manifest.graph("late_decode", "onnxruntime")
     scenario = make_scenario(manifest.model.vocab_size)
@@ -409,7 +419,7 @@ def test_the_twin_over_floats_computes_what_the_kernel_does(made: tuple[Path, Pa
         nodes = onnx.load(tmp_path / name / graph.file, load_external_data=False).graph.node
         kinds = [node.op_type for node in nodes if node.name.endswith("MatMulNBits")]
         # Two layers of four products in 8 bits; lm_head is in 4, and its kernel's in both.
-        assert (kinds.count("Gemm"), kinds.count("MatMulNBits")) == ((8, 1) if in_floats else (0, 9))
+        assert (kinds.count("FusedMatMul"), kinds.count("MatMulNBits")) == ((8, 1) if in_floats else (0, 9))
         found = twin.graph("late_decode", "onnxruntime")
         run = run_graph(
             tmp_path / name / graph.file, found, twin.cycle, scenario, thought, partial(open_onnxruntime, prepack=True)
