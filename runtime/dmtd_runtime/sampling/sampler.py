@@ -331,8 +331,8 @@ def best_token(logits: Logits) -> int:
     Returns:
         The largest logit, of equals the lowest id; NOT_FINITE where any is NaN or infinite.
     """
-    best = int(logits.argmax())  # a NaN wins an arg-max, so it and +inf show here, -inf in the minimum
-    return best if math.isfinite(logits[best]) and math.isfinite(logits.min()) else NOT_FINITE
+    best, least = int(logits.argmax()), int(logits.argmin())  # a NaN wins both, +inf the one and -inf the other
+    return best if math.isfinite(logits.item(best)) and math.isfinite(logits.item(least)) else NOT_FINITE
 
 
 def described(token_id: int, logits: Logits, num_top: int) -> Choice:
