@@ -247,20 +247,24 @@ class Loop:
             return True
         self._read_first = True
         self._start_cycle(planned, 0)
-        tau, under_way, left = self._cycle_length, deque([planned]), set[int]()
+        under_way, left = deque([planned]), set[int]()
         while under_way:
-            waits = by_steps or self._scheduler.num_reading or self._scheduler.can_enter
-            alone = self._backend.runs_ahead and not (waits or self._arriving())
-            ahead = self._look_ahead and not left and not any(s.ended for s in running)
-            if alone and ahead and len(under_way) == 1 and _go_on(running, tau):
+            if len(under_way) == 1 and not (by_steps or left) and self._may_follow(running):
                 under_way.append(planned := self._scheduler.schedule_cycle())
-                self._start_cycle(planned, tau)
+                self._start_cycle(planned, self._cycle_length)
             output, cycle = self._backend.finish_cycle(), under_way.popleft()
             left |= self._take_cycle(output, cycle, left, under_way)
             self._end_from_outside()
         self._leave(number for number, sequence in self._sequences.items() if sequence.ended)
         self._run_heads(by_steps)
         return True
+
+    def _may_follow(self, running: Sequence[SequenceRun]) -> bool:
+        """Whether the next cycle may be enqueued before the tokens of this one are known: nobody waits, and nobody has to end."""
+        if not (self._backend.runs_ahead and self._look_ahead) or any(s.ended for s in running):
+            return False
+        waits = self._scheduler.num_reading or self._scheduler.can_enter or self._arriving()
+        return not waits and _go_on(running, self._cycle_length)
 
     def _may_wait(self) -> bool:
         """Whether cycles may run while the host waits: all take the likeliest tokens, and none is certain to end before its end.
@@ -278,7 +282,7 @@ class Loop:
     ) -> set[int]:
         """Tell sequences of a cycle's tokens, but those that have ``gone`` from the one before. Which left theirs in this one."""
         assert output.tokens is not None, "a cycle gives tokens"
-        left: set[int] = set()
+        left, tokens = set[int](), output.tokens.tolist()
         for k, (index, one) in itertools.product(range(self._cycle_length), enumerate(cycle)):
             sequence, step = self._sequences[one.sequence], one.steps[k]
             if sequence.ended or one.sequence in gone | left:
@@ -289,7 +293,7 @@ class Loop:
                 assert output.confidence is not None, "who looks runs where it is told"
                 verdict = sequence.judge(float(output.confidence[k, index]))
             if verdict != "drop":
-                sequence.take(int(output.tokens[k, index]))
+                sequence.take(tokens[k][index])
                 self._chosen += not sequence.failed
             self._dropped += verdict == "drop"
             kept = k + (verdict != "drop")
