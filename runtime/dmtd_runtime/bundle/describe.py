@@ -283,7 +283,7 @@ def _record(manifest: Manifest) -> Table:
         result = "ok" if record.get("ok") else "failed"
         table.add_row("verified", Text(f"{result}, level {record.get('level', 'unknown')}"))
     else:
-        table.add_row("verified", "no record; run dmtd verify")
+        table.add_row("verified", "not when it was made; dmtd verify checks it")
     return table
 
 

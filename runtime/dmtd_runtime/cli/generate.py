@@ -29,6 +29,7 @@ from dmtd_runtime.cli.options.template import TEMPLATE, GivenTemplate
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.serving.options import ServingOptions
 from dmtd_runtime.serving.outputs import Delta
+from dmtd_runtime.text.prompt import token_ids_of
 
 if TYPE_CHECKING:
     from dmtd_runtime.llm import LLM
@@ -152,7 +153,10 @@ def _prompt_ids(
 ) -> list[int]:
     """The prompt as the model gets it, in token ids, so that its length can be told."""
     if isinstance(asked, list):
-        return asked
+        try:
+            return token_ids_of(asked, None, vocab_size=llm.manifest.model.vocab_size, add_special_tokens=False)
+        except RequestError as error:
+            raise RequestError(error.problem, param="token_ids") from None
     if not (asked if raw else asked.strip()):
         raise RequestError("got an empty prompt, expected text; give it with -p or on stdin", param="prompt")
     if llm.tokenizer is None:

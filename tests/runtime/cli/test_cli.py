@@ -223,14 +223,14 @@ BAD_REQUESTS: list[tuple[str, Sequence[str], str]] = [
     ),
     ("not a bundle", ("inspect", str(Path(__file__).parent)), "has no manifest.json"),
     ("empty prompt", ("generate", "BUNDLE", "-p", " "), "got an empty prompt"),
-    ("no ids", ("generate", "BUNDLE", "--token-ids", ""), "got no tokens"),
+    ("no ids", ("generate", "BUNDLE", "--token-ids", ""), "--token-ids: got no tokens"),
     ("ids that are none", ("generate", "BUNDLE", "--token-ids", "1,x"), "--token-ids: got '1,x'"),
     (
         "ids out of range",
         ("generate", "BUNDLE", "--token-ids", "1,259"),
         "got token id 259, expected integers from 0 to 258",
     ),
-    ("negative ids", ("generate", "BUNDLE", "--token-ids=-1"), "got token id -1"),
+    ("negative ids", ("generate", "BUNDLE", "--token-ids=-1"), "--token-ids: got token id -1"),
     ("too long", ("generate", "BUNDLE", "--raw", "-p", "x" * 256), "got 256 tokens, expected at most 255"),
     (
         "too long for the option",
