@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
@@ -13,6 +14,7 @@ from dmtd_runtime.backends.onnxruntime.binding import Binding
 from dmtd_runtime.backends.onnxruntime.memory import OrtMemory
 from dmtd_runtime.backends.onnxruntime.prepared import keep
 from dmtd_runtime.bundle import contract
+from dmtd_runtime.cycle import StepKind
 from dmtd_runtime.sampling.sampler import best_token
 
 Bind = Callable[[contract.GraphName, Mapping[str, int], range, bool, int, int], Binding]
@@ -32,7 +34,7 @@ class HostCycles:
     ) -> None:
         self._layout, self._bind, self._memory, self._slots, self._joins = layout, bind, memory, slots, joins
         self._logits = [contract.logits(step) for step in range(most_steps)]
-        self._bindings: dict[Hashable, Binding] = {}
+        self._bindings: dict[Hashable, tuple[Binding, Sequence[Sequence[Array]]]] = {}
         self.on_logits: OnLogits | None = None
 
     def run(self, cycles: Sequence[SlotCycle], committed: Sequence[int], stats: RunStats) -> RunOutput:
@@ -40,16 +42,18 @@ class HostCycles:
 
         Fewer steps where all sequences end before the cycle does, and what is left of it is not in the same run.
         """
-        tokens, ids = list[list[int]](), [cycle.ids for cycle in cycles]
-        fed, kinds = [*committed, *(0,) * (self._slots - len(committed))], [step.kind for step in cycles[0].steps]
-        while (done := len(tokens)) < len(kinds) and not (done and _all_end(cycles, tokens)):
-            steps = [SlotStep(slot=c.slot, step=c.steps[done], ids=own) for c, own in zip(cycles, ids, strict=True)]
-            behind = kinds[done + 1 : done + len(self._logits)]
-            count = 1 + len(list(itertools.takewhile(lambda kind: kind == "late", behind)))
-            tokens += self._run_steps(steps, fed, count, stats)
-            ids = [[max(token, 0)] for token in tokens[-1]]
+        tokens, ids, going = list[list[int]](), [cycle.ids for cycle in cycles], list(range(len(cycles)))
+        fed = [*committed, *(0,) * (self._slots - len(committed))]
+        for first, count in _runs(tuple([step.kind for step in cycles[0].steps]), len(self._logits)):
+            if not going:
+                break
+            steps = [SlotStep(slot=c.slot, step=c.steps[first], ids=own) for c, own in zip(cycles, ids, strict=True)]
+            chosen = self._run_steps(steps, fed, count, stats)
+            tokens += chosen
+            going = [place for place in going if not any(cycles[place].sampler.ends(row[place]) for row in chosen)]
+            ids = [[max(token, 0)] for token in chosen[-1]]
             for cycle in cycles:
-                fed[cycle.slot] = cycle.steps[len(tokens) - 1].late.stop
+                fed[cycle.slot] = cycle.steps[first + count - 1].late.stop
         return RunOutput(tokens=np.array(tokens, np.int64))
 
     def _run_steps(self, steps: Sequence[SlotStep], fed: Sequence[int], count: int, stats: RunStats) -> list[list[int]]:
@@ -59,34 +63,47 @@ class HostCycles:
         stats.late_steps += count - (not late)
         stats.refill_rows += sum(max(0, len(s.step.window) - 1) for s in steps)
         if not (late or self._joins):
-            binding = self._binding(contract.THINKING, steps, 1)
+            binding, _ = self._binding(contract.THINKING, steps, 1)
             self._fill(contract.THINKING, binding, steps, fed)
             binding.run(stats)
         name = contract.LATE_DECODE if late or not self._joins else contract.FULL_PASS
-        binding = self._binding(name, steps, count)
+        binding, found = self._binding(name, steps, count)
         self._fill(name, binding, steps, fed)
         logit_rows = binding.arrays[contract.LOGIT_ROWS]
-        logit_rows[:] = range(len(logit_rows))  # all: what a step chooses the next one feeds
+        if len(logit_rows) > len(steps):  # idle slots, too: what a step chooses the next one feeds
+            logit_rows[:] = range(len(logit_rows))
         binding.run(stats)
-        found = [self._memory.read(binding.buffers[logits])[0] for logits in self._logits[:count]]
         if self.on_logits is not None:
-            for (k, logits), s in itertools.product(enumerate(found), steps):
-                self.on_logits(s.slot, s.step.late.stop - 1 + k, logits[s.slot].copy())
-        return [[best_token(logits[s.slot]) for s in steps] for logits in found]
+            for (k, rows), (place, s) in itertools.product(enumerate(found), enumerate(steps)):
+                self.on_logits(s.slot, s.step.late.stop - 1 + k, rows[place].copy())
+        return [[best_token(logits) for logits in rows] for rows in found]
 
     def _fill(self, name: contract.GraphName, binding: Binding, steps: Sequence[SlotStep], fed: Sequence[int]) -> None:
         binding.begin()
         self._layout.fill(name, binding.arrays, steps, fed)
 
-    def _binding(self, name: contract.GraphName, steps: Sequence[SlotStep], count: int) -> Binding:
+    def _binding(
+        self, name: contract.GraphName, steps: Sequence[SlotStep], count: int
+    ) -> tuple[Binding, Sequence[Sequence[Array]]]:
+        """And where it leaves logits [vocab]: of each of ``count`` steps of D, of each sequence."""
         key = (name, count, *[(s.slot, len(s.step.window)) for s in steps])
-        if (binding := self._bindings.get(key)) is None:
-            slots, sizes = self._layout.batch_slots(name, steps), self._layout.sizes(name, steps)
+        if (held := self._bindings.get(key)) is None:
+            slots, sizes, logits = self._layout.batch_slots(name, steps), self._layout.sizes(name, steps), []
             if name != contract.THINKING:
                 sizes = {**sizes, "num_logits": len(slots)}
-            keep(self._bindings, key, binding := self._bind(name, sizes, slots, False, 0, count))
-        return binding
+                logits = self._logits[:count]
+            binding = self._bind(name, sizes, slots, False, 0, count)
+            found = [self._memory.read(binding.buffers[output])[0] for output in logits]
+            keep(self._bindings, key, held := (binding, [[rows[s.slot] for s in steps] for rows in found]))
+        return held
 
 
-def _all_end(cycles: Sequence[SlotCycle], tokens: Sequence[Sequence[int]]) -> bool:
-    return all(any(map(cycle.sampler.ends, own)) for cycle, own in zip(cycles, zip(*tokens, strict=True), strict=True))
+@functools.cache
+def _runs(kinds: tuple[StepKind, ...], most: int) -> Sequence[tuple[int, int]]:
+    """The first step of each run, and how many: late steps run with what is before them, at most ``most`` in all."""
+    runs, first = list[tuple[int, int]](), 0
+    while first < len(kinds):
+        behind = kinds[first + 1 : first + most]
+        runs.append((first, 1 + len(list(itertools.takewhile(lambda kind: kind == "late", behind)))))
+        first = sum(runs[-1])
+    return runs
