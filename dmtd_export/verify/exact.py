@@ -151,7 +151,10 @@ def _append(file: BinaryIO, product: _Product, directory: Path) -> WeightInfo:
 
 
 def _put_in_floats(graph: onnx.GraphProto, product: _Product, name: str, info: WeightInfo) -> None:
-    """Let the product's node be one over the floats at ``info``, which become an initializer ``name``."""
+    """Let the product's node be one over the floats at ``info``, which become an initializer ``name``.
+
+    FusedMatMul's, which takes rows of any rank, as the node did; a bias is added behind it.
+    """
     if name not in {tensor.name for tensor in graph.initializer}:
         tensor = graph.initializer.add(name=name, data_type=onnx.TensorProto.FLOAT, dims=info.shape)
         tensor.data_location = onnx.TensorProto.EXTERNAL
