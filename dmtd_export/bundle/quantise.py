@@ -135,9 +135,14 @@ def plan_quantisation(checkpoint: Checkpoint, dmtd: DmtdSpec, options: WeightOpt
         if len(shape) != 2 or fmt == "float":
             continue
         if fmt not in ("keep", "int8-channel", "fp8") and shape[1] % options.weights_block:
+            tied = config.tie_word_embeddings and group_of(name, dmtd) == "embedding"
+            groups = ("lm_head", "embedding") if tied else (group_of(name, dmtd),)
+            fitting = [block for block in BLOCK_SIZES if shape[1] % block == 0]
+            ways = [f"--weights-block {fitting[-1]}"] if fitting else []
+            ways.append(" ".join(f"--weights-{group.replace('_', '-')} float" for group in groups))
             raise ExportError(
-                f"{name} has {shape[1]} inputs, expected a multiple of the block of {options.weights_block}; choose a smaller "
-                f"one ({BLOCK_SIZES[0]} at least), or --weights-{group_of(name, dmtd).replace('_', '-')} float",
+                f"{name} has {shape[1]} inputs, expected a multiple of the block of {options.weights_block}; "
+                f"give {', or '.join(ways)}",
                 param="weights_block",
             )
         formats[name] = fmt

@@ -172,6 +172,10 @@ def _read(path: Path) -> tuple[dict[str, object], dict[str, gguf.ReaderTensor]]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({reason(error)}); check the file") from error
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, UnicodeDecodeError) as error:
+        if gguf.GGMLQuantizationType.__name__ in str(error):
+            raise CheckpointError(
+                f"{path}: a tensor's type is not known ({error}); convert the file to another"
+            ) from error
         raise CheckpointError(f"{path}: truncated or damaged GGUF file ({error}); download it again") from error
     if end > size:
         raise CheckpointError(f"{path}: truncated: got {size} bytes, expected {end}; download it again")

@@ -213,3 +213,15 @@ def test_other_types_are_refused_by_name(tmp_path):
     )
     with pytest.raises(ValueError, match="IQ4_XS"):
         open_checkpoint(path)
+
+
+def test_a_number_of_a_type_that_nobody_knows_is_no_damage(tmp_path):
+    config = tiny_config("qwen3", num_layers=1)
+    path = write_gguf(tmp_path / "m.gguf", config, random_weights(config, seed=1), stored={}, quantise={})
+    raw, name = bytearray(path.read_bytes()), b"blk.0.attn_norm.weight"
+    place = raw.index(name) + len(name)
+    rank = int.from_bytes(raw[place : place + 4], "little")
+    raw[place + 4 + 8 * rank : place + 8 + 8 * rank] = (99).to_bytes(4, "little")
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="type is not known.*99"):
+        open_checkpoint(path)

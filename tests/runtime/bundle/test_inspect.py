@@ -90,7 +90,7 @@ def test_render_tells_everything(manifest: Manifest) -> None:
         *("T3", "D2", "full_pass.ort.onnx", "late_decode.onnx", "[num_logits]", "past_key_values.{3-4}.key"),
         *(
             "not trained for DMTD",
-            "no record",
+            "not when it was made",
             "1.6",
             "tied embedding" if manifest.model.tie_word_embeddings else "lm_head",
         ),
