@@ -223,5 +223,5 @@ def test_a_number_of_a_type_that_nobody_knows_is_no_damage(tmp_path):
     rank = int.from_bytes(raw[place : place + 4], "little")
     raw[place + 4 + 8 * rank : place + 8 + 8 * rank] = (99).to_bytes(4, "little")
     path.write_bytes(raw)
-    with pytest.raises(ValueError, match="type is not known.*99"):
+    with pytest.raises(ValueError, match=r"type is not known.*99"):
         open_checkpoint(path)
