@@ -124,7 +124,7 @@ def plan_quantisation(checkpoint: Checkpoint, dmtd: DmtdSpec, options: WeightOpt
             )
         raise ExportError(
             f"got {options.format_of('lm_head')} with {options.format_of('embedding')} for the embedding, expected one format: "
-            "lm_head is tied to the embedding; give both the same",
+            "lm_head is tied to the embedding; give --weights-lm-head and --weights-embedding the same",
             param="weights_lm_head",
         )
     formats: dict[str, WeightFormat] = {}

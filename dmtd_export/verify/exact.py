@@ -165,8 +165,9 @@ def _put_in_floats(graph: onnx.GraphProto, product: _Product, name: str, info: W
     inputs = [product.inputs, name]
     if product.bias:
         added = helper.make_node("Add", [made, *product.bias], [output], name=f"{node.name}/bias")
-        owner = next(each.node for each in (graph, *branches(graph)) if node in each.node)
-        owner.insert(list(owner).index(node) + 1, added)
+        owners = ((each.node, [one.name for one in each.node]) for each in (graph, *branches(graph)))
+        owner, names = next((nodes, names) for nodes, names in owners if node.name in names)
+        owner.insert(names.index(node.name) + 1, added)
     node.CopyFrom(helper.make_node("FusedMatMul", inputs, [made], name=node.name, domain=CONTRIB_DOMAIN, transB=1))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -60,9 +61,14 @@ def check_graphs(
     for graph in ordered(manifest):
         name = f"{graph.file}{label} against {'the reference' if level == 'oracle' else 'thinking + late_decode'}"
         try:
-            path, thought = directory / graph.file, expected.thought
-            outcome = run_graph(path, graph, manifest.cycle, scenario, thought, open_session, scales)
-            wanted, told = follow(outcome.codes) if follow else (expected, "")
+            run = partial(run_graph, directory / graph.file, graph, manifest.cycle, scenario)
+            outcome, (wanted, told) = run(expected.thought, open_session, scales), (expected, "")
+            if follow:
+                wanted, told = follow(outcome.codes)
+                if graph.name == contract.LATE_DECODE and not _same(wanted.thought, expected.thought):
+                    # E rounded another way here than in the graph that the thought is of: D is to read what follows from that.
+                    outcome = run(wanted.thought, open_session, scales)
+                    wanted, told = follow(outcome.codes)
             check = compare(name, graph, scenario, wanted, outcome, level, margin)
             check = replace(check, detail=check.detail or told)
         except BackendError as error:
@@ -71,6 +77,10 @@ def check_graphs(
         checks.append(check)
         on_done()
     return checks
+
+
+def _same(one: Array | None, other: Array | None) -> bool:
+    return one is other or (one is not None and other is not None and np.array_equal(one, other))
 
 
 def graphs_as_expected(

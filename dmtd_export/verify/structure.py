@@ -45,6 +45,13 @@ from dmtd_runtime.bundle.manifest import (
 )
 from dmtd_runtime.errors import BundleError
 
+ATTENTION_ATTRIBUTES = {
+    "Attention": {"scale"},
+    "GroupQueryAttention": {
+        *("num_heads", "kv_num_heads", "do_rotary", "scale"),
+        *("k_quant_type", "v_quant_type", "kv_cache_bit_width"),
+    },
+}
 GRAPH_BYTES_LIMIT = 4 << 20  # a graph holds no weights; 60 layers for 8 slots stay under 1.5 MB
 OnDone = Callable[[], None]
 
@@ -227,6 +234,7 @@ def _graph_faults(
         yield f"IR {model.ir_version}, opsets {list(model.opset_import)}; expected IR {IR_VERSION}, opset {OPSET}"
     yield from _io_faults(model, graph, build_graph(spec, graph.name, graph.dialect, graph.slots)[1])
     yield from _rounding_faults(model)
+    yield from _attention_faults(model)
     for tensor in model.graph.initializer:
         fault = _initializer_fault(tensor, manifest, by_offset, graph.dialect)
         if fault:
@@ -258,6 +266,16 @@ def _rounding_faults(model: onnx.ModelProto) -> Iterator[str]:
             if level != ACCURACY_LEVEL:
                 yield f"accuracy_level of {node.name}: got {level}, expected {ACCURACY_LEVEL}; export the bundle again"
                 return
+
+
+def _attention_faults(model: onnx.ModelProto) -> Iterator[str]:
+    """The first attention with an attribute that none is exported with: a window over the past shows in long contexts alone."""
+    for node in all_nodes(model.graph):
+        known = ATTENTION_ATTRIBUTES.get(node.op_type)
+        others = [attribute.name for attribute in node.attribute if known is not None and attribute.name not in known]
+        if others:
+            yield f"{node.name}: got the attribute {others[0]}, expected none but {', '.join(sorted(known or ()))}"
+            return
 
 
 def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:

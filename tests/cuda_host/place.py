@@ -43,6 +43,7 @@ def providers(graph: str) -> dict[str, str]:
             if match[2]:
                 found[match[2]] = provider
         if not found:  # all are one provider's, and not named
+            assert provider, "the log says whose all nodes are"
             left = onnx.load(settings.optimized_model_filepath, load_external_data=False)
             found = {node.name: provider for node in left.graph.node}
     return found

@@ -50,7 +50,9 @@ WeightsGroup = Annotated[
             ),
             "weights_thinking": option("The thinking layers' format, instead of --weights.", panel=_WEIGHTS),
             "weights_late": option("That of the layers that run for every token.", panel=_WEIGHTS),
-            "weights_lm_head": option("That of lm_head; where it is tied, also the embedding's.", panel=_WEIGHTS),
+            "weights_lm_head": option(
+                "That of lm_head; where it is tied to the embedding, give both the same.", panel=_WEIGHTS
+            ),
             "weights_embedding": option("That of the embedding table.", panel=_WEIGHTS),
             "weights_block": option("Inputs that share a scale: 16, 32, 64 or 128.", panel=_WEIGHTS),
         }

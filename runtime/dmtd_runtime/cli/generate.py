@@ -29,7 +29,6 @@ from dmtd_runtime.cli.options.template import TEMPLATE, GivenTemplate
 from dmtd_runtime.errors import RequestError
 from dmtd_runtime.serving.options import ServingOptions
 from dmtd_runtime.serving.outputs import Delta
-from dmtd_runtime.text.prompt import token_ids_of
 
 if TYPE_CHECKING:
     from dmtd_runtime.llm import LLM
@@ -112,7 +111,12 @@ def generate(
     with open_llm(directory, backend, serving, plain=plain) as llm:
         params = sampling.over(llm.default_params, plain=plain)
         ids = _prompt_ids(llm, asked, raw=raw, system=system, template=template)
-        answer = _run(llm, ids, params, timeout_s, show=not json)
+        try:
+            answer = _run(llm, ids, params, timeout_s, show=not json)
+        except RequestError as error:
+            if isinstance(asked, list) and error.param == "prompt":
+                raise RequestError(error.problem, param="token_ids") from None
+            raise
     if json:
         typer.echo(json_text.dumps({"schema": 1, "plain": plain, **asdict(answer)}))
     else:
@@ -153,10 +157,7 @@ def _prompt_ids(
 ) -> list[int]:
     """The prompt as the model gets it, in token ids, so that its length can be told."""
     if isinstance(asked, list):
-        try:
-            return token_ids_of(asked, None, vocab_size=llm.manifest.model.vocab_size, add_special_tokens=False)
-        except RequestError as error:
-            raise RequestError(error.problem, param="token_ids") from None
+        return asked
     if not (asked if raw else asked.strip()):
         raise RequestError("got an empty prompt, expected text; give it with -p or on stdin", param="prompt")
     if llm.tokenizer is None:

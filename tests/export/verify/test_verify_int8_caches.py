@@ -7,6 +7,7 @@ close to the border between two codes that float32 and float64 may round it apar
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from bundle_mutations import edit_weight, edited_graph, nodes_of, reseal
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions, WeightOptions
 from dmtd_export.verify import VerifyReport, verify_bundle
+from dmtd_export.verify.graph_checks import check_graphs, graphs_as_expected
 from dmtd_export.verify.int8_caches import FollowedGraphs, Rounding, cache_scales
 from dmtd_export.verify.margins import FLOAT32_MARGIN
-from dmtd_export.verify.scenario import Outcome
+from dmtd_export.verify.scenario import Outcome, make_scenario
 from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.manifest import load_manifest
@@ -182,3 +184,17 @@ def test_the_reference_runs_again_only_for_other_codes(pristine: Path) -> None:
     assert follow({})[0] is follow(codes)[0] and len(ran) == 1
     follow({(0, "key"): np.ones((1, 2, 3, 16), np.int8)})
     assert len(ran) == 2
+
+
+def test_d_reads_the_thought_that_follows_from_how_e_was_rounded(pristine: Path) -> None:
+    """late_decode may round a value of E at a border another way than the graph whose thought it is given."""
+    manifest = load_manifest(pristine)
+    scenario, scales = make_scenario(manifest.model.vocab_size), cache_scales(pristine, manifest)
+    wanted = graphs_as_expected(pristine, manifest, scenario, scales)
+    given = replace(wanted, thought=np.float32(1.01) * wanted.thought)
+    graphs = tuple(graph for graph in manifest.graphs if graph.name == "late_decode")
+    for follow, passes in ((lambda codes: (wanted, ""), True), (None, False)):
+        [check] = check_graphs(
+            pristine, replace(manifest, graphs=graphs), scenario, given, "oracle", scales=scales, follow=follow
+        )
+        assert check.ok is passes, check.detail

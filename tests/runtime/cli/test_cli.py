@@ -231,6 +231,11 @@ BAD_REQUESTS: list[tuple[str, Sequence[str], str]] = [
         "got token id 259, expected integers from 0 to 258",
     ),
     ("negative ids", ("generate", "BUNDLE", "--token-ids=-1"), "--token-ids: got token id -1"),
+    (
+        "too many ids",
+        ("generate", "BUNDLE", "--token-ids", "1," * 256),
+        "--token-ids: got 256 tokens, expected at most 255",
+    ),
     ("too long", ("generate", "BUNDLE", "--raw", "-p", "x" * 256), "got 256 tokens, expected at most 255"),
     (
         "too long for the option",

@@ -137,9 +137,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
         self._memory = self._open_memory()
         if self.runs_cycles:
             most, slots = 1 if self._parts is None else self._parts.most_steps, self._cache_slots
-            self._cycles = HostCycles(
-                self._layout, self._bind, self._memory, most_steps=most, slots=slots, joins=fused or joins
-            )
+            self._cycles = HostCycles(self._layout, self._bind, most_steps=most, slots=slots, joins=fused or joins)
         try:
             self._open(directory)
         except BaseException:

@@ -11,7 +11,6 @@ import numpy as np
 from dmtd_runtime.backends.base import Array, RunOutput, RunStats, SlotCycle, SlotStep
 from dmtd_runtime.backends.layouts.layout import Layout
 from dmtd_runtime.backends.onnxruntime.binding import Binding
-from dmtd_runtime.backends.onnxruntime.memory import OrtMemory
 from dmtd_runtime.backends.onnxruntime.prepared import keep
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.cycle import StepKind
@@ -29,10 +28,8 @@ class HostCycles:
     ``joins``: T and D are one run; else one for T, and one for D and the steps behind.
     """
 
-    def __init__(
-        self, layout: Layout, bind: Bind, memory: OrtMemory, *, most_steps: int, slots: int, joins: bool
-    ) -> None:
-        self._layout, self._bind, self._memory, self._slots, self._joins = layout, bind, memory, slots, joins
+    def __init__(self, layout: Layout, bind: Bind, *, most_steps: int, slots: int, joins: bool) -> None:
+        self._layout, self._bind, self._slots, self._joins = layout, bind, slots, joins
         self._logits = [contract.logits(step) for step in range(most_steps)]
         self._bindings: dict[Hashable, tuple[Binding, Sequence[Sequence[Array]]]] = {}
         self.on_logits: OnLogits | None = None
@@ -93,7 +90,8 @@ class HostCycles:
                 sizes = {**sizes, "num_logits": len(slots)}
                 logits = self._logits[:count]
             binding = self._bind(name, sizes, slots, False, 0, count)
-            found = [self._memory.read(binding.buffers[output])[0] for output in logits]
+            found = [array[0] for output in logits if (array := binding.buffers[output].array) is not None]
+            assert len(found) == len(logits), "a host's buffers have arrays"
             keep(self._bindings, key, held := (binding, [[rows[s.slot] for s in steps] for rows in found]))
         return held
 
