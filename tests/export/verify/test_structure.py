@@ -75,3 +75,26 @@ def test_a_product_that_rounds_its_inputs_otherwise_is_named(
     first = verify_bundle(bundle, level="structure").first_divergence
     assert first is not None and first.graph == file
     assert first.detail == f"accuracy_level of {node.name}: got {level}, expected 4; export the bundle again"
+
+
+@pytest.mark.parametrize(
+    ("file", "op", "attribute"),
+    [
+        ("full_pass.ort.onnx", "GroupQueryAttention", "local_window_size"),
+        ("cycle.ort.onnx", "GroupQueryAttention", "local_window_size"),
+        ("full_pass.onnx", "Attention", "is_causal"),
+    ],
+)
+def test_an_attribute_of_attention_that_none_is_exported_with_is_named(
+    tmp_path: Path, file: str, op: str, attribute: str
+) -> None:
+    """A window over the past changes numbers only where the past is longer than it, and verification's are short."""
+    model = write_tiny_checkpoint(tmp_path / "model", layers=3)
+    export(model, tmp_path / "bundle", target="all")
+    with edited_graph(tmp_path / "bundle", file) as graph:
+        node = nodes_of(graph, op)[-1]
+        set_attribute(node, attribute, 32)
+    reseal(tmp_path / "bundle")
+    first = verify_bundle(tmp_path / "bundle", level="structure").first_divergence
+    assert first is not None and first.graph == file
+    assert first.detail.startswith(f"{node.name}: got the attribute {attribute}, expected none but ")
