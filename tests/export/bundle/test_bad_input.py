@@ -192,7 +192,9 @@ BUNDLES = [
     if verbs == "all" or verb in verbs.split() or (verbs == "all-but-inspect" and verb != "inspect")
 ]
 REQUESTS = [
-    case("empty ids", nothing, ("generate", "b", "--token-ids", ""), "prompt: got no tokens, expected at least one"),
+    case(
+        "empty ids", nothing, ("generate", "b", "--token-ids", ""), "--token-ids: got no tokens, expected at least one"
+    ),
     case("empty prompt", nothing, ("generate", "b", "-p", ""), "prompt: got an empty prompt"),
     case(
         "id too large",
