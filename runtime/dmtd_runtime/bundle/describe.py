@@ -17,7 +17,7 @@ from rich.text import Text
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.kernel_bound import kernel_bound
 from dmtd_runtime.bundle.manifest import CycleInfo, GraphInfo, Manifest, TensorInfo
-from dmtd_runtime.bundle.speed_bound import SplitBytes, split_bytes, weight_formats
+from dmtd_runtime.bundle.speed_bound import SplitBytes, split_bytes, weight_bits, weight_formats
 
 CONTEXTS = (128, 1024, 4096, 8192, 32768)
 COLOURS = {"E": "cyan", "T": "magenta", "D": "green"}
@@ -32,6 +32,7 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
         "model": dataclasses.asdict(manifest.model),
         "cycle": dataclasses.asdict(manifest.cycle),
         "weight_formats": weight_formats(manifest),
+        "weight_bits": weight_bits(manifest),
         "bytes": {
             "embedding": split.embedding,
             "encoding": split.encoding,
@@ -65,7 +66,7 @@ def render(manifest: Manifest, *, width: int) -> Group:
         cycle_picture(manifest.cycle),
         Text(),
         _heading("Bytes"),
-        _bytes_table(split_bytes(manifest), weight_formats(manifest)),
+        _bytes_table(split_bytes(manifest), weight_formats(manifest), weight_bits(manifest)),
         _heading("Speed-up that the bytes allow (batch 1, over the plain model)"),
         _bound_table(manifest),
         _heading("Graphs"),
@@ -161,10 +162,10 @@ def _head(manifest: Manifest) -> Table:
     return table
 
 
-def _bytes_table(split: SplitBytes, formats: Mapping[str, str]) -> Table:
+def _bytes_table(split: SplitBytes, formats: Mapping[str, str], bits: Mapping[str, float]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("group")
-    for name in ("bytes", "share", "read in a cycle"):
+    for name in ("bytes", "share", "read in a cycle", "bits"):
         table.add_column(name, justify="right")
     table.add_column("matrices", overflow="fold")
     tau = f"{split.cycle_length} times"
@@ -178,7 +179,8 @@ def _bytes_table(split: SplitBytes, formats: Mapping[str, str]) -> Table:
         rows.append(("embedding", "embedding", split.embedding, "a row a token"))
     for name, group, count, reads in rows:
         if count:
-            table.add_row(name, _bytes(count), f"{count / split.stored:.0%}", reads, formats.get(group, ""))
+            share, width = f"{count / split.stored:.0%}", f"{bits[group]:.3g}" if group in bits else ""
+            table.add_row(name, _bytes(count), share, reads, width, formats.get(group, ""))
     table.add_row("all", _bytes(split.stored), "", "", "")
     table.add_row("KV of a token", _bytes(split.kv_per_token()), "", "", "")
     return table

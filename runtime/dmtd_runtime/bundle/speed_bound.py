@@ -14,6 +14,7 @@ reads, so the ratio of the bytes bounds the speed-up:
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -96,6 +97,17 @@ def weight_formats(manifest: Manifest) -> dict[str, str]:
     if "lm_head" not in found and "embedding" in found:  # tied
         found["lm_head"] = found["embedding"]
     return {group: ", ".join(formats) for group, formats in found.items()}
+
+
+def weight_bits(manifest: Manifest) -> dict[str, float]:
+    """Bits a weight that each group's matrices are stored in, with their scales, minimums and factors."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for name in (*manifest.quantised, *(name for name in manifest.weights if name.endswith(".weight"))):
+        group, shape = group_of(name, manifest.cycle), manifest.shape_of(name)
+        if group is not None and shape is not None and len(shape) > 1:
+            found.setdefault(group, []).append((manifest.bytes_of(name), math.prod(shape)))
+    bits = {group: 8 * sum(b for b, _ in sizes) / sum(n for _, n in sizes) for group, sizes in found.items()}
+    return bits if "lm_head" in bits or "embedding" not in bits else {**bits, "lm_head": bits["embedding"]}  # tied
 
 
 def split_bytes(manifest: Manifest) -> SplitBytes:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from dmtd_export.bundle.export import export_bundle
-from dmtd_export.options import ExportOptions
+from dmtd_export.options import ExportOptions, WeightOptions
 from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
-from dmtd_runtime.bundle.speed_bound import SplitBytes, mean_context, split_bytes
+from dmtd_runtime.bundle.speed_bound import SplitBytes, mean_context, split_bytes, weight_bits
 
 
 def qwen3_4b(cycle_length: int) -> SplitBytes:
@@ -96,3 +96,20 @@ def test_bytes_of_a_bundle(tie: bool, tmp_path: Path) -> None:
     assert split.stored == 6 * layer + split.lm_head + (0 if tie else 4 * 128 * 64)
     assert split.kv_row_bytes == 2 * 2 * 16 * 4
     assert split.fused_extra == 2 * layer + split.lm_head
+
+
+def test_bits_a_weight_count_what_stands_beside_the_codes(tmp_path: Path) -> None:
+    """In blocks of 32: a half-precision scale is half a bit a weight, a minimum as much."""
+    checkpoint = write_tiny_checkpoint(tmp_path / "model", layers=4, tie=True)
+    formats = WeightOptions(
+        weights="int4-symmetric", weights_thinking="int4", weights_lm_head="int8", weights_embedding="int8"
+    )
+    split = SplitOptions(encoding_layers=1, decoding_layers=1, cycle_length=2)
+    options = ExportOptions(split=split, target="onnxruntime", max_num_seqs=1, formats=formats)
+    manifest = export_bundle(checkpoint, tmp_path / "bundle", options)
+    four = {"encoding": 4.5, "thinking": 5.0, "decoding": 4.5}
+    assert weight_bits(manifest) == {**four, "embedding": 8.5, "lm_head": 8.5}
+    floats = export_bundle(
+        checkpoint, tmp_path / "floats", ExportOptions(split=split, target="onnxruntime", max_num_seqs=1)
+    )
+    assert set(weight_bits(floats).values()) == {32.0}

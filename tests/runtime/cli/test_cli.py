@@ -225,6 +225,7 @@ BAD_REQUESTS: list[tuple[str, Sequence[str], str]] = [
     ("empty prompt", ("generate", "BUNDLE", "-p", " "), "got an empty prompt"),
     ("no ids", ("generate", "BUNDLE", "--token-ids", ""), "--token-ids: got no tokens"),
     ("ids that are none", ("generate", "BUNDLE", "--token-ids", "1,x"), "--token-ids: got '1,x'"),
+    ("an id left out", ("generate", "BUNDLE", "--token-ids", "1,,2"), "--token-ids: got '1,,2'"),
     (
         "ids out of range",
         ("generate", "BUNDLE", "--token-ids", "1,259"),
@@ -233,7 +234,7 @@ BAD_REQUESTS: list[tuple[str, Sequence[str], str]] = [
     ("negative ids", ("generate", "BUNDLE", "--token-ids=-1"), "--token-ids: got token id -1"),
     (
         "too many ids",
-        ("generate", "BUNDLE", "--token-ids", "1," * 256),
+        ("generate", "BUNDLE", "--token-ids", "1 " * 256),
         "--token-ids: got 256 tokens, expected at most 255",
     ),
     ("too long", ("generate", "BUNDLE", "--raw", "-p", "x" * 256), "got 256 tokens, expected at most 255"),

@@ -6,6 +6,7 @@ An option that is not given keeps the value of the bundle's generation_config.js
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -132,7 +133,7 @@ def parse_ids(text: str | None, param: str) -> list[int] | None:
     if text is None:
         return None
     try:
-        return [int(part) for part in text.replace(",", " ").split()]
+        return [int(part) for part in re.split(r"\s*,\s*|\s+", text.strip())] if text.strip() else []
     except ValueError:
         raise RequestError(f"got {text[:60]!r}, expected whole numbers such as 1,2,3", param=param) from None
 
