@@ -63,7 +63,7 @@ class Packed:
         self.directory, self.file = directory, directory / "model.safetensors"
         tensors = load_file(self.file)
         rng = np.random.default_rng(seed)
-        self.values = {}
+        self.values, self.zeros = {}, {}
         for name in [name for name in tensors if name.split(".")[-2] in PACKED]:
             outputs, inputs = tensors.pop(name).shape
             group_of = np.arange(inputs) // (group if group > 0 else inputs)
@@ -76,6 +76,7 @@ class Packed:
             )
             scales = rng.uniform(largest_scale / 10, largest_scale, (outputs, groups)).astype(dtype)
             self.values[name] = scales.astype(np.float64)[:, group_of] * (codes - zero[:, group_of])
+            self.zeros[name] = zero
             module = name.removesuffix(".weight")
             tensors |= {f"{module}.{part}": a for part, a in pack(codes, zero, scales, group_of, bits).items()}
         self.write(tensors)

@@ -206,6 +206,7 @@ def _format(weight: BlockWeight | None) -> BlockFormat | None:
         source=weight.source,
         factors=weight.factors is not None,
         codes="float8_e4m3fn" if weight.float8 else "integer",
+        zeros=weight.has_zero_points,
     )
 
 

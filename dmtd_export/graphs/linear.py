@@ -4,7 +4,8 @@ Modules whose weights stand one behind another (q, k, v; gate, up) are one produ
 (see ``BlockFormat``) a weight is ``scale * (code - middle) + offset``. In ONNX Runtime's own operators the codes are
 MatMulNBits' with its own zero point; in standard ones the same bytes are a matrix of integers, DequantizeLinear's, blocked
 along axis 1. Offsets, which only formats with minimums have, are a product over the sums of the inputs' blocks: MatMulNBits'
-float zero points are exact as well and run a path 13 to 65 times slower.
+float zero points are exact as well and run a path 13 to 65 times slower. Where minimums are zero points (GPTQ, AWQ) it takes
+those, at no cost.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def biases(writer: GraphWriter, modules: tuple[str, ...]) -> list[str]:
 def takes_any_rank(writer: GraphWriter, modules: Iterable[str]) -> bool:
     """Whether the products of all ``modules`` take [..., in]. A Gemm, which floats and offsets need, takes [rows, in]."""
     formats = [writer.block_format(f"{module}.weight") for module in modules]
-    return all(fmt is not None and not fmt.minimums for fmt in formats)
+    return all(fmt is not None and (fmt.zeros or not fmt.minimums) for fmt in formats)
 
 
 def shared_factors(writer: GraphWriter, modules: tuple[str, ...]) -> str | None:
@@ -82,8 +83,12 @@ def nbits_product(
     bias = biases(writer, modules)
     shape = {"N": rows, "K": blocks * fmt.block, "bits": fmt.bits, "block_size": fmt.block}
     attrs = {**shape, "accuracy_level": ACCURACY_LEVEL}
-    inputs = [x, codes, scales(writer, dtype, modules), *(["", "", *bias] if bias else [])]
+    inputs = [x, codes, scales(writer, dtype, modules)]
+    if fmt.zeros or bias:
+        inputs += [zero_points(writer, modules, fmt, path) if fmt.zeros else "", *(["", *bias] if bias else [])]
     (product,) = writer.node("MatMulNBits", inputs, path, contrib=True, attrs=attrs)
+    if fmt.zeros:
+        return product
     return _with_offsets(writer, dtype, x, product, modules, fmt, path, casts=False)
 
 
@@ -222,6 +227,29 @@ def offsets(writer: GraphWriter, dtype: str, modules: tuple[str, ...], fmt: Bloc
     minimums = writer.weight_as("float32", *(f"{module}.{contract.MINIMUMS}" for module in modules))
     made = writer.once("Add", [minimums, moved], f"{path}/offsets", {})
     return made if dtype == "float32" else writer.once("Cast", [made], f"{path}/offsets", {"to": ONNX_DTYPES[dtype]})
+
+
+def zero_points(writer: GraphWriter, modules: tuple[str, ...], fmt: BlockFormat, path: str) -> str:
+    """The codes that stand for zero, uint8 [out, blocks / 2] as MatMulNBits takes them: two a byte, the lower half first.
+
+    Made of minimums and scales in float32, which gives whole numbers as they are; sessions fold it.
+    """
+    minimums = writer.weight(*(f"{module}.{contract.MINIMUMS}" for module in modules))
+    _, blocks = writer.dims(minimums)
+    inputs = [writer.weight_as("float32", *(f"{module}.{contract.MINIMUMS}" for module in modules))]
+    below = writer.once("Div", [*inputs, scales(writer, "float32", modules)], f"{path}/zeros/below", {})
+    middle = writer.constant(float((1 << fmt.bits - 1) - fmt.levels // 2), "float32")
+    zeros = writer.once("Round", [writer.once("Sub", [middle, below], f"{path}/zeros", {})], f"{path}/zeros", {})
+    if blocks % 2:
+        zeros = writer.once("Pad", [zeros, writer.constant([0, 0, 0, 1], "int64")], f"{path}/zeros", {})
+    axis, step, stop = (writer.constant([number], "int64") for number in (1, 2, blocks + 1))
+    lower, upper = (
+        writer.once("Slice", [zeros, writer.constant([first], "int64"), stop, axis, step], f"{path}/zeros/{half}", {})
+        for first, half in enumerate(("lower", "upper"))
+    )
+    raised = writer.once("Mul", [upper, writer.constant(16.0, "float32")], f"{path}/zeros/upper", {})
+    together = writer.once("Add", [lower, raised], f"{path}/zeros", {})
+    return writer.once("Cast", [together], f"{path}/zeros", {"to": ONNX_DTYPES["uint8"]})
 
 
 def gathered_blocks(writer: GraphWriter, dtype: str, module: str, fmt: BlockFormat, ids: str, path: str) -> str:

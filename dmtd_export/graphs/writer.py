@@ -225,7 +225,8 @@ class GraphWriter:
     def read_in_branches(self, ops: Collection[str]) -> dict[str, list[str]]:
         """Constants of a float32 graph that nodes of some kinds read within its branches, by their types."""
         kinds = {name: proto.data_type for name, proto in self._initializers.items()}
-        kinds |= dict.fromkeys(self._once.values(), ONNX_DTYPES["float32"])
+        casts = {node.output[0]: node.attribute[0].i for node in self._nodes if node.op_type == "Cast"}
+        kinds |= {name: casts.get(name, ONNX_DTYPES["float32"]) for name in self._once.values()}
         names, found = {value: name for name, value in ONNX_DTYPES.items()}, dict[str, list[str]]()
         branches = (attribute.g for node in self._nodes for attribute in node.attribute if attribute.HasField("g"))
         read = (name for branch in branches for node in branch.node if node.op_type in ops for name in node.input[1:])

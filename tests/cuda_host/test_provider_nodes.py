@@ -9,11 +9,16 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from cuda_host.cases import IN_BLOCKS, INT4, MAX_BATCH, Case, Model
 from cuda_host.trace import Opened
+from packed_files import Packed, awq
 
+from dmtd_export.bundle.export import export_bundle
+from dmtd_export.options import ExportOptions, WeightOptions
+from dmtd_models.config.model import SplitOptions
 from dmtd_runtime.bundle.manifest import load_manifest
 
 pytestmark = pytest.mark.cuda_host
@@ -43,11 +48,7 @@ def test_every_node_but_shapes_runs_on_the_device(model: Model, tmp_path: Path) 
         for graph in manifest.decoder_graphs
         if graph.dialect == "onnxruntime" and graph.slots in (1, MAX_BATCH)
     ]
-    command = [sys.executable, "-m", "cuda_host.place", *(str(bundle / file) for file in graphs)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    placed = {one["graph"]: one["nodes"] for one in map(json.loads, done.stdout.splitlines())}
-    assert placed.keys() == {*graphs}
-    for file, nodes in placed.items():
+    for file, nodes in placed(bundle, graphs).items():
         assert {*nodes.values()} <= {CPU, CUDA}
         on_cpu = [name for name, provider in nodes.items() if provider == CPU]
         assert all(name.endswith("/shape/Concat") for name in on_cpu), file
@@ -58,6 +59,37 @@ def test_every_node_but_shapes_runs_on_the_device(model: Model, tmp_path: Path) 
         assert not [name for name in nodes if name.startswith("/stored/") or "/offsets/moved" in name]
         minimums = [name for name in weights_of(manifest, file) if name.partition("+")[0].endswith(".minimums")]
         assert bool(kinds["ReduceSum"]) == bool(minimums) and kinds["DequantizeLinear"] == 0
+
+
+def placed(bundle: Path, graphs: list[str]) -> dict[str, dict[str, str]]:
+    """The provider of every node that runs, by its name, in each graph."""
+    command = [sys.executable, "-m", "cuda_host.place", *(str(bundle / file) for file in graphs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = {one["graph"]: one["nodes"] for one in map(json.loads, done.stdout.splitlines())}
+    assert found.keys() == {*graphs}
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_zero_points_are_constants_of_products(tmp_path: Path, dtype: Literal["float16", "bfloat16"]) -> None:
+    Packed(tmp_path / "checkpoint", awq, {"quant_method": "awq", "bits": 4, "version": "gemm"})
+    options = ExportOptions(
+        split=SplitOptions(decoding_layers=1, cycle_length=2),
+        dtype=dtype,
+        formats=WeightOptions(weights="keep"),
+        target="onnxruntime",
+        max_num_seqs=MAX_BATCH,
+    )
+    bundle = tmp_path / "bundle"
+    export_bundle(tmp_path / "checkpoint", bundle, options)
+    for nodes in placed(bundle, ["thinking.ort.onnx", "late_decode.ort.onnx"]).values():
+        assert any(name.endswith("MatMulNBits") for name in nodes)
+        assert not [name for name in nodes if "/zeros" in name or name.startswith("/stored/")]
+        assert all(provider == CUDA or name.endswith("/shape/Concat") for name, provider in nodes.items())
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN, bundle], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "opened\n"), done.stderr[-2000:]
 
 
 def inputs_of(manifest, file: str) -> set[str]:

@@ -206,6 +206,8 @@ def _faults_of_blocks(manifest: Manifest) -> Iterator[str]:
         codes, *per_block = (manifest.weights[part].shape for part in manifest.parts_of(name))
         if fmt.factors and (fmt.bits, fmt.minimums, codes[1:2], per_block.pop()) != (8, False, (1,), (fmt.block,)):
             yield f"{name} has factors and codes {list(codes)}, expected one of each input, of 8 bits, and one scale an output"
+        elif fmt.zeros and (fmt.bits != 4 or not fmt.minimums):
+            yield f"{name} is quantised in {fmt.name} with zero points, which 4 bits with minimums alone have"
         elif fmt.block < 16 or not 2 <= fmt.levels <= 1 << fmt.bits or (fmt.float8 and (fmt.bits != 8 or fmt.minimums)):
             yield f"{name} is quantised in {fmt.name} with {fmt.levels} levels"
         elif len(codes) != 3 or codes[2] != fmt.code_bytes or any(shape != codes[:2] for shape in per_block):

@@ -146,7 +146,8 @@ class BlockFormat:
     inputs: their product with rows that are rounded to int8 is one of whole numbers. ``source``: the format that it came from
     ("Q4_1", "rtn", "search"; "calibrated": rounded over a text).
 
-    ``codes`` float8_e4m3fn: a code is a float of that type, a row one block, and a value ``scale * code``.
+    ``codes`` float8_e4m3fn: a code is a float of that type, a row one block, and a value ``scale * code``. ``zeros``: every
+    minimum of 4 bits is minus its scale times a whole number, so that a code stands for zero, as GPTQ and AWQ have it.
     """
 
     bits: Literal[4, 8]
@@ -156,6 +157,7 @@ class BlockFormat:
     source: str
     factors: bool = False
     codes: Literal["integer", "float8_e4m3fn"] = "integer"
+    zeros: bool = False
 
     @property
     def float8(self) -> bool:

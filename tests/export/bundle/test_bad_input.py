@@ -204,7 +204,7 @@ REQUESTS = [
     ),
     case("negative id", nothing, ("generate", "b", "--token-ids=-1"), "token id -1, expected integers from 0 to 258"),
     case("no ids", nothing, ("generate", "b", "--token-ids", "x"), "--token-ids: got 'x', expected whole numbers"),
-    case("too long", nothing, ("generate", "b", "--token-ids", "1," * 256), "got 256 tokens, expected at most 255"),
+    case("too long", nothing, ("generate", "b", "--token-ids", "1 " * 256), "got 256 tokens, expected at most 255"),
     case(
         "too long asked", nothing, (*GENERATE, "--max-model-len", "999"), "--max-model-len: got 999, expected 1 to 256"
     ),

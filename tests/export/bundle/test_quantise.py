@@ -80,6 +80,7 @@ def test_a_stored_matrix_is_the_checkpoints_rounded(tmp_path: Path, fmt: WeightF
             assert minimums.dtype == np.float16 and float(minimums[row, column]) == minimum
     assert manifest["quantised"][f"{LAYER}.weight"] == {
         "codes": "integer",
+        "zeros": False,
         "factors": False,
         "bits": bits,
         "block": block,

@@ -1,5 +1,7 @@
 """Weights in blocks: values by the definition, one by one, and the form of kernels with a fixed zero point."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -65,3 +67,26 @@ def test_rows_move_with_their_scales(minimums):
     weight = random_blocks(4, 32, minimums=minimums)
     moved = weight.rearranged(lambda array: array[[2, 0, 1]])
     np.testing.assert_array_equal(moved.dequantised(), weight.dequantised()[[2, 0, 1]])
+
+
+@pytest.mark.parametrize(("levels", "zeros"), [(16, (0, 15)), (4, (-6, 9))])
+def test_minimums_that_are_zero_points(levels, zeros):
+    """Of 2 bits in a container of 4, whose codes lie about its middle, there are more."""
+    weight = random_blocks(4, 32, minimums=True, levels=levels)
+    below = np.linspace(*zeros, weight.scales.size).round().reshape(weight.scales.shape).astype(np.float32)
+    whole = replace(weight, minimums=-weight.scales * below)
+    assert whole.has_zero_points
+    for number in (zeros[0] - 1, zeros[1] + 1):
+        assert not replace(weight, minimums=-weight.scales * np.float32(number)).has_zero_points
+    beside = whole.minimums.copy()
+    beside[1, 2] = np.nextafter(beside[1, 2], np.float32(9))
+    assert not replace(whole, minimums=beside).has_zero_points
+    none, nothing = whole.scales.copy(), whole.minimums.copy()
+    none[1, 2] = nothing[1, 2] = 0
+    assert not replace(whole, scales=none, minimums=nothing).has_zero_points, "which of its codes is zero?"
+
+
+def test_other_blocks_have_no_zero_points():
+    assert not random_blocks(4, 32, minimums=False).has_zero_points
+    weight = random_blocks(8, 32, minimums=True)
+    assert not replace(weight, minimums=-weight.scales).has_zero_points
