@@ -264,9 +264,10 @@ class _WeightsFile:
                 self._on_bytes(chunk.nbytes)
         numbers = fingerprint.finish()
         if not math.isfinite(numbers.norm):
+            remedy = "" if dtype == "float32" else ", or try --dtype bfloat16 or float32"
             raise ExportError(
                 f"tensor {name} has values that are not finite in {dtype}: NaN, or too large for the type; "
-                "the checkpoint is damaged, or try --dtype bfloat16 or float32"
+                f"the checkpoint is damaged{remedy}"
             )
         self.infos[name] = WeightInfo(
             dtype=dtype,

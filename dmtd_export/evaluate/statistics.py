@@ -19,6 +19,7 @@ Statistic = Callable[[Array], Array]
 
 CHANCE_ERRORS = 2.0  # standard errors that the base must stand above chance
 WIDE = 0.05  # a retention whose interval is wider than this is reported as wide
+MIN_UNITS = 5  # of fewer, replicates are too few different ones
 # Units that are all alike resample to themselves. Three over their count is what they leave open (the rule of three): below
 # this many, no interval is better than one of no width.
 MIN_ALIKE = 60
@@ -59,7 +60,7 @@ class Bootstrap:
         """``statistic`` of the sums of ``units`` [n, ...]; it maps [..., *unit shape] to [...] (one number a replicate)."""
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             value = float(statistic(units.astype(np.float64).sum(0)))
-            if len(units) < 2 or _too_few_alike(units):
+            if len(units) < MIN_UNITS or _too_few_alike(units):
                 return Estimate(value=value)
             return interval(value, statistic(self.sums(units)))
 

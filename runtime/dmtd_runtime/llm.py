@@ -68,7 +68,7 @@ class LLM(Service):
             QueueFullError: more would wait than may; nothing is started then.
         """
         listed = as_prompts(prompts)
-        each = [params] * len(listed) if params is None or isinstance(params, SamplingParams) else list(params)
+        each = list(params) if isinstance(params, Sequence) else [params] * len(listed)
         if len(each) != len(listed):
             raise RequestError(
                 f"got {len(each)} for {len(listed)} prompts, expected one for all or one for each", param="params"

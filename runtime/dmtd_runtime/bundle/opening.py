@@ -70,5 +70,5 @@ def _state(directory: Path, names: Sequence[str]) -> str:
     state: list[Any] = [str(directory.resolve())]
     for name in sorted(names):
         stat = (directory / name).stat()
-        state.append([name, stat.st_size, stat.st_mtime_ns, stat.st_ino])
+        state.append([name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Literal, Protocol
 
+from dmtd_errors.words import counted
 from dmtd_runtime.server.errors import ApiError, draining, engine_failed, loading
 
 logger = logging.getLogger("dmtd.server")
@@ -75,7 +76,7 @@ class Lifecycle:
         """Begin to end."""
         if self.state in ("loading", "ready"):
             self.state = "draining"
-            logger.info("draining: %d requests have %g s to end", len(self._open), self._timeout_s)
+            logger.info("draining: %s, %g s to end", counted(len(self._open), "request"), self._timeout_s)
             self._task = asyncio.get_running_loop().create_task(self._end(self._timeout_s, draining()))
 
     def engine_died(self) -> None:

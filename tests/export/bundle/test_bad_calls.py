@@ -30,6 +30,13 @@ LIBRARY: list[tuple[str, Damage, Callable[[], object], type[Exception], str]] = 
     ("id too large", nothing, lambda: _ask([[259]]), RequestError, "token id 259, expected integers from 0 to 258"),
     ("id no integer", nothing, lambda: _ask([[1.5]]), RequestError, "token id 1.5"),
     ("too long", nothing, lambda: _ask([[1] * 256]), RequestError, "got 256 tokens, expected at most 255"),
+    (
+        "a dict",
+        nothing,
+        lambda: _ask([[1], [2]], {"max_tokens": 3}),
+        RequestError,
+        "params: got dict, expected SamplingParams",
+    ),
     ("lengths", nothing, lambda: _ask([[1], [2]], [SamplingParams()]), RequestError, "params: got 1 for 2 prompts"),
     ("time", nothing, lambda: _ask([[1]], timeout_s=0), RequestError, "timeout_s: got 0"),
     ("stop id", nothing, lambda: _ask([[1]], SamplingParams(stop_token_ids=[259])), RequestError, "stop_token_ids"),

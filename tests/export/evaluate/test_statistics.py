@@ -120,6 +120,14 @@ def test_an_unknown_interval_counts_as_wide() -> None:
     assert unknown.wide
 
 
+def test_few_units_have_no_interval() -> None:
+    """Of four, 35 different replicates can be drawn."""
+    units = np.array([[1.0], [2.0], [4.0], [7.0], [8.0]])
+    whole, few = (Bootstrap().estimate(units[:n], lambda s: s[..., 0]) for n in (5, 4))
+    assert few.interval() is None and few.value == 14.0
+    assert whole.interval() is not None
+
+
 def test_few_items_that_are_all_alike_say_nothing_of_the_spread() -> None:
     few, many = scores("few", 59, 59, 59), scores("many", 60, 60, 60)
     assert retention([few], Bootstrap(resamples=200)).wide

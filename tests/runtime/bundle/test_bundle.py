@@ -113,11 +113,21 @@ def test_another_time_inode_or_place_is_hashed_anew(copy: Path, hashed: list[str
         (copy / "new").replace(target)
         assert target.stat().st_ino != stat.st_ino
 
+    def overwrite() -> None:
+        """In place, and the time put back: what a careless repair leaves."""
+        stat = target.stat()
+        with target.open("r+b") as file:
+            first = file.read(1)
+            file.seek(0)
+            file.write(first)
+        os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert (target.stat().st_ino, target.stat().st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns)
+
     def rewrite_manifest() -> None:
         path = copy / "manifest.json"
         path.write_text(path.read_text() + "\n")
 
-    for change in (touch, exchange, rewrite_manifest):
+    for change in (touch, exchange, overwrite, rewrite_manifest):
         hashed.clear()
         change()
         open_bundle(copy)
