@@ -5,7 +5,7 @@ Modules whose weights stand one behind another (q, k, v; gate, up) are one produ
 MatMulNBits' with its own zero point; in standard ones the same bytes are a matrix of integers, DequantizeLinear's, blocked
 along axis 1. Offsets, which only formats with minimums have, are a product over the sums of the inputs' blocks: MatMulNBits'
 float zero points are exact as well and run a path 13 to 65 times slower. Where minimums are zero points (GPTQ, AWQ) it takes
-those, at no cost.
+those, and there is no second product.
 """
 
 from __future__ import annotations
@@ -234,10 +234,10 @@ def zero_points(writer: GraphWriter, modules: tuple[str, ...], fmt: BlockFormat,
 
     Made of minimums and scales in float32, which gives whole numbers as they are; sessions fold it.
     """
-    minimums = writer.weight(*(f"{module}.{contract.MINIMUMS}" for module in modules))
-    _, blocks = writer.dims(minimums)
-    inputs = [writer.weight_as("float32", *(f"{module}.{contract.MINIMUMS}" for module in modules))]
-    below = writer.once("Div", [*inputs, scales(writer, "float32", modules)], f"{path}/zeros/below", {})
+    names = [f"{module}.{contract.MINIMUMS}" for module in modules]
+    _, blocks = writer.dims(writer.weight(*names))
+    operands = [writer.weight_as("float32", *names), scales(writer, "float32", modules)]
+    below = writer.once("Div", operands, f"{path}/zeros/below", {})
     middle = writer.constant(float((1 << fmt.bits - 1) - fmt.levels // 2), "float32")
     zeros = writer.once("Round", [writer.once("Sub", [middle, below], f"{path}/zeros", {})], f"{path}/zeros", {})
     if blocks % 2:

@@ -113,11 +113,11 @@ class BlockWeight:
         """Whether minimums are zero points: in 4 bits, minus a scale times a whole number that is a code of the container."""
         if self.bits != 4 or self.minimums is None or not self.scales.all():
             return False
-        zeros = np.rint(-self.minimums / self.scales)
-        codes = zeros + ((1 << self.bits - 1) - self.levels // 2)  # beside codes moved to the container's middle
-        return bool(
-            (-self.scales * zeros == self.minimums).all() and (codes >= 0).all() and (codes < 1 << self.bits).all()
-        )
+        with np.errstate(all="ignore"):  # what is not finite has none
+            zeros = np.rint(-self.minimums / self.scales)
+            codes = zeros + ((1 << self.bits - 1) - self.levels // 2)  # beside codes moved to the container's middle
+            whole = -self.scales * zeros == self.minimums
+            return bool((whole & (codes >= 0) & (codes < 1 << self.bits)).all())
 
     def rearranged(self, order: Callable[[npt.NDArray[np.generic]], npt.NDArray[np.generic]]) -> BlockWeight:
         """The same rows in another order: ``order`` moves rows (axis 0) of any array with as many."""
