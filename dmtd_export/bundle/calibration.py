@@ -134,9 +134,9 @@ def _plain_text(path: Path) -> str:
             f"{path}: cannot be read as text ({reason(error)}); give a text file, or {', '.join(SUFFIXES)} data",
             param="calibration",
         ) from None
-    if not text.strip() or "\0" in text:
-        got = "bytes of zero" if "\0" in text else "an empty file"
-        raise ExportError(f"{path}: got {got}, expected text; give another", param="calibration")
+    fault = "bytes of zero" if "\0" in text else "" if text.strip() else "an empty file"
+    if fault:
+        raise ExportError(f"{path}: got {fault}, expected text; give another", param="calibration")
     return text
 
 

@@ -19,7 +19,7 @@ Statistic = Callable[[Array], Array]
 
 CHANCE_ERRORS = 2.0  # standard errors that the base must stand above chance
 WIDE = 0.05  # a retention whose interval is wider than this is reported as wide
-MIN_UNITS = 5  # of fewer, replicates are too few different ones
+MIN_UNITS = 5  # fewer leave too few different replicates to take percentiles of
 # Units that are all alike resample to themselves. Three over their count is what they leave open (the rule of three): below
 # this many, no interval is better than one of no width.
 MIN_ALIKE = 60

@@ -49,7 +49,7 @@ EvaluateGroup = Annotated[
             "offsets": option(
                 "Measure --text with the first head at every place of a cycle.", "--offsets", panel=_WHAT
             ),
-            "max_tokens": option("Tokens of text, of all --text together, in whole windows: one at least.", panel=_HOW),
+            "max_tokens": option("Tokens of text, of all --text together, in whole windows, at least one.", panel=_HOW),
             "window_len": option("Tokens of a window of text, which is scored as one sequence.", panel=_HOW),
             "context_len": option("Tokens at a window's start that are the prompt, and are not scored.", panel=_HOW),
             "limit": option("Items of each task.", panel=_HOW),

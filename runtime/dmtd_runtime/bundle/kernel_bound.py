@@ -15,13 +15,13 @@ as fast as float weights, by however many rows; those in int8 in half the time, 
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import BlockFormat, Manifest
-from dmtd_runtime.bundle.speed_bound import EMBEDDING_NAME, LM_HEAD_NAME, group_of, split_bytes
+from dmtd_runtime.bundle.speed_bound import LM_HEAD_NAME, matrices, split_bytes
 
 Kind = Literal["float", "int8", "int4", "int8-channel"]
 
@@ -61,7 +61,7 @@ def kernel_bound(manifest: Manifest, context: float, batch: int = 1) -> float | 
     values = 2 * manifest.model.num_kv_heads * manifest.model.head_dim * batch * context
     encoding, thinking, decoding = (layers * values * kernel.layers for layers in split.num_layers)
     plain = cycle = 0.0
-    for group, kind, count in _matrices(manifest):
+    for group, kind, count in _multiplied(manifest):
         product = KERNELS[kind]
         once = count * (product.lm_head if group == "lm_head" else product.layers)
         plain += once * (1 + product.rows * (batch - 1))
@@ -73,18 +73,12 @@ def kernel_bound(manifest: Manifest, context: float, batch: int = 1) -> float | 
     return tau * plain / cycle
 
 
-def _matrices(manifest: Manifest) -> list[tuple[str, Kind, int]]:
+def _multiplied(manifest: Manifest) -> Iterator[tuple[str, Kind, int]]:
     """(group, kind, weights) of every matrix that a step multiplies by; a tied embedding is lm_head."""
     tied = manifest.shape_of(LM_HEAD_NAME) is None
-    names = {*manifest.quantised, *(name for name in manifest.weights if name.endswith(".weight"))}
-    found: list[tuple[str, Kind, int]] = []
-    for name in sorted(names):
-        group, shape = group_of(name, manifest.cycle), manifest.shape_of(name)
-        if name == EMBEDDING_NAME:
-            group = "lm_head" if tied else None
-        if group is not None and shape is not None and len(shape) == 2:
-            found.append((group, _kind(manifest.quantised.get(name)), math.prod(shape)))
-    return found
+    for name, group, count in matrices(manifest):
+        if group != "embedding" or tied:
+            yield "lm_head" if group == "embedding" else group, _kind(manifest.quantised.get(name)), count
 
 
 def _kind(fmt: BlockFormat | None) -> Kind:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dmtd_runtime.bundle.manifest import DTYPE_BYTES, CycleInfo, Manifest
@@ -99,13 +100,19 @@ def weight_formats(manifest: Manifest) -> dict[str, str]:
     return {group: ", ".join(formats) for group, formats in found.items()}
 
 
+def matrices(manifest: Manifest) -> Iterator[tuple[str, str, int]]:
+    """(name, group, values) of every matrix, quantised or not; see :func:`group_of`."""
+    for name in sorted({*manifest.quantised, *(name for name in manifest.weights if name.endswith(".weight"))}):
+        group, shape = group_of(name, manifest.cycle), manifest.shape_of(name)
+        if group is not None and shape is not None and len(shape) == 2:
+            yield name, group, math.prod(shape)
+
+
 def weight_bits(manifest: Manifest) -> dict[str, float]:
     """Bits a weight that each group's matrices are stored in, with their scales, minimums and factors."""
     found: dict[str, list[tuple[int, int]]] = {}
-    for name in (*manifest.quantised, *(name for name in manifest.weights if name.endswith(".weight"))):
-        group, shape = group_of(name, manifest.cycle), manifest.shape_of(name)
-        if group is not None and shape is not None and len(shape) > 1:
-            found.setdefault(group, []).append((manifest.bytes_of(name), math.prod(shape)))
+    for name, group, count in matrices(manifest):
+        found.setdefault(group, []).append((manifest.bytes_of(name), count))
     bits = {group: 8 * sum(b for b, _ in sizes) / sum(n for _, n in sizes) for group, sizes in found.items()}
     return bits if "lm_head" in bits or "embedding" not in bits else {**bits, "lm_head": bits["embedding"]}  # tied
 
