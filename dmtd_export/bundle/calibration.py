@@ -134,7 +134,7 @@ def _plain_text(path: Path) -> str:
             f"{path}: cannot be read as text ({reason(error)}); give a text file, or {', '.join(SUFFIXES)} data",
             param="calibration",
         ) from None
-    fault = "bytes of zero" if "\0" in text else "" if text.strip() else "an empty file"
+    fault = "NUL bytes" if "\0" in text else "" if text.strip() else "an empty file"
     if fault:
         raise ExportError(f"{path}: got {fault}, expected text; give another", param="calibration")
     return text

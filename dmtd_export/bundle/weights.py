@@ -264,7 +264,8 @@ class _WeightsFile:
                 self._on_bytes(chunk.nbytes)
         numbers = fingerprint.finish()
         if not math.isfinite(numbers.norm):
-            remedy = "" if dtype == "float32" else ", or try --dtype bfloat16 or float32"
+            damaged = not all(np.isfinite(rows).all() for rows in row_chunks(tensor))
+            remedy = "" if damaged else ", or try --dtype bfloat16 or float32"
             raise ExportError(
                 f"tensor {name} has values that are not finite in {dtype}: NaN, or too large for the type; "
                 f"the checkpoint is damaged{remedy}"

@@ -236,8 +236,10 @@ def zero_points(writer: GraphWriter, modules: tuple[str, ...], fmt: BlockFormat,
     """
     names = [f"{module}.{contract.MINIMUMS}" for module in modules]
     _, blocks = writer.dims(writer.weight(*names))
-    operands = [writer.weight_as("float32", *names), scales(writer, "float32", modules)]
-    below = writer.once("Div", operands, f"{path}/zeros/below", {})
+    per_block, none = scales(writer, "float32", modules), writer.constant(0.0, "float32")
+    is_none = writer.once("Equal", [per_block, none], f"{path}/zeros", {})  # any code is zero then: 0 / 1 for 0 / 0
+    steps = writer.once("Where", [is_none, writer.constant(1.0, "float32"), per_block], f"{path}/zeros", {})
+    below = writer.once("Div", [writer.weight_as("float32", *names), steps], f"{path}/zeros/below", {})
     middle = writer.constant(float((1 << fmt.bits - 1) - fmt.levels // 2), "float32")
     zeros = writer.once("Round", [writer.once("Sub", [middle, below], f"{path}/zeros", {})], f"{path}/zeros", {})
     if blocks % 2:

@@ -106,15 +106,16 @@ class BlockWeight:
             return self.codes, None
         half = self.levels // 2
         codes = self.codes + np.uint8((1 << self.bits - 1) - half)
-        return codes, self.minimums + np.float32(half) * self.scales
+        with np.errstate(invalid="ignore"):  # of a damaged checkpoint, which is told where values are stored
+            return codes, self.minimums + np.float32(half) * self.scales
 
     @property
     def has_zero_points(self) -> bool:
         """Whether minimums are zero points: in 4 bits, minus a scale times a whole number that is a code of the container."""
-        if self.bits != 4 or self.minimums is None or not self.scales.all():
+        if self.bits != 4 or self.minimums is None:
             return False
         with np.errstate(all="ignore"):  # what is not finite has none
-            zeros = np.rint(-self.minimums / self.scales)
+            zeros = np.rint(-self.minimums / np.where(self.scales == 0, np.float32(1), self.scales))
             codes = zeros + ((1 << self.bits - 1) - self.levels // 2)  # beside codes moved to the container's middle
             whole = -self.scales * zeros == self.minimums
             return bool((whole & (codes >= 0) & (codes < 1 << self.bits)).all())

@@ -288,7 +288,7 @@ def _faults_of_graphs(manifest: Manifest) -> Iterator[str]:
             yield f"graph file {graph.file} for {graph.name}, {graph.dialect}, {counted(graph.slots, 'slot')}"
         steps = 1 + max((contract.step_of(info.name) for info in graph.outputs), default=0)
         if graph.name == contract.CYCLE and steps != min(cycle.cycle_length, contract.MAX_STEPS):
-            yield f"{graph.file} has {counted(steps, 'step')}, which a cycle of {cycle.cycle_length} does not say"
+            yield f"{graph.file} has {counted(steps, 'step')}, but the cycle length is {cycle.cycle_length}"
         for side in (graph.inputs, graph.outputs):
             caches = {name.layer for info in side if (name := contract.cache_name(info.name))}
             if caches != layers.get(graph.name, set()):

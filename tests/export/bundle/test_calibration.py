@@ -87,7 +87,7 @@ def test_the_digest_is_of_the_tokens_alone(tmp_path: Path, tokenizer: TextTokeni
     [
         ("none.txt", None, "none.txt: cannot be read as text (No such file or directory)"),
         ("empty.txt", b" \n", "empty.txt: got an empty file, expected text"),
-        ("zeros.txt", bytes(4000), "zeros.txt: got bytes of zero, expected text"),
+        ("zeros.txt", bytes(4000), "zeros.txt: got NUL bytes, expected text"),
         ("bytes.txt", b"\xff\xfe words", "bytes.txt: cannot be read as text (not UTF-8 at byte 0)"),
         ("short.txt", b"a few words only here", "got 21 tokens, expected 256 or more"),
         ("few.txt", b"words", "few.txt: no text of 16 tokens in it"),

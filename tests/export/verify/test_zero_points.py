@@ -11,7 +11,8 @@ import onnx
 import pytest
 from bundle_mutations import all_nodes, edited_graph, nodes_of, reseal
 from onnx import helper, numpy_helper
-from packed_files import Packed, awq, gptq
+from packed_files import NAME, Packed, awq, gptq
+from safetensors.numpy import load_file
 
 from dmtd_export.bundle.export import export_bundle
 from dmtd_export.options import ExportOptions, WeightOptions
@@ -25,18 +26,18 @@ from dmtd_runtime.ort.library import import_onnxruntime
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 THINKING = "thinking.ort.onnx"
+OPTIONS = ExportOptions(
+    split=SplitOptions(decoding_layers=1, cycle_length=2),
+    max_num_seqs=2,
+    max_model_len=64,
+    formats=WeightOptions(weights="keep"),
+    target="all",
+)
 
 
 def make(root: Path, pack: Callable, settings: dict, **blocks: object) -> tuple[Packed, Path]:
     packed = Packed(root / "model", pack, settings, **blocks)
-    options = ExportOptions(
-        split=SplitOptions(decoding_layers=1, cycle_length=2),
-        max_num_seqs=2,
-        max_model_len=64,
-        formats=WeightOptions(weights="keep"),
-        target="all",
-    )
-    export_bundle(packed.directory, root / "bundle", options)
+    export_bundle(packed.directory, root / "bundle", OPTIONS)
     return packed, root / "bundle"
 
 
@@ -108,6 +109,18 @@ def test_two_bits_stand_about_the_middle_of_four(tmp_path: Path) -> None:
     formats = load_manifest(bundle).quantised.values()
     assert {(fmt.bits, fmt.levels, fmt.zeros) for fmt in formats} == {(4, 4, True)}
     report = verify_bundle(bundle, quick=True)
+    assert report.ok, report.first_divergence
+
+
+def test_a_block_whose_scale_is_zero_has_a_zero_point_all_the_same(tmp_path: Path) -> None:
+    """Its values are zeros whatever it is; the matrix keeps its products."""
+    packed = Packed(tmp_path / "model", awq, {"quant_method": "awq", "bits": 4, "version": "gemm"})
+    scales = load_file(packed.file)[f"{NAME}.scales"]
+    scales[0, 0] = 0
+    packed.edit(scales=scales)
+    export_bundle(packed.directory, tmp_path / "bundle", OPTIONS)
+    assert load_manifest(tmp_path / "bundle").quantised[f"{NAME}.weight"].zeros
+    report = verify_bundle(tmp_path / "bundle", quick=True)
     assert report.ok, report.first_divergence
 
 

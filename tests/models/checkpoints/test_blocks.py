@@ -83,7 +83,9 @@ def test_minimums_that_are_zero_points(levels, zeros):
     assert not replace(whole, minimums=beside).has_zero_points
     none, nothing = whole.scales.copy(), whole.minimums.copy()
     none[1, 2] = nothing[1, 2] = 0
-    assert not replace(whole, scales=none, minimums=nothing).has_zero_points, "which of its codes is zero?"
+    assert replace(whole, scales=none, minimums=nothing).has_zero_points, "any of its codes is zero"
+    nothing[1, 2] = 1
+    assert not replace(whole, scales=none, minimums=nothing).has_zero_points
 
 
 def test_other_blocks_have_no_zero_points():

@@ -92,7 +92,7 @@ MALFORMED = [
     ("cycle/cycle_origin", "start", 'manifest.cycle.cycle_origin is "start", expected one of absolute, prompt'),
     ("cycle/prompt_input", None, "manifest.cycle.prompt_input is null, expected one of"),
     ("cycle/cycle_length", 0, "with cycle length 0 does not fit"),
-    ("cycle/cycle_length", 5, "cycle.ort.onnx has . steps, which a cycle of 5 does not say"),
+    ("cycle/cycle_length", 5, "cycle.ort.onnx has . steps, but the cycle length is 5"),
     ("cycle/thinking_layers", 4, "split E0 T4 D2 .* does not fit 5 layers"),
     ("cycle/thinking_layers", 0, "does not fit"),
     ("cycle/encoding_layers", -1, "split E-1 T3 D2"),
