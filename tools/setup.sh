@@ -75,6 +75,9 @@ key = hashlib.sha256()
 sources = [os.environ.get(name, "") for name in ("PIP_FIND_LINKS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "DMTD_TORCH_CPU_INDEX")]
 for part in (*sources, str(root), sys.version, torch_pin, version("onnxruntime-gpu"), (root / "pyproject.toml").read_text()):
     key.update(part.encode() + b"\0")
+kernels = root / "runtime/dmtd_runtime/ort/kernels"  # compiled by the installation
+for source in (root / "tools/build_kernels.py", *sorted(kernels.glob("*.[ch]"))):
+    key.update(source.read_bytes())
 print(",".join(extras), key.hexdigest(), version("torch") or "none", pathlib.Path(sys.prefix) / ".dmtd-setup", sep="\n")
 PY
 }

@@ -67,6 +67,9 @@ class Variant:
     chunk: int
     case_step: int = 1  # runs every case_step-th case
     prepack: bool = True
+    kernels: bool = (
+        False  # the runtime's own, as a bundle is deployed: they round inputs, which graphs compared here do not
+    )
 
     @property
     def name(self) -> str:
@@ -209,6 +212,7 @@ def opened(
         max_num_seqs=variant.batch,
         max_model_len=min(longest, manifest.model.max_model_len),
         prepack=variant.prepack,
+        kernels=variant.kernels,
     )
     backend = OnnxRuntimeBackend(directory, manifest, options)
     try:

@@ -341,7 +341,7 @@ class _Run:
         made = cycles.make_cases(manifest, quick)
         reads = reference.reads if reference is not None else 0
         in_one = [replace(one, prepack=plan.prepack) for one in cycles.cycle_graph_variants(self._manifest)]
-        as_is = [variants[0], *in_one] if runs_as_is else []
+        as_is = [replace(one, kernels=True) for one in (variants[0], *in_one)] if runs_as_is else []
         choosing = in_one if runs_in_one_go(self._manifest) else []
         runs = sum(len(variant.picks(len(made))) for variant in (*variants, *as_is))
         runs += sum(len(picks(variant, made)) for variant in choosing)

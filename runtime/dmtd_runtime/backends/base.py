@@ -21,7 +21,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 BackendName = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "simulator"]  # ENGINE_BACKENDS and the bundle's graphs
 PREFILL_ROUNDING = (16, 32, 64, 128, contract.MIN_WINDOW)
 
-OF_THE_BACKEND_ALONE = ("prepack",)  # of the options below: no option of LLM's
+OF_THE_BACKEND_ALONE = ("prepack", "kernels")  # of the options below: no option of LLM's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +47,7 @@ class BackendOptions:
     warm_up: bool = False  # opening runs every shape that generation can meet once, so that no sequence waits for it
     threads: int | None = None  # None: one for each core this process may use
     prepack: bool = True  # False: weights stay in the page cache, slower; for models that hardly fit into memory
+    kernels: bool = True  # False: ONNX Runtime's own products over blocks, where there are others (``ort/kernels``)
 
     @property
     def runs_engines(self) -> bool:
@@ -67,7 +68,7 @@ class BackendOptions:
         for name, values in allowed.items():
             if (value := getattr(self, name)) not in values:
                 raise RequestError(f"got {value!r}, expected one of {', '.join(map(str, values))}", param=name)
-        for name in ("cuda_graphs", "plain", "warm_up", "prepack"):
+        for name in ("cuda_graphs", "plain", "warm_up", "prepack", "kernels"):
             if not isinstance(flag := getattr(self, name), bool):
                 raise RequestError(f"got {flag!r}, expected True or False", param=name)
         for name in ("max_num_seqs", "max_model_len", "threads"):

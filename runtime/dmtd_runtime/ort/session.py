@@ -16,6 +16,7 @@ from dmtd_runtime.errors import BackendError, BundleError
 from dmtd_runtime.machine.hardware import default_threads
 from dmtd_runtime.machine.memory import ran_out
 from dmtd_runtime.ort.cuda_provider import CUDA_PROVIDER, prepare
+from dmtd_runtime.ort.kernels import LIBRARY, instruction_set
 from dmtd_runtime.ort.library import import_onnxruntime
 from dmtd_runtime.ort.links import graph_source, path_problem
 
@@ -59,6 +60,7 @@ def open_session(
     threads: int | None = None,
     prepack: bool = True,
     alone: bool = False,
+    kernels: bool = False,
     cuda: CudaOptions | None = None,
     weights: Mapping[str, Any] | None = None,
     folded: Mapping[str, Any] | None = None,
@@ -70,6 +72,7 @@ def open_session(
         threads: None: one for each core this process may use.
         prepack: weights are copied into the kernels' own layout.
         alone: no other session runs in turn with it.
+        kernels: products over blocks are ours (``kernels``) where the processor has them; for float32 graphs.
         cuda: None: on the CPU.
         weights: initializers by name that are in memory already; they must outlive the session.
         folded: on a GPU, initializers on the host that constants are made of, where the graph's path may not be taken.
@@ -88,6 +91,8 @@ def open_session(
         settings.add_session_config_entry("session.force_spinning_stop", "1")
     if not prepack:
         settings.add_session_config_entry("session.disable_prepacking", "1")
+    if kernels and cuda is None and instruction_set() is not None:
+        settings.register_custom_ops_library(str(LIBRARY))
     providers: list[Any] = [CPU_PROVIDER]
     on_host = weights or {}
     if cuda is not None:

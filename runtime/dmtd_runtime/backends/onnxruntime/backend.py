@@ -131,6 +131,9 @@ class OnnxRuntimeBackend(StepwiseBackend):
             packed=packed,
             prompts_ride=self._rides,
         )
+        self._kernels = (
+            options.kernels and options.prepack and bool(manifest.quantised) and manifest.model.dtype == "float32"
+        )
         self._sessions: dict[contract.GraphName, Any] = {}
         self._weights: Mapping[str, Any] = {}
         self._folded: Mapping[str, Any] = {}  # on a GPU: weights of the host, which reach it in constants alone
@@ -270,6 +273,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
             threads=self._options.threads,
             prepack=self._options.prepack,
             alone=len(self._graphs) == 1,
+            kernels=self._kernels and graph.dialect == contract.ONNXRUNTIME,
             cuda=cuda,
             weights={weight: self._weights[weight] for weight in graph.weights if weight in self._weights},
             folded={weight: self._folded[weight] for weight in graph.weights if weight in self._folded},

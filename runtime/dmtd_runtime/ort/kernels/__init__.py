@@ -1,0 +1,27 @@
+"""Products over quantised weights on x86 processors: ONNX Runtime's operator MatMulNBits, computed by code of ours.
+
+ONNX Runtime's own costs four rows, a refill's, as much as two and more by one; this one a third more than one. It is compiled
+when the package is installed (``tools/build_kernels.py``); without it sessions run ONNX Runtime's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+LIBRARY = Path(__file__).with_name("libdmtd_kernels.so")
+VARIABLE = "DMTD_KERNELS"
+OFF, AVX2 = "off", "avx2"  # its values: ONNX Runtime's own products; no instructions newer than these
+
+
+@cache
+def instruction_set() -> str | None:
+    """What products are computed with: avx512, avx2, or None for ONNX Runtime's own."""
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted == OFF or not LIBRARY.is_file():
+        return None
+    choose = ctypes.CDLL(str(LIBRARY)).dmtd_kernels_choose
+    choose.restype = ctypes.c_char_p
+    return choose(wanted.encode()).decode() or None

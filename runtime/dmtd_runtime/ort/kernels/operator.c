@@ -1,0 +1,359 @@
+// MatMulNBits of ONNX Runtime's domain, registered over its own: what a session's graph says stays the same.
+#include <cpuid.h>
+#include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "onnxruntime_abi.h"
+#include "products.h"
+
+#define MOST_DIMS 8
+#define ALIGNMENT 64
+#define ROUNDED_APART 8      // rows from which on threads share their rounding
+#define GROUPS_AT_A_TIME 2   // that a thread takes at least
+#define MOST_PARTS 64
+
+enum { X, CODES, SCALES, ZERO_POINTS, ORDER, BIAS, INPUT_COUNT };
+
+static Functions api;
+static Round *round_row;
+static Multiply *multiply;
+
+#define TRY(call)                       \
+  do {                                  \
+    Status *status_ = (call);           \
+    if (status_ != NULL) return status_; \
+  } while (0)
+
+// Weights in their packed form, which all nodes that read the same ones share.
+typedef struct Packed {
+  Weights weights;
+  const void *from[INPUT_COUNT];  // the data of the constants
+  size_t users;
+  void *memory;
+  struct Packed *next;
+} Packed;
+
+static Packed *all_packed;
+static atomic_uint unnamed;
+static pthread_mutex_t packing = PTHREAD_MUTEX_INITIALIZER;
+
+static uint16_t to_half(float value, int *exact) {
+  const _Float16 half = (_Float16)value;
+  uint16_t bits;
+  memcpy(&bits, &half, 2);
+  *exact &= (float)half == value;
+  return bits;
+}
+
+static size_t aligned(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
+
+static int pack(Packed *packed) {
+  Weights *w = &packed->weights;
+  const size_t groups = (w->outputs + GROUP - 1) / GROUP, row = w->inputs * w->bits / 8, per_group = w->blocks * GROUP;
+  const uint8_t *codes = packed->from[CODES], *zeros = packed->from[ZERO_POINTS];
+  const float *scales = packed->from[SCALES], *bias = packed->from[BIAS];
+  const size_t scale_count = w->outputs * w->blocks;
+  w->half = 1;
+  for (size_t i = 0; i < scale_count && w->half; i++) to_half(scales[i], &w->half);
+
+  const size_t sizes[] = {
+      aligned(groups * GROUP * row),
+      aligned(groups * per_group * (w->half ? 2 : 4)),
+      zeros ? aligned(groups * per_group * 4) : 0,
+      bias ? aligned(groups * GROUP * 4) : 0,
+  };
+  uint8_t *memory = aligned_alloc(ALIGNMENT, sizes[0] + sizes[1] + sizes[2] + sizes[3]);
+  if (memory == NULL) return 0;
+  packed->memory = memory;
+  uint8_t *to_codes = memory, *to_scales = to_codes + sizes[0];
+  float *to_offsets = (float *)(to_scales + sizes[1]), *to_bias = (float *)(to_scales + sizes[1] + sizes[2]);
+  memset(memory, 0, sizes[0] + sizes[1] + sizes[2] + sizes[3]);  // outputs that fill the last group up
+  for (size_t n = 0; n < w->outputs; n++) {
+    const size_t group = n / GROUP, lane = n % GROUP;
+    uint8_t *to = to_codes + group * GROUP * row + lane * 4;
+    for (size_t step = 0; step < row / 4; step++) memcpy(to + step * GROUP * 4, codes + n * row + step * 4, 4);
+    for (size_t b = 0; b < w->blocks; b++) {
+      const size_t at = group * per_group + b * GROUP + lane;
+      const float scale = scales[n * w->blocks + b];
+      int exact = 1;
+      if (w->half) {
+        ((uint16_t *)to_scales)[at] = to_half(scale, &exact);
+      } else {
+        ((float *)to_scales)[at] = scale;
+      }
+      if (zeros) {
+        const size_t zero_row = w->bits == 8 ? w->blocks : (w->blocks + 1) / 2;
+        const uint8_t *zero = zeros + n * zero_row;
+        const int code = w->bits == 8 ? zero[b] : (zero[b / 2] >> (b % 2 * 4)) & 15;
+        to_offsets[at] = scale * (float)((1 << (w->bits - 1)) - code);
+      }
+    }
+    if (bias) to_bias[n] = bias[n];
+  }
+  w->codes = to_codes;
+  w->scales = to_scales;
+  w->offsets = zeros ? to_offsets : NULL;
+  w->bias = bias ? to_bias : NULL;
+  return 1;
+}
+
+static int same(const Packed *a, const Packed *b) {
+  return memcmp(a->from, b->from, sizeof a->from) == 0 && a->weights.inputs == b->weights.inputs &&
+         a->weights.outputs == b->weights.outputs && a->weights.block == b->weights.block && a->weights.bits == b->weights.bits;
+}
+
+// The packed form of the constants that `wanted` names, made where nobody has it yet; NULL where memory is short.
+static Packed *take(const Packed *wanted) {
+  pthread_mutex_lock(&packing);
+  Packed *found = all_packed;
+  while (found != NULL && !same(found, wanted)) found = found->next;
+  if (found == NULL && (found = malloc(sizeof *found)) != NULL) {
+    *found = *wanted;
+    if (pack(found)) {
+      found->next = all_packed;
+      all_packed = found;
+    } else {
+      free(found);
+      found = NULL;
+    }
+  }
+  if (found != NULL) found->users++;
+  pthread_mutex_unlock(&packing);
+  return found;
+}
+
+static void destroy(void *kernel) {
+  Packed *packed = kernel;
+  pthread_mutex_lock(&packing);
+  if (--packed->users == 0) {
+    Packed **place = &all_packed;
+    while (*place != packed) place = &(*place)->next;
+    *place = packed->next;
+    free(packed->memory);
+    free(packed);
+  }
+  pthread_mutex_unlock(&packing);
+}
+
+static Status *refuse(int code, const char *words) { return CREATE_STATUS(api)(code, words); }
+
+// The data of a constant input, NULL where an optional one is left out. Its size must be as the attributes say.
+static Status *constant(const KernelInfo *info, size_t input, size_t count, const void **data) {
+  int is_constant = 0;
+  const Value *value = NULL;
+  *data = NULL;
+  Status *status = CONSTANT_INPUT(api)(info, input, &is_constant, &value);
+  if (status != NULL) RELEASE_STATUS(api)(status);
+  if (status != NULL || !is_constant || value == NULL) {
+    return input < ZERO_POINTS ? refuse(NOT_IMPLEMENTED, "MatMulNBits: weights that are no constants") : NULL;
+  }
+  Shape *shape;
+  size_t found;
+  TRY(TENSOR_SHAPE(api)(value, &shape));
+  status = ELEMENT_COUNT(api)(shape, &found);
+  RELEASE_SHAPE(api)(shape);
+  TRY(status);
+  if (found != count) return refuse(FAIL, "MatMulNBits: a constant has not the size that N, K, bits and block_size give");
+  return TENSOR_DATA(api)(value, (void **)data);
+}
+
+static Status *create(const Operator *op, Functions functions, const KernelInfo *info, void **kernel) {
+  (void)op, (void)functions;
+  int64_t outputs, inputs, bits, block, level;
+  TRY(INT_ATTRIBUTE(api)(info, "N", &outputs));
+  TRY(INT_ATTRIBUTE(api)(info, "K", &inputs));
+  TRY(INT_ATTRIBUTE(api)(info, "bits", &bits));
+  TRY(INT_ATTRIBUTE(api)(info, "block_size", &block));
+  TRY(INT_ATTRIBUTE(api)(info, "accuracy_level", &level));
+  if (level != 4) return refuse(NOT_IMPLEMENTED, "MatMulNBits: an accuracy_level that is not 4");
+  if ((bits != 4 && bits != 8) || block < 16 || (block & (block - 1)) || inputs < block || inputs % block || outputs < 1) {
+    return refuse(NOT_IMPLEMENTED, "MatMulNBits: bits, block_size, N or K that this kernel does not know");
+  }
+  Packed wanted = {.weights = {.inputs = inputs, .outputs = outputs, .block = block, .blocks = inputs / block, .bits = bits}};
+  const size_t blocks = wanted.weights.blocks, zeros = bits == 8 ? blocks : (blocks + 1) / 2;
+  TRY(constant(info, CODES, outputs * inputs * bits / 8, &wanted.from[CODES]));
+  TRY(constant(info, SCALES, outputs * blocks, &wanted.from[SCALES]));
+  TRY(constant(info, ZERO_POINTS, outputs * zeros, &wanted.from[ZERO_POINTS]));
+  TRY(constant(info, BIAS, outputs, &wanted.from[BIAS]));
+  *kernel = take(&wanted);
+  return *kernel == NULL ? refuse(FAIL, "bad allocation: MatMulNBits packs its weights") : NULL;
+}
+
+typedef struct {
+  const Weights *weights;
+  const float *x;
+  float *y;
+  Inputs inputs;
+  size_t groups_at_a_time;
+} Job;
+
+static void round_one(void *job_, size_t row) {
+  Job *job = job_;
+  round_row(job->x, job->weights, &job->inputs, row);
+}
+
+static void multiply_some(void *job_, size_t part) {
+  Job *job = job_;
+  const size_t groups = (job->weights->outputs + GROUP - 1) / GROUP, first = part * job->groups_at_a_time;
+  const size_t end = first + job->groups_at_a_time;
+  multiply(job->weights, &job->inputs, job->y, first, end < groups ? end : groups);
+}
+
+static Status *dims_of(const Value *value, int64_t *dims, size_t *rank) {
+  Shape *shape;
+  TRY(TENSOR_SHAPE(api)(value, &shape));
+  Status *status = RANK(api)(shape, rank);
+  if (status == NULL && (*rank < 1 || *rank > MOST_DIMS)) status = refuse(FAIL, "MatMulNBits: inputs of 0 or too many dimensions");
+  if (status == NULL) status = DIMS(api)(shape, dims, *rank);
+  RELEASE_SHAPE(api)(shape);
+  return status;
+}
+
+static Status *compute(void *kernel, KernelContext *context) {
+  const Weights *w = &((Packed *)kernel)->weights;
+  Job job = {.weights = w};
+  const Value *input;
+  Value *output;
+  int64_t dims[MOST_DIMS];
+  size_t rank, rows = 1;
+  TRY(INPUT(api)(context, X, &input));
+  TRY(dims_of(input, dims, &rank));
+  TRY(TENSOR_DATA(api)(input, (void **)&job.x));
+  if (dims[rank - 1] != (int64_t)w->inputs) return refuse(FAIL, "MatMulNBits: inputs are not K wide");
+  for (size_t i = 0; i + 1 < rank; i++) rows *= dims[i];
+  dims[rank - 1] = w->outputs;
+  TRY(OUTPUT(api)(context, 0, dims, rank, &output));
+  TRY(TENSOR_DATA(api)(output, (void **)&job.y));
+  if (rows == 0) return NULL;
+
+  const size_t code_bytes = aligned(rows * w->inputs), count = rows * w->blocks;
+  int8_t *scratch = aligned_alloc(ALIGNMENT, code_bytes + aligned(3 * 4 * count));
+  if (scratch == NULL) return refuse(FAIL, "bad allocation: MatMulNBits rounds its inputs");
+  float *scales = (float *)(scratch + code_bytes);
+  job.inputs = (Inputs){
+      .rows = rows, .codes = scratch, .scales = scales, .sums = scales + count, .starts = (int32_t *)(scales + 2 * count)};
+  const size_t groups = (w->outputs + GROUP - 1) / GROUP;
+  job.groups_at_a_time = groups / MOST_PARTS > GROUPS_AT_A_TIME ? groups / MOST_PARTS : GROUPS_AT_A_TIME;
+  Status *status = NULL;
+  if (rows >= ROUNDED_APART) {
+    status = PARALLEL_FOR(api)(context, round_one, rows, 0, &job);
+  } else {
+    for (size_t row = 0; row < rows; row++) round_one(&job, row);
+  }
+  if (status == NULL) {
+    status = PARALLEL_FOR(api)(context, multiply_some, (groups + job.groups_at_a_time - 1) / job.groups_at_a_time, 0, &job);
+  }
+  free(scratch);
+  return status;
+}
+
+// Outputs have the dimensions of the inputs but for the last, which is N. A dimension that is not known needs a name: without one
+// ONNX Runtime takes its -1 for its size. The names that are made up here are those of no other tensor.
+static Status *infer_shapes(const Operator *op, ShapeContext *context) {
+  (void)op;
+  Shape *input, *output;
+  const Attribute *attribute;
+  int64_t dims[MOST_DIMS], outputs;
+  const char *symbols[MOST_DIMS];
+  char made[MOST_DIMS][32];
+  size_t rank, read;
+  TRY(INPUT_SHAPE(api)(context, X, &input));
+  TRY(RANK(api)(input, &rank));
+  if (rank < 1 || rank > MOST_DIMS) return NULL;
+  for (size_t i = 0; i < rank; i++) symbols[i] = "";  // only names that there are get written
+  TRY(DIMS(api)(input, dims, rank));
+  TRY(SYMBOLS(api)(input, symbols, rank));
+  for (size_t i = 0; i < rank; i++) {
+    if (dims[i] >= 0 || symbols[i][0] != 0) continue;
+    snprintf(made[i], sizeof made[i], "MatMulNBits_rows_%u", atomic_fetch_add(&unnamed, 1));
+    symbols[i] = made[i];
+  }
+  TRY(ATTRIBUTE(api)(context, "N", &attribute));
+  TRY(READ_ATTRIBUTE(api)(attribute, ATTRIBUTE_INT, &outputs, sizeof outputs, &read));
+  dims[rank - 1] = outputs;
+  symbols[rank - 1] = "";
+  TRY(CREATE_SHAPE(api)(&output));
+  Status *status = SET_TYPE(api)(output, FLOAT);
+  if (status == NULL) status = SET_DIMS(api)(output, dims, rank);
+  if (status == NULL) status = SET_SYMBOLS(api)(output, symbols, rank);
+  if (status == NULL) status = SET_OUTPUT_SHAPE(api)(context, 0, output);
+  RELEASE_SHAPE(api)(output);
+  return status;
+}
+
+static const char *name(const Operator *op) { return (void)op, "MatMulNBits"; }
+static const char *provider(const Operator *op) { return (void)op, NULL; }
+static int input_type(const Operator *op, size_t input) {
+  static const int types[INPUT_COUNT] = {FLOAT, UINT8, FLOAT, UINT8, INT32, FLOAT};
+  return (void)op, types[input];
+}
+static size_t input_count(const Operator *op) { return (void)op, INPUT_COUNT; }
+static int input_kind(const Operator *op, size_t input) { return (void)op, input < ZERO_POINTS ? REQUIRED : OPTIONAL; }
+static int output_type(const Operator *op, size_t output) { return (void)op, (void)output, FLOAT; }
+static size_t output_count(const Operator *op) { return (void)op, 1; }
+static int output_kind(const Operator *op, size_t output) { return (void)op, (void)output, REQUIRED; }
+static int in_memory(const Operator *op, size_t input) { return (void)op, (void)input, 0; }
+static int one(const Operator *op) { return (void)op, 1; }
+static int any_version(const Operator *op) { return (void)op, INT32_MAX; }
+
+static const Operator product = {
+    .version = ABI_VERSION,
+    .name = name,
+    .provider = provider,
+    .input_type = input_type,
+    .input_count = input_count,
+    .output_type = output_type,
+    .output_count = output_count,
+    .destroy = destroy,
+    .input_kind = input_kind,
+    .output_kind = output_kind,
+    .input_memory = in_memory,
+    .least_variadic_inputs = one,
+    .equal_variadic_inputs = one,
+    .least_variadic_outputs = one,
+    .equal_variadic_outputs = one,
+    .create = create,
+    .compute = compute,
+    .infer_shapes = infer_shapes,
+    .first_version = one,
+    .last_version = any_version,
+};
+
+#define BIT(value, place) (((value) >> (place)) & 1)
+
+// The best instruction set that processor and operating system have: 2 AVX-512 with VNNI, 1 AVX2, 0 none that is used here.
+static int best_set(void) {
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !BIT(c, 12) || !BIT(c, 27) || !BIT(c, 29)) return 0;  // FMA, XGETBV, F16C
+  uint32_t saved, upper;
+  __asm__("xgetbv" : "=a"(saved), "=d"(upper) : "c"(0));
+  if ((saved & 0x06) != 0x06 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !BIT(b, 5)) return 0;
+  const int avx512 = BIT(b, 16) && BIT(b, 17) && BIT(b, 30) && BIT(b, 31) && BIT(c, 11);  // F, DQ, BW, VL, VNNI
+  return avx512 && (saved & 0xe6) == 0xe6 ? 2 : 1;
+}
+
+#define EXPORTED __attribute__((visibility("default")))
+
+// The instruction set that products will use, "" where there is none; `most` bounds it by the names given here.
+EXPORTED const char *dmtd_kernels_choose(const char *most) {
+  int set = best_set();
+  if (set == 2 && most != NULL && strcmp(most, "avx2") == 0) set = 1;
+  round_row = set == 2 ? round_avx512 : round_avx2;
+  multiply = set == 2 ? multiply_avx512 : multiply_avx2;
+  return set == 2 ? "avx512" : set == 1 ? "avx2" : "";
+}
+
+EXPORTED Status *RegisterCustomOps(SessionOptions *options, const ApiBase *base) {
+  static Domain *domain;
+  api = base->functions(ABI_VERSION);
+  if (round_row == NULL) dmtd_kernels_choose(NULL);
+  if (domain == NULL) {
+    TRY(CREATE_DOMAIN(api)("com.microsoft", &domain));
+    TRY(ADD_TO_DOMAIN(api)(domain, &product));
+  }
+  return ADD_DOMAIN(api)(options, domain);
+}
