@@ -4,18 +4,20 @@ Modules whose weights stand one behind another (q, k, v; gate, up) are one produ
 (see ``BlockFormat``) a weight is ``scale * (code - middle) + offset``. In ONNX Runtime's own operators the codes are
 MatMulNBits' with its own zero point; in standard ones the same bytes are a matrix of integers, DequantizeLinear's, blocked
 along axis 1. Offsets, which only formats with minimums have, are a product over the sums of the inputs' blocks: MatMulNBits'
-float zero points are exact as well and run a path 13 to 65 times slower. Where minimums are zero points (GPTQ, AWQ) it takes
-those, and there is no second product.
+float zero points are exact as well and run a path 13 to 65 times slower. In float32 both products are one node, a function of
+the file (``offset_product``) that ``dmtd_runtime/ort/kernels`` computes in one go. Where minimums are zero points (GPTQ, AWQ)
+MatMulNBits takes those, and there is no second product.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from functools import cache
 
-from onnx import helper
+from onnx import AttributeProto, FunctionProto, helper
 
-from dmtd_export.graphs.writer import ONNX_DTYPES, GraphWriter
+from dmtd_export.graphs.writer import CONTRIB_DOMAIN, ONNX_DTYPES, OPSET, OWN_DOMAIN, GraphWriter
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import BlockFormat
 
@@ -47,10 +49,10 @@ def biases(writer: GraphWriter, modules: tuple[str, ...]) -> list[str]:
     return [writer.weight(*(f"{m}.bias" for m in modules))] if writer.has_weight(f"{modules[0]}.bias") else []
 
 
-def takes_any_rank(writer: GraphWriter, modules: Iterable[str]) -> bool:
-    """Whether the products of all ``modules`` take [..., in]. A Gemm, which floats and offsets need, takes [rows, in]."""
+def takes_any_rank(writer: GraphWriter, dtype: str, modules: Iterable[str]) -> bool:
+    """Whether the products of all ``modules`` take [..., in]. A Gemm takes [rows, in]: floats need one, and offsets in halves."""
     formats = [writer.block_format(f"{module}.weight") for module in modules]
-    return all(fmt is not None and (fmt.zeros or not fmt.minimums) for fmt in formats)
+    return all(fmt is not None and (fmt.zeros or not fmt.minimums or dtype == "float32") for fmt in formats)
 
 
 def shared_factors(writer: GraphWriter, modules: tuple[str, ...]) -> str | None:
@@ -84,12 +86,41 @@ def nbits_product(
     shape = {"N": rows, "K": blocks * fmt.block, "bits": fmt.bits, "block_size": fmt.block}
     attrs = {**shape, "accuracy_level": ACCURACY_LEVEL}
     inputs = [x, codes, scales(writer, dtype, modules)]
+    if fmt.minimums and not fmt.zeros and dtype == "float32":
+        inputs += [offsets(writer, dtype, modules, fmt, path), *(["", *bias] if bias else [])]
+        return writer.call(offset_product(), inputs, path, attrs)
     if fmt.zeros or bias:
         inputs += [zero_points(writer, modules, fmt, path) if fmt.zeros else "", *(["", *bias] if bias else [])]
     (product,) = writer.node("MatMulNBits", inputs, path, contrib=True, attrs=attrs)
     if fmt.zeros:
         return product
     return _with_offsets(writer, dtype, x, product, modules, fmt, path, casts=False)
+
+
+@cache
+def offset_product() -> FunctionProto:
+    """MatMulNBits with offsets [out, blocks] in the place of zero points, added to the weights of their blocks."""
+    attrs = ("N", "K", "bits", "block_size", "accuracy_level")
+    product = helper.make_node(
+        "MatMulNBits", ["x", "codes", "scales", "", "", "bias"], ["unmoved"], domain=CONTRIB_DOMAIN
+    )
+    for name in attrs:
+        product.attribute.add(name=name, type=AttributeProto.INT, ref_attr_name=name)
+    nodes = [
+        product,
+        helper.make_node("Shape", ["x"], ["outer"], end=-1),
+        helper.make_node("Shape", ["offsets"], ["blocks"], start=1),
+        helper.make_node("Constant", [], ["last"], value_ints=[-1]),
+        helper.make_node("Concat", ["outer", "blocks", "last"], ["cut"], axis=0),
+        helper.make_node("Reshape", ["x", "cut"], ["in_blocks"]),
+        helper.make_node("ReduceSum", ["in_blocks", "last"], ["sums"], keepdims=0),
+        helper.make_node("Transpose", ["offsets"], ["columns"], perm=[1, 0]),
+        helper.make_node("MatMul", ["sums", "columns"], ["moved"]),
+        helper.make_node("Add", ["moved", "unmoved"], ["y"]),
+    ]
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB_DOMAIN, 1)]
+    inputs = ["x", "codes", "scales", "offsets", "order", "bias"]
+    return helper.make_function(OWN_DOMAIN, "MatMulNBits", inputs, ["y"], nodes, opsets, list(attrs))
 
 
 def channel_product(writer: GraphWriter, dtype: str, x: str, modules: tuple[str, ...], path: str) -> str:

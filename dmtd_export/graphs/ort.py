@@ -257,7 +257,7 @@ class OrtRows(Rows):
 
     def __init__(self, writer: GraphWriter, spec: GraphSpec, slots: int) -> None:
         products = itertools.chain.from_iterable(map(layer_products, range(spec.config.num_layers)))
-        leading = (1,) if takes_any_rank(writer, (*products, head_module(spec.config))) else ()
+        leading = (1,) if takes_any_rank(writer, spec.dtype, (*products, head_module(spec.config))) else ()
         self.dialect = OrtDialect(writer, spec.config, spec.dtype, spec.kv_dtype, slots, leading)
         self.num_slots = slots
         super().__init__(writer, spec, self.dialect, leading)

@@ -21,6 +21,7 @@ from dmtd_runtime.bundle.manifest import BlockFormat, TensorInfo, WeightInfo
 OPSET = 24
 IR_VERSION = 10
 CONTRIB_DOMAIN = "com.microsoft"
+OWN_DOMAIN = "dmtd"  # of functions: what they compute stands in the file
 
 ONNX_DTYPES = {
     "float32": onnx.TensorProto.FLOAT,
@@ -64,6 +65,7 @@ class GraphWriter:
         self._branch: tuple[str, list[onnx.NodeProto]] | None = None
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._contrib = False
+        self._functions: dict[str, onnx.FunctionProto] = {}
 
     def input(self, name: str, dims: Sequence[int | str], dtype: str) -> str:
         """Declare a graph input."""
@@ -83,6 +85,7 @@ class GraphWriter:
         *,
         outputs: int | Sequence[str] = 1,
         contrib: bool = False,
+        domain: str = "",
         attrs: Mapping[str, Any] | None = None,
     ) -> list[str]:
         """Add a node named ``{path}/{op}`` and return its outputs' names (given, or derived from the node's name).
@@ -96,8 +99,15 @@ class GraphWriter:
         else:
             made = [f"{below}{name}" if name.startswith("/") else name for name in outputs]
         self._contrib |= contrib
-        domain = CONTRIB_DOMAIN if contrib else ""
+        domain = CONTRIB_DOMAIN if contrib else domain
         nodes.append(helper.make_node(op, list(inputs), made, name=node_name, domain=domain, **(attrs or {})))
+        return made
+
+    def call(self, function: onnx.FunctionProto, inputs: Sequence[str], path: str, attrs: Mapping[str, Any]) -> str:
+        """Add a node that is what ``function`` says, which is written into the file, and return its output's name."""
+        self._functions[function.name] = function
+        self._contrib |= any(opset.domain == CONTRIB_DOMAIN for opset in function.opset_import)
+        [made] = self.node(function.name, inputs, path, attrs=attrs, domain=function.domain)
         return made
 
     def op(
@@ -257,8 +267,15 @@ class GraphWriter:
         opsets = [helper.make_opsetid("", OPSET)]
         if self._contrib:
             opsets.append(helper.make_opsetid(CONTRIB_DOMAIN, 1))
+        if self._functions:
+            opsets.append(helper.make_opsetid(OWN_DOMAIN, 1))
         return helper.make_model(
-            graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="dmtd", producer_version=producer_version
+            graph,
+            functions=list(self._functions.values()),
+            opset_imports=opsets,
+            ir_version=IR_VERSION,
+            producer_name="dmtd",
+            producer_version=producer_version,
         )
 
 

@@ -21,6 +21,7 @@ from typing import BinaryIO
 import numpy as np
 import onnx
 from onnx import helper
+from onnx.inliner import inline_local_functions
 
 from dmtd_export.bundle.weights import PAGE_BYTES, row_chunks
 from dmtd_export.graphs.writer import CONTRIB_DOMAIN
@@ -42,7 +43,8 @@ def exact_twin(directory: Path, manifest: Manifest, target: Path, *, in_floats: 
     ``target`` may be ``directory``, whose graphs are then replaced. ``in_floats`` False: products over 8 bits take the slow way,
     which needs no room, and is there for half precision too.
     """
-    models = {graph.file: onnx.load(directory / graph.file, load_external_data=False) for graph in manifest.graphs}
+    loaded = {graph.file: onnx.load(directory / graph.file, load_external_data=False) for graph in manifest.graphs}
+    models = {file: inline_local_functions(model) if model.functions else model for file, model in loaded.items()}
     products = {file: list(_products_in_floats(model.graph)) if in_floats else [] for file, model in models.items()}
     source, weights = (directory / contract.WEIGHTS_FILE).resolve(), target / contract.WEIGHTS_FILE
     made: dict[tuple[str, ...], tuple[str, WeightInfo]] = {}
@@ -136,7 +138,7 @@ def _products_in_floats(graph: onnx.GraphProto) -> Iterator[_Product]:
             continue
         shape = size["N"], size["K"] // max(1, size["block_size"]), size["block_size"]
         if math.prod(shape) == math.prod(codes.dims) and math.prod(shape[:2]) == math.prod(scales.dims):
-            bias = tuple(node.input[BIAS:])
+            bias = tuple(filter(None, node.input[BIAS:]))
             yield _Product(node=node, inputs=node.input[0], bias=bias, codes=codes, scales=scales, shape=shape)
 
 
@@ -165,9 +167,9 @@ def _put_in_floats(graph: onnx.GraphProto, product: _Product, name: str, info: W
     inputs = [product.inputs, name]
     if product.bias:
         added = helper.make_node("Add", [made, *product.bias], [output], name=f"{node.name}/bias")
-        owners = ((each.node, [one.name for one in each.node]) for each in (graph, *branches(graph)))
-        owner, names = next((nodes, names) for nodes, names in owners if node.name in names)
-        owner.insert(names.index(node.name) + 1, added)
+        owners = ((each.node, [one.output[0] for one in each.node]) for each in (graph, *branches(graph)))
+        owner, outputs = next((nodes, outputs) for nodes, outputs in owners if output in outputs)
+        owner.insert(outputs.index(output) + 1, added)
     node.CopyFrom(helper.make_node("FusedMatMul", inputs, [made], name=node.name, domain=CONTRIB_DOMAIN, transB=1))
 
 

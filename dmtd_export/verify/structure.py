@@ -25,9 +25,9 @@ from dmtd_export.bundle.weights import PROBE_RTOL, Fingerprint, fingerprint_of, 
 from dmtd_export.graphs.build import build_graph
 from dmtd_export.graphs.checking import checker_fault
 from dmtd_export.graphs.layers import COS, SIN
-from dmtd_export.graphs.linear import ACCURACY_LEVEL
+from dmtd_export.graphs.linear import ACCURACY_LEVEL, offset_product
 from dmtd_export.graphs.rows import GraphSpec
-from dmtd_export.graphs.writer import CONTRIB_DOMAIN, IR_VERSION, ONNX_DTYPES, OPSET
+from dmtd_export.graphs.writer import CONTRIB_DOMAIN, IR_VERSION, ONNX_DTYPES, OPSET, OWN_DOMAIN
 from dmtd_export.verify.exact import PRODUCT
 from dmtd_export.verify.exact_channels import all_nodes
 from dmtd_export.verify.report import Check, Divergence
@@ -230,11 +230,16 @@ def _graph_faults(
         yield f"not an ONNX file ({error})"
         return
     opsets = {entry.domain: entry.version for entry in model.opset_import}
-    if model.ir_version != IR_VERSION or opsets.pop("", None) != OPSET or opsets not in ({}, {CONTRIB_DOMAIN: 1}):
+    if (
+        model.ir_version != IR_VERSION
+        or opsets.pop("", None) != OPSET
+        or opsets.items() - {CONTRIB_DOMAIN: 1, OWN_DOMAIN: 1}.items()
+    ):
         yield f"IR {model.ir_version}, opsets {list(model.opset_import)}; expected IR {IR_VERSION}, opset {OPSET}"
     yield from _io_faults(model, graph, build_graph(spec, graph.name, graph.dialect, graph.slots)[1])
     yield from _rounding_faults(model)
     yield from _attention_faults(model)
+    yield from _function_faults(model)
     for tensor in model.graph.initializer:
         fault = _initializer_fault(tensor, manifest, by_offset, graph.dialect)
         if fault:
@@ -266,6 +271,14 @@ def _rounding_faults(model: onnx.ModelProto) -> Iterator[str]:
             if level != ACCURACY_LEVEL:
                 yield f"accuracy_level of {node.name}: got {level}, expected {ACCURACY_LEVEL}; export the bundle again"
                 return
+
+
+def _function_faults(model: onnx.ModelProto) -> Iterator[str]:
+    """A function that says something else than its name: the runtime knows it by that, and ONNX Runtime by what it says."""
+    for function in model.functions:
+        if function != offset_product():
+            yield f"the function {function.domain}.{function.name} is none that is exported; export the bundle again"
+            return
 
 
 def _attention_faults(model: onnx.ModelProto) -> Iterator[str]:

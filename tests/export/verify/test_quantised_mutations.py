@@ -101,6 +101,12 @@ def other_layers_codes(model: onnx.ModelProto, layer: int) -> None:
     one.input[1], other.input[1] = other.input[1], one.input[1]
 
 
+def other_layers_offsets(model: onnx.ModelProto, layer: int) -> None:
+    made = {node.output[0]: node for node in model.graph.node}
+    one, other = (made[made[product(model, i, "self_attn/o_proj").input[3]].input[0]] for i in (layer, 2))
+    one.input[0], other.input[0] = other.input[0], one.input[0]  # of casts of minimums
+
+
 def other_block_size(model: onnx.ModelProto, layer: int) -> None:
     set_attribute(product(model, layer, "mlp/down_proj"), "block_size", 64)
 
@@ -148,7 +154,7 @@ STANDARD = ("thinking.onnx", 1)
 @pytest.mark.parametrize(
     ("place", "edit"),
     [
-        (FOUR_BITS, add_zero_points),
+        (FOUR_BITS, other_layers_offsets),
         (FOUR_BITS, other_layers_scales),
         (FOUR_BITS, other_block_size),
         (EIGHT_BITS, add_zero_points),
@@ -176,7 +182,7 @@ def test_a_product_that_reads_its_blocks_otherwise_is_caught(
 
 @pytest.mark.parametrize(
     ("layer", "edit"),
-    [(1, add_zero_points), (3, add_zero_points), (3, other_layers_codes), (3, no_bias)],
+    [(1, other_layers_offsets), (3, add_zero_points), (3, other_layers_codes), (3, no_bias)],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_product_in_a_branch_that_reads_its_blocks_otherwise_is_caught(

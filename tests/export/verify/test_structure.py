@@ -77,6 +77,18 @@ def test_a_product_that_rounds_its_inputs_otherwise_is_named(
     assert first.detail == f"accuracy_level of {node.name}: got {level}, expected 4; export the bundle again"
 
 
+def test_a_function_that_says_something_else_is_named(in_blocks: Path, tmp_path: Path) -> None:
+    """The runtime's own kernels compute what it is called, and never read what it says."""
+    bundle = Path(shutil.copytree(in_blocks, tmp_path / "bundle"))
+    with edited_graph(bundle, "cycle.ort.onnx") as model:
+        [function] = model.functions
+        function.node[-1].op_type = "Sub"
+    reseal(bundle)
+    first = verify_bundle(bundle, level="structure").first_divergence
+    assert first is not None and first.graph == "cycle.ort.onnx"
+    assert first.detail == "the function dmtd.MatMulNBits is none that is exported; export the bundle again"
+
+
 @pytest.mark.parametrize(
     ("file", "op", "attribute"),
     [

@@ -14,6 +14,8 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from dmtd_export.graphs.linear import offset_product
+from dmtd_export.graphs.writer import OWN_DOMAIN
 from dmtd_runtime.ort import kernels
 from dmtd_runtime.ort.library import import_onnxruntime
 
@@ -46,6 +48,7 @@ class Product:
     scales: np.ndarray  # float32 [outputs, blocks]
     zeros: np.ndarray | None = None  # uint8 [outputs, blocks]
     bias: np.ndarray | None = None
+    offsets: np.ndarray | None = None  # float32 [outputs, blocks]
 
     def attrs(self, **other: int) -> dict[str, int]:
         shape = {"N": self.outputs, "K": self.inputs, "bits": self.bits, "block_size": self.block}
@@ -55,20 +58,33 @@ class Product:
         stored = {"codes": packed(self.codes, self.bits).reshape(*self.scales.shape, -1), "scales": self.scales}
         if self.zeros is not None:
             stored["zeros"] = packed(self.zeros, self.bits)
+        if self.offsets is not None:
+            stored["offsets"] = self.offsets
         if self.bias is not None:
             stored["bias"] = self.bias
         return [numpy_helper.from_array(value, name) for name, value in stored.items()]
 
+    def node(self, **attrs: int) -> onnx.NodeProto:
+        moved = "zeros" if self.zeros is not None else "offsets" if self.offsets is not None else ""
+        names = ["x", "codes", "scales", moved, "", "bias" if self.bias is not None else ""]
+        while not names[-1]:
+            names.pop()
+        domain = "com.microsoft" if self.offsets is None else OWN_DOMAIN
+        return helper.make_node("MatMulNBits", names, ["y"], domain=domain, **self.attrs(**attrs))
+
     def model(self, **attrs: int) -> onnx.ModelProto:
-        names = ["x", "codes", "scales", "zeros" if self.zeros is not None else "", "", "bias"]
-        names = names if self.bias is not None else names[: 4 if self.zeros is not None else 3]
-        node = helper.make_node("MatMulNBits", names, ["y"], domain="com.microsoft", **self.attrs(**attrs))
-        return graph_of([node], self.initializers(), self.inputs)
+        return graph_of([self.node(**attrs)], self.initializers(), self.inputs)
 
     def weights(self) -> np.ndarray:
         zeros = np.full(self.scales.shape, 1 << self.bits - 1) if self.zeros is None else self.zeros
         steps = self.codes.reshape(*self.scales.shape, self.block).astype(np.float64) - zeros[..., None]
         return (steps * self.scales[..., None]).reshape(self.outputs, self.inputs)
+
+    def added(self, x: np.ndarray) -> np.ndarray:
+        """What offsets and bias give, of inputs that are not rounded."""
+        offsets = np.zeros((self.outputs, 1)) if self.offsets is None else self.offsets.astype(np.float64)
+        sums = x.astype(np.float64).reshape(len(x), offsets.shape[1], -1).sum(-1)
+        return sums @ offsets.T + (0 if self.bias is None else self.bias)
 
     def result(self, x: np.ndarray) -> np.ndarray:
         """``x`` [rows, inputs] rounded to int8 in blocks, times the weights, in float64."""
@@ -77,7 +93,7 @@ class Product:
         with np.errstate(divide="ignore", invalid="ignore"):
             codes = np.where(scales, np.rint(blocks * (np.float32(1) / scales)), 0)
         rounded = (codes.astype(np.float64) * scales).reshape(x.shape)
-        return rounded @ self.weights().T + (0 if self.bias is None else self.bias)
+        return rounded @ self.weights().T + self.added(x)
 
 
 def packed(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -91,10 +107,9 @@ def packed(codes: np.ndarray, bits: int) -> np.ndarray:
 def graph_of(nodes: list[onnx.NodeProto], initializers: list[onnx.TensorProto], inputs: int) -> onnx.ModelProto:
     x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["rows", inputs])
     y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
-    opsets = [helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_model(
-        helper.make_graph(nodes, "product", [x], [y], initializers), opset_imports=opsets, ir_version=10
-    )
+    opsets = [helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1), helper.make_opsetid(OWN_DOMAIN, 1)]
+    graph = helper.make_graph(nodes, "product", [x], [y], initializers)
+    return helper.make_model(graph, functions=[offset_product()], opset_imports=opsets, ir_version=10)
 
 
 def session_of(model: onnx.ModelProto, *, own: bool = True) -> Any:
@@ -108,7 +123,15 @@ def session_of(model: onnx.ModelProto, *, own: bool = True) -> Any:
 
 
 def product_of(
-    bits: int, block: int, outputs: int, blocks: int, *, zeros: bool = False, bias: bool = False, half: bool = True
+    bits: int,
+    block: int,
+    outputs: int,
+    blocks: int,
+    *,
+    zeros: bool = False,
+    offsets: bool = False,
+    bias: bool = False,
+    half: bool = True,
 ) -> Product:
     rng = np.random.default_rng(outputs + block)
     scales = rng.standard_normal((outputs, blocks)).astype(np.float16 if half else np.float32).astype(np.float32)
@@ -121,6 +144,7 @@ def product_of(
         scales=scales,
         zeros=rng.integers(0, 1 << bits, (outputs, blocks)).astype(np.uint8) if zeros else None,
         bias=rng.standard_normal(outputs).astype(np.float32) if bias else None,
+        offsets=rng.standard_normal((outputs, blocks)).astype(np.float32) if offsets else None,
     )
 
 
@@ -139,6 +163,12 @@ SHAPES = [
     ),
     {"bits": 4, "block": 16, "outputs": 19, "blocks": 7, "zeros": True, "bias": True, "half": False},
     {"bits": 4, "block": 32, "outputs": 3000, "blocks": 40},
+    *(
+        {"bits": bits, "block": block, "outputs": 33, "blocks": 5, "offsets": True}
+        for bits in (4, 8)
+        for block in (16, 64)
+    ),
+    {"bits": 4, "block": 32, "outputs": 100, "blocks": 9, "offsets": True, "bias": True},
 ]
 
 
@@ -151,7 +181,8 @@ def test_a_product_is_what_the_operator_means(shape: dict[str, Any], instruction
         x = x.astype(np.float32)
         (y,) = session.run(None, {"x": x})
         wanted = product.result(x)
-        room = CLOSE * (np.abs(x) @ np.abs(product.weights()).T).max(1, keepdims=True) + 1e-6
+        terms = np.abs(product.weights()) + (0 if product.offsets is None else np.abs(product.offsets).max())
+        room = CLOSE * (np.abs(x) @ terms.T).max(1, keepdims=True) + 1e-6
         assert (np.abs(y - wanted) <= room).all(), rows
 
 
@@ -187,8 +218,9 @@ def test_a_row_is_the_same_bits_in_any_company_and_with_any_instructions(bits: i
 
 
 def test_it_is_close_to_onnxruntimes_own(instructions: str) -> None:
-    for bits in (4, 8):
-        product = product_of(bits, 32, 96, 18)
+    """Which takes a product with offsets apart, as its function says."""
+    for bits, offsets, bias in itertools.product((4, 8), (False, True), (False, True)):
+        product = product_of(bits, 32, 96, 18, offsets=offsets, bias=bias)
         x = np.random.default_rng(0).standard_normal((5, product.inputs)).astype(np.float32)
         own, theirs = (session_of(product.model(), own=own).run(None, {"x": x})[0] for own in (True, False))
         assert np.abs(own - theirs).max() <= 1e-5 * np.abs(theirs).max()

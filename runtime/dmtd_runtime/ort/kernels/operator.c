@@ -1,4 +1,5 @@
-// MatMulNBits of ONNX Runtime's domain, registered over its own: what a session's graph says stays the same.
+// MatMulNBits of ONNX Runtime's domain, registered over its own: what a session's graph says stays the same. MatMulNBits of ours
+// has offsets in the place of zero points; it is a function of a graph's file, which is taken apart where this library is missing.
 #include <cpuid.h>
 #include <math.h>
 #include <pthread.h>
@@ -16,7 +17,7 @@
 #define GROUPS_AT_A_TIME 2   // that a thread takes at least
 #define MOST_PARTS 64
 
-enum { X, CODES, SCALES, ZERO_POINTS, ORDER, BIAS, INPUT_COUNT };
+enum { X, CODES, SCALES, ZEROS, ORDER, BIAS, INPUT_COUNT };  // ZEROS: codes of zero, or offsets
 
 static Functions api;
 static Round *round_row;
@@ -54,8 +55,8 @@ static size_t aligned(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT
 static int pack(Packed *packed) {
   Weights *w = &packed->weights;
   const size_t groups = (w->outputs + GROUP - 1) / GROUP, row = w->inputs * w->bits / 8, per_group = w->blocks * GROUP;
-  const uint8_t *codes = packed->from[CODES], *zeros = packed->from[ZERO_POINTS];
-  const float *scales = packed->from[SCALES], *bias = packed->from[BIAS];
+  const uint8_t *codes = packed->from[CODES], *zeros = w->exact_sums ? NULL : packed->from[ZEROS];
+  const float *offsets = w->exact_sums ? packed->from[ZEROS] : NULL, *scales = packed->from[SCALES], *bias = packed->from[BIAS];
   const size_t scale_count = w->outputs * w->blocks;
   w->half = 1;
   for (size_t i = 0; i < scale_count && w->half; i++) to_half(scales[i], &w->half);
@@ -63,7 +64,7 @@ static int pack(Packed *packed) {
   const size_t sizes[] = {
       aligned(groups * GROUP * row),
       aligned(groups * per_group * (w->half ? 2 : 4)),
-      zeros ? aligned(groups * per_group * 4) : 0,
+      zeros || offsets ? aligned(groups * per_group * 4) : 0,
       bias ? aligned(groups * GROUP * 4) : 0,
   };
   uint8_t *memory = aligned_alloc(ALIGNMENT, sizes[0] + sizes[1] + sizes[2] + sizes[3]);
@@ -85,7 +86,9 @@ static int pack(Packed *packed) {
       } else {
         ((float *)to_scales)[at] = scale;
       }
-      if (zeros) {
+      if (offsets) {
+        to_offsets[at] = offsets[n * w->blocks + b];
+      } else if (zeros) {
         const size_t zero_row = w->bits == 8 ? w->blocks : (w->blocks + 1) / 2;
         const uint8_t *zero = zeros + n * zero_row;
         const int code = w->bits == 8 ? zero[b] : (zero[b / 2] >> (b % 2 * 4)) & 15;
@@ -96,14 +99,15 @@ static int pack(Packed *packed) {
   }
   w->codes = to_codes;
   w->scales = to_scales;
-  w->offsets = zeros ? to_offsets : NULL;
+  w->offsets = zeros || offsets ? to_offsets : NULL;
   w->bias = bias ? to_bias : NULL;
   return 1;
 }
 
 static int same(const Packed *a, const Packed *b) {
   return memcmp(a->from, b->from, sizeof a->from) == 0 && a->weights.inputs == b->weights.inputs &&
-         a->weights.outputs == b->weights.outputs && a->weights.block == b->weights.block && a->weights.bits == b->weights.bits;
+         a->weights.outputs == b->weights.outputs && a->weights.block == b->weights.block && a->weights.bits == b->weights.bits &&
+         a->weights.exact_sums == b->weights.exact_sums;
 }
 
 // The packed form of the constants that `wanted` names, made where nobody has it yet; NULL where memory is short.
@@ -149,7 +153,7 @@ static Status *constant(const KernelInfo *info, size_t input, size_t count, cons
   Status *status = CONSTANT_INPUT(api)(info, input, &is_constant, &value);
   if (status != NULL) RELEASE_STATUS(api)(status);
   if (status != NULL || !is_constant || value == NULL) {
-    return input < ZERO_POINTS ? refuse(NOT_IMPLEMENTED, "MatMulNBits: weights that are no constants") : NULL;
+    return input < ZEROS ? refuse(NOT_IMPLEMENTED, "MatMulNBits: weights that are no constants") : NULL;
   }
   Shape *shape;
   size_t found;
@@ -161,8 +165,10 @@ static Status *constant(const KernelInfo *info, size_t input, size_t count, cons
   return TENSOR_DATA(api)(value, (void **)data);
 }
 
+static const Operator ours;
+
 static Status *create(const Operator *op, Functions functions, const KernelInfo *info, void **kernel) {
-  (void)op, (void)functions;
+  (void)functions;
   int64_t outputs, inputs, bits, block, level;
   TRY(INT_ATTRIBUTE(api)(info, "N", &outputs));
   TRY(INT_ATTRIBUTE(api)(info, "K", &inputs));
@@ -173,11 +179,15 @@ static Status *create(const Operator *op, Functions functions, const KernelInfo 
   if ((bits != 4 && bits != 8) || block < 16 || (block & (block - 1)) || inputs < block || inputs % block || outputs < 1) {
     return refuse(NOT_IMPLEMENTED, "MatMulNBits: bits, block_size, N or K that this kernel does not know");
   }
-  Packed wanted = {.weights = {.inputs = inputs, .outputs = outputs, .block = block, .blocks = inputs / block, .bits = bits}};
-  const size_t blocks = wanted.weights.blocks, zeros = bits == 8 ? blocks : (blocks + 1) / 2;
+  const size_t blocks = inputs / block;
+  const int offsets = op == &ours;
+  const size_t zeros = offsets || bits == 8 ? blocks : (blocks + 1) / 2;
+  Packed wanted = {
+      .weights = {.inputs = inputs, .outputs = outputs, .block = block, .blocks = blocks, .bits = bits, .exact_sums = offsets}};
   TRY(constant(info, CODES, outputs * inputs * bits / 8, &wanted.from[CODES]));
   TRY(constant(info, SCALES, outputs * blocks, &wanted.from[SCALES]));
-  TRY(constant(info, ZERO_POINTS, outputs * zeros, &wanted.from[ZERO_POINTS]));
+  TRY(constant(info, ZEROS, outputs * zeros, &wanted.from[ZEROS]));
+  if (offsets && wanted.from[ZEROS] == NULL) return refuse(NOT_IMPLEMENTED, "MatMulNBits: offsets that are no constants");
   TRY(constant(info, BIAS, outputs, &wanted.from[BIAS]));
   *kernel = take(&wanted);
   return *kernel == NULL ? refuse(FAIL, "bad allocation: MatMulNBits packs its weights") : NULL;
@@ -289,10 +299,10 @@ static const char *name(const Operator *op) { return (void)op, "MatMulNBits"; }
 static const char *provider(const Operator *op) { return (void)op, NULL; }
 static int input_type(const Operator *op, size_t input) {
   static const int types[INPUT_COUNT] = {FLOAT, UINT8, FLOAT, UINT8, INT32, FLOAT};
-  return (void)op, types[input];
+  return input == ZEROS && op == &ours ? FLOAT : types[input];
 }
 static size_t input_count(const Operator *op) { return (void)op, INPUT_COUNT; }
-static int input_kind(const Operator *op, size_t input) { return (void)op, input < ZERO_POINTS ? REQUIRED : OPTIONAL; }
+static int input_kind(const Operator *op, size_t input) { return (void)op, input < ZEROS ? REQUIRED : OPTIONAL; }
 static int output_type(const Operator *op, size_t output) { return (void)op, (void)output, FLOAT; }
 static size_t output_count(const Operator *op) { return (void)op, 1; }
 static int output_kind(const Operator *op, size_t output) { return (void)op, (void)output, REQUIRED; }
@@ -300,28 +310,32 @@ static int in_memory(const Operator *op, size_t input) { return (void)op, (void)
 static int one(const Operator *op) { return (void)op, 1; }
 static int any_version(const Operator *op) { return (void)op, INT32_MAX; }
 
-static const Operator product = {
-    .version = ABI_VERSION,
-    .name = name,
-    .provider = provider,
-    .input_type = input_type,
-    .input_count = input_count,
-    .output_type = output_type,
-    .output_count = output_count,
-    .destroy = destroy,
-    .input_kind = input_kind,
-    .output_kind = output_kind,
-    .input_memory = in_memory,
-    .least_variadic_inputs = one,
-    .equal_variadic_inputs = one,
-    .least_variadic_outputs = one,
-    .equal_variadic_outputs = one,
-    .create = create,
-    .compute = compute,
-    .infer_shapes = infer_shapes,
-    .first_version = one,
-    .last_version = any_version,
-};
+#define OPERATOR                             \
+  {                                          \
+      .version = ABI_VERSION,                \
+      .name = name,                          \
+      .provider = provider,                  \
+      .input_type = input_type,              \
+      .input_count = input_count,            \
+      .output_type = output_type,            \
+      .output_count = output_count,          \
+      .destroy = destroy,                    \
+      .input_kind = input_kind,              \
+      .output_kind = output_kind,            \
+      .input_memory = in_memory,             \
+      .least_variadic_inputs = one,          \
+      .equal_variadic_inputs = one,          \
+      .least_variadic_outputs = one,         \
+      .equal_variadic_outputs = one,         \
+      .create = create,                      \
+      .compute = compute,                    \
+      .infer_shapes = infer_shapes,          \
+      .first_version = one,                  \
+      .last_version = any_version,           \
+  }
+
+static const Operator onnxruntimes = OPERATOR, ours = OPERATOR;
+
 
 #define BIT(value, place) (((value) >> (place)) & 1)
 
@@ -348,12 +362,17 @@ EXPORTED const char *dmtd_kernels_choose(const char *most) {
 }
 
 EXPORTED Status *RegisterCustomOps(SessionOptions *options, const ApiBase *base) {
-  static Domain *domain;
+  static Domain *domains[2];
+  static const char *const names[] = {"com.microsoft", "dmtd"};
+  static const Operator *const operators[] = {&onnxruntimes, &ours};
   api = base->functions(ABI_VERSION);
   if (round_row == NULL) dmtd_kernels_choose(NULL);
-  if (domain == NULL) {
-    TRY(CREATE_DOMAIN(api)("com.microsoft", &domain));
-    TRY(ADD_TO_DOMAIN(api)(domain, &product));
+  for (int i = 0; i < 2; i++) {
+    if (domains[i] == NULL) {
+      TRY(CREATE_DOMAIN(api)(names[i], &domains[i]));
+      TRY(ADD_TO_DOMAIN(api)(domains[i], operators[i]));
+    }
+    TRY(ADD_DOMAIN(api)(options, domains[i]));
   }
-  return ADD_DOMAIN(api)(options, domain);
+  return NULL;
 }

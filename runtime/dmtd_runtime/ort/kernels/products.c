@@ -52,6 +52,12 @@ INLINE float largest(__m256 v) {
   return _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)));
 }
 
+INLINE float total_of_floats(__m256 v) {
+  __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
+}
+
 INLINE int32_t total(__m256i v) {
   __m128i a = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
   a = _mm_add_epi32(a, _mm_shuffle_epi32(a, 0x4e));
@@ -65,10 +71,11 @@ void NAMED(round, SET)(const float *x, const Weights *weights, Inputs *inputs, s
   x += row * weights->inputs;
   int8_t *codes = inputs->codes + row * weights->inputs;
   for (size_t b = 0; b < blocks; b++, x += block, codes += block) {
-    __m256 most = _mm256_setzero_ps(), no_number = _mm256_setzero_ps();
+    __m256 most = _mm256_setzero_ps(), no_number = most, exact = most;
     for (size_t i = 0; i < block; i += 8) {
       __m256 v = _mm256_loadu_ps(x + i);
       most = _mm256_max_ps(most, _mm256_andnot_ps(sign, v));
+      exact = _mm256_add_ps(exact, v);
       no_number = _mm256_or_ps(no_number, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     }
     float scale = _mm256_movemask_ps(no_number) ? NAN : largest(most) / 127;
@@ -85,7 +92,7 @@ void NAMED(round, SET)(const float *x, const Weights *weights, Inputs *inputs, s
     }
     const size_t at = row * blocks + b;
     inputs->scales[at] = scale;
-    inputs->sums[at] = scale * (float)total(sum);
+    inputs->sums[at] = weights->exact_sums ? total_of_floats(exact) : scale * (float)total(sum);
     inputs->starts[at] = -(1 << (weights->bits - 1)) * total(sum);
   }
 }

@@ -15,6 +15,7 @@ typedef struct {
   size_t inputs, outputs, block, blocks;  // blocks: of each output
   int bits;                               // of a code, 4 or 8; code and weight are zero at 8 or 128, unless offsets say more
   int half;                               // whether scales are in half precision
+  int exact_sums;                         // offsets are times the sums of the inputs as they came, not as they were rounded
   const uint8_t *codes;                   // [groups, inputs * bits / 32, GROUP, 4]; in a byte of two codes the lower is first
   const void *scales;                     // [groups, blocks, GROUP]
   const float *offsets;                   // [groups, blocks, GROUP], added to each weight; or NULL
@@ -25,7 +26,7 @@ typedef struct {
   size_t rows;
   int8_t *codes;    // [rows, inputs]; with 4 bits those of each 8 inputs in the order 0 2 4 6 1 3 5 7, as bytes unpack
   float *scales;    // [rows, blocks]
-  float *sums;      // [rows, blocks]: of the rounded inputs
+  float *sums;      // [rows, blocks]: of the inputs
   int32_t *starts;  // [rows, blocks]: minus the sum of the codes times the code of zero
 } Inputs;
 
