@@ -14,6 +14,7 @@ from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.device.libraries import gpu_here
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.machine.hardware import default_threads, look_at_gpus, look_at_machine
+from dmtd_runtime.ort.kernels import instruction_set
 from dmtd_runtime.version import __version__
 
 
@@ -43,6 +44,7 @@ def conditions_of(directory: Path, manifest: Manifest, backend: BackendOptions, 
         "max_model_len": backend.max_model_len or manifest.model.max_model_len,
         "cpu": machine.cpu,
         "isa": list(machine.isa),
+        "products": instruction_set() if backend.kernels and not on_gpu else None,
         "cores": machine.cores_usable,
         "threads": backend.threads or default_threads(),
         "load_average": load,

@@ -22,6 +22,7 @@ from typing import Literal
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import BlockFormat, Manifest
 from dmtd_runtime.bundle.speed_bound import LM_HEAD_NAME, matrices, split_bytes
+from dmtd_runtime.ort.kernels import instruction_set
 
 Kind = Literal["float", "int8", "int4", "int8-channel"]
 
@@ -35,14 +36,30 @@ class Kernel:
     rows: float
 
 
-# ONNX Runtime 1.31, 2 cores of an AMD EPYC with AVX2: 18 layers of SmolLM2's shapes (63.7 M weights) and its lm_head (28.3 M),
-# in ms at 1 row: float32 20.1 and 6.7, 8 bits 7.5 and 2.1, 4 bits 4.4 and 0.93, 8 bits in whole numbers 7.0 and 1.8; at 4 rows
-# 21.5, 12.5, 7.0 and 6.7, at 8 rows of the last 9.8.
-KERNELS: dict[Kind, Kernel] = {
-    "float": Kernel(layers=315.0, lm_head=237.0, rows=0.02),
-    "int8": Kernel(layers=118.0, lm_head=74.0, rows=0.22),
-    "int4": Kernel(layers=69.0, lm_head=33.0, rows=0.20),
-    "int8-channel": Kernel(layers=110.0, lm_head=64.0, rows=0.05),
+# 2 cores of an AMD EPYC (Zen 4), ONNX Runtime 1.32: SmolLM2's 22 layers of T in one graph, and its lm_head, in ms at one row.
+# With the runtime's own products and AVX-512 4 bits 2.36 and 0.45, 8 bits 3.27 and 0.94; with AVX2 2.44 and 0.47, 3.57 and 0.94.
+# With ONNX Runtime's 3.29 and 0.65, 4.16 and 1.05, float32 11.6 and 3.8, whole numbers 5.26. What a further row adds is that of
+# the products alone, at four rows: in 4 bits 1.7, 5.8 and 7.7 ps a weight, in 8 bits 1.2, 8.1 and 7.2.
+ALWAYS: dict[Kind, Kernel] = {
+    "float": Kernel(layers=149.0, lm_head=135.0, rows=0.02),
+    "int8-channel": Kernel(layers=68.0, lm_head=37.0, rows=0.05),
+}
+KERNELS: dict[str | None, dict[Kind, Kernel]] = {
+    "avx512": {
+        **ALWAYS,
+        "int8": Kernel(layers=42.0, lm_head=33.0, rows=0.03),
+        "int4": Kernel(layers=30.0, lm_head=16.0, rows=0.06),
+    },
+    "avx2": {
+        **ALWAYS,
+        "int8": Kernel(layers=46.0, lm_head=33.0, rows=0.18),
+        "int4": Kernel(layers=31.0, lm_head=17.0, rows=0.19),
+    },
+    None: {
+        **ALWAYS,
+        "int8": Kernel(layers=53.0, lm_head=37.0, rows=0.14),
+        "int4": Kernel(layers=42.0, lm_head=23.0, rows=0.18),
+    },
 }
 # Of a cached value: ONNX Runtime 1.32, one thread of an Intel Xeon, SmolLM2's 30 layers, contexts of 160 and 4000. What a step
 # took longer over the latter: float32 82 ms at one row and 67 with a refill of four, int8 44 and 53.
@@ -52,7 +69,8 @@ CACHES = {"float": Kernel(layers=315.0, lm_head=0.0, rows=0.0), "int8": Kernel(l
 def kernel_bound(manifest: Manifest, context: float, batch: int = 1) -> float | None:
     """How many times faster than plain decoding the kernels allow DMTD to be.
 
-    None for float weights, where bytes say it, and without ONNX Runtime's own graphs, whose kernels were measured.
+    Those of this machine's instructions. None for float weights, where bytes say it, and without ONNX Runtime's own graphs,
+    whose kernels were measured.
     """
     if not manifest.quantised or manifest.default_dialect != contract.ONNXRUNTIME:
         return None
@@ -62,7 +80,7 @@ def kernel_bound(manifest: Manifest, context: float, batch: int = 1) -> float | 
     encoding, thinking, decoding = (layers * values * kernel.layers for layers in split.num_layers)
     plain = cycle = 0.0
     for group, kind, count in _multiplied(manifest):
-        product = KERNELS[kind]
+        product = KERNELS[instruction_set()][kind]
         once = count * (product.lm_head if group == "lm_head" else product.layers)
         plain += once * (1 + product.rows * (batch - 1))
         late = group != "thinking"

@@ -27,6 +27,7 @@ from rich.text import Text
 from dmtd_runtime.device.libraries import CUDA_BACKENDS, CUDA_MAJOR, LIBRARIES
 from dmtd_runtime.machine.hardware import Gpu, Machine, look_at_gpus, look_at_machine, threads_of
 from dmtd_runtime.ort.cuda_provider import CUDA_PROVIDER, CUDNN, DRIVER_PAGE, CudaNeeds, look
+from dmtd_runtime.ort.kernels import LIBRARY, OFF, VARIABLE, instruction_set
 from dmtd_runtime.version import __version__
 
 __all__ = ["Component", "OnnxRuntime", "Report", "collect", "render", "to_json"]
@@ -96,11 +97,13 @@ class OnnxRuntime:
 class Report:
     """Everything ``dmtd doctor`` says. ``problems`` are one line each and end in the fix.
 
-    ``cuda`` is what the CUDA provider needs, None where ONNX Runtime has none.
+    ``cuda`` is what the CUDA provider needs, None where ONNX Runtime has none. ``products``: the instructions of our own products
+    over quantised weights, None where they are ONNX Runtime's.
     """
 
     dmtd: str
     machine: Machine
+    products: str | None
     onnxruntime: OnnxRuntime
     components: tuple[Component, ...]
     gpus: tuple[Gpu, ...]
@@ -137,6 +140,7 @@ def collect(
     return Report(
         dmtd=__version__,
         machine=look_at_machine(root),
+        products=instruction_set(),
         onnxruntime=runtime,
         components=components,
         gpus=gpus,
@@ -204,6 +208,7 @@ def _machine_rows(report: Report) -> list[tuple[str, str]]:
         ("Python", host.python),
         ("platform", host.platform),
         ("CPU", f"{host.cpu} ({' '.join(host.isa) or 'instruction sets unknown'})"),
+        ("4 and 8 bits", _products_text(report.products)),
         ("cores", f"{host.cores_usable:g} usable of {host.cores_present}"),
         ("memory", f"{available} available of {total}"),
         (
@@ -224,6 +229,15 @@ def _machine_rows(report: Report) -> list[tuple[str, str]]:
     variables = " ".join(f"{name}={value}" for name, value in report.thread_environment.items())
     threads = f"{threads_of(host.cores_usable)} for ONNX Runtime, or as many as --threads says"
     return [*rows, ("threads", threads), ("environment", variables or "no variable of threads or devices set")]
+
+
+def _products_text(instructions: str | None) -> str:
+    if instructions is not None:
+        return f"dmtd's own products, {instructions}"
+    if os.environ.get(VARIABLE) == OFF:
+        return f"ONNX Runtime's products: {VARIABLE}={OFF}"
+    built = "this processor has no AVX2 and FMA" if LIBRARY.is_file() else "dmtd's were not built on installation"
+    return f"ONNX Runtime's products, slower: {built}"
 
 
 def _driver_text(report: Report) -> str:

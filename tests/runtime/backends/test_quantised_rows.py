@@ -19,6 +19,7 @@ from dmtd_export.options import ExportOptions, WeightOptions
 from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.manifest import Manifest, load_manifest
+from dmtd_runtime.ort.kernels import instruction_set
 from dmtd_runtime.ort.library import import_onnxruntime
 
 ROWS = (1, 2, 3, 4, 5, 8, 23, 64, 512)
@@ -69,6 +70,6 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("plain", [False, True], ids=["cycles", "plain"])
 def test_neighbours_and_chunks_change_logits_by_rounding_at_most(opened: tuple[Path, Manifest], plain: bool) -> None:
     alone = first_logits(*opened, *ALONE, plain=plain)
+    room = 0 if instruction_set() else STEP_APART * np.abs(alone).max()
     for company in COMPANY_AND_CUTS:
-        apart = np.abs(first_logits(*opened, *company, plain=plain) - alone).max()
-        assert apart <= STEP_APART * np.abs(alone).max(), company
+        assert np.abs(first_logits(*opened, *company, plain=plain) - alone).max() <= room, company

@@ -45,18 +45,29 @@ def smollm2(tiny: Manifest, bits: int) -> Manifest:
     )
 
 
+@pytest.fixture(params=["avx512"])
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    monkeypatch.setattr("dmtd_runtime.bundle.kernel_bound.instruction_set", lambda: request.param)
+    return request.param
+
+
 @pytest.mark.parametrize(
-    ("bits", "batch", "bound"),
+    ("instructions", "bits", "batch", "bound"),
     [
-        # us: T 5372, D 1953.5, lm_head 934.3; four rows of T cost 1.6 of one: 4 x 8259.8 / (8595.3 + 4 x 2887.8)
-        (4, 1, 1.6399),
-        # T 9187.1, D 3340.8, lm_head 2095.1, 1.66: 4 x 14622.9 / (15250.6 + 4 x 5435.8)
-        (8, 1, 1.5812),
-        # at 2 sequences 8 rows of T against 2: 4 x 8259.8 x 1.2 / (5372 x 2.4 + 4 x 2887.8 x 1.2)
-        (4, 2, 1.4819),
+        # us: T 2335.7, D 849.3, lm_head 453.0; four rows of T cost 1.18 of one: 4 x 3638.0 / (2756.1 + 4 x 1302.3)
+        ("avx512", 4, 1, 1.8269),
+        # T 3270.0, D 1189.1, lm_head 934.3, 1.09: 4 x 5393.4 / (3564.3 + 4 x 2123.4)
+        ("avx512", 8, 1, 1.7892),
+        # T 2413.6, D 877.7, lm_head 481.3, 1.57: 4 x 3772.5 / (3789.3 + 4 x 1359.0)
+        ("avx2", 4, 1, 1.6358),
+        # T 3270.0, D 1189.1, lm_head 651.2, 1.54: 4 x 5110.2 / (5035.8 + 4 x 1840.3)
+        (None, 4, 1, 1.6490),
+        # at 2 sequences 8 rows of T against 2: 4 x 3638.0 x 1.06 / (2335.7 x 1.42 + 4 x 1302.3 x 1.06)
+        ("avx512", 4, 2, 1.7451),
     ],
+    indirect=["instructions"],
 )
-def test_bounds_of_smollm2(tiny: Manifest, bits: int, batch: int, bound: float) -> None:
+def test_bounds_of_smollm2(tiny: Manifest, instructions: str | None, bits: int, batch: int, bound: float) -> None:
     assert kernel_bound(smollm2(tiny, bits), 0, batch) == pytest.approx(bound, abs=2e-4)
 
 
@@ -66,14 +77,14 @@ def test_long_contexts_read_caches(tiny: Manifest) -> None:
     assert None not in bounds and sorted(bounds) == bounds  # T's cache is read once a cycle
 
 
-def test_int8_caches_are_read_faster_but_not_by_a_refill(tiny: Manifest) -> None:
+def test_int8_caches_are_read_faster_but_not_by_a_refill(tiny: Manifest, instructions: str) -> None:
     """Where caches are all: of T four rows cost 1.21 of one; a value costs 165 ps, and 315 as a float."""
     model = smollm2(tiny, 4)
     int8 = replace(model, model=replace(model.model, kv_dtype="int8"))
     assert kernel_bound(model, 1e12) == pytest.approx(4 * 30 / (22 + 4 * 8), abs=1e-4)
     assert kernel_bound(int8, 1e12) == pytest.approx(4 * 30 / (22 * 1.21 + 4 * 8), abs=1e-4)
-    # us at a context of 100,000, 64 values a row and layer: T 23232, D 8448 beside the weights' 5372 x 1.6 and 2887.8
-    bound = 4 * (8259.8 + 31680) / (8595.3 + 23232 * 1.21 + 4 * (2887.8 + 8448))
+    # us at a context of 100,000, 64 values a row and layer: T 23232, D 8448 beside the weights' 2335.7 x 1.18 and 1302.3
+    bound = 4 * (3638.0 + 31680) / (2756.1 + 23232 * 1.21 + 4 * (1302.3 + 8448))
     assert kernel_bound(int8, 100_000) == pytest.approx(bound, abs=2e-4)
 
 
@@ -81,7 +92,7 @@ def test_floats_have_the_bound_of_their_bytes_alone(tiny: Manifest) -> None:
     assert kernel_bound(replace(tiny, quantised={}), 0) is None
 
 
-def test_every_matrix_of_a_bundle_counts_once(tiny: Manifest) -> None:
+def test_every_matrix_of_a_bundle_counts_once(tiny: Manifest, instructions: str) -> None:
     """A tied embedding counts as lm_head, for that is what multiplies by it."""
     assert kernel_bound(tiny, 0) == pytest.approx(_by_hand(tiny), rel=1e-9)
 
@@ -90,5 +101,5 @@ def _by_hand(manifest: Manifest) -> float:
     model = manifest.model
     layer = model.hidden_size * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
     layer += 3 * model.hidden_size * model.intermediate_size
-    thinking, late = 3 * layer * 69, layer * 69 + model.vocab_size * model.hidden_size * 33
-    return 4 * (thinking + late) / (thinking * 1.6 + 4 * late)
+    thinking, late = 3 * layer * 30, layer * 30 + model.vocab_size * model.hidden_size * 16
+    return 4 * (thinking + late) / (thinking * 1.18 + 4 * late)

@@ -12,7 +12,7 @@ import os
 from functools import cache
 from pathlib import Path
 
-__all__ = ["LIBRARY", "VARIABLE", "instruction_set"]
+__all__ = ["AVX2", "LIBRARY", "OFF", "VARIABLE", "instruction_set"]
 
 LIBRARY = Path(__file__).with_name("libdmtd_kernels.so")
 VARIABLE = "DMTD_KERNELS"
