@@ -70,6 +70,27 @@ def test_healthy_machine_has_no_problem(tmp_path: Path, onnxruntime_is) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("instructions", "value", "words"),
+    [
+        ("avx512", "", "dmtd's own products, avx512"),
+        (None, "off", "ONNX Runtime's products: DMTD_KERNELS=off"),
+        (None, "", "ONNX Runtime's products, slower: dmtd's were not built on installation"),
+    ],
+)
+def test_it_tells_whose_products_run(
+    tmp_path: Path, onnxruntime_is, monkeypatch: pytest.MonkeyPatch, instructions: str | None, value: str, words: str
+) -> None:
+    monkeypatch.setattr(doctor, "instruction_set", lambda: instructions)
+    monkeypatch.setattr(doctor, "LIBRARY", tmp_path / "none.so")
+    monkeypatch.setenv("DMTD_KERNELS", value)
+    report = report_of(tmp_path, HEALTHY)
+    assert report.products == instructions
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(render(report))
+    assert words in console.export_text()
+
+
 def test_both_onnxruntime_wheels_is_one_problem_with_its_fix(tmp_path: Path, onnxruntime_is) -> None:
     (line,) = report_of(tmp_path, {**HEALTHY, "onnxruntime-gpu": "1.31.1"}).problems
     assert line.endswith('run: pip uninstall -y onnxruntime onnxruntime-gpu && pip install "dmtd[cpu]"')
