@@ -14,7 +14,7 @@ from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.device.libraries import gpu_here
 from dmtd_runtime.errors import BackendError
 from dmtd_runtime.machine.hardware import default_threads, look_at_gpus, look_at_machine
-from dmtd_runtime.ort.kernels import instruction_set
+from dmtd_runtime.ort.kernels.library import instruction_set
 from dmtd_runtime.version import __version__
 
 

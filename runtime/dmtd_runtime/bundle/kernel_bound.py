@@ -22,7 +22,7 @@ from typing import Literal
 from dmtd_runtime.bundle import contract
 from dmtd_runtime.bundle.manifest import BlockFormat, Manifest
 from dmtd_runtime.bundle.speed_bound import LM_HEAD_NAME, matrices, split_bytes
-from dmtd_runtime.ort.kernels import instruction_set
+from dmtd_runtime.ort.kernels.library import instruction_set
 
 Kind = Literal["float", "int8", "int4", "int8-channel"]
 

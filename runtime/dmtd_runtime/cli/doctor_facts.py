@@ -27,7 +27,7 @@ from rich.text import Text
 from dmtd_runtime.device.libraries import CUDA_BACKENDS, CUDA_MAJOR, LIBRARIES
 from dmtd_runtime.machine.hardware import Gpu, Machine, look_at_gpus, look_at_machine, threads_of
 from dmtd_runtime.ort.cuda_provider import CUDA_PROVIDER, CUDNN, DRIVER_PAGE, CudaNeeds, look
-from dmtd_runtime.ort.kernels import LIBRARY, OFF, VARIABLE, instruction_set
+from dmtd_runtime.ort.kernels.library import LIBRARY, OFF, VARIABLE, instruction_set
 from dmtd_runtime.version import __version__
 
 __all__ = ["Component", "OnnxRuntime", "Report", "collect", "render", "to_json"]

@@ -16,7 +16,7 @@ from dmtd_runtime.errors import BackendError, BundleError
 from dmtd_runtime.machine.hardware import default_threads
 from dmtd_runtime.machine.memory import ran_out
 from dmtd_runtime.ort.cuda_provider import CUDA_PROVIDER, prepare
-from dmtd_runtime.ort.kernels import LIBRARY, instruction_set
+from dmtd_runtime.ort.kernels.library import LIBRARY, instruction_set
 from dmtd_runtime.ort.library import import_onnxruntime
 from dmtd_runtime.ort.links import graph_source, path_problem
 

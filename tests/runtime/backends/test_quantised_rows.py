@@ -19,7 +19,7 @@ from dmtd_export.options import ExportOptions, WeightOptions
 from dmtd_models.config.model import SplitOptions
 from dmtd_models.reference.testing import write_tiny_checkpoint
 from dmtd_runtime.bundle.manifest import Manifest, load_manifest
-from dmtd_runtime.ort.kernels import instruction_set
+from dmtd_runtime.ort.kernels.library import instruction_set
 from dmtd_runtime.ort.library import import_onnxruntime
 
 ROWS = (1, 2, 3, 4, 5, 8, 23, 64, 512)

@@ -16,7 +16,8 @@ from onnx import helper, numpy_helper
 
 from dmtd_export.graphs.linear import offset_product
 from dmtd_export.graphs.writer import OWN_DOMAIN
-from dmtd_runtime.ort import kernels
+from dmtd_runtime.errors import BackendError
+from dmtd_runtime.ort.kernels import library as kernels
 from dmtd_runtime.ort.library import import_onnxruntime
 
 pytestmark = pytest.mark.skipif(not kernels.LIBRARY.is_file(), reason="the kernels are for Linux on x86-64")
@@ -298,15 +299,37 @@ def test_weights_that_are_computed_are_refused() -> None:
         session_of(model)
 
 
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    kernels.instruction_set.cache_clear()
+    yield
+    kernels.instruction_set.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_anew")
 def test_the_variable_turns_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
-    for value in ("", kernels.AVX2, kernels.OFF):
+    for value in (kernels.AVX2, kernels.OFF, ""):
         monkeypatch.setenv(kernels.VARIABLE, value)
         kernels.instruction_set.cache_clear()
         seen[value] = kernels.instruction_set()
-    monkeypatch.delenv(kernels.VARIABLE)
-    kernels.instruction_set.cache_clear()
     assert seen[kernels.OFF] is None and seen[kernels.AVX2] in ("avx2", None) and seen[""] in (*SETS, None)
-    monkeypatch.setattr(kernels, "LIBRARY", Path("/nowhere/libdmtd_kernels.so"))
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_another_value_of_the_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(kernels.VARIABLE, "avx1024")
+    with pytest.raises(BackendError, match="DMTD_KERNELS: got 'avx1024', expected off or avx2"):
+        kernels.instruction_set()
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_a_library_that_is_missing_or_damaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    place = tmp_path / "libdmtd_kernels.so"
+    monkeypatch.setattr(kernels, "LIBRARY", place)
     assert kernels.instruction_set() is None
-    kernels.instruction_set.cache_clear()
+    for content in (b"", b"not a library" * 100):
+        place.write_bytes(content)
+        kernels.instruction_set.cache_clear()
+        with pytest.raises(BackendError, match=r"libdmtd_kernels.so: .*install dmtd again, or set DMTD_KERNELS=off"):
+            kernels.instruction_set()

@@ -176,7 +176,7 @@ static Status *create(const Operator *op, Functions functions, const KernelInfo 
   TRY(INT_ATTRIBUTE(api)(info, "block_size", &block));
   TRY(INT_ATTRIBUTE(api)(info, "accuracy_level", &level));
   if (level != 4) return refuse(NOT_IMPLEMENTED, "MatMulNBits: an accuracy_level that is not 4");
-  if ((bits != 4 && bits != 8) || block < 16 || (block & (block - 1)) || inputs < block || inputs % block || outputs < 1) {
+  if ((bits != 4 && bits != 8) || block < 16 || block > 256 || (block & (block - 1)) || inputs < block || inputs % block || outputs < 1) {
     return refuse(NOT_IMPLEMENTED, "MatMulNBits: bits, block_size, N or K that this kernel does not know");
   }
   const size_t blocks = inputs / block;
