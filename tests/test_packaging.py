@@ -62,6 +62,7 @@ def build(source: Path, kind: str, target: Path) -> Path:
     done = subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(target)],
         cwd=source,
+        env={name: value for name, value in os.environ.items() if name != "CC"},
         capture_output=True,
         text=True,
         check=False,
@@ -129,22 +130,44 @@ def test_the_wheel_is_for_the_machines_that_its_library_is_for(wheel: Path) -> N
     assert versions and max(versions) <= (2, 17)
 
 
-def test_without_a_compiler_the_wheel_is_one_of_python_alone(source_copy: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(source_copy, tmp_path / "source")
+NO_ZIGLANG = "import sys; sys.modules['ziglang'] = None; from hatchling.cli import hatchling; sys.exit(hatchling())"
+
+
+def build_with(copy: Path, target: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     (copy / KERNELS / "libdmtd_kernels.so").unlink(missing_ok=True)
-    code = "import sys; sys.modules['ziglang'] = None; from hatchling.cli import hatchling; sys.exit(hatchling())"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "build", "-t", "wheel", "-d", str(tmp_path / "dist")],
+    return subprocess.run(
+        [sys.executable, "-c", NO_ZIGLANG, "build", "-t", "wheel", "-d", str(target)],
         cwd=copy,
-        env={name: value for name, value in os.environ.items() if name != "CC"} | {"PATH": "/nowhere"},
+        env={name: value for name, value in os.environ.items() if name != "CC"} | environment,
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_without_a_compiler_that_works_the_wheel_is_one_of_python_alone(
+    source_copy: Path, tmp_path: Path, fails: bool
+) -> None:
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        pytest.skip("the kernels are for Linux on x86-64")
+    if fails:
+        (tmp_path / "clang").write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / "clang").chmod(0o755)
+    copy = shutil.copytree(source_copy, tmp_path / "source")
+    done = build_with(copy, tmp_path / "dist", PATH=f"{tmp_path}:/usr/bin:/bin" if fails else "/nowhere")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "no C compiler" in done.stdout + done.stderr
+    assert ("failed:" if fails else "there is no C compiler") in done.stdout + done.stderr
     (built,) = (tmp_path / "dist").glob("*.whl")
     assert built.name.endswith("-py3-none-any.whl") and not [name for name in names_in(built) if name.endswith(".so")]
+
+
+def test_a_compiler_that_was_asked_for_and_is_not_there_is_an_error(source_copy: Path, tmp_path: Path) -> None:
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        pytest.skip("the kernels are for Linux on x86-64")
+    copy = shutil.copytree(source_copy, tmp_path / "source")
+    done = build_with(copy, tmp_path / "dist", CC="/nowhere/cc")
+    assert done.returncode != 0 and "/nowhere/cc cannot be run (No such file or directory)" in done.stderr
 
 
 CONSUMER = """

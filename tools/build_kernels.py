@@ -29,6 +29,10 @@ OBJECTS = (("products.c", AVX2), ("products.c", AVX512), ("operator.c", ("-mf16c
 GLIBC = "2.17"  # of manylinux2014, with ziglang; other compilers link this machine's
 
 
+class CompilationError(Exception):
+    """A compiler that cannot be run, or fails."""
+
+
 class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
     """hatchling's hook: adds the library to a wheel, and puts it into the tree for an editable installation."""
 
@@ -36,12 +40,17 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
         if self.target_name != "wheel" or (sys.platform, platform.machine()) != ("linux", "x86_64"):
             return
         compiler, tag = _compiler()
-        if compiler is None:
-            self.app.display_warning(
-                "no C compiler: products over quantised weights will be ONNX Runtime's own, and slower"
-            )
+        fault = None if compiler else "there is no C compiler"
+        if compiler:
+            try:
+                compile_library(Path(self.root), compiler)
+            except CompilationError as error:
+                if "CC" in os.environ:  # asked for
+                    raise
+                fault = str(error)
+        if fault:
+            self.app.display_warning(f"products over quantised weights will be ONNX Runtime's own, and slower: {fault}")
             return
-        compile_library(Path(self.root), compiler)
         build_data["artifacts"].append(str(LIBRARY))
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{tag}"
@@ -62,20 +71,25 @@ def _compiler() -> tuple[list[str] | None, str]:
 def compile_library(root: Path, compiler: list[str]) -> None:
     """Write the library beside its sources, whole or not at all."""
     with tempfile.TemporaryDirectory() as folder:
+        caches = dict.fromkeys(("ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR"), f"{folder}/cache")
+        environment = {**caches, **os.environ}  # ziglang's, which would be left behind in the home directory
         objects = [f"{folder}/{i}.o" for i in range(len(OBJECTS))]
         for (source, flags), made in zip(OBJECTS, objects, strict=True):
-            _run([*compiler, *FLAGS, *flags, "-c", str(root / FOLDER / source), "-o", made])
+            _run([*compiler, *FLAGS, *flags, "-c", str(root / FOLDER / source), "-o", made], environment)
         library = Path(folder, LIBRARY.name)
-        _run([*compiler, "-shared", "-s", *objects, "-lpthread", "-o", str(library)])
+        _run([*compiler, "-shared", "-s", *objects, "-lpthread", "-o", str(library)], environment)
         beside = root / LIBRARY.with_suffix(f".{os.getpid()}")
         shutil.copy(library, beside)
         beside.replace(root / LIBRARY)
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(command: list[str], environment: dict[str, str]) -> None:
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise CompilationError(f"{command[0]} cannot be run ({error.strerror})") from error
     if done.returncode:
-        raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr}")
+        raise CompilationError(f"{shlex.join(command)} failed:\n{done.stderr}")
 
 
 if __name__ == "__main__":
