@@ -106,12 +106,16 @@ def offset_product() -> FunctionProto:
     )
     for name in attrs:
         product.attribute.add(name=name, type=AttributeProto.INT, ref_attr_name=name)
+    block = helper.make_node("Constant", [], ["block"])
+    block.attribute.add(name="value_int", type=AttributeProto.INT, ref_attr_name="block_size")
     nodes = [
         product,
         helper.make_node("Shape", ["x"], ["outer"], end=-1),
         helper.make_node("Shape", ["offsets"], ["blocks"], start=1),
         helper.make_node("Constant", [], ["last"], value_ints=[-1]),
-        helper.make_node("Concat", ["outer", "blocks", "last"], ["cut"], axis=0),
+        block,
+        helper.make_node("Reshape", ["block", "last"], ["width"]),
+        helper.make_node("Concat", ["outer", "blocks", "width"], ["cut"], axis=0),
         helper.make_node("Reshape", ["x", "cut"], ["in_blocks"]),
         helper.make_node("ReduceSum", ["in_blocks", "last"], ["sums"], keepdims=0),
         helper.make_node("Transpose", ["offsets"], ["columns"], perm=[1, 0]),

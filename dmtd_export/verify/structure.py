@@ -274,10 +274,15 @@ def _rounding_faults(model: onnx.ModelProto) -> Iterator[str]:
 
 
 def _function_faults(model: onnx.ModelProto) -> Iterator[str]:
-    """A function that says something else than its name: the runtime knows it by that, and ONNX Runtime by what it says."""
+    """A function that says something else than its name, or is missing: the runtime reads the name, ONNX Runtime the text."""
     for function in model.functions:
         if function != offset_product():
             yield f"the function {function.domain}.{function.name} is none that is exported; export the bundle again"
+            return
+    written = {function.name for function in model.functions}
+    for node in all_nodes(model.graph):
+        if node.domain == OWN_DOMAIN and node.op_type not in written:
+            yield f"the function {node.domain}.{node.op_type} is missing; export the bundle again"
             return
 
 

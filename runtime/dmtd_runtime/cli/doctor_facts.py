@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dmtd_runtime.device.libraries import CUDA_BACKENDS, CUDA_MAJOR, LIBRARIES
+from dmtd_runtime.errors import BackendError
 from dmtd_runtime.machine.hardware import Gpu, Machine, look_at_gpus, look_at_machine, threads_of
 from dmtd_runtime.ort.cuda_provider import CUDA_PROVIDER, CUDNN, DRIVER_PAGE, CudaNeeds, look
 from dmtd_runtime.ort.kernels.library import LIBRARY, OFF, VARIABLE, instruction_set
@@ -135,12 +136,13 @@ def collect(
         for name, purpose, _, argument in COMPONENTS
     )
     runtime = _onnxruntime(version_of)
+    products, products_problem = _products()
     gpus, driver = look_at_gpus(root)
     cuda = look_at_cuda(sys.modules["onnxruntime"]) if CUDA_PROVIDER in runtime.providers else None
     return Report(
         dmtd=__version__,
         machine=look_at_machine(root),
-        products=instruction_set(),
+        products=products,
         onnxruntime=runtime,
         components=components,
         gpus=gpus,
@@ -148,6 +150,7 @@ def collect(
         cuda=cuda,
         thread_environment={name: environ[name] for name in THREAD_VARIABLES if name in environ},
         problems=(
+            *products_problem,
             *_onnxruntime_problems(runtime, has_gpu=bool(gpus)),
             *_component_problems(components),
             *_engine_problems(components, has_gpu=bool(gpus), cuda_provider=cuda is not None),
@@ -229,6 +232,14 @@ def _machine_rows(report: Report) -> list[tuple[str, str]]:
     variables = " ".join(f"{name}={value}" for name, value in report.thread_environment.items())
     threads = f"{threads_of(host.cores_usable)} for ONNX Runtime, or as many as --threads says"
     return [*rows, ("threads", threads), ("environment", variables or "no variable of threads or devices set")]
+
+
+def _products() -> tuple[str | None, tuple[str, ...]]:
+    """Instructions of our own products, and what keeps them from running."""
+    try:
+        return instruction_set(), ()
+    except BackendError as error:
+        return None, (str(error),)
 
 
 def _products_text(instructions: str | None) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from bundle_mutations import WEIGHTS, edit_weight, edited_graph, nodes_of, reseal, set_attribute
 from export_support import export
@@ -77,16 +79,24 @@ def test_a_product_that_rounds_its_inputs_otherwise_is_named(
     assert first.detail == f"accuracy_level of {node.name}: got {level}, expected 4; export the bundle again"
 
 
-def test_a_function_that_says_something_else_is_named(in_blocks: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda model: setattr(model.functions[0].node[-1], "op_type", "Sub"), "is none that is exported"),
+        (lambda model: model.ClearField("functions"), "is missing"),
+    ],
+)
+def test_a_function_that_says_something_else_is_named(
+    in_blocks: Path, tmp_path: Path, edit: Callable[[onnx.ModelProto], None], words: str
+) -> None:
     """The runtime's own kernels compute what it is called, and never read what it says."""
     bundle = Path(shutil.copytree(in_blocks, tmp_path / "bundle"))
     with edited_graph(bundle, "cycle.ort.onnx") as model:
-        [function] = model.functions
-        function.node[-1].op_type = "Sub"
+        edit(model)
     reseal(bundle)
     first = verify_bundle(bundle, level="structure").first_divergence
     assert first is not None and first.graph == "cycle.ort.onnx"
-    assert first.detail == "the function dmtd.MatMulNBits is none that is exported; export the bundle again"
+    assert first.detail == f"the function dmtd.MatMulNBits {words}; export the bundle again"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from rich.console import Console
 from dmtd_runtime.cli import doctor_facts as doctor
 from dmtd_runtime.cli.doctor_facts import Report, collect, render, to_json
 from dmtd_runtime.device.libraries import CUDA_MAJOR, LIBRARIES
+from dmtd_runtime.errors import BackendError
 from dmtd_runtime.ort.cuda_provider import CudaNeeds, Library
 
 HEALTHY = {"onnxruntime": "1.31.1", "numpy": "2.4.6", "tokenizers": "0.23.3", "onnx": "1.23.2", "torch": "2.13.0+cpu"}
@@ -89,6 +90,18 @@ def test_it_tells_whose_products_run(
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(render(report))
     assert words in console.export_text()
+
+
+def test_products_that_cannot_run_are_a_problem(
+    tmp_path: Path, onnxruntime_is, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> str | None:
+        raise BackendError("DMTD_KERNELS: got 'x', expected one of off, avx2, avx512")
+
+    monkeypatch.setattr(doctor, "instruction_set", refuse)
+    report = report_of(tmp_path, HEALTHY)
+    assert report.products is None
+    assert report.problems == ("DMTD_KERNELS: got 'x', expected one of off, avx2, avx512",)
 
 
 def test_both_onnxruntime_wheels_is_one_problem_with_its_fix(tmp_path: Path, onnxruntime_is) -> None:

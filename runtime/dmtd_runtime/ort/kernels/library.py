@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from dmtd_runtime.errors import BackendError
 
 LIBRARY = Path(__file__).with_name("libdmtd_kernels.so")
 VARIABLE = "DMTD_KERNELS"
-OFF, AVX2 = "off", "avx2"  # its values: ONNX Runtime's own products; no instructions newer than these
+OFF, SETS = "off", ("avx2", "avx512")  # its values: ONNX Runtime's own products; no instructions newer than these
+X86_64 = 62  # as ELF files number machines
 
 
 @cache
@@ -27,13 +29,26 @@ def instruction_set() -> str | None:
         BackendError: the library is there and cannot be loaded, or the variable has no value of its own.
     """
     wanted = os.environ.get(VARIABLE, "")
-    if wanted not in ("", OFF, AVX2):
-        raise BackendError(f"{VARIABLE}: got {wanted!r}, expected {OFF} or {AVX2}")
+    if wanted not in ("", OFF, *SETS):
+        raise BackendError(f"{VARIABLE}: got {wanted!r}, expected one of {', '.join((OFF, *SETS))}")
     if wanted == OFF or not LIBRARY.is_file():
         return None
     try:
-        choose = ctypes.CDLL(str(LIBRARY)).dmtd_kernels_choose
-    except (OSError, AttributeError) as error:
-        raise BackendError(f"{LIBRARY}: {error}; install dmtd again, or set {VARIABLE}={OFF}") from error
+        choose = ctypes.CDLL(str(LIBRARY)).dmtd_kernels_choose if _is_whole(LIBRARY) else None
+    except (OSError, AttributeError):
+        choose = None
+    if choose is None:
+        fix = f"install dmtd again, or set {VARIABLE}={OFF}"
+        raise BackendError(f"{LIBRARY} is damaged, or for another machine; {fix}")
     choose.restype = ctypes.c_char_p
     return choose(wanted.encode()).decode() or None
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether an ELF file is for this kind of machine and ends where it says: a cut one would kill the process that loads it."""
+    with library.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
+        return False
+    machine, sections, size, count = struct.unpack("<18xH20xQ10xHH2x", header)
+    return bool(machine == X86_64 and library.stat().st_size >= sections + size * count)

@@ -71,6 +71,8 @@ typedef struct Operator {
 #define OUTPUT(api) ((Status * (*)(KernelContext *, size_t, const int64_t *, size_t, Value **))(api)[91])
 #define RELEASE_STATUS(api) ((void (*)(Status *))(api)[93])
 #define RELEASE_SHAPE(api) ((void (*)(Shape *))(api)[99])
+#define NODE_INPUTS(api) ((Status * (*)(const KernelInfo *, size_t *))(api)[230])
+#define NODE_INPUT_NAME(api) ((Status * (*)(const KernelInfo *, size_t, char *, size_t *))(api)[232])
 #define CONSTANT_INPUT(api) ((Status * (*)(const KernelInfo *, size_t, int *, const Value **))(api)[249])
 #define INPUT_SHAPE(api) ((Status * (*)(const ShapeContext *, size_t, Shape **))(api)[268])
 #define ATTRIBUTE(api) ((Status * (*)(const ShapeContext *, const char *, const Attribute **))(api)[269])

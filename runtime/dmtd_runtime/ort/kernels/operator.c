@@ -29,10 +29,12 @@ static Multiply *multiply;
     if (status_ != NULL) return status_; \
   } while (0)
 
-// Weights in their packed form, which all nodes that read the same ones share.
+// Weights in their packed form, which all nodes that read equal ones share. What tells them apart is their content: the addresses
+// of a session's constants may be another's before its kernels are gone.
 typedef struct Packed {
   Weights weights;
-  const void *from[INPUT_COUNT];  // the data of the constants
+  uint64_t content[2];            // a hash of the constants
+  const void *from[INPUT_COUNT];  // their data; valid while they are packed
   size_t users;
   void *memory;
   struct Packed *next;
@@ -104,10 +106,27 @@ static int pack(Packed *packed) {
   return 1;
 }
 
+// Two hashes in one pass over a constant, continued from one to the next.
+static void mix(uint64_t content[2], const void *data, size_t bytes) {
+  uint64_t one = content[0] ^ bytes, other = content[1] + bytes, word;
+  const uint8_t *p = data;
+  for (size_t left = data == NULL ? 0 : bytes; left; p += 8) {
+    word = 0;
+    memcpy(&word, p, left < 8 ? left : 8);
+    left -= left < 8 ? left : 8;
+    one = (one ^ word) * 0x9e3779b97f4a7c15u;
+    one ^= one >> 32;
+    other = (other + word) * 0xd6e8feb86659fd93u;
+    other ^= other >> 29;
+  }
+  content[0] = one;
+  content[1] = other;
+}
+
 static int same(const Packed *a, const Packed *b) {
-  return memcmp(a->from, b->from, sizeof a->from) == 0 && a->weights.inputs == b->weights.inputs &&
-         a->weights.outputs == b->weights.outputs && a->weights.block == b->weights.block && a->weights.bits == b->weights.bits &&
-         a->weights.exact_sums == b->weights.exact_sums;
+  const Weights *v = &a->weights, *w = &b->weights;
+  return v->inputs == w->inputs && v->outputs == w->outputs && v->block == w->block && v->bits == w->bits &&
+         v->exact_sums == w->exact_sums && memcmp(a->content, b->content, sizeof a->content) == 0;
 }
 
 // The packed form of the constants that `wanted` names, made where nobody has it yet; NULL where memory is short.
@@ -145,15 +164,28 @@ static void destroy(void *kernel) {
 
 static Status *refuse(int code, const char *words) { return CREATE_STATUS(api)(code, words); }
 
-// The data of a constant input, NULL where an optional one is left out. Its size must be as the attributes say.
-static Status *constant(const KernelInfo *info, size_t input, size_t count, const void **data) {
-  int is_constant = 0;
+// Whether a node has an input, which may be left out in the middle by an empty name.
+static Status *is_given(const KernelInfo *info, size_t input, int *given) {
+  size_t count, size = 0;
+  TRY(NODE_INPUTS(api)(info, &count));
+  *given = input < count;
+  if (*given) TRY(NODE_INPUT_NAME(api)(info, input, NULL, &size));
+  *given = size > 1;  // with its end
+  return NULL;
+}
+
+// The data of a constant input, `count` elements of `width` bytes, and its part of what tells the weights from others; NULL where
+// the node leaves it out.
+static Status *constant(const KernelInfo *info, size_t input, size_t count, size_t width, Packed *wanted) {
+  int given, is_constant = 0;
   const Value *value = NULL;
-  *data = NULL;
+  TRY(is_given(info, input, &given));
+  mix(wanted->content, NULL, given);
+  if (!given) return input < ZEROS ? refuse(FAIL, "MatMulNBits: an input is missing") : NULL;
   Status *status = CONSTANT_INPUT(api)(info, input, &is_constant, &value);
   if (status != NULL) RELEASE_STATUS(api)(status);
   if (status != NULL || !is_constant || value == NULL) {
-    return input < ZEROS ? refuse(NOT_IMPLEMENTED, "MatMulNBits: weights that are no constants") : NULL;
+    return refuse(NOT_IMPLEMENTED, "MatMulNBits: weights, zero points, offsets or a bias that are no constants");
   }
   Shape *shape;
   size_t found;
@@ -162,33 +194,46 @@ static Status *constant(const KernelInfo *info, size_t input, size_t count, cons
   RELEASE_SHAPE(api)(shape);
   TRY(status);
   if (found != count) return refuse(FAIL, "MatMulNBits: a constant has not the size that N, K, bits and block_size give");
-  return TENSOR_DATA(api)(value, (void **)data);
+  TRY(TENSOR_DATA(api)(value, (void **)&wanted->from[input]));
+  mix(wanted->content, wanted->from[input], count * width);
+  return NULL;
+}
+
+// 0 where there is none: what the operator takes it for, or nothing that this kernel knows.
+static int64_t attribute(const KernelInfo *info, const char *name_) {
+  int64_t value = 0;
+  Status *status = INT_ATTRIBUTE(api)(info, name_, &value);
+  if (status != NULL) RELEASE_STATUS(api)(status);
+  return status != NULL ? 0 : value;
 }
 
 static const Operator ours;
 
 static Status *create(const Operator *op, Functions functions, const KernelInfo *info, void **kernel) {
   (void)functions;
-  int64_t outputs, inputs, bits, block, level;
-  TRY(INT_ATTRIBUTE(api)(info, "N", &outputs));
-  TRY(INT_ATTRIBUTE(api)(info, "K", &inputs));
-  TRY(INT_ATTRIBUTE(api)(info, "bits", &bits));
-  TRY(INT_ATTRIBUTE(api)(info, "block_size", &block));
-  TRY(INT_ATTRIBUTE(api)(info, "accuracy_level", &level));
-  if (level != 4) return refuse(NOT_IMPLEMENTED, "MatMulNBits: an accuracy_level that is not 4");
-  if ((bits != 4 && bits != 8) || block < 16 || block > 256 || (block & (block - 1)) || inputs < block || inputs % block || outputs < 1) {
+  const int64_t outputs = attribute(info, "N"), inputs = attribute(info, "K");
+  const int64_t bits = attribute(info, "bits"), block = attribute(info, "block_size");
+  int ordered;
+  TRY(is_given(info, ORDER, &ordered));
+  if (attribute(info, "accuracy_level") != 4) return refuse(NOT_IMPLEMENTED, "MatMulNBits: an accuracy_level that is not 4");
+  if (ordered) return refuse(NOT_IMPLEMENTED, "MatMulNBits: an order of its inputs");
+  const int known = (bits == 4 || bits == 8) && block >= 16 && block <= 256 && (block & (block - 1)) == 0;
+  if (!known || inputs < block || inputs % block || outputs < 1) {
     return refuse(NOT_IMPLEMENTED, "MatMulNBits: bits, block_size, N or K that this kernel does not know");
   }
   const size_t blocks = inputs / block;
   const int offsets = op == &ours;
-  const size_t zeros = offsets || bits == 8 ? blocks : (blocks + 1) / 2;
   Packed wanted = {
       .weights = {.inputs = inputs, .outputs = outputs, .block = block, .blocks = blocks, .bits = bits, .exact_sums = offsets}};
-  TRY(constant(info, CODES, outputs * inputs * bits / 8, &wanted.from[CODES]));
-  TRY(constant(info, SCALES, outputs * blocks, &wanted.from[SCALES]));
-  TRY(constant(info, ZEROS, outputs * zeros, &wanted.from[ZEROS]));
-  if (offsets && wanted.from[ZEROS] == NULL) return refuse(NOT_IMPLEMENTED, "MatMulNBits: offsets that are no constants");
-  TRY(constant(info, BIAS, outputs, &wanted.from[BIAS]));
+  TRY(constant(info, CODES, outputs * inputs * bits / 8, 1, &wanted));
+  TRY(constant(info, SCALES, outputs * blocks, 4, &wanted));
+  if (offsets) {
+    TRY(constant(info, ZEROS, outputs * blocks, 4, &wanted));
+  } else {
+    TRY(constant(info, ZEROS, outputs * (bits == 8 ? blocks : (blocks + 1) / 2), 1, &wanted));
+  }
+  TRY(constant(info, BIAS, outputs, 4, &wanted));
+  if (offsets && wanted.from[ZEROS] == NULL) return refuse(FAIL, "MatMulNBits: an input is missing");
   *kernel = take(&wanted);
   return *kernel == NULL ? refuse(FAIL, "bad allocation: MatMulNBits packs its weights") : NULL;
 }
@@ -352,6 +397,15 @@ static int best_set(void) {
 
 #define EXPORTED __attribute__((visibility("default")))
 
+// How many weights are packed, of all sessions.
+EXPORTED size_t dmtd_kernels_packed(void) {
+  size_t count = 0;
+  pthread_mutex_lock(&packing);
+  for (const Packed *packed = all_packed; packed != NULL; packed = packed->next) count++;
+  pthread_mutex_unlock(&packing);
+  return count;
+}
+
 // The instruction set that products will use, "" where there is none; `most` bounds it by the names given here.
 EXPORTED const char *dmtd_kernels_choose(const char *most) {
   int set = best_set();
@@ -369,8 +423,10 @@ EXPORTED Status *RegisterCustomOps(SessionOptions *options, const ApiBase *base)
   if (round_row == NULL) dmtd_kernels_choose(NULL);
   for (int i = 0; i < 2; i++) {
     if (domains[i] == NULL) {
-      TRY(CREATE_DOMAIN(api)(names[i], &domains[i]));
-      TRY(ADD_TO_DOMAIN(api)(domains[i], operators[i]));
+      Domain *domain;
+      TRY(CREATE_DOMAIN(api)(names[i], &domain));
+      TRY(ADD_TO_DOMAIN(api)(domain, operators[i]));
+      domains[i] = domain;
     }
     TRY(ADD_DOMAIN(api)(options, domains[i]));
   }

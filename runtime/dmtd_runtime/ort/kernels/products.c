@@ -1,6 +1,7 @@
 // Compiled once for each instruction set.
 #include "products.h"
 
+#include <float.h>
 #include <immintrin.h>
 #include <math.h>
 #include <string.h>
@@ -79,6 +80,7 @@ void NAMED(round, SET)(const float *x, const Weights *weights, Inputs *inputs, s
       no_number = _mm256_or_ps(no_number, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     }
     float scale = _mm256_movemask_ps(no_number) ? NAN : largest(most) / 127;
+    if (scale < FLT_MIN) scale = 0;  // its inverse may be no number
     const __m256 steps = _mm256_set1_ps(scale ? 1 / scale : 0);
     __m256i sum = _mm256_setzero_si256();
     for (size_t i = 0; i < block; i += 16) {
@@ -93,7 +95,7 @@ void NAMED(round, SET)(const float *x, const Weights *weights, Inputs *inputs, s
     const size_t at = row * blocks + b;
     inputs->scales[at] = scale;
     inputs->sums[at] = weights->exact_sums ? total_of_floats(exact) : scale * (float)total(sum);
-    inputs->starts[at] = -(1 << (weights->bits - 1)) * total(sum);
+    inputs->starts[at] = (int32_t)(-(1u << (weights->bits - 1)) * (uint32_t)total(sum));  // of infinity it is anything
   }
 }
 
