@@ -167,7 +167,9 @@ def test_a_compiler_that_was_asked_for_and_is_not_there_is_an_error(source_copy:
         pytest.skip("the kernels are for Linux on x86-64")
     copy = shutil.copytree(source_copy, tmp_path / "source")
     done = build_with(copy, tmp_path / "dist", CC="/nowhere/cc")
-    assert done.returncode != 0 and "/nowhere/cc cannot be run (No such file or directory)" in done.stderr
+    assert (
+        done.returncode != 0 and "CC=/nowhere/cc: /nowhere/cc cannot be run (No such file or directory)" in done.stderr
+    )
 
 
 CONSUMER = """

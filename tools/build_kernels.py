@@ -46,7 +46,9 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
                 compile_library(Path(self.root), compiler)
             except CompilationError as error:
                 if "CC" in os.environ:  # asked for
-                    raise
+                    raise CompilationError(
+                        f"CC={os.environ['CC']}: {error}; unset CC for the compiler of ziglang"
+                    ) from error
                 fault = str(error)
         if fault:
             self.app.display_warning(f"products over quantised weights will be ONNX Runtime's own, and slower: {fault}")
