@@ -29,7 +29,10 @@ NOT_IN_THE_WHEEL = {
     "dmtd_export/README.md",
     "runtime/dmtd_runtime/server/README.md",
     "models/dmtd_models/reference/testing.py",
-    *(f"{KERNELS}/{name}" for name in ("onnxruntime_abi.h", "operator.c", "products.c", "products.h")),
+    *(
+        f"{KERNELS}/{name}"
+        for name in ("onnxruntime_abi.h", "operator.c", "packing.c", "packing.h", "products.c", "products.h")
+    ),
 }
 NOT_PACKAGES = ("runtime", "models", "tools", "tests", "study")
 ADAPTER = "/adapter_model.safetensors"

@@ -25,7 +25,7 @@ LIBRARY = FOLDER / "libdmtd_kernels.so"
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512")
-OBJECTS = (("products.c", AVX2), ("products.c", AVX512), ("operator.c", ("-mf16c",)))
+OBJECTS = (("products.c", AVX2), ("products.c", AVX512), ("packing.c", ("-mf16c",)), ("operator.c", ()))
 GLIBC = "2.17"  # of manylinux2014, with ziglang; other compilers link this machine's
 
 

@@ -50,7 +50,7 @@ def biases(writer: GraphWriter, modules: tuple[str, ...]) -> list[str]:
 
 
 def takes_any_rank(writer: GraphWriter, dtype: str, modules: Iterable[str]) -> bool:
-    """Whether the products of all ``modules`` take [..., in]. A Gemm takes [rows, in]: floats need one, and offsets in halves."""
+    """Whether the products of all ``modules`` take [..., in]. A Gemm, of floats or half-precision offsets, takes [rows, in]."""
     formats = [writer.block_format(f"{module}.weight") for module in modules]
     return all(fmt is not None and (fmt.zeros or not fmt.minimums or dtype == "float32") for fmt in formats)
 

@@ -235,7 +235,8 @@ def _graph_faults(
         or opsets.pop("", None) != OPSET
         or opsets.items() - {CONTRIB_DOMAIN: 1, OWN_DOMAIN: 1}.items()
     ):
-        yield f"IR {model.ir_version}, opsets {list(model.opset_import)}; expected IR {IR_VERSION}, opset {OPSET}"
+        found = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
+        yield f"IR {model.ir_version}, opsets {found}; expected IR {IR_VERSION}, opset {OPSET}, and 1 of other domains"
     yield from _io_faults(model, graph, build_graph(spec, graph.name, graph.dialect, graph.slots)[1])
     yield from _rounding_faults(model)
     yield from _attention_faults(model)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dmtd_runtime.backends.base import BackendOptions
+from dmtd_runtime.backends.onnxruntime.limits import runs_own_products
 from dmtd_runtime.bundle.manifest import Manifest
 from dmtd_runtime.device.libraries import gpu_here
 from dmtd_runtime.errors import BackendError
@@ -44,7 +45,7 @@ def conditions_of(directory: Path, manifest: Manifest, backend: BackendOptions, 
         "max_model_len": backend.max_model_len or manifest.model.max_model_len,
         "cpu": machine.cpu,
         "isa": list(machine.isa),
-        "products": instruction_set() if backend.kernels and not on_gpu else None,
+        "products": instruction_set() if not engines and runs_own_products(manifest, backend) else None,
         "cores": machine.cores_usable,
         "threads": backend.threads or default_threads(),
         "load_average": load,

@@ -211,7 +211,7 @@ def _machine_rows(report: Report) -> list[tuple[str, str]]:
         ("Python", host.python),
         ("platform", host.platform),
         ("CPU", f"{host.cpu} ({' '.join(host.isa) or 'instruction sets unknown'})"),
-        ("4 and 8 bits", _products_text(report.products)),
+        ("4 and 8 bits", _products_text(report)),
         ("cores", f"{host.cores_usable:g} usable of {host.cores_present}"),
         ("memory", f"{available} available of {total}"),
         (
@@ -242,9 +242,11 @@ def _products() -> tuple[str | None, tuple[str, ...]]:
         return None, (str(error),)
 
 
-def _products_text(instructions: str | None) -> str:
-    if instructions is not None:
-        return f"dmtd's own products, {instructions}"
+def _products_text(report: Report) -> str:
+    if report.products is not None:
+        return f"dmtd's own products, {report.products}"
+    if _products()[1]:
+        return "none: see the problem below"
     if os.environ.get(VARIABLE) == OFF:
         return f"ONNX Runtime's products: {VARIABLE}={OFF}"
     built = "this processor has no AVX2 and FMA" if LIBRARY.is_file() else "dmtd's were not built on installation"

@@ -102,6 +102,9 @@ def test_products_that_cannot_run_are_a_problem(
     report = report_of(tmp_path, HEALTHY)
     assert report.products is None
     assert report.problems == ("DMTD_KERNELS: got 'x', expected one of off, avx2, avx512",)
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(render(report))
+    assert "none: see the problem below" in console.export_text()
 
 
 def test_both_onnxruntime_wheels_is_one_problem_with_its_fix(tmp_path: Path, onnxruntime_is) -> None:

@@ -19,14 +19,12 @@ from onnx import helper, numpy_helper
 
 from dmtd_export.graphs.linear import offset_product
 from dmtd_export.graphs.writer import OWN_DOMAIN
-from dmtd_runtime.errors import BackendError
 from dmtd_runtime.ort.kernels import library as kernels
 from dmtd_runtime.ort.library import import_onnxruntime
 
 HERE = (sys.platform, platform.machine()) == ("linux", "x86_64")
 pytestmark = pytest.mark.skipif(not HERE, reason="the kernels are for Linux on x86-64")
 SETS = kernels.SETS
-WHOLE = kernels.LIBRARY
 ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 23, 64)
 CLOSE = 2e-6  # of the largest sum: float32, in another order
 
@@ -392,41 +390,3 @@ def test_an_order_of_inputs_is_refused() -> None:
     model.graph.initializer.append(numpy_helper.from_array(np.arange(product.inputs, dtype=np.int32), "order"))
     with pytest.raises(Exception, match="an order of its inputs"):
         session_of(model)
-
-
-@pytest.fixture
-def asked_anew() -> Iterator[None]:
-    kernels.instruction_set.cache_clear()
-    yield
-    kernels.instruction_set.cache_clear()
-
-
-@pytest.mark.usefixtures("asked_anew")
-def test_the_variable_turns_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = {}
-    for value in (SETS[0], kernels.OFF, ""):
-        monkeypatch.setenv(kernels.VARIABLE, value)
-        kernels.instruction_set.cache_clear()
-        seen[value] = kernels.instruction_set()
-    assert seen[kernels.OFF] is None and seen[SETS[0]] in ("avx2", None) and seen[""] in (*SETS, None)
-
-
-@pytest.mark.usefixtures("asked_anew")
-def test_another_value_of_the_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(kernels.VARIABLE, "avx1024")
-    with pytest.raises(BackendError, match="DMTD_KERNELS: got 'avx1024', expected one of off, avx2, avx512"):
-        kernels.instruction_set()
-
-
-@pytest.mark.usefixtures("asked_anew")
-def test_a_library_that_is_missing_or_damaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    place = tmp_path / "libdmtd_kernels.so"
-    monkeypatch.setattr(kernels, "LIBRARY", place)
-    assert kernels.instruction_set() is None
-    whole = WHOLE.read_bytes()
-    other_machine = whole[:0x12] + b"\xb7\x00" + whole[0x14:]
-    for content in (b"", b"not a library" * 100, whole[:50_000], whole[:-1], other_machine):
-        place.write_bytes(content)
-        kernels.instruction_set.cache_clear()
-        with pytest.raises(BackendError, match=r"so is damaged, or for another machine; install dmtd again, or set"):
-            kernels.instruction_set()

@@ -44,6 +44,7 @@ from dmtd_runtime.backends.onnxruntime.limits import (
     graph_slots,
     max_model_len,
     runs_in_one_go,
+    runs_own_products,
     usual_full_pass,
 )
 from dmtd_runtime.backends.onnxruntime.memory import (
@@ -130,9 +131,6 @@ class OnnxRuntimeBackend(StepwiseBackend):
             capacity=self.capacity,
             packed=packed,
             prompts_ride=self._rides,
-        )
-        self._kernels = (
-            options.kernels and options.prepack and bool(manifest.quantised) and manifest.model.dtype == "float32"
         )
         self._sessions: dict[contract.GraphName, Any] = {}
         self._weights: Mapping[str, Any] = {}
@@ -273,7 +271,7 @@ class OnnxRuntimeBackend(StepwiseBackend):
             threads=self._options.threads,
             prepack=self._options.prepack,
             alone=len(self._graphs) == 1,
-            kernels=self._kernels and graph.dialect == contract.ONNXRUNTIME,
+            kernels=runs_own_products(self._manifest, self._options),
             cuda=cuda,
             weights={weight: self._weights[weight] for weight in graph.weights if weight in self._weights},
             folded={weight: self._folded[weight] for weight in graph.weights if weight in self._folded},

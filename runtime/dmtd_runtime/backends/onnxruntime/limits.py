@@ -16,6 +16,14 @@ from dmtd_runtime.ort.library import import_onnxruntime
 MAX_STEP_BYTES = 1 << 28
 
 
+def runs_own_products(manifest: Manifest, options: BackendOptions) -> bool:
+    """Whether products over blocks may be ours (``ort/kernels``), where the processor has them."""
+    here = options.device == "cpu" and (options.dialect or manifest.default_dialect) == contract.ONNXRUNTIME
+    return (
+        here and options.kernels and options.prepack and bool(manifest.quantised) and manifest.model.dtype == "float32"
+    )
+
+
 def graph_slots(manifest: Manifest, options: BackendOptions) -> int:
     """Slots of the packed graphs to load: the fewest that hold ``max_num_seqs`` sequences."""
     stored = sorted({graph.slots for graph in manifest.graphs if graph.dialect == contract.ONNXRUNTIME})

@@ -1,23 +1,19 @@
 // MatMulNBits of ONNX Runtime's domain, registered over its own: what a session's graph says stays the same. MatMulNBits of ours
 // has offsets in the place of zero points; it is a function of a graph's file, which is taken apart where this library is missing.
 #include <cpuid.h>
-#include <math.h>
-#include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "onnxruntime_abi.h"
+#include "packing.h"
 #include "products.h"
 
 #define MOST_DIMS 8
-#define ALIGNMENT 64
 #define ROUNDED_APART 8      // rows from which on threads share their rounding
 #define GROUPS_AT_A_TIME 2   // that a thread takes at least
 #define MOST_PARTS 64
-
-enum { X, CODES, SCALES, ZEROS, ORDER, BIAS, INPUT_COUNT };  // ZEROS: codes of zero, or offsets
 
 static Functions api;
 static Round *round_row;
@@ -29,138 +25,7 @@ static Multiply *multiply;
     if (status_ != NULL) return status_; \
   } while (0)
 
-// Weights in their packed form, which all nodes that read equal ones share. What tells them apart is their content: the addresses
-// of a session's constants may be another's before its kernels are gone.
-typedef struct Packed {
-  Weights weights;
-  uint64_t content[2];            // a hash of the constants
-  const void *from[INPUT_COUNT];  // their data; valid while they are packed
-  size_t users;
-  void *memory;
-  struct Packed *next;
-} Packed;
-
-static Packed *all_packed;
 static atomic_uint unnamed;
-static pthread_mutex_t packing = PTHREAD_MUTEX_INITIALIZER;
-
-static uint16_t to_half(float value, int *exact) {
-  const _Float16 half = (_Float16)value;
-  uint16_t bits;
-  memcpy(&bits, &half, 2);
-  *exact &= (float)half == value;
-  return bits;
-}
-
-static size_t aligned(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
-
-static int pack(Packed *packed) {
-  Weights *w = &packed->weights;
-  const size_t groups = (w->outputs + GROUP - 1) / GROUP, row = w->inputs * w->bits / 8, per_group = w->blocks * GROUP;
-  const uint8_t *codes = packed->from[CODES], *zeros = w->exact_sums ? NULL : packed->from[ZEROS];
-  const float *offsets = w->exact_sums ? packed->from[ZEROS] : NULL, *scales = packed->from[SCALES], *bias = packed->from[BIAS];
-  const size_t scale_count = w->outputs * w->blocks;
-  w->half = 1;
-  for (size_t i = 0; i < scale_count && w->half; i++) to_half(scales[i], &w->half);
-
-  const size_t sizes[] = {
-      aligned(groups * GROUP * row),
-      aligned(groups * per_group * (w->half ? 2 : 4)),
-      zeros || offsets ? aligned(groups * per_group * 4) : 0,
-      bias ? aligned(groups * GROUP * 4) : 0,
-  };
-  uint8_t *memory = aligned_alloc(ALIGNMENT, sizes[0] + sizes[1] + sizes[2] + sizes[3]);
-  if (memory == NULL) return 0;
-  packed->memory = memory;
-  uint8_t *to_codes = memory, *to_scales = to_codes + sizes[0];
-  float *to_offsets = (float *)(to_scales + sizes[1]), *to_bias = (float *)(to_scales + sizes[1] + sizes[2]);
-  memset(memory, 0, sizes[0] + sizes[1] + sizes[2] + sizes[3]);  // outputs that fill the last group up
-  for (size_t n = 0; n < w->outputs; n++) {
-    const size_t group = n / GROUP, lane = n % GROUP;
-    uint8_t *to = to_codes + group * GROUP * row + lane * 4;
-    for (size_t step = 0; step < row / 4; step++) memcpy(to + step * GROUP * 4, codes + n * row + step * 4, 4);
-    for (size_t b = 0; b < w->blocks; b++) {
-      const size_t at = group * per_group + b * GROUP + lane;
-      const float scale = scales[n * w->blocks + b];
-      int exact = 1;
-      if (w->half) {
-        ((uint16_t *)to_scales)[at] = to_half(scale, &exact);
-      } else {
-        ((float *)to_scales)[at] = scale;
-      }
-      if (offsets) {
-        to_offsets[at] = offsets[n * w->blocks + b];
-      } else if (zeros) {
-        const size_t zero_row = w->bits == 8 ? w->blocks : (w->blocks + 1) / 2;
-        const uint8_t *zero = zeros + n * zero_row;
-        const int code = w->bits == 8 ? zero[b] : (zero[b / 2] >> (b % 2 * 4)) & 15;
-        to_offsets[at] = scale * (float)((1 << (w->bits - 1)) - code);
-      }
-    }
-    if (bias) to_bias[n] = bias[n];
-  }
-  w->codes = to_codes;
-  w->scales = to_scales;
-  w->offsets = zeros || offsets ? to_offsets : NULL;
-  w->bias = bias ? to_bias : NULL;
-  return 1;
-}
-
-// Two hashes in one pass over a constant, continued from one to the next.
-static void mix(uint64_t content[2], const void *data, size_t bytes) {
-  uint64_t one = content[0] ^ bytes, other = content[1] + bytes, word;
-  const uint8_t *p = data;
-  for (size_t left = data == NULL ? 0 : bytes; left; p += 8) {
-    word = 0;
-    memcpy(&word, p, left < 8 ? left : 8);
-    left -= left < 8 ? left : 8;
-    one = (one ^ word) * 0x9e3779b97f4a7c15u;
-    one ^= one >> 32;
-    other = (other + word) * 0xd6e8feb86659fd93u;
-    other ^= other >> 29;
-  }
-  content[0] = one;
-  content[1] = other;
-}
-
-static int same(const Packed *a, const Packed *b) {
-  const Weights *v = &a->weights, *w = &b->weights;
-  return v->inputs == w->inputs && v->outputs == w->outputs && v->block == w->block && v->bits == w->bits &&
-         v->exact_sums == w->exact_sums && memcmp(a->content, b->content, sizeof a->content) == 0;
-}
-
-// The packed form of the constants that `wanted` names, made where nobody has it yet; NULL where memory is short.
-static Packed *take(const Packed *wanted) {
-  pthread_mutex_lock(&packing);
-  Packed *found = all_packed;
-  while (found != NULL && !same(found, wanted)) found = found->next;
-  if (found == NULL && (found = malloc(sizeof *found)) != NULL) {
-    *found = *wanted;
-    if (pack(found)) {
-      found->next = all_packed;
-      all_packed = found;
-    } else {
-      free(found);
-      found = NULL;
-    }
-  }
-  if (found != NULL) found->users++;
-  pthread_mutex_unlock(&packing);
-  return found;
-}
-
-static void destroy(void *kernel) {
-  Packed *packed = kernel;
-  pthread_mutex_lock(&packing);
-  if (--packed->users == 0) {
-    Packed **place = &all_packed;
-    while (*place != packed) place = &(*place)->next;
-    *place = packed->next;
-    free(packed->memory);
-    free(packed);
-  }
-  pthread_mutex_unlock(&packing);
-}
 
 static Status *refuse(int code, const char *words) { return CREATE_STATUS(api)(code, words); }
 
@@ -180,7 +45,7 @@ static Status *constant(const KernelInfo *info, size_t input, size_t count, size
   int given, is_constant = 0;
   const Value *value = NULL;
   TRY(is_given(info, input, &given));
-  mix(wanted->content, NULL, given);
+  mix_in(wanted->content, NULL, given);
   if (!given) return input < ZEROS ? refuse(FAIL, "MatMulNBits: an input is missing") : NULL;
   Status *status = CONSTANT_INPUT(api)(info, input, &is_constant, &value);
   if (status != NULL) RELEASE_STATUS(api)(status);
@@ -195,7 +60,7 @@ static Status *constant(const KernelInfo *info, size_t input, size_t count, size
   TRY(status);
   if (found != count) return refuse(FAIL, "MatMulNBits: a constant has not the size that N, K, bits and block_size give");
   TRY(TENSOR_DATA(api)(value, (void **)&wanted->from[input]));
-  mix(wanted->content, wanted->from[input], count * width);
+  mix_in(wanted->content, wanted->from[input], count * width);
   return NULL;
 }
 
@@ -234,7 +99,7 @@ static Status *create(const Operator *op, Functions functions, const KernelInfo 
   }
   TRY(constant(info, BIAS, outputs, 4, &wanted));
   if (offsets && wanted.from[ZEROS] == NULL) return refuse(FAIL, "MatMulNBits: an input is missing");
-  *kernel = take(&wanted);
+  *kernel = take_packed(&wanted);
   return *kernel == NULL ? refuse(FAIL, "bad allocation: MatMulNBits packs its weights") : NULL;
 }
 
@@ -364,7 +229,7 @@ static int any_version(const Operator *op) { return (void)op, INT32_MAX; }
       .input_count = input_count,            \
       .output_type = output_type,            \
       .output_count = output_count,          \
-      .destroy = destroy,                    \
+      .destroy = give_back,                  \
       .input_kind = input_kind,              \
       .output_kind = output_kind,            \
       .input_memory = in_memory,             \
@@ -397,14 +262,7 @@ static int best_set(void) {
 
 #define EXPORTED __attribute__((visibility("default")))
 
-// How many weights are packed, of all sessions.
-EXPORTED size_t dmtd_kernels_packed(void) {
-  size_t count = 0;
-  pthread_mutex_lock(&packing);
-  for (const Packed *packed = all_packed; packed != NULL; packed = packed->next) count++;
-  pthread_mutex_unlock(&packing);
-  return count;
-}
+EXPORTED size_t dmtd_kernels_packed(void) { return packed_count(); }
 
 // The instruction set that products will use, "" where there is none; `most` bounds it by the names given here.
 EXPORTED const char *dmtd_kernels_choose(const char *most) {
