@@ -25,6 +25,8 @@ PACKAGE_FOLDERS = {
     "models/dmtd_models": "dmtd_models",
 }
 KERNELS = "runtime/dmtd_runtime/ort/kernels"
+HAS_KERNELS = (sys.platform, platform.machine()) == ("linux", "x86_64")
+for_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="the kernels are for Linux on x86-64")
 NOT_IN_THE_WHEEL = {
     "dmtd_export/README.md",
     "runtime/dmtd_runtime/server/README.md",
@@ -107,7 +109,7 @@ def expected_wheel_files(repo_root: Path) -> set[str]:
         if name.startswith(folder + "/")
     }
     info = f"dmtd-{stated_version(repo_root)}.dist-info"
-    if (sys.platform, platform.machine()) == ("linux", "x86_64"):
+    if HAS_KERNELS:
         packaged.add("dmtd_runtime/ort/kernels/libdmtd_kernels.so")
     return packaged | {
         f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")
@@ -122,10 +124,9 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel: Path, repo_root: Path)
     assert not [name for name in names if name.split("/")[0] in NOT_PACKAGES]
 
 
+@for_kernels
 def test_the_wheel_is_for_the_machines_that_its_library_is_for(wheel: Path) -> None:
     """glibc 2.17 is manylinux2014's; what it links is read from the library itself."""
-    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
-        pytest.skip("the kernels are for Linux on x86-64")
     assert wheel.name.endswith("-py3-none-manylinux_2_17_x86_64.whl")
     with zipfile.ZipFile(wheel) as archive:
         library = archive.read("dmtd_runtime/ort/kernels/libdmtd_kernels.so")
@@ -148,12 +149,11 @@ def build_with(copy: Path, target: Path, **environment: str) -> subprocess.Compl
     )
 
 
+@for_kernels
 @pytest.mark.parametrize("fails", [False, True])
 def test_without_a_compiler_that_works_the_wheel_is_one_of_python_alone(
     source_copy: Path, tmp_path: Path, fails: bool
 ) -> None:
-    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
-        pytest.skip("the kernels are for Linux on x86-64")
     if fails:
         (tmp_path / "clang").write_text("#!/bin/sh\nexit 1\n")
         (tmp_path / "clang").chmod(0o755)
@@ -165,9 +165,8 @@ def test_without_a_compiler_that_works_the_wheel_is_one_of_python_alone(
     assert built.name.endswith("-py3-none-any.whl") and not [name for name in names_in(built) if name.endswith(".so")]
 
 
+@for_kernels
 def test_a_compiler_that_was_asked_for_and_is_not_there_is_an_error(source_copy: Path, tmp_path: Path) -> None:
-    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
-        pytest.skip("the kernels are for Linux on x86-64")
     copy = shutil.copytree(source_copy, tmp_path / "source")
     done = build_with(copy, tmp_path / "dist", CC="/nowhere/cc")
     assert (

@@ -67,9 +67,7 @@ class Variant:
     chunk: int
     case_step: int = 1  # runs every case_step-th case
     prepack: bool = True
-    kernels: bool = (
-        False  # the runtime's own, as a bundle is deployed: they round inputs, which graphs compared here do not
-    )
+    kernels: bool = False  # the runtime's own, as a bundle is deployed; they take no twin, which rounds nothing
 
     @property
     def name(self) -> str:

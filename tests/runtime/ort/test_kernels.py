@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import platform
 import sys
@@ -278,6 +279,7 @@ def test_weights_are_shared_in_branches_and_outlive_other_sessions() -> None:
 
 
 def packed_weights() -> int:
+    gc.collect()  # sessions of other tests in cycles of references
     count = ctypes.CDLL(str(kernels.LIBRARY)).dmtd_kernels_packed
     count.restype = ctypes.c_size_t
     return int(count())
